@@ -1,0 +1,325 @@
+"""The configuration of Grouped Differential Attention models."""
+
+import math
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+KV_LAYOUTS = ("shared", "paired")
+LAMBDA_TYPES = ("reparameterized", "sigmoid", "tanh")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
+# Fields that no other model family has: an unknown argument that resembles one of them is a typing error, not an
+# attribute that somebody else's tool wants to keep in config.json.
+OWN_FIELDS = (
+    "num_noise_heads",
+    "kv_layout",
+    "lambda_type",
+    "lambda_init",
+    "lambda_init_offset",
+    "head_norm",
+    "head_norm_eps",
+    "qk_norm",
+)
+
+
+@strict
+class GDAConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Grouped Differential Attention model (arXiv 2510.06949).
+
+    A layer has `num_attention_heads` query heads: `num_noise_heads` of them draw noise maps, the others signal maps.
+    Signal head *i* gives ``softmax(q_i kᵀ) v − λ_i · softmax(q_noise(i) kᵀ) v``; each noise map serves a group of
+    `signal_noise_ratio` signal heads. Everything that is not listed here means what it means in `LlamaConfig`.
+
+    Args:
+        num_attention_heads (`int`, defaults to 40):
+            Query heads of a layer, signal **and** noise. With N noise heads, the rows of `q_proj` are N groups of
+            ``[signal_1 … signal_r, noise]``.
+        num_noise_heads (`int`, defaults to 8):
+            Noise query heads N. The S = num_attention_heads − N signal heads must be a multiple of N.
+        num_key_value_heads (`int`, defaults to 8):
+            KV heads G; the KV cache is (B, G, T, head_dim) in both layouts. Shared: G divides S, and N and G divide
+            one another one way or the other. Paired: G counts both members of each pair, and the G / 2 pairs divide
+            both S and N.
+        kv_layout (`"shared"` or `"paired"`, defaults to `"shared"`):
+            `"shared"`: signal and noise heads of a group read the same K and V (DIFF Transformer V2, Motif-3).
+            `"paired"`: k_proj holds pairs (signal key, noise key), v_proj pairs of slabs that are both read by signal
+            and noise, so that values are 2 · head_dim wide (DIFF Transformer V1, Motif-2).
+        lambda_type (`"reparameterized"`, `"sigmoid"` or `"tanh"`, defaults to `"reparameterized"`):
+            `"reparameterized"`: one scalar a layer, λ = exp(λ_q1·λ_k1) − exp(λ_q2·λ_k2) + λ_init (arXiv 2410.05258).
+            `"sigmoid"`: λ = σ(W_λ x), by token and signal head (DIFF Transformer V2).
+            `"tanh"`: λ = tanh(W_λ x), which can start at exactly 0 and still learn.
+        lambda_init (`float`, `list[float]` or `None`, defaults to `None`):
+            λ_init: one value, one value a layer, or `None` for the schedule 0.8 − 0.6 · exp(−0.3 · (layer + offset)).
+        lambda_init_offset (`int` or `float`, defaults to 0):
+            Offset of that schedule: 0 in the DIFF Transformer, −1 in Motif-2.
+        head_norm (`bool`, defaults to `False`):
+            RMSNorm over each signal head's output, weight `subln`, then × (1 − λ_init of the layer).
+        head_norm_eps (`float`, defaults to 1e-5): epsilon of that norm.
+        qk_norm (`bool`, defaults to `False`): RMSNorm over head_dim of queries and keys before RoPE, as in Qwen3.
+        head_dim (`int`, defaults to 128): width of a query, key and value head; independent of `hidden_size`.
+        hidden_act (`str`, defaults to `"silu"`): as in Llama, or `"poly_norm"` (arXiv 2411.03884).
+        attention_dropout (`float`, defaults to 0.0):
+            Must be 0: the published equations define no dropout for the difference of two attention maps.
+        layer_types (`list[str]`, *optional*):
+            `"full_attention"` or `"sliding_attention"` for each layer; by default sliding everywhere if
+            `sliding_window` is given, full otherwise.
+
+    Raises:
+        ValueError: for every impossible combination, naming the field, the rule and the value.
+
+    Example:
+        >>> config = GDAConfig()  # the shape of Llama-3-8B with one noise head added to each KV group
+        >>> config.num_signal_heads, config.num_noise_heads, config.signal_noise_ratio
+        (32, 8, 4)
+    """
+
+    model_type: ClassVar[str] = "gda"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    default_theta: ClassVar[float] = 500000.0
+    base_model_pp_plan: ClassVar[dict[str, Any]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 40
+    num_noise_heads: int = 8
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    kv_layout: str = "shared"
+    lambda_type: str = "reparameterized"
+    lambda_init: int | float | list[int | float] | None = None
+    lambda_init_offset: int | float = 0
+    head_norm: bool = False
+    head_norm_eps: int | float = 1e-5
+    qk_norm: bool = False
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: int | float = 0.02
+    rms_norm_eps: int | float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 128000
+    eos_token_id: int | list[int] | None = 128001
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            if resembled := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85):
+                raise ValueError(f"GDAConfig has no field `{name}`; did you mean `{resembled[0]}`?")
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    @property
+    def num_signal_heads(self) -> int:
+        """Signal query heads S = num_attention_heads − num_noise_heads."""
+        return self.num_attention_heads - self.num_noise_heads
+
+    @property
+    def signal_noise_ratio(self) -> int:
+        """Signal heads for each noise head, r = S / N."""
+        return self.num_signal_heads // self.num_noise_heads
+
+    @property
+    def value_width(self) -> int:
+        """Width of a head's value: head_dim (shared) or 2 · head_dim (paired)."""
+        return self.head_dim if self.kv_layout == "shared" else 2 * self.head_dim
+
+    def layer_lambda_init(self, layer_idx: int) -> float:
+        """λ_init of layer `layer_idx`, counted from 0 (arXiv 2410.05258, section 2.1)."""
+        if self.lambda_init is None:
+            return 0.8 - 0.6 * math.exp(-0.3 * (layer_idx + self.lambda_init_offset))
+        if isinstance(self.lambda_init, list):
+            return float(self.lambda_init[layer_idx])
+        return float(self.lambda_init)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """Tensor-parallel plan. Columns of q_proj are cut between groups, so each rank holds whole groups."""
+        attention = "layers.*.self_attn"
+        plan = {f"{attention}.{name}_proj": "colwise" for name in "qkv"} | {f"{attention}.o_proj": "rowwise"}
+        plan |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
+        plan["layers.*.mlp.down_proj"] = "rowwise"
+        # What follows is whole on every rank but sees only the rank's heads, so its gradient is summed over ranks.
+        shared_by_heads = ["subln"] * self.head_norm + ["q_norm", "k_norm"] * self.qk_norm
+        plan |= {f"{attention}.{name}": "replicated_with_grad_allreduce" for name in shared_by_heads}
+        if self.lambda_type == "reparameterized":
+            plan[attention] = "replicated_with_grad_allreduce"
+        else:
+            plan[f"{attention}.lambda_proj"] = "colwise"
+        return plan
+
+    def validate_architecture(self) -> None:
+        """Check every rule that ties fields together; runs at construction and again when a model is built.
+
+        Raises:
+            ValueError: naming the field, the rule and the value.
+        """
+        self._validate_values()
+        self._validate_heads()
+        self._validate_lambda()
+        self._validate_layers()
+        self._validate_rope()
+
+    def _validate_values(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_noise_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        for name in ("rms_norm_eps", "head_norm_eps"):
+            _require(0 < getattr(self, name) < math.inf, name, "must be positive", getattr(self, name))
+        _require(self.kv_layout in KV_LAYOUTS, "kv_layout", f"must be one of {KV_LAYOUTS}", self.kv_layout)
+        _require(
+            self.hidden_act == "poly_norm" or self.hidden_act in _activations(),
+            "hidden_act",
+            "must be `poly_norm` or an activation of transformers",
+            self.hidden_act,
+        )
+        _require(
+            self.attention_dropout == 0,
+            "attention_dropout",
+            "must be 0: the equations of differential attention define no dropout for a difference of two maps",
+            self.attention_dropout,
+        )
+
+    def _validate_heads(self) -> None:
+        noise, kv_heads = self.num_noise_heads, self.num_key_value_heads
+        signal = self.num_signal_heads
+        _require(signal >= 1, "num_noise_heads", f"must be below num_attention_heads={self.num_attention_heads}", noise)
+        _require(
+            signal % noise == 0,
+            "num_noise_heads",
+            f"must divide the number of signal heads ({signal} = num_attention_heads − num_noise_heads)",
+            noise,
+        )
+        if self.kv_layout == "shared":
+            _require(
+                signal % kv_heads == 0,
+                "num_key_value_heads",
+                f"must divide the number of signal heads ({signal})",
+                kv_heads,
+            )
+            _require(
+                noise % kv_heads == 0 or kv_heads % noise == 0,
+                "num_noise_heads",
+                f"must divide num_key_value_heads={kv_heads} or be a multiple of it",
+                noise,
+            )
+        else:
+            _require(kv_heads % 2 == 0, "num_key_value_heads", 'must be even with kv_layout="paired"', kv_heads)
+            pairs = kv_heads // 2
+            _require(
+                signal % pairs == 0 and noise % pairs == 0,
+                "num_key_value_heads",
+                f"must count pairs that divide both the signal heads ({signal}) and the noise heads ({noise})",
+                kv_heads,
+            )
+
+    def _validate_lambda(self) -> None:
+        _require(self.lambda_type in LAMBDA_TYPES, "lambda_type", f"must be one of {LAMBDA_TYPES}", self.lambda_type)
+        values = self.lambda_init if isinstance(self.lambda_init, list) else [self.lambda_init or 0.0]
+        _require(
+            not isinstance(self.lambda_init, list) or len(values) == self.num_hidden_layers,
+            "lambda_init",
+            f"must hold one value for each of the {self.num_hidden_layers} layers if it is a list",
+            self.lambda_init,
+        )
+        finite = all(math.isfinite(value) for value in [*values, self.lambda_init_offset])
+        _require(finite, "lambda_init", "and lambda_init_offset must be finite", self.lambda_init)
+
+    def _validate_layers(self) -> None:
+        assert self.layer_types is not None  # filled in at construction
+        _require(
+            len(self.layer_types) == self.num_hidden_layers,
+            "layer_types",
+            f"must name one type for each of the {self.num_hidden_layers} layers",
+            self.layer_types,
+        )
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        _require(not unknown, "layer_types", f"may hold only {LAYER_TYPES}", unknown)
+        if self.sliding_window is not None:
+            _require(self.sliding_window >= 1, "sliding_window", "must be at least 1", self.sliding_window)
+        _require(
+            self.sliding_window is not None or "sliding_attention" not in self.layer_types,
+            "sliding_window",
+            "must be given where layer_types holds `sliding_attention`",
+            self.sliding_window,
+        )
+
+    def _validate_rope(self) -> None:
+        _require(self.head_dim % 2 == 0, "head_dim", "must be even for rotary embeddings", self.head_dim)
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
+        _require(rope_type in ROPE_TYPES, "rope_parameters", f"rope_type must be one of {ROPE_TYPES}", rope_type)
+        partial = rope.get("partial_rotary_factor", 1.0)
+        _require(
+            partial == 1.0 or rope_type == "proportional",
+            "rope_parameters",
+            "partial_rotary_factor must be 1.0 except with rope_type `proportional`",
+            partial,
+        )
+        try:
+            self.validate_rope()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"GDAConfig.rope_parameters: {error} (got {rope})") from None
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Every field, also those at their default: a saved config must not change when a default does."""
+        everything = super().to_diff_dict()
+        for name in type(self).__dataclass_fields__:
+            if name not in PreTrainedConfig.__dataclass_fields__:
+                everything.setdefault(name, getattr(self, name))
+        return everything
+
+
+def _activations() -> dict[str, Any]:
+    from transformers.activations import ACT2FN  # imports transformers' modelling code, which takes seconds
+
+    return ACT2FN
+
+
+def _require(condition: bool, field: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"GDAConfig.{field} {rule}; got {value!r}.")
+
+
+def _set_field_or_value_error(config: GDAConfig, name: str, value: Any) -> None:
+    try:
+        _set_field(config, name, value)
+    except StrictDataclassError as error:
+        raise ValueError(f"GDAConfig.{name}: {error.__cause__}") from None
+
+
+# `@strict` reports a value of the wrong type by an exception of its own that is no ValueError.
+_set_field = GDAConfig.__setattr__
+GDAConfig.__setattr__ = _set_field_or_value_error  # type: ignore[method-assign]
+
+__all__ = ["GDAConfig"]

@@ -1,0 +1,264 @@
+"""Grouped differential attention: two attention maps, subtracted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_gda import GDAConfig
+
+
+class GDAHeadNorm(LlamaRMSNorm):
+    """RMSNorm over the width of one head's output, scaled by 1 − λ_init (arXiv 2410.05258, equation 3)."""
+
+    def __init__(self, width: int, eps: float, scale: float):
+        super().__init__(width, eps=eps)
+        self.scale = scale
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * self.scale
+
+
+class LambdaProjection(nn.Linear):
+    """W_λ x in float32, whatever the dtype of the model and under autocast: (B, T, hidden) → (B, T, S)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float())
+
+
+class AttentionBranch(nn.Module):
+    """One call of transformers' attention interface, for query heads that read the same number of KV heads each.
+
+    It has no parameters: it is the module that an attention backend asks about heads, causality and layer.
+    """
+
+    def __init__(self, config: GDAConfig, layer_idx: int, num_key_value_groups: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = num_key_value_groups
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+    def forward(
+        self,
+        query: torch.Tensor,  # (B, H, T, d)
+        key: torch.Tensor,  # (B, H / num_key_value_groups, T_kv, d)
+        value: torch.Tensor,  # (B, H / num_key_value_groups, T_kv, d)
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return outputs (B, T, H, d) and, from the eager backend, attention maps (B, H, T, T_kv)."""
+        implementation = self.config._attn_implementation
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, maps = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return output, maps if implementation in ("eager", "paged|eager") else None
+
+
+class GDAAttention(nn.Module):
+    r"""
+    Grouped differential attention (arXiv 2510.06949) over keys and values that signal and noise heads share.
+
+    With S signal heads, N noise heads and r = S / N, rows of q_proj are N groups of ``[signal_1 … signal_r, noise]``.
+    That order keeps each group beside the KV head it reads, so all query heads go through **one** call of the
+    attention interface, as in Llama, and the subtraction follows:
+
+        q heads     s s s s n  s s s s n  …      one call   →  o = softmax(q kᵀ) v
+        KV heads        0          1      …                →  out_i = o_i − λ_i · o_noise(i)
+
+    With fewer noise heads than KV heads, each noise query is repeated for the KV heads of its group before the call.
+    """
+
+    def __init__(self, config: GDAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_signal_per_noise = config.signal_noise_ratio
+        width = config.num_signal_heads * config.value_width
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.lambda_init = config.layer_lambda_init(layer_idx)
+        if config.lambda_type == "reparameterized":
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                setattr(self, name, nn.Parameter(torch.empty(self.head_dim)))
+        else:
+            self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads, bias=False)
+        if config.head_norm:
+            self.subln = GDAHeadNorm(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
+        self._build_branches()
+
+    def _build_branches(self) -> None:
+        config = self.config
+        # A noise query may serve several KV heads: the call sees it once for each of them.
+        self.num_noise_copies = max(1, config.num_key_value_heads // config.num_noise_heads)
+        self.num_signal_per_copy = self.num_signal_per_noise // self.num_noise_copies
+        heads_in_call = config.num_signal_heads + config.num_noise_heads * self.num_noise_copies
+        self.branch = AttentionBranch(config, self.layer_idx, heads_in_call // config.num_key_value_heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, hidden)
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output (B, T, hidden) and, with eager and `output_attentions`, differential maps (B, S, T, T_kv)."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads)
+        key = self.k_proj(hidden_states).view(heads)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, G, T, d)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        lambda_ = self.compute_lambda(hidden_states)
+        signal, noise, maps = self.attend(query, key, value, attention_mask, **kwargs)
+        output = self.subtract(signal, noise, lambda_)
+        if self.config.head_norm:
+            output = self.subln(output)
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+        # Eager always has maps at hand; their difference is made for those who ask for it.
+        wanted = kwargs.get("output_attentions") or self.config.output_attentions
+        return output, self.subtract_maps(*maps, lambda_) if wanted and maps is not None else None
+
+    def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """λ in float32 whatever the model's dtype: (1,), or (B, T, S) where it depends on the token."""
+        if self.config.lambda_type == "sigmoid":
+            return self.lambda_proj(hidden_states).sigmoid()
+        if self.config.lambda_type == "tanh":
+            return self.lambda_proj(hidden_states).tanh()
+        signal = (self.lambda_q1.float() * self.lambda_k1.float()).sum(dim=0, keepdim=True)
+        noise = (self.lambda_q2.float() * self.lambda_k2.float()).sum(dim=0, keepdim=True)
+        return signal.exp() - noise.exp() + self.lambda_init
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Return signal (B, T, C, S/C, d), noise (B, T, C, 1, d) and their maps, C = noise heads the call sees."""
+        output, maps = self.branch(self._repeat_noise(query), key, value, attention_mask, **kwargs)
+        sizes = [self.num_signal_per_copy, 1]
+        signal, noise = output.unflatten(2, (-1, sum(sizes))).split(sizes, dim=3)
+        return signal, noise, None if maps is None else maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
+
+    def _repeat_noise(self, query: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, d): ``[s1 s2 s3 s4 n]`` becomes ``[s1 s2 n s3 s4 n]`` where a noise query serves two KV heads."""
+        if self.num_noise_copies == 1:
+            return query
+        signal, noise = query.unflatten(1, (-1, self.num_signal_per_noise + 1)).split([self.num_signal_per_noise, 1], 2)
+        signal = signal.unflatten(2, (self.num_noise_copies, -1))  # (B, N, copies, S / (N · copies), T, d)
+        noise = noise.unsqueeze(2).expand(-1, -1, self.num_noise_copies, -1, -1, -1)
+        return torch.cat((signal, noise), dim=3).flatten(1, 3)
+
+    @staticmethod
+    def subtract(signal: torch.Tensor, noise: torch.Tensor, lambda_: torch.Tensor) -> torch.Tensor:
+        """signal − λ · noise in float32, in the signal's dtype: (B, T, C, S/C, width)."""
+        if lambda_.dim() > 1:  # (B, T, S) → (B, T, C, S/C, 1)
+            lambda_ = lambda_.unflatten(-1, signal.shape[2:4]).unsqueeze(-1)
+        return (signal - lambda_ * noise).to(signal.dtype)
+
+    @staticmethod
+    def subtract_maps(signal: torch.Tensor, noise: torch.Tensor, lambda_: torch.Tensor) -> torch.Tensor:
+        """Maps (B, C, S/C, T, T_kv) and (B, C, 1, T, T_kv) → differential maps (B, S, T, T_kv)."""
+        if lambda_.dim() > 1:  # (B, T, S) → (B, C, S/C, T, 1)
+            lambda_ = lambda_.transpose(1, 2).unflatten(1, signal.shape[1:3]).unsqueeze(-1)
+        return (signal - lambda_ * noise).to(signal.dtype).flatten(1, 2)
+
+
+class GDAPairedAttention(GDAAttention):
+    r"""
+    Grouped differential attention with keys of their own for signal and noise (DIFF Transformer V1, Motif-2).
+
+    KV heads come in pairs. Of a pair, the signal heads read key 0, the noise heads key 1, and both read the two value
+    slabs v1 and v2 as one value of width 2 · head_dim. Values wider than keys leave the fast kernels of every backend,
+    so the wide value is never built: each slab has a call of its own, and the halves are joined after the subtraction.
+
+        signal heads ── key 0 ──┬── v1 ──┐
+                                └── v2 ──┤  out_i = [o1_i − λ_i · o1_noise(i) , o2_i − λ_i · o2_noise(i)]
+        noise heads  ── key 1 ──┬── v1 ──┤
+                                └── v2 ──┘
+    """
+
+    def _build_branches(self) -> None:
+        pairs = self.config.num_key_value_heads // 2
+        self.signal_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_signal_heads // pairs)
+        self.noise_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_noise_heads // pairs)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Return signal (B, T, N, r, 2d), noise (B, T, N, 1, 2d) and their maps."""
+        if (paged_cache := kwargs.get("cache")) is not None:
+            # Continuous batching updates its cache inside the attention call. Four calls must update it once.
+            key, value = paged_cache.update(key, value, layer_idx=self.layer_idx, kwargs=kwargs)
+            kwargs["cache"] = _UpdatedCache()
+        ratio = self.num_signal_per_noise
+        signal_query, noise_query = query.unflatten(1, (-1, ratio + 1)).split([ratio, 1], dim=2)
+        signal, signal_maps = self._attend_slabs(
+            self.signal_branch, signal_query.flatten(1, 2), key[:, 0::2], value, attention_mask, kwargs, member=0
+        )
+        noise, noise_maps = self._attend_slabs(
+            self.noise_branch, noise_query.flatten(1, 2), key[:, 1::2], value, attention_mask, kwargs, member=1
+        )
+        maps = None
+        if signal_maps is not None and noise_maps is not None:
+            maps = signal_maps.unflatten(1, (-1, ratio)), noise_maps.unsqueeze(2)
+        return signal.unflatten(2, (-1, ratio)), noise.unsqueeze(3), maps
+
+    @staticmethod
+    def _attend_slabs(
+        branch: AttentionBranch,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+        member: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Outputs (B, T, heads, 2d) of `query` over both value slabs, and its maps."""
+        halves = []
+        for slab in (0, 1):
+            caches = {}
+            if "k_cache" in kwargs:  # block tables: backends read these, (blocks, block size, G, d), for key and value
+                caches = {"k_cache": kwargs["k_cache"][:, :, member::2], "v_cache": kwargs["v_cache"][:, :, slab::2]}
+            output, maps = branch(query, key, value[:, slab::2], attention_mask, **(kwargs | caches))
+            halves.append(output)
+        return torch.cat(halves, dim=-1), maps
+
+
+class _UpdatedCache:
+    """Stands in for a paged cache that has been updated already, for backends that insist on updating one."""
+
+    @staticmethod
+    def update(key_states: torch.Tensor, value_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+
+ATTENTION_CLASSES = {"shared": GDAAttention, "paired": GDAPairedAttention}

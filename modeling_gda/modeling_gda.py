@@ -1,0 +1,284 @@
+"""Grouped Differential Attention models: the decoder, the language model and the classification heads."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_gda import ATTENTION_CLASSES, GDAAttention
+from .configuration_gda import GDAConfig
+
+MASK_FUNCTIONS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+class PolyNorm(nn.Module):
+    """w0 · n(x³) + w1 · n(x²) + w2 · n(x) + b with n(z) = z / RMS(z) (arXiv 2411.03884), as Motif uses it."""
+
+    def __init__(self, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), 1 / 3))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        powers = (wide**3, wide**2, wide)
+        normed = (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + self.eps) for z in powers)
+        return (sum(w * z for w, z in zip(self.weight, normed, strict=True)) + self.bias).to(x.dtype)
+
+
+class GDAMLP(nn.Module):
+    """Llama's gated MLP, with PolyNorm among its activations."""
+
+    def __init__(self, config: GDAConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = PolyNorm() if config.hidden_act == "poly_norm" else ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GDADecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each after an RMSNorm and added to the residual stream."""
+
+    def __init__(self, config: GDAConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = ATTENTION_CLASSES[config.kv_layout](config, layer_idx)
+        self.mlp = GDAMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, hidden)
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class GDAPreTrainedModel(PreTrainedModel):
+    """What transformers must know of a GDA model to initialize, load, place and record it."""
+
+    config: GDAConfig
+    config_class = GDAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GDADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["lambda_proj", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": GDADecoderLayer,
+        "attentions": GDAAttention,
+    }
+
+    def __init__(self, config: GDAConfig, *args: Any, **kwargs: Any):
+        config.validate_architecture()  # a field may have been changed since the config was made
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PolyNorm):
+            init.constant_(module.weight, 1 / 3)
+            init.zeros_(module.bias)
+        elif isinstance(module, GDAAttention) and self.config.lambda_type == "reparameterized":
+            for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+                init.normal_(vector, mean=0.0, std=0.1)  # arXiv 2410.05258, as in its authors' code
+
+
+class GDAModel(GDAPreTrainedModel):
+    """The GDA decoder without a head: token ids in, hidden states out."""
+
+    def __init__(self, config: GDAConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(GDADecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Run the decoder. Arguments are those of `LlamaModel.forward`.
+
+        With `output_attentions=True` and the eager backend, `attentions` holds for each layer the *differential* maps
+        (B, S, T, T_kv) of the S signal heads, signal − λ · noise: rows sum to 1 − λ and entries may be negative.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("GDAModel takes exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        masks = self._attention_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer_type, layer in zip(self.config.layer_types, self.layers, strict=False):
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=masks[layer_type],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _attention_masks(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, torch.Tensor | None]:
+        """One mask for each type of layer there is; `generate` hands them in ready-made."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        return {
+            layer_type: MASK_FUNCTIONS[layer_type](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for layer_type in dict.fromkeys(self.config.layer_types)
+        }
+
+
+class GDAForCausalLM(GDAPreTrainedModel, GenerationMixin):
+    """A GDA decoder with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GDAConfig):
+        super().__init__(config)
+        self.model = GDAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Run the model. Arguments and outputs are those of `LlamaForCausalLM.forward`: `labels` (B, T) are token ids,
+        −100 where no loss is wanted; `logits` are (B, T, vocab_size). For `attentions`, see `GDAModel.forward`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GDAForSequenceClassification(GenericForSequenceClassification, GDAPreTrainedModel):
+    """A GDA decoder with a classifier on the last token that is not padding."""
+
+
+class GDAForTokenClassification(GenericForTokenClassification, GDAPreTrainedModel):
+    """A GDA decoder with a classifier on every token."""
+
+
+class GDAForQuestionAnswering(GenericForQuestionAnswering, GDAPreTrainedModel):
+    """A GDA decoder with a head for the start and the end of an answer span."""
+
+
+__all__ = [
+    "GDAForCausalLM",
+    "GDAForQuestionAnswering",
+    "GDAForSequenceClassification",
+    "GDAForTokenClassification",
+    "GDAModel",
+    "GDAPreTrainedModel",
+]

@@ -1,0 +1,92 @@
+"""Grouped Differential Attention for Hugging Face transformers.
+
+`import gda` teaches AutoConfig, AutoModel, AutoModelForCausalLM and the classification Auto classes the model type
+"gda". Public names are imported when they are first used.
+"""
+
+from functools import wraps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig
+
+from gda._version import __version__
+from gda.configuration.configuration_gda import GDAConfig
+
+if TYPE_CHECKING:
+    from gda.conversion.convert import convert
+    from gda.conversion.export import export
+    from gda.conversion.inspect import inspect
+    from gda.conversion.verify import verify
+    from gda.demo import demo
+    from gda.modeling_gda.modeling_gda import (
+        GDAForCausalLM,
+        GDAForQuestionAnswering,
+        GDAForSequenceClassification,
+        GDAForTokenClassification,
+        GDAModel,
+    )
+
+_HOMES = {
+    "GDAForCausalLM": "gda.modeling_gda.modeling_gda",
+    "GDAForQuestionAnswering": "gda.modeling_gda.modeling_gda",
+    "GDAForSequenceClassification": "gda.modeling_gda.modeling_gda",
+    "GDAForTokenClassification": "gda.modeling_gda.modeling_gda",
+    "GDAModel": "gda.modeling_gda.modeling_gda",
+    "convert": "gda.conversion.convert",
+    "demo": "gda.demo",
+    "export": "gda.conversion.export",
+    "inspect": "gda.conversion.inspect",
+    "verify": "gda.conversion.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gda' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+def _register_models() -> None:
+    import transformers
+
+    from gda.modeling_gda import modeling_gda
+
+    for auto_name in (
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    ):
+        model_class = getattr(
+            modeling_gda, auto_name.replace("AutoModel", "GDA") if auto_name != "AutoModel" else "GDAModel"
+        )
+        getattr(transformers, auto_name).register(GDAConfig, model_class, exist_ok=True)
+
+
+def _register() -> None:
+    """Register the config now, the models with the first config that is made.
+
+    The Auto classes look a model up by its config, so nothing is missed; and a script that makes none, such as
+    `gda --help`, is spared the import of transformers' modelling code, which takes longer than that of torch.
+    """
+    AutoConfig.register("gda", GDAConfig, exist_ok=True)
+    make_config = GDAConfig.__init__
+
+    @wraps(make_config)
+    def make_first_config(self: GDAConfig, *args: Any, **kwargs: Any) -> None:
+        GDAConfig.__init__ = make_config  # type: ignore[method-assign]
+        _register_models()
+        make_config(self, *args, **kwargs)
+
+    GDAConfig.__init__ = make_first_config  # type: ignore[method-assign]
+
+
+_register()
+
+__all__ = ["GDAConfig", "__version__", *_HOMES]
