@@ -128,7 +128,7 @@ class GDAAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output (B, T, hidden) and, with eager and `output_attentions`, differential maps (B, S, T, T_kv)."""
+        """Return the output (B, T, hidden) and, from eager if asked for, the differential maps (B, S, T, T_kv)."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads)
         key = self.k_proj(hidden_states).view(heads)

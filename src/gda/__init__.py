@@ -28,16 +28,22 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "GDAForCausalLM": "gda.modeling_gda.modeling_gda",
-    "GDAForQuestionAnswering": "gda.modeling_gda.modeling_gda",
-    "GDAForSequenceClassification": "gda.modeling_gda.modeling_gda",
-    "GDAForTokenClassification": "gda.modeling_gda.modeling_gda",
-    "GDAModel": "gda.modeling_gda.modeling_gda",
-    "convert": "gda.conversion.convert",
-    "demo": "gda.demo",
-    "export": "gda.conversion.export",
-    "inspect": "gda.conversion.inspect",
-    "verify": "gda.conversion.verify",
+    name: module
+    for module, names in {
+        "gda.conversion.convert": ["convert"],
+        "gda.conversion.export": ["export"],
+        "gda.conversion.inspect": ["inspect"],
+        "gda.conversion.verify": ["verify"],
+        "gda.demo": ["demo"],
+        "gda.modeling_gda.modeling_gda": [
+            "GDAForCausalLM",
+            "GDAForQuestionAnswering",
+            "GDAForSequenceClassification",
+            "GDAForTokenClassification",
+            "GDAModel",
+        ],
+    }.items()
+    for name in names
 }
 
 
@@ -56,16 +62,13 @@ def _register_models() -> None:
 
     from gda.modeling_gda import modeling_gda
 
-    for auto_name in (
-        "AutoModel",
-        "AutoModelForCausalLM",
-        "AutoModelForQuestionAnswering",
-        "AutoModelForSequenceClassification",
-        "AutoModelForTokenClassification",
-    ):
-        model_class = getattr(
-            modeling_gda, auto_name.replace("AutoModel", "GDA") if auto_name != "AutoModel" else "GDAModel"
-        )
+    for auto_name, model_class in {
+        "AutoModel": modeling_gda.GDAModel,
+        "AutoModelForCausalLM": modeling_gda.GDAForCausalLM,
+        "AutoModelForQuestionAnswering": modeling_gda.GDAForQuestionAnswering,
+        "AutoModelForSequenceClassification": modeling_gda.GDAForSequenceClassification,
+        "AutoModelForTokenClassification": modeling_gda.GDAForTokenClassification,
+    }.items():
         getattr(transformers, auto_name).register(GDAConfig, model_class, exist_ok=True)
 
 
@@ -89,4 +92,17 @@ def _register() -> None:
 
 _register()
 
-__all__ = ["GDAConfig", "__version__", *_HOMES]
+__all__ = [
+    "GDAConfig",
+    "GDAForCausalLM",
+    "GDAForQuestionAnswering",
+    "GDAForSequenceClassification",
+    "GDAForTokenClassification",
+    "GDAModel",
+    "__version__",
+    "convert",
+    "demo",
+    "export",
+    "inspect",
+    "verify",
+]
