@@ -1,6 +1,7 @@
 """The configuration of Grouped Differential Attention models."""
 
 import math
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -294,9 +295,10 @@ class GDAConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Every field, also those at their default: a saved config must not change when a default does."""
         everything = super().to_diff_dict()
-        for name in type(self).__dataclass_fields__:
-            if name not in PreTrainedConfig.__dataclass_fields__:
-                everything.setdefault(name, getattr(self, name))
+        inherited = {field.name for field in fields(PreTrainedConfig)}
+        for field in fields(self):
+            if field.name not in inherited:
+                everything.setdefault(field.name, getattr(self, field.name))
         return everything
 
 

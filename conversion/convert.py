@@ -1,0 +1,230 @@
+"""From a Llama checkpoint to a GDA checkpoint."""
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gda.configuration.configuration_gda import GDAConfig
+from rich.console import Console
+from transformers import PreTrainedConfig
+
+from gda._files import StagedFolder, refuse_existing
+
+from .expand import expanded_config, expanded_recipes
+from .headmap import head_map
+from .provenance import DTYPES, Settings, write_card, write_provenance
+from .recipes import Recipe
+from .sources import Source, open_source, quiet_transformers
+from .stream import MANIFEST_FILE, shards_of, write_checkpoint
+from .verify import VerificationFailed, VerifyReport, verify_opened
+
+SOURCE_TYPES = ("llama",)
+MODES = ("expand",)
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did, or with `dry_run` would do.
+
+    Attributes:
+        out: The folder.
+        config: The GDA configuration.
+        num_tensors, num_parameters, nbytes: Size of the result.
+        notes: What of the source is not in the result.
+        sha256: By file of weights; empty for a dry run.
+        verification: The report of `verify`; None if it was not asked for.
+        dry_run: Whether nothing was written.
+    """
+
+    out: Path
+    config: GDAConfig
+    num_tensors: int
+    num_parameters: int
+    nbytes: int
+    num_files: int
+    notes: list[str] = field(default_factory=list)
+    sha256: dict[str, str] = field(default_factory=dict)
+    verification: VerifyReport | None = None
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        report = {name: getattr(self, name) for name in ("num_tensors", "num_parameters", "nbytes", "num_files")}
+        return {
+            "out": str(self.out),
+            "dry_run": self.dry_run,
+            "head_map": head_map(self.config),
+            "num_signal_heads": self.config.num_signal_heads,
+            "num_noise_heads": self.config.num_noise_heads,
+            **report,
+            "notes": self.notes,
+            "sha256": self.sha256,
+            "verification": None if self.verification is None else self.verification.to_dict(),
+        }
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    mode: str = "expand",
+    noise_heads: int | None = None,
+    ratio: str | int | None = None,
+    lambda_type: str = "reparameterized",
+    seed: int = 0,
+    dtype: str = "keep",
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    verify: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> ConvertReport:
+    """Convert a Llama into a GDA model that computes the same and can learn to do better.
+
+    Every query head stays as a signal head; noise heads are added and λ starts at exactly 0, with a live gradient.
+    Tensors are streamed: memory is that of a few of them. `out` appears only when it is whole and verified.
+
+    Args:
+        source: A folder of safetensors, a Hub id or a `.gguf` file.
+        out: The folder to make.
+        mode: "expand".
+        noise_heads: Noise heads to add; by default one for each KV head.
+        ratio: Signal heads for each noise head, 4 or "4:1", instead of `noise_heads`.
+        lambda_type: "reparameterized" or "tanh".
+        seed: Of the new weights.
+        dtype: "keep", "float32", "bfloat16" or "float16"; λ is float32 always.
+        max_shard_size: As in `save_pretrained`.
+        revision: Branch, tag or commit, for a Hub id.
+        verify: Compare the result with the source before it appears.
+        resume: Go on from the shards that a killed run finished.
+        overwrite: Replace `out` if it exists.
+        dry_run: Check everything, write nothing.
+        console: Where progress is shown; nowhere if None.
+
+    Returns:
+        A report.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
+        VerificationFailed: if the result does not compute what the source computes; `out` is then not made.
+    """
+    out = Path(out)
+    if mode not in MODES:
+        raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    _refuse_output_in_source(source, out)
+    refuse_existing(out, overwrite)
+    with quiet_transformers():
+        opened = open_source(source, revision)
+        _require_type(opened)
+        noise = _noise_heads(opened.config, noise_heads, ratio)
+        config = expanded_config(opened.config, noise_heads=noise, lambda_type=lambda_type, dtype=DTYPES[dtype])
+        settings = Settings(mode, dtype, seed, max_shard_size, config.num_noise_heads, lambda_type)
+        recipes = expanded_recipes(config, opened.specs, seed=seed, dtype=DTYPES[dtype])
+        report = ConvertReport(
+            out=out,
+            config=config,
+            num_tensors=len(recipes),
+            num_parameters=sum(recipe.spec.numel for recipe in recipes.values()),
+            nbytes=sum(recipe.spec.nbytes for recipe in recipes.values()),
+            num_files=len(shards_of(recipes, max_shard_size)),
+            notes=_notes(opened.config),
+            dry_run=dry_run,
+        )
+        if dry_run:
+            return report
+        return _write(report, opened, settings, recipes, verify, resume, overwrite, console)
+
+
+def _write(
+    report: ConvertReport,
+    source: Source,
+    settings: Settings,
+    recipes: dict[str, Recipe],
+    verify: bool,
+    resume: bool,
+    overwrite: bool,
+    console: Console | None,
+) -> ConvertReport:
+    staged = StagedFolder(report.out, overwrite=overwrite, resume=resume)
+    try:
+        _require_space(staged.folder, report, resume)
+        files = write_checkpoint(
+            staged.folder,
+            recipes,
+            source,
+            max_shard_size=settings.max_shard_size,
+            settings=asdict(settings),
+            console=console,
+        )
+        report.config.save_pretrained(staged.folder)
+        source.copy_assets(staged.folder)
+        verification = None
+        if verify:
+            verification = verify_opened(source, staged.folder, settings=settings, console=console)
+            if not verification.passed:
+                raise VerificationFailed(verification)
+        numbers = None if verification is None else verification.to_dict()
+        write_provenance(
+            staged.folder, settings=settings, source=source, recipes=recipes, files=files, verification=numbers
+        )
+        write_card(staged.folder, settings=settings, source=source, config=report.config, verification=numbers)
+        (staged.folder / MANIFEST_FILE).unlink()
+        staged.finish()
+    except KeyboardInterrupt:
+        staged.keep()
+        raise
+    except BaseException:
+        staged.discard()
+        raise
+    return ConvertReport(**{**vars(report), "sha256": files, "verification": verification})
+
+
+def _refuse_output_in_source(source: str | Path, out: Path) -> None:
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"{out} is the source, or lies in it; choose another place")
+
+
+def _require_type(source: Source) -> None:
+    if source.config.model_type not in SOURCE_TYPES:
+        raise ValueError(
+            f"{source.name} is a {source.config.model_type!r} model; those that can be converted are "
+            f"{', '.join(SOURCE_TYPES)}"
+        )
+    if getattr(source.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{source.name} is quantized (quantization_config in config.json); dequantize and save it first"
+        )
+
+
+def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None) -> int | None:
+    if ratio is None:
+        return noise_heads
+    if noise_heads is not None:
+        raise ValueError("--ratio and --noise-heads say the same in two ways; pass one of them")
+    signal, _, noise = str(ratio).partition(":")
+    if not signal.isdecimal() or noise not in ("", "1") or int(signal) < 1:
+        raise ValueError(f"--ratio {ratio} is not a ratio such as 4 or 4:1")
+    heads, remainder = divmod(config.num_attention_heads, int(signal))
+    if remainder:
+        raise ValueError(f"--ratio {ratio} does not divide the {config.num_attention_heads} query heads of the source")
+    return heads
+
+
+def _notes(config: PreTrainedConfig) -> list[str]:
+    if config.attention_dropout:
+        return [f"attention_dropout={config.attention_dropout} is left out: differential attention defines none"]
+    return []
+
+
+def _require_space(folder: Path, report: ConvertReport, resume: bool) -> None:
+    there = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if resume else 0
+    free = shutil.disk_usage(folder).free + there
+    if free < report.nbytes:
+        raise OSError(
+            f"{report.out.parent} has {free / 1e9:.1f} GB free, but the result needs {report.nbytes / 1e9:.1f} GB"
+        )

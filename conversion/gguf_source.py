@@ -1,0 +1,124 @@
+"""GGUF files as a source: tensors are dequantized to float32 one at a time."""
+
+import contextlib
+import functools
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .safetensors_io import TensorSpec
+from .sources import Source, quiet_transformers, read_tokenizer
+
+# Metadata that changes what a model computes and that transformers does not read from a GGUF file.
+UNREAD_METADATA = ("llama.rope.scaling.type", "llama.rope.scale_linear")
+
+
+class GGUFSource(Source):
+    """A GGUF file of a Llama.
+
+    Names, the order of q and k rows, config and tokenizer are translated by transformers' own tables.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ImportError: if the package `gguf` is.
+        ValueError: for a damaged file, another architecture, or contents that transformers would drop silently.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+        self.path = path
+        self.name = path.name
+        self.revision = None
+        self.weight_files = [path]
+        try:
+            self._reader = GGUFReader(path)
+            self.config = self._read_config()
+        except Exception as error:  # a damaged file can make the reader raise anything
+            raise ValueError(f"{path} is not a GGUF file of a Llama: {error}") from None
+        self._refuse_unread_contents()
+        self._tensors = self._tensors_by_name()
+        self.specs = {
+            name: TensorSpec(tuple(int(size) for size in reversed(tensor.shape)), torch.float32)
+            for name, tensor in self._tensors.items()
+        }
+        self._check_tensors(path)
+
+    def _read_config(self) -> PreTrainedConfig:
+        with quiet_transformers():
+            read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
+        config = type(read)(**fields)  # what is read carries attributes that no saved config should have
+        config.dtype = torch.float32
+        return config
+
+    def _refuse_unread_contents(self) -> None:
+        if self.config.model_type != "llama":
+            return  # refused by whoever asks for a Llama
+        for key in UNREAD_METADATA:
+            if (field := self._reader.fields.get(key)) is not None and field.contents() not in ("none", 1.0):
+                raise ValueError(f"{self.path}: {key} is not read by transformers; convert from the safetensors model")
+
+    def _tensors_by_name(self) -> dict[str, Any]:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+        processor_class = TENSOR_PROCESSORS.get(self.config.model_type, TensorProcessor)
+        self._processor = processor_class(config=self.config.to_dict())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        names = get_gguf_hf_weights_map(model, self._processor)
+        tensors = {}
+        for tensor in self._reader.tensors:
+            if tensor.name not in names:
+                raise ValueError(
+                    f"{self.path}: tensor {tensor.name} has no counterpart in transformers' {self.config.model_type}; "
+                    "convert from the safetensors model"
+                )
+            tensors[names[tensor.name]] = tensor
+        return tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        from gguf import dequantize
+
+        tensor = self._tensors[name]
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        processed = self._processor.process(weights=weights, name=tensor.name, tensor_key_mapping={})
+        # A copy, since an unquantized tensor is still the file's read-only memory.
+        return torch.tensor(processed.weights, dtype=torch.float32)
+
+    def load(self) -> PreTrainedModel:
+        # By transformers' own reader, so that a verification does not rest on ours. Its progress bar has no switch.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path.parent, gguf_file=self.path.name, config=self.config, dtype=torch.float32
+            )
+        return model.eval()
+
+    @functools.cache  # noqa: B019 - reading it takes seconds, and a source lives for one command
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        with quiet_transformers():
+            return read_tokenizer(self.path.parent, gguf_file=self.path.name)
+
+    def copy_assets(self, folder: Path) -> None:
+        if (tokenizer := self.tokenizer()) is not None:
+            tokenizer.save_pretrained(folder)
+        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+
+    def card_data(self) -> dict[str, Any]:
+        fields = {"license": "general.license", "language": "general.languages"}
+        found = {key: self._reader.fields.get(field) for key, field in fields.items()}
+        return {key: field.contents() for key, field in found.items() if field is not None}

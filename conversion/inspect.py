@@ -1,0 +1,111 @@
+"""What is in a GDA model: heads, parameters, cache, λ."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gda.configuration.configuration_gda import GDAConfig
+
+from gda._files import read_json
+
+from .export import layer_lambdas
+from .headmap import head_map
+from .provenance import PROVENANCE_FILE
+from .sources import open_source, quiet_transformers, resolve_folder
+
+PARTS = {
+    "embedding": r"embed_tokens\.",
+    "signal and noise queries": r"\.q_(proj|norm)\.",
+    "keys and values": r"\.(k_proj|k_norm|v_proj)\.",
+    "attention output": r"\.o_proj\.",
+    "λ": r"\.lambda_",
+    "MLP": r"\.mlp\.",
+    "norms": r"norm\.|\.subln\.",
+    "language-model head": r"^lm_head\.",
+}
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """A model's layout and size.
+
+    Attributes:
+        head_map: Which query heads read which KV heads, drawn.
+        parameters: By part.
+        kv_cache_bytes_per_token: In the checkpoint's dtype, over all layers.
+        source_kv_cache_bytes_per_token: The same of the model it was converted from; None if that is not known.
+        lambda_type: How λ is made.
+        lambdas: λ of each layer; None where it depends on the token.
+    """
+
+    name: str
+    head_map: str
+    num_layers: int
+    num_signal_heads: int
+    num_noise_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    kv_layout: str
+    dtype: str
+    num_parameters: int
+    parameters: dict[str, int]
+    kv_cache_bytes_per_token: int
+    source_kv_cache_bytes_per_token: int | None
+    lambda_type: str
+    lambdas: list[float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
+    """Read a GDA model's config, headers and λ, and nothing else of its weights.
+
+    Args:
+        model: A folder or a Hub id.
+        revision: For a Hub id.
+
+    Raises:
+        ValueError: if it is not a GDA model.
+        FileNotFoundError: if it is not there.
+    """
+    with quiet_transformers():
+        source = open_source(model, revision)
+    config = source.config
+    if not isinstance(config, GDAConfig):
+        raise ValueError(f"{model} is a {config.model_type!r} model, not a GDA model; `gda convert` makes one of it")
+    parameters = dict.fromkeys(PARTS, 0)
+    for name, spec in source.specs.items():
+        parameters[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += spec.numel
+    dtype = source.specs["model.embed_tokens.weight"].dtype
+    cached = 2 * config.num_hidden_layers * dtype.itemsize
+    return InspectReport(
+        name=source.name,
+        head_map=head_map(config),
+        num_layers=config.num_hidden_layers,
+        num_signal_heads=config.num_signal_heads,
+        num_noise_heads=config.num_noise_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        kv_layout=config.kv_layout,
+        dtype=str(dtype).removeprefix("torch."),
+        num_parameters=sum(parameters.values()),
+        parameters=parameters,
+        kv_cache_bytes_per_token=cached * config.num_key_value_heads * config.head_dim,
+        source_kv_cache_bytes_per_token=_source_cache(resolve_folder(model, revision), cached),
+        lambda_type=config.lambda_type,
+        lambdas=layer_lambdas(source, config),
+    )
+
+
+def _source_cache(folder: Path, bytes_per_element: int) -> int | None:
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        return None
+    try:
+        source = read_json(path)["source"]
+        return bytes_per_element * source["num_key_value_heads"] * source["head_dim"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} does not describe the source of a conversion; remove it") from None

@@ -1,0 +1,161 @@
+"""Safetensors checkpoints as streams: one tensor in memory, whatever the size of a shard."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gda._files import read_json, written_beside
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# In the order in which safetensors lays tensors out in a file: widest first, bfloat16 before float16.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that may not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class SafetensorsReader:
+    """The tensors of a folder of safetensors files, by name.
+
+    Files are chosen as transformers chooses them: `model.safetensors`, else the shards named by
+    `model.safetensors.index.json`. Opening reads and checks every header; a tensor is mapped when it is read and
+    unmapped when it is dropped, so memory is that of the tensors in use.
+
+    Raises:
+        FileNotFoundError: if there are no weights, or a shard is missing.
+        ValueError: for weights that are pickles, an index that is not one or points out of the folder, a truncated
+            or contradictory file, a tensor of a dtype that is not a float.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.specs: dict[str, TensorSpec] = {}
+        self._files: dict[str, str] = {}
+        indexed = self._indexed_names()
+        for file in sorted(set(indexed.values())) if indexed else [WEIGHTS_FILE]:
+            self._read_header(file)
+        for name, file in (indexed or {}).items():
+            if self._files.get(name) != file:
+                raise ValueError(f"{folder / INDEX_FILE} places tensor {name} in {file}, which does not hold it")
+        self.files = sorted(set(self._files.values()))
+
+    def _indexed_names(self) -> dict[str, str] | None:
+        if (self.folder / WEIGHTS_FILE).is_file():
+            return None
+        index_path = self.folder / INDEX_FILE
+        if not index_path.is_file():
+            pickles = sorted(path.name for path in self.folder.glob("*.bin")) + sorted(
+                path.name for path in self.folder.glob("*.pt*")
+            )
+            if pickles:
+                raise ValueError(
+                    f"{self.folder / pickles[0]} is a pickle, which can run code when read; "
+                    "save the model as safetensors first"
+                )
+            raise FileNotFoundError(f"{self.folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+        index = read_json(index_path)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise ValueError(f"{index_path} has no weight_map of tensor names to files")
+        for name, file in names.items():
+            if not isinstance(file, str) or file != Path(file).name or "\\" in file or file in ("", ".", ".."):
+                raise ValueError(f"{index_path} places tensor {name} in {file!r}, which is not a file of this folder")
+        return names
+
+    def _read_header(self, file: str) -> None:
+        path = self.folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, though {INDEX_FILE} names it")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    tensor = opened.get_slice(name)
+                    dtype = DTYPES.get(tensor.get_dtype())
+                    if dtype is None:
+                        raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, not one of {list(DTYPES)}")
+                    self.specs[name] = TensorSpec(tuple(tensor.get_shape()), dtype)
+                    self._files[name] = file
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, mapped from its file.
+
+        Raises:
+            KeyError: if there is none of that name.
+            ValueError: if its file cannot be read any more.
+        """
+        path = self.folder / self._files[name]
+        try:
+            with safe_open(path, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"{path}: tensor {name} cannot be read: {error}") from None
+
+
+def write_safetensors(path: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Write a safetensors file tensor by tensor, beside its place, byte for byte as `safetensors.torch.save_file`.
+
+    Args:
+        path: The file to make.
+        specs: Shape and dtype of every tensor.
+        tensors: The tensors themselves, in the order of `file_order(specs)`; each may be dropped once written.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        ValueError: if a tensor is not of its spec.
+    """
+    header = _header(specs)
+    digest = hashlib.sha256(header)
+    with written_beside(path) as file:
+        file.write(header)
+        for name, tensor in tensors:
+            if TensorSpec(tuple(tensor.shape), tensor.dtype) != specs[name]:
+                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {specs[name]}")
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def file_order(specs: dict[str, TensorSpec]) -> list[str]:
+    """The names in the order in which safetensors lays them out in one file."""
+    widths = list(DTYPES.values())
+    return sorted(specs, key=lambda name: (widths.index(specs[name].dtype), name))
+
+
+def _header(specs: dict[str, TensorSpec]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in file_order(specs):
+        spec = specs[name]
+        end = offset + spec.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,243 @@
+"""Where a conversion reads from: a folder of safetensors, a repository of the Hub, or a GGUF file."""
+
+import contextlib
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from gda._files import read_json, sha256
+
+from .recipes import checkpoint_specs
+from .safetensors_io import SafetensorsReader, TensorSpec
+
+# Copied byte for byte beside the weights. Licences travel with what they cover.
+ASSET_PATTERNS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+DOWNLOAD_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *ASSET_PATTERNS)
+
+# Buffers that old checkpoints saved and that transformers computes.
+COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+class Source(ABC):
+    """A checkpoint to convert: its config, the shapes of its tensors, and each tensor when asked for.
+
+    Attributes:
+        name: What to call it: a Hub id, or the name of the folder or file.
+        revision: The commit, for a Hub id.
+        config: Its configuration, as transformers reads it.
+        specs: Shape and dtype of each tensor of the model, by name.
+        weight_files: The files that hold the tensors.
+    """
+
+    name: str
+    revision: str | None
+    config: PreTrainedConfig
+    specs: dict[str, TensorSpec]
+    weight_files: list[Path]
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`."""
+
+    @abstractmethod
+    def load(self) -> PreTrainedModel:
+        """The whole model in float32, loaded by transformers."""
+
+    @abstractmethod
+    def copy_assets(self, folder: Path) -> None:
+        """Put generation config, tokenizer and licences into `folder`."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None if there is none."""
+
+    def card_data(self) -> dict[str, Any]:
+        """Licence and languages from the metadata of the source's model card, for the card of what is made of it."""
+        return {}
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of weights."""
+        return {path.name: sha256(path) for path in self.weight_files}
+
+    def _check_tensors(self, where: Path) -> None:
+        """Compare the tensors with what the config asks for.
+
+        Raises:
+            ValueError: naming the first tensor that is absent, superfluous or of another shape.
+        """
+        expected = checkpoint_specs(self.config)
+        for name, spec in expected.items():
+            if name not in self.specs:
+                raise ValueError(f"{where} has no tensor {name}, which its config.json asks for")
+            if self.specs[name].shape != spec.shape:
+                raise ValueError(
+                    f"{where}: tensor {name} has shape {self.specs[name].shape}, but config.json asks for {spec.shape}"
+                )
+        for name in [name for name in self.specs if name not in expected]:
+            tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
+            if not tied_head and not COMPUTED_TENSORS.search(name):
+                raise ValueError(f"{where} holds tensor {name}, which is no part of a {self.config.model_type} model")
+            del self.specs[name]  # transformers reads neither
+
+
+class FolderSource(Source):
+    """A folder with config.json and safetensors weights."""
+
+    def __init__(self, folder: Path, *, name: str | None = None, revision: str | None = None):
+        self.folder = folder
+        self.name = name or folder.resolve().name
+        self.revision = revision
+        self.config = read_config(folder)
+        self._reader = SafetensorsReader(folder)
+        self.specs = dict(self._reader.specs)
+        self.weight_files = [folder / file for file in self._reader.files]
+        self._check_tensors(folder)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._reader.read(name)
+
+    def load(self) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
+        return model.eval()
+
+    def copy_assets(self, folder: Path) -> None:
+        for pattern in ASSET_PATTERNS:
+            for path in sorted(self.folder.glob(pattern)):
+                target = folder / path.relative_to(self.folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+        if not (folder / "generation_config.json").exists():
+            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return read_tokenizer(self.folder)
+
+    def card_data(self) -> dict[str, Any]:
+        from huggingface_hub import ModelCard
+
+        with contextlib.suppress(Exception):  # a card is a courtesy: a broken one must not stop a conversion
+            data = ModelCard.load(self.folder / "README.md").data.to_dict()
+            return {key: data[key] for key in ("license", "license_name", "license_link", "language") if key in data}
+        return {}
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Read `folder`/config.json by the library's own class for its model type; code in the folder is never run.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, if it is absent or cannot be a config.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a model folder holds one")
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise ValueError(f"{path} names no model_type")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a malformed file makes the config class raise
+        raise ValueError(f"{path} is not a valid configuration: {_first_line(error)}") from None
+
+
+def read_tokenizer(folder: Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in `folder`, or None if there is none."""
+    if not kwargs and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+
+
+def open_source(location: str | Path, revision: str | None = None) -> Source:
+    """Open a folder, a `.gguf` file, or a Hub id at `revision`.
+
+    Raises:
+        FileNotFoundError: if it is none of them.
+        ValueError: if what it holds is not a checkpoint that can be converted.
+    """
+    path = Path(location)
+    if path.suffix == ".gguf":
+        from .gguf_source import GGUFSource
+
+        return GGUFSource(path)
+    if path.is_dir():
+        return FolderSource(path)
+    if path.exists():
+        raise ValueError(f"{path} is neither a model folder nor a .gguf file")
+    return FolderSource(resolve_folder(location, revision), name=str(location), revision=_commit(location, revision))
+
+
+def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
+    """The local folder of `location`: itself, or where the Hub's files are cached after downloading them.
+
+    Raises:
+        FileNotFoundError: if it is neither a folder nor a repository that can be reached.
+    """
+    path = Path(location)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(location)) or str(location).startswith("."):
+        raise FileNotFoundError(f"{location} does not exist")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(location), revision=revision, allow_patterns=list(DOWNLOAD_PATTERNS)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{location} is no local folder, and the Hub did not give it: {_first_line(error)}"
+        ) from None
+
+
+def _commit(location: str | Path, revision: str | None) -> str:
+    return resolve_folder(location, revision).name
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings: what they would say is said by the report."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

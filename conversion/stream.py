@@ -1,0 +1,148 @@
+"""Writing a checkpoint as a stream: shard after shard, tensor after tensor, resumable from the shards that are done."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from gda._files import read_json, sha256, write_json, write_text
+
+from .recipes import Recipe
+from .safetensors_io import INDEX_FILE, SafetensorsReader, TensorSpec, file_order, write_safetensors
+from .sources import Source
+
+MANIFEST_FILE = "manifest.json"
+FILENAME_PATTERN = "model{suffix}.safetensors"
+
+
+def shards_of(recipes: dict[str, Recipe], max_shard_size: str | int) -> dict[str, list[str]]:
+    """Tensor names by file: files and order are those of `save_pretrained` with that `max_shard_size`.
+
+    Raises:
+        ValueError: if `max_shard_size` is not a positive size such as "5GB".
+    """
+    try:
+        split = split_state_dict_into_shards_factory(
+            {name: recipe.spec for name, recipe in recipes.items()},  # type: ignore[arg-type]
+            get_storage_size=lambda spec: spec.nbytes,  # type: ignore[attr-defined]
+            filename_pattern=FILENAME_PATTERN,
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:
+        raise ValueError(f"--max-shard-size {max_shard_size!r} is not a size such as 5GB or 400MB") from None
+    return split.filename_to_tensors
+
+
+def write_checkpoint(
+    folder: Path,
+    recipes: dict[str, Recipe],
+    source: Source,
+    *,
+    max_shard_size: str | int,
+    settings: dict[str, object],
+    console: Console | None = None,
+) -> dict[str, str]:
+    """Write the weights into `folder`, going on from the shards that an earlier process finished with like settings.
+
+    Args:
+        folder: Where to; its manifest tells which shards are finished, and their SHA-256.
+        recipes: How each tensor is made, in the order of the index.
+        source: What the recipes read.
+        max_shard_size: As in `save_pretrained`.
+        settings: What the bytes depend on, apart from the source.
+        console: Where progress is shown; nowhere if None.
+
+    Returns:
+        SHA-256 of each file of weights.
+
+    Raises:
+        ValueError: if what is in the folder was made with other settings or of another source.
+    """
+    shards = shards_of(recipes, max_shard_size)
+    fingerprint = _fingerprint(source, settings, shards)
+    manifest = _open_manifest(folder, fingerprint)
+    total = sum(recipe.spec.nbytes for recipe in recipes.values())
+    with _progress(console) as progress:
+        task = progress.add_task("writing", total=total)
+        for file, names in shards.items():
+            specs = {name: recipes[name].spec for name in names}
+            if manifest.get(file) is None or not _is_intact(folder / file, manifest[file]):
+                manifest[file] = write_safetensors(folder / file, specs, _made(recipes, specs, source, progress, task))
+                write_json(folder / MANIFEST_FILE, {"fingerprint": fingerprint, "finished": manifest})
+            else:
+                progress.update(task, advance=sum(spec.nbytes for spec in specs.values()))
+    if len(shards) > 1:
+        _write_index(folder, recipes, shards)
+    return {file: manifest[file] for file in shards}
+
+
+def _made(
+    recipes: dict[str, Recipe], specs: dict[str, TensorSpec], source: Source, progress: Progress, task: object
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in file_order(specs):
+        yield name, recipes[name](source.read)
+        progress.update(task, advance=specs[name].nbytes)  # type: ignore[arg-type]
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None,
+        transient=True,
+    )
+
+
+def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, list[str]]) -> str:
+    """What a half-finished conversion must have in common with the one that goes on with it."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.weight_files]
+    identity = [source.name, source.revision, files, source.config.to_dict(), settings, shards]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _open_manifest(folder: Path, fingerprint: str) -> dict[str, str]:
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return {}
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"{folder} was begun with another source or other settings; run again without --resume to start afresh"
+        )
+    return dict(manifest["finished"])
+
+
+def _is_intact(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def _write_index(folder: Path, recipes: dict[str, Recipe], shards: dict[str, list[str]]) -> None:
+    index = {
+        "metadata": {
+            "total_parameters": sum(recipe.spec.numel for recipe in recipes.values()),
+            "total_size": sum(recipe.spec.nbytes for recipe in recipes.values()),
+        },
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def different_tensors(folder: Path, recipes: dict[str, Recipe], source: Source) -> list[str]:
+    """Names of the tensors in `folder` that are not, bit for bit, what the recipes make of the source."""
+    written = SafetensorsReader(folder)
+    if missing := sorted(set(recipes) ^ set(written.specs)):
+        return missing
+    return [
+        name
+        for name, recipe in recipes.items()
+        if written.specs[name] != recipe.spec or not torch.equal(written.read(name), recipe(source.read))
+    ]

@@ -1,0 +1,266 @@
+"""Does the converted model compute what its source computes?"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from gda._errors import CheckFailed
+
+from .expand import expanded_config, expanded_recipes
+from .provenance import PROVENANCE_FILE, Settings, read_settings
+from .sources import FolderSource, Source, open_source, quiet_transformers, resolve_folder
+from .stream import different_tensors
+
+LOSSLESS_THRESHOLD = 1e-5
+GREEDY_TOKENS = 24
+RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village at the edge of a great forest, there lived",
+    "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n",
+    "Water boils at 100 degrees Celsius at sea level because",
+    "Question: If a train travels 60 miles in 90 minutes, how fast is it going?\nAnswer:",
+    "Der schnelle braune Fuchs springt über den faulen Hund, und dann",
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+    "Dear Sir or Madam,\n\nI am writing to you with regard to",
+)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How far the logits of a converted model lie from its source's, in float32.
+
+    Attributes:
+        method: "full": both models run; "layers": both run layer by layer, one layer in memory; "tensors": every
+            tensor is made again from the source and compared bit for bit, nothing is run.
+        tokens: Positions compared.
+        relative: max |Δlogit| / max |logit|.
+        max_abs, mean_abs: Of Δlogit.
+        kl: KL(source ‖ converted), mean over positions, in nats.
+        top1_agreement: Share of positions with the same most likely token.
+        greedy_match: Share of prompts whose greedy continuation with cache is the same; None unless "full".
+        threshold: The largest `relative` that passes; None where only non-finite logits fail.
+        different_tensors: With "tensors", the names of those that differ.
+        passed: Whether it does.
+    """
+
+    method: str
+    tokens: int
+    relative: float | None
+    max_abs: float | None
+    mean_abs: float | None
+    kl: float | None
+    top1_agreement: float | None
+    greedy_match: float | None
+    threshold: float | None
+    different_tensors: list[str]
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+class VerificationFailed(CheckFailed):
+    """A converted model does not compute what its source computes. `report` says by how much."""
+
+    def __init__(self, report: VerifyReport):
+        self.report = report
+        if report.different_tensors:
+            reason = f"{len(report.different_tensors)} tensors differ, the first is {report.different_tensors[0]}"
+        else:
+            reason = f"relative |Δlogit| is {report.relative:.2e}, the threshold is {report.threshold or math.inf:.0e}"
+        super().__init__(f"verification failed: {reason}")
+
+
+def verify(
+    source: str | Path,
+    out: str | Path,
+    *,
+    method: str = "auto",
+    threshold: float | None = None,
+    revision: str | None = None,
+    console: Console | None = None,
+) -> VerifyReport:
+    """Compare a converted model with its source.
+
+    Args:
+        source: What it was made of: a folder, a Hub id or a `.gguf` file.
+        out: The converted model's folder.
+        method: "full", "layers" or "tensors" (see `VerifyReport`). "auto" is "full" where both models fit into a
+            quarter of the free memory, else "layers".
+        threshold: Largest relative |Δlogit| that passes. By default 1e-5, or none where conversion.json says that the
+            conversion was lossy.
+        revision: Of the source, for a Hub id.
+        console: Where progress is shown; nowhere if None.
+
+    Raises:
+        FileNotFoundError, ValueError: for bad input.
+    """
+    with quiet_transformers():
+        folder = resolve_folder(out)
+        settings = read_settings(folder)
+        opened = open_source(source, revision)
+        return verify_opened(opened, folder, settings=settings, method=method, threshold=threshold, console=console)
+
+
+def verify_opened(
+    source: Source,
+    folder: Path,
+    *,
+    settings: Settings | None,
+    method: str = "auto",
+    threshold: float | None = None,
+    console: Console | None = None,
+) -> VerifyReport:
+    """`verify` for a source that is open already; `settings` are those of the conversion, where known."""
+    if threshold is None and (settings is None or settings.lossless):
+        threshold = LOSSLESS_THRESHOLD
+    converted = FolderSource(folder)
+    if source.config.vocab_size != converted.config.vocab_size:
+        raise ValueError(
+            f"{folder} has a vocabulary of {converted.config.vocab_size}, {source.name} of {source.config.vocab_size}"
+        )
+    if method == "auto":
+        method = "full" if _both_fit(source, converted) else "layers"
+    if method == "tensors":
+        return _compare_tensors(source, folder, settings)
+    if method not in ("full", "layers"):
+        raise ValueError(f"--method {method} is not one of auto, full, layers, tensors")
+    prompts = _prompt_ids(source)
+    differences = _Differences()
+    greedy_match = None
+    with torch.inference_mode():
+        if method == "full":
+            models = [each.load() for each in (source, converted)]
+            for ids in track(prompts, "verifying", console=console, transient=True, disable=console is None):
+                differences.add(*(model(ids, use_cache=False).logits for model in models))
+            matches = [_greedy(models[0], ids) == _greedy(models[1], ids) for ids in prompts]
+            greedy_match = sum(matches) / len(matches)
+        else:
+            for pair in zip(_logits_by_layers(source, prompts), _logits_by_layers(converted, prompts), strict=True):
+                differences.add(*pair)
+    return differences.report(method, greedy_match, threshold)
+
+
+class _Differences:
+    """Sums over positions of what the report averages."""
+
+    def __init__(self) -> None:
+        self.tokens = self.agreeing = 0
+        self.max_abs = self.max_logit = self.sum_abs = self.sum_kl = 0.0
+        self.finite = True
+
+    def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:  # (1, T, vocabulary)
+        difference = (got - expected).abs()
+        self.finite &= bool(torch.isfinite(got).all())
+        self.tokens += expected.shape[1]
+        self.max_abs = max(self.max_abs, difference.max().item())
+        self.max_logit = max(self.max_logit, expected.abs().max().item())
+        self.sum_abs += difference.mean(dim=-1).sum().item()
+        self.agreeing += int((expected.argmax(-1) == got.argmax(-1)).sum())
+        log_p, log_q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
+        self.sum_kl += (log_p.exp() * (log_p - log_q)).sum().item()
+
+    def report(self, method: str, greedy_match: float | None, threshold: float | None) -> VerifyReport:
+        relative = self.max_abs / max(self.max_logit, torch.finfo(torch.float32).tiny)
+        return VerifyReport(
+            method=method,
+            tokens=self.tokens,
+            relative=relative,
+            max_abs=self.max_abs,
+            mean_abs=self.sum_abs / self.tokens,
+            kl=max(0.0, self.sum_kl / self.tokens),
+            top1_agreement=self.agreeing / self.tokens,
+            greedy_match=greedy_match,
+            threshold=threshold,
+            different_tensors=[],
+            passed=self.finite and (threshold is None or relative <= threshold),
+        )
+
+
+def _prompt_ids(source: Source) -> list[torch.Tensor]:
+    """The fixed prompts as ids (1, T); seeded random ids where the source has no tokenizer."""
+    if (tokenizer := source.tokenizer()) is not None:
+        return [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+    generator = torch.Generator().manual_seed(0)
+    shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
+    return list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1))
+
+
+def _both_fit(source: Source, converted: Source) -> bool:
+    needed = 4 * sum(spec.numel for each in (source, converted) for spec in each.specs.values())
+    return needed < psutil.virtual_memory().available / 4
+
+
+def _greedy(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
+    model.generation_config = GenerationConfig()  # no stopping, no penalty, whatever the checkpoint prefers
+    generated = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=GREEDY_TOKENS, use_cache=True
+    )
+    return generated[0].tolist()
+
+
+def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Logits (1, T, vocabulary) of each prompt, with one layer of the model in memory at a time."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, attn_implementation="sdpa")
+    rotary = type(model.model.rotary_emb)(source.config)
+    embedding = source.read("model.embed_tokens.weight").float()
+    hidden = [torch.nn.functional.embedding(ids, embedding) for ids in prompts]
+    del embedding
+    for index, layer in enumerate(model.model.layers):
+        _fill(layer, f"model.layers.{index}", source)
+        for i, states in enumerate(hidden):
+            positions = torch.arange(states.shape[1]).unsqueeze(0)
+            # Without a mask, sdpa is causal: right for one sequence without padding.
+            hidden[i] = layer(
+                states, attention_mask=None, position_ids=positions, position_embeddings=rotary(states, positions)
+            )
+        layer.to("meta")
+    _fill(model.model.norm, "model.norm", source)
+    head = "model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"
+    weight = source.read(head).float()
+    for states in hidden:
+        yield torch.nn.functional.linear(model.model.norm(states), weight)
+
+
+def _fill(module: torch.nn.Module, prefix: str, source: Source) -> None:
+    state = {name: source.read(f"{prefix}.{name}").float() for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+    module.eval()
+
+
+def _compare_tensors(source: Source, folder: Path, settings: Settings | None) -> VerifyReport:
+    if settings is None:
+        raise ValueError(f"--method tensors needs {folder / PROVENANCE_FILE}, which says how the tensors were made")
+    config = expanded_config(
+        source.config,
+        noise_heads=settings.num_noise_heads,
+        lambda_type=settings.lambda_type,
+        dtype=settings.torch_dtype,
+    )
+    recipes = expanded_recipes(config, source.specs, seed=settings.seed, dtype=settings.torch_dtype)
+    different = different_tensors(folder, recipes, source)
+    return VerifyReport(
+        method="tensors",
+        tokens=0,
+        relative=None,
+        max_abs=None,
+        mean_abs=None,
+        kl=None,
+        top1_agreement=None,
+        greedy_match=None,
+        threshold=None,
+        different_tensors=different,
+        passed=not different,
+    )

@@ -1,0 +1,134 @@
+"""Files that appear whole or not at all. A leaf module: it imports nothing of the project."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+if os.name == "nt":
+    fcntl = None
+else:
+    import fcntl
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside `path` for writing; rename it to `path` when the block ends, remove it if it fails."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with written_beside(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: naming the file, if it holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+class StagedFolder:
+    """A folder that is filled beside its place and renamed into it, so that the place is empty or whole.
+
+    `folder` is ``.OUT.partial`` beside OUT. `finish` renames it to OUT, `discard` removes it and the parents made for
+    it. A killed process leaves it behind, for another to go on from. While it is open, a second process is refused.
+
+    Args:
+        out: The place. Its missing parents are made.
+        overwrite: Whether `finish` may replace what is there.
+        resume: Whether to keep what a killed process left in the folder, instead of starting afresh.
+
+    Raises:
+        FileExistsError: if `out` exists and may not be replaced.
+        BlockingIOError: if another process is filling the folder.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False):
+        refuse_existing(out, overwrite)
+        self.out = out
+        self.folder = out.with_name(f".{out.name}.partial")
+        missing = [parent for parent in self.folder.parents if not parent.exists()]
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._made_parents = missing
+        self.folder.mkdir(exist_ok=True)
+        self._lock = self._acquire_lock()
+        if not resume:
+            for left_over in self.folder.iterdir():
+                if left_over.name != ".lock":
+                    _remove(left_over)
+
+    def _acquire_lock(self) -> BinaryIO:
+        lock = open(self.folder / ".lock", "wb")  # noqa: SIM115 - held until the folder is finished or discarded
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise BlockingIOError(f"another process is writing {self.out}; wait for it to end") from None
+        return lock
+
+    def finish(self) -> None:
+        """Rename the folder to its place."""
+        (self.folder / ".lock").unlink()
+        replaced = self.out.with_name(f".{self.out.name}.replaced")
+        if self.out.exists():
+            _remove(replaced)  # left by a process that was killed just below
+            os.rename(self.out, replaced)
+        os.rename(self.folder, self.out)
+        self._lock.close()
+        _remove(replaced)
+
+    def keep(self) -> None:
+        """Leave the folder for a later process to resume."""
+        self._lock.close()
+
+    def discard(self) -> None:
+        """Remove the folder, and the parents that were made for it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+        for parent in self._made_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if `out` exists and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists; choose another place or pass --overwrite")

