@@ -83,7 +83,7 @@ class GDAConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "gda"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    default_theta: ClassVar[float] = 500000.0
+    default_theta: ClassVar[float] = 500000.0  # type: ignore[misc]
     base_model_pp_plan: ClassVar[dict[str, Any]] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -145,6 +145,11 @@ class GDAConfig(PreTrainedConfig):
     def value_width(self) -> int:
         """Width of a head's value: head_dim (shared) or 2 · head_dim (paired)."""
         return self.head_dim if self.kv_layout == "shared" else 2 * self.head_dim
+
+    def layer_type(self, layer_idx: int) -> str:
+        """`"full_attention"` or `"sliding_attention"`, for layer `layer_idx`."""
+        assert self.layer_types is not None  # filled in at construction
+        return self.layer_types[layer_idx]
 
     def layer_lambda_init(self, layer_idx: int) -> float:
         """λ_init of layer `layer_idx`, counted from 0 (arXiv 2410.05258, section 2.1)."""
@@ -322,6 +327,6 @@ def _set_field_or_value_error(config: GDAConfig, name: str, value: Any) -> None:
 
 # `@strict` reports a value of the wrong type by an exception of its own that is no ValueError.
 _set_field = GDAConfig.__setattr__
-GDAConfig.__setattr__ = _set_field_or_value_error  # type: ignore[method-assign]
+GDAConfig.__setattr__ = _set_field_or_value_error  # type: ignore[method-assign, assignment]
 
 __all__ = ["GDAConfig"]

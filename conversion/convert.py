@@ -9,7 +9,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from gda._files import StagedFolder, refuse_existing
+from gda._files import StagedFolder, in_background, refuse_existing
 
 from .expand import expanded_config, expanded_recipes
 from .headmap import head_map
@@ -153,6 +153,7 @@ def _write(
     staged = StagedFolder(report.out, overwrite=overwrite, resume=resume)
     try:
         _require_space(staged.folder, report, resume)
+        source_hashes = in_background(source.hashes)
         files = write_checkpoint(
             staged.folder,
             recipes,
@@ -170,7 +171,13 @@ def _write(
                 raise VerificationFailed(verification)
         numbers = None if verification is None else verification.to_dict()
         write_provenance(
-            staged.folder, settings=settings, source=source, recipes=recipes, files=files, verification=numbers
+            staged.folder,
+            settings=settings,
+            source=source,
+            source_hashes=source_hashes.result(),
+            recipes=recipes,
+            files=files,
+            verification=numbers,
         )
         write_card(staged.folder, settings=settings, source=source, config=report.config, verification=numbers)
         (staged.folder / MANIFEST_FILE).unlink()

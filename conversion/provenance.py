@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gda.configuration.configuration_gda import GDAConfig
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig
 
 from gda._files import read_json, write_json, write_text
 from gda._version import __version__
@@ -49,6 +49,7 @@ def write_provenance(
     *,
     settings: Settings,
     source: Source,
+    source_hashes: dict[str, str],
     recipes: dict[str, Recipe],
     files: dict[str, str],
     verification: dict[str, Any] | None,
@@ -70,7 +71,7 @@ def write_provenance(
                 "num_key_value_heads": source.config.num_key_value_heads,
                 "head_dim": source.config.head_dim,
                 "num_parameters": sum(spec.numel for spec in source.specs.values()),
-                "sha256": source.hashes(),
+                "sha256": source_hashes,
             },
             "settings": asdict(settings),
             "sha256": files,
@@ -96,7 +97,7 @@ def read_settings(folder: Path) -> Settings | None:
 
 
 def write_card(
-    folder: Path, *, settings: Settings, source: Source, config: PreTrainedConfig, verification: dict[str, Any] | None
+    folder: Path, *, settings: Settings, source: Source, config: GDAConfig, verification: dict[str, Any] | None
 ) -> None:
     """Write README.md, the model card: what it was made of, the head map, the numbers of the verification."""
     on_hub = source.revision is not None

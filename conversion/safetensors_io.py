@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,14 +132,17 @@ def write_safetensors(path: Path, specs: dict[str, TensorSpec], tensors: Iterabl
     """
     header = _header(specs)
     digest = hashlib.sha256(header)
-    with written_beside(path) as file:
+    hashed: Future[None] | None = None
+    with ThreadPoolExecutor(max_workers=1) as hasher, written_beside(path) as file:
         file.write(header)
         for name, tensor in tensors:
             if TensorSpec(tuple(tensor.shape), tensor.dtype) != specs[name]:
                 raise ValueError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {specs[name]}")
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            if hashed is not None:
+                hashed.result()  # one tensor is hashed while the next is written, so two are in memory
+            hashed = hasher.submit(digest.update, data)
             file.write(data)
-            digest.update(data)
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from gda._files import read_json, sha256, write_json, write_text
 
 from .recipes import Recipe
-from .safetensors_io import INDEX_FILE, SafetensorsReader, TensorSpec, file_order, write_safetensors
+from .safetensors_io import INDEX_FILE, SafetensorsReader, file_order, write_safetensors
 from .sources import Source
 
 MANIFEST_FILE = "manifest.json"
@@ -28,8 +28,8 @@ def shards_of(recipes: dict[str, Recipe], max_shard_size: str | int) -> dict[str
     """
     try:
         split = split_state_dict_into_shards_factory(
-            {name: recipe.spec for name, recipe in recipes.items()},  # type: ignore[arg-type]
-            get_storage_size=lambda spec: spec.nbytes,  # type: ignore[attr-defined]
+            {name: recipe.spec for name, recipe in recipes.items()},
+            get_storage_size=lambda spec: spec.nbytes,
             filename_pattern=FILENAME_PATTERN,
             max_shard_size=max_shard_size,
         )
@@ -66,27 +66,46 @@ def write_checkpoint(
     shards = shards_of(recipes, max_shard_size)
     fingerprint = _fingerprint(source, settings, shards)
     manifest = _open_manifest(folder, fingerprint)
+    intact = {file: digest for file, digest in manifest.items() if _is_intact(folder / file, digest)}
+
+    def remember(file: str, digest: str) -> None:
+        intact[file] = digest
+        write_json(folder / MANIFEST_FILE, {"fingerprint": fingerprint, "finished": intact})
+
+    write_weights(folder, recipes, shards, read=source.read, intact=intact, finished=remember, console=console)
+    return {file: intact[file] for file in shards}
+
+
+def write_weights(
+    folder: Path,
+    recipes: dict[str, Recipe],
+    shards: dict[str, list[str]],
+    *,
+    read: Callable[[str], torch.Tensor],
+    intact: Container[str] = (),
+    finished: Callable[[str, str], None] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Write each shard that is not `intact`, calling `finished(file, SHA-256)` after each, and the index."""
     total = sum(recipe.spec.nbytes for recipe in recipes.values())
     with _progress(console) as progress:
         task = progress.add_task("writing", total=total)
+
+        def made(names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+            for name in names:
+                yield name, recipes[name](read)
+                progress.update(task, advance=recipes[name].spec.nbytes)
+
         for file, names in shards.items():
             specs = {name: recipes[name].spec for name in names}
-            if manifest.get(file) is None or not _is_intact(folder / file, manifest[file]):
-                manifest[file] = write_safetensors(folder / file, specs, _made(recipes, specs, source, progress, task))
-                write_json(folder / MANIFEST_FILE, {"fingerprint": fingerprint, "finished": manifest})
-            else:
+            if file in intact:
                 progress.update(task, advance=sum(spec.nbytes for spec in specs.values()))
+                continue
+            digest = write_safetensors(folder / file, specs, made(file_order(specs)))
+            if finished is not None:
+                finished(file, digest)
     if len(shards) > 1:
         _write_index(folder, recipes, shards)
-    return {file: manifest[file] for file in shards}
-
-
-def _made(
-    recipes: dict[str, Recipe], specs: dict[str, TensorSpec], source: Source, progress: Progress, task: object
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in file_order(specs):
-        yield name, recipes[name](source.read)
-        progress.update(task, advance=specs[name].nbytes)  # type: ignore[arg-type]
 
 
 def _progress(console: Console | None) -> Progress:

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from accelerate.utils import get_max_memory
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -199,15 +199,14 @@ def _prompt_ids(source: Source) -> list[torch.Tensor]:
 
 def _both_fit(source: Source, converted: Source) -> bool:
     needed = 4 * sum(spec.numel for each in (source, converted) for spec in each.specs.values())
-    return needed < psutil.virtual_memory().available / 4
+    return needed < get_max_memory()["cpu"] / 4
 
 
 def _greedy(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
     model.generation_config = GenerationConfig()  # no stopping, no penalty, whatever the checkpoint prefers
-    generated = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=GREEDY_TOKENS, use_cache=True
-    )
-    return generated[0].tolist()
+    mask = torch.ones_like(ids)
+    settings = {"do_sample": False, "max_new_tokens": GREEDY_TOKENS, "use_cache": True}
+    return model.generate(ids, attention_mask=mask, **settings)[0].tolist()  # type: ignore[operator]
 
 
 def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[torch.Tensor]:

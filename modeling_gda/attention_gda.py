@@ -45,7 +45,7 @@ class AttentionBranch(nn.Module):
         self.num_key_value_groups = num_key_value_groups
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        sliding = config.layer_type(layer_idx) == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
     def forward(
@@ -86,6 +86,11 @@ class GDAAttention(nn.Module):
 
     With fewer noise heads than KV heads, each noise query is repeated for the KV heads of its group before the call.
     """
+
+    lambda_q1: nn.Parameter
+    lambda_k1: nn.Parameter
+    lambda_q2: nn.Parameter
+    lambda_k2: nn.Parameter
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         super().__init__()
@@ -160,7 +165,12 @@ class GDAAttention(nn.Module):
         return signal.exp() - noise.exp() + self.lambda_init
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Return signal (B, T, C, S/C, d), noise (B, T, C, 1, d) and their maps, C = noise heads the call sees."""
         output, maps = self.branch(self._repeat_noise(query), key, value, attention_mask, **kwargs)
@@ -212,7 +222,12 @@ class GDAPairedAttention(GDAAttention):
         self.noise_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_noise_heads // pairs)
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Return signal (B, T, N, r, 2d), noise (B, T, N, 1, 2d) and their maps."""
         if (paged_cache := kwargs.get("cache")) is not None:

@@ -18,8 +18,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -78,7 +77,7 @@ class GDADecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> torch.Tensor:
         attention, _ = self.self_attn(
             self.input_layernorm(hidden_states),
@@ -136,7 +135,7 @@ class GDAModel(GDAPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(GDADecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -144,13 +143,13 @@ class GDAModel(GDAPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, Any] | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Run the decoder. Arguments are those of `LlamaModel.forward`.
@@ -174,11 +173,11 @@ class GDAModel(GDAPreTrainedModel):
         masks = self._attention_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer_type, layer in zip(self.config.layer_types, self.layers, strict=False):
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                attention_mask=masks[layer_type],
+                attention_mask=masks[self.config.layer_type(index)],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
@@ -188,11 +187,11 @@ class GDAModel(GDAPreTrainedModel):
 
     def _attention_masks(
         self,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        attention_mask: torch.Tensor | dict[str, Any] | None,
         inputs_embeds: torch.Tensor,
         past_key_values: Cache | None,
         position_ids: torch.Tensor,
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> dict[str, Any]:
         """One mask for each type of layer there is; `generate` hands them in ready-made."""
         if isinstance(attention_mask, dict):
             return attention_mask
@@ -204,7 +203,7 @@ class GDAModel(GDAPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-            for layer_type in dict.fromkeys(self.config.layer_types)
+            for layer_type in dict.fromkeys(self.config.layer_types or [])
         }
 
 
@@ -213,7 +212,7 @@ class GDAForCausalLM(GDAPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GDAConfig):
@@ -226,15 +225,15 @@ class GDAForCausalLM(GDAPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
         Run the model. Arguments and outputs are those of `LlamaForCausalLM.forward`: `labels` (B, T) are token ids,
@@ -249,7 +248,9 @@ class GDAForCausalLM(GDAPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = outputs.last_hidden_state
+        assert hidden_states is not None
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

