@@ -15,11 +15,10 @@ from .expand import expanded_config, expanded_recipes
 from .headmap import head_map
 from .provenance import DTYPES, Settings, write_card, write_provenance
 from .recipes import Recipe
-from .sources import Source, open_source, quiet_transformers
+from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
 from .stream import MANIFEST_FILE, shards_of, write_checkpoint
 from .verify import VerificationFailed, VerifyReport, verify_opened
 
-SOURCE_TYPES = ("llama",)
 MODES = ("expand",)
 
 
@@ -182,11 +181,9 @@ def _write(
         write_card(staged.folder, settings=settings, source=source, config=report.config, verification=numbers)
         (staged.folder / MANIFEST_FILE).unlink()
         staged.finish()
-    except KeyboardInterrupt:
-        staged.keep()
-        raise
-    except BaseException:
-        staged.discard()
+    except BaseException as error:
+        # What an earlier run left is not thrown away by a failure to go on with it.
+        staged.keep() if resume or isinstance(error, KeyboardInterrupt) else staged.discard()
         raise
     return ConvertReport(**{**vars(report), "sha256": files, "verification": verification})
 
@@ -197,15 +194,8 @@ def _refuse_output_in_source(source: str | Path, out: Path) -> None:
 
 
 def _require_type(source: Source) -> None:
-    if source.config.model_type not in SOURCE_TYPES:
-        raise ValueError(
-            f"{source.name} is a {source.config.model_type!r} model; those that can be converted are "
-            f"{', '.join(SOURCE_TYPES)}"
-        )
-    if getattr(source.config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{source.name} is quantized (quantization_config in config.json); dequantize and save it first"
-        )
+    if source.config.model_type not in CONVERTIBLE_TYPES:
+        raise ValueError(f"{source.name} is a {source.config.model_type!r} model already")
 
 
 def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None) -> int | None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .safetensors_io import TensorSpec
-from .sources import Source, quiet_transformers, read_tokenizer
+from .sources import Source, quiet_transformers, read_tokenizer, require_known_type
 
 # Metadata that changes what a model computes and that transformers does not read from a GGUF file.
 UNREAD_METADATA = ("llama.rope.scaling.type", "llama.rope.scale_linear")
@@ -50,6 +50,7 @@ class GGUFSource(Source):
             self.config = self._read_config()
         except Exception as error:  # a damaged file can make the reader raise anything
             raise ValueError(f"{path} is not a GGUF file of a Llama: {error}") from None
+        require_known_type(self.config.model_type, path)
         self._refuse_unread_contents()
         self._tensors = self._tensors_by_name()
         self.specs = {
@@ -67,8 +68,6 @@ class GGUFSource(Source):
         return config
 
     def _refuse_unread_contents(self) -> None:
-        if self.config.model_type != "llama":
-            return  # refused by whoever asks for a Llama
         for key in UNREAD_METADATA:
             if (field := self._reader.fields.get(key)) is not None and field.contents() not in ("none", 1.0):
                 raise ValueError(f"{self.path}: {key} is not read by transformers; convert from the safetensors model")

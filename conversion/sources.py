@@ -44,7 +44,9 @@ ASSET_PATTERNS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-DOWNLOAD_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *ASSET_PATTERNS)
+DOWNLOAD_PATTERNS = ("config.json", "model*.safetensors", "model*.safetensors.index.json", "README.md", *ASSET_PATTERNS)
+
+CONVERTIBLE_TYPES = ("llama",)
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -97,7 +99,17 @@ class Source(ABC):
         Raises:
             ValueError: naming the first tensor that is absent, superfluous or of another shape.
         """
-        expected = checkpoint_specs(self.config)
+        layers = {match.group(1) for name in self.specs if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+        if len(layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"{where} holds {len(layers)} layers, but num_hidden_layers is {self.config.num_hidden_layers}"
+            )
+        try:
+            expected = checkpoint_specs(self.config)
+        except Exception as error:  # whatever a contradictory config makes the model class raise
+            raise ValueError(
+                f"{where}: its config describes no model that can be built: {_first_line(error)}"
+            ) from None
         for name, spec in expected.items():
             if name not in self.specs:
                 raise ValueError(f"{where} has no tensor {name}, which its config.json asks for")
@@ -165,17 +177,29 @@ def read_config(folder: Path) -> PreTrainedConfig:
     raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise ValueError(f"{path} names no model_type")
+    require_known_type(raw["model_type"], path)
+    if raw.get("quantization_config") is not None:
+        raise ValueError(f"{path} has a quantization_config; dequantize the model and save it first")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes the config class raise
         raise ValueError(f"{path} is not a valid configuration: {_first_line(error)}") from None
 
 
+def require_known_type(model_type: str, where: Path) -> None:
+    """Raise ValueError if the tensors of that type of model are not known here."""
+    if model_type not in (*CONVERTIBLE_TYPES, "gda"):
+        raise ValueError(
+            f"{where}: a model of type {model_type!r} cannot be converted; {', '.join(CONVERTIBLE_TYPES)} can"
+        )
+
+
 def read_tokenizer(folder: Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in `folder`, or None if there is none."""
-    if not kwargs and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    """The tokenizer in `folder`, or None if there is none that transformers can load."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    except Exception:  # transformers has no common error for it; a model without a tokenizer is a model all the same
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
 
 
 def open_source(location: str | Path, revision: str | None = None) -> Source:
@@ -194,7 +218,8 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
         return FolderSource(path)
     if path.exists():
         raise ValueError(f"{path} is neither a model folder nor a .gguf file")
-    return FolderSource(resolve_folder(location, revision), name=str(location), revision=_commit(location, revision))
+    folder = resolve_folder(location, revision)
+    return FolderSource(folder, name=str(location), revision=folder.name)  # the Hub's cache names folders by commit
 
 
 def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
@@ -217,10 +242,6 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f"{location} is no local folder, and the Hub did not give it: {_first_line(error)}"
         ) from None
-
-
-def _commit(location: str | Path, revision: str | None) -> str:
-    return resolve_folder(location, revision).name
 
 
 def _first_line(error: BaseException) -> str:

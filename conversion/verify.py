@@ -189,9 +189,11 @@ class _Differences:
 
 
 def _prompt_ids(source: Source) -> list[torch.Tensor]:
-    """The fixed prompts as ids (1, T); seeded random ids where the source has no tokenizer."""
+    """The fixed prompts as ids (1, T); seeded random ids where the source has no tokenizer that fits it."""
     if (tokenizer := source.tokenizer()) is not None:
-        return [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+        prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+        if all(ids and max(ids) < source.config.vocab_size for ids in prompts):
+            return [torch.tensor([ids]) for ids in prompts]
     generator = torch.Generator().manual_seed(0)
     shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
     return list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1))
