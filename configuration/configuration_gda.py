@@ -166,6 +166,9 @@ class GDAConfig(PreTrainedConfig):
         plan = {f"{attention}.{name}_proj": "colwise" for name in "qkv"} | {f"{attention}.o_proj": "rowwise"}
         plan |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
         plan["layers.*.mlp.down_proj"] = "rowwise"
+        if self.hidden_act == "poly_norm":  # a norm over the MLP's whole width, so it is gathered before and cut after
+            plan |= {f"layers.*.mlp.{name}_proj": "colwise_gather_output" for name in ("gate", "up")}
+            plan["layers.*.mlp.down_proj"] = "rowwise_split_input"
         # What follows is whole on every rank but sees only the rank's heads, so its gradient is summed over ranks.
         shared_by_heads = ["subln"] * self.head_norm + ["q_norm", "k_norm"] * self.qk_norm
         plan |= {f"{attention}.{name}": "replicated_with_grad_allreduce" for name in shared_by_heads}
@@ -173,6 +176,16 @@ class GDAConfig(PreTrainedConfig):
             plan[attention] = "replicated_with_grad_allreduce"
         else:
             plan[f"{attention}.lambda_proj"] = "colwise"
+        return plan
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[Any, str]:  # type: ignore[override]
+        """FSDP2 plan. λ vectors are float32 in models of any dtype, and what FSDP2 gathers together has one dtype."""
+        plan = dict(PreTrainedConfig.base_model_fsdp_plan)
+        if self.lambda_type == "reparameterized":
+            modules = ["q_proj", "k_proj", "v_proj", "o_proj"] + ["subln"] * self.head_norm
+            modules += ["q_norm", "k_norm"] * self.qk_norm
+            plan |= {f"layers.*.self_attn.{name}": "free_full_weight" for name in modules}
         return plan
 
     def validate_architecture(self) -> None:

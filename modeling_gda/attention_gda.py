@@ -13,8 +13,11 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_gda import GDAConfig
 
 
-class GDAHeadNorm(LlamaRMSNorm):
-    """RMSNorm over the width of one head's output, scaled by 1 − λ_init (arXiv 2410.05258, equation 3)."""
+class GDAHeadRMSNorm(LlamaRMSNorm):
+    """RMSNorm over the width of one head's output, scaled by 1 − λ_init (arXiv 2410.05258, equation 3).
+
+    transformers initializes norms by their class name: it must hold "RMSNorm".
+    """
 
     def __init__(self, width: int, eps: float, scale: float):
         super().__init__(width, eps=eps)
@@ -114,7 +117,7 @@ class GDAAttention(nn.Module):
         else:
             self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads, bias=False)
         if config.head_norm:
-            self.subln = GDAHeadNorm(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
+            self.subln = GDAHeadRMSNorm(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
         self._build_branches()
 
     def _build_branches(self) -> None:
@@ -146,13 +149,17 @@ class GDAAttention(nn.Module):
 
         lambda_ = self.compute_lambda(hidden_states)
         signal, noise, maps = self.attend(query, key, value, attention_mask, **kwargs)
-        output = self.subtract(signal, noise, lambda_)
+        # Eager always has maps at hand; their difference is made for those who ask for it. The output is then made from
+        # the difference, so that it has a gradient. (A paged cache keeps the values to itself.)
+        wanted = kwargs.get("output_attentions") or self.config.output_attentions
+        difference = self.subtract_maps(*maps, lambda_) if wanted and maps is not None else None
+        if difference is not None and kwargs.get("cache") is None:
+            output = self.apply_maps(difference, value)
+        else:
+            output = self.subtract(signal, noise, lambda_)
         if self.config.head_norm:
             output = self.subln(output)
-        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
-        # Eager always has maps at hand; their difference is made for those who ask for it.
-        wanted = kwargs.get("output_attentions") or self.config.output_attentions
-        return output, self.subtract_maps(*maps, lambda_) if wanted and maps is not None else None
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), difference
 
     def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """λ in float32 whatever the model's dtype: (1,), or (B, T, S) where it depends on the token."""
@@ -201,6 +208,12 @@ class GDAAttention(nn.Module):
             lambda_ = lambda_.transpose(1, 2).unflatten(1, signal.shape[1:3]).unsqueeze(-1)
         return (signal - lambda_ * noise).to(signal.dtype).flatten(1, 2)
 
+    @staticmethod
+    def apply_maps(maps: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Maps (B, S, T, T_kv) and values (B, G, T_kv, width) → outputs (B, T, G, S/G, width)."""
+        grouped = maps.unflatten(1, (value.shape[1], -1))  # (B, G, S/G, T, T_kv)
+        return (grouped @ value.unsqueeze(2)).permute(0, 3, 1, 2, 4)
+
 
 class GDAPairedAttention(GDAAttention):
     r"""
@@ -246,6 +259,11 @@ class GDAPairedAttention(GDAAttention):
         if signal_maps is not None and noise_maps is not None:
             maps = signal_maps.unflatten(1, (-1, ratio)), noise_maps.unsqueeze(2)
         return signal.unflatten(2, (-1, ratio)), noise.unsqueeze(3), maps
+
+    @staticmethod
+    def apply_maps(maps: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Maps (B, S, T, T_kv) and slabs (B, G, T_kv, d) → outputs (B, T, G/2, 2S/G, 2d)."""
+        return GDAAttention.apply_maps(maps, torch.cat((value[:, 0::2], value[:, 1::2]), dim=-1))
 
     @staticmethod
     def _attend_slabs(

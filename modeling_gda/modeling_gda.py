@@ -99,7 +99,6 @@ class GDAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GDADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["lambda_proj", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -113,6 +112,10 @@ class GDAPreTrainedModel(PreTrainedModel):
     def __init__(self, config: GDAConfig, *args: Any, **kwargs: Any):
         config.validate_architecture()  # a field may have been changed since the config was made
         super().__init__(config, *args, **kwargs)
+        reparameterized = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
+        self._keep_in_fp32_modules_strict = (
+            reparameterized if config.lambda_type == "reparameterized" else ["lambda_proj"]
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
