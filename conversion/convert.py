@@ -9,12 +9,12 @@ from gda.configuration.configuration_gda import GDAConfig
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from gda._files import StagedFolder, in_background, refuse_existing
+from gda._files import StagedFolder, check_places, in_background, refuse_existing
 
-from .expand import expanded_config, expanded_recipes
+from .expand import expanded_config, expanded_recipes, listed, possible_noise_heads
 from .headmap import head_map
 from .provenance import DTYPES, Settings, write_card, write_provenance
-from .recipes import Recipe
+from .recipes import Recipe, is_lossless
 from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
 from .stream import MANIFEST_FILE, shards_of, write_checkpoint
 from .verify import VerificationFailed, VerifyReport, verify_opened
@@ -110,20 +110,21 @@ def convert(
         FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
         VerificationFailed: if the result does not compute what the source computes; `out` is then not made.
     """
+    check_places(source, out)
     out = Path(out)
     if mode not in MODES:
         raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    _refuse_output_in_source(source, out)
     refuse_existing(out, overwrite)
     with quiet_transformers():
         opened = open_source(source, revision)
         _require_type(opened)
         noise = _noise_heads(opened.config, noise_heads, ratio)
         config = expanded_config(opened.config, noise_heads=noise, lambda_type=lambda_type, dtype=DTYPES[dtype])
-        settings = Settings(mode, dtype, seed, max_shard_size, config.num_noise_heads, lambda_type)
         recipes = expanded_recipes(config, opened.specs, seed=seed, dtype=DTYPES[dtype])
+        lossless = is_lossless(recipes, opened.specs)
+        settings = Settings(mode, dtype, seed, max_shard_size, config.num_noise_heads, lambda_type, lossless)
         report = ConvertReport(
             out=out,
             config=config,
@@ -182,15 +183,11 @@ def _write(
         (staged.folder / MANIFEST_FILE).unlink()
         staged.finish()
     except BaseException as error:
-        # What an earlier run left is not thrown away by a failure to go on with it.
-        staged.keep() if resume or isinstance(error, KeyboardInterrupt) else staged.discard()
+        # What an earlier run left is not thrown away by a failure to go on with it, unless it turned out to be wrong.
+        resumable = isinstance(error, KeyboardInterrupt) or (resume and not isinstance(error, VerificationFailed))
+        staged.keep() if resumable else staged.discard()
         raise
     return ConvertReport(**{**vars(report), "sha256": files, "verification": verification})
-
-
-def _refuse_output_in_source(source: str | Path, out: Path) -> None:
-    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise ValueError(f"{out} is the source, or lies in it; choose another place")
 
 
 def _require_type(source: Source) -> None:
@@ -206,10 +203,14 @@ def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str |
     signal, _, noise = str(ratio).partition(":")
     if not signal.isdecimal() or noise not in ("", "1") or int(signal) < 1:
         raise ValueError(f"--ratio {ratio} is not a ratio such as 4 or 4:1")
-    heads, remainder = divmod(config.num_attention_heads, int(signal))
-    if remainder:
-        raise ValueError(f"--ratio {ratio} does not divide the {config.num_attention_heads} query heads of the source")
-    return heads
+    heads = config.num_attention_heads
+    if heads % int(signal):
+        possible = possible_noise_heads(heads, config.num_key_value_heads)
+        raise ValueError(
+            f"--ratio {ratio} does not divide the {heads} query heads of the source; "
+            f"possible for --noise-heads: {listed(possible, heads)}"
+        )
+    return heads // int(signal)
 
 
 def _notes(config: PreTrainedConfig) -> list[str]:

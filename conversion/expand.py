@@ -57,6 +57,11 @@ def possible_noise_heads(signal_heads: int, kv_heads: int) -> list[int]:
     ]
 
 
+def listed(noise_heads: list[int], signal_heads: int) -> str:
+    """Numbers of noise heads with their ratios, for a message."""
+    return ", ".join(f"{noise} ({signal_heads // noise}:1)" for noise in noise_heads)
+
+
 def expanded_config(
     source: PreTrainedConfig, *, noise_heads: int | None, lambda_type: str, dtype: torch.dtype | None
 ) -> GDAConfig:
@@ -69,10 +74,9 @@ def expanded_config(
     noise = kv_heads if noise_heads is None else noise_heads
     possible = possible_noise_heads(signal, kv_heads)
     if noise not in possible:
-        ratios = ", ".join(f"{number} ({signal // number}:1)" for number in possible)
         raise ValueError(
             f"{noise} noise heads cannot be added to {signal} query heads over {kv_heads} KV heads; "
-            f"possible for --noise-heads: {ratios}"
+            f"possible for --noise-heads: {listed(possible, signal)}"
         )
     if lambda_type == "sigmoid":
         raise ValueError(

@@ -9,7 +9,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from rich.console import Console
 from transformers import LlamaConfig
 
-from gda._files import StagedFolder, refuse_existing
+from gda._files import StagedFolder, check_places, refuse_existing
 
 from .expand import SHARED_FIELDS, drop_noise_rows
 from .recipes import Recipe, checkpoint_specs, copied
@@ -63,6 +63,7 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"--format {format} is not one of {', '.join(FORMATS)}")
+    check_places(model, out)
     out = Path(out)
     refuse_existing(out, overwrite)
     with quiet_transformers():

@@ -16,11 +16,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .recipes import meta_model
 from .safetensors_io import TensorSpec
 from .sources import Source, quiet_transformers, read_tokenizer, require_known_type
 
-# Metadata that changes what a model computes and that transformers does not read from a GGUF file.
-UNREAD_METADATA = ("llama.rope.scaling.type", "llama.rope.scale_linear")
+# Metadata that changes what a model computes and that transformers does not read, and the value that changes nothing.
+UNREAD_METADATA = {
+    "llama.rope.scaling.type": "none",
+    "llama.rope.scaling.factor": 1.0,
+    "llama.rope.scale_linear": 1.0,
+    "llama.expert_count": 0,
+}
 
 
 class GGUFSource(Source):
@@ -68,8 +74,8 @@ class GGUFSource(Source):
         return config
 
     def _refuse_unread_contents(self) -> None:
-        for key in UNREAD_METADATA:
-            if (field := self._reader.fields.get(key)) is not None and field.contents() not in ("none", 1.0):
+        for key, harmless in UNREAD_METADATA.items():
+            if (field := self._reader.fields.get(key)) is not None and field.contents() != harmless:
                 raise ValueError(f"{self.path}: {key} is not read by transformers; convert from the safetensors model")
 
     def _tensors_by_name(self) -> dict[str, Any]:
@@ -77,9 +83,7 @@ class GGUFSource(Source):
 
         processor_class = TENSOR_PROCESSORS.get(self.config.model_type, TensorProcessor)
         self._processor = processor_class(config=self.config.to_dict())
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
-        names = get_gguf_hf_weights_map(model, self._processor)
+        names = get_gguf_hf_weights_map(meta_model(self.config), self._processor)
         tensors = {}
         for tensor in self._reader.tensors:
             if tensor.name not in names:

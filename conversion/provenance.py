@@ -22,7 +22,7 @@ DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 @dataclass(frozen=True)
 class Settings:
-    """What a conversion was asked for. Everything the output's bytes depend on, apart from the source.
+    """What a conversion was asked for: everything the output's bytes depend on, apart from the source.
 
     `lossless` says whether the result must compute what its source computes.
     """
@@ -33,10 +33,7 @@ class Settings:
     max_shard_size: str | int
     num_noise_heads: int
     lambda_type: str
-
-    @property
-    def lossless(self) -> bool:
-        return self.dtype == "keep"
+    lossless: bool
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -91,9 +88,11 @@ def read_settings(folder: Path) -> Settings | None:
     if not path.is_file():
         return None
     try:
-        return Settings(**read_json(path)["settings"])
+        settings = Settings(**read_json(path)["settings"])
+        settings.torch_dtype  # noqa: B018 - a dtype that there is
     except (KeyError, TypeError):
         raise ValueError(f"{path} does not hold the settings of a conversion; remove it") from None
+    return settings
 
 
 def write_card(

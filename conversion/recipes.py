@@ -1,11 +1,12 @@
 """Recipes: how each tensor of a converted checkpoint is made from tensors of its source."""
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .safetensors_io import TensorSpec
 
@@ -39,19 +40,33 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def is_lossless(recipes: dict[str, Recipe], source: dict[str, TensorSpec]) -> bool:
+    """Whether every tensor keeps all bits of what it is made of: no dtype on the way holds less than the one before."""
+    return all(
+        torch.promote_types(source[name].dtype, recipe.spec.dtype) == recipe.spec.dtype
+        for recipe in recipes.values()
+        for name in recipe.sources
+    )
+
+
 def generator_for(name: str, seed: int) -> torch.Generator:
     """A random generator that depends on the tensor's name and the seed alone, not on the order of the work."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` in float32, with shapes and no memory. `config` stays as it is."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
+
+
 def checkpoint_specs(config: PreTrainedConfig) -> dict[str, TensorSpec]:
     """The tensors of a checkpoint of `config`'s causal language model, in the order in which transformers saves them.
 
-    The model is built on the meta device: this costs no memory. A tied head is left out, as in a saved checkpoint.
+    A tied head is left out, as in a saved checkpoint.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = meta_model(config)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     return {
         name: TensorSpec(tuple(tensor.shape), tensor.dtype)

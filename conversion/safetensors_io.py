@@ -60,6 +60,10 @@ class SafetensorsReader:
         for name, file in (indexed or {}).items():
             if self._files.get(name) != file:
                 raise ValueError(f"{folder / INDEX_FILE} places tensor {name} in {file}, which does not hold it")
+        if indexed and (unlisted := sorted(set(self._files) - set(indexed))):
+            raise ValueError(
+                f"{folder / self._files[unlisted[0]]} holds {unlisted[0]}, which {INDEX_FILE} does not list"
+            )
         self.files = sorted(set(self._files.values()))
 
     def _indexed_names(self) -> dict[str, str] | None:

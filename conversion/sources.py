@@ -118,10 +118,15 @@ class Source(ABC):
                     f"{where}: tensor {name} has shape {self.specs[name].shape}, but config.json asks for {spec.shape}"
                 )
         for name in [name for name in self.specs if name not in expected]:
-            tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
-            if not tied_head and not COMPUTED_TENSORS.search(name):
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                if not torch.equal(self.read(name), self.read("model.embed_tokens.weight")):
+                    raise ValueError(
+                        f"{where}: lm_head.weight differs from the embeddings, though config.json ties them; "
+                        "set tie_word_embeddings to false there"
+                    )
+            elif not COMPUTED_TENSORS.search(name):
                 raise ValueError(f"{where} holds tensor {name}, which is no part of a {self.config.model_type} model")
-            del self.specs[name]  # transformers reads neither
+            del self.specs[name]
 
 
 class FolderSource(Source):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from huggingface_hub.serialization._base import parse_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gda._files import read_json, sha256, write_json, write_text
+from gda._files import read_json, remove, sha256, write_json, write_text
 
 from .recipes import Recipe
 from .safetensors_io import INDEX_FILE, SafetensorsReader, file_order, write_safetensors
@@ -26,16 +27,24 @@ def shards_of(recipes: dict[str, Recipe], max_shard_size: str | int) -> dict[str
     Raises:
         ValueError: if `max_shard_size` is not a positive size such as "5GB".
     """
-    try:
-        split = split_state_dict_into_shards_factory(
-            {name: recipe.spec for name, recipe in recipes.items()},
-            get_storage_size=lambda spec: spec.nbytes,
-            filename_pattern=FILENAME_PATTERN,
-            max_shard_size=max_shard_size,
-        )
-    except ValueError:
-        raise ValueError(f"--max-shard-size {max_shard_size!r} is not a size such as 5GB or 400MB") from None
+    size = _parsed_size(max_shard_size)
+    split = split_state_dict_into_shards_factory(
+        {name: recipe.spec for name, recipe in recipes.items()},
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern=FILENAME_PATTERN,
+        max_shard_size=size,
+    )
     return split.filename_to_tensors
+
+
+def _parsed_size(size: str | int) -> int:
+    try:
+        parsed = parse_size_to_int(size) if isinstance(size, str) else size
+    except (ValueError, OverflowError):
+        parsed = 0
+    if type(parsed) is not int or parsed < 1:
+        raise ValueError(f"--max-shard-size {size!r} is not a size such as 5GB or 400MB")
+    return parsed
 
 
 def write_checkpoint(
@@ -67,6 +76,9 @@ def write_checkpoint(
     fingerprint = _fingerprint(source, settings, shards)
     manifest = _open_manifest(folder, fingerprint)
     intact = {file: digest for file, digest in manifest.items() if _is_intact(folder / file, digest)}
+    for path in folder.iterdir():
+        if path.name not in intact and path.name != MANIFEST_FILE:
+            remove(path)
 
     def remember(file: str, digest: str) -> None:
         intact[file] = digest
@@ -108,6 +120,11 @@ def write_weights(
         _write_index(folder, recipes, shards)
 
 
+def shows_progress(console: Console | None) -> bool:
+    """Whether there is somebody to watch a bar: a log file gets none."""
+    return console is not None and console.is_terminal
+
+
 def _progress(console: Console | None) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -116,7 +133,7 @@ def _progress(console: Console | None) -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=console is None,
+        disable=not shows_progress(console),
         transient=True,
     )
 

@@ -10,14 +10,15 @@ import torch
 from accelerate.utils import get_max_memory
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed
 
 from .expand import expanded_config, expanded_recipes
 from .provenance import PROVENANCE_FILE, Settings, read_settings
+from .recipes import meta_model
 from .sources import FolderSource, Source, open_source, quiet_transformers, resolve_folder
-from .stream import different_tensors
+from .stream import different_tensors, shows_progress
 
 LOSSLESS_THRESHOLD = 1e-5
 GREEDY_TOKENS = 24
@@ -50,6 +51,7 @@ class VerifyReport:
         greedy_match: Share of prompts whose greedy continuation with cache is the same; None unless "full".
         threshold: The largest `relative` that passes; None where only non-finite logits fail.
         different_tensors: With "tensors", the names of those that differ.
+        finite: Whether every logit is.
         passed: Whether it does.
     """
 
@@ -63,6 +65,7 @@ class VerifyReport:
     greedy_match: float | None
     threshold: float | None
     different_tensors: list[str]
+    finite: bool
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +78,9 @@ class VerificationFailed(CheckFailed):
 
     def __init__(self, report: VerifyReport):
         self.report = report
-        if report.different_tensors:
+        if not report.finite:
+            reason = "logits are not finite; does the source hold NaN or infinity?"
+        elif report.different_tensors:
             reason = f"{len(report.different_tensors)} tensors differ, the first is {report.different_tensors[0]}"
         else:
             reason = f"relative |Δlogit| is {report.relative:.2e}, the threshold is {report.threshold or math.inf:.0e}"
@@ -123,6 +128,8 @@ def verify_opened(
     console: Console | None = None,
 ) -> VerifyReport:
     """`verify` for a source that is open already; `settings` are those of the conversion, where known."""
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise ValueError(f"--threshold {threshold} is not a number from 0 on")
     if threshold is None and (settings is None or settings.lossless):
         threshold = LOSSLESS_THRESHOLD
     converted = FolderSource(folder)
@@ -142,7 +149,9 @@ def verify_opened(
     with torch.inference_mode():
         if method == "full":
             models = [each.load() for each in (source, converted)]
-            for ids in track(prompts, "verifying", console=console, transient=True, disable=console is None):
+            for ids in track(
+                prompts, "verifying", console=console, transient=True, disable=not shows_progress(console)
+            ):
                 differences.add(*(model(ids, use_cache=False).logits for model in models))
             matches = [_greedy(models[0], ids) == _greedy(models[1], ids) for ids in prompts]
             greedy_match = sum(matches) / len(matches)
@@ -162,7 +171,7 @@ class _Differences:
 
     def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:  # (1, T, vocabulary)
         difference = (got - expected).abs()
-        self.finite &= bool(torch.isfinite(got).all())
+        self.finite &= bool(torch.isfinite(expected).all() and torch.isfinite(got).all())
         self.tokens += expected.shape[1]
         self.max_abs = max(self.max_abs, difference.max().item())
         self.max_logit = max(self.max_logit, expected.abs().max().item())
@@ -184,6 +193,7 @@ class _Differences:
             greedy_match=greedy_match,
             threshold=threshold,
             different_tensors=[],
+            finite=self.finite,
             passed=self.finite and (threshold is None or relative <= threshold),
         )
 
@@ -213,8 +223,7 @@ def _greedy(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
 
 def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Logits (1, T, vocabulary) of each prompt, with one layer of the model in memory at a time."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, attn_implementation="sdpa")
+    model = meta_model(source.config)
     rotary = type(model.model.rotary_emb)(source.config)
     embedding = source.read("model.embed_tokens.weight").float()
     hidden = [torch.nn.functional.embedding(ids, embedding) for ids in prompts]
@@ -263,5 +272,6 @@ def _compare_tensors(source: Source, folder: Path, settings: Settings | None) ->
         greedy_match=None,
         threshold=None,
         different_tensors=different,
+        finite=True,
         passed=not different,
     )

@@ -243,6 +243,11 @@ class GDAPairedAttention(GDAAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Return signal (B, T, N, r, 2d), noise (B, T, N, 1, 2d) and their maps."""
+        if key.shape[1] % 2:
+            raise ValueError(
+                f"this rank holds {key.shape[1]} of {self.config.num_key_value_heads} KV heads, which cuts a pair; "
+                "GDAConfig.num_key_value_heads must be a multiple of twice the tensor-parallel size"
+            )
         if (paged_cache := kwargs.get("cache")) is not None:
             # Continuous batching updates its cache inside the attention call. Four calls must update it once.
             key, value = paged_cache.update(key, value, layer_idx=self.layer_idx, kwargs=kwargs)

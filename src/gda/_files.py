@@ -1,19 +1,16 @@
 """Files that appear whole or not at all. A leaf module: it imports nothing of the project."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-
-if sys.platform != "win32":
-    import fcntl
 
 T = TypeVar("T")
 
@@ -46,7 +43,9 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
         with open(beside, "wb") as file:
             yield file
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write does not say of what
         beside.unlink(missing_ok=True)
         raise
 
@@ -93,59 +92,90 @@ class StagedFolder:
     def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False):
         refuse_existing(out, overwrite)
         self.out = out
+        self._overwrite = overwrite
         self.folder = out.with_name(f".{out.name}.partial")
-        missing = [parent for parent in self.folder.parents if not parent.exists()]
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._made_parents = missing
-        self.folder.mkdir(exist_ok=True)
+        self._made_parents = [parent for parent in self.folder.parents if not parent.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            self._remove_made_parents()
+            raise
         self._lock = self._acquire_lock()
         if not resume:
             for left_over in self.folder.iterdir():
-                if left_over.name != ".lock":
-                    _remove(left_over)
+                remove(left_over)
 
-    def _acquire_lock(self) -> BinaryIO:
-        lock = open(self.folder / ".lock", "wb")  # noqa: SIM115 - held until the folder is finished or discarded
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                raise BlockingIOError(f"another process is writing {self.out}; wait for it to end") from None
-        return lock
+    def _acquire_lock(self) -> int:
+        """Lock the folder itself, so that the lock goes with it to its place and leaves no file."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BlockingIOError(f"another process is writing {self.out}; wait for it to end") from None
+        return descriptor
 
     def finish(self) -> None:
-        """Rename the folder to its place."""
-        (self.folder / ".lock").unlink()
+        """Rename the folder to its place.
+
+        Raises:
+            FileExistsError: if something has appeared there meanwhile, and may not be replaced.
+        """
+        refuse_existing(self.out, self._overwrite)
         replaced = self.out.with_name(f".{self.out.name}.replaced")
-        if self.out.exists():
-            _remove(replaced)  # left by a process that was killed just below
+        if os.path.lexists(self.out):
+            remove(replaced)  # left by a process that was killed just below
             os.rename(self.out, replaced)
-        os.rename(self.folder, self.out)
-        self._lock.close()
-        _remove(replaced)
+        try:
+            os.rename(self.folder, self.out)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, self.out)
+            raise
+        os.close(self._lock)
+        remove(replaced)
 
     def keep(self) -> None:
         """Leave the folder for a later process to resume."""
-        self._lock.close()
+        os.close(self._lock)
 
     def discard(self) -> None:
         """Remove the folder, and the parents that were made for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        os.close(self._lock)
+        self._remove_made_parents()
+
+    def _remove_made_parents(self) -> None:
         for parent in self._made_parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all it holds; nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
+def check_places(source: str | Path, out: str | Path) -> None:
+    """Refuse an OUT whose making would harm its source.
+
+    Raises:
+        ValueError: if either is empty, or one lies in the other.
+    """
+    for name, place in (("SOURCE", source), ("OUT", out)):
+        if not str(place):
+            raise ValueError(f"{name} is empty; name a folder")
+    if not Path(source).exists():
+        return  # perhaps a Hub id
+    read, written = Path(source).resolve(), Path(out).resolve()
+    if written.is_relative_to(read) or read.is_relative_to(written):
+        raise ValueError(f"{out} is the source, lies in it or holds it; choose another place")
+
+
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """Raise FileExistsError if `out` exists and may not be replaced."""
-    if out.exists() and not overwrite:
+    if os.path.lexists(out) and not overwrite:
         raise FileExistsError(f"{out} exists; choose another place or pass --overwrite")

@@ -2,8 +2,7 @@
 
 import json
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,12 +13,12 @@ from gda._version import __version__
 
 app = typer.Typer(
     help="Grouped Differential Attention: convert Llama checkpoints, look into them, check them.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 progress_console = Console(stderr=True)
+INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
@@ -33,12 +32,15 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-) -> None: ...
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command(
@@ -47,7 +49,7 @@ def _options(
 )
 def convert(
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    out: Annotated[str, typer.Argument(help="The folder to make.")],
     mode: Annotated[str, typer.Option(help="expand: add noise heads, lose nothing.")] = "expand",
     noise_heads: Annotated[int | None, typer.Option(help="Noise heads to add; by default one a KV head.")] = None,
     ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
@@ -160,7 +162,7 @@ def inspect(
 @app.command(epilog="Example:  gda export ./llama-gda ./llama-again --format llama")
 def export(
     model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    out: Annotated[str, typer.Argument(help="The folder to make.")],
     format: Annotated[str, typer.Option(help="llama.")] = "llama",
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -180,7 +182,7 @@ def export(
 
 @app.command(epilog="Examples:  gda demo  ·  gda demo --out smollm2-gda")
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Keep the converted model there.")] = None,
+    out: Annotated[str | None, typer.Option(help="Keep the converted model there.")] = None,
     source: Annotated[str | None, typer.Option(help="Another Llama to demonstrate on.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -221,18 +223,20 @@ def _lambda_summary(lambdas: list[float | None]) -> str:
 def main() -> None:
     """Run the command; exit 0 if done, 1 if a check failed, 2 for bad input, 130 if interrupted."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except CheckFailed as error:
         _fail(error, 1)
-    except (ValueError, OSError, ImportError) as error:
+    except (typer.TyperException, ValueError, OSError, ImportError) as error:
         _fail(error, 2)
-    except KeyboardInterrupt:
-        progress_console.print("interrupted; a conversion goes on with --resume", style="yellow")
-        sys.exit(130)
+    if code == INTERRUPTED:
+        goes_on = "; the same command with --resume goes on" if sys.argv[1:2] == ["convert"] else ""
+        typer.echo(f"gda: interrupted{goes_on}", err=True)
+    sys.exit(code or 0)
 
 
-def _fail(error: Exception, code: int) -> None:
-    typer.echo(f"gda: {' '.join(str(error).split())}", err=True)
+def _fail(error: Exception, code: int) -> NoReturn:
+    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)  # type: ignore[attr-defined]
+    typer.echo(f"gda: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 

@@ -1,0 +1,194 @@
+"""Grouped differential attention, loop by loop: what the fast path is checked against.
+
+Written from the equations. It reads weights by their names in a checkpoint and calls nothing of the model. With S
+signal heads, N noise heads and r = S / N, signal head i = 0 … S − 1 of one layer gives
+
+    out_i = A_i V_i − λ_i · A_noise(i) V_i        A = softmax(q kᵀ / √d), over the tokens that may be seen
+
+and the layer's output is W_O · concat_i(norm(out_i)). Noise head i // r serves signal head i.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gda import GDAConfig
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class NaiveOutput:
+    """`logits` (B, T, vocab_size) and, for each layer, the differential maps A_i − λ_i · A_noise(i) (B, S, T, T)."""
+
+    logits: Tensor
+    maps: list[Tensor]
+
+
+def run(
+    state: State,
+    config: GDAConfig,
+    input_ids: Tensor,
+    padding_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> NaiveOutput:
+    """Logits and maps of token ids (B, T). `padding_mask` (B, T) is 0 where a token is padding, which nobody sees.
+
+    `rotation` are cosines and sines (T, head_dim) to use instead of those of plain RoPE.
+    """
+    state = {name: weight.to(dtype) for name, weight in state.items()}
+    cos, sin = rotation or rope(config, input_ids.shape[1])
+    logits, maps = [], []
+    for row, ids in enumerate(input_ids):
+        real = torch.ones_like(ids, dtype=torch.bool) if padding_mask is None else padding_mask[row].bool()
+        x = state["model.embed_tokens.weight"][ids]
+        row_maps = []
+        for layer in range(config.num_hidden_layers):
+            weights = {
+                name.removeprefix(f"model.layers.{layer}."): weight
+                for name, weight in state.items()
+                if name.startswith(f"model.layers.{layer}.")
+            }
+            window = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+            normed = rms_norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
+            attended, layer_maps = attention(
+                normed, weights, config, layer, cos.to(dtype), sin.to(dtype), visible(real, window)
+            )
+            x = x + attended
+            x = x + mlp(rms_norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps), weights, config)
+            row_maps.append(layer_maps)
+        x = rms_norm(x, state["model.norm.weight"], config.rms_norm_eps)
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        logits.append(x @ state[head].T)
+        maps.append(row_maps)
+    return NaiveOutput(torch.stack(logits), [torch.stack(layer_maps) for layer_maps in zip(*maps, strict=True)])
+
+
+def attention(
+    x: Tensor, weights: State, config: GDAConfig, layer: int, cos: Tensor, sin: Tensor, may_see: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Output (T, hidden) and differential maps (S, T, T) of one layer for one sequence x (T, hidden)."""
+    query_heads = heads(linear(x, weights, "self_attn.q_proj"), config.head_dim)
+    key_heads = heads(linear(x, weights, "self_attn.k_proj"), config.head_dim)
+    value_heads = heads(linear(x, weights, "self_attn.v_proj"), config.head_dim)
+    if config.qk_norm:
+        query_heads = [rms_norm(q, weights["self_attn.q_norm.weight"], config.rms_norm_eps) for q in query_heads]
+        key_heads = [rms_norm(k, weights["self_attn.k_norm.weight"], config.rms_norm_eps) for k in key_heads]
+    query_heads = [rotate(q, cos, sin) for q in query_heads]
+    key_heads = [rotate(k, cos, sin) for k in key_heads]
+
+    num_noise = config.num_noise_heads
+    num_signal = config.num_attention_heads - num_noise
+    ratio = num_signal // num_noise
+    outputs, maps = [], []
+    for i in range(num_signal):
+        noise = i // ratio
+        # Rows of q_proj are groups [signal_1 … signal_r, noise], one group for each noise head.
+        group = query_heads[noise * (ratio + 1) : (noise + 1) * (ratio + 1)]
+        signal_query, noise_query = group[i % ratio], group[ratio]
+        if config.kv_layout == "shared":
+            kv_head = i // (num_signal // config.num_key_value_heads)
+            signal_key = noise_key = key_heads[kv_head]
+            value = value_heads[kv_head]
+        else:
+            num_pairs = config.num_key_value_heads // 2
+            signal_pair = i // (num_signal // num_pairs)
+            noise_pair = noise // (num_noise // num_pairs)
+            signal_key, noise_key = key_heads[2 * signal_pair], key_heads[2 * noise_pair + 1]
+            value = torch.cat((value_heads[2 * signal_pair], value_heads[2 * signal_pair + 1]), dim=-1)
+        signal_map = attention_map(signal_query, signal_key, may_see)
+        noise_map = attention_map(noise_query, noise_key, may_see)
+        lambda_ = lambda_of_head(x, weights, config, layer, i)
+        output = signal_map @ value - lambda_ * (noise_map @ value)
+        if config.head_norm:
+            output = rms_norm(output, weights["self_attn.subln.weight"], config.head_norm_eps)
+            output = output * (1 - lambda_init(config, layer))
+        outputs.append(output)
+        maps.append(signal_map - lambda_ * noise_map)
+    return linear(torch.cat(outputs, dim=-1), weights, "self_attn.o_proj"), torch.stack(maps)
+
+
+def attention_map(query: Tensor, key: Tensor, may_see: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) (T, T) of one head."""
+    scores = query @ key.T / math.sqrt(query.shape[-1])
+    return scores.masked_fill(~may_see, -math.inf).softmax(dim=-1)
+
+
+def lambda_of_head(x: Tensor, weights: State, config: GDAConfig, layer: int, signal_head: int) -> Tensor:
+    """λ of one signal head: (T, 1), one value a token; or (1, 1), the layer's, where it is reparameterized."""
+    if config.lambda_type == "reparameterized":
+        q1, k1, q2, k2 = (weights[f"self_attn.lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
+        return ((q1 @ k1).exp() - (q2 @ k2).exp() + lambda_init(config, layer)).reshape(1, 1)
+    projected = x @ weights["self_attn.lambda_proj.weight"][signal_head]
+    return (torch.sigmoid(projected) if config.lambda_type == "sigmoid" else torch.tanh(projected)).unsqueeze(-1)
+
+
+def lambda_init(config: GDAConfig, layer: int) -> float:
+    """λ_init of a layer counted from 0: given for all, given by layer, or 0.8 − 0.6 · exp(−0.3 · (layer + offset))."""
+    if config.lambda_init is None:
+        return 0.8 - 0.6 * math.exp(-0.3 * (layer + config.lambda_init_offset))
+    return config.lambda_init[layer] if isinstance(config.lambda_init, list) else config.lambda_init
+
+
+def visible(real: Tensor, window: int | None) -> Tensor:
+    """(T, T): whether token t may see token s. Every token sees itself, so that rows of padding are defined."""
+    is_real = real.tolist()
+    tokens = range(len(is_real))
+    reach = len(is_real) if window is None else window
+    return torch.tensor([[s == t or (t - reach < s < t and is_real[s]) for s in tokens] for t in tokens])
+
+
+def mlp(x: Tensor, weights: State, config: GDAConfig) -> Tensor:
+    """W_down (act(W_gate x) · W_up x)."""
+    gate = linear(x, weights, "mlp.gate_proj")
+    if config.hidden_act == "poly_norm":
+        gate = poly_norm(gate, weights["mlp.act_fn.weight"], weights["mlp.act_fn.bias"])
+    else:
+        assert config.hidden_act == "silu"
+        gate = gate * torch.sigmoid(gate)
+    return linear(gate * linear(x, weights, "mlp.up_proj"), weights, "mlp.down_proj")
+
+
+def poly_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """w₀ · n(x³) + w₁ · n(x²) + w₂ · n(x) + b with n(z) = z / √(mean(z²) + 1e-6)."""
+    total = bias
+    for w, power in zip(weight, (3, 2, 1), strict=True):
+        z = x**power
+        total = total + w * z / torch.sqrt((z * z).mean(dim=-1, keepdim=True) + 1e-6)
+    return total
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w · x / √(mean(x²) + ε)."""
+    return weight * x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + eps)
+
+
+def rope(config: GDAConfig, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, head_dim) of plain RoPE: angle t · θ^(−2j / d) at positions j and j + d / 2."""
+    theta, width = config.rope_parameters["rope_theta"], config.head_dim
+    frequencies = [theta ** (-2 * j / width) for j in range(width // 2)]
+    angles = torch.tensor(
+        [[t * frequency for frequency in frequencies * 2] for t in range(length)], dtype=torch.float64
+    )
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_j, x_{j + d / 2}) of each token by its angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def heads(x: Tensor, width: int) -> list[Tensor]:
+    """(T, H · d) → H tensors (T, d)."""
+    return list(x.split(width, dim=-1))
+
+
+def linear(x: Tensor, weights: State, name: str) -> Tensor:
+    """W x + b; without b where the checkpoint has none."""
+    product = x @ weights[f"{name}.weight"].T
+    return product + weights[f"{name}.bias"] if f"{name}.bias" in weights else product
