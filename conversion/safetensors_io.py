@@ -82,8 +82,8 @@ class SafetensorsReader:
             raise FileNotFoundError(f"{self.folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
         index = read_json(index_path)
         names = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(names, dict) or not names:
-            raise ValueError(f"{index_path} has no weight_map of tensor names to files")
+        if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
+            raise ValueError(f"{index_path} lacks metadata or a weight_map of tensor names to files")
         for name, file in names.items():
             if not isinstance(file, str) or file != Path(file).name or "\\" in file or file in ("", ".", ".."):
                 raise ValueError(f"{index_path} places tensor {name} in {file!r}, which is not a file of this folder")

@@ -44,7 +44,7 @@ ASSET_PATTERNS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-DOWNLOAD_PATTERNS = ("config.json", "model*.safetensors", "model*.safetensors.index.json", "README.md", *ASSET_PATTERNS)
+DOWNLOAD_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *ASSET_PATTERNS)
 
 CONVERTIBLE_TYPES = ("llama",)
 
@@ -75,7 +75,11 @@ class Source(ABC):
 
     @abstractmethod
     def load(self) -> PreTrainedModel:
-        """The whole model in float32, loaded by transformers."""
+        """The whole model in float32, loaded by transformers, with outputs in their usual form.
+
+        Raises:
+            ValueError: if transformers cannot load it.
+        """
 
     @abstractmethod
     def copy_assets(self, folder: Path) -> None:
@@ -146,7 +150,11 @@ class FolderSource(Source):
         return self._reader.read(name)
 
     def load(self) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
+        except Exception as error:  # whatever a malformed file makes transformers raise
+            raise ValueError(f"{self.folder}: transformers cannot load it: {_first_line(error)}") from None
+        model.config.return_dict, model.config.output_hidden_states = True, False
         return model.eval()
 
     def copy_assets(self, folder: Path) -> None:
@@ -242,7 +250,14 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(location), revision=revision, allow_patterns=list(DOWNLOAD_PATTERNS)))
+        return Path(
+            snapshot_download(
+                str(location),
+                revision=revision,
+                allow_patterns=list(DOWNLOAD_PATTERNS),
+                ignore_patterns=["original/*", "consolidated*"],  # the same weights, in the form of their authors
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{location} is no local folder, and the Hub did not give it: {_first_line(error)}"

@@ -43,6 +43,7 @@ class VerifyReport:
     Attributes:
         method: "full": both models run; "layers": both run layer by layer, one layer in memory; "tensors": every
             tensor is made again from the source and compared bit for bit, nothing is run.
+        prompts: "texts", or "random ids" where the source has no tokenizer that can be loaded and fits it.
         tokens: Positions compared.
         relative: max |Δlogit| / max |logit|.
         max_abs, mean_abs: Of Δlogit.
@@ -56,6 +57,7 @@ class VerifyReport:
     """
 
     method: str
+    prompts: str
     tokens: int
     relative: float | None
     max_abs: float | None
@@ -143,7 +145,7 @@ def verify_opened(
         return _compare_tensors(source, folder, settings)
     if method not in ("full", "layers"):
         raise ValueError(f"--method {method} is not one of auto, full, layers, tensors")
-    prompts = _prompt_ids(source)
+    kind, prompts = _prompt_ids(source)
     differences = _Differences()
     greedy_match = None
     with torch.inference_mode():
@@ -158,7 +160,7 @@ def verify_opened(
         else:
             for pair in zip(_logits_by_layers(source, prompts), _logits_by_layers(converted, prompts), strict=True):
                 differences.add(*pair)
-    return differences.report(method, greedy_match, threshold)
+    return differences.report(method, kind, greedy_match, threshold)
 
 
 class _Differences:
@@ -180,10 +182,11 @@ class _Differences:
         log_p, log_q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
         self.sum_kl += (log_p.exp() * (log_p - log_q)).sum().item()
 
-    def report(self, method: str, greedy_match: float | None, threshold: float | None) -> VerifyReport:
+    def report(self, method: str, prompts: str, greedy_match: float | None, threshold: float | None) -> VerifyReport:
         relative = self.max_abs / max(self.max_logit, torch.finfo(torch.float32).tiny)
         return VerifyReport(
             method=method,
+            prompts=prompts,
             tokens=self.tokens,
             relative=relative,
             max_abs=self.max_abs,
@@ -198,15 +201,15 @@ class _Differences:
         )
 
 
-def _prompt_ids(source: Source) -> list[torch.Tensor]:
+def _prompt_ids(source: Source) -> tuple[str, list[torch.Tensor]]:
     """The fixed prompts as ids (1, T); seeded random ids where the source has no tokenizer that fits it."""
     if (tokenizer := source.tokenizer()) is not None:
         prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
         if all(ids and max(ids) < source.config.vocab_size for ids in prompts):
-            return [torch.tensor([ids]) for ids in prompts]
+            return "texts", [torch.tensor([ids]) for ids in prompts]
     generator = torch.Generator().manual_seed(0)
     shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
-    return list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1))
+    return "random ids", list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1))
 
 
 def _both_fit(source: Source, converted: Source) -> bool:
@@ -263,6 +266,7 @@ def _compare_tensors(source: Source, folder: Path, settings: Settings | None) ->
     different = different_tensors(folder, recipes, source)
     return VerifyReport(
         method="tensors",
+        prompts="none",
         tokens=0,
         relative=None,
         max_abs=None,

@@ -669,6 +669,31 @@ def test_settings_that_no_conversion_had(
     assert len(outcome.error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "changes", [{"return_dict": False}, {"output_hidden_states": "0"}, {"output_attentions": True}], ids=str
+)
+def test_preferences_in_the_config_do_not_disturb_verification(
+    changes: dict[str, Any], one: Path, tmp_path: Path, command: Command
+) -> None:
+    """What a config says of outputs says nothing of the model: it converts, and verifies or is refused in one line."""
+    change_config(one, **changes)
+    outcome = command("convert", one, tmp_path / "gda")
+    if outcome.code:
+        assert_refused(outcome)
+    else:
+        assert "verified (full" in outcome.out
+
+
+def test_an_index_without_metadata(shards: Path, tmp_path: Path, command: Command) -> None:
+    """transformers cannot load it, we can: it converts, or is refused in one line that names the index."""
+    (shards / INDEX).write_text(json.dumps({"weight_map": weight_map(shards)}))
+    outcome = command("convert", shards, tmp_path / "gda")
+    if outcome.code:
+        assert_refused(outcome, INDEX)
+    else:
+        assert gda.verify(shards, tmp_path / "gda", method="layers").passed
+
+
 # ------------------------------------------------------------------------------------------------------------ fuzz
 
 NUMBERS = st.one_of(

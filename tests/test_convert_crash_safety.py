@@ -5,6 +5,7 @@ and sends itself SIGKILL at a given one, so that every moment between two operat
 """
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -422,6 +423,32 @@ def test_the_lock_holds_until_out_is_in_place(source: Path, tmp_path: Path, monk
     convert(source, out)
     assert files_of(out) == expected
     assert refused == [True]
+
+
+def test_a_lock_on_a_folder_that_has_just_moved_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ends between the second's opening and locking: the second then has a folder and a lock of its own."""
+    out = tmp_path / "gda"
+    first = StagedFolder(out)
+    (first.folder / "weights").write_text("whole")
+    flock = fcntl.flock
+
+    def late(file: Any, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.finish()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = StagedFolder(out)
+    assert files_of(out) == {"weights": b"whole"}
+    assert second.folder.is_dir()
+    with pytest.raises(BlockingIOError):
+        StagedFolder(out, overwrite=True)
+    with pytest.raises(FileExistsError):
+        second.finish()
+    second.discard()
+    assert os.listdir(tmp_path) == ["gda"]
 
 
 def test_an_out_that_appears_meanwhile_is_not_replaced(

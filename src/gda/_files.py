@@ -96,24 +96,28 @@ class StagedFolder:
         self.folder = out.with_name(f".{out.name}.partial")
         self._made_parents = [parent for parent in self.folder.parents if not parent.exists()]
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._make_and_lock()
         except OSError:
             self._remove_made_parents()
             raise
-        self._lock = self._acquire_lock()
         if not resume:
             for left_over in self.folder.iterdir():
                 remove(left_over)
 
-    def _acquire_lock(self) -> int:
-        """Lock the folder itself, so that the lock goes with it to its place and leaves no file."""
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise BlockingIOError(f"another process is writing {self.out}; wait for it to end") from None
-        return descriptor
+    def _make_and_lock(self) -> int:
+        """Lock the folder itself: the lock goes with it to its place, and leaves no file there."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise BlockingIOError(f"another process is writing {self.out}; wait for it to end") from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.folder)):
+                    return descriptor
+            os.close(descriptor)  # another process finished between the opening and the lock: this is its OUT now
 
     def finish(self) -> None:
         """Rename the folder to its place.
@@ -128,7 +132,7 @@ class StagedFolder:
             os.rename(self.out, replaced)
         try:
             os.rename(self.folder, self.out)
-        except OSError:
+        except BaseException:
             if replaced.exists():
                 os.rename(replaced, self.out)
             raise

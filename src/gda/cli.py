@@ -205,7 +205,7 @@ def _print_verification(report: Any) -> None:
     greedy = "" if report.greedy_match is None else f", same greedy text {100 * report.greedy_match:.0f} %"
     limit = "no limit" if report.threshold is None else f"limit {report.threshold:.0e}"
     typer.echo(
-        f"verified ({report.method}, {report.tokens} tokens): |Δlogit| max {report.max_abs:.2e}, "
+        f"verified ({report.method}, {report.tokens} tokens of {report.prompts}): |Δlogit| max {report.max_abs:.2e}, "
         f"mean {report.mean_abs:.2e}, relative {report.relative:.2e} ({limit}); KL {report.kl:.2e}; "
         f"same top token {100 * report.top1_agreement:.1f} %{greedy}"
     )
