@@ -132,7 +132,7 @@ def convert(
             num_parameters=sum(recipe.spec.numel for recipe in recipes.values()),
             nbytes=sum(recipe.spec.nbytes for recipe in recipes.values()),
             num_files=len(shards_of(recipes, max_shard_size)),
-            notes=_notes(opened.config),
+            notes=_notes(opened.config, settings),
             dry_run=dry_run,
         )
         if dry_run:
@@ -213,10 +213,13 @@ def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str |
     return heads // int(signal)
 
 
-def _notes(config: PreTrainedConfig) -> list[str]:
+def _notes(config: PreTrainedConfig, settings: Settings) -> list[str]:
+    notes = []
+    if not settings.lossless:
+        notes.append(f"weights are cast to {settings.dtype}, which is not lossless")
     if config.attention_dropout:
-        return [f"attention_dropout={config.attention_dropout} is left out: differential attention defines none"]
-    return []
+        notes.append(f"attention_dropout={config.attention_dropout} is left out: differential attention defines none")
+    return notes
 
 
 def _require_space(folder: Path, report: ConvertReport, resume: bool) -> None:
