@@ -1,14 +1,14 @@
 """The configuration of Grouped Differential Attention models."""
 
 import math
-from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 KV_LAYOUTS = ("shared", "paired")
 LAMBDA_TYPES = ("reparameterized", "sigmoid", "tanh")
@@ -27,6 +27,8 @@ OWN_FIELDS = (
     "head_norm_eps",
     "qk_norm",
 )
+# What follows from other fields. (PreTrainedConfig would set it, and fail with an AttributeError.)
+DERIVED = ("num_signal_heads", "signal_noise_ratio", "value_width")
 
 
 @strict
@@ -123,6 +125,7 @@ class GDAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
+            _require(name not in DERIVED, name, "follows from other fields and cannot be given", kwargs[name])
             if resembled := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85):
                 raise ValueError(f"GDAConfig has no field `{name}`; did you mean `{resembled[0]}`?")
         if self.layer_types is None:
@@ -215,6 +218,15 @@ class GDAConfig(PreTrainedConfig):
             _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
         for name in ("rms_norm_eps", "head_norm_eps"):
             _require(0 < getattr(self, name) < math.inf, name, "must be positive", getattr(self, name))
+        _require(
+            0 <= self.initializer_range < math.inf, "initializer_range", "must not be negative", self.initializer_range
+        )
+        _require(
+            self.pad_token_id is None or -self.vocab_size <= self.pad_token_id < self.vocab_size,
+            "pad_token_id",
+            f"must be a row of the {self.vocab_size} embeddings",
+            self.pad_token_id,
+        )
         _require(self.kv_layout in KV_LAYOUTS, "kv_layout", f"must be one of {KV_LAYOUTS}", self.kv_layout)
         _require(
             self.hidden_act == "poly_norm" or self.hidden_act in _activations(),
@@ -271,8 +283,15 @@ class GDAConfig(PreTrainedConfig):
             f"must hold one value for each of the {self.num_hidden_layers} layers if it is a list",
             self.lambda_init,
         )
-        finite = all(math.isfinite(value) for value in [*values, self.lambda_init_offset])
-        _require(finite, "lambda_init", "and lambda_init_offset must be finite", self.lambda_init)
+        field = "lambda_init_offset" if self.lambda_init is None else "lambda_init"
+        try:
+            finite = all(
+                abs(self.layer_lambda_init(layer)) < torch.finfo(torch.float32).max
+                for layer in range(self.num_hidden_layers)
+            )
+        except OverflowError:
+            finite = False
+        _require(finite, field, "must give every layer a λ_init that is finite in float32", getattr(self, field))
 
     def _validate_layers(self) -> None:
         assert self.layer_types is not None  # filled in at construction
@@ -305,19 +324,30 @@ class GDAConfig(PreTrainedConfig):
             "partial_rotary_factor must be 1.0 except with rope_type `proportional`",
             partial,
         )
+        nested = self.nested_rope_parameter_keys(rope)
+        _require(not nested, "rope_parameters", "must be one dict for layers of all types", rope)
         try:
             self.validate_rope()
-        except (KeyError, TypeError, ValueError) as error:
+            frequencies = self._rope_frequencies(str(rope_type))
+        except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"GDAConfig.rope_parameters: {error} (got {rope})") from None
+        _require(
+            all(len(each) == self.head_dim // 2 and all(map(math.isfinite, each)) for each in frequencies),
+            "rope_parameters",
+            f"must give {self.head_dim // 2} finite frequencies, half of head_dim",
+            rope,
+        )
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Every field, also those at their default: a saved config must not change when a default does."""
-        everything = super().to_diff_dict()
-        inherited = {field.name for field in fields(PreTrainedConfig)}
-        for field in fields(self):
-            if field.name not in inherited:
-                everything.setdefault(field.name, getattr(self, field.name))
-        return everything
+    def _rope_frequencies(self, rope_type: str) -> list[list[float]]:
+        """The frequencies that the model will compute, within and beyond its length: what cannot be must fail here."""
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
+        if rope_type == "default":
+            _require(rope["rope_theta"] > 0, "rope_parameters", "rope_theta must be positive", rope["rope_theta"])
+            return [[rope["rope_theta"] ** (-2 * j / self.head_dim) for j in range(self.head_dim // 2)]]
+        compute = ROPE_INIT_FUNCTIONS[rope_type]
+        beyond = 2 * max(self.max_position_embeddings, rope.get("original_max_position_embeddings") or 1)
+        with torch.device("cpu"):  # a model may be under construction on the meta device
+            return [compute(self, seq_len=length)[0].tolist() for length in (None, beyond)]
 
 
 def _activations() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Grouped differential attention: two attention maps, subtracted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,8 +41,9 @@ class AttentionBranch(nn.Module):
     It has no parameters: it is the module that an attention backend asks about heads, causality and layer.
     """
 
-    def __init__(self, config: GDAConfig, layer_idx: int, num_key_value_groups: int):
+    def __init__(self, config: GDAConfig, layer_idx: int, num_key_value_groups: int, attention: Any):
         super().__init__()
+        self._attention = (attention,)  # in a tuple, so that it is no submodule of the branch
         self.config = config
         self.layer_idx = layer_idx
         self.num_key_value_groups = num_key_value_groups
@@ -50,6 +51,10 @@ class AttentionBranch(nn.Module):
         self.is_causal = True
         sliding = config.layer_type(layer_idx) == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        """Itself and the query projection: flash attention casts float32 queries to the dtype of a Linear it finds."""
+        yield from (self, *self._attention[0].q_proj.modules())
 
     def forward(
         self,
@@ -126,7 +131,7 @@ class GDAAttention(nn.Module):
         self.num_noise_copies = max(1, config.num_key_value_heads // config.num_noise_heads)
         self.num_signal_per_copy = self.num_signal_per_noise // self.num_noise_copies
         heads_in_call = config.num_signal_heads + config.num_noise_heads * self.num_noise_copies
-        self.branch = AttentionBranch(config, self.layer_idx, heads_in_call // config.num_key_value_heads)
+        self.branch = AttentionBranch(config, self.layer_idx, heads_in_call // config.num_key_value_heads, self)
 
     def forward(
         self,
@@ -231,8 +236,8 @@ class GDAPairedAttention(GDAAttention):
 
     def _build_branches(self) -> None:
         pairs = self.config.num_key_value_heads // 2
-        self.signal_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_signal_heads // pairs)
-        self.noise_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_noise_heads // pairs)
+        self.signal_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_signal_heads // pairs, self)
+        self.noise_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_noise_heads // pairs, self)
 
     def attend(
         self,

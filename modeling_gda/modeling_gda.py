@@ -116,6 +116,8 @@ class GDAPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = (
             reparameterized if config.lambda_type == "reparameterized" else ["lambda_proj"]
         )
+        # Quantizers convert every Linear but those of this list; they do not read the strict one.
+        self._keep_in_fp32_modules = [] if config.lambda_type == "reparameterized" else ["lambda_proj"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -160,7 +160,6 @@ def test_flash_attention_is_given_what_it_needs(fields: dict[str, Any], monkeypa
     assert relative_error(torch.cat(pieces, dim=1), reference(model, ids)) <= TOLERANCE
 
 
-@pytest.mark.xfail(strict=True, reason="AttentionBranch holds no Linear, whose dtype flash attention asks for")
 @each_layout
 def test_flash_attention_finds_the_dtype_of_the_weights(kv_layout: str) -> None:
     """With float32 queries, transformers' flash attention casts to the dtype of the layer's weights."""
@@ -674,7 +673,6 @@ def test_subtraction_is_rounded_once(lambda_shape: tuple[int, ...]) -> None:
     assert not torch.equal(got, signal - (spread.bfloat16() * noise))
 
 
-@pytest.mark.xfail(strict=True, reason="quantizers skip what `_keep_in_fp32_modules` names, not the strict list")
 @pytest.mark.parametrize("lambda_type", ["sigmoid", "tanh"])
 def test_quantizing_weights_leaves_lambda_alone(lambda_type: str, tmp_path: Path) -> None:
     """Where the other projections are loaded as integers, λ's stays the float32 one that is computed in float32."""

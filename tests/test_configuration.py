@@ -458,7 +458,6 @@ NOT_REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="no rule of GDAConfig refuses it yet")
 @pytest.mark.parametrize(("changes", "field"), NOT_REFUSED, ids=lambda value: str(value)[:70])
 def test_impossible_values_are_refused_by_name(changes: dict[str, Any], field: str) -> None:
     """A value that no model can be built of, or none with finite logits, is a ValueError that names its field."""

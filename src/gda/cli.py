@@ -235,7 +235,7 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
-    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)  # type: ignore[attr-defined]
+    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     typer.echo(f"gda: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
