@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
+
 from gda.conversion.recipes import Recipe, checkpoint_specs, generator_for
 from gda.conversion.safetensors_io import TensorSpec
 from gda.conversion.stream import shards_of, write_weights
-from transformers import LlamaConfig
 
 
 def llama_config(gigabytes: float) -> LlamaConfig:

@@ -15,7 +15,7 @@ LAMBDA_TYPES = ("reparameterized", "sigmoid", "tanh")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
-# Fields that no other model family has: an unknown argument that resembles one of them is a typing error, not an
+# Fields that no other model family has: an unknown argument that resembles one of them is a typo, not an
 # attribute that somebody else's tool wants to keep in config.json.
 OWN_FIELDS = (
     "num_noise_heads",
@@ -70,6 +70,7 @@ class GDAConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"silu"`): as in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_dropout (`float`, defaults to 0.0):
             Must be 0: the published equations define no dropout for the difference of two attention maps.
+        sliding_window (`int`, *optional*): how many keys a sliding layer sees, as in Mistral.
         layer_types (`list[str]`, *optional*):
             `"full_attention"` or `"sliding_attention"` for each layer; by default sliding everywhere if
             `sliding_window` is given, full otherwise.
@@ -125,6 +126,8 @@ class GDAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
+            if name == "noise_heads":
+                raise ValueError("GDAConfig has no field `noise_heads`; did you mean `num_noise_heads`?")
             _require(name not in DERIVED, name, "follows from other fields and cannot be given", kwargs[name])
             if resembled := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85):
                 raise ValueError(f"GDAConfig has no field `{name}`; did you mean `{resembled[0]}`?")
@@ -342,7 +345,8 @@ class GDAConfig(PreTrainedConfig):
         """The frequencies that the model will compute, within and beyond its length: what cannot be must fail here."""
         rope: dict[str, Any] = dict(self.rope_parameters or {})
         if rope_type == "default":
-            _require(rope["rope_theta"] > 0, "rope_parameters", "rope_theta must be positive", rope["rope_theta"])
+            if not rope["rope_theta"] > 0:
+                raise ValueError("rope_theta must be positive")
             return [[rope["rope_theta"] ** (-2 * j / self.head_dim) for j in range(self.head_dim // 2)]]
         compute = ROPE_INIT_FUNCTIONS[rope_type]
         beyond = 2 * max(self.max_position_embeddings, rope.get("original_max_position_embeddings") or 1)

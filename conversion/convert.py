@@ -1,15 +1,15 @@
 """From a Llama checkpoint to a GDA checkpoint."""
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gda.configuration.configuration_gda import GDAConfig
 from rich.console import Console
 from transformers import PreTrainedConfig
 
 from gda._files import StagedFolder, check_places, in_background, refuse_existing
+from gda.configuration.configuration_gda import GDAConfig
 
 from .expand import expanded_config, expanded_recipes, listed, possible_noise_heads
 from .headmap import head_map
@@ -29,7 +29,7 @@ class ConvertReport:
     Attributes:
         out: The folder.
         config: The GDA configuration.
-        num_tensors, num_parameters, nbytes: Size of the result.
+        num_tensors, num_parameters, nbytes, num_files: Size of the result.
         notes: What of the source is not in the result.
         sha256: By file of weights; empty for a dry run.
         verification: The report of `verify`; None if it was not asked for.
@@ -84,7 +84,8 @@ def convert(
     """Convert a Llama into a GDA model that computes the same and can learn to do better.
 
     Every query head stays as a signal head; noise heads are added and λ starts at exactly 0, with a live gradient.
-    Tensors are streamed: memory is that of a few of them. `out` appears only when it is whole and verified.
+    Tensors are streamed: memory is that of a few of them. Verification, after it, loads source and result if they take
+    less than a quarter of the free memory, else a layer at a time. `out` appears only when it is whole and verified.
 
     Args:
         source: A folder of safetensors, a Hub id or a `.gguf` file.
@@ -187,7 +188,7 @@ def _write(
         resumable = isinstance(error, KeyboardInterrupt) or (resume and not isinstance(error, VerificationFailed))
         staged.keep() if resumable else staged.discard()
         raise
-    return ConvertReport(**{**vars(report), "sha256": files, "verification": verification})
+    return replace(report, sha256=files, verification=verification)
 
 
 def _require_type(source: Source) -> None:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from gda.configuration.configuration_gda import GDAConfig
 from transformers import PreTrainedConfig
+
+from gda.configuration.configuration_gda import GDAConfig
 
 from .recipes import Recipe, checkpoint_specs, copied, generator_for
 from .safetensors_io import TensorSpec
@@ -117,10 +118,11 @@ def _with_noise_rows(
     query: torch.Tensor, *, config: GDAConfig, generator: Callable[[], torch.Generator]
 ) -> torch.Tensor:
     """(S · d, …) → ((S + N) · d, …): after each group of r signal heads, the noise head that starts near their mean."""
-    groups = query.unflatten(0, (config.num_noise_heads, config.signal_noise_ratio, config.head_dim)).float()
-    jitter = torch.randn(groups[:, :1].shape, generator=generator())
-    noise = groups.mean(dim=1, keepdim=True) + NOISE_QUERY_JITTER * groups.std() * jitter
-    return torch.cat([groups, noise], dim=1).flatten(0, 2).to(query.dtype)
+    groups = query.unflatten(0, (config.num_noise_heads, config.signal_noise_ratio, config.head_dim))
+    wide = groups.float()
+    jitter = torch.randn(wide[:, :1].shape, generator=generator())
+    noise = wide.mean(dim=1, keepdim=True) + NOISE_QUERY_JITTER * wide.std() * jitter
+    return torch.cat([groups, noise.to(query.dtype)], dim=1).flatten(0, 2)
 
 
 def _lambda_recipe(name: str, spec: TensorSpec, seed: int) -> Recipe:

@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gda.configuration.configuration_gda import GDAConfig
 from rich.console import Console
 from transformers import LlamaConfig
 
 from gda._files import StagedFolder, check_places, refuse_existing
+from gda.configuration.configuration_gda import GDAConfig
 
 from .expand import SHARED_FIELDS, drop_noise_rows
 from .recipes import Recipe, checkpoint_specs, copied

@@ -18,7 +18,7 @@ from transformers import (
 
 from .recipes import meta_model
 from .safetensors_io import TensorSpec
-from .sources import Source, quiet_transformers, read_tokenizer, require_known_type
+from .sources import Source, first_line, quiet_transformers, read_tokenizer, require_known_type
 
 # Metadata that changes what a model computes and that transformers does not read, and the value that changes nothing.
 UNREAD_METADATA = {
@@ -105,14 +105,20 @@ class GGUFSource(Source):
 
     def load(self) -> PreTrainedModel:
         # By transformers' own reader, so that a verification does not rest on ours. Its progress bar has no switch.
-        with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path.parent, gguf_file=self.path.name, config=self.config, dtype=torch.float32
-            )
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path.parent, gguf_file=self.path.name, config=self.config, dtype=torch.float32
+                )
+        except Exception as error:  # whatever a malformed file makes transformers raise
+            raise ValueError(f"{self.path}: transformers cannot load it: {first_line(error)}") from None
         return model.eval()
 
-    @functools.cache  # noqa: B019 - reading it takes seconds, and a source lives for one command
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
         with quiet_transformers():
             return read_tokenizer(self.path.parent, gguf_file=self.path.name)
 

@@ -5,14 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gda.configuration.configuration_gda import GDAConfig
-
 from gda._files import read_json
+from gda.configuration.configuration_gda import GDAConfig
 
 from .export import layer_lambdas
 from .headmap import head_map
-from .provenance import PROVENANCE_FILE
-from .sources import open_source, quiet_transformers, resolve_folder
+from .sources import PROVENANCE_FILE, FolderSource, open_source, quiet_transformers
 
 PARTS = {
     "embedding": r"embed_tokens\.",
@@ -61,7 +59,7 @@ class InspectReport:
 
 
 def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
-    """Read a GDA model's config, headers and λ, and nothing else of its weights.
+    """Describe a GDA model from its config, the headers of its files and λ. A Hub id is downloaded first.
 
     Args:
         model: A folder or a Hub id.
@@ -74,7 +72,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
     with quiet_transformers():
         source = open_source(model, revision)
     config = source.config
-    if not isinstance(config, GDAConfig):
+    if not isinstance(source, FolderSource) or not isinstance(config, GDAConfig):
         raise ValueError(f"{model} is a {config.model_type!r} model, not a GDA model; `gda convert` makes one of it")
     parameters = dict.fromkeys(PARTS, 0)
     for name, spec in source.specs.items():
@@ -94,7 +92,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
         num_parameters=sum(parameters.values()),
         parameters=parameters,
         kv_cache_bytes_per_token=cached * config.num_key_value_heads * config.head_dim,
-        source_kv_cache_bytes_per_token=_source_cache(resolve_folder(model, revision), cached),
+        source_kv_cache_bytes_per_token=_source_cache(source.folder, cached),
         lambda_type=config.lambda_type,
         lambdas=layer_lambdas(source, config),
     )

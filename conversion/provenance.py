@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gda.configuration.configuration_gda import GDAConfig
 from huggingface_hub import ModelCard, ModelCardData
 
 from gda._files import read_json, write_json, write_text
 from gda._version import __version__
+from gda.configuration.configuration_gda import GDAConfig
 
 from .headmap import head_map
 from .recipes import Recipe
-from .sources import Source
+from .sources import PROVENANCE_FILE, Source
 
-PROVENANCE_FILE = "conversion.json"
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a conversion was asked for: everything the output's bytes depend on, apart from the source.
+    """What a conversion was asked for: what the output's bytes depend on, beside the source and our version.
 
     `lossless` says whether the result must compute what its source computes.
     """

@@ -44,7 +44,15 @@ ASSET_PATTERNS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-DOWNLOAD_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *ASSET_PATTERNS)
+PROVENANCE_FILE = "conversion.json"
+DOWNLOAD_PATTERNS = (
+    PROVENANCE_FILE,
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "README.md",
+    *ASSET_PATTERNS,
+)
 
 CONVERTIBLE_TYPES = ("llama",)
 
@@ -111,9 +119,7 @@ class Source(ABC):
         try:
             expected = checkpoint_specs(self.config)
         except Exception as error:  # whatever a contradictory config makes the model class raise
-            raise ValueError(
-                f"{where}: its config describes no model that can be built: {_first_line(error)}"
-            ) from None
+            raise ValueError(f"{where}: its config describes no model that can be built: {first_line(error)}") from None
         for name, spec in expected.items():
             if name not in self.specs:
                 raise ValueError(f"{where} has no tensor {name}, which its config.json asks for")
@@ -153,13 +159,13 @@ class FolderSource(Source):
         try:
             model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # whatever a malformed file makes transformers raise
-            raise ValueError(f"{self.folder}: transformers cannot load it: {_first_line(error)}") from None
+            raise ValueError(f"{self.folder}: transformers cannot load it: {first_line(error)}") from None
         model.config.return_dict, model.config.output_hidden_states = True, False
         return model.eval()
 
     def copy_assets(self, folder: Path) -> None:
         for pattern in ASSET_PATTERNS:
-            for path in sorted(self.folder.glob(pattern)):
+            for path in sorted(path for path in self.folder.glob(pattern) if path.is_file()):
                 target = folder / path.relative_to(self.folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
@@ -196,7 +202,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes the config class raise
-        raise ValueError(f"{path} is not a valid configuration: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a valid configuration: {first_line(error)}") from None
 
 
 def require_known_type(model_type: str, where: Path) -> None:
@@ -223,6 +229,8 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
         ValueError: if what it holds is not a checkpoint that can be converted.
     """
     path = Path(location)
+    if revision is not None and path.exists():
+        raise ValueError(f"--revision is for a Hub id, and {location} is here")
     if path.suffix == ".gguf":
         from .gguf_source import GGUFSource
 
@@ -260,11 +268,11 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{location} is no local folder, and the Hub did not give it: {_first_line(error)}"
+            f"{location} is no local folder, and the Hub did not give it: {first_line(error)}"
         ) from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gda._files import read_json, remove, sha256, write_json, write_text
+from gda._version import __version__
 
 from .recipes import Recipe
 from .safetensors_io import INDEX_FILE, SafetensorsReader, file_order, write_safetensors
@@ -141,7 +142,16 @@ def _progress(console: Console | None) -> Progress:
 def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, list[str]]) -> str:
     """What a half-finished conversion must have in common with the one that goes on with it."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.weight_files]
-    identity = [source.name, source.revision, files, source.config.to_dict(), settings, shards]
+    identity = [
+        __version__,
+        torch.__version__,
+        source.name,
+        source.revision,
+        files,
+        source.config.to_dict(),
+        settings,
+        shards,
+    ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -150,7 +160,11 @@ def _open_manifest(folder: Path, fingerprint: str) -> dict[str, str]:
     if not path.exists():
         return {}
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("fingerprint") != fingerprint:
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("fingerprint") != fingerprint
+        or not isinstance(manifest.get("finished"), dict)
+    ):
         raise ValueError(
             f"{folder} was begun with another source or other settings; run again without --resume to start afresh"
         )

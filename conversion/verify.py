@@ -14,15 +14,28 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed
 
-from .expand import expanded_config, expanded_recipes
-from .provenance import PROVENANCE_FILE, Settings, read_settings
+from .expand import SHARED_FIELDS, expanded_config, expanded_recipes
+from .provenance import Settings, read_settings
 from .recipes import meta_model
-from .sources import FolderSource, Source, open_source, quiet_transformers, resolve_folder
+from .sources import PROVENANCE_FILE, FolderSource, Source, open_source, quiet_transformers, resolve_folder
 from .stream import different_tensors, shows_progress
 
 LOSSLESS_THRESHOLD = 1e-5
-GREEDY_TOKENS = 24
+GREEDY_TOKENS = 16
 RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
+
+# Fields that decide what equal tensors compute.
+COMPUTED_WITH = (
+    *(name for name in SHARED_FIELDS if name != "use_cache" and not name.endswith("_token_id")),
+    "num_attention_heads",
+    "num_noise_heads",
+    "kv_layout",
+    "lambda_type",
+    "lambda_init",
+    "head_norm",
+    "qk_norm",
+    "sliding_window",
+)
 
 PROMPTS = (
     "The capital of France is",
@@ -85,7 +98,7 @@ class VerificationFailed(CheckFailed):
         elif report.different_tensors:
             reason = f"{len(report.different_tensors)} tensors differ, the first is {report.different_tensors[0]}"
         else:
-            reason = f"relative |Δlogit| is {report.relative:.2e}, the threshold is {report.threshold or math.inf:.0e}"
+            reason = f"relative |Δlogit| is {report.relative:.2e}, the threshold is {report.threshold:.0e}"
         super().__init__(f"verification failed: {reason}")
 
 
@@ -142,9 +155,11 @@ def verify_opened(
     if method == "auto":
         method = "full" if _both_fit(source, converted) else "layers"
     if method == "tensors":
-        return _compare_tensors(source, folder, settings)
+        return _compare_tensors(source, converted, settings)
     if method not in ("full", "layers"):
         raise ValueError(f"--method {method} is not one of auto, full, layers, tensors")
+    if method == "layers" and converted.config.sliding_window is not None:
+        raise ValueError("--method layers runs full attention only, and this model has sliding windows; use full")
     kind, prompts = _prompt_ids(source)
     differences = _Differences()
     greedy_match = None
@@ -253,9 +268,9 @@ def _fill(module: torch.nn.Module, prefix: str, source: Source) -> None:
     module.eval()
 
 
-def _compare_tensors(source: Source, folder: Path, settings: Settings | None) -> VerifyReport:
+def _compare_tensors(source: Source, converted: FolderSource, settings: Settings | None) -> VerifyReport:
     if settings is None:
-        raise ValueError(f"--method tensors needs {folder / PROVENANCE_FILE}, which says how the tensors were made")
+        raise ValueError(f"--method tensors needs {PROVENANCE_FILE} in {converted.folder}: it says how they were made")
     config = expanded_config(
         source.config,
         noise_heads=settings.num_noise_heads,
@@ -263,7 +278,13 @@ def _compare_tensors(source: Source, folder: Path, settings: Settings | None) ->
         dtype=settings.torch_dtype,
     )
     recipes = expanded_recipes(config, source.specs, seed=settings.seed, dtype=settings.torch_dtype)
-    different = different_tensors(folder, recipes, source)
+    for name in COMPUTED_WITH:
+        if getattr(converted.config, name) != getattr(config, name):
+            raise ValueError(
+                f"{converted.folder}/config.json has {name}={getattr(converted.config, name)!r}, "
+                f"but {source.name} asks for {getattr(config, name)!r}"
+            )
+    different = different_tensors(converted.folder, recipes, source)
     return VerifyReport(
         method="tensors",
         prompts="none",

@@ -1,6 +1,7 @@
 """`import gda` is enough for the Auto classes, costs no more than it must, and every head saves, loads and trains."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -265,3 +266,24 @@ def test_registered_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'GDAForTranslation'"):
         gda.GDAForTranslation  # noqa: B018
     assert AutoConfig.for_model("gda").model_type == "gda"
+
+
+def test_a_config_that_was_unpickled_is_known(tmp_path: Path) -> None:
+    """A worker that receives its config by pickle builds the model, though it never called the config's constructor."""
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(tiny_config()))
+    program = (
+        "import pickle, sys, transformers; config = pickle.load(open(sys.argv[1], 'rb'));"
+        "print(type(transformers.AutoModel.from_config(config)).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "config.pkl"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["GDAModel"]
+
+
+def test_public_names_stay_what_they_are() -> None:
+    """A name fetched twice is the same object: no module takes the place of a function of its name."""
+    for name in gda.__all__:
+        first = getattr(gda, name)
+        assert getattr(gda, name) is first
+        assert isinstance(first, str) or callable(first), name

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from gda.modeling_gda.attention_gda import GDAAttention
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -28,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from gda import GDAForCausalLM
+from gda.modeling_gda.attention_gda import GDAAttention
 
 from . import naive
 from .tiny import relative_error, tiny_config, tiny_model, token_ids

@@ -13,14 +13,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from gda.conversion.convert import ConvertReport
-from gda.conversion.verify import VerificationFailed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import gda
 from gda import GDAConfig
+from gda.conversion.convert import ConvertReport
+from gda.conversion.verify import VerificationFailed
 
 from .llamas import VARIANTS, byte_tokenizer, change_config, files_of, llama_config, save_llama
 from .tiny import relative_error

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import pytest
 import torch
-from gda.conversion import verify as verify_module
-from gda.conversion.verify import VerificationFailed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,6 +20,8 @@ from transformers import AutoConfig
 
 import gda
 from gda.cli import main
+from gda.conversion import verify as verify_module
+from gda.conversion.verify import VerificationFailed
 
 from .llamas import VARIANTS, change_config, files_of, save_llama
 

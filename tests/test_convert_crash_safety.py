@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from gda.conversion import convert as convert_module
-from gda.conversion import stream
-from gda.conversion.verify import VerificationFailed
 from transformers import AutoModelForCausalLM
 
 import gda
 from gda._files import StagedFolder
 from gda.cli import main
+from gda.conversion import convert as convert_module
+from gda.conversion import stream
+from gda.conversion.verify import VerificationFailed
 
 from .llamas import files_of, save_llama
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from gda.conversion.headmap import head_map
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import gda
 from gda import GDAConfig, GDAForCausalLM
+from gda.conversion.headmap import head_map
 
-from .llamas import VARIANTS, files_of, save_llama
+from .llamas import VARIANTS, change_config, files_of, save_llama
 from .tiny import set_lambda, tiny_config, tiny_model, token_ids
 
 
@@ -354,3 +354,39 @@ def test_the_config_of_a_converted_model_draws_what_inspect_draws(tmp_path: Path
     drawing = head_map(GDAConfig.from_pretrained(folder))
     assert gda.inspect(folder).head_map == drawing
     assert drawing in (folder / "README.md").read_text()
+
+
+def test_float64_keeps_its_bits(tmp_path: Path) -> None:
+    """What is called lossless is: signal rows of a float64 source do not pass through float32."""
+    source = save_llama(tmp_path / "llama", dtype=torch.float64)
+    gda.convert(source, tmp_path / "gda", verify=False)
+    gda.export(tmp_path / "gda", tmp_path / "back")
+    before, after = tensors_of(source), tensors_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_equal_tensors_under_another_rope_are_not_equal_models(tmp_path: Path) -> None:
+    """Comparing tensors compares what they are computed with as well."""
+    source = save_llama(tmp_path / "llama")
+    gda.convert(source, tmp_path / "gda", verify=False)
+    assert gda.verify(source, tmp_path / "gda", method="tensors").passed
+    change_config(source, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    with pytest.raises(ValueError, match="rope_parameters"):
+        gda.verify(source, tmp_path / "gda", method="tensors")
+
+
+def test_a_folder_of_licences_is_no_licence_file(tmp_path: Path) -> None:
+    """Only files are copied beside the weights."""
+    source = save_llama(tmp_path / "llama")
+    (source / "LICENSES").mkdir()
+    (source / "LICENSE").write_text("do what you like")
+    gda.convert(source, tmp_path / "gda", verify=False)
+    assert (tmp_path / "gda" / "LICENSE").read_text() == "do what you like"
+    assert not (tmp_path / "gda" / "LICENSES").exists()
+
+
+def test_a_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
+    """A revision that cannot be honoured is not passed over in silence."""
+    with pytest.raises(ValueError, match="--revision"):
+        gda.inspect(save_llama(tmp_path / "llama"), revision="main")

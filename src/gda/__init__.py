@@ -4,7 +4,7 @@
 "gda". Public names are imported when they are first used.
 """
 
-from functools import wraps
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ from gda._version import __version__
 from gda.configuration.configuration_gda import GDAConfig
 
 if TYPE_CHECKING:
+    from gda._demo import demo
     from gda.conversion.convert import convert
     from gda.conversion.export import export
     from gda.conversion.inspect import inspect
     from gda.conversion.verify import verify
-    from gda.demo import demo
     from gda.modeling_gda.modeling_gda import (
         GDAForCausalLM,
         GDAForQuestionAnswering,
@@ -34,7 +34,7 @@ _HOMES = {
         "gda.conversion.export": ["export"],
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.verify": ["verify"],
-        "gda.demo": ["demo"],
+        "gda._demo": ["demo"],
         "gda.modeling_gda.modeling_gda": [
             "GDAForCausalLM",
             "GDAForQuestionAnswering",
@@ -57,6 +57,7 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
+@cache
 def _register_models() -> None:
     import transformers
 
@@ -73,21 +74,18 @@ def _register_models() -> None:
 
 
 def _register() -> None:
-    """Register the config now, the models with the first config that is made.
+    """Register the config now, the models with the first config that comes to be, also by unpickling.
 
     The Auto classes look a model up by its config, so nothing is missed; and a script that makes none, such as
     `gda --help`, is spared the import of transformers' modelling code, which takes longer than that of torch.
     """
     AutoConfig.register("gda", GDAConfig, exist_ok=True)
-    make_config = GDAConfig.__init__
 
-    @wraps(make_config)
-    def make_first_config(self: GDAConfig, *args: Any, **kwargs: Any) -> None:
-        GDAConfig.__init__ = make_config  # type: ignore[method-assign]
+    def make(cls: type[GDAConfig], *_: Any, **__: Any) -> GDAConfig:
         _register_models()
-        make_config(self, *args, **kwargs)
+        return object.__new__(cls)
 
-    GDAConfig.__init__ = make_first_config  # type: ignore[method-assign]
+    GDAConfig.__new__ = make  # type: ignore[method-assign, assignment]
 
 
 _register()

@@ -137,7 +137,8 @@ class StagedFolder:
                 os.rename(replaced, self.out)
             raise
         os.close(self._lock)
-        remove(replaced)
+        with contextlib.suppress(OSError):  # the new folder is in place; an old one that resists does not undo that
+            remove(replaced)
 
     def keep(self) -> None:
         """Leave the folder for a later process to resume."""

@@ -184,12 +184,13 @@ def export(
 def demo(
     out: Annotated[str | None, typer.Option(help="Keep the converted model there.")] = None,
     source: Annotated[str | None, typer.Option(help="Another Llama to demonstrate on.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Convert SmolLM2-135M-Instruct to 3:1 GDA, verify it, and let both generate."""
-    from gda.demo import demo as run
+    from gda._demo import demo as run
 
-    report = run(out, source=source, console=progress_console if as_json else Console())
+    report = run(out, source=source, overwrite=overwrite, console=progress_console if as_json else Console())
     if as_json:
         _print_json(report.to_dict())
 
@@ -199,13 +200,14 @@ def _print_json(report: dict[str, Any]) -> None:
 
 
 def _print_verification(report: Any) -> None:
+    done = "verified" if report.passed else "compared"
     if report.method == "tensors":
-        typer.echo(f"verified tensor by tensor, nothing was run: {len(report.different_tensors)} differ")
+        typer.echo(f"{done} tensor by tensor, nothing was run: {len(report.different_tensors)} differ")
         return
     greedy = "" if report.greedy_match is None else f", same greedy text {100 * report.greedy_match:.0f} %"
     limit = "no limit" if report.threshold is None else f"limit {report.threshold:.0e}"
     typer.echo(
-        f"verified ({report.method}, {report.tokens} tokens of {report.prompts}): |Δlogit| max {report.max_abs:.2e}, "
+        f"{done} ({report.method}, {report.tokens} tokens of {report.prompts}): |Δlogit| max {report.max_abs:.2e}, "
         f"mean {report.mean_abs:.2e}, relative {report.relative:.2e} ({limit}); KL {report.kl:.2e}; "
         f"same top token {100 * report.top1_agreement:.1f} %{greedy}"
     )

@@ -44,31 +44,38 @@ class DemoReport:
 
 
 def demo(
-    out: str | Path | None = None, *, source: str | Path | None = None, console: Console | None = None
+    out: str | Path | None = None,
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
 ) -> DemoReport:
     """Convert SmolLM2-135M-Instruct to 3:1 GDA, verify it, and let both speak.
 
     Args:
         out: Where to keep the converted model; by default it is not kept.
         source: Another Llama to demonstrate on.
+        overwrite: Replace `out` if it exists.
         console: Where to tell what happens; nowhere if None.
 
     Raises:
         FileNotFoundError: if there is no model at hand, with the remedy.
+        ValueError: if the source has no tokenizer.
     """
     begun = time.monotonic()
     console = console or Console(quiet=True)
     location = source or find_demo_model()
+    with quiet_transformers():
+        opened = open_source(location)
+        tokenizer = opened.tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{location} has no tokenizer, and the demo is about texts")
     with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch:
         folder = Path(out) if out is not None else Path(scratch) / "smollm2-135m-gda"
         console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
-        converted = convert(location, folder, console=console)
+        converted = convert(location, folder, overwrite=overwrite, console=console)
         assert converted.verification is not None
-        console.print(_verification_summary(converted.verification), highlight=False)
-        opened = open_source(location)
-        tokenizer = opened.tokenizer()
-        if tokenizer is None:
-            raise FileNotFoundError(f"{location} has no tokenizer, and the demo is about texts")
+        console.print(_verification_summary(converted.verification), highlight=False, soft_wrap=True)
         with quiet_transformers():
             llama = opened.load()
             gda = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
