@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -22,7 +22,7 @@ from gda import GDAConfig
 from gda.conversion.convert import ConvertReport
 from gda.conversion.verify import VerificationFailed
 
-from .llamas import VARIANTS, byte_tokenizer, change_config, files_of, llama_config, save_llama
+from .llamas import VARIANTS, byte_tokenizer, change_config, files_of, llama_config, save_llama, tensors_of
 from .tiny import relative_error
 
 # Noise heads for 8 query heads over 4 KV heads: fewer than the KV heads, as many, more.
@@ -33,11 +33,6 @@ LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 def convert(source: Path, out: Path, **options: Any) -> ConvertReport:
     """`gda.convert` without verification, which the tests do themselves."""
     return gda.convert(source, out, **({"verify": False} | options))
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, read by the safetensors library."""
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def load(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:

@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import struct
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -19,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import gda
-from gda.cli import main
 from gda.conversion import verify as verify_module
 from gda.conversion.verify import VerificationFailed
 
+from .commands import Command, Outcome
 from .llamas import VARIANTS, change_config, files_of, save_llama
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,40 +30,12 @@ SHARD_2 = "model-00002-of-00004.safetensors"
 SECONDS = 30
 
 
-class Outcome(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    error: str
-
-
-Command = Callable[..., Outcome]
-
-
 @pytest.fixture(autouse=True)
 def offline_and_brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test asks the Hub for anything, and verification, which is not what is tested here, is short."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(verify_module, "GREEDY_TOKENS", 2)
     monkeypatch.setattr(verify_module, "PROMPTS", verify_module.PROMPTS[:2])
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run `gda` with arguments, here."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["gda", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        return Outcome(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

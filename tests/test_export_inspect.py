@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -15,13 +15,8 @@ import gda
 from gda import GDAConfig, GDAForCausalLM
 from gda.conversion.headmap import head_map
 
-from .llamas import VARIANTS, change_config, files_of, save_llama
+from .llamas import VARIANTS, change_config, files_of, save_llama, tensors_of
 from .tiny import set_lambda, tiny_config, tiny_model, token_ids
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, read by the safetensors library."""
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @torch.no_grad()
