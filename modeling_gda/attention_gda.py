@@ -27,8 +27,16 @@ class GDAHeadRMSNorm(LlamaRMSNorm):
         return super().forward(hidden_states) * self.scale
 
 
-class LambdaProjection(nn.Linear):
-    """W_λ x in float32, whatever the dtype of the model and under autocast: (B, T, hidden) → (B, T, S)."""
+class LambdaProjection(nn.Module):
+    """W_λ x in float32, whatever the dtype of the model and under autocast: (B, T, hidden) → (B, T, S).
+
+    It is no `nn.Linear`, for quantizers would take it for one of theirs.
+    """
+
+    def __init__(self, hidden_size: int, num_signal_heads: int):
+        super().__init__()
+        self.in_features, self.out_features = hidden_size, num_signal_heads  # tensor parallelism asks
+        self.weight = nn.Parameter(torch.empty(num_signal_heads, hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
@@ -120,7 +128,7 @@ class GDAAttention(nn.Module):
             for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
                 setattr(self, name, nn.Parameter(torch.empty(self.head_dim)))
         else:
-            self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads, bias=False)
+            self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads)
         if config.head_norm:
             self.subln = GDAHeadRMSNorm(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
         self._build_branches()

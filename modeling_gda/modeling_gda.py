@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_gda import ATTENTION_CLASSES, GDAAttention
+from .attention_gda import ATTENTION_CLASSES, GDAAttention, LambdaProjection
 from .configuration_gda import GDAConfig
 
 MASK_FUNCTIONS = {
@@ -116,8 +116,6 @@ class GDAPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = (
             reparameterized if config.lambda_type == "reparameterized" else ["lambda_proj"]
         )
-        # Quantizers convert every Linear but those of this list; they do not read the strict one.
-        self._keep_in_fp32_modules = [] if config.lambda_type == "reparameterized" else ["lambda_proj"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -125,6 +123,8 @@ class GDAPreTrainedModel(PreTrainedModel):
         if isinstance(module, PolyNorm):
             init.constant_(module.weight, 1 / 3)
             init.zeros_(module.bias)
+        elif isinstance(module, LambdaProjection):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, GDAAttention) and self.config.lambda_type == "reparameterized":
             for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
                 init.normal_(vector, mean=0.0, std=0.1)  # arXiv 2410.05258, as in its authors' code
