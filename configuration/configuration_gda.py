@@ -1,6 +1,10 @@
+# Copyright 2026 the authors of Grouped Differential Attention. Apache License 2.0, see
+# https://www.apache.org/licenses/LICENSE-2.0. This file is of grouped-differential-attention 0.1.0, which saves it
+# beside a model's weights, so that they load with transformers alone.
 """The configuration of Grouped Differential Attention models."""
 
 import math
+import os
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -8,6 +12,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 KV_LAYOUTS = ("shared", "paired")
@@ -27,6 +32,15 @@ OWN_FIELDS = (
     "head_norm_eps",
     "qk_norm",
 )
+# What config.json says of the code saved beside it: by Auto class, file and class.
+AUTO_MAP = {
+    "AutoConfig": "configuration_gda.GDAConfig",
+    "AutoModel": "modeling_gda.GDAModel",
+    "AutoModelForCausalLM": "modeling_gda.GDAForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_gda.GDAForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_gda.GDAForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_gda.GDAForTokenClassification",
+}
 # What follows from other fields. (PreTrainedConfig would set it, and fail with an AttributeError.)
 DERIVED = ("num_signal_heads", "signal_noise_ratio", "value_width")
 
@@ -193,6 +207,37 @@ class GDAConfig(PreTrainedConfig):
             modules += ["q_norm", "k_norm"] * self.qk_norm
             plan |= {f"layers.*.self_attn.{name}": "free_full_weight" for name in modules}
         return plan
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, bundle_code: bool = True, **kwargs: Any
+    ) -> None:
+        """Write config.json and, beside it, the code of the model: as `PreTrainedConfig.save_pretrained`.
+
+        With `trust_remote_code=True` the folder then loads where this package is not installed. Saving a model comes
+        here too, whatever became of its class on the way (FSDP2 swaps it for one of its own).
+
+        Args:
+            save_directory: The folder; made if it is not there.
+            push_to_hub: Push the folder as well.
+            bundle_code: Whether to write the code.
+            kwargs: As in `PreTrainedConfig.save_pretrained`.
+        """
+        if type(self) is GDAConfig:  # a class made from it has code of its own, which is not known here
+            self.auto_map = self._save_code(save_directory) if bundle_code else None
+            if self.auto_map is None:
+                del self.auto_map
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def _save_code(self, folder: str | os.PathLike) -> dict[str, str]:
+        """Copy the files of model and config into `folder`, and return the `auto_map` that goes with them."""
+        from transformers import MODEL_MAPPING  # imports transformers' modelling code, which takes seconds
+
+        os.makedirs(folder, exist_ok=True)
+        has_model = type(self) in MODEL_MAPPING
+        if has_model:
+            custom_object_save(MODEL_MAPPING[type(self)], folder)
+        custom_object_save(GDAConfig, folder)  # the last, for it takes the place of the bridge beside the model
+        return dict(AUTO_MAP) if has_model else {"AutoConfig": AUTO_MAP["AutoConfig"]}
 
     def validate_architecture(self) -> None:
         """Check every rule that ties fields together; runs at construction and again when a model is built.

@@ -8,12 +8,15 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from gda._files import StagedFolder, check_places, in_background, refuse_existing
+from gda._files import StagedFolder, check_places, in_background, refuse_existing, write_text
 from gda.configuration.configuration_gda import GDAConfig
 
+from .card import CARD_FILE, model_card
 from .expand import expanded_config, expanded_recipes, listed, possible_noise_heads
 from .headmap import head_map
-from .provenance import DTYPES, Settings, write_card, write_provenance
+from .hub import require_token
+from .provenance import DTYPES, Settings, write_provenance
+from .push import PushReport, push
 from .recipes import Recipe, is_lossless
 from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
 from .stream import MANIFEST_FILE, shards_of, write_checkpoint
@@ -33,6 +36,7 @@ class ConvertReport:
         notes: What of the source is not in the result.
         sha256: By file of weights; empty for a dry run.
         verification: The report of `verify`; None if it was not asked for.
+        pushed: The report of `push`; None if it was not asked for.
         dry_run: Whether nothing was written.
     """
 
@@ -45,6 +49,7 @@ class ConvertReport:
     notes: list[str] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)
     verification: VerifyReport | None = None
+    pushed: PushReport | None = None
     dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +65,7 @@ class ConvertReport:
             "notes": self.notes,
             "sha256": self.sha256,
             "verification": None if self.verification is None else self.verification.to_dict(),
+            "pushed": None if self.pushed is None else self.pushed.to_dict(),
         }
 
 
@@ -78,6 +84,9 @@ def convert(
     verify: bool = True,
     resume: bool = False,
     overwrite: bool = False,
+    bundle_code: bool = True,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
     dry_run: bool = False,
     console: Console | None = None,
 ) -> ConvertReport:
@@ -101,6 +110,10 @@ def convert(
         verify: Compare the result with the source before it appears.
         resume: Go on from the shards that a killed run finished.
         overwrite: Replace `out` if it exists.
+        bundle_code: Put the code of the model beside the weights, so that `out` loads with `trust_remote_code=True`
+            where this package is not installed.
+        push_to_hub: A repository to push `out` to when it is there.
+        private: Whether that repository is private if it is made.
         dry_run: Check everything, write nothing.
         console: Where progress is shown; nowhere if None.
 
@@ -109,6 +122,7 @@ def convert(
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
+        PermissionError, ConnectionError: if the Hub does not take or give a model; see `push`.
         VerificationFailed: if the result does not compute what the source computes; `out` is then not made.
     """
     check_places(source, out)
@@ -138,7 +152,12 @@ def convert(
         )
         if dry_run:
             return report
-        return _write(report, opened, settings, recipes, verify, resume, overwrite, console)
+        if push_to_hub is not None:
+            require_token(push_to_hub)
+        report = _write(report, opened, settings, recipes, verify, resume, overwrite, bundle_code, console)
+    if push_to_hub is None:
+        return report
+    return replace(report, pushed=_push(out, push_to_hub, private, bundle_code, console))
 
 
 def _write(
@@ -149,6 +168,7 @@ def _write(
     verify: bool,
     resume: bool,
     overwrite: bool,
+    bundle_code: bool,
     console: Console | None,
 ) -> ConvertReport:
     staged = StagedFolder(report.out, overwrite=overwrite, resume=resume)
@@ -163,24 +183,24 @@ def _write(
             settings=asdict(settings),
             console=console,
         )
-        report.config.save_pretrained(staged.folder)
+        report.config.save_pretrained(staged.folder, bundle_code=bundle_code)
         source.copy_assets(staged.folder)
         verification = None
         if verify:
             verification = verify_opened(source, staged.folder, settings=settings, console=console)
             if not verification.passed:
                 raise VerificationFailed(verification)
-        numbers = None if verification is None else verification.to_dict()
-        write_provenance(
+        made = write_provenance(
             staged.folder,
             settings=settings,
             source=source,
             source_hashes=source_hashes.result(),
             recipes=recipes,
             files=files,
-            verification=numbers,
+            verification=None if verification is None else verification.to_dict(),
         )
-        write_card(staged.folder, settings=settings, source=source, config=report.config, verification=numbers)
+        card = model_card(report.config, name=report.out.name, made=made, has_code=bundle_code)
+        write_text(staged.folder / CARD_FILE, card)
         (staged.folder / MANIFEST_FILE).unlink()
         staged.finish()
     except BaseException as error:
@@ -189,6 +209,13 @@ def _write(
         staged.keep() if resumable else staged.discard()
         raise
     return replace(report, sha256=files, verification=verification)
+
+
+def _push(out: Path, repo: str, private: bool | None, bundle_code: bool, console: Console | None) -> PushReport:
+    try:
+        return push(out, repo, private=private, bundle_code=bundle_code, console=console)
+    except (ConnectionError, PermissionError) as error:
+        raise type(error)(f"{error}; {out} is whole: `gda push {out} {repo}` goes on") from None
 
 
 def _require_type(source: Source) -> None:

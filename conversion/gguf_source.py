@@ -16,9 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gda._errors import first_line
+
 from .recipes import meta_model
 from .safetensors_io import TensorSpec
-from .sources import Source, first_line, quiet_transformers, read_tokenizer, require_known_type
+from .sources import Source, quiet_transformers, read_tokenizer, require_known_type
 
 # Metadata that changes what a model computes and that transformers does not read, and the value that changes nothing.
 UNREAD_METADATA = {

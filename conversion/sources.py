@@ -20,8 +20,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from gda._errors import first_line
 from gda._files import read_json, sha256
 
+from .hub import check_downloaded, download
 from .recipes import checkpoint_specs
 from .safetensors_io import SafetensorsReader, TensorSpec
 
@@ -45,14 +47,7 @@ ASSET_PATTERNS = (
     "USE_POLICY*",
 )
 PROVENANCE_FILE = "conversion.json"
-DOWNLOAD_PATTERNS = (
-    PROVENANCE_FILE,
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "README.md",
-    *ASSET_PATTERNS,
-)
+MODEL_PATTERNS = (PROVENANCE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
 
 CONVERTIBLE_TYPES = ("llama",)
 
@@ -163,6 +158,18 @@ class FolderSource(Source):
         model.config.return_dict, model.config.output_hidden_states = True, False
         return model.eval()
 
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of weights.
+
+        Raises:
+            ValueError: if it is not the one that the Hub gave for a file that comes from there.
+        """
+        digests = super().hashes()
+        if self.revision is not None:
+            for file, digest in digests.items():
+                check_downloaded(self.folder / file, digest)
+        return digests
+
     def copy_assets(self, folder: Path) -> None:
         for pattern in ASSET_PATTERNS:
             for path in sorted(path for path in self.folder.glob(pattern) if path.is_file()):
@@ -247,34 +254,15 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
     """The local folder of `location`: itself, or where the Hub's files are cached after downloading them.
 
     Raises:
-        FileNotFoundError: if it is neither a folder nor a repository that can be reached.
+        FileNotFoundError: if it is neither a folder nor a repository of the Hub.
+        PermissionError, ConnectionError: if the Hub does not give it.
     """
     path = Path(location)
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(location)) or str(location).startswith("."):
         raise FileNotFoundError(f"{location} does not exist")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                str(location),
-                revision=revision,
-                allow_patterns=list(DOWNLOAD_PATTERNS),
-                ignore_patterns=["original/*", "consolidated*"],  # the same weights, in the form of their authors
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{location} is no local folder, and the Hub did not give it: {first_line(error)}"
-        ) from None
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
+    return download(str(location), revision, [*MODEL_PATTERNS, "README.md"])
 
 
 @contextlib.contextmanager

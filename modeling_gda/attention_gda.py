@@ -1,3 +1,6 @@
+# Copyright 2026 the authors of Grouped Differential Attention. Apache License 2.0, see
+# https://www.apache.org/licenses/LICENSE-2.0. This file is of grouped-differential-attention 0.1.0, which saves it
+# beside a model's weights, so that they load with transformers alone.
 """Grouped differential attention: two attention maps, subtracted."""
 
 from collections.abc import Callable, Iterator
@@ -13,10 +16,11 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_gda import GDAConfig
 
 
-class GDAHeadRMSNorm(LlamaRMSNorm):
+class GDARMSNormOfHead(LlamaRMSNorm):
     """RMSNorm over the width of one head's output, scaled by 1 − λ_init (arXiv 2410.05258, equation 3).
 
-    transformers initializes norms by their class name: it must hold "RMSNorm".
+    The name must hold "RMSNorm", by which transformers knows what to initialize, and must not end in it: serving
+    engines put a plain RMSNorm of their own in the place of every module whose name does, and the scale would be lost.
     """
 
     def __init__(self, width: int, eps: float, scale: float):
@@ -86,6 +90,8 @@ class AttentionBranch(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        # Serving engines return outputs as (T, H · d), of one sequence.
+        output = output.reshape(query.shape[0], query.shape[2], query.shape[1], -1)
         return output, maps if implementation in ("eager", "paged|eager") else None
 
 
@@ -130,7 +136,7 @@ class GDAAttention(nn.Module):
         else:
             self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads)
         if config.head_norm:
-            self.subln = GDAHeadRMSNorm(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
+            self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
         self._build_branches()
 
     def _build_branches(self) -> None:

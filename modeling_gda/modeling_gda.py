@@ -1,9 +1,13 @@
+# Copyright 2026 the authors of Grouped Differential Attention. Apache License 2.0, see
+# https://www.apache.org/licenses/LICENSE-2.0. This file is of grouped-differential-attention 0.1.0, which saves it
+# beside a model's weights, so that they load with transformers alone.
 """Grouped Differential Attention models: the decoder, the language model and the classification heads."""
 
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import MODEL_MAPPING, AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -112,6 +116,8 @@ class GDAPreTrainedModel(PreTrainedModel):
     def __init__(self, config: GDAConfig, *args: Any, **kwargs: Any):
         config.validate_architecture()  # a field may have been changed since the config was made
         super().__init__(config, *args, **kwargs)
+        if type(config) not in MODEL_MAPPING:  # the code was loaded from a model's folder, without our package
+            AutoModel.register(type(config), GDAModel)
         reparameterized = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
         self._keep_in_fp32_modules_strict = (
             reparameterized if config.lambda_type == "reparameterized" else ["lambda_proj"]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gda.conversion.convert import convert
     from gda.conversion.export import export
     from gda.conversion.inspect import inspect
+    from gda.conversion.push import push
     from gda.conversion.verify import verify
     from gda.modeling_gda.modeling_gda import (
         GDAForCausalLM,
@@ -33,6 +34,7 @@ _HOMES = {
         "gda.conversion.convert": ["convert"],
         "gda.conversion.export": ["export"],
         "gda.conversion.inspect": ["inspect"],
+        "gda.conversion.push": ["push"],
         "gda.conversion.verify": ["verify"],
         "gda._demo": ["demo"],
         "gda.modeling_gda.modeling_gda": [
@@ -102,5 +104,6 @@ __all__ = [
     "demo",
     "export",
     "inspect",
+    "push",
     "verify",
 ]

@@ -23,6 +23,11 @@ INTERRUPTED = 130
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")]
+BundleCode = Annotated[
+    bool, typer.Option(help="Put the model's code beside it: it then loads with trust_remote_code where gda is absent.")
+]
+Private = Annotated[bool | None, typer.Option("--private/--public", help="Of a repository that is made.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 400MB.")]
 
 
@@ -61,7 +66,10 @@ def convert(
     verify: Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")] = False,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    bundle_code: BundleCode = True,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Push OUT there when it is made.")] = None,
+    private: Private = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Convert a Llama into a GDA model that computes exactly the same and can learn to do better.
@@ -85,6 +93,9 @@ def convert(
         verify=verify,
         resume=resume,
         overwrite=overwrite,
+        bundle_code=bundle_code,
+        push_to_hub=push_to_hub,
+        private=private,
         dry_run=dry_run,
         console=progress_console,
     )
@@ -101,6 +112,51 @@ def convert(
     if report.verification is not None:
         _print_verification(report.verification)
     typer.echo(f"{out}: {size}")
+    if report.pushed is not None:
+        typer.echo(f"{report.pushed.url}: commit {report.pushed.commit}")
+
+
+@app.command(
+    epilog="Examples:  gda push ./llama-gda me/llama-gda  ·  "
+    "gda push ./llama-gda me/llama-gda --private --revision v2  ·  gda push ./llama-gda me/llama-gda --dry-run"
+)
+def push(
+    folder: Annotated[str, typer.Argument(help="A folder with a GDA model.")],
+    repo: Annotated[str, typer.Argument(help="The repository on the Hub, owner/name; made if it is not there.")],
+    private: Private = None,
+    revision: Annotated[str, typer.Option(help="Branch to push to; made if it is not there.")] = "main",
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    bundle_code: BundleCode = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder, send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Push a GDA model to the Hub, in one commit, with a model card and the model's own code.
+
+    An interrupted push is taken up by the same command: weights that are there are not sent again.
+    """
+    from gda.conversion.push import push as run
+
+    report = run(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        message=message,
+        bundle_code=bundle_code,
+        dry_run=dry_run,
+        console=progress_console,
+    )
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    for name in report.left_out:
+        typer.echo(f"note: {name} is no part of a model and is left out")
+    size = f"{len(report.files)} files, {report.nbytes / 1e6:,.1f} MB"
+    if dry_run:
+        typer.echo("\n".join(report.files))
+        typer.echo(f"{size}: would be pushed to {repo}; nothing was (--dry-run)")
+    else:
+        typer.echo(f"{report.url}: commit {report.commit}, {size}")
 
 
 @app.command(
@@ -231,8 +287,8 @@ def main() -> None:
     except (typer.TyperException, ValueError, OSError, ImportError) as error:
         _fail(error, 2)
     if code == INTERRUPTED:
-        goes_on = "; the same command with --resume goes on" if sys.argv[1:2] == ["convert"] else ""
-        typer.echo(f"gda: interrupted{goes_on}", err=True)
+        goes_on = {"convert": "; the same command with --resume goes on", "push": "; the same command goes on"}
+        typer.echo(f"gda: interrupted{goes_on.get(sys.argv[1], '')}", err=True)
     sys.exit(code or 0)
 
 
