@@ -55,9 +55,7 @@ def check_downloaded(path: Path, digest: str) -> None:
     """
     blob = path.resolve()
     if SHA256.fullmatch(blob.name) and blob.name != digest:
-        raise ValueError(
-            f"{path.name} is not what the Hub says it is (SHA-256 {digest[:12]}…); remove {blob} and retry"
-        )
+        raise ValueError(f"{path.name} is not the file that the Hub describes: its SHA-256 differs; remove {blob}")
 
 
 @contextlib.contextmanager
@@ -80,17 +78,19 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         if error.response.request.method not in ("GET", "HEAD"):
             raise PermissionError(f"{at}: the token may not write there; {LOG_IN}") from None
         raise FileNotFoundError(f"{at} is not on the Hub; if it is private, {LOG_IN}") from None
-    except HfHubHTTPError as error:
-        raise _described(at, error) from None
+    except RuntimeError as error:  # raised for whatever stops the upload of one file
+        if not isinstance(error.__cause__, HTTPError):
+            raise
+        raise _described(f"{at}: {first_line(error)}", error.__cause__) from None
     except LocalEntryNotFoundError as error:
         raise ConnectionError(f"{at} is not in the cache, and the Hub did not give it: {first_line(error)}") from None
     except HTTPError as error:
-        raise ConnectionError(
-            f"{at}: the connection to the Hub broke ({first_line(error)}); the same command goes on"
-        ) from None
+        raise _described(at, error) from None
 
 
-def _described(at: str, error: HfHubHTTPError) -> OSError:
+def _described(at: str, error: HTTPError) -> OSError:
+    if not isinstance(error, HfHubHTTPError):
+        return ConnectionError(f"{at}: the connection to the Hub broke ({first_line(error)}); the same command goes on")
     status = error.response.status_code
     said = error.server_message or f"HTTP {status}"
     if status in (401, 403):

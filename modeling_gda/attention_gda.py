@@ -199,6 +199,8 @@ class GDAAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Return signal (B, T, C, S/C, d), noise (B, T, C, 1, d) and their maps, C = noise heads the call sees."""
+        if self.num_noise_copies > 1:
+            _refuse_engine(kwargs, "has fewer noise heads than KV heads")
         output, maps = self.branch(self._repeat_noise(query), key, value, attention_mask, **kwargs)
         sizes = [self.num_signal_per_copy, 1]
         signal, noise = output.unflatten(2, (-1, sum(sizes))).split(sizes, dim=3)
@@ -262,6 +264,7 @@ class GDAPairedAttention(GDAAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Return signal (B, T, N, r, 2d), noise (B, T, N, 1, 2d) and their maps."""
+        _refuse_engine(kwargs, 'has kv_layout="paired"')
         if key.shape[1] % 2:
             raise ValueError(
                 f"this rank holds {key.shape[1]} of {self.config.num_key_value_heads} KV heads, which cuts a pair; "
@@ -308,6 +311,15 @@ class GDAPairedAttention(GDAAttention):
             output, maps = branch(query, key, value[:, slab::2], attention_mask, **(kwargs | caches))
             halves.append(output)
         return torch.cat(halves, dim=-1), maps
+
+
+def _refuse_engine(kwargs: dict[str, Any], reason: str) -> None:
+    """vLLM and SGLang hand over one attention with its KV cache for each layer, of `num_attention_heads` heads."""
+    if "attention_instances" in kwargs:
+        raise ValueError(
+            f"a serving engine gives a layer one attention call over its query heads, and this model {reason}; "
+            "transformers itself can serve it"
+        )
 
 
 class _UpdatedCache:

@@ -1,13 +1,39 @@
-"""One thread a process: workers that share cores would otherwise wait for one another's threads."""
+"""One thread a process, since workers that share cores would wait for one another's; and a Hub of the tests' own."""
 
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from .commands import Command, Outcome
+from .hub_server import TOKEN, Hub
 
+HUB = Hub()
+HF_HOME = tempfile.TemporaryDirectory(prefix="gda-tests-hf-")
+
+# huggingface_hub reads them when it is imported, so they are set here, before any test is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": HF_HOME.name,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "0",
+}
+os.environ.pop("HF_TOKEN", None)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty Hub, and a token that may write there; nothing of it is cached here."""
+    HUB.clear()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield HUB
+    shutil.rmtree(Path(HF_HOME.name) / "hub", ignore_errors=True)
 
 
 @pytest.fixture

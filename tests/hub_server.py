@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from subprocess import Popen
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -72,12 +73,13 @@ class Refusal(Exception):
 
 @dataclass
 class Fault:
-    """What goes wrong with the next request whose "METHOD path" matches: it is cut off, refused or damaged."""
+    """What goes wrong with the next request whose "METHOD path" matches: cut off, refused, or with a bit wrong."""
 
     request: str
     cut_after: int | None = None
     refuse: Refusal | None = None
-    damage: bool = False
+    damage: int | None = None  # which byte
+    kill: Popen[bytes] | None = None  # who asked
 
 
 class Hub:
@@ -139,6 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.log.append(request)
             self.fault = self.hub.fault_for(request)
             try:
+                if self.fault is not None and self.fault.kill is not None:
+                    self.fault.kill.kill()
+                    self.fault.kill.wait()
                 if self.fault is not None and self.fault.refuse is not None:
                     raise self.fault.refuse
                 self._route(url.path)
@@ -186,8 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         fault = self.fault
-        if fault is not None and fault.damage:
-            data = bytes([data[0] ^ 1]) + data[1:]
+        if fault is not None and fault.damage is not None:
+            damaged = bytearray(data)
+            damaged[fault.damage] ^= 1
+            data = bytes(damaged)
         if fault is not None and fault.cut_after is not None:
             self.wfile.write(data[: fault.cut_after])
             self.wfile.flush()
@@ -285,7 +292,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid: str) -> None:
-        damaged = self.fault is not None and self.fault.damage
+        damaged = self.fault is not None and self.fault.damage is not None
         if damaged or hashlib.sha256(self.body).hexdigest() != oid:
             raise Refusal(422, "the content does not have the SHA-256 that was announced")
         self.hub.lfs[oid] = self.body

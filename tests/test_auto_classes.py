@@ -155,7 +155,7 @@ def test_a_fresh_process_needs_only_the_import(auto_class: str, tmp_path: Path) 
 
 def test_without_the_import_the_type_is_unknown(tmp_path: Path) -> None:
     """Where gda is not imported, transformers does not know the type: the registration is what makes it load."""
-    tiny_config().save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path, bundle_code=False)
     script = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, capture_output=True, text=True)
     assert done.returncode != 0

@@ -456,14 +456,14 @@ def test_an_out_that_appears_meanwhile_is_not_replaced(
 ) -> None:
     """Without --overwrite, what somebody else put at OUT during the conversion stays."""
     out = tmp_path / "place" / "gda"
-    write_card = convert_module.write_card
+    write_provenance = convert_module.write_provenance
 
-    def meanwhile(*arguments: Any, **options: Any) -> None:
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
         out.mkdir()
         (out / "precious").write_text("mine")
-        write_card(*arguments, **options)
+        return write_provenance(*arguments, **options)
 
-    monkeypatch.setattr(convert_module, "write_card", meanwhile)
+    monkeypatch.setattr(convert_module, "write_provenance", meanwhile)
     with pytest.raises(FileExistsError, match="exists"):
         convert(source, out)
     assert files_of(out) == {"precious": b"mine"}

@@ -4,6 +4,7 @@ Run as a program, this file is one of the two processes: it computes every case,
 file. The tests compare.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 from transformers.distributed import DistributedConfig, tensor_parallel
 
 from gda import GDAConfig, GDAForCausalLM
+from gda.configuration.configuration_gda import AUTO_MAP
 
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -162,7 +164,11 @@ def fully_sharded_case(make_model: Callable[[], PreTrainedModel], precision: str
     dist.all_reduce(mean)
     wanted = model(ids, labels=ids).loss
     wanted.backward()
+    sharded.save_pretrained(folder / "saved")
+    dist.barrier()
     return {
+        "code": {path.name: path.read_text() for path in (folder / "saved").glob("*.py")},
+        "auto_map": json.loads((folder / "saved" / "config.json").read_text()).get("auto_map"),
         "found": {"loss": mean / 2, "gradients": gradients(sharded)},
         "wanted": {"loss": wanted.detach(), "gradients": gradients(model)},
         "is_cut": isinstance(sharded.model.layers[0].self_attn.q_proj.weight, DTensor),
@@ -313,6 +319,21 @@ def test_fully_sharded_training_is_that_of_one_process(
     torch.testing.assert_close(found["loss"], wanted["loss"], rtol=of_loss, atol=0)
     for weight, gradient in wanted["gradients"].items():
         assert_near(found["gradients"][weight].float(), gradient.float(), weight, of_gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FULLY_SHARDED if name != "llama"])
+def test_a_sharded_model_is_saved_with_its_own_code(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """FSDP2 swaps the class of the model for one made in torch: that one's file is none of ours."""
+    case = outcome["fsdp", name, "float32"]
+    root = Path(__file__).parents[1]
+    homes = {
+        "configuration_gda.py": "configuration",
+        "modeling_gda.py": "modeling_gda",
+        "attention_gda.py": "modeling_gda",
+    }
+    assert case["code"] == {file: (root / room / file).read_text() for file, room in homes.items()}
+    assert case["auto_map"] == AUTO_MAP
 
 
 def complaints(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:

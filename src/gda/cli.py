@@ -236,6 +236,31 @@ def export(
         typer.echo(f"{out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Examples:  gda serve ./llama-gda  ·  gda serve me/llama-gda --port 8001 --dtype bfloat16  ·  "
+    "gda serve ./llama-gda --continuous-batching --attn-implementation sdpa",
+)
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
+) -> None:
+    """Serve a model over HTTP as OpenAI does: `transformers serve`, with all its options, knowing GDA models.
+
+    That command by itself finds model classes in transformers only, whatever code lies beside the weights.
+    """
+    import transformers
+    from transformers.cli.transformers import app as transformers_app
+
+    from gda.conversion.sources import read_config, resolve_folder
+    from gda.modeling_gda.modeling_gda import GDAForCausalLM
+
+    name, _, revision = model.partition("@")
+    read_config(resolve_folder(name, revision or None))  # what is no model is refused in one line
+    transformers.GDAForCausalLM = GDAForCausalLM  # type: ignore[attr-defined]
+    transformers_app(["serve", model, *context.args])
+
+
 @app.command(epilog="Examples:  gda demo  ·  gda demo --out smollm2-gda")
 def demo(
     out: Annotated[str | None, typer.Option(help="Keep the converted model there.")] = None,
