@@ -245,9 +245,10 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
 ) -> None:
-    """Serve a model over HTTP as OpenAI does: `transformers serve`, with all its options, knowing GDA models.
+    """Serve a model over HTTP as OpenAI does: `transformers serve`, with its options, knowing GDA models.
 
     That command by itself finds model classes in transformers only, whatever code lies beside the weights.
+    Its options follow MODEL; `transformers serve --help` lists them.
     """
     import transformers
     from transformers.cli.transformers import app as transformers_app
