@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from gda._files import StagedFolder, check_places, in_background, refuse_existing, write_text
+from gda._files import check_places, in_background, refuse_existing, write_text
 from gda.configuration.configuration_gda import GDAConfig
 
 from .card import CARD_FILE, model_card
@@ -19,7 +19,8 @@ from .provenance import DTYPES, Settings, write_provenance
 from .push import PushReport, push
 from .recipes import Recipe, is_lossless
 from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
-from .stream import MANIFEST_FILE, shards_of, write_checkpoint
+from .staging import staged_model
+from .stream import shards_of, write_checkpoint
 from .verify import VerificationFailed, VerifyReport, verify_opened
 
 MODES = ("expand",)
@@ -171,27 +172,26 @@ def _write(
     bundle_code: bool,
     console: Console | None,
 ) -> ConvertReport:
-    staged = StagedFolder(report.out, overwrite=overwrite, resume=resume)
-    try:
-        _require_space(staged.folder, report, resume)
+    with staged_model(report.out, overwrite=overwrite, resumable=True, resume=resume) as folder:
+        _require_space(folder, report, resume)
         source_hashes = in_background(source.hashes)
         files = write_checkpoint(
-            staged.folder,
+            folder,
             recipes,
             source,
             max_shard_size=settings.max_shard_size,
             settings=asdict(settings),
             console=console,
         )
-        report.config.save_pretrained(staged.folder, bundle_code=bundle_code)
-        source.copy_assets(staged.folder)
+        report.config.save_pretrained(folder, bundle_code=bundle_code)
+        source.copy_assets(folder)
         verification = None
         if verify:
-            verification = verify_opened(source, staged.folder, settings=settings, console=console)
+            verification = verify_opened(source, folder, settings=settings, console=console)
             if not verification.passed:
                 raise VerificationFailed(verification)
         made = write_provenance(
-            staged.folder,
+            folder,
             settings=settings,
             source=source,
             source_hashes=source_hashes.result(),
@@ -200,14 +200,7 @@ def _write(
             verification=None if verification is None else verification.to_dict(),
         )
         card = model_card(report.config, name=report.out.name, made=made, has_code=bundle_code)
-        write_text(staged.folder / CARD_FILE, card)
-        (staged.folder / MANIFEST_FILE).unlink()
-        staged.finish()
-    except BaseException as error:
-        # What an earlier run left is not thrown away by a failure to go on with it, unless it turned out to be wrong.
-        resumable = isinstance(error, KeyboardInterrupt) or (resume and not isinstance(error, VerificationFailed))
-        staged.keep() if resumable else staged.discard()
-        raise
+        write_text(folder / CARD_FILE, card)
     return replace(report, sha256=files, verification=verification)
 
 

@@ -8,14 +8,15 @@ from typing import Any
 from rich.console import Console
 from transformers import LlamaConfig
 
-from gda._files import StagedFolder, check_places, refuse_existing
+from gda._files import check_places, refuse_existing
 from gda.configuration.configuration_gda import GDAConfig
 
 from .expand import SHARED_FIELDS, drop_noise_rows
 from .recipes import Recipe, checkpoint_specs, copied
 from .safetensors_io import TensorSpec
 from .sources import Source, open_source, quiet_transformers
-from .stream import MANIFEST_FILE, write_checkpoint
+from .staging import staged_model
+from .stream import write_checkpoint
 
 FORMATS = ("llama",)
 
@@ -74,23 +75,17 @@ def export(
         _refuse_lossy(source, config)
         target = _llama_config(config)
         recipes = {name: _recipe(name, source.specs[name], config) for name in checkpoint_specs(target)}
-        staged = StagedFolder(out, overwrite=overwrite)
-        try:
+        with staged_model(out, overwrite=overwrite) as folder:
             files = write_checkpoint(
-                staged.folder,
+                folder,
                 recipes,
                 source,
                 max_shard_size=max_shard_size,
                 settings={"format": format},
                 console=console,
             )
-            target.save_pretrained(staged.folder)
-            source.copy_assets(staged.folder)
-            (staged.folder / MANIFEST_FILE).unlink()
-            staged.finish()
-        except BaseException:
-            staged.discard()
-            raise
+            target.save_pretrained(folder)
+            source.copy_assets(folder)
     parameters = sum(recipe.spec.numel for recipe in recipes.values())
     return ExportReport(out, format, len(recipes), parameters, files)
 

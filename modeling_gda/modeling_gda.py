@@ -118,6 +118,7 @@ class GDAPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if type(config) not in MODEL_MAPPING:  # the code was loaded from a model's folder, without our package
             AutoModel.register(type(config), GDAModel)
+        self.model_tags = ["grouped-differential-attention", "gda"]  # for the card of a model that is pushed
         reparameterized = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
         self._keep_in_fp32_modules_strict = (
             reparameterized if config.lambda_type == "reparameterized" else ["lambda_proj"]

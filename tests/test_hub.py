@@ -49,6 +49,7 @@ def test_a_model_in_memory_goes_there_and_comes_back(hub: Hub) -> None:
     held = hub.files("me/tiny")
     assert set(held) >= CODE | {"config.json", "generation_config.json", "model.safetensors.index.json"}
     assert sum(path.endswith(".safetensors") for path in held) > 1
+    assert "gda" in huggingface_hub.ModelCard(held["README.md"].decode()).data.tags
     pulled = AutoModelForCausalLM.from_pretrained("me/tiny").eval()
     assert type(pulled) is gda.GDAForCausalLM
     ids = token_ids(2, 9)
