@@ -223,9 +223,9 @@ class GDAConfig(PreTrainedConfig):
             kwargs: As in `PreTrainedConfig.save_pretrained`.
         """
         if type(self) is GDAConfig:  # a class made from it has code of its own, which is not known here
-            self.auto_map = self._save_code(save_directory) if bundle_code else None
-            if self.auto_map is None:
-                del self.auto_map
+            vars(self).pop("auto_map", None)
+            if bundle_code:
+                self.auto_map = self._save_code(save_directory)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def _save_code(self, folder: str | os.PathLike) -> dict[str, str]:

@@ -132,6 +132,8 @@ def convert(
         raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    if private is not None and push_to_hub is None:
+        raise ValueError("--private and --public are about the repository of --push-to-hub, which is not given")
     refuse_existing(out, overwrite)
     with quiet_transformers():
         opened = open_source(source, revision)

@@ -4,10 +4,11 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -17,7 +18,7 @@ from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
 
 from .card import CARD_FILE, model_card
 from .hub import hub_errors
-from .sources import MODEL_PATTERNS, PROVENANCE_FILE, FolderSource, quiet_transformers
+from .sources import MODEL_PATTERNS, PROVENANCE_FILE, WEIGHT_PATTERNS, FolderSource, quiet_transformers
 from .stream import shows_progress
 
 
@@ -63,8 +64,9 @@ def push(
 ) -> PushReport:
     """Push a GDA model's folder to the Hub, in one commit, with a model card and the code of the model.
 
-    Weights that an interrupted push has sent are not sent again. The folder itself stays as it is: a card and the code
-    are added to the commit where the folder has none.
+    Weights that an interrupted push has sent are not sent again; files of weights that an earlier push left there and
+    that this model does not have are removed. The folder itself stays as it is: a card and the code are added to the
+    commit where the folder has none.
 
     Args:
         folder: A folder with a GDA model.
@@ -148,7 +150,16 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, mess
     repo = api.create_repo(report.repo, private=private, exist_ok=True).repo_id
     if report.revision != "main":
         api.create_branch(repo, branch=report.revision, exist_ok=True)
-    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, str(path)) for name, path in files.items()
+    ]
+    # Weights of an earlier push in other files would be loaded in the place of these, or lie there for nothing.
+    held = api.list_repo_files(repo, revision=report.revision)
+    operations += [
+        CommitOperationDelete(name)
+        for name in held
+        if name not in files and any(fnmatchcase(name, pattern) for pattern in WEIGHT_PATTERNS) and "/" not in name
+    ]
     commit = api.create_commit(repo, operations, commit_message=message, revision=report.revision)
     url = f"{api.endpoint}/{repo}" + ("" if report.revision == "main" else f"/tree/{report.revision}")
     return replace(report, repo=repo, url=url, commit=commit.oid)

@@ -310,6 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.lfs:
                     raise Refusal(400, f"{value['path']} was not uploaded")
                 files[value["path"]] = Blob(self.hub.lfs[value["oid"]], True)
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
             else:
                 raise Refusal(400, f"no such operation: {item['key']}")
         sha = self._repo(id).commit(rev, title, files)

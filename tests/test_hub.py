@@ -96,6 +96,21 @@ def test_a_second_push_sends_no_weights(folder: Path, hub: Hub, command: Command
     assert hub.asked("^PUT") == puts
 
 
+@torch.no_grad()
+def test_weights_of_an_earlier_push_are_removed(folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
+    """One file, then shards: the old file would be loaded first. What is no weights stays."""
+    gda.convert(save_llama(tmp_path / "other", seed=5), tmp_path / "single", verify=False)
+    assert command("push", tmp_path / "single", "me/x").code == 0
+    huggingface_hub.upload_file(path_or_fileobj=b"notes", path_in_repo="NOTES.md", repo_id="me/x")
+    assert command("push", folder, "me/x").code == 0
+    held = hub.files("me/x")
+    assert "model.safetensors" not in held
+    assert held["NOTES.md"] == b"notes"
+    pulled, pushed = (AutoModelForCausalLM.from_pretrained(place).eval() for place in ("me/x", folder))
+    ids = token_ids(1, 5)
+    assert torch.equal(pulled(ids).logits, pushed(ids).logits)
+
+
 def test_a_branch_is_made_and_main_stays(folder: Path, hub: Hub, command: Command) -> None:
     """`--revision` makes the branch; the first branch holds nothing of it."""
     outcome = command("push", folder, "me/x", "--revision", "v2", "--message", "the second")
@@ -230,6 +245,11 @@ def test_convert_asks_for_the_token_before_the_work(
     error = refused(command, "convert", source, tmp_path / "gda", "--push-to-hub", "me/x")
     assert "hf auth login" in error
     assert not (tmp_path / "gda").exists()
+
+
+def test_convert_with_private_and_no_repository(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """An option without effect is a mistake."""
+    assert "--push-to-hub" in refused(command, "convert", save_llama(tmp_path / "llama"), tmp_path / "gda", "--private")
 
 
 def test_a_push_that_fails_after_a_conversion_says_how_to_go_on(tmp_path: Path, hub: Hub, command: Command) -> None:
