@@ -1,0 +1,106 @@
+"""What is to be evaluated: a folder, a Hub id, a GGUF file, or a model in memory."""
+
+import logging
+import os
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gda._files import in_background, sha256
+from gda.conversion.sources import Source, first_line, open_source, quiet_transformers, resolve_folder
+
+from .harness import GDALM, default_device
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was found and not loaded yet.
+
+    Attributes:
+        name: What to call it.
+        place: Its folder, or itself if it is in memory.
+        tokenizer: A folder, a Hub id or a tokenizer.
+        revision: The commit, for a Hub id.
+        weight_files: Where its weights lie; empty in memory.
+        gguf: The opened file, if it is one.
+    """
+
+    name: str
+    place: Path | PreTrainedModel
+    tokenizer: str | PreTrainedTokenizerBase
+    revision: str | None
+    weight_files: tuple[Path, ...]
+    gguf: Source | None = None
+
+    def hashes(self) -> "Future[dict[str, str]]":
+        """SHA-256 of each file of weights, computed in the background."""
+        return in_background(lambda: {path.name: sha256(path) for path in self.weight_files})
+
+    def load(
+        self, *, batch_size: int | str = 1, device: str | None = None, dtype: str = "auto", show_prompts: int = 0
+    ) -> GDALM:
+        """Load it for lm-eval.
+
+        Raises:
+            ValueError: if it cannot be.
+        """
+        settings: dict[str, Any] = {"batch_size": batch_size, "show_prompts": show_prompts, "tokenizer": self.tokenizer}
+        with quiet_transformers():
+            try:
+                if isinstance(self.place, PreTrainedModel):
+                    return GDALM(self.place, **settings)
+                if self.gguf is not None:
+                    model = self.gguf.load().to(device or default_device())
+                    return GDALM(model if dtype == "auto" else model.to(getattr(torch, dtype)), **settings)
+                return GDALM(str(self.place), device=device, dtype=dtype, **settings)
+            except Exception as error:  # whatever a malformed folder makes transformers or lm-eval raise
+                raise ValueError(f"{self.name} cannot be loaded: {first_line(error)}") from None
+
+
+def find_model(
+    model: str | Path | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None = None
+) -> Candidate:
+    """Find a model without loading it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it has no tokenizer, or is not a model folder.
+    """
+    given = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    if isinstance(model, PreTrainedModel):
+        if given is None:
+            raise ValueError("a model in memory needs its tokenizer: evaluate(model, tokenizer, tasks=…)")
+        return Candidate(model.name_or_path or type(model).__name__, model, given, None, ())
+    with quiet_transformers():
+        if Path(model).suffix == ".gguf":
+            return _find_gguf(Path(model), given)
+        folder = resolve_folder(model)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'} is missing; a model folder holds one")
+    weights = tuple(sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)))
+    if not weights:
+        raise FileNotFoundError(f"{folder} holds no weights ({', '.join(WEIGHTS)})")
+    local = Path(model).is_dir()
+    name = folder.resolve().name if local else str(model)
+    return Candidate(name, folder, given or str(folder), None if local else folder.name, weights)
+
+
+def _find_gguf(path: Path, tokenizer: str | PreTrainedTokenizerBase | None) -> Candidate:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{path}: several processes need a model folder, not a .gguf file")
+    source = open_source(path)
+    tokenizer = tokenizer or source.tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{path} holds no tokenizer that transformers can load")
+    return Candidate(path.name, path, tokenizer, None, (path,), source)
+
+
+def silence_lm_eval() -> None:
+    """Keep lm-eval's warnings off the screen: what matters of them is in the report."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
