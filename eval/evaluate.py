@@ -7,6 +7,7 @@ from typing import Any
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.conversion.sources import first_line
@@ -91,6 +92,7 @@ def run_tasks(
         results = simple_evaluate(
             model=lm,
             tasks=list(tasks),
+            task_manager=TaskManager(include_defaults=False),  # they are built already
             num_fewshot=num_fewshot,
             limit=limit,
             batch_size=lm.batch_size,
@@ -117,9 +119,7 @@ def split_names(tasks: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_settings(
-    *, limit: int | float | None, num_fewshot: int | None, batch_size: int | str, dtype: str
-) -> None:
+def check_settings(*, limit: int | float | None, num_fewshot: int | None, batch_size: int | str, dtype: str) -> None:
     """Refuse settings that cannot be.
 
     Raises:

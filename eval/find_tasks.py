@@ -1,9 +1,12 @@
 """Tasks by name, without parsing all of lm-eval's 14,000 task files: only the folders that speak of them are read."""
 
+import contextlib
 import difflib
 import fnmatch
+import logging
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +72,10 @@ def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) 
     folders = {name: _folders_that_mention(name, definitions) for name in wanted}
     # Of a name that is defined twice lm-eval takes the first in one tree, and the last of several.
     paths = [*sorted(set().union(*folders.values()), reverse=True), TASKS_FOLDER]
-    manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
-    if any(folders[name] and not _is_complete(manager, name) for name in wanted):
-        manager = TaskManager(include_path=TASKS_FOLDER, metadata=metadata)
+    with _quiet_index():
+        manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+        if any(folders[name] and not _is_complete(manager, name) for name in wanted):
+            manager = TaskManager(include_path=TASKS_FOLDER, metadata=metadata)
     for name in wanted:
         if not _matches(manager, name):
             raise ValueError(f"unknown task {name!r}{_did_you_mean(name, manager, definitions.values())}")
@@ -79,23 +83,38 @@ def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) 
     return manager, list(dict.fromkeys(found))
 
 
+@contextlib.contextmanager
+def _quiet_index() -> Iterator[None]:
+    """Silence what lm-eval says of names that its own folders define twice."""
+    logger = logging.getLogger("lm_eval.tasks._index")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
 
-def _definitions() -> dict[Path, bytes]:
+def _definitions() -> dict[str, bytes]:
     """The text of every file that defines tasks, or is included by one that does. It takes less than a second."""
-    return {
-        path: path.read_bytes()
-        for path in TASKS_OF_LM_EVAL.rglob("*")
-        if path.suffix not in NOT_A_DEFINITION and "__pycache__" not in path.parts and path.is_file()
-    }
+    found = {}
+    for folder, _, files in os.walk(TASKS_OF_LM_EVAL):
+        for file in files:
+            if os.path.splitext(file)[1] not in NOT_A_DEFINITION:
+                path = os.path.join(folder, file)
+                with open(path, "rb") as definition:
+                    found[path] = definition.read()
+    return found
 
 
-def _folders_that_mention(name: str, definitions: dict[Path, bytes]) -> set[Path]:
+def _folders_that_mention(name: str, definitions: dict[str, bytes]) -> set[Path]:
     pattern = _pattern(name)
     return {
-        TASKS_OF_LM_EVAL / path.relative_to(TASKS_OF_LM_EVAL).parts[0]
+        TASKS_OF_LM_EVAL / Path(path).relative_to(TASKS_OF_LM_EVAL).parts[0]
         for path, text in definitions.items()
         if pattern.search(text)
     }

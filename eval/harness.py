@@ -49,6 +49,7 @@ class GDALM(HFLM):
         backend: "causal".
         device: By default a GPU if there is one, else the CPU.
         show_prompts: How many requests of each task to keep in `shown`.
+        progress: Whether lm-eval draws its bars.
         kwargs: HFLM's.
     """
 
@@ -58,10 +59,14 @@ class GDALM(HFLM):
         backend: str = "causal",
         device: str | None = None,
         show_prompts: int = 0,
+        progress: bool = True,
         **kwargs: Any,
     ) -> None:
         self._show_prompts = int(show_prompts)
+        self._progress = progress
         self.shown: list[ShownPrompt] = []
+        self._kept: dict[int, str] = {}  # task by index of the requests to show
+        self._encoded: dict[str, list[int]] = {}  # token ids by text of those to show
         super().__init__(pretrained, backend=backend, device=device or default_device(), **kwargs)
 
     # HFLM takes part in `accelerate launch` only with more than one GPU; here the processes may be CPUs as well.
@@ -74,21 +79,35 @@ class GDALM(HFLM):
         return self.accelerator.num_processes if hasattr(self, "accelerator") else super().world_size
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._wanted = self._first_of_each_task(requests)
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._kept = self._first_of_each_task(requests)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._progress)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        for index, task in self.__dict__.pop("_wanted", {}).items():
+        for index, task in self._kept.items():
             (prompt, continuation), prompt_ids, continuation_ids = requests[index]
-            self.shown.append(ShownPrompt(task, prompt, continuation, prompt_ids, continuation_ids))
+            room = self.max_length + 1 - len(continuation_ids)  # what is longer is cut at its beginning
+            self.shown.append(ShownPrompt(task, prompt, continuation, prompt_ids[-room:], continuation_ids))
+        self._kept = {}
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        for index, task in self._first_of_each_task(requests).items():
+        kept = self._first_of_each_task(requests)
+        self._encoded = {requests[index].args[0]: [] for index in kept}
+        generated = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._progress)
+        for index, task in kept.items():
             prompt = requests[index].args[0]
-            ids, mask = self.tok_batch_encode([prompt])
-            self.shown.append(ShownPrompt(task, prompt, None, ids[mask.bool()].tolist(), None))
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            self.shown.append(ShownPrompt(task, prompt, None, self._encoded[prompt], None))
+        return generated
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        for string, row, real in zip(strings, ids, mask.bool(), strict=True):
+            if string in self._encoded:
+                self._encoded[string] = row[real].tolist()
+        return ids, mask
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._progress)
 
     def _first_of_each_task(self, requests: list[Instance]) -> dict[int, str]:
         """By index in `requests`, the tasks of the requests to keep."""

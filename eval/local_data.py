@@ -12,7 +12,15 @@ import pyarrow.parquet
 from gda.conversion.sources import first_line
 
 SUFFIXES = (".jsonl", ".parquet")
-FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "xml")  # a task that names one brings its own files
+FILE_FORMATS = (
+    "arrow",
+    "csv",
+    "json",
+    "pandas",
+    "parquet",
+    "text",
+    "xml",
+)  # a task that names one brings its own files
 
 
 class LocalSplits(datasets.DatasetDict):

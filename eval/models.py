@@ -43,14 +43,21 @@ class Candidate:
         return in_background(lambda: {path.name: sha256(path) for path in self.weight_files})
 
     def load(
-        self, *, batch_size: int | str = 1, device: str | None = None, dtype: str = "auto", show_prompts: int = 0
+        self,
+        *,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        show_prompts: int = 0,
+        progress: bool = True,
     ) -> GDALM:
         """Load it for lm-eval.
 
         Raises:
             ValueError: if it cannot be.
         """
-        settings: dict[str, Any] = {"batch_size": batch_size, "show_prompts": show_prompts, "tokenizer": self.tokenizer}
+        settings: dict[str, Any] = {"batch_size": batch_size, "tokenizer": self.tokenizer}
+        settings |= {"show_prompts": show_prompts, "progress": progress}
         with quiet_transformers():
             try:
                 if isinstance(self.place, PreTrainedModel):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gda.conversion.export import export
     from gda.conversion.inspect import inspect
     from gda.conversion.verify import verify
+    from gda.eval.evaluate import evaluate
     from gda.modeling_gda.modeling_gda import (
         GDAForCausalLM,
         GDAForQuestionAnswering,
@@ -34,6 +35,7 @@ _HOMES = {
         "gda.conversion.export": ["export"],
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.verify": ["verify"],
+        "gda.eval.evaluate": ["evaluate"],
         "gda._demo": ["demo"],
         "gda.modeling_gda.modeling_gda": [
             "GDAForCausalLM",
@@ -100,6 +102,7 @@ __all__ = [
     "__version__",
     "convert",
     "demo",
+    "evaluate",
     "export",
     "inspect",
     "verify",
