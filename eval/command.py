@@ -8,11 +8,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from gda.conversion.stream import shows_progress
+
 from .card import update_card as write_card
 from .harness import ShownPrompt
 from .models import silence_lm_eval
 from .report import tables, to_json, write_report
 from .run import Setting, run
+
+WIDTH_OF_FILES = 160  # where nobody's screen breaks a line
 
 
 def evaluate_command(
@@ -42,7 +46,7 @@ def evaluate_command(
     if update_card and not tasks:
         raise ValueError("--update-card: there will be no scores to write; name --tasks")
     setting = Setting(tasks=[tasks] if tasks else [], metadata=_parsed(metadata), **settings)
-    silence_lm_eval()
+    silence_lm_eval(shows_progress(console))
     report = run(model, baseline, setting=setting, console=console)
     if report is None:
         return
@@ -56,12 +60,12 @@ def evaluate_command(
         typer.echo(to_json(report))
         return
     screen = Console()
+    if not screen.is_terminal:
+        screen.width = WIDTH_OF_FILES
     for prompt in report.model.prompts:
         _print_prompt(screen, prompt)
     for table in tables(report):
         screen.print(table)
-    if report.diagnostics is not None:
-        screen.print(report.diagnostics.table())
 
 
 def _parsed(metadata: str | None) -> dict[str, Any] | None:

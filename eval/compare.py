@@ -49,7 +49,7 @@ def rows_of(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> 
     rows = []
     for task, metrics in results["results"].items():
         for metric in _metrics(metrics):
-            score, stderr = metrics[metric], _stderr(metrics, metric)
+            score, stderr = float(metrics[metric]), _stderr(metrics, metric)
             others = (baseline or {"results": {}})["results"].get(task, {})
             if not isinstance(other := others.get(metric), int | float):
                 rows.append(Row(task, metric, score, stderr))
@@ -59,6 +59,7 @@ def rows_of(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> 
             error = _paired_stderr(results, baseline, task, metric)
             if error is None and stderr is not None and other_stderr is not None:
                 error = math.hypot(stderr, other_stderr)
+            other = float(other)  # numpy's numbers are no YAML
             difference = score - other
             within = None if error is None and difference else abs(difference) <= SIGNIFICANT * (error or 0.0)
             rows.append(Row(task, metric, score, stderr, other, other_stderr, difference, error, within))

@@ -86,6 +86,7 @@ def run_tasks(
     """
     if chat_template and lm.tokenizer.chat_template is None:
         raise ValueError("--apply-chat-template: the tokenizer has no chat template")
+    limit = int(limit) if limit is not None and limit >= 1 else limit
     if seed is not None:
         options |= dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
@@ -103,7 +104,12 @@ def run_tasks(
     except AssertionError as error:  # how lm-eval says that a request does not fit the model
         longest = f"requests of at most {lm.max_length} tokens"
         raise ValueError(f"lm-eval cannot run this on the model, which takes {longest}: {first_line(error)}") from None
-    return results or {}
+    if results is None:  # not the first process
+        return {}
+    for config in results["configs"].values():
+        if isinstance(told := (config.get("metadata") or {}).get("tokenizer"), PreTrainedTokenizerBase):
+            config["metadata"]["tokenizer"] = told.name_or_path
+    return results
 
 
 def split_names(tasks: str | Sequence[str]) -> list[str]:

@@ -53,8 +53,10 @@ def load_tasks(
 def _load(manager: TaskManager, name: str) -> Any:
     try:
         return manager.load([name])
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"task {name}: {first_line(error)}") from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"task {name}: {first_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"task {name} cannot be built: {first_line(error)}") from None
     except Exception as error:  # whatever a definition makes of data that is not what it expects
         raise ValueError(
             f"task {name} cannot be built from its data: {type(error).__name__}: {first_line(error)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet
+from huggingface_hub.utils import logging as hub_logging
 
 from gda.conversion.sources import first_line
 
@@ -50,7 +51,8 @@ def data_from(root: str | Path | None) -> Iterator[None]:
         if root is not None and path not in FILE_FORMATS:
             return load_local(Path(root), path, name, kwargs.get("split"))
         try:
-            return original(path, name, *args, **kwargs)
+            with _quiet_hub():
+                return original(path, name, *args, **kwargs)
         except Exception as error:  # datasets has no common error for "not there and not to be had"
             dataset = path if name is None else f"{path} ({name})"
             raise FileNotFoundError(
@@ -63,6 +65,17 @@ def data_from(root: str | Path | None) -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = original
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence each of the tries to reach the Hub: that none succeeded is said once."""
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
 
 
 def load_local(root: Path, path: str, name: str | None, split: str | None = None) -> Any:

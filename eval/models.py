@@ -4,10 +4,14 @@ import logging
 import os
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
+import lm_eval.evaluator
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda._files import in_background, sha256
@@ -108,6 +112,12 @@ def _find_gguf(path: Path, tokenizer: str | PreTrainedTokenizerBase | None) -> C
     return Candidate(path.name, path, tokenizer, None, (path,), source)
 
 
-def silence_lm_eval() -> None:
-    """Keep lm-eval's warnings off the screen: what matters of them is in the report."""
+def silence_lm_eval(progress: bool) -> None:
+    """Keep lm-eval's warnings off the screen, for good, and without `progress` its bars.
+
+    What matters of the warnings is in the report; the bar of building requests has no switch of its own. Nor has git,
+    which lm-eval asks for the commit of whatever folder one stands in, and which complains where there is none.
+    """
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = partial(tqdm, disable=not progress, desc="Building requests", leave=False)

@@ -67,10 +67,14 @@ def perplexity_columns(report: EvalReport) -> tuple[list[str], list[list[str]]]:
     cells = []
     for outcome in _outcomes(report):
         if (measured := outcome.perplexity) is not None:
-            values = [f"{measured.token:.4f}", f"{measured.word:.4f}", f"{measured.byte:.4f}"]
+            values = [_perplexity(value) for value in (measured.token, measured.word, measured.byte)]
             counts = [f"{measured.tokens:,}", f"{measured.context:,}", f"{measured.stride:,}"]
             cells.append([outcome.name, *values, *counts])
     return headings, cells
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.4f}" if value < 1e6 else f"{value:.4e}"
 
 
 def _outcomes(report: EvalReport) -> list[Outcome]:
@@ -84,12 +88,14 @@ def tables(report: EvalReport) -> list[Table]:
         if cells:
             table = Table()
             for index, heading in enumerate(headings):
-                aligned = "left" if index == 0 or heading == "metric" else "right"
-                table.add_column(Text(heading), justify=aligned, overflow="fold")
+                is_name = index == 0 or heading == "metric"
+                table.add_column(
+                    Text(heading), justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name
+                )
             for row in cells:
                 table.add_row(*map(Text, row))  # names are no markup
             made.append(table)
-    return made
+    return made if report.diagnostics is None else [*made, *report.diagnostics.tables()]
 
 
 def to_markdown(report: EvalReport) -> str:
