@@ -153,8 +153,10 @@ def _recording_differential(module: Any, length: int, visit: Visit) -> Iterator[
 
     def listening_attend(*args: Any, **kwargs: Any) -> Any:
         signal_output, noise_output, maps = attend(*args, **kwargs)
-        signal, noise = (of_branch[0].flatten(0, 1) for of_branch in maps)  # (C, S/C, Q, T), (C, 1, Q, T)
         lambda_ = lambdas.pop()  # (1,) or (1, Q, S)
+        if maps is None:
+            return signal_output, noise_output, maps
+        signal, noise = (of_branch[0].flatten(0, 1) for of_branch in maps)  # of (C, S/C, Q, T) and (C, 1, Q, T)
         lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
         visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
         return signal_output, noise_output, maps

@@ -155,11 +155,15 @@ def diagnose(
         ValueError: if a setting is out of range, the length does not hold the needles or exceeds the model's, the
             tokenizer cannot tell where its tokens stand in the text, or a model's attention cannot be read.
     """
+    if not depths:
+        raise ValueError("depths is empty; name one at least")
     texts: list[_Text] = []
     for index, depth in enumerate(depths):
         settings = NeedleSettings(length, depth, needles, queries, digits=DIGITS, samples=samples, data_seed=seed)
         texts += [_Text.of(prompt, tokenizer, index) for prompt in make_prompts(settings, tokens_of(tokenizer))]
     readings = [_Reading(one, len(depths)) for one in (model, baseline) if one is not None]
+    for reading in readings:
+        reading.check_length(max(len(text.ids) for text in texts))
     for text in track(texts, "diagnosing", console=console, disable=not shows_progress(console)):
         for reading in readings:
             reading.add(text)
@@ -230,13 +234,15 @@ class _Reading:
         self.counts = torch.zeros(num_depths)
         self.lambda_sums: list[float | None] = [None] * self.num_layers
 
-    def add(self, text: _Text) -> None:
+    def check_length(self, longest: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and len(text.ids) > limit:
+        if limit is not None and longest > limit:
             raise ValueError(
-                f"a prompt with its answer takes {len(text.ids)} tokens, and {type(self.model).__name__} reads "
-                f"{limit}; give a smaller length"
+                f"a prompt with its answer takes {longest} tokens, and {type(self.model).__name__} reads {limit}; "
+                "give a smaller length"
             )
+
+    def add(self, text: _Text) -> None:
         visit_attention(self.model, text.ids, lambda maps: self._visit(maps, text), first_row=text.first_row)
         self.counts[text.depth_index] += 1
 

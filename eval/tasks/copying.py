@@ -63,8 +63,7 @@ def _make_document(settings: CopySettings, count: CountTokens, random: Random) -
     needed = CUE + settings.copied
     if kept < needed:
         raise ValueError(
-            f"metadata: `length` {settings.length} holds {kept} words, and {CUE} of cue and {settings.copied} to copy "
-            "need more"
+            f"`length` {settings.length} holds {kept} words, and {CUE} of cue and {settings.copied} to copy need more"
         )
     sequence = sequence[:kept]
     start = random.randrange(kept - needed + 1)

@@ -28,8 +28,8 @@ THINGS = {
         "pancake peach pear pie pizza potato pudding sandwich sausage tomato"
     ),
     "tool": words_of(
-        "axe chisel crowbar drill file hammer hoe jack mallet pick pincer pitchfork plane plough pump rake "
-        "sander saw scraper screwdriver shovel spade trowel vice wrench"
+        "axe chisel crowbar drill hacksaw hammer hoe lathe mallet pickaxe pincer pitchfork plough pump rake "
+        "sander scraper screwdriver shovel sickle spade spanner trowel vice wrench"
     ),
     "clothing": words_of(
         "apron belt blouse boot bonnet cap cape cardigan cloak coat dress glove gown hat hoodie jacket mitten "
@@ -48,7 +48,7 @@ LABELS = tuple(THINGS)
 _FRAMES = (
     "My sister told me about the {}.",
     "There was a picture of the {} on the wall.",
-    "We saw the {} again yesterday.",
+    "The {} was there again yesterday.",
     "Nobody had noticed the {} before.",
     "He wrote a short story about the {}.",
     "She could not forget the {}.",
@@ -82,7 +82,7 @@ class FewShotSettings:
         require_integer("samples", self.samples, 1)
         require_integer("data_seed", self.data_seed, 0)
         if self.arrangement not in ARRANGEMENTS:
-            raise ValueError(f"metadata: `arrangement` must be one of {ARRANGEMENTS}, and is {self.arrangement!r}")
+            raise ValueError(f"`arrangement` must be one of {ARRANGEMENTS}, and is {self.arrangement!r}")
 
 
 def make_documents(settings: FewShotSettings) -> list[dict[str, Any]]:

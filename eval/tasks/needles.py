@@ -57,7 +57,7 @@ class NeedleSettings:
         require_integer("digits", self.digits, 3, 15)
         if self.queries * (self.digits + len(", ")) > GENERATED_TOKENS:
             raise ValueError(
-                f"metadata: `queries` {self.queries} numbers of {self.digits} `digits` can take more than the "
+                f"`queries` {self.queries} numbers of {self.digits} `digits` can take more than the "
                 f"{GENERATED_TOKENS} tokens that are generated"
             )
         require_integer("samples", self.samples, 1)
@@ -138,7 +138,7 @@ def _make_prompt(settings: NeedleSettings, count: CountTokens, random: Random, d
     room = settings.length - count(prompt([]).text)
     if room < 0:
         raise ValueError(
-            f"metadata: `length` {settings.length} is too short for {settings.needles} needles and the question, "
+            f"`length` {settings.length} is too short for {settings.needles} needles and the question, "
             f"which take {settings.length - room}"
         )
     while room > 0:
@@ -170,6 +170,6 @@ def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, 
 
 def score(document: dict[str, Any], results: list[str]) -> dict[str, float]:
     """`acc`: the share of the numbers asked for that are given, in their order; `exact_match`: whether all are."""
-    given = re.findall(r"\d+", results[0].replace(",", " "))[: len(document["answers"])]
+    given = re.findall(r"\d+", results[0])[: len(document["answers"])]
     right = [number == answer for number, answer in zip(given, document["answers"], strict=False)]
     return {"acc": sum(right) / len(document["answers"]), "exact_match": float(sum(right) == len(document["answers"]))}

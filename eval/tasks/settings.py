@@ -35,12 +35,15 @@ def read_settings(
     """
     names = [field.name for field in fields(kind)]
     for name in metadata:
-        if name not in names and (resembled := get_close_matches(name, names, n=1, cutoff=0.85)):
+        if name not in names and (resembled := get_close_matches(name, names, n=1, cutoff=0.8)):
             raise ValueError(f"metadata has no setting `{name}`; did you mean `{resembled[0]}`?")
     given = {**metadata, **(sweep or {})}
     if missing := [name for name in names if name not in given]:
         raise ValueError(f"metadata lacks the setting(s) {', '.join(missing)}")
-    return kind(**{name: given[name] for name in names})
+    try:
+        return kind(**{name: given[name] for name in names})
+    except ValueError as error:
+        raise ValueError(f"metadata: {error}") from None
 
 
 def require_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -48,13 +51,13 @@ def require_integer(name: str, value: Any, low: int, high: int | None = None) ->
     limits = f"at least {low}" if high is None else f"from {low} to {high}"
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
-        raise ValueError(f"metadata: `{name}` must be an integer, {limits}, and is {value!r}")
+        raise ValueError(f"`{name}` must be an integer, {limits}, and is {value!r}")
 
 
 def require_share(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"metadata: `{name}` must be a number from 0 to 1, and is {value!r}")
+        raise ValueError(f"`{name}` must be a number from 0 to 1, and is {value!r}")
 
 
 def token_counter(metadata: Mapping[str, Any]) -> CountTokens:

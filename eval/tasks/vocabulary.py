@@ -1,4 +1,4 @@
-"""Words and sentences by the seed: prose without end that says nothing, names, and words that no text holds."""
+"""Words and sentences by the seed: prose without end that says nothing, names, and words without a meaning."""
 
 from random import Random
 
@@ -62,7 +62,7 @@ def sentence(random: Random) -> str:
 
 
 def made_up_words(random: Random, number: int) -> list[str]:
-    """`number` different words that are no words, such as "bako" or, where those run out, "bakotemi"."""
+    """`number` different words without a meaning, such as "bako" or, where those run out, "bakote"."""
     syllables = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
     length = 2
     while len(syllables) ** length < 4 * number:  # so that drawing them soon finds a new one
