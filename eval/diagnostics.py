@@ -57,7 +57,7 @@ class DiagnosticsReport:
         depths: Where the answers lie in the context, from 0 to 1.
         by_layer: The mean over depths, for each layer.
         by_depth: The mean over layers, for each depth.
-        lambdas: λ of each layer, the mean over heads and tokens; None in a layer without noise heads.
+        lambdas: λ of each layer, the mean over heads and over the rows read; None in a layer without noise heads.
     """
 
     length: int
@@ -100,11 +100,7 @@ class DiagnosticsReport:
             for kind, cells in self.by_depth.items()
         ]
         layer_rows = [
-            [
-                str(layer),
-                *(f"{value:.4f}" if value is not None else "" for value in self.lambdas[layer : layer + 1] or [None]),
-                *(_show(cells[layer]) if layer < len(cells) else "" for cells in self.by_layer.values()),
-            ]
+            [str(layer), self._show_lambda(layer), *(_show(cells, layer) for cells in self.by_layer.values())]
             for layer in range(max(map(len, self.by_layer.values())))
         ]
         return [
@@ -119,6 +115,10 @@ class DiagnosticsReport:
                 layer_rows,
             ),
         ]
+
+    def _show_lambda(self, layer: int) -> str:
+        lambda_ = self.lambdas[layer] if layer < len(self.lambdas) else None
+        return "" if lambda_ is None else f"{lambda_:.4f}"
 
 
 def diagnose(
@@ -280,5 +280,8 @@ def _mean(cells: Sequence[AttentionShares]) -> AttentionShares:
     return AttentionShares(*(sum(column) / len(cells) for column in columns))
 
 
-def _show(cell: AttentionShares) -> str:
+def _show(layers: Sequence[AttentionShares], layer: int) -> str:
+    if layer >= len(layers):  # the baseline may be deeper, or less deep
+        return ""
+    cell = layers[layer]
     return f"{cell.answer:.3f} / {cell.noise_context:.3f} / {cell.first_token:.3f} / {cell.entropy:.2f}"

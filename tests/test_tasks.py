@@ -129,10 +129,9 @@ def test_mqar_asks_for_pairs_of_the_list(pairs: int, queries: int) -> None:
     documents = mqar.make_documents(mqar.MQARSettings(pairs, queries, samples=2, data_seed=3))
     assert len(documents) == 2 * min(pairs, queries)
     for document in documents:
-        listed, asked = document["text"].split("\n")
-        values = dict(pair.split(" ") for pair in listed.removesuffix(".").split(", "))
+        values = dict(pair.split(" ") for pair in document["text"].removesuffix(".\n").split(", "))
         assert len(values) == pairs
-        *answered, key = asked.split(", ")
+        *answered, key = document["prefix"].split(", ")
         assert document["target"] == f" {values[key]}"
         assert [values[earlier] for earlier in (pair.split(" ")[0] for pair in answered)] == [
             pair.split(" ")[1] for pair in answered
@@ -144,13 +143,12 @@ def test_copying_goes_on_with_the_sequence(length: int, copied: int) -> None:
     count = tokens_of(byte_tokenizer())
     documents = copying.make_documents(copying.CopySettings(length, copied, samples=20, data_seed=1), count)
     for document in documents:
-        line, cue = document["text"].split("\n")
-        words, given, target = line.split(), cue.split(), document["target"].split()
+        words, given, target = (document[name].split() for name in ("text", "prefix", "target"))
         assert (len(given), len(target)) == (copying.CUE, copied)
         at = words.index(given[0])
         assert words[at : at + copying.CUE + copied] == given + target
         assert len(set(words)) == len(words)
-        assert length - 12 < count(f" {line}") <= length
+        assert length - 12 < count(f" {document['text'].strip()}") <= length
     assert len({document["text"] for document in documents}) == 20
 
 
@@ -242,9 +240,10 @@ NEEDLES_OF_SEED_0 = (
     "The magic number of Chicago is 3214645. The magic number of Cork is 9634106. On a rainy day, the friendly "
     "neighbour hid a new coat.\n\nQuestion: What is the magic number of Cork?\nAnswer: The magic number of Cork is"
 )
-MQAR_OF_SEED_0 = {"text": "zine 55, nuli 81, migo 80.\nmigo 80, nuli", "target": " 81"}
+MQAR_OF_SEED_0 = {"text": "zine 55, nuli 81, migo 80.\n", "prefix": "migo 80, nuli", "target": " 81"}
 COPY_OF_SEED_0 = {
-    "text": "buve tife zapi sifa tafe zeba mofa dezu tuki foma\ntafe zeba mofa dezu",
+    "text": "buve tife zapi sifa tafe zeba mofa dezu tuki foma\n",
+    "prefix": "tafe zeba mofa dezu",
     "target": " tuki foma",
     "place": 0.4,
 }
@@ -255,7 +254,7 @@ FEWSHOT_OF_SEED_0 = (
     "Text: There was a picture of the raft on the wall.\nKind: vehicle\n\n"
     "Text: My sister told me about the cape.\nKind: clothing\n\n"
     "Text: There was a picture of the tiger on the wall.\nKind: animal\n\n"
-    "Text: I had never seen such a fox before.\nKind:"
+    "Text: I had never seen such a fox before.\n"
 )
 
 
@@ -353,6 +352,12 @@ def test_groups_hold_the_sweeps() -> None:
     assert set(task_manager().all_groups) == set(GROUPS)
 
 
+def test_the_readme_names_tasks_that_are() -> None:
+    named = set(re.findall(r"`(gda_\w+)`", (TASKS_FOLDER.parent / "README.md").read_text()))
+    assert named <= set(TASKS) | set(GROUPS)
+    assert named >= set(GROUPS)
+
+
 def test_metadata_reaches_the_data_and_a_sweep_keeps_its_own() -> None:
     manager = task_manager(tokenizer=byte_tokenizer(), length=1500, samples=2, needles=3)
     count = tokens_of(byte_tokenizer())
@@ -382,6 +387,34 @@ def test_lm_eval_runs_every_task_on_a_model() -> None:
         assert results["results"][group]["acc,none"] == pytest.approx(mean(scores["acc,none"] for scores in members))
     for name in ("gda_mqar_pairs_4", "gda_copy_length_64"):
         assert results["results"][name]["loglikelihood,none"] < 0
+
+
+@pytest.mark.parametrize(
+    ("task", "turn"),
+    [
+        ("gda_needles", r"Answer:<\|assistant\|>The magic number of \w+ is"),
+        ("gda_mqar", r"\.\n?<\|assistant\|>\w+"),
+        ("gda_copy", r"\w\n?<\|assistant\|>(\w+ ){3}\w+"),
+        ("gda_fewshot", r"\.\n?<\|assistant\|>Kind:"),
+    ],
+)
+def test_with_a_chat_template_the_models_turn_has_begun(task: str, turn: str) -> None:
+    tokenizer = byte_tokenizer()
+    [loaded] = task_manager(tokenizer=tokenizer, samples=1).load([task])["tasks"].values()
+    document = loaded.test_docs()[0]
+    lm = HFLM(pretrained=llama_model(), tokenizer=tokenizer, backend="causal", device="cpu")
+    chat_prompt, plain = (
+        loaded.fewshot_context(
+            document,
+            num_fewshot=0,
+            apply_chat_template=chat,
+            chat_template=lm.apply_chat_template,
+            gen_prefix=loaded.doc_to_prefix(document),
+        )
+        for chat in (True, False)
+    )
+    assert re.search(turn + "$", chat_prompt.rstrip("\n"))
+    assert plain.split() == chat_prompt.replace("<|user|>", "").replace("<|assistant|>", " ").split()
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ class CopySettings:
 
 
 def make_documents(settings: CopySettings, count: CountTokens) -> list[dict[str, Any]]:
-    """One document a sequence: `text`, the sequence and the cue, and `target`, the words that follow the cue.
+    """One document a sequence: `text`, the sequence; `prefix`, the cue; `target`, what follows it; and its `place`.
 
     Raises:
         ValueError: if the length does not hold the cue and the words to be copied.
@@ -68,7 +68,12 @@ def _make_document(settings: CopySettings, count: CountTokens, random: Random) -
     sequence = sequence[:kept]
     start = random.randrange(kept - needed + 1)
     cue, copied = sequence[start : start + CUE], sequence[start + CUE : start + needed]
-    return {"text": f"{' '.join(sequence)}\n{' '.join(cue)}", "target": f" {' '.join(copied)}", "place": start / kept}
+    return {
+        "text": f"{' '.join(sequence)}\n",
+        "prefix": " ".join(cue),
+        "target": f" {' '.join(copied)}",
+        "place": start / kept,
+    }
 
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":

@@ -116,11 +116,11 @@ def make_documents(settings: FewShotSettings) -> list[dict[str, Any]]:
 
 
 def _question(random: Random, thing: str) -> str:
-    return f"Text: {random.choice(_FRAMES).format(thing)}\nKind:"
+    return f"Text: {random.choice(_FRAMES).format(thing)}\n"
 
 
 def _example(random: Random, thing: str, label: str) -> str:
-    return f"{_question(random, thing)} {label}"
+    return f"{_question(random, thing)}Kind: {label}"
 
 
 def _arrange(random: Random, shown: Mapping[str, Sequence[str]], arrangement: str) -> list[str]:

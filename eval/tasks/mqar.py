@@ -40,7 +40,7 @@ class MQARSettings:
 
 
 def make_documents(settings: MQARSettings) -> list[dict[str, Any]]:
-    """One document a query: `text`, which ends with the key asked for, and `target`, its value.
+    """One document a query: `text`, the list; `prefix`, which ends with the key asked for; `target`, its value.
 
     Where there are fewer pairs than queries, every key is asked for once.
     """
@@ -52,8 +52,13 @@ def make_documents(settings: MQARSettings) -> list[dict[str, Any]]:
         pairs = [f"{key} {value}" for key, value in zip(keys, values, strict=True)]
         answered = ""
         for asked in random.sample(range(settings.pairs), min(settings.queries, settings.pairs)):
-            text = ", ".join(pairs) + f".\n{answered}{keys[asked]}"
-            documents.append({"text": text, "target": f" {values[asked]}"})
+            documents.append(
+                {
+                    "text": f"{', '.join(pairs)}.\n",
+                    "prefix": f"{answered}{keys[asked]}",
+                    "target": f" {values[asked]}",
+                }
+            )
             answered += f"{pairs[asked]}, "
     return documents
 
