@@ -104,7 +104,7 @@ def _read(path: Path) -> datasets.Dataset:
     """The rows of a file, in memory: datasets' own readers keep copies in the home folder."""
     try:
         dataset = datasets.Dataset(pyarrow.parquet.read_table(path)) if path.suffix == ".parquet" else _read_jsonl(path)
-    except (pyarrow.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     if not len(dataset):
         raise ValueError(f"{path} is empty")
@@ -117,7 +117,10 @@ def _read_jsonl(path: Path) -> datasets.Dataset:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            rows.append(json.loads(line))
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
             if not isinstance(rows[-1], dict):
                 raise ValueError(f"{path}, line {number}, is not a JSON object")
     return datasets.Dataset.from_list(rows)

@@ -11,9 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("GDA_TEST_DATA", ROOT / ".." / "shared" / "data"))
-needs_shared_data = pytest.mark.skipif(
-    not (SHARED_DATA / "nyu-mll").is_dir(), reason="needs the BLiMP of GDA_TEST_DATA"
-)
 
 NOUNS = ("cat", "other man", "hen", "ant", "official", "weather", "theatre", "mother", "brother", "panther")
 SUMS_TASK = """

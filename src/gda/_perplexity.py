@@ -69,7 +69,8 @@ def text_perplexity(
     """Perplexity of `text` by token, word and byte.
 
     The first token is predicted from BOS, or EOS if the tokenizer has no BOS, so that none is left out. With
-    `stride` = `context`, the default, windows share nothing, and it is lm-eval's rolling log-likelihood.
+    `stride` = `context`, the default, windows share nothing, except that the last begins early enough to be whole: it
+    is lm-eval's rolling log-likelihood.
 
     Args:
         model: A language model.
@@ -117,6 +118,8 @@ def _negative_log_likelihood(
     begin = 0
     while done < last:
         end = min(begin + context, last)
+        if end == last:
+            begin = max(0, last - context)  # the last window is as long as the others
         logits = model(sequence[begin:end].unsqueeze(0), use_cache=False).logits[0, done - begin :].float()
         total += cross_entropy(logits, sequence[done + 1 : end + 1], reduction="sum").item()
         done, begin = end, begin + stride
