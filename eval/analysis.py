@@ -235,7 +235,7 @@ def attention_statistics(
         ValueError: as `visit_attention`.
     """
     if first_row is None:
-        first_row = min(1, input_ids.shape[-1] - 1)
+        first_row = 1 if input_ids.shape[-1] > 1 else 0
     layers: list[LayerStatistics] = []
 
     def visit(maps: LayerAttention) -> None:
@@ -250,7 +250,7 @@ def attention_statistics(
             )
         )
 
-    visit_attention(model, input_ids, visit, first_row=max(first_row, 0))
+    visit_attention(model, input_ids, visit, first_row=first_row)
     return layers
 
 

@@ -163,7 +163,7 @@ def diagnose(
         texts += [_Text.of(prompt, tokenizer, index) for prompt in make_prompts(settings, tokens_of(tokenizer))]
     readings = [_Reading(one, len(depths)) for one in (model, baseline) if one is not None]
     for reading in readings:
-        reading.check_length(max(len(text.ids) for text in texts))
+        reading.check(texts)
     for text in track(texts, "diagnosing", console=console, disable=not shows_progress(console)):
         for reading in readings:
             reading.add(text)
@@ -217,11 +217,11 @@ class _Text:
         answer = overlapping(prompt.answer_start, prompt.answer_end)
         context = overlapping(0, len(prompt.context)) & ~answer
         answer[0] = context[0] = False
-        given = overlapping(len(prompt.text), len(prompt.text + prompt.target)).nonzero()
+        target = overlapping(len(prompt.text), len(prompt.text + prompt.target)).nonzero().flatten().tolist()
         # The last token predicts what comes after the answer: its row is left out, and with it the token.
-        return cls(
-            torch.tensor(encoded["input_ids"][: int(given[-1])]), int(given[0]) - 1, answer, context, depth_index
-        )
+        length, first_row = target[-1], target[0] - 1
+        ids = torch.tensor(encoded["input_ids"])
+        return cls(ids[:length], first_row, answer[:length], context[:length], depth_index)
 
 
 class _Reading:
@@ -234,12 +234,18 @@ class _Reading:
         self.counts = torch.zeros(num_depths)
         self.lambda_sums: list[float | None] = [None] * self.num_layers
 
-    def check_length(self, longest: int) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
+    def check(self, texts: Sequence[_Text]) -> None:
+        name, config = type(self.model).__name__, self.model.config
+        longest, limit = max(len(text.ids) for text in texts), config.max_position_embeddings
+        if longest > limit:
             raise ValueError(
-                f"a prompt with its answer takes {longest} tokens, and {type(self.model).__name__} reads {limit}; "
-                "give a smaller length"
+                f"a prompt with its answer takes {longest} tokens, and {name} reads {limit}; give a smaller length"
+            )
+        highest = max(int(text.ids.max()) for text in texts)
+        if highest >= config.vocab_size:
+            raise ValueError(
+                f"{name} has a vocabulary of {config.vocab_size} tokens, and a prompt holds the token id {highest}; "
+                "model and baseline must have one tokenizer"
             )
 
     def add(self, text: _Text) -> None:
@@ -256,10 +262,9 @@ class _Reading:
 
     def _add(self, kind: str, maps: torch.Tensor, layer: int, text: _Text) -> None:
         shares = row_shares(maps).cpu()  # (H, Q, T)
-        tokens = shares.shape[-1]
         measured = (
-            shares[..., text.answer[:tokens]].sum(dim=-1),
-            shares[..., text.context[:tokens]].sum(dim=-1),
+            shares[..., text.answer].sum(dim=-1),
+            shares[..., text.context].sum(dim=-1),
             shares[..., 0],
             row_entropy(shares),
         )

@@ -2,19 +2,22 @@
 
 import json
 import math
+from dataclasses import astuple
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gda import convert
 from gda.eval.diagnostics import AttentionShares, DiagnosticsReport, diagnose
 from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
 from gda.eval.tasks.settings import tokens_of
 
-from .llamas import VOCAB_SIZE, byte_tokenizer, llama_model
+from .llamas import VOCAB_SIZE, byte_tokenizer, llama_model, save_llama
 from .tiny import tiny_model
 
 LENGTH, NEEDLES = 400, 3
@@ -96,6 +99,17 @@ def test_a_llama_beside_its_twin() -> None:
         assert shares.answer + shares.noise_context + shares.first_token < 1
 
 
+def test_an_expanded_llama_looks_where_the_llama_looks(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "llama", max_position_embeddings=1024)
+    convert(folder, tmp_path / "gda")
+    llama, expanded = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "gda"))
+    report = report_of(expanded, baseline=llama)
+    assert report.lambdas == pytest.approx([0.0, 0.0], abs=1e-6)
+    for kind in ("signal", "difference"):
+        for got, expected in zip(report.by_layer[kind], report.by_layer["baseline"], strict=True):
+            assert astuple(got) == pytest.approx(astuple(expected), abs=1e-5)
+
+
 def test_lambda_is_the_layers() -> None:
     assert report_of(gda_model()).lambdas == pytest.approx([0.3, 0.4])
     token_dependent = report_of(gda_model(lambda_type="sigmoid")).lambdas
@@ -147,3 +161,5 @@ def test_what_cannot_be_diagnosed() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             report_of(gda_model(), **options)
+    with pytest.raises(ValueError, match="must have one tokenizer"):
+        report_of(gda_model(), baseline=gda_model(vocab_size=50))
