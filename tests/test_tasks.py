@@ -162,6 +162,7 @@ def test_prose_holds_no_numbers_and_no_cities() -> None:
     prose = [sentence(source) for _ in range(500)]
     assert len(set(prose)) > 490
     assert all(re.fullmatch(r"[A-Z][a-z, ]+\.", line) for line in prose)
+    assert not [line for line in prose if re.search(r"\ba [aeiou]", line)]
 
 
 # ---------------------------------------------------------------------------------------------------- few-shot
@@ -249,12 +250,12 @@ COPY_OF_SEED_0 = {
 }
 FEWSHOT_OF_SEED_0 = (
     "Text: He wrote a short story about the tambourine.\nKind: instrument\n\n"
-    "Text: I had never seen such a burger before.\nKind: food\n\n"
+    "Text: Everybody liked the burger.\nKind: food\n\n"
     "Text: He wrote a short story about the hoe.\nKind: tool\n\n"
     "Text: There was a picture of the raft on the wall.\nKind: vehicle\n\n"
     "Text: My sister told me about the cape.\nKind: clothing\n\n"
     "Text: There was a picture of the tiger on the wall.\nKind: animal\n\n"
-    "Text: I had never seen such a fox before.\n"
+    "Text: Everybody liked the fox.\n"
 )
 
 
@@ -431,8 +432,9 @@ def test_a_pretrained_model_finds_needles() -> None:
     results = simple_evaluate(
         lm,
         tasks=["gda_needles_length_256", "gda_mqar_pairs_8"],
-        task_manager=task_manager(tokenizer=tokenizer, samples=10, queries=1, needles=2),
+        task_manager=task_manager(tokenizer=tokenizer),
         bootstrap_iters=0,
     )
+    # Measured: 0.70 and 0.80.
     assert results["results"]["gda_needles_length_256"]["acc,none"] >= 0.6
-    assert results["results"]["gda_mqar_pairs_8"]["acc,none"] >= 0.5
+    assert results["results"]["gda_mqar_pairs_8"]["acc,none"] >= 0.7

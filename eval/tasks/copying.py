@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from gda.eval.tasks.settings import CountTokens, read_settings, require_integer, test_split, token_counter
+from gda.eval.tasks.settings import CountTokens, as_test_split, read_settings, require_integer, token_counter
 from gda.eval.tasks.vocabulary import made_up_words
 
 if TYPE_CHECKING:
@@ -78,4 +78,4 @@ def _make_document(settings: CopySettings, count: CountTokens, random: Random) -
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
     """The task's data, for lm-eval's `custom_dataset`."""
-    return test_split(make_documents(read_settings(CopySettings, metadata, sweep), token_counter(metadata)))
+    return as_test_split(make_documents(read_settings(CopySettings, metadata, sweep), token_counter(metadata)))

@@ -11,7 +11,7 @@ from random import Random
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from gda.eval.tasks.settings import read_settings, require_integer, test_split
+from gda.eval.tasks.settings import as_test_split, read_settings, require_integer
 from gda.eval.tasks.vocabulary import words_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _FRAMES = (
     "He wrote a short story about the {}.",
     "She could not forget the {}.",
     "They talked about the {} all evening.",
-    "I had never seen such a {} before.",
+    "Everybody liked the {}.",
 )
 
 
@@ -133,7 +133,7 @@ def _arrange(random: Random, shown: Mapping[str, Sequence[str]], arrangement: st
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
     """The task's data, for lm-eval's `custom_dataset`."""
-    return test_split(make_documents(read_settings(FewShotSettings, metadata, sweep)))
+    return as_test_split(make_documents(read_settings(FewShotSettings, metadata, sweep)))
 
 
 Scored = tuple[int, float]  # an order, and whether the answer after it is right

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from gda.eval.tasks.settings import read_settings, require_integer, test_split
+from gda.eval.tasks.settings import as_test_split, read_settings, require_integer
 from gda.eval.tasks.vocabulary import made_up_words
 
 if TYPE_CHECKING:
@@ -65,4 +65,4 @@ def make_documents(settings: MQARSettings) -> list[dict[str, Any]]:
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
     """The task's data, for lm-eval's `custom_dataset`."""
-    return test_split(make_documents(read_settings(MQARSettings, metadata, sweep)))
+    return as_test_split(make_documents(read_settings(MQARSettings, metadata, sweep)))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from gda.eval.tasks.settings import (
     CountTokens,
+    as_test_split,
     read_settings,
     require_integer,
     require_share,
-    test_split,
     token_counter,
 )
 from gda.eval.tasks.vocabulary import CITIES, sentence
@@ -144,8 +144,10 @@ def _make_prompt(settings: NeedleSettings, count: CountTokens, random: Random, d
     while room > 0:
         prose.append(sentence(random))
         room -= count(f" {prose[-1]}")
-    while (made := prompt(prose)) and prose and count(made.text) > settings.length:
+    made = prompt(prose)
+    while count(made.text) > settings.length:
         prose.pop()
+        made = prompt(prose)
     return made
 
 
@@ -165,7 +167,7 @@ def _enumerate(names: list[str]) -> str:
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
     """The task's data, for lm-eval's `custom_dataset`."""
     prompts = make_prompts(read_settings(NeedleSettings, metadata, sweep), token_counter(metadata))
-    return test_split([asdict(prompt) for prompt in prompts])
+    return as_test_split([asdict(prompt) for prompt in prompts])
 
 
 def score(document: dict[str, Any], results: list[str]) -> dict[str, float]:

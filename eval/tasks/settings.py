@@ -104,7 +104,7 @@ def _say_words_are_counted() -> None:
     log.warning('no tokenizer is known, so lengths are counted in words: --metadata \'{"tokenizer": "FOLDER"}\'')
 
 
-def test_split(documents: "list[dict[str, Any]]") -> "dict[str, Dataset]":
+def as_test_split(documents: "list[dict[str, Any]]") -> "dict[str, Dataset]":
     """Documents as lm-eval wants them of a `custom_dataset`."""
     from datasets import Dataset
 

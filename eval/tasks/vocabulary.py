@@ -29,7 +29,7 @@ _WHAT = words_of(
     "basket bell blanket book bottle box bridge candle carpet chair clock coat cup curtain door drum fence flag garden "
     "hammer ladder lamp letter map mirror needle picture pot ring rope shelf spoon stone table wheel window"
 )
-_KIND = words_of("blue broken brown clean dark empty green heavy large light narrow new plain red small white wooden")
+_KIND = words_of("blue broken brown clean dark grey green heavy large light narrow new plain red small white wooden")
 _WHERE = (
     "at the market",
     "at the old mill",
