@@ -67,8 +67,8 @@ class Candidate:
                 if isinstance(self.place, PreTrainedModel):
                     return GDALM(self.place, **settings)
                 if self.gguf is not None:
-                    model = self.gguf.load().to(device or default_device())
-                    return GDALM(model if dtype == "auto" else model.to(getattr(torch, dtype)), **settings)
+                    gguf = self.gguf.load().to(device or default_device())  # type: ignore[arg-type]
+                    return GDALM(gguf if dtype == "auto" else gguf.to(getattr(torch, dtype)), **settings)
                 return GDALM(str(self.place), device=device, dtype=dtype, **settings)
             except Exception as error:  # whatever a malformed folder makes transformers or lm-eval raise
                 raise ValueError(f"{self.name} cannot be loaded: {first_line(error)}") from None

@@ -24,7 +24,7 @@ from .models import Candidate, find_model
 if TYPE_CHECKING:
     from .diagnostics import DiagnosticsReport
 
-DIAGNOSTIC_SETTINGS = ("length", "needles", "queries", "samples")  # of the retrieval tasks, by the same names
+PROMPT_SETTINGS = ("length", "needles", "queries")  # of the retrieval tasks and of the diagnostics alike
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 
 
@@ -223,9 +223,10 @@ def _diagnose(loaded: list[GDALM], setting: Setting, console: Console) -> "Diagn
     from .diagnostics import diagnose
 
     ours, theirs = loaded[0], loaded[1].model if len(loaded) > 1 else None
-    wanted = {name: value for name, value in (setting.metadata or {}).items() if name in DIAGNOSTIC_SETTINGS}
-    seed = {} if setting.seed is None else {"seed": setting.seed}
-    return diagnose(ours.model, ours.tokenizer, baseline=theirs, console=console, **wanted, **seed)
+    told: dict[str, Any] = {name: value for name, value in (setting.metadata or {}).items() if name in PROMPT_SETTINGS}
+    if setting.seed is not None:
+        told["seed"] = setting.seed
+    return diagnose(ours.model, ours.tokenizer, baseline=theirs, console=console, **told)
 
 
 def _read_text(path: Path) -> str:

@@ -94,15 +94,27 @@ def text_perplexity(
         raise ValueError("the tokenizer has neither a BOS nor an EOS token to begin with")
     sequence = torch.tensor(ids if ids[0] == first else [first, *ids], device=model.device)
     total = _negative_log_likelihood(model, sequence, context, stride, advance)
-    counts = {"token": len(sequence) - 1, "word": len(text.split()), "byte": len(text.encode())}
-    if not counts["token"]:
+    tokens, words, length = len(sequence) - 1, len(text.split()), len(text.encode())
+    if not tokens:
         raise ValueError("the text is a BOS token and nothing else")
     return TextPerplexity(
-        **{unit: math.exp(total / count) if total / count < 700 else math.inf for unit, count in counts.items()},
-        **{f"{unit}s": count for unit, count in counts.items()},
+        token=_exp(total / tokens),
+        word=_exp(total / words),
+        byte=_exp(total / length),
+        tokens=tokens,
+        words=words,
+        bytes=length,
         context=context,
         stride=stride,
     )
+
+
+def _exp(value: float) -> float:
+    """exp, and infinity where a float ends: a word may be a whole line of symbols."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 @torch.inference_mode()

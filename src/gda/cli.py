@@ -201,7 +201,9 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Tokens between its windows; by default the context.")] = None,
     diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Look into the attention maps.")] = False,
     limit: Annotated[float | None, typer.Option(help="Documents of each task; below 1, their share.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in front, instead of the task's number.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Solved examples in front, instead of the task's number.")
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Requests at a time, or auto.")] = "1",
     device: Annotated[str | None, typer.Option(help="By default a GPU if there is one, else cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
