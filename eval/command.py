@@ -1,6 +1,8 @@
 """The command `gda eval`: options in, screen and files out."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.text import Text
 from gda.conversion.stream import shows_progress
 
 from .card import update_card as write_card
+from .evaluate import split_names
 from .harness import ShownPrompt
 from .models import silence_lm_eval
 from .report import tables, to_json, write_report
@@ -45,9 +48,10 @@ def evaluate_command(
         raise ValueError(f"--update-card: {model} is not a local folder")
     if update_card and not tasks:
         raise ValueError("--update-card: there will be no scores to write; name --tasks")
-    setting = Setting(tasks=[tasks] if tasks else [], metadata=_parsed(metadata), **settings)
+    setting = Setting(tasks=split_names(tasks) if tasks else [], metadata=_parsed(metadata), **settings)
     silence_lm_eval(shows_progress(console))
-    report = run(model, baseline, setting=setting, console=console)
+    with contextlib.redirect_stdout(sys.stderr):  # where lm-eval says what batch size it found
+        report = run(model, baseline, setting=setting, console=console)
     if report is None:
         return
     if output is not None:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gda.conversion.sources import first_line
 
@@ -20,7 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def evaluate(
-    model: str | Path | PreTrainedModel,
+    model: str | Path | torch.nn.Module,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     tasks: str | Sequence[str],
@@ -38,7 +39,7 @@ def evaluate(
     """Run tasks of lm-evaluation-harness on a model.
 
     Args:
-        model: A folder, a Hub id, a `.gguf` file, or a model in memory, which keeps its device and dtype.
+        model: A folder, a Hub id, a `.gguf` file, or a model in memory, which keeps its device, dtype and mode.
         tokenizer: Needed for a model in memory; by default the model's own.
         tasks: Names of tasks, groups or tags, ours or lm-eval's, patterns such as "blimp_*", or YAML files.
         dataset_root: Read the data of tasks from `dataset_root`/dataset_path/dataset_name/split.jsonl (or .parquet).
@@ -63,10 +64,14 @@ def evaluate(
     candidate = find_model(model, tokenizer)
     told = {"tokenizer": candidate.tokenizer} | (metadata or {})
     loaded = load_tasks(split_names(tasks), dataset_root=dataset_root, metadata=told)
+    training = isinstance(model, torch.nn.Module) and model.training
     lm = candidate.load(batch_size=batch_size, device=device, dtype=dtype)
-    return run_tasks(
-        lm, loaded, limit=limit, num_fewshot=num_fewshot, chat_template=apply_chat_template, seed=seed, **options
-    )
+    try:
+        return run_tasks(
+            lm, loaded, limit=limit, num_fewshot=num_fewshot, chat_template=apply_chat_template, seed=seed, **options
+        )
+    finally:
+        lm.model.train(training)
 
 
 def run_tasks(

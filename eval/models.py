@@ -1,5 +1,6 @@
 """What is to be evaluated: a folder, a Hub id, a GGUF file, or a model in memory."""
 
+import copy
 import logging
 import os
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ import lm_eval.api.task
 import lm_eval.evaluator
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gda._files import in_background, sha256
 from gda.conversion.sources import Source, first_line, open_source, quiet_transformers, resolve_folder
@@ -36,7 +37,7 @@ class Candidate:
     """
 
     name: str
-    place: Path | PreTrainedModel
+    place: Path | torch.nn.Module
     tokenizer: str | PreTrainedTokenizerBase
     revision: str | None
     weight_files: tuple[Path, ...]
@@ -64,7 +65,7 @@ class Candidate:
         settings |= {"show_prompts": show_prompts, "progress": progress}
         with quiet_transformers():
             try:
-                if isinstance(self.place, PreTrainedModel):
+                if isinstance(self.place, torch.nn.Module):
                     return GDALM(self.place, **settings)
                 if self.gguf is not None:
                     gguf = self.gguf.load().to(device or default_device())  # type: ignore[arg-type]
@@ -75,7 +76,7 @@ class Candidate:
 
 
 def find_model(
-    model: str | Path | PreTrainedModel, tokenizer: str | Path | PreTrainedTokenizerBase | None = None
+    model: str | Path | torch.nn.Module, tokenizer: str | Path | PreTrainedTokenizerBase | None = None
 ) -> Candidate:
     """Find a model without loading it.
 
@@ -84,10 +85,12 @@ def find_model(
         ValueError: if it has no tokenizer, or is not a model folder.
     """
     given = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-    if isinstance(model, PreTrainedModel):
+    if not isinstance(given, str):
+        given = copy.deepcopy(given)  # lm-eval chooses a padding token for it
+    if isinstance(model, torch.nn.Module):
         if given is None:
             raise ValueError("a model in memory needs its tokenizer: evaluate(model, tokenizer, tasks=…)")
-        return Candidate(model.name_or_path or type(model).__name__, model, given, None, ())
+        return Candidate(getattr(model, "name_or_path", "") or type(model).__name__, model, given, None, ())
     with quiet_transformers():
         if Path(model).suffix == ".gguf":
             return _find_gguf(Path(model), given)

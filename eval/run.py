@@ -16,7 +16,7 @@ from gda._version import __version__
 from gda.conversion.stream import shows_progress
 
 from .compare import Row, rows_of
-from .evaluate import check_settings, run_tasks, split_names
+from .evaluate import check_settings, run_tasks
 from .find_tasks import load_tasks
 from .harness import GDALM, ShownPrompt
 from .models import Candidate, find_model
@@ -154,10 +154,9 @@ def run(
         candidates = [replace(candidate, name=name) for candidate, name in zip(candidates, places, strict=True)]
     tasks: list[Any] = []
     if setting.tasks:
-        names = split_names(setting.tasks)
-        console.print(f"building {', '.join(names)}", highlight=False, markup=False)
+        console.print(f"building {', '.join(setting.tasks)}", highlight=False, markup=False)
         told = {"tokenizer": candidates[0].tokenizer} | (setting.metadata or {})
-        tasks = load_tasks(names, dataset_root=setting.dataset_root, metadata=told)
+        tasks = load_tasks(setting.tasks, dataset_root=setting.dataset_root, metadata=told)
     outcomes, loaded = [], []
     for candidate in candidates:
         outcome, lm = _run_one(candidate, setting, tasks, text, console)

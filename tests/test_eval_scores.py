@@ -183,13 +183,17 @@ def test_two_processes_score_what_one_scores(folder: Path, tmp_path: Path) -> No
 
 
 def test_a_model_in_memory_is_left_as_it_was(folder: Path) -> None:
-    """It gives what its folder gives, and lm-eval's seeds are the only state that moves."""
+    """It gives what its folder gives; weights, mode and tokenizer do not change."""
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
+    loaded.train()
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
-    found = gda.evaluate(loaded, byte_tokenizer(), tasks=[BLIMP], dataset_root=folder / "data", limit=0.5)
+    tokenizer = byte_tokenizer()
+    found = gda.evaluate(loaded, tokenizer, tasks=[BLIMP], dataset_root=folder / "data", limit=0.5)
     assert found["results"] == evaluate(folder, limit=5)["results"]
     assert found["n-samples"][BLIMP] == {"original": 10, "effective": 5}
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.training
+    assert tokenizer.pad_token is None
     json.dumps(found["configs"])
 
 
