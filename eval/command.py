@@ -17,7 +17,7 @@ from .evaluate import split_names
 from .harness import ShownPrompt
 from .models import silence_lm_eval
 from .report import tables, to_json, write_report
-from .run import Setting, run
+from .run import EvalReport, Setting, run
 
 WIDTH_OF_FILES = 160  # where nobody's screen breaks a line
 
@@ -57,12 +57,16 @@ def evaluate_command(
     if output is not None:
         for path in write_report(report, Path(output), with_html=html):
             console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        typer.echo(to_json(report))
+    else:
+        _print_report(report)
     if update_card:
         path = write_card(Path(model), report)
         console.print(f"wrote the scores into {path}", highlight=False, markup=False, soft_wrap=True)
-    if as_json:
-        typer.echo(to_json(report))
-        return
+
+
+def _print_report(report: EvalReport) -> None:
     screen = Console()
     if not screen.is_terminal:
         screen.width = WIDTH_OF_FILES

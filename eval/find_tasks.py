@@ -76,7 +76,8 @@ def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) 
     paths = [*sorted(set().union(*folders.values()), reverse=True), TASKS_FOLDER]
     with _quiet_index():
         manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
-        if any(folders[name] and not _is_complete(manager, name) for name in wanted):
+        incomplete = any(folders[name] and not _is_complete(manager, name) for name in wanted)
+        if incomplete or any(_is_group(name) for name in names if _is_file(name)):
             manager = TaskManager(include_path=TASKS_FOLDER, metadata=metadata)
     for name in wanted:
         if not _matches(manager, name):
@@ -99,6 +100,11 @@ def _quiet_index() -> Iterator[None]:
 
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+def _is_group(file: str) -> bool:
+    """Whether a YAML file defines a group, whose members may be tasks from anywhere."""
+    return re.search(rb"^group:", Path(file).read_bytes(), re.MULTILINE) is not None
 
 
 def _definitions() -> dict[str, bytes]:

@@ -59,6 +59,12 @@ class Setting:
         check_settings(limit=self.limit, num_fewshot=self.num_fewshot, batch_size=self.batch_size, dtype=self.dtype)
         if not self.tasks and self.perplexity is None and not self.diagnostics:
             raise ValueError("nothing to do: name --tasks, a text with --perplexity, or --diagnostics")
+        if self.context < 1:
+            raise ValueError(f"--context {self.context} is not a number of tokens")
+        if self.stride is not None and not 0 < self.stride <= self.context:
+            raise ValueError(f"--stride {self.stride} is not from 1 to the context of {self.context} tokens")
+        if self.show_prompts < 0:
+            raise ValueError(f"--show-prompts {self.show_prompts} is negative")
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,8 @@ def _measure(lm: GDALM, text: str, setting: Setting, console: Console) -> TextPe
             bar.update(task, completed=done, total=total)
 
         context = min(setting.context, lm.max_length)
-        return text_perplexity(lm.model, lm.tokenizer, text, context=context, stride=setting.stride, advance=advance)
+        stride = min(setting.stride or context, context)
+        return text_perplexity(lm.model, lm.tokenizer, text, context=context, stride=stride, advance=advance)
 
 
 def _diagnose(loaded: list[GDALM], setting: Setting, console: Console) -> "DiagnosticsReport":

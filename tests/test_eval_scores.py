@@ -182,6 +182,16 @@ def test_two_processes_score_what_one_scores(folder: Path, tmp_path: Path) -> No
             assert {key: metrics[task][key] for key in expected[task]} == pytest.approx(expected[task])
 
 
+def test_later_versions_of_lm_eval_find_the_model_type() -> None:
+    """By the entry point that the distribution declares."""
+    import importlib.metadata
+
+    from lm_eval.api.registry import get_model
+
+    (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name="gda")
+    assert entry.load() is get_model("gda")
+
+
 def test_a_model_in_memory_is_left_as_it_was(folder: Path) -> None:
     """It gives what its folder gives; weights, mode and tokenizer do not change."""
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
