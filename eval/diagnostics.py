@@ -118,7 +118,7 @@ class DiagnosticsReport:
 
     def _show_lambda(self, layer: int) -> str:
         lambda_ = self.lambdas[layer] if layer < len(self.lambdas) else None
-        return "" if lambda_ is None else f"{lambda_:.4f}"
+        return "" if lambda_ is None else f"{round(lambda_, 4) + 0.0:.4f}"  # no −0.0000
 
 
 def diagnose(
