@@ -418,6 +418,8 @@ def test_with_a_chat_template_the_models_turn_has_begun(task: str, turn: str) ->
         for chat in (True, False)
     )
     assert re.search(turn + "$", chat_prompt.rstrip("\n"))
+    of_needles = needles.NeedlePrompt(**document).text if task == "gda_needles" else None
+    assert plain == (of_needles or document["text"] + document.get("prefix", "Kind:"))
     assert plain.split() == chat_prompt.replace("<|user|>", "").replace("<|assistant|>", " ").split()
 
 
