@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 import gda
 from gda._files import sha256
@@ -163,6 +164,27 @@ def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Pa
     assert "<b" not in markdown
     assert markdown.splitlines()[0].replace("\\|", "").count("|") == 7
     assert name in outcome.out
+
+
+def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Path, command: Command) -> None:
+    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks and the seed hold for them."""
+    arguments = (
+        *("eval", folder / "gda", "--baseline", folder / "llama", "--diagnostics", "--metadata", '{"length": 400}'),
+        *("--seed", 7, "--output", tmp_path, "--html"),
+    )
+    printed = command(*arguments)
+    assert printed.code == 0, printed.error
+    assert "noise" in printed.out
+    told = json.loads((tmp_path / "results.json").read_text())["gda"]
+    assert told["diagnostics"]["lambdas"] == [0.0, 0.0]
+    assert told["comparison"] == []
+    from gda.eval.diagnostics import diagnose
+
+    ours, llama = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("gda", "llama"))
+    expected = diagnose(ours, byte_tokenizer(), baseline=llama, length=400, seed=7)
+    assert told["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
+    assert expected.to_markdown().strip() in (tmp_path / "results.md").read_text()
+    assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()
 
 
 def test_two_models_of_one_name_are_told_apart(folder: Path, tmp_path: Path, command: Command) -> None:
