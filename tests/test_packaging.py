@@ -27,6 +27,7 @@ MAY_NOT_IMPORT = {
     "modeling_gda": {"conversion", "training", "eval", "cli"},
     "conversion": {"training", "eval", "cli"},
     "training": {"conversion", "eval", "cli"},
+    "eval": {"cli"},
 }
 
 
@@ -174,9 +175,14 @@ def test_a_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
         for package, folder in package_folders().items()
         for path in folder.glob("*.py")
     }
-    templates = {f"gda/conversion/templates/{path.name}" for path in (ROOT / "conversion/templates").glob("*.jinja")}
+    data = {
+        f"gda/{path.relative_to(ROOT).as_posix()}"
+        for pattern in ("*/templates/*.jinja", "eval/tasks/README.md", "eval/tasks/definitions/*.yaml")
+        for path in ROOT.glob(pattern)
+    }
     assert "gda/modeling_gda/attention_gda.py" in modules
-    assert held == modules | templates | {"gda/py.typed"}
+    assert "gda/eval/templates/report.html.jinja" in data
+    assert held == modules | data | {"gda/py.typed"}
     (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     assert f"\nVersion: {gda.__version__}\n" in wheel.read(metadata).decode()
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gda.conversion.inspect import inspect
     from gda.conversion.push import push
     from gda.conversion.verify import verify
+    from gda.eval.evaluate import evaluate
     from gda.modeling_gda.modeling_gda import (
         GDAForCausalLM,
         GDAForQuestionAnswering,
@@ -36,6 +37,7 @@ _HOMES = {
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.push": ["push"],
         "gda.conversion.verify": ["verify"],
+        "gda.eval.evaluate": ["evaluate"],
         "gda._demo": ["demo"],
         "gda.modeling_gda.modeling_gda": [
             "GDAForCausalLM",
@@ -102,6 +104,7 @@ __all__ = [
     "__version__",
     "convert",
     "demo",
+    "evaluate",
     "export",
     "inspect",
     "push",

@@ -12,7 +12,7 @@ from gda._errors import CheckFailed
 from gda._version import __version__
 
 app = typer.Typer(
-    help="Grouped Differential Attention: convert Llama checkpoints, look into them, check them.",
+    help="Grouped Differential Attention: convert Llama checkpoints, look into them, check and evaluate them.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -260,6 +260,81 @@ def serve(
     read_config(resolve_folder(name, revision or None))  # what is no model is refused in one line
     transformers.GDAForCausalLM = GDAForCausalLM  # type: ignore[attr-defined]
     transformers_app(["serve", model, *context.args])
+
+
+@app.command(
+    name="eval",
+    epilog="Examples:  gda eval ./llama-gda --baseline ./llama --tasks hellaswag,arc_easy --batch-size 16  ·  "
+    "gda eval ./llama-gda --tasks 'gda_tasks' --limit 50 --output results --html  ·  "
+    "gda eval ./llama-gda --tasks gsm8k --dataset-root ./data --apply-chat-template  ·  "
+    "gda eval ./llama-gda --perplexity text.txt --json",
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id or a .gguf file.")],
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, groups, tags or patterns of lm-eval or ours (gda_tasks), parted by commas.")
+    ] = "",
+    baseline: Annotated[str | None, typer.Option(help="Another model, to run under the same setting.")] = None,
+    dataset_root: Annotated[
+        str | None, typer.Option(help="Read data from DIR/dataset_path/dataset_name/split.jsonl or .parquet.")
+    ] = None,
+    perplexity: Annotated[str | None, typer.Option(help="A text file to measure the perplexity of.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens that the model reads at a time, for --perplexity.")] = 512,
+    stride: Annotated[int | None, typer.Option(help="Tokens between its windows; by default the context.")] = None,
+    diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Look into the attention maps.")] = False,
+    limit: Annotated[float | None, typer.Option(help="Documents of each task; below 1, their share.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Solved examples in front, instead of the task's number.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Requests at a time, or auto.")] = "1",
+    device: Annotated[str | None, typer.Option(help="By default a GPU if there is one, else cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of every generator; by default lm-eval's own seeds.")] = None,
+    metadata: Annotated[
+        str | None, typer.Option(help="JSON for generated tasks: length, needles, queries, samples, data_seed.")
+    ] = None,
+    show_prompts: Annotated[int, typer.Option(help="Print text and token ids of N requests of each task.")] = 0,
+    output: Annotated[str | None, typer.Option(help="A folder for results.json and results.md.")] = None,
+    html: Annotated[bool, typer.Option("--html", help="Write report.html there as well.")] = False,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Write the scores into the model folder's README.md.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a model and, under the same setting, on its baseline.
+
+    Tasks may be official ones, on data of the Hub or of local files, or ours, which make their own data: gda_tasks
+    holds gda_retrieval, gda_mqar, gda_copy and gda_fewshot.
+    """
+    from gda.eval.command import evaluate_command
+
+    evaluate_command(
+        model,
+        baseline,
+        tasks=tasks,
+        dataset_root=dataset_root,
+        perplexity=perplexity,
+        context=context,
+        stride=stride,
+        diagnostics=diagnostics,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        apply_chat_template=apply_chat_template,
+        seed=seed,
+        metadata=metadata,
+        show_prompts=show_prompts,
+        output=output,
+        html=html,
+        update_card=update_card,
+        as_json=as_json,
+        console=progress_console,
+    )
 
 
 @app.command(epilog="Examples:  gda demo  ·  gda demo --out smollm2-gda")

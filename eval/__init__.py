@@ -1,0 +1,1 @@
+"""Evaluation: lm-evaluation-harness with GDA models, tasks, diagnostics, reports."""

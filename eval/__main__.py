@@ -1,0 +1,32 @@
+"""`python -m gda.eval run --model gda …`: lm-eval's own command line, with the model type "gda" and our tasks.
+
+All options are lm-eval's, and one more: `--dataset_root DIR` reads the data of tasks from local files.
+"""
+
+import argparse
+import sys
+
+from . import harness  # noqa: F401 - registers the model type, and says so if lm-eval is missing
+from .local_data import data_from
+from .tasks import TASKS_FOLDER
+
+
+def main() -> None:
+    """Run lm-eval's command line."""
+    from lm_eval.__main__ import cli_evaluate
+
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--dataset_root", "--dataset-root")
+    known, rest = ours.parse_known_args()
+    if len(rest) > 1 and "--include_path" not in rest:
+        rest += ["--include_path", str(TASKS_FOLDER)]
+    sys.argv[1:] = rest
+    try:
+        with data_from(known.dataset_root):
+            cli_evaluate()
+    except FileNotFoundError as error:
+        sys.exit(f"gda.eval: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Attention maps as tensors, one layer in memory at a time, and what can be read from them.
+
+A GDA layer draws S signal maps A_i and fewer noise maps; signal head i attends by A_i − λ_i · A_noise(i)
+(arXiv 2510.06949). A plain Llama-like layer draws signal maps only.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """The maps of one layer for one text of T tokens: what the tokens of Q rows, the last ones, attend to.
+
+    Attributes:
+        layer: Counted from 0.
+        signal: (S, Q, T). Rows sum to 1.
+        noise: (M, Q, T), or None in a layer without noise heads. Rows sum to 1. Signal head i reads map
+            i // (S / M). M is the number of noise heads; where one serves several KV heads, a map for each of these.
+        lambda_: λ of each signal head and row in float32, (S, Q), or None.
+    """
+
+    layer: int
+    signal: torch.Tensor
+    noise: torch.Tensor | None
+    lambda_: torch.Tensor | None
+
+    @property
+    def difference(self) -> torch.Tensor:
+        """A_i − λ_i · A_noise(i), (S, Q, T): what the layer's output is made with. Rows sum to 1 − λ.
+
+        Without noise heads, the signal maps themselves.
+        """
+        if self.noise is None or self.lambda_ is None:
+            return self.signal
+        noise = self.noise.repeat_interleave(len(self.signal) // len(self.noise), dim=0)
+        return (self.signal - self.lambda_.unsqueeze(-1) * noise).to(self.signal.dtype)
+
+
+Visit = Callable[[LayerAttention], None]
+
+
+@torch.no_grad()
+def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visit, *, first_row: int = 0) -> None:
+    """Run `model` over one text and hand each layer's maps to `visit` as soon as they are drawn, in the layers' order.
+
+    Maps need memory for one layer: (S + M) · Q · T numbers, as long as `visit` keeps none. They are those of the eager
+    backend, which is put in for the run; rows before `first_row` are read by the model's own.
+
+    Args:
+        model: A GDA model, of either layout and any λ, or one like Llama; with or without a head.
+        input_ids: Token ids (T,) or (1, T).
+        visit: Called once for each layer.
+        first_row: Leave out the rows before this token. They cost no maps then, which makes long texts cheap.
+
+    Raises:
+        ValueError: if the text is empty or more than one, `first_row` is none of its tokens, or the model's attention
+            cannot be read.
+    """
+    ids = _one_text(input_ids, first_row).to(model.device)
+    modules = attention_modules(model)
+    seen: list[int] = []
+
+    def counting(maps: LayerAttention) -> None:
+        seen.append(maps.layer)
+        visit(maps)
+
+    with _evaluating(model):
+        cache = None
+        if first_row:
+            cache = DynamicCache(config=model.config)
+            _decoder(model)(input_ids=ids[:, :first_row], past_key_values=cache, use_cache=True)
+        with _eager(model), ExitStack() as recordings:
+            for module in modules:
+                recordings.enter_context(_recording(module, ids.shape[1], counting))
+            _decoder(model)(input_ids=ids[:, first_row:], past_key_values=cache, use_cache=cache is not None)
+    if len(seen) != len(modules):
+        raise ValueError(f"{type(model).__name__} gave the attention maps of {len(seen)} of its {len(modules)} layers")
+
+
+def attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The attention module of each layer.
+
+    Raises:
+        ValueError: if there is none, or they are differential in a way that is not GDA's.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no attention like Llama's (self_attn.o_proj); nothing to analyse")
+    if any(hasattr(module, "lambda_q1") and not is_differential(module) for module in modules):
+        raise ValueError(f"{type(model).__name__} is differential but no GDA model; convert it with `gda convert`")
+    return modules
+
+
+def is_differential(module: Any) -> bool:
+    """Whether an attention module is GDA's. (Remote code has classes of its own: names tell, not the class.)"""
+    return hasattr(module, "compute_lambda") and hasattr(module, "attend")
+
+
+def _one_text(input_ids: torch.Tensor, first_row: int) -> torch.Tensor:
+    ids = input_ids.unsqueeze(0) if input_ids.dim() == 1 else input_ids
+    if ids.dim() != 2 or len(ids) != 1 or not ids.numel():
+        raise ValueError(f"attention is read from one text, token ids (T,) or (1, T), not {tuple(input_ids.shape)}")
+    if not 0 <= first_row < ids.shape[1]:
+        raise ValueError(f"first_row must be one of the text's {ids.shape[1]} tokens, and is {first_row}")
+    return ids
+
+
+def _decoder(model: PreTrainedModel) -> Callable[..., Any]:
+    return model.base_model  # the head's logits are of no use here
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """The only backend that draws maps."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _recording(module: Any, length: int, visit: Visit) -> Any:
+    return (_recording_differential if is_differential(module) else _recording_plain)(module, length, visit)
+
+
+@contextmanager
+def _recording_differential(module: Any, length: int, visit: Visit) -> Iterator[None]:
+    """Listen to `compute_lambda` and `attend`, between which the layer's forward pass has all that is wanted."""
+    compute_lambda, attend = module.compute_lambda, module.attend
+    lambdas: list[torch.Tensor] = []
+
+    def listening_compute_lambda(*args: Any, **kwargs: Any) -> torch.Tensor:
+        lambdas.append(compute_lambda(*args, **kwargs))
+        return lambdas[-1]
+
+    def listening_attend(*args: Any, **kwargs: Any) -> Any:
+        signal_output, noise_output, maps = attend(*args, **kwargs)
+        lambda_ = lambdas.pop()  # (1,) or (1, Q, S)
+        if maps is None:
+            return signal_output, noise_output, maps
+        signal, noise = (of_branch[0].flatten(0, 1) for of_branch in maps)  # of (C, S/C, Q, T) and (C, 1, Q, T)
+        lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
+        visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
+        return signal_output, noise_output, maps
+
+    module.compute_lambda, module.attend = listening_compute_lambda, listening_attend
+    try:
+        yield
+    finally:
+        del module.compute_lambda, module.attend  # the class's own come to light again
+
+
+@contextmanager
+def _recording_plain(module: nn.Module, length: int, visit: Visit) -> Iterator[None]:
+    def listen(module: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        if output[1] is not None:
+            visit(LayerAttention(module.layer_idx, _whole(output[1][0], length), None, None))
+
+    handle = module.register_forward_hook(listen)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _whole(maps: torch.Tensor, length: int) -> torch.Tensor:
+    """A cache with a sliding window has dropped what no row can see any more: (H, Q, ≤ T) → (H, Q, T)."""
+    return nn.functional.pad(maps, (length - maps.shape[-1], 0))
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """What the maps of one kind in one layer are like; a value a head, the mean over rows.
+
+    Attributes:
+        entropy: In nats, of the row's magnitudes |a| / Σ|a|; 0 where all lies on one token, ln T where it is even.
+        first_token: Share of the row's magnitude on the text's first token, the attention sink.
+        negative: Share of the row's magnitude that is negative.
+    """
+
+    entropy: list[float]
+    first_token: list[float]
+    negative: list[float]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """The statistics of one layer.
+
+    Attributes:
+        layer: Counted from 0.
+        signal: By signal head.
+        noise: By noise map; None in a layer without noise heads, and so are the next two.
+        difference: By signal head.
+        lambda_: Mean λ by signal head.
+    """
+
+    layer: int
+    signal: MapStatistics
+    noise: MapStatistics | None
+    difference: MapStatistics | None
+    lambda_: list[float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The statistics as JSON-ready values."""
+        return asdict(self)
+
+
+def attention_statistics(
+    model: PreTrainedModel, input_ids: torch.Tensor, *, first_row: int | None = None
+) -> list[LayerStatistics]:
+    """Statistics of every layer's maps for one text, token ids (T,) or (1, T); the maps are not kept.
+
+    The mean is over the rows from `first_row`, by default from the second: the first sees nothing but itself.
+
+    Raises:
+        ValueError: as `visit_attention`.
+    """
+    if first_row is None:
+        first_row = 1 if input_ids.shape[-1] > 1 else 0
+    layers: list[LayerStatistics] = []
+
+    def visit(maps: LayerAttention) -> None:
+        differential = maps.noise is not None and maps.lambda_ is not None
+        layers.append(
+            LayerStatistics(
+                layer=maps.layer,
+                signal=map_statistics(maps.signal),
+                noise=map_statistics(maps.noise) if maps.noise is not None else None,
+                difference=map_statistics(maps.difference) if differential else None,
+                lambda_=maps.lambda_.mean(dim=-1).tolist() if maps.lambda_ is not None else None,
+            )
+        )
+
+    visit_attention(model, input_ids, visit, first_row=first_row)
+    return layers
+
+
+def map_statistics(maps: torch.Tensor) -> MapStatistics:
+    """Statistics of maps (H, Q, T)."""
+    shares = row_shares(maps)
+    return MapStatistics(
+        entropy=row_entropy(shares).mean(dim=-1).tolist(),
+        first_token=shares[..., 0].mean(dim=-1).tolist(),
+        negative=(shares * (maps < 0)).sum(dim=-1).mean(dim=-1).tolist(),
+    )
+
+
+def row_shares(maps: torch.Tensor) -> torch.Tensor:
+    """|a| / Σ|a| of each row in float32, (H, Q, T); rows of plain maps are left as they are, rows of zeros too."""
+    magnitudes = maps.float().abs()
+    return magnitudes / magnitudes.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def row_entropy(shares: torch.Tensor) -> torch.Tensor:
+    """−Σ p ln p of each row in nats, (H, Q)."""
+    return torch.special.entr(shares).sum(dim=-1)

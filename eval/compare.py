@@ -1,0 +1,99 @@
+"""Two sets of results side by side."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from statistics import stdev
+from typing import Any
+
+SIGNIFICANT = 2.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task.
+
+    Attributes:
+        task: Name of the task or group.
+        metric: Name and filter as lm-eval writes them: "acc,none".
+        score, stderr: Of the model. None for a standard error that lm-eval does not give.
+        baseline, baseline_stderr: Of the baseline; None without one.
+        difference: score − baseline.
+        difference_stderr: Its standard error: of the differences document by document where there are such, since both
+            models answered the same documents, else √(stderr² + baseline_stderr²).
+        within: Whether the difference is at most twice that; None where that is not known.
+    """
+
+    task: str
+    metric: str
+    score: float
+    stderr: float | None = None
+    baseline: float | None = None
+    baseline_stderr: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+    within: bool | None = None
+
+    @property
+    def label(self) -> str:
+        """The metric, without the filter that does nothing."""
+        return self.metric.removesuffix(",none").replace(",", " ")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON-ready values."""
+        return asdict(self)
+
+
+def rows_of(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> list[Row]:
+    """A row for each metric in lm-eval's `results`, in its order, with the baseline's beside it."""
+    rows = []
+    for task, metrics in results["results"].items():
+        for metric in _metrics(metrics):
+            score, stderr = float(metrics[metric]), _stderr(metrics, metric)
+            others = (baseline or {"results": {}})["results"].get(task, {})
+            if not isinstance(other := others.get(metric), int | float):
+                rows.append(Row(task, metric, score, stderr))
+                continue
+            assert baseline is not None
+            other_stderr = _stderr(others, metric)
+            error = _paired_stderr(results, baseline, task, metric)
+            if error is None and stderr is not None and other_stderr is not None:
+                error = math.hypot(stderr, other_stderr)
+            other = float(other)  # numpy's numbers are no YAML
+            difference = score - other
+            within = None if error is None and difference else abs(difference) <= SIGNIFICANT * (error or 0.0)
+            rows.append(Row(task, metric, score, stderr, other, other_stderr, difference, error, within))
+    return rows
+
+
+def _metrics(metrics: dict[str, Any]) -> Iterable[str]:
+    """Names of the scores; lm-eval keeps standard errors, aliases and counts beside them."""
+    for name, value in metrics.items():
+        if "," in name and "_stderr," not in name and isinstance(value, int | float) and not isinstance(value, bool):
+            yield name
+
+
+def _stderr(metrics: dict[str, Any], metric: str) -> float | None:
+    name, _, filter_ = metric.rpartition(",")
+    value = metrics.get(f"{name}_stderr,{filter_}")
+    return float(value) if isinstance(value, int | float) else None  # "N/A" where there is none
+
+
+def _paired_stderr(results: dict[str, Any], baseline: dict[str, Any], task: str, metric: str) -> float | None:
+    """Standard error of the mean difference by document; None where the score is no mean over the same documents."""
+    ours, theirs = (_by_document(one, task, metric) for one in (results, baseline))
+    if len(ours) < 2 or ours.keys() != theirs.keys():
+        return None
+    for values, one in ((ours, results), (theirs, baseline)):
+        if not math.isclose(math.fsum(values.values()) / len(values), one["results"][task][metric], abs_tol=1e-9):
+            return None
+    return stdev(ours[document] - theirs[document] for document in ours) / math.sqrt(len(ours))
+
+
+def _by_document(results: dict[str, Any], task: str, metric: str) -> dict[int, float]:
+    name, _, filter_ = metric.rpartition(",")
+    samples = [sample for sample in results.get("samples", {}).get(task, []) if sample["filter"] == filter_]
+    values = {sample["doc_id"]: sample.get(name) for sample in samples}
+    if all(isinstance(value, int | float) for value in values.values()):
+        return {document: float(value) for document, value in values.items() if value is not None}
+    return {}

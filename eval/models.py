@@ -1,0 +1,127 @@
+"""What is to be evaluated: a folder, a Hub id, a GGUF file, or a model in memory."""
+
+import copy
+import logging
+import os
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.task
+import lm_eval.evaluator
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from gda._errors import first_line
+from gda._files import in_background, sha256
+from gda.conversion.sources import Source, open_source, quiet_transformers, resolve_folder
+
+from .harness import GDALM, default_device
+
+WEIGHTS = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was found and not loaded yet.
+
+    Attributes:
+        name: What to call it.
+        place: Its folder, or itself if it is in memory.
+        tokenizer: A folder, a Hub id or a tokenizer.
+        revision: The commit, for a Hub id.
+        weight_files: Where its weights lie; empty in memory.
+        gguf: The opened file, if it is one.
+    """
+
+    name: str
+    place: Path | torch.nn.Module
+    tokenizer: str | PreTrainedTokenizerBase
+    revision: str | None
+    weight_files: tuple[Path, ...]
+    gguf: Source | None = None
+
+    def hashes(self) -> "Future[dict[str, str]]":
+        """SHA-256 of each file of weights, computed in the background."""
+        return in_background(lambda: {path.name: sha256(path) for path in self.weight_files})
+
+    def load(
+        self,
+        *,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        show_prompts: int = 0,
+        progress: bool = True,
+    ) -> GDALM:
+        """Load it for lm-eval.
+
+        Raises:
+            ValueError: if it cannot be.
+        """
+        settings: dict[str, Any] = {"batch_size": batch_size, "tokenizer": self.tokenizer}
+        settings |= {"show_prompts": show_prompts, "progress": progress}
+        with quiet_transformers():
+            try:
+                if isinstance(self.place, torch.nn.Module):
+                    return GDALM(self.place, **settings)
+                if self.gguf is not None:
+                    gguf = self.gguf.load().to(device or default_device())  # type: ignore[arg-type]
+                    return GDALM(gguf if dtype == "auto" else gguf.to(getattr(torch, dtype)), **settings)
+                return GDALM(str(self.place), device=device, dtype=dtype, **settings)
+            except Exception as error:  # whatever a malformed folder makes transformers or lm-eval raise
+                raise ValueError(f"{self.name} cannot be loaded: {first_line(error)}") from None
+
+
+def find_model(
+    model: str | Path | torch.nn.Module, tokenizer: str | Path | PreTrainedTokenizerBase | None = None
+) -> Candidate:
+    """Find a model without loading it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it has no tokenizer, or is not a model folder.
+    """
+    given = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    if not isinstance(given, str):
+        given = copy.deepcopy(given)  # lm-eval chooses a padding token for it
+    if isinstance(model, torch.nn.Module):
+        if given is None:
+            raise ValueError("a model in memory needs its tokenizer: evaluate(model, tokenizer, tasks=…)")
+        return Candidate(getattr(model, "name_or_path", "") or type(model).__name__, model, given, None, ())
+    with quiet_transformers():
+        if Path(model).suffix == ".gguf":
+            return _find_gguf(Path(model), given)
+        folder = resolve_folder(model)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'} is missing; a model folder holds one")
+    weights = tuple(sorted(folder.glob(WEIGHTS)))
+    if not weights:
+        raise FileNotFoundError(f"{folder} holds no weights ({WEIGHTS}; pickles are not read)")
+    local = Path(model).is_dir()
+    name = folder.resolve().name if local else str(model)
+    return Candidate(name, folder, given or str(folder), None if local else folder.name, weights)
+
+
+def _find_gguf(path: Path, tokenizer: str | PreTrainedTokenizerBase | None) -> Candidate:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"{path}: several processes need a model folder, not a .gguf file")
+    source = open_source(path)
+    tokenizer = tokenizer or source.tokenizer()
+    if tokenizer is None:
+        raise ValueError(f"{path} holds no tokenizer that transformers can load")
+    return Candidate(path.name, path, tokenizer, None, (path,), source)
+
+
+def silence_lm_eval(progress: bool) -> None:
+    """Keep lm-eval's warnings off the screen, for good, and without `progress` its bars.
+
+    What matters of the warnings is in the report; the bar of building requests has no switch of its own. Nor has git,
+    which lm-eval asks for the commit of whatever folder one stands in, and which complains where there is none.
+    """
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = partial(tqdm, disable=not progress, desc="Building requests", leave=False)

@@ -1,0 +1,68 @@
+"""Multi-query associative recall, MQAR (arXiv 2312.04927), in words that any tokenizer can spell.
+
+A list of pairs, key and value; then keys again, in another order, of which each is to be followed by its value. Keys
+are made-up words, so that nothing but the list can tell their values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from gda.eval.tasks.settings import as_test_split, read_settings, require_integer
+from gda.eval.tasks.vocabulary import made_up_words
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class MQARSettings:
+    """What decides the sequences.
+
+    Attributes:
+        pairs: Pairs of key and value in a sequence: its length.
+        queries: Keys asked for in a sequence, each after the answers of those before.
+        samples: Sequences.
+        data_seed: Decides everything random.
+    """
+
+    pairs: int
+    queries: int
+    samples: int
+    data_seed: int
+
+    def __post_init__(self) -> None:
+        require_integer("pairs", self.pairs, 1)
+        require_integer("queries", self.queries, 1)
+        require_integer("samples", self.samples, 1)
+        require_integer("data_seed", self.data_seed, 0)
+
+
+def make_documents(settings: MQARSettings) -> list[dict[str, Any]]:
+    """One document a query: `text`, the list; `prefix`, which ends with the key asked for; `target`, its value.
+
+    Where there are fewer pairs than queries, every key is asked for once.
+    """
+    documents = []
+    for index in range(settings.samples):
+        random = Random(f"mqar {settings.data_seed} {index}")
+        keys = made_up_words(random, settings.pairs)
+        values = [str(random.randrange(10, 100)) for _ in keys]
+        pairs = [f"{key} {value}" for key, value in zip(keys, values, strict=True)]
+        answered = ""
+        for asked in random.sample(range(settings.pairs), min(settings.queries, settings.pairs)):
+            documents.append(
+                {
+                    "text": f"{', '.join(pairs)}.\n",
+                    "prefix": f"{answered}{keys[asked]}",
+                    "target": f" {values[asked]}",
+                }
+            )
+            answered += f"{pairs[asked]}, "
+    return documents
+
+
+def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
+    """The task's data, for lm-eval's `custom_dataset`."""
+    return as_test_split(make_documents(read_settings(MQARSettings, metadata, sweep)))

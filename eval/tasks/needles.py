@@ -1,0 +1,177 @@
+"""Multi-needle key retrieval (arXiv 2410.05258, "Key Information Retrieval").
+
+Sentences "The magic number of CITY is NUMBER." lie in a context of other prose, and the numbers of some of the cities
+are asked for. The needles asked for lie at a given depth of the context, side by side; the others lie anywhere.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from gda.eval.tasks.settings import (
+    CountTokens,
+    as_test_split,
+    read_settings,
+    require_integer,
+    require_share,
+    token_counter,
+)
+from gda.eval.tasks.vocabulary import CITIES, sentence
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+GENERATED_TOKENS = 64  # max_gen_toks of the tasks; a digit can take a token
+
+
+@dataclass(frozen=True)
+class NeedleSettings:
+    """What decides the prompts.
+
+    Attributes:
+        length: Tokens (or words) of a prompt, at most.
+        depth: Where the answer lies, from 0 (the context's first sentence) to 1 (its last), or "all": five depths
+            from 0 to 1 in turn.
+        needles: Sentences with a magic number, N in the paper.
+        queries: How many of their numbers are asked for, R in the paper.
+        digits: Of a number.
+        samples: Prompts.
+        data_seed: Decides everything random.
+    """
+
+    length: int
+    depth: float | str
+    needles: int
+    queries: int
+    digits: int
+    samples: int
+    data_seed: int
+
+    def __post_init__(self) -> None:
+        require_integer("length", self.length, 1)
+        require_integer("needles", self.needles, 1, len(CITIES))
+        require_integer("queries", self.queries, 1, self.needles)
+        require_integer("digits", self.digits, 3, 15)
+        if self.queries * (self.digits + len(", ")) > GENERATED_TOKENS:
+            raise ValueError(
+                f"`queries` {self.queries} numbers of {self.digits} `digits` can take more than the "
+                f"{GENERATED_TOKENS} tokens that are generated"
+            )
+        require_integer("samples", self.samples, 1)
+        require_integer("data_seed", self.data_seed, 0)
+        if self.depth != "all":
+            require_share("depth", self.depth)
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """A prompt: `context`, blank line, `question`, a space, `prefix`; then the model's turn.
+
+    Attributes:
+        answers: The numbers asked for, in the order of the question.
+        target: What the model should go on with.
+        depth: Where the answers' sentences lie.
+        answer_start, answer_end: Where in `context` they are, in characters.
+    """
+
+    context: str
+    question: str
+    prefix: str
+    target: str
+    answers: list[str]
+    depth: float
+    answer_start: int
+    answer_end: int
+
+    @property
+    def text(self) -> str:
+        """The prompt as one text."""
+        return f"{self.context}\n\n{self.question} {self.prefix}"
+
+
+def make_prompts(settings: NeedleSettings, count: CountTokens) -> list[NeedlePrompt]:
+    """Make the prompts, each as long as `settings.length` allows in whole sentences.
+
+    Prompts of different depths differ in nothing but the order of their sentences, where everything else is equal.
+
+    Raises:
+        ValueError: if the length does not hold the needles and the question.
+    """
+    depths = DEPTHS if settings.depth == "all" else (float(settings.depth),)
+    return [
+        _make_prompt(settings, count, Random(f"needles {settings.data_seed} {index}"), depths[index % len(depths)])
+        for index in range(settings.samples)
+    ]
+
+
+def _make_prompt(settings: NeedleSettings, count: CountTokens, random: Random, depth: float) -> NeedlePrompt:
+    cities = random.sample(CITIES, settings.needles)
+    lowest = 10 ** (settings.digits - 1)
+    numbers = [str(number) for number in random.sample(range(lowest, 10 * lowest), settings.needles)]
+    needles = [f"The magic number of {city} is {number}." for city, number in zip(cities, numbers, strict=True)]
+    asked, others = needles[: settings.queries], needles[settings.queries :]
+    places = [random.random() for _ in others]
+    question, prefix, target = _ask(cities[: settings.queries], numbers[: settings.queries])
+
+    def prompt(prose: list[str]) -> NeedlePrompt:
+        sentences = list(prose)
+        for place, needle in sorted(zip(places, others, strict=True), reverse=True):  # from the end: places stay right
+            sentences.insert(round(place * len(prose)), needle)
+        at = round(depth * len(sentences))
+        before, answer, after = " ".join(sentences[:at]), " ".join(asked), " ".join(sentences[at:])
+        start = len(before) + bool(before)
+        return NeedlePrompt(
+            context=" ".join(part for part in (before, answer, after) if part),
+            question=question,
+            prefix=prefix,
+            target=target,
+            answers=numbers[: settings.queries],
+            depth=depth,
+            answer_start=start,
+            answer_end=start + len(answer),
+        )
+
+    prose: list[str] = []
+    room = settings.length - count(prompt([]).text)
+    if room < 0:
+        raise ValueError(
+            f"`length` {settings.length} is too short for {settings.needles} needles and the question, "
+            f"which take {settings.length - room}"
+        )
+    while room > 0:
+        prose.append(sentence(random))
+        room -= count(f" {prose[-1]}")
+    made = prompt(prose)
+    while count(made.text) > settings.length:
+        prose.pop()
+        made = prompt(prose)
+    return made
+
+
+def _ask(cities: list[str], numbers: list[str]) -> tuple[str, str, str]:
+    if len(cities) == 1:
+        of = cities[0]
+        return f"Question: What is the magic number of {of}?\nAnswer:", f"The magic number of {of} is", f" {numbers[0]}"
+    of = _enumerate(cities)
+    question = f"Question: What are the magic numbers of {of}?\nAnswer:"
+    return question, f"The magic numbers of {of} are", f" {_enumerate(numbers)}"
+
+
+def _enumerate(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
+    """The task's data, for lm-eval's `custom_dataset`."""
+    prompts = make_prompts(read_settings(NeedleSettings, metadata, sweep), token_counter(metadata))
+    return as_test_split([asdict(prompt) for prompt in prompts])
+
+
+def score(document: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """`acc`: the share of the numbers asked for that are given, in their order; `exact_match`: whether all are."""
+    given = re.findall(r"\d+", results[0])[: len(document["answers"])]
+    right = [number == answer for number, answer in zip(given, document["answers"], strict=False)]
+    return {"acc": sum(right) / len(document["answers"]), "exact_match": float(sum(right) == len(document["answers"]))}

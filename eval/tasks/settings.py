@@ -1,0 +1,111 @@
+"""What a task's makers may be told, from lm-eval's metadata, and how text is measured."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from datasets import Dataset
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
+
+log = logging.getLogger(__name__)
+
+CountTokens = Callable[[str], int]
+# Arguments of lm-eval's models, which arrive with the metadata, that say how a tokenizer is read.
+TOKENIZER_OPTIONS = ("revision", "subfolder", "gguf_file", "trust_remote_code")
+
+
+def read_settings(
+    kind: "type[Settings]", metadata: Mapping[str, Any], sweep: Mapping[str, Any] | None = None
+) -> "Settings":
+    """Make a task's settings.
+
+    lm-eval hands the `metadata` of the task's YAML to a `custom_dataset`, the user's ``--metadata`` over it and the
+    model's arguments among it. What a task of a sweep fixes (`sweep`, its ``dataset_kwargs``) wins over both.
+
+    Raises:
+        ValueError: for a name that resembles one of the settings, a setting that is missing, or a value out of range.
+    """
+    names = [field.name for field in fields(kind)]
+    for name in metadata:
+        if name not in names and (resembled := get_close_matches(name, names, n=1, cutoff=0.8)):
+            raise ValueError(f"metadata has no setting `{name}`; did you mean `{resembled[0]}`?")
+    given = {**metadata, **(sweep or {})}
+    if missing := [name for name in names if name not in given]:
+        raise ValueError(f"metadata lacks the setting(s) {', '.join(missing)}")
+    try:
+        return kind(**{name: given[name] for name in names})
+    except ValueError as error:
+        raise ValueError(f"metadata: {error}") from None
+
+
+def require_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise ValueError unless `value` is an integer of at least `low` and at most `high`."""
+    limits = f"at least {low}" if high is None else f"from {low} to {high}"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        raise ValueError(f"`{name}` must be an integer, {limits}, and is {value!r}")
+
+
+def require_share(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be a number from 0 to 1, and is {value!r}")
+
+
+def token_counter(metadata: Mapping[str, Any]) -> CountTokens:
+    """How lengths are counted: in tokens of the model's tokenizer if there is word of it, else in words.
+
+    The tokenizer is `tokenizer` (an object, a folder or a Hub id), else `pretrained`.
+
+    Raises:
+        ValueError: if the tokenizer named cannot be read.
+    """
+    tokenizer = metadata.get("tokenizer") or metadata.get("pretrained")
+    if isinstance(tokenizer, str):
+        options = {name: metadata[name] for name in TOKENIZER_OPTIONS if metadata.get(name) is not None}
+        tokenizer = _load_tokenizer(tokenizer, tuple(options.items()))
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        _say_words_are_counted()
+        return count_words
+    return tokens_of(tokenizer)
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase) -> CountTokens:
+    """Count tokens, special ones apart."""
+    return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def count_words(text: str) -> int:
+    """Count words, as white space parts them."""
+    return len(text.split())
+
+
+@cache
+def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, **dict(options))
+    except Exception as error:  # of many kinds, by what is wrong with the files
+        raise ValueError(
+            f"the tokenizer of {name} cannot be read ({' '.join(str(error).split())}); name another: "
+            '--metadata \'{"tokenizer": "FOLDER"}\''
+        ) from None
+
+
+@cache
+def _say_words_are_counted() -> None:
+    log.warning('no tokenizer is known, so lengths are counted in words: --metadata \'{"tokenizer": "FOLDER"}\'')
+
+
+def as_test_split(documents: "list[dict[str, Any]]") -> "dict[str, Dataset]":
+    """Documents as lm-eval wants them of a `custom_dataset`."""
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list(documents)}
