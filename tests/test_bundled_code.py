@@ -144,6 +144,55 @@ def test_a_converted_llama_runs_where_the_package_is_not(tmp_path: Path, python_
     assert "trust_remote_code=True" in done.stderr
 
 
+PAIRS_TASK = """
+task: pairs
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+output_type: multiple_choice
+test_split: test
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{{{[good, bad]}}}}"
+num_fewshot: 0
+"""
+
+PLAIN_LM_EVAL = """
+    import importlib.util, json, sys
+    from lm_eval import simple_evaluate
+
+    folder, task, out = sys.argv[1:]
+    assert importlib.util.find_spec("gda") is None
+    results = simple_evaluate(
+        "hf",
+        model_args={"pretrained": folder, "trust_remote_code": True},
+        tasks=[task],
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    json.dump([sample["resps"] for sample in results["samples"]["pairs"]], open(out, "w"))
+"""
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_it_alike_where_the_package_is_not(tmp_path: Path, python_without_gda: Path) -> None:
+    """`--model hf` with trust_remote_code gives each log-likelihood that `gda.evaluate` gives."""
+    folder, data, task = tmp_path / "model-1.0", tmp_path / "pairs.jsonl", tmp_path / "pairs.yaml"
+    saved(folder, "shared")
+    pairs = [("the cat sleeps", "the cat sleep"), ("they go there", "they goes there"), ("an ox", "a ox")]
+    data.write_text("".join(json.dumps({"good": good, "bad": bad}) + "\n" for good, bad in pairs))
+    task.write_text(PAIRS_TASK.format(data=data))
+    done = run(python_without_gda, PLAIN_LM_EVAL, folder, task, tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = gda.evaluate(folder, tasks=[str(task)], bootstrap_iters=0)["samples"]["pairs"]
+    theirs = json.loads((tmp_path / "out.json").read_text())
+    assert len(theirs) == len(pairs)
+    for sample, responses in zip(ours, theirs, strict=True):
+        for (own,), (other,) in zip(sample["resps"], responses, strict=True):
+            assert own[0] == pytest.approx(float(other[0]), rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trusted", [None, True])
 def test_with_the_package_the_installed_class_is_taken_without_a_word(trusted: bool | None, tmp_path: Path) -> None:
