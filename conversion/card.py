@@ -26,8 +26,8 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
     Raises:
         ValueError: if `made` is not what a conversion writes.
     """
-    source = made["source"] if made is not None else {"name": name, "revision": None, "card_data": {}}
     try:
+        source = made["source"] if made is not None else {"name": name, "revision": None, "card_data": {}}
         on_hub = source["revision"] is not None
         data = ModelCardData(
             **source["card_data"],
@@ -45,6 +45,7 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
             config=config,
             head_map=head_map(config),
             has_code=has_code,
+            engines=config.kv_layout == "shared" and config.num_noise_heads >= config.num_key_value_heads,
             version=__version__ if made is None else made["versions"]["gda"],
         )
     except (AttributeError, KeyError, TypeError) as error:

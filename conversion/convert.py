@@ -14,7 +14,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from .card import CARD_FILE, model_card
 from .expand import expanded_config, expanded_recipes, listed, possible_noise_heads
 from .headmap import head_map
-from .hub import require_token
+from .hub import check_name, require_token
 from .provenance import DTYPES, Settings, write_provenance
 from .push import PushReport, push
 from .recipes import Recipe, is_lossless
@@ -134,6 +134,8 @@ def convert(
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if private is not None and push_to_hub is None:
         raise ValueError("--private and --public are about the repository of --push-to-hub, which is not given")
+    if push_to_hub is not None:
+        check_name(push_to_hub)
     refuse_existing(out, overwrite)
     with quiet_transformers():
         opened = open_source(source, revision)
@@ -209,7 +211,7 @@ def _write(
 def _push(out: Path, repo: str, private: bool | None, bundle_code: bool, console: Console | None) -> PushReport:
     try:
         return push(out, repo, private=private, bundle_code=bundle_code, console=console)
-    except (ConnectionError, PermissionError) as error:
+    except (ConnectionError, PermissionError, ValueError) as error:
         raise type(error)(f"{error}; {out} is whole: `gda push {out} {repo}` goes on") from None
 
 

@@ -17,11 +17,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from gda._errors import first_line
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check_name(repo: str) -> None:
+    """Raise ValueError if `repo` is no name that the Hub allows for a repository."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"{repo} is no name of a repository: {first_line(error)}") from None
 
 
 def require_token(repo: str) -> None:
@@ -31,7 +40,9 @@ def require_token(repo: str) -> None:
         PermissionError, ConnectionError: as `push` would.
     """
     with hub_errors(repo, "main"):
-        HfApi().whoami()
+        token = HfApi().whoami().get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise PermissionError(f"{repo}: the token may only read; {LOG_IN} with one that can write")
 
 
 def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
@@ -61,11 +72,10 @@ def check_downloaded(path: Path, digest: str) -> None:
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Say in one line what the Hub's client says in many, and what to do."""
+    check_name(repo)
     at = f"{repo}@{revision}" if revision not in (None, "main") else repo
     try:
         yield
-    except HFValidationError as error:
-        raise ValueError(f"{repo} is no name of a repository: {first_line(error)}") from None
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{at}: the repository has no such revision") from None
     except LocalTokenNotFoundError:
@@ -81,18 +91,19 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except RuntimeError as error:  # raised for whatever stops the upload of one file
         if not isinstance(error.__cause__, HTTPError):
             raise
-        raise _described(f"{at}: {first_line(error)}", error.__cause__) from None
+        raise _described(f"{at}: {first_line(error)}", error.__cause__, goes_on=True) from None
     except LocalEntryNotFoundError as error:
         raise ConnectionError(f"{at} is not in the cache, and the Hub did not give it: {first_line(error)}") from None
     except HTTPError as error:
         raise _described(at, error) from None
 
 
-def _described(at: str, error: HTTPError) -> OSError:
+def _described(at: str, error: HTTPError, goes_on: bool = False) -> OSError:
+    remedy = "; the same command goes on"
     if not isinstance(error, HfHubHTTPError):
-        return ConnectionError(f"{at}: the connection to the Hub broke ({first_line(error)}); the same command goes on")
+        return ConnectionError(f"{at}: the connection to the Hub broke ({first_line(error)}){remedy}")
     status = error.response.status_code
     said = error.server_message or f"HTTP {status}"
     if status in (401, 403):
         return PermissionError(f"{at}: the token may not do this ({said}); {LOG_IN} with one that can write")
-    return ConnectionError(f"{at}: the Hub refused ({status}: {said}); the same command goes on")
+    return ConnectionError(f"{at}: the Hub refused ({status}: {said}){remedy if goes_on or status >= 500 else ''}")

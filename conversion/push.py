@@ -1,9 +1,10 @@
 """A GDA model's folder goes to the Hub, in one commit."""
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ from gda._files import read_json, write_text
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
 
 from .card import CARD_FILE, model_card
-from .hub import hub_errors
-from .sources import MODEL_PATTERNS, PROVENANCE_FILE, WEIGHT_PATTERNS, FolderSource, quiet_transformers
+from .hub import check_name, hub_errors
+from .safetensors_io import INDEX_FILE
+from .sources import LICENCE_PATTERNS, MODEL_PATTERNS, PROVENANCE_FILE, FolderSource, quiet_transformers, read_config
 from .stream import shows_progress
+
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
+OF_NO_MODEL = (".cache", ".git", ".gitattributes")
 
 
 @dataclass(frozen=True)
@@ -28,22 +34,28 @@ class PushReport:
 
     Attributes:
         repo: The repository, as "owner/name".
-        url: Where the model can be seen.
-        commit: The commit made; the repository's last one if it had all of it already.
         revision: The branch.
-        files: What the commit holds.
+        files: What the model consists of there.
         nbytes: Size of all of it.
         left_out: Files of the folder that are no part of a model.
+        notes: What else one should know.
+        url: Where the model can be seen.
+        commit: The commit; the branch's last one if it had all of it already.
+        removed: Files of an earlier model there that this one does not have.
+        changed: Whether there was anything to commit.
         dry_run: Whether nothing was sent.
     """
 
     repo: str
-    url: str
-    commit: str | None
     revision: str
     files: list[str]
     nbytes: int
     left_out: list[str]
+    notes: list[str] = field(default_factory=list)
+    url: str = ""
+    commit: str | None = None
+    removed: list[str] = field(default_factory=list)
+    changed: bool = False
     dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,16 +74,16 @@ def push(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> PushReport:
-    """Push a GDA model's folder to the Hub, in one commit, with a model card and the code of the model.
+    """Push a GDA language model's folder to the Hub, in one commit, with a model card and the code of the model.
 
-    Weights that an interrupted push has sent are not sent again; files of weights that an earlier push left there and
-    that this model does not have are removed. The folder itself stays as it is: a card and the code are added to the
-    commit where the folder has none.
+    Weights that an interrupted push has sent are not sent again. Files of an earlier model there that this one does not
+    have (other shards, another chat template) are removed, for they would be loaded with it. The folder stays as it is:
+    a card and the code are added to the commit where it has none; a card that is there already is kept.
 
     Args:
         folder: A folder with a GDA model.
         repo: The repository, "owner/name" or "name"; made if it is not there.
-        private: Whether a repository that is made is private; by default as the owner's account has it.
+        private: Whether the repository must be private or public; by default as it is, or as is usual for the owner.
         revision: Branch to push to; made if it is not there.
         message: Title of the commit.
         bundle_code: Whether the commit holds the code of the model, so that it loads with `trust_remote_code=True`
@@ -81,26 +93,27 @@ def push(
 
     Raises:
         FileNotFoundError: if the folder is not there.
-        ValueError: if it holds no whole GDA model, or a name is none that the Hub allows.
+        ValueError: if it holds no whole GDA language model, a name is none that the Hub allows, or the repository is
+            public and was to be private, or the other way.
         PermissionError: if the Hub knows no token that may write there.
-        ConnectionError: if the Hub cannot be reached, or refuses; the same call goes on.
+        ConnectionError: if the Hub cannot be reached, or refuses.
     """
     folder = Path(folder)
+    check_name(repo)
+    if not REVISION.fullmatch(revision):
+        raise ValueError(f"--revision {revision!r} is no name of a branch")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; name one that holds a GDA model")
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="gda-push-") as scratch:
-        source = FolderSource(folder)
-        if not isinstance(source.config, GDAConfig):
-            raise ValueError(f"{folder} holds a {source.config.model_type!r} model, not a GDA model")
-        files = _files_to_push(source, source.config, Path(scratch), bundle_code)
+        source = _open(folder)
+        files, notes = _files_to_push(source, Path(scratch), bundle_code)
         report = PushReport(
             repo=repo,
-            url="",
-            commit=None,
             revision=revision,
             files=list(files),
             nbytes=sum(path.stat().st_size for path in files.values()),
             left_out=_left_out(folder, files),
+            notes=notes,
             dry_run=dry_run,
         )
         if dry_run:
@@ -109,24 +122,59 @@ def push(
             return _send(report, files, private, message or f"Upload {folder.resolve().name}")
 
 
-def _files_to_push(source: FolderSource, config: GDAConfig, scratch: Path, bundle_code: bool) -> dict[str, Path]:
-    """By path in the repository, the file to send: of the folder, or made in `scratch` where it has none."""
-    folder = source.folder
+def _open(folder: Path) -> FolderSource:
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter; merge it into the model, or push it by PEFT's own push_to_hub")
+    config = read_config(folder)
+    if not isinstance(config, GDAConfig):
+        raise ValueError(f"{folder} holds a {config.model_type!r} model, not a GDA model")
+    kinds = config.architectures or ["GDAForCausalLM"]
+    if kinds != ["GDAForCausalLM"]:
+        raise ValueError(f"{folder} holds a {kinds[0]}; `gda push` is for language models: use model.push_to_hub")
+    return FolderSource(folder)
+
+
+def _files_to_push(source: FolderSource, scratch: Path, bundle_code: bool) -> tuple[dict[str, Path], list[str]]:
+    """By path in the repository, the file to send, of the folder or made in `scratch`; and what is to be said of it."""
+    folder, config = source.folder, source.config
+    assert isinstance(config, GDAConfig)
     files = {
         path.relative_to(folder).as_posix(): path
         for pattern in (*MODEL_PATTERNS, CARD_FILE)
         for path in folder.glob(pattern)
-        if path.is_file()
+        if path.is_file() and not path.match("*.safetensors") and path.name != INDEX_FILE
     }
-    code = _code_of(folder) if hasattr(config, "auto_map") else []
+    files |= {path.name: path for path in source.weight_files}
+    if len(source.weight_files) > 1:
+        files[INDEX_FILE] = folder / INDEX_FILE
+    code = _code_of(folder) if getattr(config, "auto_map", None) == AUTO_MAP else []
     if code and bundle_code:
         files |= {path.name: path for path in code}
     elif bundle_code or hasattr(config, "auto_map"):
         config.save_pretrained(scratch, bundle_code=bundle_code)
+    notes = _describe(source, files, scratch, bundle_code)
+    return dict(sorted((files | {path.name: path for path in scratch.iterdir()}).items())), notes
+
+
+def _describe(source: FolderSource, files: dict[str, Path], scratch: Path, has_code: bool) -> list[str]:
+    """See to it that the provenance and the card in `files` or `scratch` speak of these weights and files."""
+    config, name = source.config, source.folder.resolve().name
+    assert isinstance(config, GDAConfig)
+    made, notes = None, []
+    if PROVENANCE_FILE in files:
+        made = read_json(files[PROVENANCE_FILE])
+        cards = {has: model_card(config, name=name, made=made, has_code=has) for has in (True, False)}
+        if made.get("sha256") != source.hashes():
+            notes.append(f"{PROVENANCE_FILE} describes other weights than these and is left out")
+            del files[PROVENANCE_FILE]
+            made = None
+        if CARD_FILE in files and files[CARD_FILE].read_text(encoding="utf-8") in cards.values():
+            del files[CARD_FILE]  # as the conversion wrote it: written again, for what is pushed
     if CARD_FILE not in files:
-        made = read_json(folder / PROVENANCE_FILE) if PROVENANCE_FILE in files else None
-        write_text(scratch / CARD_FILE, model_card(config, name=folder.resolve().name, made=made, has_code=bundle_code))
-    return dict(sorted((files | {path.name: path for path in scratch.iterdir()}).items()))
+        write_text(scratch / CARD_FILE, model_card(config, name=name, made=made, has_code=has_code))
+    elif notes:
+        notes.append(f"{CARD_FILE} is sent as it is; see whether it speaks of these weights")
+    return notes
 
 
 def _code_of(folder: Path) -> list[Path]:
@@ -139,10 +187,9 @@ def _code_of(folder: Path) -> list[Path]:
 
 
 def _left_out(folder: Path, files: dict[str, Path]) -> list[str]:
-    sent = {Path(name).parts[0] for name in files}
-    return sorted(
-        path.name for path in folder.iterdir() if path.name not in sent and path.name not in (".cache", ".git")
-    )
+    expected = {Path(name).parts[0] for name in files} | {*OF_NO_MODEL, PROVENANCE_FILE}
+    expected |= {path.name for path in _code_of(folder)}
+    return sorted(path.name for path in folder.iterdir() if path.name not in expected)
 
 
 def _send(report: PushReport, files: dict[str, Path], private: bool | None, message: str) -> PushReport:
@@ -150,19 +197,34 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, mess
     repo = api.create_repo(report.repo, private=private, exist_ok=True).repo_id
     if report.revision != "main":
         api.create_branch(repo, branch=report.revision, exist_ok=True)
+    before = api.model_info(repo, revision=report.revision)
+    if private is not None and before.private is not private:
+        kind = "private" if before.private else "public"
+        raise ValueError(f"{repo} is there already and is {kind}; change that on its page, or choose another name")
+    held = [file.rfilename for file in before.siblings or []]
+    if CARD_FILE in held and files[CARD_FILE].parent.name.startswith("gda-push-"):
+        files = {name: path for name, path in files.items() if name != CARD_FILE}  # somebody wrote that one
+    removed = _of_an_earlier_model(held, files)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, str(path)) for name, path in files.items()
     ]
-    # Weights of an earlier push in other files would be loaded in the place of these, or lie there for nothing.
-    held = api.list_repo_files(repo, revision=report.revision)
-    operations += [
-        CommitOperationDelete(name)
-        for name in held
-        if name not in files and any(fnmatchcase(name, pattern) for pattern in WEIGHT_PATTERNS) and "/" not in name
-    ]
+    operations += [CommitOperationDelete(name) for name in removed]
     commit = api.create_commit(repo, operations, commit_message=message, revision=report.revision)
     url = f"{api.endpoint}/{repo}" + ("" if report.revision == "main" else f"/tree/{report.revision}")
-    return replace(report, repo=repo, url=url, commit=commit.oid)
+    changed = commit.oid != before.sha
+    return replace(report, repo=repo, url=url, commit=commit.oid, removed=removed, changed=changed)
+
+
+def _of_an_earlier_model(held: list[str], files: dict[str, Path]) -> list[str]:
+    """Files that a loader would take for this model's; adapters, licences and whatever else is there are not."""
+    modules = {f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()} | {"attention_gda.py"}
+    patterns = set(MODEL_PATTERNS) - set(LICENCE_PATTERNS) - {"*.safetensors", "*.safetensors.index.json"}
+
+    def is_stale(name: str) -> bool:
+        of_model = any(fnmatchcase(name, pattern) for pattern in patterns)
+        return name not in files and (of_model or name in modules or WEIGHTS.fullmatch(name) is not None)
+
+    return sorted(filter(is_stale, held))
 
 
 @contextlib.contextmanager

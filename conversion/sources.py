@@ -27,6 +27,7 @@ from .hub import check_downloaded, download
 from .recipes import checkpoint_specs
 from .safetensors_io import SafetensorsReader, TensorSpec
 
+LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # Copied byte for byte beside the weights. Licences travel with what they cover.
 ASSET_PATTERNS = (
     "generation_config.json",
@@ -42,13 +43,10 @@ ASSET_PATTERNS = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LICENCE_PATTERNS,
 )
 PROVENANCE_FILE = "conversion.json"
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-MODEL_PATTERNS = (PROVENANCE_FILE, "config.json", *WEIGHT_PATTERNS, *ASSET_PATTERNS)
+MODEL_PATTERNS = (PROVENANCE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
 
 CONVERTIBLE_TYPES = ("llama",)
 
@@ -188,7 +186,9 @@ class FolderSource(Source):
 
         with contextlib.suppress(Exception):  # a card is a courtesy: a broken one must not stop a conversion
             data = ModelCard.load(self.folder / "README.md").data.to_dict()
-            return {key: data[key] for key in ("license", "license_name", "license_link", "language") if key in data}
+            if isinstance(languages := data.get("language"), list):  # YAML takes Norwegian for a truth value
+                data["language"] = ["no" if language is False else language for language in languages]
+            return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
         return {}
 
 

@@ -26,7 +26,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a
 BundleCode = Annotated[
     bool, typer.Option(help="Put the model's code beside it: it then loads with trust_remote_code where gda is absent.")
 ]
-Private = Annotated[bool | None, typer.Option("--private/--public", help="Of a repository that is made.")]
+Private = Annotated[bool | None, typer.Option("--private/--public", help="What the repository must be.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 400MB.")]
 
@@ -151,12 +151,17 @@ def push(
         return
     for name in report.left_out:
         typer.echo(f"note: {name} is no part of a model and is left out")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    for name in report.removed:
+        typer.echo(f"note: {name} was of an earlier model there and is removed")
     size = f"{len(report.files)} files, {report.nbytes / 1e6:,.1f} MB"
     if dry_run:
         typer.echo("\n".join(report.files))
         typer.echo(f"{size}: would be pushed to {repo}; nothing was (--dry-run)")
     else:
-        typer.echo(f"{report.url}: commit {report.commit}, {size}")
+        done = f"commit {report.commit}, {size}" if report.changed else f"it has all of this already, {size}"
+        typer.echo(f"{report.url}: {done}")
 
 
 @app.command(
@@ -253,11 +258,14 @@ def serve(
     import transformers
     from transformers.cli.transformers import app as transformers_app
 
+    from gda.configuration.configuration_gda import GDAConfig
     from gda.conversion.sources import read_config, resolve_folder
     from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
     name, _, revision = model.partition("@")
-    read_config(resolve_folder(name, revision or None))  # what is no model is refused in one line
+    config = read_config(resolve_folder(name, revision or None))
+    if not isinstance(config, GDAConfig) or config.architectures not in (None, ["GDAForCausalLM"]):
+        raise ValueError(f"{model} holds a {(config.architectures or [config.model_type])[0]}, no GDA language model")
     transformers.GDAForCausalLM = GDAForCausalLM  # type: ignore[attr-defined]
     transformers_app(["serve", model, *context.args])
 
