@@ -119,7 +119,8 @@ def push(
         if dry_run:
             return report
         with hub_errors(repo, revision), _progress_bars(console):
-            return _send(report, files, private, message or f"Upload {folder.resolve().name}")
+            has_card = (folder / CARD_FILE).is_file()
+            return _send(report, files, private, has_card, message or f"Upload {folder.resolve().name}")
 
 
 def _open(folder: Path) -> FolderSource:
@@ -192,7 +193,7 @@ def _left_out(folder: Path, files: dict[str, Path]) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in expected)
 
 
-def _send(report: PushReport, files: dict[str, Path], private: bool | None, message: str) -> PushReport:
+def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_card: bool, message: str) -> PushReport:
     api = HfApi()
     repo = api.create_repo(report.repo, private=private, exist_ok=True).repo_id
     if report.revision != "main":
@@ -202,7 +203,7 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, mess
         kind = "private" if before.private else "public"
         raise ValueError(f"{repo} is there already and is {kind}; change that on its page, or choose another name")
     held = [file.rfilename for file in before.siblings or []]
-    if CARD_FILE in held and files[CARD_FILE].parent.name.startswith("gda-push-"):
+    if CARD_FILE in held and not has_card:
         files = {name: path for name, path in files.items() if name != CARD_FILE}  # somebody wrote that one
     removed = _of_an_earlier_model(held, files)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [

@@ -220,7 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if not self.headers.get("Authorization"):
             raise Refusal(401, "Invalid username or password.")
-        token = {"displayName": "tests", "role": "write"}
+        role = "read" if self.headers["Authorization"] == f"Bearer {READER}" else "write"
+        token = {"displayName": "tests", "role": role}
         self.answer(200, {"type": "user", "id": "0", "name": "me", "orgs": [], "auth": {"accessToken": token}})
 
     def validate_yaml(self) -> None:

@@ -18,7 +18,7 @@ from .commands import Command
 from .conftest import HF_HOME
 from .hub_server import READER, Blob, Fault, Hub, Refusal
 from .llamas import CHAT_TEMPLATE, files_of, save_llama, tensors_of
-from .tiny import tiny_model, token_ids
+from .tiny import tiny_config, tiny_model, token_ids
 
 CODE = {"configuration_gda.py", "modeling_gda.py", "attention_gda.py"}
 SHARDS = "20KB"
@@ -92,20 +92,27 @@ def test_a_second_push_sends_no_weights(folder: Path, hub: Hub, command: Command
     assert command("push", folder, "me/x").code == 0
     puts = hub.asked("^PUT")
     assert puts == len(list(folder.glob("*.safetensors")))
-    assert command("push", folder, "me/x").code == 0
+    again = command("push", folder, "me/x")
+    assert again.code == 0
     assert hub.asked("^PUT") == puts
+    assert "has all of this already" in again.out
 
 
 @torch.no_grad()
-def test_weights_of_an_earlier_push_are_removed(folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
-    """One file, then shards: the old file would be loaded first. What is no weights stays."""
+def test_files_of_an_earlier_model_are_removed(folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
+    """Weights in one file, a chat template: they would be loaded with the new shards. What is of no model stays."""
     gda.convert(save_llama(tmp_path / "other", seed=5), tmp_path / "single", verify=False)
     assert command("push", tmp_path / "single", "me/x").code == 0
-    huggingface_hub.upload_file(path_or_fileobj=b"notes", path_in_repo="NOTES.md", repo_id="me/x")
-    assert command("push", folder, "me/x").code == 0
+    theirs = {"NOTES.md": b"notes", "LICENSE": b"a licence", "adapter_model.safetensors": b"an adapter"}
+    stale = {"chat_template.json": b"{}", "additional_chat_templates/old.jinja": b"old"}
+    for path, content in (theirs | stale).items():
+        huggingface_hub.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id="me/x")
+    outcome = command("push", folder, "me/x", "--json")
+    assert outcome.code == 0, outcome.error
+    assert json.loads(outcome.out)["removed"] == sorted([*stale, "model.safetensors"])
     held = hub.files("me/x")
-    assert "model.safetensors" not in held
-    assert held["NOTES.md"] == b"notes"
+    assert not {"model.safetensors", *stale} & set(held)
+    assert theirs.items() <= held.items()
     pulled, pushed = (AutoModelForCausalLM.from_pretrained(place).eval() for place in ("me/x", folder))
     ids = token_ids(1, 5)
     assert torch.equal(pulled(ids).logits, pushed(ids).logits)
@@ -174,13 +181,19 @@ def test_what_a_folder_lacks_is_in_the_commit_and_not_in_the_folder(tmp_path: Pa
 
 
 def test_without_code_there_is_none_and_no_mention_of_it(folder: Path, hub: Hub, command: Command) -> None:
-    """`--no-bundle-code`: no file of code, no auto_map that would ask for one."""
-    assert command("push", folder, "me/x", "--no-bundle-code").code == 0
+    """`--no-bundle-code`, over a push with code: no file of it, no auto_map, no word in the card; and back again."""
+    assert command("push", folder, "me/x").code == 0
+    outcome = command("push", folder, "me/x", "--no-bundle-code")
+    assert outcome.code == 0
+    assert "is no part of a model" not in outcome.out
     held = hub.files("me/x")
+    assert b"trust_remote_code" not in held["README.md"]
     assert not [path for path in held if path.endswith(".py")]
     pushed, kept = json.loads(held["config.json"]), json.loads((folder / "config.json").read_text())
     del kept["auto_map"]
     assert pushed == kept
+    assert command("push", folder, "me/x").code == 0
+    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
 
 
 def test_what_is_no_part_of_a_model_is_left_out_and_named(folder: Path, hub: Hub, command: Command) -> None:
@@ -194,6 +207,49 @@ def test_what_is_no_part_of_a_model_is_left_out_and_named(folder: Path, hub: Hub
     notes = [line for line in outcome.out.splitlines() if line.startswith("note:")]
     assert [note.split()[1] for note in notes] == ["checkpoint-5", "optimizer.pt", "train.py"]
     assert not {"optimizer.pt", "train.py", "checkpoint-5/model.safetensors"} & set(hub.files("me/x"))
+
+
+def test_numbers_of_other_weights_are_not_sent(folder: Path, hub: Hub, command: Command) -> None:
+    """Weights that were trained after the conversion: its hashes and its verification do not speak of them."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    model.save_pretrained(folder, max_shard_size=SHARDS)
+    assert "Verification" in (folder / "README.md").read_text()
+    outcome = command("push", folder, "me/x")
+    assert outcome.code == 0, outcome.error
+    assert "note: conversion.json describes other weights" in outcome.out
+    held = hub.files("me/x")
+    assert "conversion.json" not in held
+    assert b"Verification" not in held["README.md"]
+
+
+def test_a_card_that_is_there_is_kept(folder: Path, hub: Hub, command: Command) -> None:
+    """A folder without one does not put a made one over somebody's own."""
+    huggingface_hub.create_repo("me/x")
+    theirs = b"---\nlicense: mit\n---\nMine.\n"
+    huggingface_hub.upload_file(path_or_fileobj=theirs, path_in_repo="README.md", repo_id="me/x")
+    (folder / "README.md").unlink()
+    assert command("push", folder, "me/x").code == 0
+    assert hub.files("me/x")["README.md"] == theirs
+
+
+def test_a_language_that_yaml_takes_for_a_truth_value(tmp_path: Path, hub: Hub) -> None:
+    """Norwegian stays Norwegian."""
+    llama = save_llama(tmp_path / "llama")
+    (llama / "README.md").write_text("---\nlanguage: [no, en]\n---\n")
+    gda.convert(llama, tmp_path / "gda", verify=False)
+    assert huggingface_hub.ModelCard.load(tmp_path / "gda" / "README.md").data.language == ["no", "en"]
+
+
+@pytest.mark.parametrize(("noise_heads", "runs"), [(1, False), (2, True)])
+def test_the_card_names_the_engines_that_can_run_it(noise_heads: int, runs: bool, tmp_path: Path) -> None:
+    """vLLM where it can, and never a command that fails."""
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", noise_heads=noise_heads, verify=False)
+    card = (tmp_path / "gda" / "README.md").read_text()
+    assert ("vllm serve" in card) is runs
+    assert "gda serve" in card
+    assert "transformers serve" not in card
 
 
 def test_a_dry_run_asks_the_hub_nothing(folder: Path, hub: Hub, command: Command) -> None:
@@ -236,11 +292,12 @@ def test_a_push_with_a_token_that_may_not(
     assert token not in error
 
 
+@pytest.mark.parametrize("token", ["", READER])
 def test_convert_asks_for_the_token_before_the_work(
-    tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+    token: str, tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody converts for an hour to hear then that he is not logged in."""
-    monkeypatch.delenv("HF_TOKEN")
+    """Nobody converts for an hour to hear then that he is not logged in, or may not write."""
+    monkeypatch.setenv("HF_TOKEN", token)
     source = save_llama(tmp_path / "llama")
     error = refused(command, "convert", source, tmp_path / "gda", "--push-to-hub", "me/x")
     assert "hf auth login" in error
@@ -263,9 +320,34 @@ def test_a_push_that_fails_after_a_conversion_says_how_to_go_on(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/x y", "me/..", "-x"])
-def test_a_push_to_a_name_that_cannot_be(name: str, folder: Path, hub: Hub, command: Command) -> None:
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_a_push_to_a_name_that_cannot_be(
+    name: str, option: list[str], folder: Path, hub: Hub, command: Command, tmp_path: Path
+) -> None:
+    """It is named, before anything is asked; a conversion that ends in a push does not begin."""
+    assert name in refused(command, "push", *option, "--", folder, name)
+    out = tmp_path / "out"
+    assert name in refused(command, "convert", tmp_path / "llama", out, f"--push-to-hub={name}", *option)
+    assert not out.exists()
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("revision", ["", "a b", "/x"])
+def test_a_push_to_a_branch_that_cannot_be(revision: str, folder: Path, hub: Hub, command: Command) -> None:
     """It is named."""
-    assert name in refused(command, "push", "--", folder, name)
+    assert "--revision" in refused(command, "push", folder, "me/x", "--revision", revision)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize(("there", "asked"), [("--public", "--private"), ("--private", "--public")])
+def test_what_is_to_be_private_is_not_published(
+    there: str, asked: str, folder: Path, hub: Hub, command: Command
+) -> None:
+    """A repository that is there keeps its kind, so a push that asks for the other kind does not happen."""
+    assert command("push", folder, "me/x", there).code == 0
+    (folder / "generation_config.json").write_text("{}")
+    assert f"is {there[2:]}" in refused(command, "push", folder, "me/x", asked)
+    assert hub.files("me/x")["generation_config.json"] != b"{}"
 
 
 def test_an_interrupted_upload_goes_on(folder: Path, hub: Hub, command: Command) -> None:
@@ -375,12 +457,21 @@ def test_a_hub_that_is_away(folder: Path, hub: Hub, command: Command, monkeypatc
     assert "the same command goes on" in error
 
 
-@pytest.mark.parametrize("what", ["nothing", "a llama", "a shard is missing", "a file"])
+@pytest.mark.parametrize(
+    "what",
+    ["nothing", "a llama", "a shard is missing", "a file", "an adapter", "a classifier", "a broken conversion.json"],
+)
 def test_a_push_of_no_whole_gda_model(what: str, folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
     """It is refused before anything is sent."""
     place = {"nothing": tmp_path / "none", "a llama": tmp_path / "llama", "a file": folder / "config.json"}
     if what == "a shard is missing":
         next(folder.glob("*.safetensors")).unlink()
+    elif what == "an adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    elif what == "a classifier":
+        gda.GDAForSequenceClassification(tiny_config()).save_pretrained(folder)
+    elif what == "a broken conversion.json":
+        (folder / "conversion.json").write_text("[]")
     error = refused(command, "push", place.get(what, folder), "me/x")
-    assert str(place.get(what, folder)) in error
+    assert ("conversion.json" if "broken" in what else str(place.get(what, folder))) in error
     assert hub.log == []

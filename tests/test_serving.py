@@ -28,7 +28,7 @@ import gda
 
 from .commands import Command
 from .llamas import save_llama
-from .tiny import relative_error, tiny_model, token_ids
+from .tiny import relative_error, tiny_config, tiny_model, token_ids
 
 SERVED: dict[str, dict[str, Any]] = {
     "3:1": {},
@@ -200,12 +200,17 @@ def test_layers_may_lie_on_two_ranks() -> None:
     assert relative_error(last(inputs_embeds=between).last_hidden_state, expected) <= 1e-6
 
 
-def test_what_is_no_model_is_refused_before_a_server_starts(tmp_path: Path, command: Command) -> None:
+@pytest.mark.parametrize("what", ["nothing", "llama", "classifier"])
+def test_what_is_no_language_model_is_refused_before_a_server_starts(
+    what: str, tmp_path: Path, command: Command
+) -> None:
     """In one line."""
-    outcome = command("serve", tmp_path / "nothing")
+    save_llama(tmp_path / "llama")
+    gda.GDAForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "classifier")
+    outcome = command("serve", tmp_path / what)
     assert outcome.code == 2
     assert outcome.error.count("\n") == 1
-    assert "nothing" in outcome.error
+    assert what in outcome.error
 
 
 # ------------------------------------------------------------------------------------------------- transformers serve
