@@ -31,6 +31,7 @@ OWN_FIELDS = (
     "head_norm",
     "head_norm_eps",
     "qk_norm",
+    "qk_rank",
 )
 # What config.json says of the code saved beside it: by Auto class, file and class.
 AUTO_MAP = {
@@ -42,7 +43,7 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_gda.GDAForTokenClassification",
 }
 # What follows from other fields. (PreTrainedConfig would set it, and fail with an AttributeError.)
-DERIVED = ("num_signal_heads", "signal_noise_ratio", "value_width")
+DERIVED = ("num_signal_heads", "signal_noise_ratio", "value_width", "factored_projections")
 
 
 @strict
@@ -80,6 +81,13 @@ class GDAConfig(PreTrainedConfig):
             RMSNorm over each signal head's output, weight `subln`, then × (1 − λ_init of the layer).
         head_norm_eps (`float`, defaults to 1e-5): epsilon of that norm.
         qk_norm (`bool`, defaults to `False`): RMSNorm over head_dim of queries and keys before RoPE, as in Qwen3.
+        qk_rank (`int`, *optional*):
+            `None`: dense projections. A rank R from 1 to min(head_dim, hidden_size): those of the Shared DIFF
+            Transformer (arXiv 2501.17900). The query weight of a role k of a group, W_base + P_k R_k, is a base that
+            the roles signal_1 … signal_r and noise share, and an update of rank R. In place of `q_proj` there are
+            `q_base` (N · head_dim, hidden), a block of rows for each group, `q_down` (H · R, hidden), the R_k of each
+            head in the order of `q_proj`, and `q_up` (H · head_dim, R), their P_k, with the bias if there is one.
+            With `kv_layout="paired"` also `k_base`, `k_down` and `k_up`: a group is a pair, its roles signal and noise.
         head_dim (`int`, defaults to 128): width of a query, key and value head; independent of `hidden_size`.
         hidden_act (`str`, defaults to `"silu"`): as in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_dropout (`float`, defaults to 0.0):
@@ -122,6 +130,7 @@ class GDAConfig(PreTrainedConfig):
     head_norm: bool = False
     head_norm_eps: int | float = 1e-5
     qk_norm: bool = False
+    qk_rank: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     initializer_range: int | float = 0.02
@@ -166,6 +175,17 @@ class GDAConfig(PreTrainedConfig):
         """Width of a head's value: head_dim (shared) or 2 · head_dim (paired)."""
         return self.head_dim if self.kv_layout == "shared" else 2 * self.head_dim
 
+    @property
+    def factored_projections(self) -> dict[str, int]:
+        """Projections that are a base and updates of rank `qk_rank`, with the number of roles that share a base.
+
+        None of them, `q`, or with paired keys `q` and `k`.
+        """
+        if self.qk_rank is None:
+            return {}
+        queries = {"q": self.signal_noise_ratio + 1}
+        return queries if self.kv_layout == "shared" else queries | {"k": 2}
+
     def layer_type(self, layer_idx: int) -> str:
         """`"full_attention"` or `"sliding_attention"`, for layer `layer_idx`."""
         assert self.layer_types is not None  # filled in at construction
@@ -183,7 +203,8 @@ class GDAConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """Tensor-parallel plan. Columns of q_proj are cut between groups, so each rank holds whole groups."""
         attention = "layers.*.self_attn"
-        plan = {f"{attention}.{name}_proj": "colwise" for name in "qkv"} | {f"{attention}.o_proj": "rowwise"}
+        plan = {f"{attention}.{name}": "colwise" for name in self._input_projections()}
+        plan[f"{attention}.o_proj"] = "rowwise"
         plan |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
         plan["layers.*.mlp.down_proj"] = "rowwise"
         if self.hidden_act == "poly_norm":  # a norm over the MLP's whole width, so it is gathered before and cut after
@@ -203,10 +224,15 @@ class GDAConfig(PreTrainedConfig):
         """FSDP2 plan. λ vectors are float32 in models of any dtype, and what FSDP2 gathers together has one dtype."""
         plan = dict(PreTrainedConfig.base_model_fsdp_plan)
         if self.lambda_type == "reparameterized":
-            modules = ["q_proj", "k_proj", "v_proj", "o_proj"] + ["subln"] * self.head_norm
+            modules = [*self._input_projections(), "o_proj"] + ["subln"] * self.head_norm
             modules += ["q_norm", "k_norm"] * self.qk_norm
             plan |= {f"layers.*.self_attn.{name}": "free_full_weight" for name in modules}
         return plan
+
+    def _input_projections(self) -> list[str]:
+        """The modules that make queries, keys and values; their rows are those of groups, pairs or heads, in order."""
+        factored = [f"{name}_{part}" for name in self.factored_projections for part in ("base", "down", "up")]
+        return factored + [f"{name}_proj" for name in "qkv" if name not in self.factored_projections]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, bundle_code: bool = True, **kwargs: Any
@@ -321,6 +347,14 @@ class GDAConfig(PreTrainedConfig):
                 f"must count pairs that divide both the signal heads ({signal}) and the noise heads ({noise})",
                 kv_heads,
             )
+
+        possible = min(self.head_dim, self.hidden_size)
+        _require(
+            self.qk_rank is None or 1 <= self.qk_rank <= possible,
+            "qk_rank",
+            f"must be from 1 to {possible}, the smaller of head_dim and hidden_size, or None for dense projections",
+            self.qk_rank,
+        )
 
     def _validate_lambda(self) -> None:
         _require(self.lambda_type in LAMBDA_TYPES, "lambda_type", f"must be one of {LAMBDA_TYPES}", self.lambda_type)
