@@ -12,18 +12,18 @@ from gda._files import check_places, in_background, refuse_existing, write_text
 from gda.configuration.configuration_gda import GDAConfig
 
 from .card import CARD_FILE, model_card
-from .expand import expanded_config, expanded_recipes, listed, possible_noise_heads
+from .expand import listed, possible_noise_heads
 from .headmap import head_map
 from .hub import require_token
+from .plan import mode_of, planned_config, planned_recipes
 from .provenance import DTYPES, Settings, write_provenance
 from .push import PushReport, push
 from .recipes import Recipe, is_lossless
+from .relatives import RELATIVES
 from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
 from .staging import staged_model
 from .stream import shards_of, write_checkpoint
 from .verify import VerificationFailed, VerifyReport, verify_opened
-
-MODES = ("expand",)
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    mode: str = "expand",
+    mode: str | None = None,
     noise_heads: int | None = None,
     ratio: str | int | None = None,
-    lambda_type: str = "reparameterized",
+    lambda_type: str | None = None,
     seed: int = 0,
     dtype: str = "keep",
     max_shard_size: str | int = "5GB",
@@ -91,19 +91,21 @@ def convert(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> ConvertReport:
-    """Convert a Llama into a GDA model that computes the same and can learn to do better.
+    """Convert a Llama into a GDA model that computes the same and can learn to do better, or a relative into GDA.
 
-    Every query head stays as a signal head; noise heads are added and λ starts at exactly 0, with a live gradient.
+    Of a Llama, every query head stays as a signal head; noise heads are added and λ starts at exactly 0, with a live
+    gradient. A Motif or a DiffLlama has noise heads and λ already: its tensors are mapped, bit for bit.
+
     Tensors are streamed: memory is that of a few of them. Verification, after it, loads source and result if they take
     less than a quarter of the free memory, else a layer at a time. `out` appears only when it is whole and verified.
 
     Args:
         source: A folder of safetensors, a Hub id or a `.gguf` file.
         out: The folder to make.
-        mode: "expand".
-        noise_heads: Noise heads to add; by default one for each KV head.
+        mode: "expand", for a Llama, or "map", for a relative; None takes the one that fits.
+        noise_heads: Noise heads to add to a Llama; by default one for each KV head.
         ratio: Signal heads for each noise head, 4 or "4:1", instead of `noise_heads`.
-        lambda_type: "reparameterized" or "tanh".
+        lambda_type: For a Llama, "reparameterized" (the default) or "tanh".
         seed: Of the new weights.
         dtype: "keep", "float32", "bfloat16" or "float16"; λ is float32 always.
         max_shard_size: As in `save_pretrained`.
@@ -128,17 +130,19 @@ def convert(
     """
     check_places(source, out)
     out = Path(out)
-    if mode not in MODES:
-        raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     refuse_existing(out, overwrite)
     with quiet_transformers():
         opened = open_source(source, revision)
         _require_type(opened)
+        mode = mode_of(opened.config, mode)
+        if mode == "map":
+            _refuse_choices(opened, noise_heads=noise_heads, ratio=ratio, lambda_type=lambda_type)
         noise = _noise_heads(opened.config, noise_heads, ratio)
-        config = expanded_config(opened.config, noise_heads=noise, lambda_type=lambda_type, dtype=DTYPES[dtype])
-        recipes = expanded_recipes(config, opened.specs, seed=seed, dtype=DTYPES[dtype])
+        lambda_type = lambda_type or "reparameterized"
+        config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+        recipes = planned_recipes(opened, config, mode=mode, seed=seed, dtype=dtype)
         lossless = is_lossless(recipes, opened.specs)
         settings = Settings(mode, dtype, seed, max_shard_size, config.num_noise_heads, lambda_type, lossless)
         report = ConvertReport(
@@ -216,6 +220,15 @@ def _require_type(source: Source) -> None:
         raise ValueError(f"{source.name} is a {source.config.model_type!r} model already")
 
 
+def _refuse_choices(source: Source, **choices: object) -> None:
+    for name, value in choices.items():
+        if value is not None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} is for a Llama: {source.name}, a {source.config.model_type} model, has its noise heads and λ"
+            )
+
+
 def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None) -> int | None:
     if ratio is None:
         return noise_heads
@@ -240,6 +253,8 @@ def _notes(config: PreTrainedConfig, settings: Settings) -> list[str]:
         notes.append(f"weights are cast to {settings.dtype}, which is not lossless")
     if config.attention_dropout:
         notes.append(f"attention_dropout={config.attention_dropout} is left out: differential attention defines none")
+    if settings.mode == "map":
+        notes += RELATIVES[config.model_type].notes(config)
     return notes
 
 

@@ -51,14 +51,20 @@ def _options(
 @app.command(
     epilog="Examples:  gda convert meta-llama/Llama-3.2-1B llama-gda  ·  "
     "gda convert ./llama ./llama-gda --ratio 4:1 --max-shard-size 2GB  ·  gda convert model.gguf model-gda --dry-run"
+    "  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda"
 )
 def convert(
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
     out: Annotated[str, typer.Argument(help="The folder to make.")],
-    mode: Annotated[str, typer.Option(help="expand: add noise heads, lose nothing.")] = "expand",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="expand: add noise heads to a Llama, lose nothing; map: a Motif or DiffLlama, as it is."),
+    ] = None,
     noise_heads: Annotated[int | None, typer.Option(help="Noise heads to add; by default one a KV head.")] = None,
     ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
-    lambda_type: Annotated[str, typer.Option(help="reparameterized or tanh.")] = "reparameterized",
+    lambda_type: Annotated[
+        str | None, typer.Option(help="For a Llama: reparameterized, which is the default, or tanh.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
     max_shard_size: ShardSize = "5GB",
@@ -75,6 +81,7 @@ def convert(
     """Convert a Llama into a GDA model that computes exactly the same and can learn to do better.
 
     Every query head stays, as a signal head; noise heads are added, and λ starts at 0 with a live gradient.
+    A Motif or a DiffLlama is differential already: its tensors are mapped as they are.
     OUT appears only when it is whole and verified.
     """
     from gda.conversion.convert import convert as run
@@ -215,16 +222,19 @@ def inspect(
     typer.echo(f"λ ({report.lambda_type}): {_lambda_summary(report.lambdas)}")
 
 
-@app.command(epilog="Example:  gda export ./llama-gda ./llama-again --format llama")
+@app.command(
+    epilog="Examples:  gda export ./llama-gda ./llama-again --format llama  ·  "
+    "gda export ./motif-gda ./motif-again --format motif"
+)
 def export(
     model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
     out: Annotated[str, typer.Argument(help="The folder to make.")],
-    format: Annotated[str, typer.Option(help="llama.")] = "llama",
+    format: Annotated[str, typer.Option(help="llama, motif or diffllama.")] = "llama",
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a GDA model whose λ is still 0 as the Llama it was, bit for bit."""
+    """Write a GDA model as the Motif or DiffLlama it was, or, while its λ is 0, as the Llama; bit for bit."""
     from gda.conversion.export import export as run
 
     report = run(
@@ -232,8 +242,10 @@ def export(
     )
     if as_json:
         _print_json(report.to_dict())
-    else:
-        typer.echo(f"{out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
+        return
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"{out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
 
 
 @app.command(
