@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from gda._files import check_places, refuse_existing
 from gda.configuration.configuration_gda import GDAConfig
 
-from . import motif
+from . import diffllama, motif
 from .expand import SHARED_FIELDS, drop_noise_rows
 from .recipes import Recipe, checkpoint_specs, copied
 from .refusals import require_fields
@@ -173,5 +173,10 @@ FORMATS = {
         recipes=motif.exported_recipes,
         write_config=motif.write_exported_config,
         notes=["Motif's own code is not written; put configuration_motif.py and modeling_motif.py beside it to run it"],
+    ),
+    "diffllama": Format(
+        check=diffllama.require_exportable,
+        recipes=diffllama.exported_recipes,
+        write_config=lambda config, folder: diffllama.exported_config(config).save_pretrained(folder),
     ),
 }

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 from gda.configuration.configuration_gda import GDAConfig
 
 from .expand import expanded_config, expanded_recipes
+from .factor import same_config, same_recipes
 from .provenance import DTYPES
 from .recipes import Recipe
 from .relatives import RELATIVES
@@ -21,7 +22,7 @@ def mode_of(config: PreTrainedConfig, mode: str | None) -> str:
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
-    fitting = "map" if config.model_type in RELATIVES else "expand"
+    fitting = "map" if isinstance(config, GDAConfig) or config.model_type in RELATIVES else "expand"
     if mode not in (None, fitting):
         reason = "has noise heads already" if fitting == "map" else "has no noise heads to map"
         raise ValueError(f"--mode {mode}: a {config.model_type} model {reason}; use --mode {fitting}, or leave it away")
@@ -34,6 +35,8 @@ def planned_config(source: Source, *, mode: str, noise_heads: int | None, lambda
     Raises:
         ValueError: for what cannot be.
     """
+    if isinstance(source.config, GDAConfig):
+        return same_config(source.config, DTYPES[dtype])
     if mode == "map":
         return RELATIVES[source.config.model_type].config(source.config, DTYPES[dtype])
     return expanded_config(source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype])
@@ -41,6 +44,8 @@ def planned_config(source: Source, *, mode: str, noise_heads: int | None, lambda
 
 def planned_recipes(source: Source, config: GDAConfig, *, mode: str, seed: int, dtype: str) -> dict[str, Recipe]:
     """How each tensor of the result is made, in the order in which transformers saves them."""
+    if isinstance(source.config, GDAConfig):
+        return same_recipes(config, source.specs, DTYPES[dtype])
     if mode == "map":
         return RELATIVES[source.config.model_type].recipes(config, source.specs, DTYPES[dtype])
     return expanded_recipes(config, source.specs, seed=seed, dtype=DTYPES[dtype])

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 
-from . import motif
+from . import diffllama, motif
 from .recipes import Recipe
 from .safetensors_io import TensorSpec
 
@@ -29,5 +29,6 @@ class Relative:
 
 
 RELATIVES = {
+    diffllama.MODEL_TYPE: Relative(diffllama.mapped_config, diffllama.mapped_recipes, diffllama.notes),
     motif.MODEL_TYPE: Relative(motif.mapped_config, motif.mapped_recipes, motif.notes),
 }

@@ -50,7 +50,7 @@ ASSET_PATTERNS = (
 PROVENANCE_FILE = "conversion.json"
 MODEL_PATTERNS = (PROVENANCE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
 
-CONVERTIBLE_TYPES = ("llama", motif.MODEL_TYPE)
+CONVERTIBLE_TYPES = ("llama", "diffllama", motif.MODEL_TYPE)
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")

@@ -37,6 +37,7 @@ COMPUTED_WITH = (
     "head_norm",
     "head_norm_eps",
     "qk_norm",
+    "qk_rank",
     "sliding_window",
 )
 
@@ -279,6 +280,11 @@ def _fill(module: torch.nn.Module, prefix: str, source: Source) -> None:
 def _compare_tensors(source: Source, converted: FolderSource, settings: Settings | None) -> VerifyReport:
     if settings is None:
         raise ValueError(f"--method tensors needs {PROVENANCE_FILE} in {converted.folder}: it says how they were made")
+    if settings.qk_rank is not None or settings.mode == "fold":
+        raise ValueError(
+            "--method tensors compares bits, and those of products and factorizations depend on the machine; "
+            "use full or layers"
+        )
     mode = mode_of(source.config, settings.mode)
     config = planned_config(
         source,

@@ -1,19 +1,17 @@
 """Shared DIFF Transformer: queries, and paired keys, as a base that roles share and an update of low rank for each."""
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from gda import GDAConfig, GDAForCausalLM
-from gda.conversion.recipes import meta_model
+from gda import GDAForCausalLM
 
 from . import naive
 from .test_attention_against_naive import PATHS, heads
-from .tiny import relative_error, tiny_config, tiny_model, token_ids
+from .tiny import relative_error, tiny_model, token_ids
 
 TOLERANCE = 1e-5
 LENGTH = 11
