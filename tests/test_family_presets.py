@@ -1,0 +1,100 @@
+"""Presets of known shapes: sizes, parameter counts, and names that are nearly right."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gda import GDAConfig
+from gda.configuration.configuration_gda import PRESETS
+
+from .relatives import motif_config, motif_shapes
+
+# Billions of parameters, as these models are called or as their sizes add up to.
+BILLIONS = {
+    "motif-2-12.7b": 12.7,
+    "motif-2.6b": 2.6,
+    "diff-v1": 3.8,
+    "diff-v2": 8.6,
+    "diffllama": 1.2,
+    "llama-3-8b-expand": 8.2,
+    "llama-3.2-1b-expand": 1.3,
+    "smollm2-135m-expand": 0.138,
+}
+
+
+def on_meta(config: GDAConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_every_preset_is_tried() -> None:
+    assert set(BILLIONS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_a_preset_builds_and_has_its_size(name: str) -> None:
+    """On the meta device, at full size; the count agrees with the name to its last digit."""
+    count = on_meta(GDAConfig.preset(name)).num_parameters() / 1e9
+    digits = len(str(BILLIONS[name]).split(".")[1])
+    assert round(count, digits) == BILLIONS[name]
+
+
+def test_motif_2_at_full_size_has_its_tensors() -> None:
+    """643 tensors, each of the shape that two independent ports agree on."""
+    model = on_meta(GDAConfig.preset("motif-2-12.7b"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert len(shapes) == 643
+    layer = "model.layers.39."
+    wanted = {
+        f"{layer}self_attn.q_proj.weight": (5120, 4096),
+        f"{layer}self_attn.k_proj.weight": (2048, 4096),
+        f"{layer}self_attn.v_proj.weight": (2048, 4096),
+        f"{layer}self_attn.o_proj.weight": (4096, 8192),
+        f"{layer}self_attn.subln.weight": (256,),
+        f"{layer}self_attn.lambda_q1": (128,),
+        f"{layer}mlp.gate_proj.weight": (16384, 4096),
+        f"{layer}mlp.up_proj.weight": (16384, 4096),
+        f"{layer}mlp.down_proj.weight": (4096, 16384),
+        f"{layer}mlp.act_fn.weight": (3,),
+        f"{layer}mlp.act_fn.bias": (1,),
+        f"{layer}input_layernorm.weight": (4096,),
+    }
+    assert {name: shapes[name] for name in wanted} == wanted
+    fields = motif_config(
+        vocab_size=219520,
+        hidden_size=4096,
+        intermediate_size=16384,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_noise_heads=8,
+        num_key_value_heads=16,
+        head_dim=128,
+    )
+    assert shapes == motif_shapes(fields)
+
+
+def test_changes_go_over_the_fields_and_leave_the_preset_alone() -> None:
+    """Configs write into their RoPE fields: a preset must not be what they write into."""
+    first = GDAConfig.preset("motif-2-12.7b", num_hidden_layers=2, rope_parameters={"rope_theta": 5.0})
+    assert (first.num_hidden_layers, first.rope_parameters["rope_theta"]) == (2, 5.0)
+    GDAConfig.preset("motif-2-12.7b").rope_parameters["rope_theta"] = 7.0
+    second = GDAConfig.preset("motif-2-12.7b")
+    assert (second.num_hidden_layers, second.rope_parameters["rope_theta"]) == (40, 1e6)
+    with pytest.raises(ValueError, match="num_noise_heads"):
+        GDAConfig.preset("motif-2-12.7b", num_noise_heads=7)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("motif-2-12b", "motif-2-12.7b"),
+        ("Motif-2.6B", "motif-2.6b"),
+        ("diff-v3", "diff-v1"),
+        ("llama-3-8b", "llama-3-8b-expand"),
+        ("xyz", "there are motif-2-12.7b"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_those_that_resemble_it(wrong: str, meant: str) -> None:
+    """`did you mean`, or the list."""
+    with pytest.raises(ValueError, match=meant):
+        GDAConfig.preset(wrong)
