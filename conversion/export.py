@@ -78,6 +78,10 @@ def export(
         config = source.config
         if not isinstance(config, GDAConfig):
             raise ValueError(f"{model} is a {config.model_type!r} model, not a GDA model")
+        if config.qk_rank is not None:
+            raise ValueError(
+                f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
+            )
         try:
             target.check(source, config)
         except ValueError as error:
