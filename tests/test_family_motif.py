@@ -13,9 +13,10 @@ import gda
 from gda import GDAConfig, GDAForCausalLM
 
 from . import naive
-from .llamas import byte_tokenizer, change_config, tensors_of
+from .commands import Command
+from .llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
 from .relatives import motif_config, save_motif
-from .tiny import relative_error, token_ids
+from .tiny import relative_error, tiny_model, token_ids
 
 TOLERANCE = 1e-5
 # By name, what differs from 8 signal and 2 noise heads over two pairs of keys.
@@ -212,3 +213,160 @@ def test_scaled_rope_there_and_back(tmp_path: Path) -> None:
     gda.export(folder, tmp_path / "back", format="motif")
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (written["rope_theta"], written["rope_scaling"]) == (100.0, scaling)
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "k_ratio": ({"k_ratio": 2}, "k_ratio=2"),
+    "odd heads": ({"num_attention_heads": 5, "num_noise_heads": ...}, "num_attention_heads=5 is odd"),
+    "no heads": ({"num_attention_heads": 0, "num_noise_heads": ...}, "num_attention_heads=0"),
+    "no width": ({"hidden_size": ...}, "has no hidden_size"),
+    "null": ({"num_key_value_heads": None}, "has no num_key_value_heads"),
+    "a string": ({"num_noise_heads": "two"}, "num_noise_heads"),
+    "noise that does not divide": ({"num_noise_heads": 3}, "num_noise_heads"),
+    "odd KV heads": ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    "Motif-3": ({"q_lora_rank": 512}, "q_lora_rank, as Motif-3"),
+    "experts": ({"num_experts": 8}, "num_experts, as Motif-3"),
+    "windows": ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
+    "an activation": ({"hidden_act": "poly"}, "hidden_act"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "rope": ({"rope_scaling": {"rope_type": "twisted"}}, "rope"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_a_config_that_cannot_be_is_refused_in_one_line(name: str, tmp_path: Path, command: Command) -> None:
+    """File, field and reason on standard error, exit 2, nothing written."""
+    changes, named = BAD_CONFIGS[name]
+    source = save_motif(tmp_path / "motif")
+    change_config(source, **changes)
+    outcome = command("convert", source, tmp_path / "gda")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert len(outcome.error.splitlines()) == 1
+    assert named in outcome.error
+    assert "config.json" in outcome.error
+    assert os.listdir(tmp_path) == ["motif"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.self_attn.subln.weight"),
+            "has no tensor model.layers.1.self_attn.subln",
+        ),
+        (lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(80)}), "q_proj.bias"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(23)}), "model.norm.weight has shape"),
+        (lambda tensors: tensors.pop("model.layers.0.mlp.act_fn.bias"), "act_fn.bias"),
+    ],
+    ids=["missing", "superfluous", "misshapen", "no PolyNorm"],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(
+    change: Any, named: str, tmp_path: Path, command: Command
+) -> None:
+    """The first that is absent, superfluous or of another shape."""
+    source = save_motif(tmp_path / "motif")
+    tensors = tensors_of(source)
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    outcome = command("convert", source, tmp_path / "gda")
+    assert outcome.code == 2
+    assert named in outcome.error
+    assert len(outcome.error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", [("--ratio", "4"), ("--noise-heads", "2"), ("--lambda-type", "tanh")])
+def test_what_only_a_llama_is_asked_is_refused_with_a_reason(
+    option: tuple[str, str], tmp_path: Path, command: Command
+) -> None:
+    """A Motif has its noise heads and λ: an option that would set them is not passed over in silence."""
+    outcome = command("convert", save_motif(tmp_path / "motif"), tmp_path / "gda", *option)
+    assert outcome.code == 2
+    assert outcome.error.startswith(f"gda: {option[0]} is for a Llama: motif, a motif model, has its noise heads")
+    assert os.listdir(tmp_path) == ["motif"]
+
+
+def test_modes_are_refused_where_they_do_not_fit(tmp_path: Path, command: Command) -> None:
+    """expand is for what has no noise heads, map for what has; naming the fitting one changes nothing."""
+    motif, llama = save_motif(tmp_path / "motif"), save_llama(tmp_path / "llama")
+    outcome = command("convert", motif, tmp_path / "gda", "--mode", "expand")
+    assert outcome.code == 2
+    assert "--mode expand: a motif model has noise heads already; use --mode map" in outcome.error
+    outcome = command("convert", llama, tmp_path / "gda", "--mode", "map")
+    assert outcome.code == 2
+    assert "--mode map: a llama model has no noise heads to map; use --mode expand" in outcome.error
+    assert command("convert", llama, tmp_path / "gda", "--mode", "relabel").code == 2
+    assert command("convert", motif, tmp_path / "gda", "--mode", "map").code == 0
+
+
+def test_what_config_json_lacks_is_assumed_aloud(tmp_path: Path, command: Command) -> None:
+    """An eps that the config does not name is what the ports of Motif take, and a note says so."""
+    source = save_motif(tmp_path / "motif", attn_rms_norm_eps=..., rope_theta=...)
+    outcome = command("convert", source, tmp_path / "gda")
+    assert "note: config.json names no attn_rms_norm_eps; 1e-05 is assumed" in outcome.out
+    assert "note: config.json names no rope_theta; 10000.0 is assumed" in outcome.out
+    config = GDAConfig.from_pretrained(tmp_path / "gda")
+    assert (config.head_norm_eps, config.rope_parameters["rope_theta"]) == (1e-5, 10000.0)
+
+
+def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:
+    """Heads drawn, how it was checked, and, on the way back, what is not written."""
+    outcome = command("convert", save_motif(tmp_path / "motif"), tmp_path / "gda")
+    assert "8 signal + 2 noise, 4:1, 3 layers" in outcome.out
+    assert "verified tensor by tensor, nothing was run: 0 differ" in outcome.out
+    outcome = command("export", tmp_path / "gda", tmp_path / "back", "--format", "motif")
+    assert "note: Motif's own code is not written" in outcome.out
+    assert command("verify", tmp_path / "motif", tmp_path / "gda").code == 0
+    outcome = command("inspect", tmp_path / "motif")
+    assert outcome.code == 2
+    assert "gda convert" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"kv_layout": "shared"}, "kv_layout"),
+        ({"lambda_type": "sigmoid"}, "lambda_type"),
+        ({"head_norm": False}, "head_norm"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"sliding_window": 8}, "sliding_window"),
+        ({"lambda_init_offset": 0}, "λ_init of layer 0"),
+        ({"lambda_init": [-0.00991528454, 0.3]}, "λ_init of layer 0"),
+        ({"qk_rank": 2}, "qk_rank"),
+    ],
+    ids=str,
+)
+def test_what_a_motif_cannot_compute_is_refused_by_name(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """The message names the field or the layer, and nothing is written."""
+    fitting = {"kv_layout": "paired", "lambda_init_offset": -1, "head_norm": True, "hidden_act": "poly_norm"}
+    tiny_model(**(fitting | changes)).save_pretrained(tmp_path / "gda")
+    with pytest.raises(ValueError, match=named):
+        gda.export(tmp_path / "gda", tmp_path / "back", format="motif")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of a Motif that are done are kept, as a Llama's are."""
+    from gda.conversion.safetensors_io import SafetensorsReader
+
+    source = save_motif(tmp_path / "motif")
+    read, calls = SafetensorsReader.read, []
+
+    def stopping(self: SafetensorsReader, name: str) -> torch.Tensor:
+        calls.append(name)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SafetensorsReader, "read", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            gda.convert(source, tmp_path / "gda", max_shard_size="20KB")
+    gda.convert(source, tmp_path / "gda", max_shard_size="20KB", resume=True)
+    gda.convert(source, tmp_path / "whole", max_shard_size="20KB")
+    before, after = files_of(tmp_path / "whole"), files_of(tmp_path / "gda")
+    assert before.keys() == after.keys()
+    assert all(before[name] == after[name] for name in before if name != "README.md")
