@@ -47,6 +47,10 @@ class LambdaProjection(nn.Module):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
 
+class SharedBase(nn.Linear):
+    """W_base of each group: (…, hidden) → (…, groups · d). A class of its own, since it is initialized as no other."""
+
+
 class HeadwiseUp(nn.Module):
     """P_k of the updates P_k R_k, for every head its own: (…, H · R) → (…, H · d). The weight is (H · d, R).
 
@@ -140,8 +144,6 @@ class GDAAttention(nn.Module):
     With `qk_rank` the heads of a group share a base: q = W_base x + P_k (R_k x) (arXiv 2501.17900), in the same order.
     """
 
-    q_base: nn.Linear
-    k_base: nn.Linear
     lambda_q1: nn.Parameter
     lambda_k1: nn.Parameter
     lambda_q2: nn.Parameter
@@ -182,7 +184,7 @@ class GDAAttention(nn.Module):
             setattr(self, f"{name}_proj", nn.Linear(config.hidden_size, width, bias=config.attention_bias))
             return
         rank = config.qk_rank
-        base = nn.Linear(config.hidden_size, num_heads // roles * self.head_dim, bias=False)
+        base = SharedBase(config.hidden_size, num_heads // roles * self.head_dim, bias=False)
         setattr(self, f"{name}_base", base)
         setattr(self, f"{name}_down", nn.Linear(config.hidden_size, num_heads * rank, bias=False))
         setattr(self, f"{name}_up", HeadwiseUp(rank, num_heads, self.head_dim, bias=config.attention_bias))
