@@ -62,7 +62,7 @@ class Source(ABC):
     Attributes:
         name: What to call it: a Hub id, or the name of the folder or file.
         revision: The commit, for a Hub id.
-        config: Its configuration, as transformers reads it.
+        config: Its configuration, as transformers reads it; a Motif's as `motif` reads it.
         specs: Shape and dtype of each tensor of the model, by name.
         weight_files: The files that hold the tensors.
     """

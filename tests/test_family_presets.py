@@ -1,11 +1,15 @@
 """Presets of known shapes: sizes, parameter counts, and names that are nearly right."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from gda import GDAConfig
 from gda.configuration.configuration_gda import PRESETS
+from gda.conversion.motif import mapped_config, read_motif_config
 
 from .relatives import motif_config, motif_shapes
 
@@ -71,6 +75,10 @@ def test_motif_2_at_full_size_has_its_tensors() -> None:
         head_dim=128,
     )
     assert shapes == motif_shapes(fields)
+    read = mapped_config(read_motif_config(fields, Path("config.json")), None)
+    mapped = {name: tuple(tensor.shape) for name, tensor in on_meta(read).state_dict().items()}
+    assert mapped == shapes
+    assert round(sum(tensor.numel() for tensor in on_meta(read).state_dict().values()) / 1e9, 1) == 12.7
 
 
 def test_changes_go_over_the_fields_and_leave_the_preset_alone() -> None:
@@ -98,3 +106,13 @@ def test_an_unknown_name_is_answered_with_those_that_resemble_it(wrong: str, mea
     """`did you mean`, or the list."""
     with pytest.raises(ValueError, match=meant):
         GDAConfig.preset(wrong)
+
+
+def test_the_table_of_the_family_names_what_there_is() -> None:
+    """Each preset stands in docs/family.md, and each test file that it names exists."""
+    root = Path(__file__).resolve().parents[1]
+    text = (root / "docs" / "family.md").read_text(encoding="utf-8")
+    assert [name for name in PRESETS if f"`{name}`" not in text and not name.endswith("-expand")] == []
+    named = set(re.findall(r"`(tests/\w+\.py)`", text))
+    assert len(named) > 5
+    assert [name for name in named if not (root / name).is_file()] == []
