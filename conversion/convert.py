@@ -1,4 +1,4 @@
-"""From a Llama checkpoint to a GDA checkpoint."""
+"""From a checkpoint of a Llama, or of a relative, to a GDA checkpoint."""
 
 import shutil
 from dataclasses import asdict, dataclass, field, replace

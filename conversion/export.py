@@ -25,7 +25,7 @@ from .staging import staged_model
 from .stream import write_checkpoint
 
 # What a Llama has no counterpart for, and the value with which a GDA model computes what a Llama can.
-LLAMA_HAS_NO = {"kv_layout": "shared", "head_norm": False, "qk_norm": False, "sliding_window": None}
+LLAMA_HAS_NO = {"head_norm": False, "qk_norm": False, "sliding_window": None}
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def export(
 
 
 def _refuse_what_no_llama_computes(source: Source, config: GDAConfig) -> None:
+    if config.kv_layout == "paired":
+        raise ValueError("kv_layout='paired' has no counterpart in a Llama; --format motif or diffllama may hold it")
     require_fields(config, "a Llama", LLAMA_HAS_NO)
     if config.hidden_act == "poly_norm":
         raise ValueError("hidden_act='poly_norm' has no counterpart in a Llama")

@@ -75,7 +75,7 @@ class MotifConfig(PreTrainedConfig):
     num_attention_heads: int = 0
     num_key_value_heads: int = 0
     num_noise_heads: int | None = None
-    k_ratio: int = 1
+    k_ratio: int | float = 1
     head_dim: int | None = None
     hidden_act: str = "poly_norm"
     max_position_embeddings: int = 8192
@@ -112,10 +112,12 @@ def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
     assumed = [name for name in ASSUMED if raw.get(name) is None]
     if raw.get("rope_parameters") is not None and "rope_theta" in assumed:
         assumed.remove("rope_theta")
-    fields = raw | {name: ASSUMED[name] for name in assumed} | {"assumed": assumed}
-    # Another type's field of that name, and a way to run code: neither is to travel on.
-    for name in ("model_type", "auto_map", "layer_types"):
-        fields.pop(name, None)
+    if set(raw.get("layer_types") or []) - {"full_attention"}:
+        raise ValueError(f"{path} has layer_types={raw['layer_types']}; only full attention is known of a Motif")
+    fields = {
+        name: value for name, value in raw.items() if value is not None and name not in ("model_type", "auto_map")
+    }
+    fields |= {name: ASSUMED[name] for name in assumed} | {"assumed": assumed}
     try:
         config = MotifConfig(**fields)
     except Exception as error:  # whatever a malformed file makes the config class raise
@@ -183,8 +185,10 @@ def source_specs(config: PreTrainedConfig) -> dict[str, TensorSpec]:
 
 def notes(config: PreTrainedConfig) -> list[str]:
     """What of a Motif's config was guessed, or is left out."""
-    assumed = config.assumed or []
-    return [f"config.json names no {name}; {ASSUMED[name]} is assumed" for name in assumed]
+    told = [f"config.json names no {name}; {ASSUMED[name]} is assumed" for name in config.assumed or []]
+    if config.sliding_window is not None:
+        told.append(f"sliding_window={config.sliding_window} is left out, since use_sliding_window is not set")
+    return told
 
 
 def require_exportable(config: GDAConfig) -> None:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from gda import GDAConfig, GDAForCausalLM
 
 from . import naive
 from .commands import Command
+from .hub_server import Blob, Hub
 from .llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
 from .relatives import motif_config, save_motif
 from .tiny import relative_error, tiny_model, token_ids
@@ -32,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"use_bias": True},
     "tied": {"tie_word_embeddings": True},
     "silu": {"hidden_act": "silu"},
+    "nulls": {"use_bias": None, "k_ratio": None, "sliding_window": None, "attention_dropout": None},
     "lower case": {"model_type": "motif"},
     "rope_parameters": {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
 }
@@ -191,7 +194,8 @@ def test_there_and_back_is_the_same_motif_bit_for_bit(variant: str, dtype: torch
     there, back = tmp_path / "motif", tmp_path / "back"
     assert (back / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
     before, after = (json.loads((path / "config.json").read_text()) for path in (there, back))
-    wanted = before | {"model_type": "Motif", "k_ratio": 1}
+    wanted = {name: value for name, value in before.items() if value is not None}
+    wanted |= {"model_type": "Motif", "k_ratio": 1, "rope_scaling": None}
     wanted["head_dim"] = before.get("head_dim") or before["hidden_size"] // before["num_attention_heads"]
     wanted["rope_theta"] = before.get("rope_theta") or before["rope_parameters"]["rope_theta"]
     for name in ("auto_map", "rope_parameters", "num_noise_heads"):
@@ -229,6 +233,9 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "odd KV heads": ({"num_key_value_heads": 3}, "num_key_value_heads"),
     "Motif-3": ({"q_lora_rank": 512}, "q_lora_rank, as Motif-3"),
     "experts": ({"num_experts": 8}, "num_experts, as Motif-3"),
+    "layer types": ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+    "rotated in part": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "noise of none": ({"num_noise_heads": 0}, "num_noise_heads"),
     "windows": ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
     "an activation": ({"hidden_act": "poly"}, "hidden_act"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -309,6 +316,30 @@ def test_what_config_json_lacks_is_assumed_aloud(tmp_path: Path, command: Comman
     assert "note: config.json names no rope_theta; 10000.0 is assumed" in outcome.out
     config = GDAConfig.from_pretrained(tmp_path / "gda")
     assert (config.head_norm_eps, config.rope_parameters["rope_theta"]) == (1e-5, 10000.0)
+
+
+def test_a_window_that_is_not_used_is_left_out_aloud(tmp_path: Path) -> None:
+    """A number that Qwen-like configs carry without using it."""
+    report = gda.convert(
+        save_motif(tmp_path / "motif", sliding_window=4096, use_sliding_window=False), tmp_path / "gda"
+    )
+    assert any("sliding_window=4096 is left out" in note for note in report.notes)
+    assert report.config.sliding_window is None
+
+
+def test_a_motif_on_the_hub_is_converted_without_its_code(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """By its id: config and weights are downloaded, the code beside them is not asked for."""
+    source = save_motif(tmp_path / "motif")
+    for name in ("configuration_motif.py", "modeling_motif.py"):
+        (source / name).write_text("raise SystemExit")
+    huggingface_hub.create_repo("some-one/motif")
+    files = {path: Blob(data, path.endswith(".safetensors")) for path, data in files_of(source).items()}
+    commit = hub.repos["some-one/motif"].commit("main", "all of it", files)
+    outcome = command("convert", "some-one/motif", tmp_path / "gda")
+    assert outcome.code == 0, outcome.error
+    assert not hub.asked(r"resolve/.*\.py$")
+    made = json.loads((tmp_path / "gda" / "conversion.json").read_text())
+    assert (made["source"]["model_type"], made["source"]["revision"]) == ("motif", commit)
 
 
 def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:

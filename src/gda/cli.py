@@ -12,7 +12,7 @@ from gda._errors import CheckFailed
 from gda._version import __version__
 
 app = typer.Typer(
-    help="Grouped Differential Attention: convert Llama checkpoints, look into them, check them.",
+    help="Grouped Differential Attention: convert Llama, Motif and DiffLlama checkpoints, look into them, check them.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
