@@ -172,6 +172,8 @@ class _Factorizer:
     def part(self, part: str, *tensors: Tensor, name: str, dense: Recipe, roles: int) -> Tensor:
         if self._name != name:
             weight = dense.make(*tensors)
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{name} holds NaN or infinity, which no factors have; does the source?")
             rank = self._config.qk_rank
             assert rank is not None  # or there would be no such tensor
             self._factors = factor(weight, roles=roles, head_dim=self._config.head_dim, rank=rank)

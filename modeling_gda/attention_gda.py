@@ -177,15 +177,13 @@ class GDAAttention(nn.Module):
 
     def _add_projection(self, name: str, num_heads: int) -> None:
         """`q_proj`, or `q_base`, `q_down` and `q_up` where queries are a base and updates; `k` and `v` likewise."""
-        config = self.config
-        roles = self.num_roles.get(name)
-        if roles is None:
+        config, rank = self.config, self.config.qk_rank
+        if rank is None or name not in self.num_roles:
             width = num_heads * self.head_dim
             setattr(self, f"{name}_proj", nn.Linear(config.hidden_size, width, bias=config.attention_bias))
             return
-        rank = config.qk_rank
-        base = SharedBase(config.hidden_size, num_heads // roles * self.head_dim, bias=False)
-        setattr(self, f"{name}_base", base)
+        groups = num_heads // self.num_roles[name]
+        setattr(self, f"{name}_base", SharedBase(config.hidden_size, groups * self.head_dim, bias=False))
         setattr(self, f"{name}_down", nn.Linear(config.hidden_size, num_heads * rank, bias=False))
         setattr(self, f"{name}_up", HeadwiseUp(rank, num_heads, self.head_dim, bias=config.attention_bias))
 
