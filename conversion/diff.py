@@ -19,7 +19,25 @@ from gda.configuration.configuration_gda import GDAConfig
 V1_NAMES = {name: name for name in ("q_proj", "k_proj", "v_proj", "subln")} | {"out_proj": "o_proj"}
 V1_NAMES |= {name: name for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")}
 V2_NAMES = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj", "lambda_proj")}
-V1_HEAD_NORM_EPS = 1e-5
+
+# What the equations of each are in `GDAConfig`.
+V1_EQUATIONS: dict[str, Any] = {
+    "kv_layout": "paired",
+    "lambda_type": "reparameterized",
+    "lambda_init": None,
+    "lambda_init_offset": 0,
+    "head_norm": True,
+    "head_norm_eps": 1e-5,
+    "qk_norm": False,
+    "qk_rank": None,
+}
+V2_EQUATIONS: dict[str, Any] = {
+    "kv_layout": "shared",
+    "lambda_type": "sigmoid",
+    "head_norm": False,
+    "qk_norm": False,
+    "qk_rank": None,
+}
 
 
 def interleaved_to_half(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -53,12 +71,7 @@ def diff_v1_fields(embed_dim: int, num_heads: int, num_kv_heads: int | None = No
         "num_noise_heads": num_heads,
         "num_key_value_heads": 2 * kv_heads,
         "head_dim": embed_dim // num_heads // 2,
-        "kv_layout": "paired",
-        "lambda_type": "reparameterized",
-        "lambda_init": None,
-        "lambda_init_offset": 0,
-        "head_norm": True,
-        "head_norm_eps": V1_HEAD_NORM_EPS,
+        **V1_EQUATIONS,
     }
 
 
@@ -79,10 +92,8 @@ def diff_v2_fields(d_model: int, num_heads: int, num_kv_heads: int | None, head_
         "num_noise_heads": num_heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "kv_layout": "shared",
-        "lambda_type": "sigmoid",
-        "lambda_init": 0.0,
-        "head_norm": False,
+        "lambda_init": 0.0,  # which nothing reads: λ is projected, and no norm scales by it
+        **V2_EQUATIONS,
     }
 
 
@@ -101,18 +112,20 @@ def from_diff_v1(state: Mapping[str, torch.Tensor], config: GDAConfig, *, varian
         A state dict for `GDAAttention`, or for the model.
 
     Raises:
-        ValueError: for an unknown variant, a naive one with grouped keys, or tensors of other shapes.
+        ValueError: for an unknown variant, another member's config, a naive one with grouped keys, or tensors of other
+            names or shapes.
     """
     if variant not in ("naive", "flash"):
         raise ValueError(f"variant {variant!r} is not one of naive, flash")
-    if variant == "naive" and config.num_key_value_heads != config.num_attention_heads:
+    pairs, kv_pairs = config.num_noise_heads, config.num_key_value_heads // 2
+    sizes = {"num_attention_heads": 2 * pairs, "head_dim": config.hidden_size // pairs // 2}
+    _require_fields(config, "DIFF V1", V1_EQUATIONS | sizes)
+    if variant == "naive" and kv_pairs != pairs:
         raise ValueError(
-            f"variant 'naive' with {config.num_key_value_heads // 2} KV heads for {config.num_noise_heads} heads: "
+            f"variant 'naive' with num_heads={pairs} and num_kv_heads={kv_pairs}: "
             "that module pairs repeated keys otherwise than GDA and the flash variants; "
             "only num_kv_heads = num_heads can be mapped"
         )
-    if config.kv_layout != "paired" or config.lambda_type != "reparameterized" or not config.head_norm:
-        raise ValueError("the config is not one of DIFF V1; make its fields by diff_v1_fields")
     return _mapped(state, config, V1_NAMES, "out_proj")
 
 
@@ -128,11 +141,16 @@ def from_diff_v2(state: Mapping[str, torch.Tensor], config: GDAConfig) -> dict[s
         A state dict for `GDAAttention`, or for the model.
 
     Raises:
-        ValueError: for tensors of other shapes.
+        ValueError: for another member's config, or tensors of other names or shapes.
     """
-    if config.kv_layout != "shared" or config.lambda_type != "sigmoid" or config.head_norm:
-        raise ValueError("the config is not one of DIFF V2; make its fields by diff_v2_fields")
+    _require_fields(config, "DIFF V2", V2_EQUATIONS | {"num_attention_heads": 2 * config.num_noise_heads})
     return _mapped(state, config, V2_NAMES, "lambda_proj")
+
+
+def _require_fields(config: GDAConfig, member: str, fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"the config has {name}={getattr(config, name)!r}, and {member} has {value!r}")
 
 
 def _mapped(
@@ -157,7 +175,7 @@ def _mapped(
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """ "layers.0.attn.q_proj.weight" → "layers.0.attn.", "q_proj", ".weight"; a bare parameter has no suffix."""
+    """`layers.0.attn.q_proj.weight` → `layers.0.attn.`, `q_proj`, `.weight`; a bare parameter has no suffix."""
     suffix = ".weight" if name.endswith(".weight") else ""
     prefix, dot, part = name.removesuffix(suffix).rpartition(".")
     return prefix + dot, part, suffix

@@ -99,7 +99,7 @@ def export(
             target.write_config(config, folder)
             source.copy_assets(folder)
     parameters = sum(recipe.spec.numel for recipe in recipes.values())
-    return ExportReport(out, format, len(recipes), parameters, files, target.notes)
+    return ExportReport(out, format, len(recipes), parameters, files, list(target.notes))
 
 
 def _refuse_what_no_llama_computes(source: Source, config: GDAConfig) -> None:

@@ -92,6 +92,7 @@ class MotifConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     use_sliding_window: bool = False
+    layer_types: list[str] | None = None
     assumed: list[str] | None = None
 
 
@@ -112,8 +113,6 @@ def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
     assumed = [name for name in ASSUMED if raw.get(name) is None]
     if raw.get("rope_parameters") is not None and "rope_theta" in assumed:
         assumed.remove("rope_theta")
-    if set(raw.get("layer_types") or []) - {"full_attention"}:
-        raise ValueError(f"{path} has layer_types={raw['layer_types']}; only full attention is known of a Motif")
     fields = {
         name: value for name, value in raw.items() if value is not None and name not in ("model_type", "auto_map")
     }
@@ -149,6 +148,8 @@ def _refuse_what_is_not_done(config: MotifConfig, path: Path) -> None:
         )
     if config.use_sliding_window and config.sliding_window is not None:
         raise ValueError(f"{path} has use_sliding_window; which layers of a Motif slide is not known here")
+    if set(config.layer_types or ()) - {"full_attention"}:
+        raise ValueError(f"{path} has layer_types={config.layer_types}; only full attention is known of a Motif")
 
 
 def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDAConfig:

@@ -256,10 +256,16 @@ def test_state_dicts_that_are_not_theirs_are_refused() -> None:
     state = v1_state(64, 4, 4)
     with pytest.raises(ValueError, match="lambda_proj"):
         from_diff_v2(state, v2)
-    with pytest.raises(ValueError, match="not one of DIFF V1"):
-        from_diff_v1(state, v2, variant="flash")
-    with pytest.raises(ValueError, match="not one of DIFF V2"):
+    with pytest.raises(ValueError, match="kv_layout='paired', and DIFF V2"):
         from_diff_v2(v2_state(24, 4, 2, 8), v1)
+    for changes, named in (
+        ({"lambda_init_offset": -1}, "lambda_init_offset=-1, and DIFF V1 has 0"),
+        ({"head_norm_eps": 1e-6}, "head_norm_eps"),
+        ({"head_norm": False}, "head_norm=False"),
+        ({"num_noise_heads": 2, "num_key_value_heads": 4}, "num_attention_heads"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            from_diff_v1(state, config_of(diff_v1_fields(64, 4) | changes), variant="flash")
     with pytest.raises(ValueError, match="fast"):
         from_diff_v1(state, v1, variant="fast")
     with pytest.raises(ValueError, match=r"k_proj.weight has shape \(32, 64\)"):

@@ -234,6 +234,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "Motif-3": ({"q_lora_rank": 512}, "q_lora_rank, as Motif-3"),
     "experts": ({"num_experts": 8}, "num_experts, as Motif-3"),
     "layer types": ({"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+    "layer types of a number": ({"layer_types": 5}, "layer_types"),
     "rotated in part": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "noise of none": ({"num_noise_heads": 0}, "num_noise_heads"),
     "windows": ({"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
