@@ -23,6 +23,8 @@ def config(rank: int, layout: str, layers: int) -> GDAConfig:
     """Hidden size 1,024, 20 query heads of width 64 of which 4 are noise (4:1); 4 KV heads, or 4 pairs of them."""
     return GDAConfig(
         vocab_size=32000,
+        bos_token_id=1,
+        eos_token_id=2,
         hidden_size=1024,
         intermediate_size=2816,
         num_hidden_layers=layers,

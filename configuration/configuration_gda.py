@@ -198,6 +198,8 @@ class GDAConfig(PreTrainedConfig):
             `q_base` (N · head_dim, hidden), a block of rows for each group, `q_down` (H · R, hidden), the R_k of each
             head in the order of `q_proj`, and `q_up` (H · head_dim, R), their P_k, with the bias if there is one.
             With `kv_layout="paired"` also `k_base`, `k_down` and `k_up`: a group is a pair, its roles signal and noise.
+            With n roles there are fewer parameters than in dense projections for R below
+            (1 − 1/n) · head_dim · hidden_size / (hidden_size + head_dim).
         head_dim (`int`, defaults to 128): width of a query, key and value head; independent of `hidden_size`.
         hidden_act (`str`, defaults to `"silu"`): as in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_dropout (`float`, defaults to 0.0):

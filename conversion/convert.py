@@ -105,7 +105,8 @@ def convert(
     """Convert a Llama into a GDA model that computes the same and can learn to do better, or a relative into GDA.
 
     Of a Llama, every query head stays as a signal head; noise heads are added and λ starts at exactly 0, with a live
-    gradient. A Motif or a DiffLlama has noise heads and λ already: its tensors are mapped, bit for bit.
+    gradient. A Motif or a DiffLlama has noise heads and λ already: its tensors are mapped, bit for bit. With `qk_rank`
+    the queries, of a GDA model too, then become a shared base with low-rank updates.
 
     Tensors are streamed: memory is that of a few of them. Verification, after it, loads source and result if they take
     less than a quarter of the free memory, else a layer at a time. `out` appears only when it is whole and verified.

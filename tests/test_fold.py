@@ -19,6 +19,8 @@ from gda.conversion.verify import VerificationFailed
 
 from .commands import Command
 from .llamas import change_config, save_llama, tensors_of
+from .relatives import save_motif
+from .test_family_diffllama import save_diffllama
 from .test_qk_rank import HEADS
 from .tiny import tiny_model, token_ids
 
@@ -320,6 +322,18 @@ def test_what_means_nothing_for_a_gda_model(options: dict[str, Any], named: str,
     with pytest.raises(ValueError, match=named):
         gda.convert(dense, tmp_path / "out", **options)
     assert os.listdir(tmp_path) == ["dense"]
+
+
+def test_relatives(tmp_path: Path) -> None:
+    """A DiffLlama is mapped and factored at once; a Motif, which cannot be run, in two steps, and is told so."""
+    save_diffllama(tmp_path / "diffllama")
+    report = gda.convert(tmp_path / "diffllama", tmp_path / "shared", qk_rank=8)
+    assert set(report.projection_errors) == {"q", "k"}
+    assert report.verification is not None
+    assert report.verification.relative <= ROUNDING
+    save_motif(tmp_path / "motif")
+    with pytest.raises(ValueError, match="convert it first"):
+        gda.convert(tmp_path / "motif", tmp_path / "out", qk_rank=2)
 
 
 def test_a_model_with_a_rank_is_folded_first(tmp_path: Path) -> None:

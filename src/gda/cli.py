@@ -51,7 +51,7 @@ def _options(
 @app.command(
     epilog="Examples:  gda convert meta-llama/Llama-3.2-1B llama-gda  ·  "
     "gda convert ./llama ./llama-gda --ratio 4:1 --max-shard-size 2GB  ·  gda convert model.gguf model-gda --dry-run"
-    "  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda"
+    "  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda  ·  gda convert ./llama-gda ./llama-shared --qk-rank 32"
 )
 def convert(
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
