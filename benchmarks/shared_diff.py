@@ -45,18 +45,24 @@ def seconds(module: torch.nn.Module, *inputs: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
-class Queries(torch.nn.Module):
-    """The projections that a rank changes, of every layer, and nothing else."""
+class Projections(torch.nn.Module):
+    """The projections that a rank changes, of every layer: queries, and paired keys."""
 
     def __init__(self, model: GDAForCausalLM):
         super().__init__()
         self.layers = [layer.self_attn for layer in model.model.layers]
-        self.names = list(model.config.factored_projections) or ["q"] + ["k"] * (model.config.kv_layout == "paired")
+        self.names = "q" if model.config.kv_layout == "shared" else "qk"
 
     def forward(self, hidden: torch.Tensor) -> None:
         for attention in self.layers:
             for name in self.names:
                 attention._project(name, hidden)
+
+    def numel(self) -> int:
+        """Their parameters."""
+        parts = tuple(f"{name}_{part}." for name in self.names for part in ("proj", "base", "down", "up"))
+        parameters = (pair for attention in self.layers for pair in attention.named_parameters())
+        return sum(parameter.numel() for name, parameter in parameters if name.startswith(parts))
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:
@@ -72,7 +78,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
     part: dict[int, list[float]] = {rank: [] for rank in models}
     for repetition in range(options.repeat + 1):  # the first is to warm up
         for rank, model in models.items():
-            taken = seconds(model, ids), seconds(Queries(model), hidden)
+            taken = seconds(model, ids), seconds(Projections(model), hidden)
             if repetition:
                 whole[rank].append(taken[0])
                 part[rank].append(taken[1])
@@ -80,20 +86,17 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
     def ratio(times: dict[int, list[float]], rank: int) -> float:
         return statistics.median(mine / dense for mine, dense in zip(times[rank], times[DENSE], strict=True))
 
-    projections = {
-        rank: sum(p.numel() for name, p in model.named_parameters() if ".q_" in name or ".k_" in name)
-        for rank, model in models.items()
-    }
+    projections = {rank: Projections(model).numel() for rank, model in models.items()}
     return [
         {
             "rank": rank,
             "parameters": model.num_parameters(),
-            "qk_parameters": projections[rank],
-            "qk_share": projections[rank] / projections[DENSE],
+            "projection_parameters": projections[rank],
+            "projection_share": projections[rank] / projections[DENSE],
             "forward_s": statistics.median(whole[rank]),
             "forward_ratio": ratio(whole, rank),
-            "qk_s": statistics.median(part[rank]),
-            "qk_ratio": ratio(part, rank),
+            "projection_s": statistics.median(part[rank]),
+            "projection_ratio": ratio(part, rank),
         }
         for rank, model in models.items()
     ]
@@ -117,13 +120,14 @@ def main() -> None:
         f"{options.layout} keys and values, {options.layers} layers, {options.tokens} tokens, float32, "
         f"{options.threads} thread(s), medians of {options.repeat}"
     )
-    print("rank     parameters   q and k parameters      forward   × dense     projections alone   × dense")
+    what = "queries" if options.layout == "shared" else "queries and keys"
+    print(f"rank     parameters      forward   × dense   {what}: parameters   × dense       time   × dense")
     for row in rows:
         name = "dense" if row["rank"] == DENSE else str(row["rank"])
         print(
-            f"{name:<6} {row['parameters']:>12,}   {row['qk_parameters']:>10,} {100 * row['qk_share']:5.0f} %"
-            f"   {1000 * row['forward_s']:7.0f} ms   {row['forward_ratio']:7.3f}"
-            f"             {1000 * row['qk_s']:6.1f} ms   {row['qk_ratio']:7.3f}"
+            f"{name:<6} {row['parameters']:>12,} {1000 * row['forward_s']:9.0f} ms   {row['forward_ratio']:7.3f}"
+            f"{row['projection_parameters']:>{len(what) + 15},}   {row['projection_share']:7.3f}"
+            f"  {1000 * row['projection_s']:6.1f} ms   {row['projection_ratio']:7.3f}"
         )
 
 
