@@ -281,6 +281,29 @@ def test_the_same_bytes_in_shards_and_again(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
+def test_an_interrupted_factorization_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --resume: the same bytes, and the errors of every layer, also of those that the killed run wrote."""
+    dense = saved(tmp_path / "dense", num_hidden_layers=3)
+    options: dict[str, Any] = {"qk_rank": 3, "max_shard_size": "10KB", "verify": False}
+    whole = gda.convert(dense, tmp_path / "whole", **options)
+    calls = []
+
+    def interrupted(*arguments: Any, **named: Any) -> dict[str, Tensor]:
+        calls.append(named)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return factor(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gda.conversion.factor.factor", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gda.convert(dense, tmp_path / "killed", **options)
+    assert not (tmp_path / "killed").exists()
+    resumed = gda.convert(dense, tmp_path / "killed", resume=True, **options)
+    assert resumed.sha256 == whole.sha256
+    assert resumed.projection_errors == whole.projection_errors
+
+
 def test_verify_knows_them(tmp_path: Path) -> None:
     """Later, by running; comparing bits is refused with a reason."""
     dense = saved(tmp_path / "dense")
