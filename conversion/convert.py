@@ -158,7 +158,7 @@ def convert(
         lambda_type = lambda_type or "reparameterized"
         config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
         dense = recipes = planned_recipes(opened, config, mode=mode, seed=seed, dtype=dtype)
-        lossless = is_lossless(recipes, opened.specs)
+        lossless = keeps_bits = is_lossless(dense, opened.specs)
         if qk_rank is not None:
             config = factored_config(config, qk_rank)
             recipes = factored_recipes(config, dense)
@@ -166,7 +166,7 @@ def convert(
         settings = Settings(
             mode, dtype, seed, max_shard_size, config.num_noise_heads, config.lambda_type, lossless, config.qk_rank
         )
-        notes = _notes(opened.config, settings) + _rank_notes(config, settings)
+        notes = _notes(opened.config, settings, keeps_bits) + _rank_notes(config, settings)
         report = planned_report(out, config, recipes, dense, settings=settings, notes=notes, dry_run=dry_run)
         if dry_run:
             return report
@@ -317,9 +317,9 @@ def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str |
     return heads // int(signal)
 
 
-def _notes(config: PreTrainedConfig, settings: Settings) -> list[str]:
+def _notes(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> list[str]:
     notes = []
-    if not settings.lossless and settings.dtype != "keep":
+    if not keeps_bits:
         notes.append(f"weights are cast to {settings.dtype}, which is not lossless")
     if config.attention_dropout:
         notes.append(f"attention_dropout={config.attention_dropout} is left out: differential attention defines none")

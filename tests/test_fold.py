@@ -247,6 +247,15 @@ def test_rounding_to_a_narrow_dtype_is_said(dtype: str, lossless: bool, tmp_path
     assert report.verification.relative < (ROUNDING if lossless else 0.1)
 
 
+def test_a_wider_dtype_is_not_called_a_loss(tmp_path: Path) -> None:
+    """Of bfloat16 factored in float32, what is lost is lost by the rank: on the screen and in the card."""
+    dense = saved(tmp_path / "dense", torch.bfloat16)
+    report = gda.convert(dense, tmp_path / "shared", qk_rank=3, dtype="float32", verify=False)
+    assert len(report.notes) == 1
+    assert "approximated" in report.notes[0]
+    assert "cast" not in (tmp_path / "shared" / "README.md").read_text()
+
+
 def test_not_finite_weights_fail(tmp_path: Path) -> None:
     """A lossy conversion passes whatever the difference, but not with NaN; nothing is left."""
     dense = saved(tmp_path / "dense")
