@@ -3,6 +3,7 @@
 # beside a model's weights, so that they load with transformers alone.
 """The configuration of Grouped Differential Attention models."""
 
+import copy
 import math
 import os
 from difflib import get_close_matches
@@ -31,6 +32,7 @@ OWN_FIELDS = (
     "head_norm",
     "head_norm_eps",
     "qk_norm",
+    "qk_rank",
 )
 # What config.json says of the code saved beside it: by Auto class, file and class.
 AUTO_MAP = {
@@ -41,8 +43,117 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_gda.GDAForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_gda.GDAForTokenClassification",
 }
+MOTIF: dict[str, Any] = {
+    "kv_layout": "paired",
+    "lambda_init_offset": -1,
+    "head_norm": True,
+    "head_norm_eps": 1e-5,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "poly_norm",
+}
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+# Known shapes. docs/family.md says where each comes from, and what of it is not known.
+PRESETS: dict[str, dict[str, Any]] = {
+    "motif-2-12.7b": {
+        **MOTIF,
+        **NO_TOKENS,
+        "vocab_size": 219520,
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_noise_heads": 8,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "motif-2.6b": {
+        **MOTIF,
+        **NO_TOKENS,
+        "vocab_size": 219520,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_noise_heads": 8,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "max_position_embeddings": 16384,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
+    "diff-v1": {
+        **NO_TOKENS,
+        "vocab_size": 100288,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_noise_heads": 12,
+        "num_key_value_heads": 24,
+        "head_dim": 128,
+        "kv_layout": "paired",
+        "head_norm": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "diff-v2": {
+        "num_attention_heads": 64,
+        "num_noise_heads": 32,
+        "lambda_type": "sigmoid",
+        "lambda_init": 0.0,
+    },
+    "diffllama": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_noise_heads": 16,
+        "num_key_value_heads": 32,
+        "head_dim": 64,
+        "kv_layout": "paired",
+        "head_norm": True,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "llama-3-8b-expand": {"lambda_init": 0.0},
+    "llama-3.2-1b-expand": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "lambda_init": 0.0,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "smollm2-135m-expand": {
+        **NO_TOKENS,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 12,
+        "num_noise_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "lambda_init": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
+}
 # What follows from other fields. (PreTrainedConfig would set it, and fail with an AttributeError.)
-DERIVED = ("num_signal_heads", "signal_noise_ratio", "value_width")
+DERIVED = ("num_signal_heads", "signal_noise_ratio", "value_width", "factored_projections")
 
 
 @strict
@@ -80,6 +191,15 @@ class GDAConfig(PreTrainedConfig):
             RMSNorm over each signal head's output, weight `subln`, then × (1 − λ_init of the layer).
         head_norm_eps (`float`, defaults to 1e-5): epsilon of that norm.
         qk_norm (`bool`, defaults to `False`): RMSNorm over head_dim of queries and keys before RoPE, as in Qwen3.
+        qk_rank (`int`, *optional*):
+            `None`: dense projections. A rank R from 1 to min(head_dim, hidden_size): those of the Shared DIFF
+            Transformer (arXiv 2501.17900). The query weight of a role k of a group, W_base + P_k R_k, is a base that
+            the roles signal_1 … signal_r and noise share, and an update of rank R. In place of `q_proj` there are
+            `q_base` (N · head_dim, hidden), a block of rows for each group, `q_down` (H · R, hidden), the R_k of each
+            head in the order of `q_proj`, and `q_up` (H · head_dim, R), their P_k, with the bias if there is one.
+            With `kv_layout="paired"` also `k_base`, `k_down` and `k_up`: a group is a pair, its roles signal and noise.
+            With n roles there are fewer parameters than in dense projections for R below
+            (1 − 1/n) · head_dim · hidden_size / (hidden_size + head_dim).
         head_dim (`int`, defaults to 128): width of a query, key and value head; independent of `hidden_size`.
         hidden_act (`str`, defaults to `"silu"`): as in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_dropout (`float`, defaults to 0.0):
@@ -122,6 +242,7 @@ class GDAConfig(PreTrainedConfig):
     head_norm: bool = False
     head_norm_eps: int | float = 1e-5
     qk_norm: bool = False
+    qk_rank: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     initializer_range: int | float = 0.02
@@ -151,6 +272,29 @@ class GDAConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "GDAConfig":
+        """The configuration of a known shape.
+
+        Args:
+            name: "motif-2-12.7b", "motif-2.6b", "diff-v1", "diff-v2", "diffllama", "llama-3-8b-expand",
+                "llama-3.2-1b-expand" or "smollm2-135m-expand". The last three are what expansion makes of these
+                models. Not every number of the others could be read at its source: docs/family.md names the guesses.
+            changes: Fields to give another value.
+
+        Raises:
+            ValueError: for an unknown name, with those that resemble it, or fields that cannot be.
+
+        Example:
+            >>> GDAConfig.preset("motif-2-12.7b", num_hidden_layers=2).signal_noise_ratio
+            4
+        """
+        if name not in PRESETS:
+            resembling = get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
+            meant = f"did you mean {' or '.join(resembling)}?" if resembling else f"there are {', '.join(PRESETS)}"
+            raise ValueError(f"GDAConfig has no preset {name!r}; {meant}")
+        return cls(**(copy.deepcopy(PRESETS[name]) | changes))
+
     @property
     def num_signal_heads(self) -> int:
         """Signal query heads S = num_attention_heads − num_noise_heads."""
@@ -165,6 +309,17 @@ class GDAConfig(PreTrainedConfig):
     def value_width(self) -> int:
         """Width of a head's value: head_dim (shared) or 2 · head_dim (paired)."""
         return self.head_dim if self.kv_layout == "shared" else 2 * self.head_dim
+
+    @property
+    def factored_projections(self) -> dict[str, int]:
+        """Projections that are a base and updates of rank `qk_rank`, with the number of roles that share a base.
+
+        None of them, `q`, or with paired keys `q` and `k`.
+        """
+        if self.qk_rank is None:
+            return {}
+        queries = {"q": self.signal_noise_ratio + 1}
+        return queries if self.kv_layout == "shared" else queries | {"k": 2}
 
     def layer_type(self, layer_idx: int) -> str:
         """`"full_attention"` or `"sliding_attention"`, for layer `layer_idx`."""
@@ -183,7 +338,8 @@ class GDAConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """Tensor-parallel plan. Columns of q_proj are cut between groups, so each rank holds whole groups."""
         attention = "layers.*.self_attn"
-        plan = {f"{attention}.{name}_proj": "colwise" for name in "qkv"} | {f"{attention}.o_proj": "rowwise"}
+        plan = {f"{attention}.{name}": "colwise" for name in self._input_projections()}
+        plan[f"{attention}.o_proj"] = "rowwise"
         plan |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
         plan["layers.*.mlp.down_proj"] = "rowwise"
         if self.hidden_act == "poly_norm":  # a norm over the MLP's whole width, so it is gathered before and cut after
@@ -203,10 +359,15 @@ class GDAConfig(PreTrainedConfig):
         """FSDP2 plan. λ vectors are float32 in models of any dtype, and what FSDP2 gathers together has one dtype."""
         plan = dict(PreTrainedConfig.base_model_fsdp_plan)
         if self.lambda_type == "reparameterized":
-            modules = ["q_proj", "k_proj", "v_proj", "o_proj"] + ["subln"] * self.head_norm
+            modules = [*self._input_projections(), "o_proj"] + ["subln"] * self.head_norm
             modules += ["q_norm", "k_norm"] * self.qk_norm
             plan |= {f"layers.*.self_attn.{name}": "free_full_weight" for name in modules}
         return plan
+
+    def _input_projections(self) -> list[str]:
+        """The modules that make queries, keys and values; their rows are those of groups, pairs or heads, in order."""
+        factored = [f"{name}_{part}" for name in self.factored_projections for part in ("base", "down", "up")]
+        return factored + [f"{name}_proj" for name in "qkv" if name not in self.factored_projections]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, bundle_code: bool = True, **kwargs: Any
@@ -321,6 +482,14 @@ class GDAConfig(PreTrainedConfig):
                 f"must count pairs that divide both the signal heads ({signal}) and the noise heads ({noise})",
                 kv_heads,
             )
+
+        possible = min(self.head_dim, self.hidden_size)
+        _require(
+            self.qk_rank is None or 1 <= self.qk_rank <= possible,
+            "qk_rank",
+            f"must be from 1 to {possible}, the smaller of head_dim and hidden_size, or None for dense projections",
+            self.qk_rank,
+        )
 
     def _validate_lambda(self) -> None:
         _require(self.lambda_type in LAMBDA_TYPES, "lambda_type", f"must be one of {LAMBDA_TYPES}", self.lambda_type)

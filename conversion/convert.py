@@ -1,4 +1,4 @@
-"""From a Llama checkpoint to a GDA checkpoint."""
+"""From a checkpoint of a Llama, or of a relative, to a GDA checkpoint."""
 
 import shutil
 from dataclasses import asdict, dataclass, field, replace
@@ -12,18 +12,20 @@ from gda._files import check_places, in_background, refuse_existing, write_text
 from gda.configuration.configuration_gda import GDAConfig
 
 from .card import CARD_FILE, model_card
-from .expand import expanded_config, expanded_recipes, listed, possible_noise_heads
+from .expand import listed, possible_noise_heads
+from .factor import factored_config, factored_recipes, full_rank, is_exact, layer_errors
 from .headmap import head_map
 from .hub import check_name, require_token
+from .plan import mode_of, planned_config, planned_recipes
 from .provenance import DTYPES, Settings, write_provenance
 from .push import PushReport, push
 from .recipes import Recipe, is_lossless
+from .relatives import RELATIVES
+from .safetensors_io import SafetensorsReader
 from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
 from .staging import staged_model
 from .stream import shards_of, write_checkpoint
 from .verify import VerificationFailed, VerifyReport, verify_opened
-
-MODES = ("expand",)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class ConvertReport:
         out: The folder.
         config: The GDA configuration.
         num_tensors, num_parameters, nbytes, num_files: Size of the result.
+        num_dense_parameters: What it would have with dense projections; the same where they are.
+        projection_errors: With `qk_rank`, relative error of the weight (Frobenius) for each layer, by projection, "q"
+            and where keys are paired "k"; empty for a dry run.
         notes: What of the source is not in the result.
         sha256: By file of weights; empty for a dry run.
         verification: The report of `verify`; None if it was not asked for.
@@ -47,6 +52,8 @@ class ConvertReport:
     num_parameters: int
     nbytes: int
     num_files: int
+    num_dense_parameters: int
+    projection_errors: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sha256: dict[str, str] = field(default_factory=dict)
     verification: VerifyReport | None = None
@@ -55,7 +62,8 @@ class ConvertReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
-        report = {name: getattr(self, name) for name in ("num_tensors", "num_parameters", "nbytes", "num_files")}
+        sizes = ("num_tensors", "num_parameters", "nbytes", "num_files", "num_dense_parameters")
+        report = {name: getattr(self, name) for name in sizes}
         return {
             "out": str(self.out),
             "dry_run": self.dry_run,
@@ -63,6 +71,8 @@ class ConvertReport:
             "num_signal_heads": self.config.num_signal_heads,
             "num_noise_heads": self.config.num_noise_heads,
             **report,
+            "qk_rank": self.config.qk_rank,
+            "projection_errors": self.projection_errors,
             "notes": self.notes,
             "sha256": self.sha256,
             "verification": None if self.verification is None else self.verification.to_dict(),
@@ -74,10 +84,11 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    mode: str = "expand",
+    mode: str | None = None,
     noise_heads: int | None = None,
     ratio: str | int | None = None,
-    lambda_type: str = "reparameterized",
+    lambda_type: str | None = None,
+    qk_rank: int | None = None,
     seed: int = 0,
     dtype: str = "keep",
     max_shard_size: str | int = "5GB",
@@ -91,19 +102,25 @@ def convert(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> ConvertReport:
-    """Convert a Llama into a GDA model that computes the same and can learn to do better.
+    """Convert a Llama into a GDA model that computes the same and can learn to do better, or a relative into GDA.
 
-    Every query head stays as a signal head; noise heads are added and λ starts at exactly 0, with a live gradient.
+    Of a Llama, every query head stays as a signal head; noise heads are added and λ starts at exactly 0, with a live
+    gradient. A Motif or a DiffLlama has noise heads and λ already: its tensors are mapped, bit for bit. With `qk_rank`
+    the queries, of a GDA model too, then become a shared base with low-rank updates.
+
     Tensors are streamed: memory is that of a few of them. Verification, after it, loads source and result if they take
     less than a quarter of the free memory, else a layer at a time. `out` appears only when it is whole and verified.
 
     Args:
         source: A folder of safetensors, a Hub id or a `.gguf` file.
         out: The folder to make.
-        mode: "expand".
-        noise_heads: Noise heads to add; by default one for each KV head.
+        mode: "expand", for a Llama, or "map", for a relative; None takes the one that fits.
+        noise_heads: Noise heads to add to a Llama; by default one for each KV head.
         ratio: Signal heads for each noise head, 4 or "4:1", instead of `noise_heads`.
-        lambda_type: "reparameterized" or "tanh".
+        lambda_type: For a Llama, "reparameterized" (the default) or "tanh".
+        qk_rank: Make queries, and paired keys, a base that the roles of a group share and an update of this rank for
+            each, as in the Shared DIFF Transformer. Of full rank, the smaller of head_dim and hidden_size, this is
+            exact; below it is an approximation. Then the source may be a GDA model as well.
         seed: Of the new weights.
         dtype: "keep", "float32", "bfloat16" or "float16"; λ is float32 always.
         max_shard_size: As in `save_pretrained`.
@@ -128,8 +145,6 @@ def convert(
     """
     check_places(source, out)
     out = Path(out)
-    if mode not in MODES:
-        raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if private is not None and push_to_hub is None:
@@ -139,43 +154,88 @@ def convert(
     refuse_existing(out, overwrite)
     with quiet_transformers():
         opened = open_source(source, revision)
-        _require_type(opened)
+        _require_type(opened, qk_rank)
+        mode = mode_of(opened.config, mode)
+        if mode == "map":
+            _refuse_choices(opened, noise_heads=noise_heads, ratio=ratio, lambda_type=lambda_type)
         noise = _noise_heads(opened.config, noise_heads, ratio)
-        config = expanded_config(opened.config, noise_heads=noise, lambda_type=lambda_type, dtype=DTYPES[dtype])
-        recipes = expanded_recipes(config, opened.specs, seed=seed, dtype=DTYPES[dtype])
-        lossless = is_lossless(recipes, opened.specs)
-        settings = Settings(mode, dtype, seed, max_shard_size, config.num_noise_heads, lambda_type, lossless)
-        report = ConvertReport(
-            out=out,
-            config=config,
-            num_tensors=len(recipes),
-            num_parameters=sum(recipe.spec.numel for recipe in recipes.values()),
-            nbytes=sum(recipe.spec.nbytes for recipe in recipes.values()),
-            num_files=len(shards_of(recipes, max_shard_size)),
-            notes=_notes(opened.config, settings),
-            dry_run=dry_run,
+        lambda_type = lambda_type or "reparameterized"
+        config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+        dense = recipes = planned_recipes(opened, config, mode=mode, seed=seed, dtype=dtype)
+        lossless = keeps_bits = is_lossless(dense, opened.specs)
+        if qk_rank is not None:
+            config = factored_config(config, qk_rank)
+            recipes = factored_recipes(config, dense)
+            lossless = is_exact(config, recipes, opened.specs)
+        settings = Settings(
+            mode, dtype, seed, max_shard_size, config.num_noise_heads, config.lambda_type, lossless, config.qk_rank
         )
+        notes = _notes(opened.config, settings, keeps_bits) + _rank_notes(config, settings)
+        report = planned_report(out, config, recipes, dense, settings=settings, notes=notes, dry_run=dry_run)
         if dry_run:
             return report
         if push_to_hub is not None:
             require_token(push_to_hub)
-        report = _write(report, opened, settings, recipes, verify, resume, overwrite, bundle_code, console)
+        report = write_model(
+            report,
+            opened,
+            settings,
+            recipes,
+            dense=dense,
+            verify=verify,
+            resume=resume,
+            overwrite=overwrite,
+            bundle_code=bundle_code,
+            console=console,
+        )
     if push_to_hub is None:
         return report
     return replace(report, pushed=_push(out, push_to_hub, private, bundle_code, console))
 
 
-def _write(
+def planned_report(
+    out: Path,
+    config: GDAConfig,
+    recipes: dict[str, Recipe],
+    dense: dict[str, Recipe],
+    *,
+    settings: Settings,
+    notes: list[str],
+    dry_run: bool,
+) -> ConvertReport:
+    """What can be said of a model before it is made. `dense` are the recipes of the same with dense projections."""
+    return ConvertReport(
+        out=out,
+        config=config,
+        num_tensors=len(recipes),
+        num_parameters=sum(recipe.spec.numel for recipe in recipes.values()),
+        nbytes=sum(recipe.spec.nbytes for recipe in recipes.values()),
+        num_files=len(shards_of(recipes, settings.max_shard_size)),
+        num_dense_parameters=sum(recipe.spec.numel for recipe in dense.values()),
+        notes=notes,
+        dry_run=dry_run,
+    )
+
+
+def write_model(
     report: ConvertReport,
     source: Source,
     settings: Settings,
     recipes: dict[str, Recipe],
+    *,
+    dense: dict[str, Recipe],
     verify: bool,
     resume: bool,
     overwrite: bool,
     bundle_code: bool,
     console: Console | None,
 ) -> ConvertReport:
+    """Make the folder that `report` plans, verified and whole, and complete the report.
+
+    Raises:
+        FileExistsError, ValueError, OSError: as `convert`.
+        VerificationFailed: as `convert`.
+    """
     with staged_model(report.out, overwrite=overwrite, resumable=True, resume=resume) as folder:
         _require_space(folder, report, resume)
         source_hashes = in_background(source.hashes)
@@ -189,6 +249,7 @@ def _write(
         )
         report.config.save_pretrained(folder, bundle_code=bundle_code)
         source.copy_assets(folder)
+        errors = layer_errors(report.config, dense, source.read, SafetensorsReader(folder).read)
         verification = None
         if verify:
             verification = verify_opened(source, folder, settings=settings, console=console)
@@ -201,11 +262,12 @@ def _write(
             source_hashes=source_hashes.result(),
             recipes=recipes,
             files=files,
+            projection_errors=errors,
             verification=None if verification is None else verification.to_dict(),
         )
         card = model_card(report.config, name=report.out.name, made=made, has_code=bundle_code)
         write_text(folder / CARD_FILE, card)
-    return replace(report, sha256=files, verification=verification)
+    return replace(report, sha256=files, verification=verification, projection_errors=errors)
 
 
 def _push(out: Path, repo: str, private: bool | None, bundle_code: bool, console: Console | None) -> PushReport:
@@ -215,9 +277,30 @@ def _push(out: Path, repo: str, private: bool | None, bundle_code: bool, console
         raise type(error)(f"{error}; {out} is whole: `gda push {out} {repo}` goes on") from None
 
 
-def _require_type(source: Source) -> None:
-    if source.config.model_type not in CONVERTIBLE_TYPES:
-        raise ValueError(f"{source.name} is a {source.config.model_type!r} model already")
+def _require_type(source: Source, qk_rank: int | None) -> None:
+    if isinstance(source.config, GDAConfig):
+        if qk_rank is None:
+            raise ValueError(f"{source.name} is a 'gda' model already")
+        if source.config.qk_rank is not None:
+            raise ValueError(
+                f"{source.name} has qk_rank={source.config.qk_rank} already; `gda fold` makes it dense first"
+            )
+    elif source.config.model_type not in CONVERTIBLE_TYPES:
+        raise ValueError(f"{source.name} is a {source.config.model_type!r} model, which cannot be converted")
+    if qk_rank is not None and not source.can_run:
+        raise ValueError(
+            f"--qk-rank: a {source.config.model_type} model cannot be run to compare it with the result; "
+            "convert it first, and then its GDA folder with --qk-rank"
+        )
+
+
+def _refuse_choices(source: Source, **choices: object) -> None:
+    for name, value in choices.items():
+        if value is not None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} is for a Llama: {source.name}, a {source.config.model_type} model, has its noise heads and λ"
+            )
 
 
 def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None) -> int | None:
@@ -238,13 +321,29 @@ def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str |
     return heads // int(signal)
 
 
-def _notes(config: PreTrainedConfig, settings: Settings) -> list[str]:
+def _notes(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> list[str]:
     notes = []
-    if not settings.lossless:
+    if not keeps_bits:
         notes.append(f"weights are cast to {settings.dtype}, which is not lossless")
     if config.attention_dropout:
         notes.append(f"attention_dropout={config.attention_dropout} is left out: differential attention defines none")
+    if config.model_type in RELATIVES:
+        notes += RELATIVES[config.model_type].notes(config)
     return notes
+
+
+def _rank_notes(config: GDAConfig, settings: Settings) -> list[str]:
+    if config.qk_rank is None:
+        return []
+    what = "queries and keys" if "k" in config.factored_projections else "queries"
+    if config.qk_rank < full_rank(config):
+        return [
+            f"qk_rank {config.qk_rank} is below the full rank of {full_rank(config)}: {what} are approximated, "
+            "which is not lossless"
+        ]
+    if settings.lossless or settings.dtype != "keep":
+        return []
+    return [f"base and updates of {what} are rounded to a narrow dtype, which is not lossless; --dtype float32 is"]
 
 
 def _require_space(folder: Path, report: ConvertReport, resume: bool) -> None:

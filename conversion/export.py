@@ -1,6 +1,10 @@
-"""GDA → Llama, where nothing is lost by it: the inverse of an expansion whose λ is still 0."""
+"""GDA → Llama, Motif or DiffLlama, where nothing is lost by it: the inverse of the conversion from there.
 
-from dataclasses import dataclass
+A Llama is what an expansion gives back while its λ is still 0. The others are differential, and take λ along.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,28 +15,29 @@ from transformers import LlamaConfig
 from gda._files import check_places, refuse_existing
 from gda.configuration.configuration_gda import GDAConfig
 
+from . import diffllama, motif
 from .expand import SHARED_FIELDS, drop_noise_rows
 from .recipes import Recipe, checkpoint_specs, copied
+from .refusals import require_fields
 from .safetensors_io import TensorSpec
 from .sources import Source, open_source, quiet_transformers
 from .staging import staged_model
 from .stream import write_checkpoint
 
-FORMATS = ("llama",)
-
 # What a Llama has no counterpart for, and the value with which a GDA model computes what a Llama can.
-LLAMA_HAS_NO = {"kv_layout": "shared", "head_norm": False, "qk_norm": False, "sliding_window": None}
+LLAMA_HAS_NO = {"head_norm": False, "qk_norm": False, "sliding_window": None}
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported: the folder, the format, and SHA-256 by file of weights."""
+    """What was exported: the folder, the format, SHA-256 by file of weights, and what the result lacks."""
 
     out: Path
     format: str
     num_tensors: int
     num_parameters: int
     sha256: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -48,22 +53,23 @@ def export(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> ExportReport:
-    """Write a GDA model as a Llama, bit for bit the one that it was expanded from where nothing was trained.
+    """Write a GDA model as the Llama, Motif or DiffLlama that it was, bit for bit where nothing was trained.
 
     Args:
-        model: Folder or Hub id of a GDA model whose λ is exactly 0 in every layer.
+        model: Folder or Hub id of a GDA model. For a Llama, its λ is exactly 0 in every layer.
         out: The folder to make.
-        format: "llama".
+        format: "llama", "motif" or "diffllama".
         max_shard_size: As in `save_pretrained`.
         overwrite: Replace `out` if it exists.
         console: Where progress is shown; nowhere if None.
 
     Raises:
-        ValueError: if the model computes something that a Llama cannot, naming the field or the layer.
+        ValueError: if the model computes something that the other cannot, naming the field or the layer.
         FileNotFoundError, FileExistsError: for bad input.
     """
     if format not in FORMATS:
         raise ValueError(f"--format {format} is not one of {', '.join(FORMATS)}")
+    target = FORMATS[format]
     check_places(model, out)
     out = Path(out)
     refuse_existing(out, overwrite)
@@ -72,9 +78,15 @@ def export(
         config = source.config
         if not isinstance(config, GDAConfig):
             raise ValueError(f"{model} is a {config.model_type!r} model, not a GDA model")
-        _refuse_lossy(source, config)
-        target = _llama_config(config)
-        recipes = {name: _recipe(name, source.specs[name], config) for name in checkpoint_specs(target)}
+        if config.qk_rank is not None:
+            raise ValueError(
+                f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
+            )
+        try:
+            target.check(source, config)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}") from None
+        recipes = target.recipes(config, source.specs)
         with staged_model(out, overwrite=overwrite) as folder:
             files = write_checkpoint(
                 folder,
@@ -84,22 +96,22 @@ def export(
                 settings={"format": format},
                 console=console,
             )
-            target.save_pretrained(folder)
+            target.write_config(config, folder)
             source.copy_assets(folder)
     parameters = sum(recipe.spec.numel for recipe in recipes.values())
-    return ExportReport(out, format, len(recipes), parameters, files)
+    return ExportReport(out, format, len(recipes), parameters, files, list(target.notes))
 
 
-def _refuse_lossy(source: Source, config: GDAConfig) -> None:
-    for name, value in LLAMA_HAS_NO.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"{source.name}: {name}={getattr(config, name)!r} has no counterpart in a Llama")
+def _refuse_what_no_llama_computes(source: Source, config: GDAConfig) -> None:
+    if config.kv_layout == "paired":
+        raise ValueError("kv_layout='paired' has no counterpart in a Llama; --format motif or diffllama may hold it")
+    require_fields(config, "a Llama", LLAMA_HAS_NO)
     if config.hidden_act == "poly_norm":
-        raise ValueError(f"{source.name}: hidden_act='poly_norm' has no counterpart in a Llama")
+        raise ValueError("hidden_act='poly_norm' has no counterpart in a Llama")
     for layer, value in enumerate(layer_lambdas(source, config)):
         if value != 0.0:
             described = "depends on the token" if value is None else f"is {value:.3g}"
-            raise ValueError(f"{source.name}: λ of layer {layer} {described}, so exporting to Llama would lose it")
+            raise ValueError(f"λ of layer {layer} {described}, so exporting to Llama would lose it")
 
 
 def layer_lambdas(source: Source, config: GDAConfig) -> list[float | None]:
@@ -127,9 +139,50 @@ def _llama_config(config: GDAConfig) -> LlamaConfig:
     )
 
 
-def _recipe(name: str, spec: TensorSpec, config: GDAConfig) -> Recipe:
+def _llama_recipes(config: GDAConfig, specs: dict[str, TensorSpec]) -> dict[str, Recipe]:
+    return {name: _llama_recipe(name, specs[name], config) for name in checkpoint_specs(_llama_config(config))}
+
+
+def _llama_recipe(name: str, spec: TensorSpec, config: GDAConfig) -> Recipe:
     if ".q_proj." not in name:
         return copied(name, spec, None)
     rows = config.num_signal_heads * config.head_dim
     target = TensorSpec((rows, *spec.shape[1:]), spec.dtype)
     return Recipe(target, (name,), partial(drop_noise_rows, config=config), "noise rows dropped")
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a GDA model can be written as.
+
+    Attributes:
+        check: Raises ValueError for a model that computes what the format cannot.
+        recipes: How each tensor of the format is made of the model's.
+        write_config: Writes config.json into a folder.
+        notes: What the folder lacks.
+    """
+
+    check: Callable[[Source, GDAConfig], None]
+    recipes: Callable[[GDAConfig, dict[str, TensorSpec]], dict[str, Recipe]]
+    write_config: Callable[[GDAConfig, Path], None]
+    notes: list[str] = field(default_factory=list)
+
+
+FORMATS = {
+    "llama": Format(
+        check=_refuse_what_no_llama_computes,
+        recipes=_llama_recipes,
+        write_config=lambda config, folder: _llama_config(config).save_pretrained(folder),
+    ),
+    "motif": Format(
+        check=lambda source, config: motif.require_exportable(config),
+        recipes=motif.exported_recipes,
+        write_config=motif.write_exported_config,
+        notes=["Motif's own code is not written; put configuration_motif.py and modeling_motif.py beside it to run it"],
+    ),
+    "diffllama": Format(
+        check=diffllama.require_exportable,
+        recipes=diffllama.exported_recipes,
+        write_config=lambda config, folder: diffllama.exported_config(config).save_pretrained(folder),
+    ),
+}

@@ -9,13 +9,15 @@ from gda._files import read_json
 from gda.configuration.configuration_gda import GDAConfig
 
 from .export import layer_lambdas
+from .factor import dense_config
 from .headmap import head_map
+from .recipes import checkpoint_specs
 from .sources import PROVENANCE_FILE, FolderSource, open_source, quiet_transformers
 
 PARTS = {
     "embedding": r"embed_tokens\.",
-    "signal and noise queries": r"\.q_(proj|norm)\.",
-    "keys and values": r"\.(k_proj|k_norm|v_proj)\.",
+    "signal and noise queries": r"\.q_(proj|norm|base|down|up)\.",
+    "keys and values": r"\.(k_(proj|norm|base|down|up)|v_proj)\.",
     "attention output": r"\.o_proj\.",
     "λ": r"\.lambda_",
     "MLP": r"\.mlp\.",
@@ -31,6 +33,8 @@ class InspectReport:
     Attributes:
         head_map: Which query heads read which KV heads, drawn.
         parameters: By part.
+        qk_rank: Rank of the updates of queries, and of paired keys; None where they are dense.
+        num_dense_parameters: Parameters of the same model with dense queries and keys.
         kv_cache_bytes_per_token: In the checkpoint's dtype, over all layers.
         source_kv_cache_bytes_per_token: The same of the model it was converted from; None if that is not known.
         lambda_type: How λ is made.
@@ -48,6 +52,8 @@ class InspectReport:
     dtype: str
     num_parameters: int
     parameters: dict[str, int]
+    qk_rank: int | None
+    num_dense_parameters: int
     kv_cache_bytes_per_token: int
     source_kv_cache_bytes_per_token: int | None
     lambda_type: str
@@ -91,6 +97,8 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(parameters.values()),
         parameters=parameters,
+        qk_rank=config.qk_rank,
+        num_dense_parameters=sum(spec.numel for spec in checkpoint_specs(dense_config(config)).values()),
         kv_cache_bytes_per_token=cached * config.num_key_value_heads * config.head_dim,
         source_kv_cache_bytes_per_token=_source_cache(source.folder, cached),
         lambda_type=config.lambda_type,

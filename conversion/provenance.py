@@ -30,6 +30,7 @@ class Settings:
     num_noise_heads: int
     lambda_type: str
     lossless: bool
+    qk_rank: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -45,6 +46,7 @@ def write_provenance(
     source_hashes: dict[str, str],
     recipes: dict[str, Recipe],
     files: dict[str, str],
+    projection_errors: dict[str, list[float]],
     verification: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write conversion.json, and return it: source and its hashes, settings, versions, and what each tensor came from.
@@ -66,6 +68,7 @@ def write_provenance(
         },
         "settings": asdict(settings),
         "sha256": files,
+        "projection_errors": projection_errors,
         "verification": verification,
         "tensors": {name: {"from": list(recipe.sources), "how": recipe.how} for name, recipe in recipes.items()},
     }

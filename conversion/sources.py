@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from gda._errors import first_line
 from gda._files import read_json, sha256
 
+from . import motif
 from .hub import check_downloaded, download
 from .recipes import checkpoint_specs
 from .safetensors_io import SafetensorsReader, TensorSpec
@@ -48,7 +49,7 @@ ASSET_PATTERNS = (
 PROVENANCE_FILE = "conversion.json"
 MODEL_PATTERNS = (PROVENANCE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
 
-CONVERTIBLE_TYPES = ("llama",)
+CONVERTIBLE_TYPES = ("llama", "diffllama", motif.MODEL_TYPE)
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -60,7 +61,7 @@ class Source(ABC):
     Attributes:
         name: What to call it: a Hub id, or the name of the folder or file.
         revision: The commit, for a Hub id.
-        config: Its configuration, as transformers reads it.
+        config: Its configuration, as transformers reads it; a Motif's as `motif` reads it.
         specs: Shape and dtype of each tensor of the model, by name.
         weight_files: The files that hold the tensors.
     """
@@ -70,6 +71,11 @@ class Source(ABC):
     config: PreTrainedConfig
     specs: dict[str, TensorSpec]
     weight_files: list[Path]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether transformers has a class for it; others are compared tensor by tensor."""
+        return self.config.model_type != motif.MODEL_TYPE
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
@@ -111,7 +117,7 @@ class Source(ABC):
                 f"{where} holds {len(layers)} layers, but num_hidden_layers is {self.config.num_hidden_layers}"
             )
         try:
-            expected = checkpoint_specs(self.config)
+            expected = checkpoint_specs(self.config) if self.can_run else motif.source_specs(self.config)
         except Exception as error:  # whatever a contradictory config makes the model class raise
             raise ValueError(f"{where}: its config describes no model that can be built: {first_line(error)}") from None
         for name, spec in expected.items():
@@ -204,9 +210,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
     raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise ValueError(f"{path} names no model_type")
-    require_known_type(raw["model_type"], path)
+    model_type = raw["model_type"].lower()  # "Motif" in some of its releases
+    require_known_type(model_type, path)
     if raw.get("quantization_config") is not None:
         raise ValueError(f"{path} has a quantization_config; dequantize the model and save it first")
+    if model_type == motif.MODEL_TYPE:
+        return motif.read_motif_config(raw, path)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes the config class raise

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed
 
-from .expand import SHARED_FIELDS, expanded_config, expanded_recipes
+from .expand import SHARED_FIELDS
+from .plan import mode_of, planned_config, planned_recipes
 from .provenance import Settings, read_settings
 from .recipes import meta_model
 from .sources import PROVENANCE_FILE, FolderSource, Source, open_source, quiet_transformers, resolve_folder
@@ -32,8 +33,11 @@ COMPUTED_WITH = (
     "kv_layout",
     "lambda_type",
     "lambda_init",
+    "lambda_init_offset",
     "head_norm",
+    "head_norm_eps",
     "qk_norm",
+    "qk_rank",
     "sliding_window",
 )
 
@@ -117,7 +121,7 @@ def verify(
         source: What it was made of: a folder, a Hub id or a `.gguf` file.
         out: The converted model's folder.
         method: "full", "layers" or "tensors" (see `VerifyReport`). "auto" is "full" where both models fit into a
-            quarter of the free memory, else "layers".
+            quarter of the free memory, else "layers"; it is "tensors" for a source that transformers cannot run.
         threshold: Largest relative |Δlogit| that passes. By default 1e-5, or none where conversion.json says that the
             conversion was lossy.
         revision: Of the source, for a Hub id.
@@ -153,11 +157,16 @@ def verify_opened(
             f"{folder} has a vocabulary of {converted.config.vocab_size}, {source.name} of {source.config.vocab_size}"
         )
     if method == "auto":
-        method = "full" if _both_fit(source, converted) else "layers"
+        method = "tensors" if not source.can_run else "full" if _both_fit(source, converted) else "layers"
     if method == "tensors":
         return _compare_tensors(source, converted, settings)
     if method not in ("full", "layers"):
         raise ValueError(f"--method {method} is not one of auto, full, layers, tensors")
+    if not source.can_run:
+        raise ValueError(
+            f"--method {method} runs the source, and transformers has no class for a {source.config.model_type} model; "
+            "use tensors"
+        )
     if method == "layers" and converted.config.sliding_window is not None:
         raise ValueError("--method layers runs full attention only, and this model has sliding windows; use full")
     kind, prompts = _prompt_ids(source)
@@ -271,13 +280,20 @@ def _fill(module: torch.nn.Module, prefix: str, source: Source) -> None:
 def _compare_tensors(source: Source, converted: FolderSource, settings: Settings | None) -> VerifyReport:
     if settings is None:
         raise ValueError(f"--method tensors needs {PROVENANCE_FILE} in {converted.folder}: it says how they were made")
-    config = expanded_config(
-        source.config,
+    if settings.qk_rank is not None or settings.mode == "fold":
+        raise ValueError(
+            "--method tensors compares bits, and those of products and factorizations depend on the machine; "
+            "use full or layers"
+        )
+    mode = mode_of(source.config, settings.mode)
+    config = planned_config(
+        source,
+        mode=mode,
         noise_heads=settings.num_noise_heads,
         lambda_type=settings.lambda_type,
-        dtype=settings.torch_dtype,
+        dtype=settings.dtype,
     )
-    recipes = expanded_recipes(config, source.specs, seed=settings.seed, dtype=settings.torch_dtype)
+    recipes = planned_recipes(source, config, mode=mode, seed=settings.seed, dtype=settings.dtype)
     for name in COMPUTED_WITH:
         if getattr(converted.config, name) != getattr(config, name):
             raise ValueError(

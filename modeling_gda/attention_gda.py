@@ -47,6 +47,38 @@ class LambdaProjection(nn.Module):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
 
+class SharedBase(nn.Linear):
+    """W_base of each group: (…, hidden) → (…, groups · d). A class of its own, since it is initialized as no other."""
+
+
+class HeadwiseUp(nn.Module):
+    """P_k of the updates P_k R_k, for every head its own: (…, H · R) → (…, H · d). The weight is (H · d, R).
+
+    It is no `nn.Linear`, for each head reads only its own R of the H · R inputs.
+    """
+
+    def __init__(self, rank: int, num_heads: int, head_dim: int, bias: bool):
+        super().__init__()
+        self.rank, self.head_dim = rank, head_dim
+        self.in_features, self.out_features = num_heads * rank, num_heads * head_dim  # tensor parallelism asks
+        self.weight = nn.Parameter(torch.empty(num_heads * head_dim, rank))
+        self.bias = nn.Parameter(torch.empty(num_heads * head_dim)) if bias else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # Tensor parallelism cuts inputs and weight alike, between heads: each rank has what belongs together.
+        inputs = _local(hidden_states).unflatten(-1, (-1, self.rank))  # (…, H, R)
+        weight = _local(self.weight).unflatten(0, (-1, self.head_dim))  # (H, d, R)
+        output = torch.einsum("...hr,hdr->...hd", inputs, weight)
+        if self.bias is not None:
+            output = output + _local(self.bias).unflatten(0, (-1, self.head_dim)).to(output.dtype)
+        return output.flatten(-2)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that may be distributed."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class AttentionBranch(nn.Module):
     """One call of transformers' attention interface, for query heads that read the same number of KV heads each.
 
@@ -66,7 +98,8 @@ class AttentionBranch(nn.Module):
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         """Itself and the query projection: flash attention casts float32 queries to the dtype of a Linear it finds."""
-        yield from (self, *self._attention[0].q_proj.modules())
+        attention = self._attention[0]
+        yield from (self, *(attention.q_proj if self.config.qk_rank is None else attention.q_base).modules())
 
     def forward(
         self,
@@ -107,6 +140,8 @@ class GDAAttention(nn.Module):
         KV heads        0          1      …                →  out_i = o_i − λ_i · o_noise(i)
 
     With fewer noise heads than KV heads, each noise query is repeated for the KV heads of its group before the call.
+
+    With `qk_rank` the heads of a group share a base: q = W_base x + P_k (R_k x) (arXiv 2501.17900), in the same order.
     """
 
     lambda_q1: nn.Parameter
@@ -120,11 +155,12 @@ class GDAAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_signal_per_noise = config.signal_noise_ratio
+        self.num_roles = config.factored_projections  # heads that share a base, of projections that have one
         width = config.num_signal_heads * config.value_width
         bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self._add_projection("q", config.num_attention_heads)
+        self._add_projection("k", config.num_key_value_heads)
+        self._add_projection("v", config.num_key_value_heads)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -138,6 +174,28 @@ class GDAAttention(nn.Module):
         if config.head_norm:
             self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
         self._build_branches()
+
+    def _add_projection(self, name: str, num_heads: int) -> None:
+        """`q_proj`, or `q_base`, `q_down` and `q_up` where queries are a base and updates; `k` and `v` likewise."""
+        config, rank = self.config, self.config.qk_rank
+        if rank is None or name not in self.num_roles:
+            width = num_heads * self.head_dim
+            setattr(self, f"{name}_proj", nn.Linear(config.hidden_size, width, bias=config.attention_bias))
+            return
+        groups = num_heads // self.num_roles[name]
+        setattr(self, f"{name}_base", SharedBase(config.hidden_size, groups * self.head_dim, bias=False))
+        setattr(self, f"{name}_down", nn.Linear(config.hidden_size, num_heads * rank, bias=False))
+        setattr(self, f"{name}_up", HeadwiseUp(rank, num_heads, self.head_dim, bias=config.attention_bias))
+
+    def _project(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Queries, keys or values (B, T, heads, d), heads in the order of a dense projection's rows."""
+        roles = self.num_roles.get(name)
+        if roles is None:
+            return getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
+        base = getattr(self, f"{name}_base")(hidden_states)
+        update = getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(hidden_states))
+        base = base.unflatten(-1, (-1, 1, self.head_dim))  # (B, T, groups, 1, d)
+        return (base + update.unflatten(-1, (-1, roles, self.head_dim))).flatten(-3, -2)
 
     def _build_branches(self) -> None:
         config = self.config
@@ -156,10 +214,8 @@ class GDAAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output (B, T, hidden) and, from eager if asked for, the differential maps (B, S, T, T_kv)."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads)
-        key = self.k_proj(hidden_states).view(heads)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, G, T, d)
+        query, key = self._project("q", hidden_states), self._project("k", hidden_states)
+        value = self._project("v", hidden_states).transpose(1, 2)  # (B, G, T, d)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)

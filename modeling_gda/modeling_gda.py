@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_gda import ATTENTION_CLASSES, GDAAttention, LambdaProjection
+from .attention_gda import ATTENTION_CLASSES, GDAAttention, HeadwiseUp, LambdaProjection, SharedBase
 from .configuration_gda import GDAConfig
 
 MASK_FUNCTIONS = {
@@ -132,6 +132,15 @@ class GDAPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, LambdaProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        # Base and update give half of a dense projection's variance each, so that queries start as large as its.
+        # With the base alone signal and noise maps would start equal, and zero updates would hide one factor from the
+        # gradient of the other; with updates alone the roles would share nothing.
+        elif isinstance(module, SharedBase):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range / 2**0.5)
+        elif isinstance(module, HeadwiseUp):
+            init.normal_(module.weight, mean=0.0, std=(2 * module.rank) ** -0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, GDAAttention) and self.config.lambda_type == "reparameterized":
             for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
                 init.normal_(vector, mean=0.0, std=0.1)  # arXiv 2410.05258, as in its authors' code

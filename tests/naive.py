@@ -72,8 +72,8 @@ def attention(
     x: Tensor, weights: State, config: GDAConfig, layer: int, cos: Tensor, sin: Tensor, may_see: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Output (T, hidden) and differential maps (S, T, T) of one layer for one sequence x (T, hidden)."""
-    query_heads = heads(linear(x, weights, "self_attn.q_proj"), config.head_dim)
-    key_heads = heads(linear(x, weights, "self_attn.k_proj"), config.head_dim)
+    query_heads = projected_heads(x, weights, config, "q")
+    key_heads = projected_heads(x, weights, config, "k")
     value_heads = heads(linear(x, weights, "self_attn.v_proj"), config.head_dim)
     if config.qk_norm:
         query_heads = [rms_norm(q, weights["self_attn.q_norm.weight"], config.rms_norm_eps) for q in query_heads]
@@ -110,6 +110,35 @@ def attention(
         outputs.append(output)
         maps.append(signal_map - lambda_ * noise_map)
     return linear(torch.cat(outputs, dim=-1), weights, "self_attn.o_proj"), torch.stack(maps)
+
+
+def projected_heads(x: Tensor, weights: State, config: GDAConfig, name: str) -> list[Tensor]:
+    """Queries ("q") or keys ("k") (T, d) of each head.
+
+    With qk_rank, role k of a group has the weight W_base + P_k R_k. Groups of queries are those of q_proj; keys are
+    dense where signal and noise share them, and pairs of a signal and a noise key where they don't.
+    """
+    if config.qk_rank is None or (name == "k" and config.kv_layout == "shared"):
+        return heads(linear(x, weights, f"self_attn.{name}_proj"), config.head_dim)
+    if name == "q":
+        groups = config.num_noise_heads
+        roles = config.num_attention_heads // groups
+    else:
+        groups, roles = config.num_key_value_heads // 2, 2
+    width, rank = config.head_dim, config.qk_rank
+    base, down, up = (weights[f"self_attn.{name}_{part}.weight"] for part in ("base", "down", "up"))
+    projected = []
+    for group in range(groups):
+        for role in range(roles):
+            head = group * roles + role
+            w_base = base[group * width : (group + 1) * width]
+            p = up[head * width : (head + 1) * width]
+            r = down[head * rank : (head + 1) * rank]
+            q = x @ (w_base + p @ r).T
+            if config.attention_bias:
+                q = q + weights[f"self_attn.{name}_up.bias"][head * width : (head + 1) * width]
+            projected.append(q)
+    return projected
 
 
 def attention_map(query: Tensor, key: Tensor, may_see: Tensor) -> Tensor:

@@ -30,7 +30,13 @@ CODE = {
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"lambda_type": "tanh", "head_norm": True},
-    "paired": {"kv_layout": "paired", "num_key_value_heads": 4, "hidden_act": "poly_norm", "head_norm": True},
+    "paired": {
+        "kv_layout": "paired",
+        "num_key_value_heads": 4,
+        "hidden_act": "poly_norm",
+        "head_norm": True,
+        "qk_rank": 3,
+    },
 }
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 

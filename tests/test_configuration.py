@@ -37,6 +37,7 @@ NO_DEFAULT: dict[str, Any] = {
     "head_norm": True,
     "head_norm_eps": 0.5,
     "qk_norm": True,
+    "qk_rank": 2,
     "hidden_act": "poly_norm",
     "max_position_embeddings": 99,
     "initializer_range": 0.5,

@@ -39,6 +39,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "tanh, norms": {"lambda_type": "tanh", "head_norm": True, "qk_norm": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "poly_norm": {"hidden_act": "poly_norm", "head_norm": True},
+    "qk_rank": {"qk_rank": 3, "attention_bias": True},
 }
 each_served = pytest.mark.parametrize("fields", SERVED.values(), ids=SERVED)
 
@@ -168,7 +169,7 @@ def test_norms_may_be_exchanged_by_their_name(fields: dict[str, Any]) -> None:
 def test_the_plan_cuts_every_linear_layer_as_meant(fields: dict[str, Any]) -> None:
     """An engine takes the first pattern that matches the beginning of a name, and a few styles."""
     model = tiny_model(**fields).model
-    cut = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    cut = {"q_proj", "q_base", "q_down", "k_proj", "v_proj", "gate_proj", "up_proj"}
     gathered = {"gate_proj", "up_proj", "down_proj"} if fields.get("hidden_act") == "poly_norm" else set()
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):

@@ -53,6 +53,8 @@ TENSOR_PARALLEL: dict[str, Callable[[], PreTrainedModel]] = {
     "fewer-noise-than-kv-sigmoid": gda("fewer-noise-than-kv", "sigmoid", head_norm=True),
     "paired": gda("paired", "reparameterized", **NORMS),
     "paired-sigmoid": gda("paired", "sigmoid"),
+    "qk-rank": gda("shared", "reparameterized", qk_rank=3, attention_bias=True, qk_norm=True),
+    "qk-rank-paired": gda("paired", "sigmoid", qk_rank=3, attention_bias=True),
     "poly-norm": gda("shared", "tanh", hidden_act="poly_norm", mlp_bias=True),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **LLAMA_HEADS)),
 }
@@ -63,6 +65,7 @@ FULLY_SHARDED: dict[str, Callable[[], PreTrainedModel]] = {
     "shared": gda("shared", "reparameterized", **NORMS),
     "shared-sigmoid": gda("shared", "sigmoid"),
     "paired": gda("paired", "reparameterized", tie_word_embeddings=True),
+    "qk-rank": gda("fewer-noise-than-kv", "reparameterized", qk_rank=3),
 }
 # What rounding does to the loss and to the gradients, relative to the largest of a tensor.
 PRECISIONS = {"float32": (1e-4, 1e-4), "bfloat16": (1e-3, 2e-2), "mixed": (1e-2, 0.2)}
@@ -107,6 +110,11 @@ def ranks_agree(tensors: dict[str, torch.Tensor]) -> bool:
     return True
 
 
+def query_rows(model: PreTrainedModel) -> torch.Tensor:
+    attention = model.model.layers[0].self_attn
+    return (attention.q_proj if hasattr(attention, "q_proj") else attention.q_up).weight
+
+
 def generated(model: PreTrainedModel) -> torch.Tensor:
     ids = token_ids()
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
@@ -133,7 +141,7 @@ def tensor_parallel_case(make_model: Callable[[], PreTrainedModel], folder: Path
         model.save_pretrained(folder / "whole")
     dist.barrier()
     cut = type(model).from_pretrained(folder / "whole", distributed_config=DistributedConfig(tp_size=2))
-    rows = cut.model.layers[0].self_attn.q_proj.weight
+    rows = query_rows(cut)
     cut.save_pretrained(folder / "saved")
     dist.barrier()
     again = type(model).from_pretrained(folder / "saved").state_dict()
@@ -171,7 +179,7 @@ def fully_sharded_case(make_model: Callable[[], PreTrainedModel], precision: str
         "auto_map": json.loads((folder / "saved" / "config.json").read_text()).get("auto_map"),
         "found": {"loss": mean / 2, "gradients": gradients(sharded)},
         "wanted": {"loss": wanted.detach(), "gradients": gradients(model)},
-        "is_cut": isinstance(sharded.model.layers[0].self_attn.q_proj.weight, DTensor),
+        "is_cut": isinstance(query_rows(sharded), DTensor),
     }
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gda._demo import demo
     from gda.conversion.convert import convert
     from gda.conversion.export import export
+    from gda.conversion.fold import fold
     from gda.conversion.inspect import inspect
     from gda.conversion.push import push
     from gda.conversion.verify import verify
@@ -34,6 +35,7 @@ _HOMES = {
     for module, names in {
         "gda.conversion.convert": ["convert"],
         "gda.conversion.export": ["export"],
+        "gda.conversion.fold": ["fold"],
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.push": ["push"],
         "gda.conversion.verify": ["verify"],
@@ -106,6 +108,7 @@ __all__ = [
     "demo",
     "evaluate",
     "export",
+    "fold",
     "inspect",
     "push",
     "verify",

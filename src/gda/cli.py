@@ -12,7 +12,7 @@ from gda._errors import CheckFailed
 from gda._version import __version__
 
 app = typer.Typer(
-    help="Grouped Differential Attention: convert Llama checkpoints, look into them, check and evaluate them.",
+    help="Grouped Differential Attention: convert checkpoints, look into them, check, evaluate, push and serve them.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,14 +51,26 @@ def _options(
 @app.command(
     epilog="Examples:  gda convert meta-llama/Llama-3.2-1B llama-gda  ·  "
     "gda convert ./llama ./llama-gda --ratio 4:1 --max-shard-size 2GB  ·  gda convert model.gguf model-gda --dry-run"
+    "  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda  ·  gda convert ./llama-gda ./llama-shared --qk-rank 32"
 )
 def convert(
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
     out: Annotated[str, typer.Argument(help="The folder to make.")],
-    mode: Annotated[str, typer.Option(help="expand: add noise heads, lose nothing.")] = "expand",
+    mode: Annotated[
+        str | None,
+        typer.Option(help="expand: add noise heads to a Llama, lose nothing; map: a Motif or DiffLlama, as it is."),
+    ] = None,
     noise_heads: Annotated[int | None, typer.Option(help="Noise heads to add; by default one a KV head.")] = None,
     ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
-    lambda_type: Annotated[str, typer.Option(help="reparameterized or tanh.")] = "reparameterized",
+    lambda_type: Annotated[
+        str | None, typer.Option(help="For a Llama: reparameterized, which is the default, or tanh.")
+    ] = None,
+    qk_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Make queries, and paired keys, a shared base and updates of that rank; SOURCE may be a GDA."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
     max_shard_size: ShardSize = "5GB",
@@ -75,6 +87,7 @@ def convert(
     """Convert a Llama into a GDA model that computes exactly the same and can learn to do better.
 
     Every query head stays, as a signal head; noise heads are added, and λ starts at 0 with a live gradient.
+    A Motif or a DiffLlama is differential already: its tensors are mapped as they are.
     OUT appears only when it is whole and verified.
     """
     from gda.conversion.convert import convert as run
@@ -86,6 +99,7 @@ def convert(
         noise_heads=noise_heads,
         ratio=ratio,
         lambda_type=lambda_type,
+        qk_rank=qk_rank,
         seed=seed,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -103,15 +117,7 @@ def convert(
         _print_json(report.to_dict())
         return
     typer.echo(report.to_dict()["head_map"])
-    for note in report.notes:
-        typer.echo(f"note: {note}")
-    size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.nbytes / 1e6:,.0f} MB, {report.num_files} file(s)"
-    if dry_run:
-        typer.echo(f"{size}: would be written to {out}; nothing was (--dry-run)")
-        return
-    if report.verification is not None:
-        _print_verification(report.verification)
-    typer.echo(f"{out}: {size}")
+    _print_made(report, out)
     if report.pushed is not None:
         typer.echo(f"{report.pushed.url}: commit {report.pushed.commit}")
 
@@ -214,22 +220,27 @@ def inspect(
             table.add_row(part, f"{number:,}", f"{100 * number / report.num_parameters:.2f} %")
     table.add_row("all", f"{report.num_parameters:,}", "")
     Console().print(table)
+    if report.qk_rank is not None:
+        typer.echo(_rank_summary(report.qk_rank, report.num_parameters, report.num_dense_parameters))
     of_source = report.source_kv_cache_bytes_per_token
     compared = "" if of_source is None else f" (its source: {of_source:,})"
     typer.echo(f"KV cache: {report.kv_cache_bytes_per_token:,} bytes a token{compared}")
     typer.echo(f"λ ({report.lambda_type}): {_lambda_summary(report.lambdas)}")
 
 
-@app.command(epilog="Example:  gda export ./llama-gda ./llama-again --format llama")
+@app.command(
+    epilog="Examples:  gda export ./llama-gda ./llama-again --format llama  ·  "
+    "gda export ./motif-gda ./motif-again --format motif"
+)
 def export(
     model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
     out: Annotated[str, typer.Argument(help="The folder to make.")],
-    format: Annotated[str, typer.Option(help="llama.")] = "llama",
+    format: Annotated[str, typer.Option(help="llama, motif or diffllama.")] = "llama",
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a GDA model whose λ is still 0 as the Llama it was, bit for bit."""
+    """Write a GDA model as the Motif or DiffLlama it was, or, while its λ is 0, as the Llama; bit for bit."""
     from gda.conversion.export import export as run
 
     report = run(
@@ -237,8 +248,48 @@ def export(
     )
     if as_json:
         _print_json(report.to_dict())
+        return
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"{out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
+
+
+@app.command(
+    epilog="Examples:  gda fold ./llama-shared ./llama-gda  ·  gda fold ./llama-shared ./llama-gda --dtype float32"
+)
+def fold(
+    model: Annotated[str, typer.Argument(help="A GDA model with qk_rank: a folder or a Hub id.")],
+    out: Annotated[str, typer.Argument(help="The folder to make.")],
+    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    max_shard_size: ShardSize = "5GB",
+    revision: Revision = None,
+    verify: Annotated[bool, typer.Option(help="Compare the result with the model before it appears.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")] = False,
+    overwrite: Overwrite = False,
+    bundle_code: BundleCode = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Multiply the shared bases and low-rank updates of a model out: a dense GDA model with equal logits."""
+    from gda.conversion.fold import fold as run
+
+    report = run(
+        model,
+        out,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        verify=verify,
+        resume=resume,
+        overwrite=overwrite,
+        bundle_code=bundle_code,
+        dry_run=dry_run,
+        console=progress_console,
+    )
+    if as_json:
+        _print_json(report.to_dict())
     else:
-        typer.echo(f"{out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
+        _print_made(report, out)
 
 
 @app.command(
@@ -364,6 +415,28 @@ def _print_json(report: dict[str, Any]) -> None:
     typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
 
 
+def _print_made(report: Any, out: str) -> None:
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.nbytes / 1e6:,.0f} MB, {report.num_files} file(s)"
+    if report.config.qk_rank is not None:
+        typer.echo(_rank_summary(report.config.qk_rank, report.num_parameters, report.num_dense_parameters))
+    if report.dry_run:
+        typer.echo(f"{size}: would be written to {out}; nothing was (--dry-run)")
+        return
+    for projection, errors in report.projection_errors.items():
+        by_layer = "  ".join(f"{error:.2g}" for error in errors)
+        typer.echo(f"relative error of the {projection} weights, layer by layer: {by_layer}")
+    if report.verification is not None:
+        _print_verification(report.verification)
+    typer.echo(f"{out}: {size}")
+
+
+def _rank_summary(rank: int, parameters: int, dense: int) -> str:
+    change = 100 * (parameters / dense - 1)
+    return f"qk_rank {rank}: {parameters:,} parameters, {change:+.2f} % of the {dense:,} with dense projections"
+
+
 def _print_verification(report: Any) -> None:
     done = "verified" if report.passed else "compared"
     if report.method == "tensors":
@@ -397,6 +470,7 @@ def main() -> None:
         _fail(error, 2)
     if code == INTERRUPTED:
         goes_on = {"convert": "; the same command with --resume goes on", "push": "; the same command goes on"}
+        goes_on["fold"] = goes_on["convert"]
         typer.echo(f"gda: interrupted{goes_on.get(sys.argv[1], '')}", err=True)
     sys.exit(code or 0)
 

@@ -1,0 +1,51 @@
+"""What a conversion will make of its source: the configuration, and a recipe for each tensor."""
+
+from transformers import PreTrainedConfig
+
+from gda.configuration.configuration_gda import GDAConfig
+
+from .expand import expanded_config, expanded_recipes
+from .factor import same_config, same_recipes
+from .provenance import DTYPES
+from .recipes import Recipe
+from .relatives import RELATIVES
+from .sources import Source
+
+MODES = ("expand", "map")
+
+
+def mode_of(config: PreTrainedConfig, mode: str | None) -> str:
+    """The mode to convert a source of that config in: the one that its type has, which `mode` may name.
+
+    Raises:
+        ValueError: if `mode` is another, or none.
+    """
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
+    fitting = "map" if isinstance(config, GDAConfig) or config.model_type in RELATIVES else "expand"
+    if mode not in (None, fitting):
+        reason = "has noise heads already" if fitting == "map" else "has no noise heads to map"
+        raise ValueError(f"--mode {mode}: a {config.model_type} model {reason}; use --mode {fitting}, or leave it away")
+    return fitting
+
+
+def planned_config(source: Source, *, mode: str, noise_heads: int | None, lambda_type: str, dtype: str) -> GDAConfig:
+    """The configuration of the result.
+
+    Raises:
+        ValueError: for what cannot be.
+    """
+    if isinstance(source.config, GDAConfig):
+        return same_config(source.config, DTYPES[dtype])
+    if mode == "map":
+        return RELATIVES[source.config.model_type].config(source.config, DTYPES[dtype])
+    return expanded_config(source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype])
+
+
+def planned_recipes(source: Source, config: GDAConfig, *, mode: str, seed: int, dtype: str) -> dict[str, Recipe]:
+    """How each tensor of the result is made, in the order in which transformers saves them."""
+    if isinstance(source.config, GDAConfig):
+        return same_recipes(config, source.specs, DTYPES[dtype])
+    if mode == "map":
+        return RELATIVES[source.config.model_type].recipes(config, source.specs, DTYPES[dtype])
+    return expanded_recipes(config, source.specs, seed=seed, dtype=DTYPES[dtype])

@@ -1,0 +1,105 @@
+"""Tiny checkpoints of the systems that are differential already, in their own layout on disk."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+MOTIF_CONFIG: dict[str, Any] = {
+    "architectures": ["MotifForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_motif.MotifConfig", "AutoModelForCausalLM": "modeling_motif.Motif"},
+    "model_type": "Motif",
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 10,
+    "num_noise_heads": 2,
+    "num_key_value_heads": 4,
+    "k_ratio": 1,
+    "head_dim": 8,
+    "hidden_act": "poly_norm",
+    "max_position_embeddings": 128,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "attn_rms_norm_eps": 2e-5,
+    "use_bias": False,
+    "use_cache": True,
+    "attention_dropout": 0.0,
+    "rope_theta": 100.0,
+    "rope_scaling": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def motif_config(**changes: Any) -> dict[str, Any]:
+    """The config.json of a tiny Motif-2, 4:1; `changes` go over its fields, and a value of `...` removes one."""
+    return {name: value for name, value in (MOTIF_CONFIG | changes).items() if value is not ...}
+
+
+def motif_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Motif's tensors, written down from its config as its code makes them."""
+    hidden, inner = fields["hidden_size"], fields["intermediate_size"]
+    heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+    width = fields.get("head_dim") or hidden // heads
+    noise = fields.get("num_noise_heads") or heads // 2
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (fields["vocab_size"], hidden)}
+    for layer in range(fields["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        linear = {
+            "self_attn.q_proj": (heads * width, hidden),
+            "self_attn.k_proj": (kv_heads * width, hidden),
+            "self_attn.v_proj": (kv_heads * width, hidden),
+            "self_attn.o_proj": (hidden, 2 * (heads - noise) * width),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        for name, shape in linear.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            if fields.get("use_bias"):
+                shapes[f"{prefix}{name}.bias"] = shape[:1]
+        shapes |= {f"{prefix}self_attn.lambda_{name}": (width,) for name in ("q1", "k1", "q2", "k2")}
+        shapes[f"{prefix}self_attn.subln.weight"] = (2 * width,)
+        if fields["hidden_act"] == "poly_norm":
+            shapes |= {f"{prefix}mlp.act_fn.weight": (3,), f"{prefix}mlp.act_fn.bias": (1,)}
+        shapes |= {f"{prefix}{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    shapes["model.norm.weight"] = (hidden,)
+    if not fields.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (fields["vocab_size"], hidden)
+    return shapes
+
+
+def random_state(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Weights of which no two rows are alike: matrices scaled by row, norms around a ramp, λ vectors of moderate λ."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if "lambda" in name:
+            tensor = noise * (0.3 if len(shape) == 1 else 0.5 / math.sqrt(shape[-1]))
+        elif name.endswith(".bias"):
+            tensor = 0.3 * noise
+        elif len(shape) == 1:
+            tensor = torch.linspace(0.5, 1.5, shape[0]) + 0.1 * noise
+        else:
+            tensor = noise * torch.linspace(0.5, 1.5, shape[0]).unsqueeze(-1) / math.sqrt(shape[-1])
+        state[name] = tensor.to(dtype)
+    return state
+
+
+def save_motif(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny Motif into `folder`: its config.json, and weights in one file."""
+    fields = motif_config(torch_dtype=str(dtype).removeprefix("torch."), **changes)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2))
+    save_file(random_state(motif_shapes(fields), dtype, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
