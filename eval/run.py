@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -16,15 +16,12 @@ from gda._version import __version__
 from gda.conversion.stream import shows_progress
 
 from .compare import Row, rows_of
+from .diagnostics import DiagnosticsReport, diagnose, prompts_by_metadata
 from .evaluate import check_settings, run_tasks
 from .find_tasks import load_tasks
 from .harness import GDALM, ShownPrompt
 from .models import Candidate, find_model
 
-if TYPE_CHECKING:
-    from .diagnostics import DiagnosticsReport
-
-PROMPT_SETTINGS = ("length", "needles", "queries")  # of the retrieval tasks and of the diagnostics alike
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 
 
@@ -65,6 +62,8 @@ class Setting:
             raise ValueError(f"--stride {self.stride} is not from 1 to the context of {self.context} tokens")
         if self.show_prompts < 0:
             raise ValueError(f"--show-prompts {self.show_prompts} is negative")
+        if self.diagnostics:
+            prompts_by_metadata(self.metadata or {}, alone=not self.tasks)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class EvalReport:
     baseline: Outcome | None
     rows: list[Row]
     setting: Setting
-    diagnostics: "DiagnosticsReport | None" = None
+    diagnostics: DiagnosticsReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """lm-eval's results of the model as JSON-ready values, and under "gda" all the rest."""
@@ -225,13 +224,9 @@ def _measure(lm: GDALM, text: str, setting: Setting, console: Console) -> TextPe
         return text_perplexity(lm.model, lm.tokenizer, text, context=context, stride=stride, advance=advance)
 
 
-def _diagnose(loaded: list[GDALM], setting: Setting, console: Console) -> "DiagnosticsReport":
-    from .diagnostics import diagnose
-
+def _diagnose(loaded: list[GDALM], setting: Setting, console: Console) -> DiagnosticsReport:
     ours, theirs = loaded[0], loaded[1].model if len(loaded) > 1 else None
-    told: dict[str, Any] = {name: value for name, value in (setting.metadata or {}).items() if name in PROMPT_SETTINGS}
-    if setting.seed is not None:
-        told["seed"] = setting.seed
+    told = prompts_by_metadata(setting.metadata or {}, alone=not setting.tasks)
     return diagnose(ours.model, ours.tokenizer, baseline=theirs, console=console, **told)
 
 

@@ -167,10 +167,10 @@ def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Pa
 
 
 def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Path, command: Command) -> None:
-    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks and the seed hold for them."""
+    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks hold for them."""
     arguments = (
-        *("eval", folder / "gda", "--baseline", folder / "llama", "--diagnostics", "--metadata", '{"length": 400}'),
-        *("--seed", 7, "--output", tmp_path, "--html"),
+        *("eval", folder / "gda", "--baseline", folder / "llama", "--diagnostics", "--output", tmp_path, "--html"),
+        *("--metadata", '{"length": 400, "depth": 0.5, "samples": 3, "digits": 5, "data_seed": 7}', "--seed", 3),
     )
     printed = command(*arguments)
     assert printed.code == 0, printed.error
@@ -181,7 +181,7 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     from gda.eval.diagnostics import diagnose
 
     ours, llama = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("gda", "llama"))
-    expected = diagnose(ours, byte_tokenizer(), baseline=llama, length=400, seed=7)
+    expected = diagnose(ours, byte_tokenizer(), baseline=llama, length=400, digits=5, depths=(0.5,), samples=3, seed=7)
     assert told["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
     assert expected.to_markdown().strip() in (tmp_path / "results.md").read_text()
     assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gda.eval.tasks import TASKS_FOLDER, copying, fewshot, mqar, needles
+from gda.eval.tasks import TASKS_FOLDER, copying, fewshot, mqar, needles, settings
 from gda.eval.tasks.scoring import continuation
 from gda.eval.tasks.settings import count_words, token_counter, tokens_of
 from gda.eval.tasks.vocabulary import made_up_words, sentence
@@ -290,6 +290,12 @@ def test_a_seed_decides_everything() -> None:
 
     assert made(4) == made(4)
     assert all(one != other for one, other in zip(made(4), made(5), strict=True))
+
+
+def test_a_seed_that_is_not_the_datas_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    settings._say_seed_is_another.cache_clear()
+    task_manager(seed=3).load(["gda_mqar"])
+    assert "`data_seed` does" in caplog.text
 
 
 def test_data_is_what_it_was() -> None:

@@ -273,7 +273,7 @@ def serve(
 @app.command(
     name="eval",
     epilog="Examples:  gda eval ./llama-gda --baseline ./llama --tasks hellaswag,arc_easy --batch-size 16  ·  "
-    "gda eval ./llama-gda --tasks 'gda_tasks' --limit 50 --output results --html  ·  "
+    "gda eval ./llama-gda --tasks gda_tasks --limit 48 --output results --html  ·  "
     "gda eval ./llama-gda --tasks gsm8k --dataset-root ./data --apply-chat-template  ·  "
     "gda eval ./llama-gda --perplexity text.txt --json",
 )
@@ -300,9 +300,14 @@ def evaluate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Of every generator; by default lm-eval's own seeds.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of lm-eval's generators, which draw solved examples; by default its own seeds.")
+    ] = None,
     metadata: Annotated[
-        str | None, typer.Option(help="JSON for generated tasks: length, needles, queries, samples, data_seed.")
+        str | None,
+        typer.Option(
+            help="JSON for generated tasks, --diagnostics too: length, depth, needles, samples, data_seed, …."
+        ),
     ] = None,
     show_prompts: Annotated[int, typer.Option(help="Print text and token ids of N requests of each task.")] = 0,
     output: Annotated[str | None, typer.Option(help="A folder for results.json and results.md.")] = None,
@@ -315,7 +320,7 @@ def evaluate(
     """Run tasks of lm-evaluation-harness on a model and, under the same setting, on its baseline.
 
     Tasks may be official ones, on data of the Hub or of local files, or ours, which make their own data: gda_tasks
-    holds gda_retrieval, gda_mqar, gda_copy and gda_fewshot.
+    holds gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and gda_fewshot_by_arrangement.
     """
     from gda.eval.command import evaluate_command
 
