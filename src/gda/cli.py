@@ -287,7 +287,9 @@ def evaluate(
         str | None, typer.Option(help="Read data from DIR/dataset_path/dataset_name/split.jsonl or .parquet.")
     ] = None,
     perplexity: Annotated[str | None, typer.Option(help="A text file to measure the perplexity of.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens that the model reads at a time, for --perplexity.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that the model reads at a time, for --perplexity; by default 512.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between its windows; by default the context.")] = None,
     diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Look into the attention maps.")] = False,
     limit: Annotated[float | None, typer.Option(help="Documents of each task; below 1, their share.")] = None,
