@@ -7,24 +7,24 @@ import argparse
 import sys
 
 from . import harness  # noqa: F401 - registers the model type, and says so if lm-eval is missing
+from .find_tasks import TaskManagerWithOurs
 from .local_data import data_from
-from .tasks import TASKS_FOLDER
 
 
 def main() -> None:
     """Run lm-eval's command line."""
+    import lm_eval.tasks
     from lm_eval.__main__ import cli_evaluate
 
     ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ours.add_argument("--dataset_root", "--dataset-root")
     known, rest = ours.parse_known_args()
-    if len(rest) > 1 and "--include_path" not in rest:
-        rest += ["--include_path", str(TASKS_FOLDER)]
     sys.argv[1:] = rest
+    lm_eval.tasks.TaskManager = TaskManagerWithOurs  # what its commands make, by this name
     try:
         with data_from(known.dataset_root):
             cli_evaluate()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(f"gda.eval: {error}")
 
 

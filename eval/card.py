@@ -1,6 +1,7 @@
 """Results in a model card: the `model-index` of README.md, as the Hub reads it, and nothing else of the file."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,34 @@ from .run import EvalReport
 
 TASK_TYPE = "text-generation"
 SOURCE = "lm-evaluation-harness"
+CARD_FILE = "README.md"
 FRONT_MATTER = re.compile(r"\A(---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
-MODEL_INDEX = re.compile(r"^model-index:.*?(?=^[^\s#-]|\Z)", re.DOTALL | re.MULTILINE)
+# The key's line, and those below it that are indented, list items, or comments and blank lines in front of such.
+MODEL_INDEX = re.compile(
+    r"^model-index:.*(?:\n|\Z)(?:(?:(?:#.*|[ \t\r]*)\n)*(?:[ \t]+[^\s]|-).*(?:\n|\Z))*", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model card in parts.
+
+    Attributes:
+        opening, front, closing, body: Its text; `front` is YAML without the `model-index`.
+        index: That of `model-index`.
+    """
+
+    opening: str
+    front: str
+    closing: str
+    body: str
+    index: list[dict[str, Any]]
 
 
 def update_card(folder: Path, report: EvalReport) -> Path:
     """Write the model's scores into `folder`/README.md.
 
-    Results of the same task, dataset and number of examples in front are replaced, others stay. Outside the
+    Results of the same task, dataset and settings (`_arguments`) are replaced, others stay. Outside the
     `model-index` the file keeps its bytes; without a card one is made that holds nothing else.
 
     Raises:
@@ -31,22 +52,34 @@ def update_card(folder: Path, report: EvalReport) -> Path:
     """
     if not report.rows:
         raise ValueError("--update-card: there are no scores to write; name --tasks")
-    path = folder / "README.md"
-    card = path.read_bytes().decode() if path.is_file() else f"# {folder.resolve().name}\n"
-    found = FRONT_MATTER.match(card)
-    opening, front, closing = found.groups() if found else ("---\n", "", "---\n")
-    body = card[found.end() :] if found else f"\n{card}"
-    try:
-        data = yaml.safe_load(front) or {}
-        index = _merged(data.get("model-index") or [], folder.resolve().name, _results(report))
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its metadata is not valid: {' '.join(str(error).split())}") from None
+    card = read_card(folder)
+    index = _merged(card.index, folder.resolve().name, _results(report))
     text = yaml_dump({"model-index": index}, sort_keys=False)
+    path = folder / CARD_FILE
+    write_text(path, card.opening + card.front + text + card.closing + card.body)
+    return path
+
+
+def read_card(folder: Path) -> Card:
+    """Read `folder`/README.md; without one, a card with a title.
+
+    Raises:
+        ValueError: if its front matter is not valid YAML.
+    """
+    path = folder / CARD_FILE
+    try:
+        text = path.read_bytes().decode() if path.is_file() else f"# {folder.resolve().name}\n"
+        found = FRONT_MATTER.match(text)
+        opening, front, closing = found.groups() if found else ("---\n", "", "---\n")
+        index = (yaml.safe_load(front) or {}).get("model-index") or []
+        for entry in index[0]["results"] if index else []:
+            _identity(entry)
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path}: its metadata is not valid: {' '.join(str(error).split())}") from None
     without = MODEL_INDEX.sub("", front)
     if without and not without.endswith("\n"):
         without += "\n"
-    write_text(path, opening + without + text + closing + body)
-    return path
+    return Card(opening, without, closing, text[found.end() :] if found else f"\n{text}", index)
 
 
 def _results(report: EvalReport) -> list[EvalResult]:
@@ -56,10 +89,6 @@ def _results(report: EvalReport) -> list[EvalResult]:
 def _result(report: EvalReport, row: Row) -> EvalResult:
     results = report.model.results
     config = results["configs"].get(row.task, {})
-    shots = results["n-shot"].get(row.task)
-    documents = results["n-samples"].get(row.task, {})
-    limited = documents.get("effective") != documents.get("original")
-    arguments = {"num_few_shot": shots} | ({"limit": documents["effective"]} if limited else {})
     return EvalResult(
         task_type=TASK_TYPE,
         task_name="Text Generation",
@@ -67,13 +96,30 @@ def _result(report: EvalReport, row: Row) -> EvalResult:
         dataset_name=row.task,
         dataset_config=config.get("dataset_name"),
         dataset_split=config.get("test_split") or config.get("validation_split"),
-        dataset_args={name: value for name, value in arguments.items() if value is not None},
+        dataset_args=_arguments(report, row.task),
         metric_type=row.metric.partition(",")[0],
         metric_name=row.label,
         metric_value=row.score,
         source_name=SOURCE,
         source_url="https://github.com/EleutherAI/lm-evaluation-harness",
     )
+
+
+def _arguments(report: EvalReport, task: str) -> dict[str, Any]:
+    """What makes a score another result: settings that are not a task's own."""
+    results, setting = report.model.results, report.setting
+    documents = results["n-samples"].get(task)  # none of a group
+    limit = setting.limit
+    if documents is not None:
+        limit = None if documents["effective"] == documents["original"] else documents["effective"]
+    arguments = {
+        "num_few_shot": results["n-shot"].get(task),
+        "limit": limit,
+        "dtype": None if setting.dtype == "auto" else setting.dtype,
+        "apply_chat_template": setting.apply_chat_template or None,
+        "metadata": setting.metadata or None,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _merged(index: list[dict[str, Any]], name: str, results: list[EvalResult]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from rich.text import Text
 
 from gda.conversion.stream import shows_progress
 
+from .card import read_card
 from .card import update_card as write_card
 from .evaluate import split_names
 from .harness import ShownPrompt
-from .models import silence_lm_eval
+from .models import quiet_lm_eval
 from .report import tables, to_json, write_report
 from .run import EvalReport, Setting, run
 
@@ -40,30 +42,56 @@ def evaluate_command(
     Raises:
         FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
     """
-    if html and output is None:
-        raise ValueError("--html writes report.html into the folder of --output; name one")
-    if output is not None and Path(output).exists() and not Path(output).is_dir():
-        raise ValueError(f"--output {output} is not a folder")
-    if update_card and not Path(model).is_dir():
-        raise ValueError(f"--update-card: {model} is not a local folder")
+    _check_places(Path(model), output, html=html, update_card=update_card)
     if update_card and not tasks:
         raise ValueError("--update-card: there will be no scores to write; name --tasks")
     setting = Setting(tasks=split_names(tasks) if tasks else [], metadata=_parsed(metadata), **settings)
-    silence_lm_eval(shows_progress(console))
-    with contextlib.redirect_stdout(sys.stderr):  # where lm-eval says what batch size it found
+    # lm-eval prints what batch size it found.
+    with quiet_lm_eval(progress=shows_progress(console)), contextlib.redirect_stdout(sys.stderr):
         report = run(model, baseline, setting=setting, console=console)
     if report is None:
         return
-    if output is not None:
-        for path in write_report(report, Path(output), with_html=html):
-            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     if as_json:
         typer.echo(to_json(report))
     else:
         _print_report(report)
+    for name, note in report.notes():
+        console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
+    if output is not None:
+        for path in write_report(report, Path(output), with_html=html):
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     if update_card:
         path = write_card(Path(model), report)
         console.print(f"wrote the scores into {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_places(model: Path, output: str | None, *, html: bool, update_card: bool) -> None:
+    """Refuse what cannot be written, before anything is run for it.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if html and output is None:
+        raise ValueError("--html writes report.html into the folder of --output; name one")
+    if output is not None:
+        if not output or (Path(output).exists() and not Path(output).is_dir()):
+            raise ValueError(f"--output {output or repr(output)} is not a folder")
+        _check_writable(Path(output), "--output")
+    if update_card:
+        if not model.is_dir():
+            raise ValueError(f"--update-card: {model} is not a local folder")
+        _check_writable(model, "--update-card")
+        read_card(model)
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    """Try a file in `folder`, or in the nearest above it that is there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: nothing can be written into {there}: {error.strerror}") from None
 
 
 def _print_report(report: EvalReport) -> None:
@@ -90,7 +118,8 @@ def _parsed(metadata: str | None) -> dict[str, Any] | None:
 
 def _print_prompt(screen: Console, prompt: ShownPrompt) -> None:
     """Text as Python would write it, so that line ends and blanks can be seen, and the ids below it."""
-    screen.print(Text(prompt.task, "bold"))
+    cut = f"  (the model did not get the first {prompt.cut} tokens)" if prompt.cut else ""
+    screen.print(Text.assemble((prompt.task, "bold"), cut), soft_wrap=True)
     for name, text, ids in (
         ("prompt", prompt.prompt, prompt.prompt_ids),
         ("scored", prompt.continuation, prompt.continuation_ids),

@@ -5,8 +5,8 @@ the answer and how much to the rest of the context, the noise. Here this is read
 the signal maps, the noise maps, and their difference, beside the maps of a baseline.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from gda.conversion.stream import shows_progress
 
 from .analysis import LayerAttention, attention_modules, row_entropy, row_shares, visit_attention
 from .tasks.needles import DEPTHS, NeedlePrompt, NeedleSettings, make_prompts
-from .tasks.settings import tokens_of
+from .tasks.settings import read_settings, tokens_of
 
-DIGITS = 7
+DEFAULTS = NeedleSettings(
+    length=512, depth="all", needles=6, queries=1, digits=7, samples=20, data_seed=0
+)  # gda_needles
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class DiagnosticsReport:
     what the baseline attends by, its difference if it is a GDA model.
 
     Attributes:
-        length, needles, queries, samples, seed: Settings of the prompts; `samples` is their number for each depth.
+        length, needles, queries, digits, samples, seed: Settings of the prompts; `samples` is their number for each
+            depth.
         tokens: Mean length of a prompt.
         depths: Where the answers lie in the context, from 0 to 1.
         by_layer: The mean over depths, for each layer.
@@ -63,6 +66,7 @@ class DiagnosticsReport:
     length: int
     needles: int
     queries: int
+    digits: int
     samples: int
     seed: int
     tokens: float
@@ -121,17 +125,45 @@ class DiagnosticsReport:
         return "" if lambda_ is None else f"{round(lambda_, 4) + 0.0:.4f}"  # no −0.0000
 
 
+def prompts_by_metadata(metadata: Mapping[str, Any], *, alone: bool = False) -> dict[str, Any]:
+    """Arguments of `diagnose` by the settings of the retrieval tasks, whose `samples` are shared out among the depths.
+
+    Args:
+        metadata: What ``--metadata`` says; settings that it leaves out are those of `gda_needles`.
+        alone: Whether no task reads it, so that every name must be a setting of these prompts.
+
+    Raises:
+        ValueError: for a name that is no setting, or a value out of range.
+    """
+    names = [field.name for field in fields(DEFAULTS)]
+    unknown = [name for name in metadata if name == "seed" or (alone and name not in names)]
+    settings = read_settings(NeedleSettings, {**asdict(DEFAULTS), **metadata})
+    if unknown:
+        raise ValueError(f"metadata: --diagnostics has no setting `{unknown[0]}`; it has {', '.join(names)}")
+    depths = DEPTHS if settings.depth == "all" else (float(settings.depth),)
+    return {
+        "length": settings.length,
+        "needles": settings.needles,
+        "queries": settings.queries,
+        "digits": settings.digits,
+        "depths": depths,
+        "samples": -(-settings.samples // len(depths)),
+        "seed": settings.data_seed,
+    }
+
+
 def diagnose(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     baseline: PreTrainedModel | None = None,
-    length: int = 512,
-    needles: int = 6,
-    queries: int = 1,
+    length: int = DEFAULTS.length,
+    needles: int = DEFAULTS.needles,
+    queries: int = DEFAULTS.queries,
+    digits: int = DEFAULTS.digits,
     depths: Sequence[float] = DEPTHS,
-    samples: int = 4,
-    seed: int = 0,
+    samples: int = DEFAULTS.samples // len(DEPTHS),
+    seed: int = DEFAULTS.data_seed,
     console: Console | None = None,
 ) -> DiagnosticsReport:
     """Measure where a model looks while it answers the retrieval task's prompts (see `eval/tasks/README.md`).
@@ -146,9 +178,10 @@ def diagnose(
         length: Tokens of a prompt, at most.
         needles: Sentences with a magic number in a prompt.
         queries: How many of them are asked for.
+        digits: Of a magic number.
         depths: Where they lie in the context, from 0 to 1.
         samples: Prompts for each depth; the same ones, but for their order.
-        seed: Decides the prompts.
+        seed: Decides the prompts, as `data_seed` decides the task's.
         console: Where progress is shown; nowhere if None.
 
     Raises:
@@ -159,7 +192,7 @@ def diagnose(
         raise ValueError("depths is empty; name one at least")
     texts: list[_Text] = []
     for index, depth in enumerate(depths):
-        settings = NeedleSettings(length, depth, needles, queries, digits=DIGITS, samples=samples, data_seed=seed)
+        settings = NeedleSettings(length, depth, needles, queries, digits, samples, data_seed=seed)
         texts += [_Text.of(prompt, tokenizer, index) for prompt in make_prompts(settings, tokens_of(tokenizer))]
     readings = [_Reading(one, len(depths)) for one in (model, baseline) if one is not None]
     for reading in readings:
@@ -175,6 +208,7 @@ def diagnose(
         length=length,
         needles=needles,
         queries=queries,
+        digits=digits,
         samples=samples,
         seed=seed,
         tokens=sum(text.first_row + 1 for text in texts) / len(texts),

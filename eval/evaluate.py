@@ -1,5 +1,7 @@
 """One model on some tasks."""
 
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from gda._errors import first_line
 
 from .find_tasks import load_tasks
 from .harness import GDALM
-from .models import find_model
+from .models import find_model, quiet_lm_eval
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -58,20 +60,47 @@ def evaluate(
         processes it is empty in all but the first.
 
     Raises:
-        FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
+        FileNotFoundError, ValueError: for bad input, in one line that names the remedy; for a checkpoint that lacks
+            weights, and a log-likelihood that is no number.
+
+    Warns:
+        UserWarning: for settings that a task did not take, and prompts that were cut.
     """
-    check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype)
+    check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device, seed=seed)
     candidate = find_model(model, tokenizer)
     told = {"tokenizer": candidate.tokenizer} | (metadata or {})
     loaded = load_tasks(split_names(tasks), dataset_root=dataset_root, metadata=told)
     training = isinstance(model, torch.nn.Module) and model.training
     lm = candidate.load(batch_size=batch_size, device=device, dtype=dtype)
     try:
-        return run_tasks(
-            lm, loaded, limit=limit, num_fewshot=num_fewshot, chat_template=apply_chat_template, seed=seed, **options
-        )
+        with quiet_lm_eval():
+            results = run_tasks(
+                lm,
+                loaded,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                chat_template=apply_chat_template,
+                seed=seed,
+                **options,
+            )
     finally:
         lm.model.train(training)
+    for note in notes(lm, results, num_fewshot):
+        warnings.warn(note, stacklevel=2)
+    return results
+
+
+def notes(lm: GDALM, results: dict[str, Any], num_fewshot: int | None) -> list[str]:
+    """What one who reads the scores ought to know: prompts that were cut, and examples that were not given."""
+    told = [
+        f"{task}: {number} requests are longer than the {lm.max_length} tokens that the model takes; "
+        "their beginning was cut"
+        for task, number in lm.all_cut().items()
+    ]
+    shots = {task: number for task, number in results.get("n-shot", {}).items() if task in results["configs"]}
+    if unmoved := [task for task, number in shots.items() if num_fewshot not in (None, number)]:
+        told.append(f"{', '.join(unmoved)}: --num-fewshot {num_fewshot} was not taken; the definition fixes its number")
+    return told
 
 
 def run_tasks(
@@ -91,7 +120,7 @@ def run_tasks(
     """
     if chat_template and lm.tokenizer.chat_template is None:
         raise ValueError("--apply-chat-template: the tokenizer has no chat template")
-    limit = int(limit) if limit is not None and limit >= 1 else limit
+    limit = int(limit) if limit is not None and limit >= 1 else limit  # lm-eval takes 1.0 for a share
     if seed is not None:
         options |= dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
@@ -130,17 +159,44 @@ def split_names(tasks: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_settings(*, limit: int | float | None, num_fewshot: int | None, batch_size: int | str, dtype: str) -> None:
+def check_settings(
+    *,
+    limit: int | float | None,
+    num_fewshot: int | None,
+    batch_size: int | str,
+    dtype: str,
+    device: str | None,
+    seed: int | None,
+) -> None:
     """Refuse settings that cannot be.
 
     Raises:
         ValueError: naming the option.
     """
-    if limit is not None and not limit > 0:
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
         raise ValueError(f"--limit {limit} is not a number of documents, or a share below 1")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"--num-fewshot {num_fewshot} is negative")
-    if not (str(batch_size).isdecimal() and int(batch_size) > 0) and not str(batch_size).startswith("auto"):
+    if not re.fullmatch(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?", str(batch_size)):
         raise ValueError(f"--batch-size {batch_size} is neither a number from 1 on nor auto")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed} is not from 0 to {2**32 - 1}")
+    if device is not None:
+        check_device(device)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, where lm-eval would take another.
+
+    Raises:
+        ValueError: naming the devices there are.
+    """
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if device not in there:
+        raise ValueError(f"--device {device} is not there; there are {', '.join(there)}")

@@ -14,7 +14,7 @@ import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind
+from lm_eval.tasks._index import Entry, Kind
 
 from gda._errors import first_line
 
@@ -24,6 +24,14 @@ from .tasks import TASKS_FOLDER
 TASKS_OF_LM_EVAL = Path(lm_eval.tasks.__file__).parent
 NOT_A_DEFINITION = {".py", ".pyc", ".md", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".sh", ".ipynb"}
 DEFINED_NAME = re.compile(rb"^(?:task|group):[ \t]*[\"']?([\w.:/+-]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
+
+
+class TaskManagerWithOurs(TaskManager):
+    """lm-eval's, which knows our tasks beside those of `include_path`."""
+
+    def __init__(self, *args: Any, include_path: str | Path | list[str | Path] | None = None, **kwargs: Any) -> None:
+        given = include_path if isinstance(include_path, list) else [include_path] if include_path else []
+        super().__init__(*args, include_path=[TASKS_FOLDER, *given], **kwargs)
 
 
 def load_tasks(
@@ -40,27 +48,43 @@ def load_tasks(
         ValueError: for an unknown name, with those it may have meant, and for data that does not fit the task.
         FileNotFoundError: for data that is missing or cannot be downloaded, naming the task.
     """
-    with data_from(dataset_root):
+    with data_from(dataset_root) as read:
         manager, found = find_tasks(names, metadata=metadata)
-        loaded = [_load(manager, name) for name in found]
+        loaded = [_load(manager, name, read) for name in found]
     tasks = {name: task for one in loaded for name, task in one["tasks"].items()}
     groups = {name: group for one in loaded for name, group in one.get("groups", {}).items()}
     members = {child for one in loaded for children in one.get("group_map", {}).values() for child in children}
     every = {**groups, **tasks}
-    return [every[name] for name in every if name not in members]
+    return [every[name] for name in dict.fromkeys([*found, *every]) if name in every and name not in members]
 
 
-def _load(manager: TaskManager, name: str) -> Any:
+def _load(manager: TaskManager, name: str, read: list[Path]) -> Any:
+    """`read` grows by the folders of data."""
+    begun = [name]
+    build = manager._factory._build_task
+
+    def build_named(entry: Entry, *args: Any) -> Any:
+        begun.append(entry.name)
+        return build(entry, *args)
+
+    manager._factory._build_task = build_named  # only there is it known which task of a group is built
+    read.clear()
     try:
         return manager.load([name])
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"task {name}: {first_line(error)}") from None
+        raise FileNotFoundError(f"task {begun[-1]}: {first_line(error)}") from None
     except ValueError as error:
-        raise ValueError(f"task {name} cannot be built: {first_line(error)}") from None
+        raise ValueError(f"task {begun[-1]} cannot be built{_from(read, error)}: {first_line(error)}") from None
     except Exception as error:  # whatever a definition makes of data that is not what it expects
-        raise ValueError(
-            f"task {name} cannot be built from its data: {type(error).__name__}: {first_line(error)}"
-        ) from None
+        told = f"{_from(read, error) or ' from its data'}: {type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"task {begun[-1]} cannot be built{told}") from None
+    finally:
+        manager._factory._build_task = build
+
+
+def _from(read: list[Path], error: Exception) -> str:
+    """The data that was read last, unless the error names it."""
+    return f" from {read[-1]}" if read and str(read[-1]) not in str(error) else ""
 
 
 def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) -> tuple[TaskManager, list[str]]:
@@ -78,7 +102,7 @@ def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) 
         manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
         incomplete = any(folders[name] and not _is_complete(manager, name) for name in wanted)
         if incomplete or any(_is_group(name) for name in names if _is_file(name)):
-            manager = TaskManager(include_path=TASKS_FOLDER, metadata=metadata)
+            manager = TaskManagerWithOurs(metadata=metadata)
     for name in wanted:
         if not _matches(manager, name):
             raise ValueError(f"unknown task {name!r}{_did_you_mean(name, manager, definitions.values())}")

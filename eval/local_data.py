@@ -34,11 +34,11 @@ class LocalSplits(datasets.DatasetDict):
 
 
 @contextlib.contextmanager
-def data_from(root: str | Path | None) -> Iterator[None]:
+def data_from(root: str | Path | None) -> Iterator[list[Path]]:
     """While it is open, tasks that are built read their data from `root`.
 
     A dataset is `root`/dataset_path/dataset_name/split.jsonl, or .parquet. With None the tasks read what they always
-    read, and an error says what could not be had.
+    read, and an error says what could not be had. It gives the folders that were read, which grows.
 
     Raises:
         FileNotFoundError: if `root` is no folder.
@@ -46,9 +46,11 @@ def data_from(root: str | Path | None) -> Iterator[None]:
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(f"--dataset-root {root} is not a folder")
     original = datasets.load_dataset
+    read: list[Path] = []
 
     def load_dataset(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if root is not None and path not in FILE_FORMATS:
+            read.append(Path(root) / path / (name or ""))
             return load_local(Path(root), path, name, kwargs.get("split"))
         try:
             with _quiet_hub():
@@ -62,7 +64,7 @@ def data_from(root: str | Path | None) -> Iterator[None]:
 
     datasets.load_dataset = load_dataset  # what lm-eval calls, by this name
     try:
-        yield
+        yield read
     finally:
         datasets.load_dataset = original
 
@@ -123,4 +125,5 @@ def _read_jsonl(path: Path) -> datasets.Dataset:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
             if not isinstance(rows[-1], dict):
                 raise ValueError(f"{path}, line {number}, is not a JSON object")
-    return datasets.Dataset.from_list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)  # from_list knows those of the first row only
+    return datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])

@@ -1,8 +1,10 @@
 """What is to be evaluated: a folder, a Hub id, a GGUF file, or a model in memory."""
 
+import contextlib
 import copy
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +15,16 @@ import lm_eval.api.task
 import lm_eval.evaluator
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gda._errors import first_line
 from gda._files import in_background, sha256
 from gda.conversion.sources import Source, open_source, quiet_transformers, resolve_folder
 
-from .harness import GDALM, default_device
+from .harness import GDALM, check_tokenizer, default_device
 
 WEIGHTS = "*.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Candidate:
     Attributes:
         name: What to call it.
         place: Its folder, or itself if it is in memory.
-        tokenizer: A folder, a Hub id or a tokenizer.
+        tokenizer: Its tokenizer.
         revision: The commit, for a Hub id.
         weight_files: Where its weights lie; empty in memory.
         gguf: The opened file, if it is one.
@@ -39,7 +42,7 @@ class Candidate:
 
     name: str
     place: Path | torch.nn.Module
-    tokenizer: str | PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase
     revision: str | None
     weight_files: tuple[Path, ...]
     gguf: Source | None = None
@@ -85,9 +88,9 @@ def find_model(
         FileNotFoundError: if there is none.
         ValueError: if it has no tokenizer, or is not a model folder.
     """
-    given = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-    if not isinstance(given, str):
-        given = copy.deepcopy(given)  # lm-eval chooses a padding token for it
+    if str(model) == "":
+        raise ValueError("the name of the model is empty; name a folder, a Hub id or a .gguf file")
+    given = _read_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else copy.deepcopy(tokenizer)
     if isinstance(model, torch.nn.Module):
         if given is None:
             raise ValueError("a model in memory needs its tokenizer: evaluate(model, tokenizer, tasks=…)")
@@ -103,25 +106,50 @@ def find_model(
         raise FileNotFoundError(f"{folder} holds no weights ({WEIGHTS}; pickles are not read)")
     local = Path(model).is_dir()
     name = folder.resolve().name if local else str(model)
-    return Candidate(name, folder, given or str(folder), None if local else folder.name, weights)
+    given = given or _read_tokenizer(str(folder))
+    check_tokenizer(given, name)
+    return Candidate(name, folder, given, None if local else folder.name, weights)
 
 
-def _find_gguf(path: Path, tokenizer: str | PreTrainedTokenizerBase | None) -> Candidate:
+def _read_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        ValueError: if there is none that can be read.
+    """
+    if Path(place).is_dir() and not any((Path(place) / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"{place} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except Exception as error:  # of many kinds, by what is wrong with the files
+            raise ValueError(f"the tokenizer of {place} cannot be loaded: {first_line(error)}") from None
+
+
+def _find_gguf(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Candidate:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"{path}: several processes need a model folder, not a .gguf file")
     source = open_source(path)
     tokenizer = tokenizer or source.tokenizer()
     if tokenizer is None:
         raise ValueError(f"{path} holds no tokenizer that transformers can load")
+    check_tokenizer(tokenizer, path.name)
     return Candidate(path.name, path, tokenizer, None, (path,), source)
 
 
-def silence_lm_eval(progress: bool) -> None:
-    """Keep lm-eval's warnings off the screen, for good, and without `progress` its bars.
+@contextlib.contextmanager
+def quiet_lm_eval(*, progress: bool = True) -> Iterator[None]:
+    """Keep lm-eval's warnings off the screen, and without `progress` its bars.
 
     What matters of the warnings is in the report; the bar of building requests has no switch of its own. Nor has git,
     which lm-eval asks for the commit of whatever folder one stands in, and which complains where there is none.
     """
+    logger = logging.getLogger("lm_eval")
+    before = lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm, logger.level
     lm_eval.evaluator.get_git_commit_hash = lambda: None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(tqdm, disable=not progress, desc="Building requests", leave=False)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm, level = before
+        logger.setLevel(level)

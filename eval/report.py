@@ -21,7 +21,9 @@ RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.h
 
 def to_json(report: EvalReport) -> str:
     """The report as JSON: lm-eval's own format, and one more key, "gda"."""
-    return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, default=_plain)
+    text = json.dumps(report.to_dict(), ensure_ascii=False, default=_plain)
+    finite = json.loads(text, parse_constant=lambda _: None)  # JSON knows neither NaN nor infinity
+    return json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -30,13 +32,18 @@ def _plain(value: Any) -> Any:
 
 
 def write_report(report: EvalReport, folder: Path, *, with_html: bool = False) -> list[Path]:
-    """Write results.json, results.md and, if asked for, report.html into `folder`; each appears whole."""
+    """Write results.json, results.md and, if asked for, report.html into `folder`; each appears whole.
+
+    The report.html of other results does not stay beside them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {RESULTS_FILE: to_json(report) + "\n", MARKDOWN_FILE: to_markdown(report)}
     if with_html:
         texts[HTML_FILE] = to_html(report)
     for name, text in texts.items():
         write_text(folder / name, text)
+    if not with_html:
+        (folder / HTML_FILE).unlink(missing_ok=True)
     return [folder / name for name in texts]
 
 
@@ -125,8 +132,8 @@ def facts(report: EvalReport) -> list[tuple[str, str]]:
     told.append(("versions", ", ".join(f"{name} {value}" for name, value in found["versions"].items())))
     for outcome in _outcomes(report):
         hashes = ", ".join(f"{file} {digest[:16]}…" for file, digest in outcome.sha256.items())
-        told.append((outcome.name, f"{outcome.seconds:.0f} s; SHA-256 {hashes}"))
-    return told
+        told.append((outcome.name, f"{outcome.dtype}; {outcome.seconds:.0f} s; SHA-256 {hashes}"))
+    return [*told, *((f"note on {name}", note) for name, note in report.notes())]
 
 
 def _told(value: Any) -> str:

@@ -1,12 +1,13 @@
 """`gda eval`: a model and its baseline under one setting."""
 
 import importlib.metadata
+import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -16,15 +17,13 @@ from gda._version import __version__
 from gda.conversion.stream import shows_progress
 
 from .compare import Row, rows_of
-from .evaluate import check_settings, run_tasks
+from .diagnostics import DiagnosticsReport, diagnose, prompts_by_metadata
+from .evaluate import check_settings, notes, run_tasks
 from .find_tasks import load_tasks
 from .harness import GDALM, ShownPrompt
 from .models import Candidate, find_model
 
-if TYPE_CHECKING:
-    from .diagnostics import DiagnosticsReport
-
-PROMPT_SETTINGS = ("length", "needles", "queries")  # of the retrieval tasks and of the diagnostics alike
+DEFAULT_CONTEXT = 512  # tokens
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 
 
@@ -34,7 +33,7 @@ class Setting:
 
     Attributes:
         perplexity: A text file to read; None for no perplexity.
-        context, stride: Of that, in tokens.
+        context, stride: Of that, in tokens; None for 512 and the context.
         diagnostics: Whether to look into the attention maps, on retrieval prompts.
         show_prompts: How many requests of each task to keep.
     """
@@ -50,21 +49,27 @@ class Setting:
     seed: int | None = None
     metadata: dict[str, Any] | None = None
     perplexity: str | None = None
-    context: int = 512
+    context: int | None = None
     stride: int | None = None
     diagnostics: bool = False
     show_prompts: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(limit=self.limit, num_fewshot=self.num_fewshot, batch_size=self.batch_size, dtype=self.dtype)
+        names = ("limit", "num_fewshot", "batch_size", "dtype", "device", "seed")
+        check_settings(**{name: getattr(self, name) for name in names})
         if not self.tasks and self.perplexity is None and not self.diagnostics:
             raise ValueError("nothing to do: name --tasks, a text with --perplexity, or --diagnostics")
-        if self.context < 1:
-            raise ValueError(f"--context {self.context} is not a number of tokens")
-        if self.stride is not None and not 0 < self.stride <= self.context:
-            raise ValueError(f"--stride {self.stride} is not from 1 to the context of {self.context} tokens")
+        if self.perplexity is None and (self.context is not None or self.stride is not None):
+            raise ValueError("--context and --stride are those of --perplexity; name its FILE")
+        context = DEFAULT_CONTEXT if self.context is None else self.context
+        if context < 1:
+            raise ValueError(f"--context {context} is not a number of tokens")
+        if self.stride is not None and not 0 < self.stride <= context:
+            raise ValueError(f"--stride {self.stride} is not from 1 to the context of {context} tokens")
         if self.show_prompts < 0:
             raise ValueError(f"--show-prompts {self.show_prompts} is negative")
+        if self.diagnostics:
+            prompts_by_metadata(self.metadata or {}, alone=not self.tasks)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Outcome:
         prompts: The first requests of each task.
         sha256: By file of weights.
         seconds: From loading on.
+        dtype: What it ran in.
+        notes: What one who reads the numbers ought to know.
     """
 
     name: str
@@ -88,6 +95,8 @@ class Outcome:
     prompts: list[ShownPrompt]
     sha256: dict[str, str]
     seconds: float
+    dtype: str
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """What lm-eval's results do not say."""
@@ -96,6 +105,9 @@ class Outcome:
             "revision": self.revision,
             "sha256": self.sha256,
             "seconds": self.seconds,
+            "dtype": self.dtype,
+            "notes": self.notes,
+            "prompts": [prompt.to_dict() for prompt in self.prompts],
             "perplexity": None if self.perplexity is None else self.perplexity.to_dict(),
         }
 
@@ -115,7 +127,12 @@ class EvalReport:
     baseline: Outcome | None
     rows: list[Row]
     setting: Setting
-    diagnostics: "DiagnosticsReport | None" = None
+    diagnostics: DiagnosticsReport | None = None
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Name and note of each model."""
+        outcomes = [outcome for outcome in (self.model, self.baseline) if outcome is not None]
+        return [(outcome.name, note) for outcome in outcomes for note in outcome.notes]
 
     def to_dict(self) -> dict[str, Any]:
         """lm-eval's results of the model as JSON-ready values, and under "gda" all the rest."""
@@ -200,7 +217,10 @@ def _run_one(
             chat_template=setting.apply_chat_template,
             seed=setting.seed,
         )
+    told = notes(lm, results, setting.num_fewshot)
     measured = None if text is None or lm.rank else _measure(lm, text, setting, console)
+    if measured is not None and (asked := setting.context or DEFAULT_CONTEXT) > measured.context:
+        told.append(f"perplexity: the model takes {measured.context} tokens at a time, not {asked}")
     outcome = Outcome(
         name=candidate.name,
         revision=candidate.revision,
@@ -209,6 +229,8 @@ def _run_one(
         prompts=lm.shown,
         sha256=hashes.result(),
         seconds=time.monotonic() - begun,
+        dtype=str(lm.model.dtype).removeprefix("torch."),
+        notes=told,
     )
     return outcome, lm
 
@@ -220,18 +242,17 @@ def _measure(lm: GDALM, text: str, setting: Setting, console: Console) -> TextPe
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        context = min(setting.context, lm.max_length)
+        context = min(setting.context or DEFAULT_CONTEXT, lm.max_length)
         stride = min(setting.stride or context, context)
-        return text_perplexity(lm.model, lm.tokenizer, text, context=context, stride=stride, advance=advance)
+        found = text_perplexity(lm.model, lm.tokenizer, text, context=context, stride=stride, advance=advance)
+    if math.isnan(found.token):
+        raise ValueError(f"--perplexity is {found.token}; the weights are damaged, or overflow in {lm.model.dtype}")
+    return found
 
 
-def _diagnose(loaded: list[GDALM], setting: Setting, console: Console) -> "DiagnosticsReport":
-    from .diagnostics import diagnose
-
+def _diagnose(loaded: list[GDALM], setting: Setting, console: Console) -> DiagnosticsReport:
     ours, theirs = loaded[0], loaded[1].model if len(loaded) > 1 else None
-    told: dict[str, Any] = {name: value for name, value in (setting.metadata or {}).items() if name in PROMPT_SETTINGS}
-    if setting.seed is not None:
-        told["seed"] = setting.seed
+    told = prompts_by_metadata(setting.metadata or {}, alone=not setting.tasks)
     return diagnose(ours.model, ours.tokenizer, baseline=theirs, console=console, **told)
 
 

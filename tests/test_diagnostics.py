@@ -1,8 +1,9 @@
 """Where a model looks: against loops over characters and tokens, and what the report says."""
 
+import inspect
 import json
 import math
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gda import convert
-from gda.eval.diagnostics import AttentionShares, DiagnosticsReport, diagnose
+from gda.eval.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, diagnose, prompts_by_metadata
+from gda.eval.run import Setting
+from gda.eval.tasks import TASKS_FOLDER
 from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
 from gda.eval.tasks.settings import tokens_of
 
@@ -149,6 +152,43 @@ def test_the_report_reads_as_json_markdown_and_tables() -> None:
     for table in report.tables():
         screen.print(table)
     assert shown in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_defaults_are_the_tasks() -> None:
+    written = (TASKS_FOLDER / "_needles.yaml").read_text()
+    for name, value in asdict(DEFAULTS).items():
+        assert f"\n  {name}: {value}\n" in written
+    given = prompts_by_metadata({})
+    assert given == {name: inspect.signature(diagnose).parameters[name].default for name in given}
+
+
+def test_every_setting_of_the_retrieval_task_holds() -> None:
+    told = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "data_seed": 9}
+    given = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "seed": 9}
+    assert prompts_by_metadata(told | {"samples": 7}) == given | {"depths": (0.0, 0.25, 0.5, 0.75, 1.0), "samples": 2}
+    told |= {"depth": 1, "samples": 3}
+    report = diagnose(gda_model(), byte_tokenizer(), **prompts_by_metadata(told))
+    fields = report.to_dict()
+    assert fields == fields | given | {"depths": [1.0], "samples": 3}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"lenght": 300}, "did you mean `length`"),
+        ({"seed": 3}, "has no setting `seed`; it has length, depth, .*data_seed"),
+        ({"pairs": 3}, "has no setting `pairs`"),
+        ({"samples": 0}, "`samples`"),
+        ({"depth": 50}, "`depth`"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused_before_anything_runs(metadata: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Setting(diagnostics=True, metadata=metadata)
+
+
+def test_metadata_of_another_task_is_left_to_it() -> None:
+    Setting(tasks=["gda_mqar"], diagnostics=True, metadata={"pairs": 3})
 
 
 def test_what_cannot_be_diagnosed() -> None:

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,9 @@ def test_files_hold_what_was_found(folder: Path, tmp_path: Path, command: Comman
     assert ours["sha256"] == {"model.safetensors": sha256(folder / "other/model.safetensors")}
     assert ours["baseline"]["gda"]["sha256"] == {"model.safetensors": sha256(folder / "gda/model.safetensors")}
     assert ours["versions"]["gda"] == gda.__version__
+    assert ours["notes"] == [f"{BLIMP}: --num-fewshot 1 was not taken; the definition fixes its number"]
+    assert f"note on other: {ours['notes'][0]}" in outcome.error
+    assert (ours["dtype"], ours["prompts"]) == ("float32", [])
     assert (ours["settings"]["seed"], ours["settings"]["batch_size"]) == (3, "2")
     by_task = {row["task"]: row for row in ours["comparison"]}
     assert by_task[BLIMP]["score"] == expected["results"][BLIMP]["acc,none"]
@@ -167,10 +171,10 @@ def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Pa
 
 
 def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Path, command: Command) -> None:
-    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks and the seed hold for them."""
+    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks hold for them."""
     arguments = (
-        *("eval", folder / "gda", "--baseline", folder / "llama", "--diagnostics", "--metadata", '{"length": 400}'),
-        *("--seed", 7, "--output", tmp_path, "--html"),
+        *("eval", folder / "gda", "--baseline", folder / "llama", "--diagnostics", "--output", tmp_path, "--html"),
+        *("--metadata", '{"length": 400, "depth": 0.5, "samples": 3, "digits": 5, "data_seed": 7}', "--seed", 3),
     )
     printed = command(*arguments)
     assert printed.code == 0, printed.error
@@ -181,7 +185,7 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     from gda.eval.diagnostics import diagnose
 
     ours, llama = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("gda", "llama"))
-    expected = diagnose(ours, byte_tokenizer(), baseline=llama, length=400, seed=7)
+    expected = diagnose(ours, byte_tokenizer(), baseline=llama, length=400, digits=5, depths=(0.5,), samples=3, seed=7)
     assert told["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
     assert expected.to_markdown().strip() in (tmp_path / "results.md").read_text()
     assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()
@@ -271,6 +275,67 @@ def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalRep
     assert updated(model, report) == text
     assert BLIMP in {result.dataset_name for result in ModelCard(text).data.eval_results}
     assert text.endswith((card or "# m\n").split("---")[-1].lstrip("\r\n"))
+
+
+COMMENTED = """---
+model-index:
+- name: x
+# of the first
+
+  results: []
+# of the tags
+
+tags: [a]
+---
+"""
+
+
+def test_only_the_index_is_replaced(folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    """A comment below it belongs to the next field."""
+    text = updated(copy_of(folder / "gda", tmp_path / "m", COMMENTED), report)
+    assert text.startswith("---\n# of the tags\n\ntags: [a]\nmodel-index:\n- name: x\n")
+
+
+def test_other_settings_make_another_result(report: EvalReport) -> None:
+    """Metadata, template, dtype and the limit of a group, whose documents lm-eval does not count."""
+    from gda.eval.card import _arguments
+
+    setting = replace(report.setting, limit=4, metadata={"length": 64}, apply_chat_template=True, dtype="bfloat16")
+    assert _arguments(replace(report, setting=setting), "a_group") == {
+        "limit": 4,
+        "dtype": "bfloat16",
+        "apply_chat_template": True,
+        "metadata": {"length": 64},
+    }
+
+
+def test_a_card_that_cannot_be_updated_costs_no_run(folder: Path, tmp_path: Path, command: Command) -> None:
+    """It is refused before anything is run."""
+    model = copy_of(folder / "gda", tmp_path / "m", "---\n- a\n---\n")
+    outcome = command("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--update-card")
+    assert outcome.code == 2
+    assert "its metadata is not valid" in outcome.error
+    assert "running" not in outcome.error
+
+
+def test_a_page_of_other_results_does_not_stay(report: EvalReport, tmp_path: Path) -> None:
+    """Prompts are in the JSON, numbers that are none are null."""
+    from gda.eval.report import to_json, write_report
+
+    write_report(report, tmp_path, with_html=True)
+    write_report(report, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
+    row = replace(report.rows[0], score=math.nan, stderr=math.inf)
+    told = json.loads(to_json(replace(report, rows=[row])), parse_constant=pytest.fail)
+    assert (told["gda"]["comparison"][0]["score"], told["gda"]["comparison"][0]["stderr"]) == (None, None)
+
+
+def test_a_context_that_the_model_does_not_take_is_told(folder: Path, tmp_path: Path) -> None:
+    """It has 512 positions."""
+    (tmp_path / "text.txt").write_text("The cat thanked the hen.")
+    found = run(folder / "gda", setting=Setting(perplexity=str(tmp_path / "text.txt"), context=600))
+    assert found is not None
+    assert found.model.notes == ["perplexity: the model takes 512 tokens at a time, not 600"]
 
 
 def test_the_card_of_a_conversion_stays_itself(folder: Path, report: EvalReport, tmp_path: Path) -> None:

@@ -192,16 +192,18 @@ def test_later_versions_of_lm_eval_find_the_model_type() -> None:
     assert entry.load() is get_model("gda")
 
 
-def test_a_model_in_memory_is_left_as_it_was(folder: Path) -> None:
-    """It gives what its folder gives; weights, mode and tokenizer do not change."""
+def test_a_model_in_memory_is_left_as_it_was(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It gives what its folder gives; weights, mode and tokenizer do not change, and git is not asked."""
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
     loaded.train()
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     tokenizer = byte_tokenizer()
+    capfd.readouterr()
     found = gda.evaluate(loaded, tokenizer, tasks=[BLIMP], dataset_root=folder / "data", limit=0.5)
     assert found["results"] == evaluate(folder, limit=5)["results"]
     assert found["n-samples"][BLIMP] == {"original": 10, "effective": 5}
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    assert "fatal" not in capfd.readouterr().err
     assert loaded.training
     assert tokenizer.pad_token is None
     json.dumps(found["configs"])
@@ -222,7 +224,7 @@ def test_what_is_shown_is_what_the_model_got(folder: Path) -> None:
     from gda.eval.run import Setting
     from gda.eval.run import run as run_eval
 
-    setting = Setting([BLIMP, "gsm8k"], str(folder / "data"), limit=2, num_fewshot=4, show_prompts=1, batch_size=2)
+    setting = Setting([BLIMP, "gsm8k"], str(folder / "data"), limit=2, num_fewshot=7, show_prompts=1, batch_size=2)
     report = run_eval(folder / "live", setting=setting)
     assert report is not None
     scored, generated = report.model.prompts
@@ -230,9 +232,13 @@ def test_what_is_shown_is_what_the_model_got(folder: Path) -> None:
     assert (scored.task, scored.prompt, scored.prompt_ids) == (BLIMP, "", [0])
     assert scored.continuation == " The cat thanked panther." or scored.continuation.startswith(" The cat")
     assert scored.continuation_ids == tokenizer(scored.continuation, add_special_tokens=False).input_ids
-    assert generated.prompt.count("Question:") == 5
+    assert generated.prompt.count("Question:") == 8
     assert generated.continuation is None
-    assert generated.prompt_ids == tokenizer(generated.prompt).input_ids[-(512 - 256) :]
+    ids = tokenizer(generated.prompt).input_ids
+    assert generated.prompt_ids == ids[-(512 - 256) :]
+    assert (scored.cut, generated.cut) == (0, len(ids) - 256)
+    assert report.model.notes[0].startswith("gsm8k: 2 requests are longer than the 512 tokens")
+    assert report.model.notes[1].startswith("blimp_passive_1: --num-fewshot 7 was not taken")
 
 
 def test_a_chat_template_is_applied(folder: Path) -> None:

@@ -120,6 +120,31 @@ def test_strings_stay_strings(tmp_path: Path) -> None:
     assert load_local(tmp_path, "d", None, split="test").num_rows == 2
 
 
+def test_a_field_that_the_first_row_lacks_is_kept(tmp_path: Path) -> None:
+    """Every row has every field; what it does not hold is None."""
+    from gda.eval.local_data import load_local
+
+    write_jsonl(tmp_path / "d/test.jsonl", [{"a": 1}, {"a": 2, "b": "x"}])
+    assert load_local(tmp_path, "d", None)["test"].to_list() == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
+
+
+def test_an_error_in_a_group_names_its_task(data: Path) -> None:
+    """Of lm-eval's group `blimp` only one paradigm has data here."""
+    from gda.eval.find_tasks import load_tasks
+
+    with pytest.raises(FileNotFoundError, match=r"^task blimp_\w+: "):
+        load_tasks(["blimp"], dataset_root=data)
+
+
+def test_our_tasks_are_known_beside_those_of_a_folder(data: Path) -> None:
+    """As `--include_path` names it."""
+    from gda.eval.find_tasks import TaskManagerWithOurs
+
+    for given in (data, str(data), [data]):
+        known = TaskManagerWithOurs(include_path=given, include_defaults=False).all_tasks
+        assert {"toy_sums", "gda_needles"} <= set(known)
+
+
 def rewrite(name: str, text: str | None) -> Callable[[Path], None]:
     def change(root: Path) -> None:
         path = root / name
@@ -136,7 +161,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "no object": (rewrite(TRAIN, "[1]\n"), BLIMP, ["passive_1/train.jsonl, line 1", "not a JSON object"]),
     "mixed types": (rewrite(TRAIN, '{"a": 1}\n{"a": "b"}\n'), BLIMP, ["passive_1/train.jsonl cannot be read"]),
     "not text": (rewrite(TRAIN, "\0"), BLIMP, ["passive_1/train.jsonl"]),
-    "other columns": (rewrite(TRAIN, '{"a": 1}\n'), BLIMP, ["cannot be built"]),
+    "other columns": (rewrite(TRAIN, '{"a": 1}\n'), BLIMP, ["cannot be built from", "nyu-mll/blimp/passive_1"]),
     "no such split": (
         rewrite("openai/gsm8k/main/test.parquet", None),
         "gsm8k",
@@ -189,6 +214,14 @@ BAD: dict[str, tuple[list[str], str]] = {
     "limit 0": (["--tasks", BLIMP, "--limit", "0"], "--limit 0"),
     "negative shots": (["--tasks", BLIMP, "--num-fewshot", "-1"], "--num-fewshot -1"),
     "batch size": (["--tasks", BLIMP, "--batch-size", "many"], "--batch-size many"),
+    "batch size autox": (["--tasks", BLIMP, "--batch-size", "autox"], "--batch-size autox"),
+    "endless limit": (["--tasks", BLIMP, "--limit", "inf"], "--limit inf"),
+    "broken limit": (["--tasks", BLIMP, "--limit", "2.7"], "--limit 2.7"),
+    "device": (["--tasks", BLIMP, "--device", "foo"], "--device foo is not there; there are cpu"),
+    "seed": (["--tasks", BLIMP, "--seed", "-1"], "--seed -1"),
+    "no output": (["--tasks", BLIMP, "--output", ""], "--output '' is not a folder"),
+    "output below a file": (["--tasks", BLIMP, "--output", f"{__file__}/x"], "--output"),
+    "context of nothing": (["--tasks", BLIMP, "--context", "64"], "--context and --stride are those of --perplexity"),
     "dtype": (["--tasks", BLIMP, "--dtype", "int8"], "--dtype int8 is not one of auto"),
     "metadata": (["--tasks", "gda_copy", "--metadata", "{"], "--metadata { is not JSON"),
     "metadata list": (["--tasks", "gda_copy", "--metadata", "[1]"], "is not a JSON object"),
@@ -224,7 +257,7 @@ def test_a_folder_that_is_no_model(data: Path, model: Path, tmp_path: Path, comm
         "absent": tmp_path / "absent",
         "config.json is missing": tmp_path / "empty",
         "no weights": shutil.copytree(model, tmp_path / "a", ignore=shutil.ignore_patterns("*.safetensors")),
-        "cannot be loaded": shutil.copytree(model, tmp_path / "b", ignore=shutil.ignore_patterns("tokenizer*")),
+        "holds no tokenizer": shutil.copytree(model, tmp_path / "b", ignore=shutil.ignore_patterns("tokenizer*")),
         "c cannot be loaded": shutil.copytree(model, tmp_path / "c"),
     }
     (tmp_path / "c" / "model.safetensors").write_bytes(b"\1")
@@ -259,3 +292,78 @@ def test_a_chat_template_that_is_not_there(data: Path, model: Path, tmp_path: Pa
     outcome = command("eval", folder, "--tasks", BLIMP, "--dataset-root", data, "--apply-chat-template")
     assert outcome.code == 2
     assert "no chat template" in outcome.error
+
+
+def test_a_bad_baseline_is_refused_before_the_model_runs(
+    data: Path, model: Path, tmp_path: Path, command: Command
+) -> None:
+    """One without a tokenizer, and one whose tokenizer has nothing to put in front of a text."""
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    unmarked = shutil.copytree(model, tmp_path / "unmarked")
+    settings = json.loads((unmarked / "tokenizer_config.json").read_text())
+    kept = {name: value for name, value in settings.items() if name not in ("bos_token", "eos_token")}
+    (unmarked / "tokenizer_config.json").write_text(json.dumps(kept))
+    for baseline, words in ((bare, "holds no tokenizer"), (unmarked, "of unmarked has neither BOS nor EOS")):
+        outcome = command("eval", model, "--baseline", baseline, "--tasks", BLIMP, "--dataset-root", data)
+        assert outcome.code == 2
+        assert words in outcome.error.strip().splitlines()[-1]
+        assert "running" not in outcome.error
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """transformers would make them up; lm-eval's own way of loading refuses them as well."""
+    from safetensors.torch import load_file, save_file
+
+    from gda.eval.harness import GDALM
+
+    folder = shutil.copytree(model, tmp_path / "lacking")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.wheight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    outcome = command("eval", folder, "--tasks", BLIMP, "--dataset-root", data)
+    assert outcome.code == 2
+    assert "has no model.norm.weight" in outcome.error.strip().splitlines()[-1]
+    with pytest.raises(ValueError, match=r"has no model\.norm\.weight"):
+        GDALM(str(folder), device="cpu")
+
+
+def test_numbers_that_are_none_are_no_scores(data: Path, model: Path, command: Command, tmp_path: Path) -> None:
+    """A model that gives NaN would always have chosen the first answer."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    outcome = command("eval", folder, "--tasks", BLIMP, "--dataset-root", data)
+    assert outcome.code == 2
+    assert f"task {BLIMP}: a log-likelihood is nan" in outcome.error.strip().splitlines()[-1]
+    text = tmp_path / "text.txt"
+    text.write_text("The cat thanked the hen.")
+    assert "--perplexity is nan" in command("eval", folder, "--perplexity", text).error
+
+
+@pytest.mark.parametrize("task", ["gda_needles_length_512", "gda_copy_length_256"])
+def test_a_prompt_of_ours_that_does_not_fit_is_refused(task: str, model: Path, command: Command) -> None:
+    """The model takes 128 tokens; what is asked for may be in what would go."""
+    outcome = command("eval", model, "--tasks", task, "--limit", 2)
+    assert outcome.code == 2
+    last = outcome.error.strip().splitlines()[-1]
+    assert last.startswith(f"gda: task {task}: a prompt of ")
+    assert "--metadata" in last
+
+
+@pytest.mark.slow
+def test_the_command_line_of_lm_eval_answers_in_one_line(data: Path, model: Path, tmp_path: Path) -> None:
+    """An empty file of data is no traceback there."""
+    import subprocess
+    import sys
+
+    root = shutil.copytree(data, tmp_path / "data")
+    (root / TRAIN).write_text("")
+    command = [sys.executable, "-m", "gda.eval", "run", "--model", "gda", "--model_args", f"pretrained={model}"]
+    command += ["--tasks", BLIMP, "--dataset_root", str(root), f"--include_path={data}"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert "train.jsonl is empty" in ran.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in ran.stderr

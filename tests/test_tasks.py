@@ -1,14 +1,16 @@
 """The tasks: what their documents say, by readers of their own, and lm-eval's runs of them."""
 
+import math
 import random
 import re
 from itertools import pairwise
-from statistics import mean, pstdev
+from statistics import mean
 from typing import Any
 
 import pytest
 
-from gda.eval.tasks import TASKS_FOLDER, copying, fewshot, mqar, needles
+from gda.eval.tasks import TASKS_FOLDER, copying, fewshot, mqar, needles, settings
+from gda.eval.tasks.scoring import continuation
 from gda.eval.tasks.settings import count_words, token_counter, tokens_of
 from gda.eval.tasks.vocabulary import made_up_words, sentence
 
@@ -171,6 +173,9 @@ def test_prose_holds_no_numbers_and_no_cities() -> None:
 # ---------------------------------------------------------------------------------------------------- few-shot
 
 
+THINGS = {thing: kind for kind, things in fewshot.THINGS.items() for thing in things}
+
+
 def examples_of(document: dict[str, Any]) -> tuple[list[str], str]:
     *examples, question = document["text"].split("\n\n")
     return examples, question
@@ -194,7 +199,7 @@ def test_orders_hold_the_same_examples(arrangement: str) -> None:
 
 
 def test_questions_are_about_things_of_no_example() -> None:
-    kind_of = {thing: kind for kind, things in fewshot.THINGS.items() for thing in things}
+    kind_of = THINGS
     assert len(kind_of) == 6 * 25
     documents = fewshot.make_documents(fewshot.FewShotSettings(20, 2, 60, "random", 5))
     for document in documents:
@@ -206,13 +211,69 @@ def test_questions_are_about_things_of_no_example() -> None:
         assert [kind_of[thing] for thing in shown] == [example.rsplit(" ", 1)[1] for example in examples]
 
 
-def test_spread_over_orders() -> None:
-    scored = [(0, 1.0), (1, 0.0), (2, 1.0), (0, 1.0), (1, 0.0), (2, 0.0), (0, 0.0), (1, 1.0), (2, 0.0)]
-    assert fewshot.by_order(scored) == pytest.approx([2 / 3, 1 / 3, 1 / 3])
-    assert fewshot.best(scored) == pytest.approx(2 / 3)
-    assert fewshot.worst(scored) == pytest.approx(1 / 3)
-    assert fewshot.margin(scored) == pytest.approx(1 / 3)
-    assert fewshot.deviation(scored) == pytest.approx(pstdev([2 / 3, 1 / 3, 1 / 3]))
+def test_questions_differ_as_long_as_they_can() -> None:
+    things, frames = 25 - 20, 8
+    documents = fewshot.make_documents(fewshot.FewShotSettings(20, 2, 6 * things * frames + 1, "random", 0))
+    questions = [examples_of(document)[1] for document in documents if document["order"] == 0]
+    asked = [next(word for word in re.findall(r"\w+", question)[::-1] if word in THINGS) for question in questions]
+    assert len(set(asked[: 6 * things])) == 6 * things
+    assert len(set(questions[:-1])) == 6 * things * frames
+    assert questions[-1] == questions[0]
+
+
+@pytest.mark.parametrize("arrangement", fewshot.ARRANGEMENTS)
+def test_no_order_comes_twice(arrangement: str) -> None:
+    documents = fewshot.make_documents(fewshot.FewShotSettings(1, 720, 1, arrangement, 0))
+    assert len({document["text"] for document in documents}) == 720
+
+
+def answers_of(rights: list[list[float]]) -> list[fewshot.Answer]:
+    """Answers by question and order, three orders each unless the run ended there."""
+    return [fewshot.Answer(q, order, 3, right) for q, row in enumerate(rights) for order, right in enumerate(row)]
+
+
+@pytest.mark.parametrize("cut_short", [[], [1.0], [0.0, 1.0]])
+def test_spread_over_orders(cut_short: list[float]) -> None:
+    """Over the questions asked in every order: those of a limited run's last one would make some orders look better."""
+    answers = answers_of([[1, 0, 1], [1, 0, 0], [0, 1, 0], cut_short])
+    assert fewshot.by_order(answers) == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert fewshot.best(answers) == pytest.approx(2 / 3)
+    assert fewshot.worst(answers) == pytest.approx(1 / 3)
+    assert fewshot.margin(answers) == pytest.approx(1 / 3)
+    assert fewshot.deviation(answers) == pytest.approx(math.sqrt(2) / 9)
+
+
+@pytest.mark.parametrize("rights", [[[1.0, 0.0]], [[1, 0, math.nan]], [[math.nan, 0, 1]]])
+def test_a_spread_that_cannot_be_told_is_no_number(rights: list[list[float]]) -> None:
+    for metric in (fewshot.margin, fewshot.deviation):
+        assert math.isnan(metric(answers_of(rights)))
+
+
+def test_what_is_not_a_number_is_not_right() -> None:
+    document = fewshot.make_documents(fewshot.FewShotSettings(1, 2, 1, "random", 0))[0]
+    assert document["label"] == 0  # what max() and index() would answer among NaNs
+    for place in (0, 5):
+        loglikelihoods = [-1.0] * 6
+        loglikelihoods[place] = math.nan
+        scores = fewshot.score(document, [(loglikelihood, False) for loglikelihood in loglikelihoods])
+        assert math.isnan(scores["acc"])  # type: ignore[arg-type]
+        assert math.isnan(scores["acc_margin"].right)  # type: ignore[union-attr]
+    assert math.isnan(continuation({}, [(math.nan, True)])["acc"])
+    assert continuation({}, [(-1.0, True)]) == {"acc": 1.0, "loglikelihood": -1.0}
+
+
+def test_a_limited_run_compares_orders_over_the_same_questions() -> None:
+    """15 documents: all 8 orders of a question that this reader answers, and 7 of one that it does not."""
+
+    class Half(Reader):
+        @staticmethod
+        def answer(text: str) -> str:
+            right = Reader.answer(text)
+            return right if right == " animal" else "nothing"
+
+    for limit, margin in ((15, 0.0), (7, math.nan)):
+        results = simple_evaluate(Half(), tasks=["gda_fewshot"], task_manager=task_manager(), limit=limit)
+        assert results["results"]["gda_fewshot"]["acc_margin,none"] == pytest.approx(margin, nan_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- settings
@@ -229,6 +290,12 @@ def test_a_seed_decides_everything() -> None:
 
     assert made(4) == made(4)
     assert all(one != other for one, other in zip(made(4), made(5), strict=True))
+
+
+def test_a_seed_that_is_not_the_datas_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    settings._say_seed_is_another.cache_clear()
+    task_manager(seed=3).load(["gda_mqar"])
+    assert "`data_seed` does" in caplog.text
 
 
 def test_data_is_what_it_was() -> None:
@@ -252,13 +319,13 @@ COPY_OF_SEED_0 = {
     "place": 0.4,
 }
 FEWSHOT_OF_SEED_0 = (
-    "Text: He wrote a short story about the tambourine.\nKind: instrument\n\n"
-    "Text: Everybody liked the burger.\nKind: food\n\n"
-    "Text: He wrote a short story about the hoe.\nKind: tool\n\n"
-    "Text: There was a picture of the raft on the wall.\nKind: vehicle\n\n"
-    "Text: My sister told me about the cape.\nKind: clothing\n\n"
     "Text: There was a picture of the tiger on the wall.\nKind: animal\n\n"
-    "Text: Everybody liked the fox.\n"
+    "Text: Everybody liked the burger.\nKind: food\n\n"
+    "Text: They talked about the chisel all evening.\nKind: tool\n\n"
+    "Text: There was a picture of the ferry on the wall.\nKind: vehicle\n\n"
+    "Text: There was a picture of the organ on the wall.\nKind: instrument\n\n"
+    "Text: My sister told me about the glove.\nKind: clothing\n\n"
+    "Text: There was a picture of the fox on the wall.\n"
 )
 
 
@@ -280,6 +347,7 @@ FEWSHOT_OF_SEED_0 = (
         ("gda_copy", {"length": 9, "copied": 6}, "`length` 9 holds 9 words"),
         ("gda_fewshot", {"shots": 25}, "`shots`"),
         ("gda_fewshot", {"orders": 1}, "`orders`"),
+        ("gda_fewshot", {"orders": 721}, "`orders`"),
         ("gda_fewshot", {"arrangement": "sorted"}, "`arrangement`"),
     ],
 )

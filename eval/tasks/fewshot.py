@@ -4,12 +4,15 @@ Sentences about a thing are to be given the thing's kind. Every question is aske
 several orders. A model that is robust to order answers alike: what is measured is how far its accuracy spreads.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from random import Random
-from statistics import mean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from gda.eval.tasks.settings import as_test_split, read_settings, require_integer
 from gda.eval.tasks.vocabulary import words_of
@@ -63,7 +66,7 @@ class FewShotSettings:
 
     Attributes:
         shots: Examples of each of the six kinds.
-        orders: Orders that the same examples are shown in.
+        orders: Different orders that the same examples are shown in.
         samples: Questions, each asked after every order.
         arrangement: "random", any order; or "alternate", the kinds in turn.
         data_seed: Decides everything random.
@@ -78,7 +81,7 @@ class FewShotSettings:
     def __post_init__(self) -> None:
         things = len(THINGS[LABELS[0]])
         require_integer("shots", self.shots, 1, things - 1)
-        require_integer("orders", self.orders, 2)
+        require_integer("orders", self.orders, 2, math.factorial(len(LABELS)))  # one example a kind has no more
         require_integer("samples", self.samples, 1)
         require_integer("data_seed", self.data_seed, 0)
         if self.arrangement not in ARRANGEMENTS:
@@ -86,49 +89,67 @@ class FewShotSettings:
 
 
 def make_documents(settings: FewShotSettings) -> list[dict[str, Any]]:
-    """One document for each question and order: `text`, `choices`, `label` (index of the right one), `order`.
+    """One document for each question and order.
 
-    A question's documents stand together, so that the first few of a limited run hold every order. Things that are
-    asked about are in no example.
+    It holds `text`; `choices`; `label`, the index of the right one; `question` and `order`, counted from 0; and
+    `orders`, their number. A question's documents stand together, so that a limited run asks few questions in every
+    order, not many in some. Things that are asked about are in no example, and no question is asked twice before all
+    have been.
     """
     random = Random(f"fewshot {settings.data_seed}")
     shown: dict[str, list[str]] = {}
-    asked: dict[str, list[str]] = {}
+    asked: dict[str, Iterator[str]] = {}
     for label, things in THINGS.items():
         shuffled = random.sample(things, len(things))
         shown[label] = [_example(random, thing, label) for thing in shuffled[: settings.shots]]
-        asked[label] = shuffled[settings.shots :]
-    orders = [_arrange(random, shown, settings.arrangement) for _ in range(settings.orders)]
+        asked[label] = _questions(random, shuffled[settings.shots :])
+    orders: dict[tuple[str, ...], None] = {}
+    while len(orders) < settings.orders:
+        orders[_arrange(random, shown, settings.arrangement)] = None
     documents = []
     for question in range(settings.samples):
         label = LABELS[question % len(LABELS)]
-        text = _question(random, random.choice(asked[label]))
+        text = next(asked[label])
         for order, examples in enumerate(orders):
             documents.append(
                 {
                     "text": "\n\n".join([*examples, text]),
                     "choices": list(LABELS),
                     "label": LABELS.index(label),
+                    "question": question,
                     "order": order,
+                    "orders": len(orders),
                 }
             )
     return documents
 
 
-def _question(random: Random, thing: str) -> str:
-    return f"Text: {random.choice(_FRAMES).format(thing)}\n"
+def _questions(random: Random, things: Sequence[str]) -> Iterator[str]:
+    """Without end: every thing once, then every thing in another sentence, and so on."""
+    frames = [random.sample(_FRAMES, len(_FRAMES)) for _ in things]
+    return cycle(
+        [
+            _question(frame, thing)
+            for of_round in zip(*frames, strict=True)
+            for frame, thing in zip(of_round, things, strict=True)
+        ]
+    )
+
+
+def _question(frame: str, thing: str) -> str:
+    return f"Text: {frame.format(thing)}\n"
 
 
 def _example(random: Random, thing: str, label: str) -> str:
-    return f"{_question(random, thing)}Kind: {label}"
+    return f"{_question(random.choice(_FRAMES), thing)}Kind: {label}"
 
 
-def _arrange(random: Random, shown: Mapping[str, Sequence[str]], arrangement: str) -> list[str]:
+def _arrange(random: Random, shown: Mapping[str, Sequence[str]], arrangement: str) -> tuple[str, ...]:
     if arrangement == "random":
         examples = [example for of_label in shown.values() for example in of_label]
-        return random.sample(examples, len(examples))
+        return tuple(random.sample(examples, len(examples)))
     columns = [random.sample(of_label, len(of_label)) for of_label in random.sample(list(shown.values()), len(shown))]
-    return [example for round_ in zip(*columns, strict=True) for example in round_]
+    return tuple(example for round_ in zip(*columns, strict=True) for example in round_)
 
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
@@ -136,41 +157,54 @@ def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, 
     return as_test_split(make_documents(read_settings(FewShotSettings, metadata, sweep)))
 
 
-Scored = tuple[int, float]  # an order, and whether the answer after it is right
+class Answer(NamedTuple):
+    """Whether a question is answered rightly after one of the `orders` orders of the examples."""
+
+    question: int
+    order: int
+    orders: int
+    right: float
 
 
-def score(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float | Scored]:
-    """Whether the likeliest label is the right one; for the spread over orders, together with the order."""
+def score(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float | Answer]:
+    """Whether the likeliest label is the right one; NaN if a log-likelihood is, for then none is the likeliest."""
     loglikelihoods = [loglikelihood for loglikelihood, _ in results]
     right = float(loglikelihoods.index(max(loglikelihoods)) == document["label"])
-    scored = document["order"], right
-    return {"acc": right, "acc_worst": scored, "acc_best": scored, "acc_margin": scored, "acc_std": scored}
+    if any(map(math.isnan, loglikelihoods)):
+        right = math.nan
+    answer = Answer(document["question"], document["order"], document["orders"], right)
+    return {"acc": right, "acc_worst": answer, "acc_best": answer, "acc_margin": answer, "acc_std": answer}
 
 
-def worst(scored: Iterable[Scored]) -> float:
+def worst(answers: Iterable[Answer]) -> float:
     """Accuracy of the worst order."""
-    return min(by_order(scored))
+    return float(np.min(by_order(answers)))
 
 
-def best(scored: Iterable[Scored]) -> float:
+def best(answers: Iterable[Answer]) -> float:
     """Accuracy of the best order."""
-    return max(by_order(scored))
+    return float(np.max(by_order(answers)))
 
 
-def margin(scored: Iterable[Scored]) -> float:
+def margin(answers: Iterable[Answer]) -> float:
     """Accuracy of the best order less that of the worst."""
-    accuracies = by_order(scored)
-    return max(accuracies) - min(accuracies)
+    return float(np.ptp(by_order(answers)))
 
 
-def deviation(scored: Iterable[Scored]) -> float:
+def deviation(answers: Iterable[Answer]) -> float:
     """Standard deviation of the accuracy over orders."""
-    return pstdev(by_order(scored))
+    return float(np.std(by_order(answers)))
 
 
-def by_order(scored: Iterable[Scored]) -> list[float]:
-    """The accuracy of each order."""
-    answers: dict[int, list[float]] = defaultdict(list)
-    for order, right in scored:
-        answers[order].append(right)
-    return [mean(of_order) for _, of_order in sorted(answers.items())]
+def by_order(answers: Iterable[Answer]) -> list[float]:
+    """The accuracy of each order, over the questions that were asked in every one: a limited run cuts the last short.
+
+    Where there is no such question, all are NaN.
+    """
+    questions: dict[int, dict[int, float]] = defaultdict(dict)
+    orders = 0
+    for answer in answers:
+        questions[answer.question][answer.order] = answer.right
+        orders = answer.orders
+    whole = [by for by in questions.values() if len(by) == orders]
+    return [float(np.mean([by[order] for by in whole])) if whole else math.nan for order in range(orders)]

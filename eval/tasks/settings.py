@@ -32,11 +32,14 @@ def read_settings(
 
     Raises:
         ValueError: for a name that resembles one of the settings, a setting that is missing, or a value out of range.
+            (`seed` is only warned of: some of lm-eval's models have an argument of that name.)
     """
     names = [field.name for field in fields(kind)]
     for name in metadata:
         if name not in names and (resembled := get_close_matches(name, names, n=1, cutoff=0.8)):
             raise ValueError(f"metadata has no setting `{name}`; did you mean `{resembled[0]}`?")
+    if "seed" in metadata:
+        _say_seed_is_another()
     given = {**metadata, **(sweep or {})}
     if missing := [name for name in names if name not in given]:
         raise ValueError(f"metadata lacks the setting(s) {', '.join(missing)}")
@@ -102,6 +105,11 @@ def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
 @cache
 def _say_words_are_counted() -> None:
     log.warning('no tokenizer is known, so lengths are counted in words: --metadata \'{"tokenizer": "FOLDER"}\'')
+
+
+@cache
+def _say_seed_is_another() -> None:
+    log.warning("`seed` in the metadata decides nothing of the tasks' data; `data_seed` does")
 
 
 def as_test_split(documents: "list[dict[str, Any]]") -> "dict[str, Dataset]":

@@ -324,7 +324,7 @@ def serve(
 @app.command(
     name="eval",
     epilog="Examples:  gda eval ./llama-gda --baseline ./llama --tasks hellaswag,arc_easy --batch-size 16  ·  "
-    "gda eval ./llama-gda --tasks 'gda_tasks' --limit 50 --output results --html  ·  "
+    "gda eval ./llama-gda --tasks gda_tasks --limit 48 --output results --html  ·  "
     "gda eval ./llama-gda --tasks gsm8k --dataset-root ./data --apply-chat-template  ·  "
     "gda eval ./llama-gda --perplexity text.txt --json",
 )
@@ -338,7 +338,9 @@ def evaluate(
         str | None, typer.Option(help="Read data from DIR/dataset_path/dataset_name/split.jsonl or .parquet.")
     ] = None,
     perplexity: Annotated[str | None, typer.Option(help="A text file to measure the perplexity of.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens that the model reads at a time, for --perplexity.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that the model reads at a time, for --perplexity; by default 512.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between its windows; by default the context.")] = None,
     diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Look into the attention maps.")] = False,
     limit: Annotated[float | None, typer.Option(help="Documents of each task; below 1, their share.")] = None,
@@ -351,9 +353,14 @@ def evaluate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Of every generator; by default lm-eval's own seeds.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of lm-eval's generators, which draw solved examples; by default its own seeds.")
+    ] = None,
     metadata: Annotated[
-        str | None, typer.Option(help="JSON for generated tasks: length, needles, queries, samples, data_seed.")
+        str | None,
+        typer.Option(
+            help="JSON for generated tasks, --diagnostics too: length, depth, needles, samples, data_seed, …."
+        ),
     ] = None,
     show_prompts: Annotated[int, typer.Option(help="Print text and token ids of N requests of each task.")] = 0,
     output: Annotated[str | None, typer.Option(help="A folder for results.json and results.md.")] = None,
@@ -366,7 +373,7 @@ def evaluate(
     """Run tasks of lm-evaluation-harness on a model and, under the same setting, on its baseline.
 
     Tasks may be official ones, on data of the Hub or of local files, or ours, which make their own data: gda_tasks
-    holds gda_retrieval, gda_mqar, gda_copy and gda_fewshot.
+    holds gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and gda_fewshot_by_arrangement.
     """
     from gda.eval.command import evaluate_command
 
