@@ -69,7 +69,8 @@ def evaluate(
     check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device, seed=seed)
     candidate = find_model(model, tokenizer)
     told = {"tokenizer": candidate.tokenizer} | (metadata or {})
-    loaded = load_tasks(split_names(tasks), dataset_root=dataset_root, metadata=told)
+    with quiet_lm_eval():
+        loaded = load_tasks(split_names(tasks), dataset_root=dataset_root, metadata=told)
     training = isinstance(model, torch.nn.Module) and model.training
     lm = candidate.load(batch_size=batch_size, device=device, dtype=dtype)
     try:
