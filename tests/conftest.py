@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "0",
 }
 os.environ.pop("HF_TOKEN", None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 
 
 @pytest.fixture
