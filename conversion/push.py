@@ -1,6 +1,7 @@
 """A GDA model's folder goes to the Hub, in one commit."""
 
 import contextlib
+import inspect
 import re
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from gda._files import read_json, write_text
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
+from gda.modeling_gda.modeling_gda import GDAModel
 
 from .card import CARD_FILE, model_card
 from .hub import check_name, hub_errors
@@ -178,12 +180,15 @@ def _describe(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
     return notes
 
 
+def _code_names() -> set[str]:
+    """Names of the files that saving a model puts beside its weights."""
+    module = inspect.getfile(GDAModel)
+    return {Path(file).name for file in (module, *get_relative_import_files(module))}
+
+
 def _code_of(folder: Path) -> list[Path]:
     """The files of the model's code in `folder`; none if one is missing."""
-    module = folder / f"{AUTO_MAP['AutoModel'].split('.')[0]}.py"
-    if not module.is_file():
-        return []
-    files = [module, *map(Path, get_relative_import_files(module))]
+    files = [folder / name for name in _code_names()]
     return files if all(path.is_file() for path in files) else []
 
 
@@ -218,7 +223,7 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
 
 def _of_an_earlier_model(held: list[str], files: dict[str, Path]) -> list[str]:
     """Files that a loader would take for this model's; adapters, licences and whatever else is there are not."""
-    modules = {f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()} | {"attention_gda.py"}
+    modules = _code_names()
     patterns = set(MODEL_PATTERNS) - set(LICENCE_PATTERNS) - {"*.safetensors", "*.safetensors.index.json"}
 
     def is_stale(name: str) -> bool:

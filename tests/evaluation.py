@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: a folder of tiny data, in the places where official tasks look for it."""
+"""What the tests of evaluation share: tiny models, and tiny data in the places where official tasks look for it."""
 
 import json
 import os
@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import gda
+
+from .llamas import byte_tokenizer, save_llama
+from .tiny import tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("GDA_TEST_DATA", ROOT / ".." / "shared" / "data"))
@@ -44,6 +49,17 @@ def pairs(number: int = 10) -> list[dict[str, str]]:
         }
         for index, noun in ((index, NOUNS[index % len(NOUNS)]) for index in range(number))
     ]
+
+
+def write_models(folder: Path, name: str) -> Path:
+    """In `folder` a Llama, `llama`, its expansion, `gda`, a GDA model with a live λ, `name`, and `data`."""
+    gda.convert(save_llama(folder / "llama", max_position_embeddings=512), folder / "gda", verify=False)
+    tokenizer = byte_tokenizer()
+    config = tiny_config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, max_position_embeddings=512)
+    tiny_model(config).save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    write_data(folder / "data")
+    return folder
 
 
 def write_data(root: Path) -> Path:

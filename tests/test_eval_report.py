@@ -18,9 +18,8 @@ import gda
 from gda._files import sha256
 
 from .commands import Command
-from .evaluation import write_data
-from .llamas import byte_tokenizer, save_llama
-from .tiny import tiny_config, tiny_model
+from .evaluation import write_models
+from .llamas import byte_tokenizer
 
 pytest.importorskip("lm_eval")
 from gda.eval.card import update_card
@@ -33,14 +32,7 @@ BLIMP = "blimp_passive_1"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama, `llama`, its expansion, `gda`, another model, `other`, and `data`; not to be changed."""
-    folder = tmp_path_factory.mktemp("report")
-    gda.convert(save_llama(folder / "llama", max_position_embeddings=512), folder / "gda", verify=False)
-    tokenizer = byte_tokenizer()
-    config = tiny_config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, max_position_embeddings=512)
-    tiny_model(config).save_pretrained(folder / "other")
-    tokenizer.save_pretrained(folder / "other")
-    write_data(folder / "data")
-    return folder
+    return write_models(tmp_path_factory.mktemp("report"), "other")
 
 
 # -------------------------------------------------------------------------------------------------------- comparison

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gda
 
-from .evaluation import SHARED_DATA, log_likelihood, write_data
-from .llamas import byte_tokenizer, save_llama
-from .tiny import tiny_config, tiny_model
+from .evaluation import SHARED_DATA, log_likelihood, write_models
+from .llamas import byte_tokenizer
 
 pytest.importorskip("lm_eval")
 BLIMP = "blimp_passive_1"
@@ -25,14 +24,7 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama, `llama`, its expansion, `gda`, a GDA model with a live λ, `live`, and `data`; not to be changed."""
-    folder = tmp_path_factory.mktemp("scores")
-    gda.convert(save_llama(folder / "llama", max_position_embeddings=512), folder / "gda", verify=False)
-    tokenizer = byte_tokenizer()
-    config = tiny_config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, max_position_embeddings=512)
-    tiny_model(config).save_pretrained(folder / "live")
-    tokenizer.save_pretrained(folder / "live")
-    write_data(folder / "data")
-    return folder
+    return write_models(tmp_path_factory.mktemp("scores"), "live")
 
 
 def evaluate(folder: Path, model: str = "live", tasks: Any = BLIMP, **options: Any) -> dict[str, Any]:
