@@ -33,6 +33,7 @@ OWN_FIELDS = (
     "head_norm_eps",
     "qk_norm",
     "qk_rank",
+    "attention_out_bias",
 )
 # What config.json says of the code saved beside it: by Auto class, file and class.
 AUTO_MAP = {
@@ -202,6 +203,9 @@ class GDAConfig(PreTrainedConfig):
             (1 − 1/n) · head_dim · hidden_size / (hidden_size + head_dim).
         head_dim (`int`, defaults to 128): width of a query, key and value head; independent of `hidden_size`.
         hidden_act (`str`, defaults to `"silu"`): as in Llama, or `"poly_norm"` (arXiv 2411.03884).
+        attention_bias (`bool`, defaults to `False`): whether the projections of queries, keys and values have biases.
+        attention_out_bias (`bool`, *optional*):
+            Whether `o_proj` has one; by default as `attention_bias`, as in Llama. In Qwen2 it has none, and those have.
         attention_dropout (`float`, defaults to 0.0):
             Must be 0: the published equations define no dropout for the difference of two attention maps.
         sliding_window (`int`, *optional*): how many keys a sliding layer sees, as in Mistral.
@@ -254,6 +258,7 @@ class GDAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
     attention_dropout: int | float = 0.0
     mlp_bias: bool = False
     sliding_window: int | None = None
@@ -269,6 +274,8 @@ class GDAConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -442,6 +449,12 @@ class GDAConfig(PreTrainedConfig):
             "hidden_act",
             "must be `poly_norm` or an activation of transformers",
             self.hidden_act,
+        )
+        _require(
+            self.attention_out_bias is not None,
+            "attention_out_bias",
+            "must be true or false once the config is made",
+            self.attention_out_bias,
         )
         _require(
             self.attention_dropout == 0,

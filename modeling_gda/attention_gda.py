@@ -157,11 +157,10 @@ class GDAAttention(nn.Module):
         self.num_signal_per_noise = config.signal_noise_ratio
         self.num_roles = config.factored_projections  # heads that share a base, of projections that have one
         width = config.num_signal_heads * config.value_width
-        bias = config.attention_bias
         self._add_projection("q", config.num_attention_heads)
         self._add_projection("k", config.num_key_value_heads)
         self._add_projection("v", config.num_key_value_heads)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_out_bias))
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)

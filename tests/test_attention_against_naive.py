@@ -51,6 +51,8 @@ def paired_heads() -> dict[str, dict[str, Any]]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "attention-bias": {"attention_bias": True},
+    "input-biases": {"attention_bias": True, "attention_out_bias": False},
+    "output-bias": {"attention_bias": False, "attention_out_bias": True},
     "all-biases": {"attention_bias": True, "mlp_bias": True},
     "head-dim-below-hidden-over-heads": {"head_dim": 2},
     "head-dim-above-hidden-over-heads": {"head_dim": 20},

@@ -49,6 +49,7 @@ NO_DEFAULT: dict[str, Any] = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0},
     "attention_bias": True,
+    "attention_out_bias": True,
     "mlp_bias": True,
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -82,6 +83,7 @@ def test_defaults() -> None:
         "eos_token_id": 128001,
         "tie_word_embeddings": False,
         "attention_bias": False,
+        "attention_out_bias": False,
         "mlp_bias": False,
         "sliding_window": None,
         "layer_types": ["full_attention"] * 32,
@@ -135,6 +137,22 @@ def test_layer_types_are_filled_in() -> None:
     """Without `layer_types` all layers slide if there is a window, and none does otherwise."""
     assert tiny_config(num_hidden_layers=3).layer_types == ["full_attention"] * 3
     assert tiny_config(num_hidden_layers=3, sliding_window=4).layer_types == ["sliding_attention"] * 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_bias_of_the_output_follows_the_others_unless_told(bias: bool) -> None:
+    """`attention_out_bias` is filled in at construction, and written as it is; None afterwards is refused by name."""
+    assert tiny_config(attention_bias=bias).attention_out_bias is bias
+    config = tiny_config(attention_bias=bias, attention_out_bias=not bias)
+    assert json.loads(config.to_json_string())["attention_out_bias"] is not bias
+    attention = GDAModel(config).layers[0].self_attn
+    assert [getattr(attention, f"{name}_proj").bias is not None for name in "qkvo"] == [bias, bias, bias, not bias]
+    factored = tiny_config(attention_bias=bias, attention_out_bias=not bias, qk_rank=2)
+    attention = GDAModel(factored).layers[0].self_attn
+    assert (attention.q_up.bias is not None, attention.o_proj.bias is not None) == (bias, not bias)
+    config.attention_out_bias = None
+    with pytest.raises(ValueError, match=r"GDAConfig\.attention_out_bias must be true or false"):
+        GDAModel(config)
 
 
 @pytest.mark.parametrize("fields", [{}, {"lambda_type": "tanh"}, {"head_norm": True, "qk_norm": True}], ids=str)
@@ -239,6 +257,7 @@ TYPOS = {
     "headnorm": "head_norm",
     "head_norms_eps": "head_norm_eps",
     "qknorm": "qk_norm",
+    "attention_output_bias": "attention_out_bias",
 }
 
 
@@ -347,6 +366,7 @@ ANY_FIELDS = st.fixed_dictionaries(
         "hidden_act": st.sampled_from(["silu", "poly_norm"]),
         "tie_word_embeddings": st.booleans(),
         "attention_bias": st.booleans(),
+        "attention_out_bias": st.none() | st.booleans(),
         "sliding_window": st.none() | st.integers(-1, 4),
         "layer_types": st.none() | st.lists(st.sampled_from(["full_attention", "sliding_attention"]), max_size=3),
     },
