@@ -1,4 +1,4 @@
-"""From a checkpoint of a Llama, or of a relative, to a GDA checkpoint."""
+"""From a checkpoint of a Llama, Mistral or Qwen, or of a relative, to a GDA checkpoint."""
 
 import shutil
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +16,7 @@ from .expand import listed, possible_noise_heads
 from .factor import factored_config, factored_recipes, full_rank, is_exact, layer_errors
 from .headmap import head_map
 from .hub import check_name, require_token
+from .llamalike import LLAMALIKES, unread_fields
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import DTYPES, Settings, write_provenance
 from .push import PushReport, push
@@ -104,9 +105,9 @@ def convert(
 ) -> ConvertReport:
     """Convert a Llama into a GDA model that computes the same and can learn to do better, or a relative into GDA.
 
-    Of a Llama, every query head stays as a signal head; noise heads are added and λ starts at exactly 0, with a live
-    gradient. A Motif or a DiffLlama has noise heads and λ already: its tensors are mapped, bit for bit. With `qk_rank`
-    the queries, of a GDA model too, then become a shared base with low-rank updates.
+    Of a Llama, Mistral, Qwen2 or Qwen3, every query head stays as a signal head; noise heads are added and λ starts at
+    exactly 0, with a live gradient. A Motif or a DiffLlama has noise heads and λ already: its tensors are mapped, bit
+    for bit. With `qk_rank` the queries, of a GDA model too, then become a shared base with low-rank updates.
 
     Tensors are streamed: memory is that of a few of them. Verification, after it, loads source and result if they take
     less than a quarter of the free memory, else a layer at a time. `out` appears only when it is whole and verified.
@@ -114,10 +115,10 @@ def convert(
     Args:
         source: A folder of safetensors, a Hub id or a `.gguf` file.
         out: The folder to make.
-        mode: "expand", for a Llama, or "map", for a relative; None takes the one that fits.
-        noise_heads: Noise heads to add to a Llama; by default one for each KV head.
+        mode: "expand", for a Llama, Mistral or Qwen, or "map", for a relative; None takes the one that fits.
+        noise_heads: Noise heads to add; by default one for each KV head.
         ratio: Signal heads for each noise head, 4 or "4:1", instead of `noise_heads`.
-        lambda_type: For a Llama, "reparameterized" (the default) or "tanh".
+        lambda_type: Where noise heads are added, "reparameterized" (the default) or "tanh".
         qk_rank: Make queries, and paired keys, a base that the roles of a group share and an update of this rank for
             each, as in the Shared DIFF Transformer. Of full rank, the smaller of head_dim and hidden_size, this is
             exact; below it is an approximation. Then the source may be a GDA model as well.
@@ -299,7 +300,8 @@ def _refuse_choices(source: Source, **choices: object) -> None:
         if value is not None:
             option = "--" + name.replace("_", "-")
             raise ValueError(
-                f"{option} is for a Llama: {source.name}, a {source.config.model_type} model, has its noise heads and λ"
+                f"{option} is for a Llama, Mistral or Qwen: {source.name}, a {source.config.model_type} model, "
+                "has its noise heads and λ"
             )
 
 
@@ -327,6 +329,8 @@ def _notes(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> li
         notes.append(f"weights are cast to {settings.dtype}, which is not lossless")
     if config.attention_dropout:
         notes.append(f"attention_dropout={config.attention_dropout} is left out: differential attention defines none")
+    if config.model_type in LLAMALIKES and (unread := unread_fields(config)):
+        notes.append(f"transformers' {type(config).__name__} knows no {', '.join(unread)}; left out")
     if config.model_type in RELATIVES:
         notes += RELATIVES[config.model_type].notes(config)
     return notes

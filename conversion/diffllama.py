@@ -14,14 +14,14 @@ from transformers import DiffLlamaConfig, PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 
-from .expand import SHARED_FIELDS
+from .llamalike import SHARED_FIELDS
 from .recipes import Recipe, checkpoint_specs, copied
 from .refusals import require_fields, require_schedule
 from .safetensors_io import TensorSpec
 from .sources import Source
 
 MODEL_TYPE = "diffllama"
-SAME_FIELDS = tuple(name for name in SHARED_FIELDS if name != "mlp_bias")
+SAME_FIELDS = (*SHARED_FIELDS, "head_dim", "attention_bias")
 REORDERED = (".q_proj.", ".k_proj.", ".v_proj.")
 
 
@@ -85,6 +85,7 @@ def require_exportable(source: Source, config: GDAConfig) -> None:
         "head_norm_eps": config.rms_norm_eps,
         "qk_norm": False,
         "qk_rank": None,
+        "attention_out_bias": config.attention_bias,
         "mlp_bias": False,
         "sliding_window": None,
     }

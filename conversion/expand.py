@@ -1,6 +1,6 @@
-r"""Llama → GDA without loss: noise heads are added to the query heads that are there, and λ starts at exactly 0.
+r"""Llama, Mistral or Qwen → GDA without loss: noise heads join the query heads, and λ starts at exactly 0.
 
-    Llama   q heads          0 1 2 3   4 5 6 7   …          k, v, o, MLP, norms, embeddings: copied
+    source  q heads          0 1 2 3   4 5 6 7   …          k, v, o, MLP, norms, embeddings: copied
             KV heads            0         1
 
     GDA     q heads          0 1 2 3 n  4 5 6 7 n  …        signal rows copied; n = mean of its group + a little noise
@@ -19,30 +19,9 @@ from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 
+from .llamalike import source_fields
 from .recipes import Recipe, checkpoint_specs, copied, generator_for
 from .safetensors_io import TensorSpec
-
-# Fields that mean the same in Llama and in GDA.
-SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_bias",
-    "mlp_bias",
-)
 
 # Standard deviation of what is added to the mean query of a group, relative to that of the group's own rows.
 NOISE_QUERY_JITTER = 0.05
@@ -85,7 +64,7 @@ def expanded_config(
             "use reparameterized or tanh"
         )
     return GDAConfig(
-        **{name: getattr(source, name) for name in SHARED_FIELDS},
+        **source_fields(source),
         num_attention_heads=signal + noise,
         num_noise_heads=noise,
         kv_layout="shared",

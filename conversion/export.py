@@ -1,6 +1,7 @@
-"""GDA → Llama, Motif or DiffLlama, where nothing is lost by it: the inverse of the conversion from there.
+"""GDA → Llama, Mistral, Qwen, Motif or DiffLlama, where nothing is lost by it: the inverse of the conversion.
 
-A Llama is what an expansion gives back while its λ is still 0. The others are differential, and take λ along.
+A Llama, Mistral or Qwen is what an expansion gives back while its λ is still 0. The others are differential, and take λ
+along.
 """
 
 from collections.abc import Callable
@@ -10,22 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import LlamaConfig
 
 from gda._files import check_places, refuse_existing
 from gda.configuration.configuration_gda import GDAConfig
 
 from . import diffllama, motif
-from .expand import SHARED_FIELDS, drop_noise_rows
+from .expand import drop_noise_rows
+from .llamalike import LLAMALIKES, require_target, target_config
 from .recipes import Recipe, checkpoint_specs, copied
-from .refusals import require_fields
 from .safetensors_io import TensorSpec
 from .sources import Source, open_source, quiet_transformers
 from .staging import staged_model
 from .stream import write_checkpoint
-
-# What a Llama has no counterpart for, and the value with which a GDA model computes what a Llama can.
-LLAMA_HAS_NO = {"head_norm": False, "qk_norm": False, "sliding_window": None}
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,12 @@ def export(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> ExportReport:
-    """Write a GDA model as the Llama, Motif or DiffLlama that it was, bit for bit where nothing was trained.
+    """Write a GDA model as the model of another type that it was, bit for bit where nothing was trained.
 
     Args:
-        model: Folder or Hub id of a GDA model. For a Llama, its λ is exactly 0 in every layer.
+        model: Folder or Hub id of a GDA model. For a Llama, Mistral or Qwen, its λ is exactly 0 in every layer.
         out: The folder to make.
-        format: "llama", "motif" or "diffllama".
+        format: "llama", "mistral", "qwen2", "qwen3", "motif" or "diffllama".
         max_shard_size: As in `save_pretrained`.
         overwrite: Replace `out` if it exists.
         console: Where progress is shown; nowhere if None.
@@ -102,16 +99,14 @@ def export(
     return ExportReport(out, format, len(recipes), parameters, files, list(target.notes))
 
 
-def _refuse_what_no_llama_computes(source: Source, config: GDAConfig) -> None:
-    if config.kv_layout == "paired":
-        raise ValueError("kv_layout='paired' has no counterpart in a Llama; --format motif or diffllama may hold it")
-    require_fields(config, "a Llama", LLAMA_HAS_NO)
-    if config.hidden_act == "poly_norm":
-        raise ValueError("hidden_act='poly_norm' has no counterpart in a Llama")
+def _require_llamalike(source: Source, config: GDAConfig, model_type: str) -> None:
+    require_target(config, model_type)
     for layer, value in enumerate(layer_lambdas(source, config)):
         if value != 0.0:
             described = "depends on the token" if value is None else f"is {value:.3g}"
-            raise ValueError(f"λ of layer {layer} {described}, so exporting to Llama would lose it")
+            raise ValueError(
+                f"λ of layer {layer} {described}, so exporting to {LLAMALIKES[model_type].name} would lose it"
+            )
 
 
 def layer_lambdas(source: Source, config: GDAConfig) -> list[float | None]:
@@ -130,20 +125,12 @@ def _layer_lambda(source: Source, config: GDAConfig, layer: int) -> float | None
     return 0.5 if config.lambda_type == "sigmoid" else 0.0
 
 
-def _llama_config(config: GDAConfig) -> LlamaConfig:
-    return LlamaConfig(
-        **{name: getattr(config, name) for name in SHARED_FIELDS},
-        num_attention_heads=config.num_signal_heads,
-        dtype=config.dtype,
-        architectures=["LlamaForCausalLM"],
-    )
+def _llamalike_recipes(config: GDAConfig, specs: dict[str, TensorSpec], model_type: str) -> dict[str, Recipe]:
+    names = checkpoint_specs(target_config(config, model_type))
+    return {name: _llamalike_recipe(name, specs[name], config) for name in names}
 
 
-def _llama_recipes(config: GDAConfig, specs: dict[str, TensorSpec]) -> dict[str, Recipe]:
-    return {name: _llama_recipe(name, specs[name], config) for name in checkpoint_specs(_llama_config(config))}
-
-
-def _llama_recipe(name: str, spec: TensorSpec, config: GDAConfig) -> Recipe:
+def _llamalike_recipe(name: str, spec: TensorSpec, config: GDAConfig) -> Recipe:
     if ".q_proj." not in name:
         return copied(name, spec, None)
     rows = config.num_signal_heads * config.head_dim
@@ -168,12 +155,16 @@ class Format:
     notes: list[str] = field(default_factory=list)
 
 
+def _llamalike_format(model_type: str) -> Format:
+    return Format(
+        check=partial(_require_llamalike, model_type=model_type),
+        recipes=partial(_llamalike_recipes, model_type=model_type),
+        write_config=lambda config, folder: target_config(config, model_type).save_pretrained(folder),
+    )
+
+
 FORMATS = {
-    "llama": Format(
-        check=_refuse_what_no_llama_computes,
-        recipes=_llama_recipes,
-        write_config=lambda config, folder: _llama_config(config).save_pretrained(folder),
-    ),
+    **{model_type: _llamalike_format(model_type) for model_type in LLAMALIKES},
     "motif": Format(
         check=lambda source, config: motif.require_exportable(config),
         recipes=motif.exported_recipes,

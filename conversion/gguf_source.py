@@ -18,21 +18,25 @@ from transformers import (
 
 from gda._errors import first_line
 
+from .llamalike import head_dim
 from .recipes import meta_model
 from .safetensors_io import TensorSpec
 from .sources import Source, quiet_transformers, read_tokenizer, require_known_type
 
 # Metadata that changes what a model computes and that transformers does not read, and the value that changes nothing.
+# Names follow that of the architecture. llama.cpp calls a Mistral's "llama", and runs it without its window.
 UNREAD_METADATA = {
-    "llama.rope.scaling.type": "none",
-    "llama.rope.scaling.factor": 1.0,
-    "llama.rope.scale_linear": 1.0,
-    "llama.expert_count": 0,
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "expert_count": 0,
+    "attention.sliding_window": 0,
 }
+HEAD_WIDTHS = ("attention.key_length", "attention.value_length")
 
 
 class GGUFSource(Source):
-    """A GGUF file of a Llama.
+    """A GGUF file of a Llama, Mistral, Qwen2 or Qwen3.
 
     Names, the order of q and k rows, config and tokenizer are translated by transformers' own tables.
 
@@ -57,7 +61,7 @@ class GGUFSource(Source):
             self._reader = GGUFReader(path)
             self.config = self._read_config()
         except Exception as error:  # a damaged file can make the reader raise anything
-            raise ValueError(f"{path} is not a GGUF file of a Llama: {error}") from None
+            raise ValueError(f"{path} is not a GGUF file of a model that can be read: {first_line(error)}") from None
         require_known_type(self.config.model_type, path)
         self._refuse_unread_contents()
         self._tensors = self._tensors_by_name()
@@ -77,15 +81,39 @@ class GGUFSource(Source):
 
     def _refuse_unread_contents(self) -> None:
         for key, harmless in UNREAD_METADATA.items():
-            if (field := self._reader.fields.get(key)) is not None and field.contents() != harmless:
-                raise ValueError(f"{self.path}: {key} is not read by transformers; convert from the safetensors model")
+            if self._metadata(key) not in (None, harmless):
+                raise ValueError(
+                    f"{self.path}: {self._architecture}.{key} is not read by transformers; "
+                    "convert from the safetensors model"
+                )
+        for key in HEAD_WIDTHS:
+            if self._metadata(key) not in (None, head_dim(self.config)):
+                raise ValueError(
+                    f"{self.path}: {self._architecture}.{key} is {self._metadata(key)}, but transformers reads a "
+                    f"head_dim of {head_dim(self.config)}; convert from the safetensors model"
+                )
+
+    @property
+    def _architecture(self) -> str:
+        """llama.cpp's name for the type of model: that of its tensors' order, and of its metadata."""
+        return self._reader.fields["general.architecture"].contents()
+
+    def _metadata(self, key: str) -> Any:
+        field = self._reader.fields.get(f"{self._architecture}.{key}")
+        return None if field is None else field.contents()
 
     def _tensors_by_name(self) -> dict[str, Any]:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-        processor_class = TENSOR_PROCESSORS.get(self.config.model_type, TensorProcessor)
+        processor_class = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
         self._processor = processor_class(config=self.config.to_dict())
-        names = get_gguf_hf_weights_map(meta_model(self.config), self._processor)
+        try:
+            names = get_gguf_hf_weights_map(meta_model(self.config), self._processor)
+        except NotImplementedError:  # a file whose general.name is "mistral", to which transformers gives that type
+            raise ValueError(
+                f"{self.path}: transformers has no table of the tensors of a {self.config.model_type} in GGUF; "
+                "convert from the safetensors model"
+            ) from None
         tensors = {}
         for tensor in self._reader.tensors:
             if tensor.name not in names:

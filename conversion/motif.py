@@ -201,7 +201,8 @@ def require_exportable(config: GDAConfig) -> None:
         "qk_norm": False,
         "qk_rank": None,
         "sliding_window": None,
-        "mlp_bias": config.attention_bias,  # one field, use_bias, says both
+        "attention_out_bias": config.attention_bias,  # one field, use_bias, says all three
+        "mlp_bias": config.attention_bias,
     }
     require_fields(config, "a Motif", wanted)
     require_schedule(config, "a Motif", LAMBDA_INIT_OFFSET)

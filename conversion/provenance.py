@@ -10,6 +10,7 @@ import torch
 from gda._files import read_json, write_json
 from gda._version import __version__
 
+from .llamalike import head_dim
 from .recipes import Recipe
 from .sources import PROVENANCE_FILE, Source
 
@@ -62,7 +63,7 @@ def write_provenance(
             "model_type": source.config.model_type,
             "num_attention_heads": source.config.num_attention_heads,
             "num_key_value_heads": source.config.num_key_value_heads,
-            "head_dim": source.config.head_dim,
+            "head_dim": head_dim(source.config),
             "num_parameters": sum(spec.numel for spec in source.specs.values()),
             "sha256": source_hashes,
         },

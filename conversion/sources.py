@@ -25,6 +25,7 @@ from gda._files import read_json, sha256
 
 from . import motif
 from .hub import check_downloaded, download
+from .llamalike import LLAMALIKES, refuse_unread
 from .recipes import checkpoint_specs
 from .safetensors_io import SafetensorsReader, TensorSpec
 
@@ -35,6 +36,8 @@ ASSET_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tokenizer.model.v*",  # Mistral's
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -49,7 +52,10 @@ ASSET_PATTERNS = (
 PROVENANCE_FILE = "conversion.json"
 MODEL_PATTERNS = (PROVENANCE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
 
-CONVERTIBLE_TYPES = ("llama", "diffllama", motif.MODEL_TYPE)
+CONVERTIBLE_TYPES = (*LLAMALIKES, "diffllama", motif.MODEL_TYPE)
+
+# More than any model has. A config class may hold a list with an entry for each.
+MAX_LAYERS = 100_000
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -212,14 +218,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} names no model_type")
     model_type = raw["model_type"].lower()  # "Motif" in some of its releases
     require_known_type(model_type, path)
+    if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > MAX_LAYERS:
+        raise ValueError(f"{path} has num_hidden_layers={layers}; no model has so many layers")
     if raw.get("quantization_config") is not None:
         raise ValueError(f"{path} has a quantization_config; dequantize the model and save it first")
     if model_type == motif.MODEL_TYPE:
         return motif.read_motif_config(raw, path)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes the config class raise
         raise ValueError(f"{path} is not a valid configuration: {first_line(error)}") from None
+    require_known_type(config.model_type, path)  # transformers makes a Ministral of a Mistral with layer_types
+    refuse_unread(config, path)
+    return config
 
 
 def require_known_type(model_type: str, where: Path) -> None:

@@ -10,11 +10,12 @@ import torch
 from accelerate.utils import get_max_memory
 from rich.console import Console
 from rich.progress import track
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from gda._errors import CheckFailed
 
-from .expand import SHARED_FIELDS
+from .llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import Settings, read_settings
 from .recipes import meta_model
@@ -28,6 +29,7 @@ RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
 # Fields that decide what equal tensors compute.
 COMPUTED_WITH = (
     *(name for name in SHARED_FIELDS if name != "use_cache" and not name.endswith("_token_id")),
+    *DIFFERING_FIELDS,
     "num_attention_heads",
     "num_noise_heads",
     "kv_layout",
@@ -36,9 +38,7 @@ COMPUTED_WITH = (
     "lambda_init_offset",
     "head_norm",
     "head_norm_eps",
-    "qk_norm",
     "qk_rank",
-    "sliding_window",
 )
 
 PROMPTS = (
@@ -167,8 +167,7 @@ def verify_opened(
             f"--method {method} runs the source, and transformers has no class for a {source.config.model_type} model; "
             "use tensors"
         )
-    if method == "layers" and converted.config.sliding_window is not None:
-        raise ValueError("--method layers runs full attention only, and this model has sliding windows; use full")
+    _require_same_windows(source, converted)
     kind, prompts = _prompt_ids(source)
     differences = _Differences()
     greedy_match = None
@@ -252,6 +251,7 @@ def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[t
     """Logits (1, T, vocabulary) of each prompt, with one layer of the model in memory at a time."""
     model = meta_model(source.config)
     rotary = type(model.model.rotary_emb)(source.config)
+    windows = layer_windows(source.config)
     embedding = source.read("model.embed_tokens.weight").float()
     hidden = [torch.nn.functional.embedding(ids, embedding) for ids in prompts]
     del embedding
@@ -259,9 +259,11 @@ def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[t
         _fill(layer, f"model.layers.{index}", source)
         for i, states in enumerate(hidden):
             positions = torch.arange(states.shape[1]).unsqueeze(0)
-            # Without a mask, sdpa is causal: right for one sequence without padding.
             hidden[i] = layer(
-                states, attention_mask=None, position_ids=positions, position_embeddings=rotary(states, positions)
+                states,
+                attention_mask=_mask(model.config, windows[index], states, positions),
+                position_ids=positions,
+                position_embeddings=rotary(states, positions),
             )
         layer.to("meta")
     _fill(model.model.norm, "model.norm", source)
@@ -269,6 +271,28 @@ def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[t
     weight = source.read(head).float()
     for states in hidden:
         yield torch.nn.functional.linear(model.model.norm(states), weight)
+
+
+def _mask(config: PreTrainedConfig, window: int | None, states: torch.Tensor, positions: torch.Tensor) -> Any:
+    """What a layer with that window may see of one sequence without padding; None is causal, as sdpa takes it."""
+    if window is None or window >= states.shape[1]:
+        return None
+    return create_sliding_window_causal_mask(
+        config=config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=positions
+    )
+
+
+def _require_same_windows(source: Source, converted: Source) -> None:
+    """The prompts are shorter than most windows, so that running them would not tell one window from another."""
+    expected, got = layer_windows(source.config), layer_windows(converted.config)
+    if len(expected) != len(got):  # no layer of the one is said to be a layer of the other
+        return
+    for layer, (wanted, found) in enumerate(zip(expected, got, strict=True)):
+        if wanted != found:
+            raise ValueError(
+                f"{converted.name}: layer {layer} has sliding_window={found}, but {source.name} has {wanted} there; "
+                "see sliding_window and layer_types in config.json"
+            )
 
 
 def _fill(module: torch.nn.Module, prefix: str, source: Source) -> None:

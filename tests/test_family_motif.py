@@ -292,7 +292,9 @@ def test_what_only_a_llama_is_asked_is_refused_with_a_reason(
     """A Motif has its noise heads and λ: an option that would set them is not passed over in silence."""
     outcome = command("convert", save_motif(tmp_path / "motif"), tmp_path / "gda", *option)
     assert outcome.code == 2
-    assert outcome.error.startswith(f"gda: {option[0]} is for a Llama: motif, a motif model, has its noise heads")
+    assert outcome.error.startswith(
+        f"gda: {option[0]} is for a Llama, Mistral or Qwen: motif, a motif model, has its noise heads"
+    )
     assert os.listdir(tmp_path) == ["motif"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import gda
 
@@ -20,7 +20,7 @@ from .tiny import relative_error
 
 gguf = pytest.importorskip("gguf")
 
-# llama.cpp's names for the parts of a Llama.
+# llama.cpp's names for the parts of a Llama, and of the models like it.
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -29,6 +29,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -53,7 +55,7 @@ def permuted(weight: Tensor, heads: int) -> Tensor:
 
 def write_gguf(
     path: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     *,
     quantization: Any = None,
     architecture: str = "llama",
@@ -63,6 +65,7 @@ def write_gguf(
 ) -> Path:
     """Write `model` as llama.cpp's converter does; matrices in `quantization`, vectors in float32."""
     config = model.config
+    head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_license("apache-2.0")
@@ -74,7 +77,7 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(config.vocab_size)
     if tokenizer:
         vocabulary = byte_tokenizer().get_vocab()
@@ -94,7 +97,7 @@ def write_gguf(
     for name, parameter in model.named_parameters():
         weight = parameter.detach().float()
         for part, number in heads.items():
-            weight = permuted(weight, number) if part in name else weight
+            weight = permuted(weight, number) if part in name and architecture == "llama" else weight
         tensors[gguf_name(name)] = weight
     for name, tensor in (tensors | (extra_tensors or {})).items():
         data = tensor.contiguous().numpy()

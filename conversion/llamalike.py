@@ -1,0 +1,248 @@
+"""Llama, Mistral, Qwen2 and Qwen3: one decoder, in configurations that differ in a few fields and name them otherwise.
+
+              biases of q, k, v   bias of o_proj    MLP biases   norm of q and k   layers that slide
+    Llama     attention_bias      attention_bias    mlp_bias     no                none
+    Mistral   no                  no                no           no                all, where there is a sliding_window
+    Qwen2     yes                 no                no           no                as layer_types says
+    Qwen3     attention_bias      attention_bias    no           yes               as layer_types says
+
+Tensors have the same names in all four, and GDA's. `source_fields` reads such a configuration as fields of `GDAConfig`,
+`target_config` writes one, and what reading does not give back is what the target cannot hold.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from gda.configuration.configuration_gda import GDAConfig
+
+# Fields that have the same name and meaning in all of them and in GDA.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+)
+# What they say in words of their own.
+DIFFERING_FIELDS = (
+    "head_dim",
+    "attention_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "qk_norm",
+    "sliding_window",
+    "layer_types",
+)
+# What a GDA model must have to compute what any of them can, beside λ = 0.
+OF_NONE_OF_THEM = {"kv_layout": "shared", "head_norm": False, "qk_rank": None}
+# RoPE of models for images or very long texts; transformers' text models of these types leave it out, silently.
+OTHER_ROPE = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta")
+# What is no field of a configuration's class and is read all the same, or says nothing of the model.
+BOOKKEEPING = ("auto_map", "transformers_weights", "head_dim", "layer_types")
+
+
+@dataclass(frozen=True)
+class Llamalike:
+    """How configurations of one model type are read and written.
+
+    Attributes:
+        name: As it is called in a sentence.
+        config_class: transformers' class of its configurations.
+        architecture: transformers' class of its language model.
+        reads: The `DIFFERING_FIELDS` that one of its configurations says, but for those that are False, none or full.
+        writes: Its own fields, but for `SHARED_FIELDS`, that say what a `GDAConfig` says.
+    """
+
+    name: str
+    config_class: Callable[..., PreTrainedConfig]
+    architecture: str
+    reads: Callable[[Any], dict[str, Any]]
+    writes: Callable[[GDAConfig], dict[str, Any]]
+
+
+def _llama_reads(config: Any) -> dict[str, Any]:
+    bias = config.attention_bias
+    return {"attention_bias": bias, "attention_out_bias": bias, "mlp_bias": config.mlp_bias}
+
+
+def _llama_writes(config: GDAConfig) -> dict[str, Any]:
+    return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+
+
+def _mistral_reads(config: Any) -> dict[str, Any]:
+    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+    return {"sliding_window": config.sliding_window, "layer_types": [kind] * config.num_hidden_layers}
+
+
+def _mistral_writes(config: GDAConfig) -> dict[str, Any]:
+    return {"head_dim": config.head_dim, "sliding_window": config.sliding_window if slides(config) else None}
+
+
+def _qwen2_reads(config: Any) -> dict[str, Any]:
+    return {"attention_bias": True, **_windows(config)}
+
+
+def _qwen2_writes(config: GDAConfig) -> dict[str, Any]:
+    # The class has no field for it, and reads it where it is given.
+    usual = config.hidden_size // config.num_signal_heads == config.head_dim
+    return ({} if usual else {"head_dim": config.head_dim}) | _qwen_windows(config)
+
+
+def _qwen3_reads(config: Any) -> dict[str, Any]:
+    bias = config.attention_bias
+    return {"attention_bias": bias, "attention_out_bias": bias, "qk_norm": True, **_windows(config)}
+
+
+def _qwen3_writes(config: GDAConfig) -> dict[str, Any]:
+    return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, **_qwen_windows(config)}
+
+
+def _windows(config: Any) -> dict[str, Any]:
+    """A window that no layer uses is left out: DynamicCache and others look at it first."""
+    window = config.sliding_window if slides(config) else None
+    return {"sliding_window": window, "layer_types": list(config.layer_types)}
+
+
+def _qwen_windows(config: GDAConfig) -> dict[str, Any]:
+    if not slides(config):
+        return {}
+    full = [layer for layer, kind in enumerate(config.layer_types or []) if kind == "full_attention"]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": len(full),  # which layer_types overrules, and says the same where windows come last
+        "layer_types": list(config.layer_types or []),
+    }
+
+
+def slides(config: Any) -> bool:
+    """Whether a layer of a configuration with `layer_types` has a sliding window."""
+    return "sliding_attention" in (config.layer_types or [])
+
+
+LLAMALIKES = {
+    "llama": Llamalike("Llama", LlamaConfig, "LlamaForCausalLM", _llama_reads, _llama_writes),
+    "mistral": Llamalike("Mistral", MistralConfig, "MistralForCausalLM", _mistral_reads, _mistral_writes),
+    "qwen2": Llamalike("Qwen2", Qwen2Config, "Qwen2ForCausalLM", _qwen2_reads, _qwen2_writes),
+    "qwen3": Llamalike("Qwen3", Qwen3Config, "Qwen3ForCausalLM", _qwen3_reads, _qwen3_writes),
+}
+
+
+def source_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Every field of `GDAConfig` that says what a Llama's, Mistral's, Qwen2's or Qwen3's `config` says.
+
+    What is left are the heads, λ and dtype: with `num_attention_heads` signal heads and λ = 0 a GDA model of these
+    fields computes what the source computes.
+    """
+    reads = LLAMALIKES[config.model_type].reads(config)
+    return {
+        **{name: getattr(config, name) for name in SHARED_FIELDS},
+        "head_dim": head_dim(config),
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "qk_norm": False,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        **reads,
+    }
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Width of a head, also of a configuration that leaves it to hidden_size / num_attention_heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def target_config(config: GDAConfig, model_type: str) -> PreTrainedConfig:
+    """The configuration of the model of that type which `config` is while λ is 0, as far as the type can say it."""
+    target = LLAMALIKES[model_type]
+    return target.config_class(
+        **{name: getattr(config, name) for name in SHARED_FIELDS},
+        **target.writes(config),
+        num_attention_heads=config.num_signal_heads,
+        dtype=config.dtype,
+        architectures=[target.architecture],
+    )
+
+
+def require_target(config: GDAConfig, model_type: str) -> None:
+    """Raise ValueError naming the first field that a model of that type cannot hold, and the types that can."""
+    if (field := _unheld(config, model_type)) is None:
+        return
+    able = [name for name in LLAMALIKES if _unheld(config, name) is None]
+    if able:
+        hint = f"; --format {' or '.join(able)} can hold it"
+    else:
+        hint = "; --format motif or diffllama may hold it" if field == "kv_layout" else ""
+    name = LLAMALIKES[model_type].name
+    raise ValueError(f"{field}={getattr(config, field)!r} has no counterpart in a {name}{hint}")
+
+
+def _unheld(config: GDAConfig, model_type: str) -> str | None:
+    """The first field that is not there again when the configuration of that type is read back."""
+    for name, value in OF_NONE_OF_THEM.items():
+        if getattr(config, name) != value:
+            return name
+    if config.hidden_act == "poly_norm":
+        return "hidden_act"
+    back = source_fields(target_config(config, model_type))
+    differing = [name for name in DIFFERING_FIELDS if back[name] != getattr(config, name)]
+    if "sliding_window" in differing and not slides(config):
+        differing.remove("sliding_window")  # a window that no layer has
+    return differing[0] if differing else None
+
+
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """How many keys each layer sees, None for all, of a Llama-like, a GDA or another configuration."""
+    if config.model_type in LLAMALIKES:
+        fields = source_fields(config)
+        kinds, window = fields["layer_types"], fields["sliding_window"]
+    else:
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        window = getattr(config, "sliding_window", None)
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
+    """Refuse a Llama-like configuration that asks for what its class in transformers leaves out without a word.
+
+    Raises:
+        ValueError: naming file and field.
+    """
+    if config.model_type not in LLAMALIKES:
+        return
+    for name in OTHER_ROPE:
+        if name in (config.rope_parameters or {}):
+            raise ValueError(f"{where}: rope_parameters has {name}, which is no part of a {config.model_type} model")
+    if getattr(config, "use_mrope", False):
+        raise ValueError(f"{where} has use_mrope, a RoPE for images, which is no part of a {config.model_type} model")
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds != source_fields(config)["layer_types"]:
+        raise ValueError(
+            f"{where} has layer_types={kinds}, which a {config.model_type} model does not read; "
+            "remove the field, or name the model_type that does"
+        )
+
+
+def unread_fields(config: PreTrainedConfig) -> list[str]:
+    """Fields of a Llama-like config.json that its class in transformers does not define, but for harmless ones."""
+    known = type(config).__dataclass_fields__
+    return sorted(
+        name
+        for name, value in vars(config).items()
+        if name not in known and name not in BOOKKEEPING and not name.startswith("_") and value
+    )
