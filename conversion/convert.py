@@ -161,7 +161,10 @@ def convert(
             _refuse_choices(opened, noise_heads=noise_heads, ratio=ratio, lambda_type=lambda_type)
         noise = _noise_heads(opened.config, noise_heads, ratio)
         lambda_type = lambda_type or "reparameterized"
-        config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+        try:
+            config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(f"{opened.name}: {error}") from None
         dense = recipes = planned_recipes(opened, config, mode=mode, seed=seed, dtype=dtype)
         lossless = keeps_bits = is_lossless(dense, opened.specs)
         if qk_rank is not None:

@@ -406,7 +406,7 @@ def test_what_would_be_dropped_or_guessed_is_refused_in_one_line(what: str, tmp_
     change_config(source, **changes)
     outcome = command("convert", source, tmp_path / "gda", "--no-verify")
     assert outcome.code == 2
-    assert outcome.error.startswith("gda: ")
+    assert outcome.error.startswith(("gda: source: ", f"gda: {source}"))
     assert outcome.error.count("\n") == 1
     assert named in outcome.error
     assert os.listdir(tmp_path) == ["source"]

@@ -51,19 +51,22 @@ def _options(
 @app.command(
     epilog="Examples:  gda convert meta-llama/Llama-3.2-1B llama-gda  ·  "
     "gda convert ./llama ./llama-gda --ratio 4:1 --max-shard-size 2GB  ·  gda convert model.gguf model-gda --dry-run"
-    "  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda  ·  gda convert ./llama-gda ./llama-shared --qk-rank 32"
+    "  ·  gda convert Qwen/Qwen3-0.6B qwen-gda  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda"
+    "  ·  gda convert ./llama-gda ./llama-shared --qk-rank 32"
 )
 def convert(
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
     out: Annotated[str, typer.Argument(help="The folder to make.")],
     mode: Annotated[
         str | None,
-        typer.Option(help="expand: add noise heads to a Llama, lose nothing; map: a Motif or DiffLlama, as it is."),
+        typer.Option(
+            help="expand: add noise heads to a Llama, Mistral or Qwen, lose nothing; map: a Motif, DiffLlama, as it is."
+        ),
     ] = None,
     noise_heads: Annotated[int | None, typer.Option(help="Noise heads to add; by default one a KV head.")] = None,
     ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
     lambda_type: Annotated[
-        str | None, typer.Option(help="For a Llama: reparameterized, which is the default, or tanh.")
+        str | None, typer.Option(help="Of added noise heads: reparameterized, which is the default, or tanh.")
     ] = None,
     qk_rank: Annotated[
         int | None,
@@ -84,7 +87,7 @@ def convert(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a Llama into a GDA model that computes exactly the same and can learn to do better.
+    """Convert a Llama, Mistral, Qwen2 or Qwen3 into a GDA model that computes exactly the same and can learn.
 
     Every query head stays, as a signal head; noise heads are added, and λ starts at 0 with a live gradient.
     A Motif or a DiffLlama is differential already: its tensors are mapped as they are.
@@ -230,17 +233,20 @@ def inspect(
 
 @app.command(
     epilog="Examples:  gda export ./llama-gda ./llama-again --format llama  ·  "
-    "gda export ./motif-gda ./motif-again --format motif"
+    "gda export ./qwen-gda ./qwen-again --format qwen3  ·  gda export ./motif-gda ./motif-again --format motif"
 )
 def export(
     model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
     out: Annotated[str, typer.Argument(help="The folder to make.")],
-    format: Annotated[str, typer.Option(help="llama, motif or diffllama.")] = "llama",
+    format: Annotated[str, typer.Option(help="llama, mistral, qwen2, qwen3, motif or diffllama.")] = "llama",
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a GDA model as the Motif or DiffLlama it was, or, while its λ is 0, as the Llama; bit for bit."""
+    """Write a GDA model as the model it was, bit for bit.
+
+    A Motif or a DiffLlama takes λ along; a Llama, a Mistral or a Qwen is what the model is while its λ is 0.
+    """
     from gda.conversion.export import export as run
 
     report = run(
