@@ -10,6 +10,7 @@ Tensors have the same names in all four, and GDA's. `source_fields` reads such a
 `target_config` writes one, and what reading does not give back is what the target cannot hold.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ def source_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """
     reads = LLAMALIKES[config.model_type].reads(config)
     return {
-        **{name: getattr(config, name) for name in SHARED_FIELDS},
+        **{name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS},
         "head_dim": head_dim(config),
         "attention_bias": False,
         "attention_out_bias": False,
@@ -170,8 +171,11 @@ def head_dim(config: PreTrainedConfig) -> int:
 def target_config(config: GDAConfig, model_type: str) -> PreTrainedConfig:
     """The configuration of the model of that type which `config` is while λ is 0, as far as the type can say it."""
     target = LLAMALIKES[model_type]
+    shared = {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS}
+    # transformers' classes take no whole number for them.
+    shared |= {name: float(shared[name]) for name in ("rms_norm_eps", "initializer_range")}
     return target.config_class(
-        **{name: getattr(config, name) for name in SHARED_FIELDS},
+        **shared,
         **target.writes(config),
         num_attention_heads=config.num_signal_heads,
         dtype=config.dtype,

@@ -1,4 +1,4 @@
-"""GDA agrees with models of transformers: Llama, Mistral and Qwen3 where λ is 0, DiffLlama where λ is live."""
+"""GDA agrees with models of transformers: Llama, Mistral, Qwen2 and Qwen3 where λ is 0, DiffLlama where λ is live."""
 
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -174,6 +176,15 @@ def test_mistral_sliding_window(num_noise: int) -> None:
     for other in (4, 6, None):
         moved = logits(gda_like(mistral, num_noise, lambda_init=0.0, sliding_window=other, layer_types=None), ids)
         assert relative_error(moved, expected) > 1e-3
+
+
+def test_qwen2_biases() -> None:
+    """Biases before attention, and none after it."""
+    qwen = source_model(Qwen2ForCausalLM, Qwen2Config)
+    model, ids = gda_like(qwen, lambda_init=0.0), token_ids(2, 13)
+    attention = model.model.layers[0].self_attn
+    assert [getattr(attention, f"{name}_proj").bias is not None for name in "qkvo"] == [True, True, True, False]
+    assert relative_error(logits(model, ids), logits(qwen, ids)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fields", [{}, {"attention_bias": True}], ids=["plain", "biases"])
