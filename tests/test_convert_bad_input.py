@@ -291,7 +291,7 @@ def test_a_broken_source_is_refused_in_one_line(what: str, shards: Path, tmp_pat
     assert files_of(shards) == before
 
 
-@pytest.mark.parametrize("what", ["a shard is truncated", "index points above", "mistral", "pickles only"])
+@pytest.mark.parametrize("what", ["a shard is truncated", "index points above", "mixtral", "pickles only"])
 @pytest.mark.parametrize("name", ["verify", "inspect", "export"])
 def test_the_other_commands_refuse_a_broken_model_too(
     name: str, what: str, llamas: Path, tmp_path: Path, command: Command
