@@ -82,7 +82,7 @@ def expanded_recipes(
     recipes = {}
     for name, spec in checkpoint_specs(config).items():
         if ".lambda_" in name:
-            recipes[name] = _lambda_recipe(name, spec, seed)
+            recipes[name] = lambda_recipe(name, spec, seed)
         elif ".q_proj." in name:
             target = TensorSpec(spec.shape, dtype or source[name].dtype)
             make = partial(_with_noise_rows, config=config, generator=partial(generator_for, name, seed))
@@ -104,9 +104,10 @@ def _with_noise_rows(
     return torch.cat([groups, noise.to(query.dtype)], dim=1).flatten(0, 2)
 
 
-def _lambda_recipe(name: str, spec: TensorSpec, seed: int) -> Recipe:
+def lambda_recipe(name: str, spec: TensorSpec, seed: int) -> Recipe:
+    """How a tensor of λ begins, so that λ is λ_init, or what its function makes of 0, and has a gradient."""
     if name.endswith(".lambda_proj.weight"):
-        return Recipe(spec, (), partial(torch.zeros, spec.shape), "zero: tanh(0) = 0, and its slope is 1")
+        return Recipe(spec, (), partial(torch.zeros, spec.shape), "zero, where tanh and sigmoid are steepest")
     # lambda_q2 is drawn as lambda_q1 was, and k2 as k1, so that the two exponentials cancel exactly.
     drawn_as = name[:-1] + "1"
 

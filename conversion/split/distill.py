@@ -1,0 +1,190 @@
+"""Training the attention of a split model on its source's predictions, with one layer in memory at a time.
+
+A step runs the layers forward, keeping what goes into each; compares the prediction for every token with the source's
+(KL divergence); and goes back through the layers, running each again to get the gradients of its own attention, which
+is then updated. MLP, norms and embeddings stay as they are. Weights in training and Adam's moments are files that are
+mapped into memory: what fits stays there.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import kl_div, log_softmax
+
+from ..layerwise import LayerwiseModel
+from .work import Work
+
+BATCH = 4  # windows in a step
+# Adam's step relative to the root mean square of the weights of a tensor, so that it does not depend on their scale.
+RELATIVE_LEARNING_RATE = 0.0025
+SMALLEST_SCALE = 0.02  # of a tensor that is 0, such as a λ projection
+BETAS = (0.9, 0.95)
+WARM_UP = 5  # steps
+CHUNK = 256  # tokens whose logits are in memory
+CHECKPOINTS = 10  # in all: what a killed run loses at most is a tenth
+
+ATTENTION = "self_attn."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train, and in which order.
+
+    Attributes:
+        steps: In all.
+        seed: Of the order.
+        mixed_precision: Multiply matrices in bfloat16.
+    """
+
+    steps: int
+    seed: int
+    mixed_precision: bool
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, relative to the largest: a short rise, and then a line to 0."""
+        return min(1.0, (step + 1) / WARM_UP) * (1 - step / self.steps)
+
+    def batch(self, step: int, windows: int) -> torch.Tensor:
+        """Which windows a step reads: all of them once, in some order, before one is read again."""
+        size = min(BATCH, windows)
+        drawn = [step * size + offset for offset in range(size)]
+        return torch.stack([self._epoch(each // windows, windows)[each % windows] for each in drawn])
+
+    def _epoch(self, epoch: int, windows: int) -> torch.Tensor:
+        return torch.randperm(windows, generator=torch.Generator().manual_seed(self.seed + epoch))
+
+
+class Distillation:
+    """The attention of a model in training.
+
+    Args:
+        model: The split model.
+        start: The tensors of a layer's attention to begin with, by their names in the layer.
+        work: Where weights and moments lie.
+    """
+
+    def __init__(self, model: LayerwiseModel, start: Callable[[int], dict[str, torch.Tensor]], work: Work):
+        self.model = model
+        self.work = work
+        self.step = 0
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.moments: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+        self.scales: list[dict[str, float]] = []
+        for layer in range(model.num_layers):
+            tensors = start(layer)
+            self.scales.append({name: _scale(tensor) for name, tensor in tensors.items()})
+            self.weights.append({name: self._allocate("weight", layer, name, tensor) for name, tensor in tensors.items()})
+            self.moments.append(
+                {
+                    name: (self._allocate("mean", layer, name, tensor), self._allocate("square", layer, name, tensor))
+                    for name, tensor in tensors.items()
+                }
+            )
+            for name, tensor in tensors.items():
+                self.weights[layer][name].copy_(tensor)
+                for moment in self.moments[layer][name]:
+                    moment.zero_()
+        self._load_checkpoint()
+
+    def _allocate(self, kind: str, layer: int, name: str, like: torch.Tensor) -> torch.Tensor:
+        return self.work.allocate(f"{kind}-{layer}-{name}", *like.shape)
+
+    def train(self, plan: Plan, windows: torch.Tensor, last_states: torch.Tensor) -> Iterator[float]:
+        """Go on to the last step of the plan; after each, give its loss, in nats a token.
+
+        Args:
+            plan: How long.
+            windows: Ids (windows, T).
+            last_states: What goes into the last norm of the source, (windows, T, hidden).
+        """
+        every = max(1, plan.steps // CHECKPOINTS)
+        head = self.model.head()
+        while self.step < plan.steps:
+            batch = plan.batch(self.step, len(windows))
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=plan.mixed_precision):
+                loss = self._train_on(windows[batch], last_states[batch], head, plan.rate(self.step))
+            self.step += 1
+            if self.step % every == 0 or self.step == plan.steps:
+                self._save_checkpoint()
+            yield loss
+
+    def _train_on(
+        self, ids: torch.Tensor, wanted: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], rate: float
+    ) -> float:
+        states = [self.model.embed(ids)]
+        with torch.no_grad():
+            for layer in range(self.model.num_layers):
+                states.append(self.model.run(layer, self.tensors(layer), states[-1]))
+        loss, gradient = _divergence(head, wanted.to(self.model.device), states.pop())
+        for layer in reversed(range(self.model.num_layers)):
+            entering = states.pop().requires_grad_()
+            trained = {name: weight.to(self.model.device).requires_grad_() for name, weight in self._of(layer)}
+            left = self.model.run(layer, self.tensors(layer) | trained, entering)
+            gradient, *gradients = torch.autograd.grad(left, [entering, *trained.values()], gradient)
+            for name, each in zip(trained, gradients, strict=True):
+                self._update(layer, name, each, rate)
+        return loss
+
+    def tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        """All tensors of a layer, as they are now."""
+        frozen = self.model.tensors(layer, without=ATTENTION)
+        return frozen | {name: weight.to(self.model.device) for name, weight in self._of(layer)}
+
+    def _of(self, layer: int) -> list[tuple[str, torch.Tensor]]:
+        return [(name, weight.detach()) for name, weight in self.weights[layer].items()]
+
+    @torch.no_grad()
+    def _update(self, layer: int, name: str, gradient: torch.Tensor, rate: float) -> None:
+        """Adam (arXiv 1412.6980), with its moments where `work` has them."""
+        weight, (mean, square) = self.weights[layer][name], self.moments[layer][name]
+        gradient = gradient.to(weight)
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        bias, bias_of_square = (1 - beta ** (self.step + 1) for beta in BETAS)
+        size = RELATIVE_LEARNING_RATE * self.scales[layer][name] * rate
+        weight.addcdiv_(mean, (square / bias_of_square).sqrt_().add_(1e-12), value=-size / bias)
+
+    def _save_checkpoint(self) -> None:
+        before = self.work.facts("trained") if self.work.has("trained") else None
+        for layer, weights in enumerate(self.weights):
+            tensors = {f"weight.{name}": weight for name, weight in weights.items()}
+            for name, (mean, square) in self.moments[layer].items():
+                tensors |= {f"mean.{name}": mean, f"square.{name}": square}
+            self.work.save(f"trained-{self.step}-{layer}", {}, tensors)
+        self.work.save("trained", {"step": self.step})
+        if before is not None:
+            for layer in range(len(self.weights)):
+                self.work.forget(f"trained-{before['step']}-{layer}")
+
+    def _load_checkpoint(self) -> None:
+        if not self.work.has("trained"):
+            return
+        self.step = self.work.facts("trained")["step"]
+        for layer, weights in enumerate(self.weights):
+            tensors = self.work.tensors(f"trained-{self.step}-{layer}")
+            for name, weight in weights.items():
+                weight.copy_(tensors[f"weight.{name}"])
+                for kind, moment in zip(("mean", "square"), self.moments[layer][name], strict=True):
+                    moment.copy_(tensors[f"{kind}.{name}"])
+
+
+def _scale(tensor: torch.Tensor) -> float:
+    return tensor.square().mean().sqrt().item() or SMALLEST_SCALE
+
+
+def _divergence(
+    head: Callable[[torch.Tensor], torch.Tensor], wanted: torch.Tensor, got: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """KL(source ‖ result) in nats a token, and its gradient by `got`; both are (B, T, hidden), before the last norm."""
+    leaf = got.detach().requires_grad_()
+    total = 0.0
+    for source, result in zip(wanted.flatten(0, 1).split(CHUNK), leaf.flatten(0, 1).split(CHUNK), strict=True):
+        with torch.no_grad():
+            expected = log_softmax(head(source).float(), dim=-1)
+        found = log_softmax(head(result).float(), dim=-1)
+        loss = kl_div(found, expected, reduction="sum", log_target=True) / leaf[..., 0].numel()
+        loss.backward()
+        total += loss.item()
+    assert leaf.grad is not None
+    return total, leaf.grad

@@ -1,0 +1,165 @@
+r"""Which heads become noise heads, and the output projection that goes with them, in closed form.
+
+Of a layer, o (H · d) are the outputs of its heads side by side, y (hidden) is what the source's attention makes of
+them, and f = P o are differential features: the rows of P are o_i − λ o_noise(i). With moments C = E[o oᵀ] and
+R = E[y oᵀ], the output projection that comes closest to y is
+
+    W = R Pᵀ (P C Pᵀ + ε)⁻¹,    and leaves    E|y|² − 2 tr(W P Rᵀ) + tr(W P C Pᵀ Wᵀ).
+
+Nothing but C, R and E|y|² is kept of the activations. All of it is float64.
+
+The heads of one KV group are chosen as if every head of the other groups were there: by the covariance of the group's
+outputs given the others', which the inverse of C holds. That leaves small systems, where whole ones would be too many.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+RIDGE = 1e-6  # relative to the mean of the diagonal; from 1e-6 to 1e-3 it makes no difference
+
+
+class Moments:
+    """Second moments of the outputs of a layer's heads, and of what its attention makes of them.
+
+    Args:
+        width: H · d.
+        hidden: Width of the residual stream.
+        device: Where they are.
+    """
+
+    def __init__(self, width: int, hidden: int, device: torch.device | str = "cpu"):
+        settings: dict = {"dtype": torch.float64, "device": device}
+        self.heads = torch.zeros(width, width, **settings)  # C
+        self.cross = torch.zeros(hidden, width, **settings)  # R
+        self.target = torch.zeros((), **settings)  # E|y|²
+
+    def add(self, heads: torch.Tensor, target: torch.Tensor) -> None:
+        """Add outputs of the heads (…, H · d) and what is to become of them (…, hidden)."""
+        o, y = heads.flatten(0, -2).double(), target.flatten(0, -2).double()
+        self.heads += o.T @ o
+        self.cross += y.T @ o
+        self.target += y.square().sum()
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the heads of a layer are divided.
+
+    Attributes:
+        order: The source's heads in the order of the result's rows: groups of ``[signal_1 … signal_r, noise]``.
+        lambda_: λ.
+        error_before: |y − W f|² / |y|² with the source's own columns of the signal heads.
+        error_after: The same with the columns that fit best.
+        output: These columns, (hidden, S · d).
+    """
+
+    order: list[int]
+    lambda_: float
+    error_before: float
+    error_after: float
+    output: torch.Tensor
+
+
+def split_layer(
+    moments: Moments, output: torch.Tensor, *, num_noise_heads: int, num_kv_heads: int, head_dim: int, lambdas: list[float]
+) -> Split:
+    """Divide the heads of a layer so that what is lost is least, with the best λ of `lambdas`.
+
+    Args:
+        moments: Of the layer.
+        output: The source's output projection (hidden, H · d), for the error before the fit.
+        num_noise_heads: N, a multiple of the number of KV heads.
+        num_kv_heads: G.
+        head_dim: d.
+        lambdas: λ to try.
+    """
+    width = len(moments.heads)
+    covariance = moments.heads + _ridge(moments.heads)
+    inverse = torch.linalg.inv(covariance)
+    best: Split | None = None
+    group_width, noise_in_group = width // num_kv_heads, num_noise_heads // num_kv_heads
+    heads_in_group = group_width // head_dim
+    coefficients = moments.cross @ inverse
+    groups = []
+    for group in range(num_kv_heads):
+        rows = slice(group * group_width, (group + 1) * group_width)
+        given_others = torch.linalg.inv(inverse[rows, rows])
+        gram = coefficients[:, rows].T @ coefficients[:, rows]
+        groups.append((given_others, gram))
+    for lambda_ in lambdas:
+        order = []
+        for group, (given_others, gram) in enumerate(groups):
+            chosen = _best_order(given_others, gram, heads_in_group, noise_in_group, head_dim, lambda_)
+            order += [group * heads_in_group + head for head in chosen]
+        fitted = _fitted(moments, output, order, num_noise_heads, head_dim, lambda_)
+        if best is None or fitted.error_after < best.error_after:
+            best = fitted
+    assert best is not None
+    return best
+
+
+def features(heads: int, noise_heads: int, head_dim: int, lambda_: float, order: list[int]) -> torch.Tensor:
+    """P, (S · d, H · d): differential features of the outputs of heads in the source's order."""
+    rows = torch.zeros(heads - noise_heads, heads, dtype=torch.float64)
+    signal = 0
+    for group in torch.tensor(order).view(noise_heads, -1).tolist():
+        for head in group[:-1]:
+            rows[signal, head], rows[signal, group[-1]] = 1.0, -lambda_
+            signal += 1
+    return torch.kron(rows, torch.eye(head_dim, dtype=torch.float64))
+
+
+def _ridge(matrix: torch.Tensor) -> torch.Tensor:
+    scale = RIDGE * matrix.diagonal().mean() + torch.finfo(torch.float64).tiny
+    return scale * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def _best_order(
+    covariance: torch.Tensor, gram: torch.Tensor, heads: int, noise_heads: int, head_dim: int, lambda_: float
+) -> list[int]:
+    """The order of a group's heads that loses least: exchange two of different roles until no exchange helps."""
+    slots = heads // noise_heads  # of a noise head and its signals; the noise head is the last
+
+    def loss(order: list[int]) -> float:
+        p = features(heads, noise_heads, head_dim, lambda_, order).to(covariance)
+        explained = p @ covariance
+        system = explained @ p.T
+        solved = torch.linalg.solve(system + _ridge(system), explained @ gram)
+        return -(solved * explained).sum().item()  # the part of the error that depends on the order
+
+    order = list(range(heads))
+    least, improved = loss(order), True
+    while improved:
+        improved = False
+        for one in range(heads):
+            for other in range(one + 1, heads):
+                same_role = one % slots != slots - 1 and other % slots != slots - 1
+                if same_role and one // slots == other // slots:
+                    continue  # signals of one noise head: their order is no matter
+                tried = list(order)
+                tried[one], tried[other] = tried[other], tried[one]
+                if (lost := loss(tried)) < least * (1 + 1e-9 if least < 0 else 1 - 1e-9):
+                    order, least, improved = tried, lost, True
+    return [head for start in range(0, heads, slots) for head in _sorted_signals(order[start : start + slots])]
+
+
+def _sorted_signals(heads: list[int]) -> list[int]:
+    return [*sorted(heads[:-1]), heads[-1]]
+
+
+def _fitted(
+    moments: Moments, output: torch.Tensor, order: list[int], noise_heads: int, head_dim: int, lambda_: float
+) -> Split:
+    p = features(len(order), noise_heads, head_dim, lambda_, order).to(moments.heads)
+    covariance = p @ moments.heads @ p.T
+    cross = moments.cross @ p.T
+    weight = torch.linalg.solve(covariance + _ridge(covariance), cross.T).T
+
+    def error(weight: torch.Tensor) -> float:
+        left = moments.target - 2 * (weight * cross).sum() + ((weight @ covariance) * weight).sum()
+        return (left / moments.target).item()
+
+    signal = [head for group in torch.tensor(order).view(noise_heads, -1).tolist() for head in group[:-1]]
+    kept = output.to(moments.heads).unflatten(1, (-1, head_dim))[:, signal].flatten(1)
+    return Split(order, lambda_, error(kept), error(weight), weight)

@@ -1,0 +1,136 @@
+r"""Which head counts can be split, and how each tensor of the result is made.
+
+    source  q heads          0 1 2 3   4 5 6 7   …          k, v, MLP, norms, embeddings: copied
+            KV heads            0         1
+
+    GDA     q heads          0 2 3 1   4 5 6 7   …          rows of q in another order; in each group the last is noise
+            KV heads            0         1                 o: solved again, for the heads that are left
+            λ                     λ of the layer
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedConfig
+
+from gda.configuration.configuration_gda import GDAConfig
+
+from ..expand import lambda_recipe
+from ..llamalike import source_fields
+from ..recipes import Recipe, checkpoint_specs, copied
+from ..safetensors_io import TensorSpec
+from .heads import Split
+
+# λ to try for a layer, by type. One that depends on the token begins where its projection is 0.
+LAMBDAS: dict[str, list[float]] = {"reparameterized": [0.1, 0.3], "tanh": [0.0], "sigmoid": [0.5]}
+
+
+def possible_noise_heads(heads: int, kv_heads: int) -> list[int]:
+    """Every number of `heads` query heads over `kv_heads` KV heads that can become noise heads."""
+    in_group = heads // kv_heads
+    return [kv_heads * noise for noise in range(1, in_group) if in_group % noise == 0]
+
+
+def split_config(
+    source: PreTrainedConfig, *, noise_heads: int | None, lambda_type: str, dtype: torch.dtype | None
+) -> GDAConfig:
+    """The GDA configuration of `source` with `noise_heads` of its heads as noise heads (one for each KV head if None).
+
+    λ_init is that of a start; a finished split has one for each layer.
+
+    Raises:
+        ValueError: for head counts that cannot be split, naming those that can.
+    """
+    heads, kv_heads = source.num_attention_heads, source.num_key_value_heads
+    noise = kv_heads if noise_heads is None else noise_heads
+    possible = possible_noise_heads(heads, kv_heads)
+    if not possible:
+        raise ValueError(
+            f"--mode split: {heads} query heads over {kv_heads} KV heads leave one head to each KV head, and signal and "
+            "noise heads must share one; --merge-kv G makes them share G, and --mode expand adds noise heads"
+        )
+    if noise not in possible:
+        counts = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible)
+        raise ValueError(
+            f"{noise} of {heads} query heads over {kv_heads} KV heads cannot become noise heads; "
+            f"possible for --noise-heads: {counts}"
+        )
+    return GDAConfig(
+        **source_fields(source),
+        num_attention_heads=heads,
+        num_noise_heads=noise,
+        kv_layout="shared",
+        lambda_type=lambda_type,
+        lambda_init=LAMBDAS[lambda_type][0],
+        dtype=dtype or source.dtype,
+        architectures=["GDAForCausalLM"],
+    )
+
+
+def split_recipes(
+    config: GDAConfig,
+    source: dict[str, TensorSpec],
+    splits: Sequence[Split],
+    *,
+    trained: Callable[[int, str], torch.Tensor] | None,
+    seed: int,
+    dtype: torch.dtype | None,
+) -> dict[str, Recipe]:
+    """How each tensor of the result is made, in the order in which transformers saves them.
+
+    Args:
+        config: Of the result.
+        source: The source's tensors.
+        splits: How the heads of each layer are divided.
+        trained: Gives a tensor of a layer, by its name there, that was trained after that; None if none was.
+        seed: Of the λ vectors.
+        dtype: Of the result; None to keep the source's.
+    """
+    recipes = {}
+    for name, spec in checkpoint_specs(config).items():
+        layer, inner = _in_layer(name)
+        if layer is None or not inner.startswith("self_attn."):
+            recipes[name] = copied(name, source[name], dtype)
+            continue
+        recipe = _attention_recipe(name, spec, config, source, splits[layer], seed, dtype)
+        if trained is not None:
+            make = partial(_from_work, partial(trained, layer, inner))
+            recipe = replace(recipe, make=make, how=f"{recipe.how}; then trained on the source's predictions")
+        recipes[name] = recipe
+    return recipes
+
+
+def _attention_recipe(
+    name: str,
+    spec: TensorSpec,
+    config: GDAConfig,
+    source: dict[str, TensorSpec],
+    split: Split,
+    seed: int,
+    dtype: torch.dtype | None,
+) -> Recipe:
+    if ".lambda_" in name:
+        return lambda_recipe(name, spec, seed)
+    if ".q_proj." in name:
+        target = TensorSpec(spec.shape, dtype or source[name].dtype)
+        make = partial(_reordered, order=split.order, head_dim=config.head_dim)
+        return Recipe(target, (name,), make, f"rows of heads {split.order}, of which every last of a group is noise")
+    if name.endswith(".o_proj.weight"):
+        target = TensorSpec(spec.shape, dtype or source[name].dtype)
+        return Recipe(target, (name,), partial(_from_work, lambda: split.output), "solved for what the source's gives, by calibration")
+    return copied(name, source[name], dtype)
+
+
+def _from_work(read: Callable[[], torch.Tensor], *_source: torch.Tensor) -> torch.Tensor:
+    return read()
+
+
+def _reordered(query: torch.Tensor, *, order: list[int], head_dim: int) -> torch.Tensor:
+    return query.unflatten(0, (-1, head_dim))[order].flatten(0, 1)
+
+
+def _in_layer(name: str) -> tuple[int | None, str]:
+    parts = name.split(".", 3)
+    return (int(parts[2]), parts[3]) if parts[:2] == ["model", "layers"] else (None, name)

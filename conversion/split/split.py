@@ -1,0 +1,295 @@
+"""Dividing the heads of a Llama: closed form, training on the source's predictions, and what it cost."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gda._version import __version__
+from gda.configuration.configuration_gda import GDAConfig
+
+from ..layerwise import LayerwiseModel, layer_prefix, memory_to_use
+from ..recipes import Recipe
+from ..sources import Source
+from ..stream import shows_progress
+from .calibration import Calibration
+from .distill import ATTENTION, Distillation, Plan
+from .fit import fit_layers, last_states
+from .heads import Split
+from .layout import LAMBDAS, split_recipes
+from .measure import Measured, measure, perplexity
+from .work import Work
+
+# Steps of training after the closed form.
+EFFORTS = {"fast": 0, "default": 120, "best": 480}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SplitLayer:
+    """What became of the heads of a layer.
+
+    Attributes:
+        signal_heads, noise_heads: The source's heads that became them, in the order of the result.
+        lambda_: λ of the result; where it depends on the token, its mean over the held-out text.
+        error_before: |y − y'|² / |y|² of the attention's output, with the source's output projection.
+        error_after: The same with the output projection that fits best.
+        subtracted: Of the result, |W (λ o_noise)|² / |W (o − λ o_noise)|²: what the subtraction contributes.
+    """
+
+    signal_heads: list[int]
+    noise_heads: list[int]
+    lambda_: float
+    error_before: float
+    error_after: float
+    subtracted: float
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """How heads were divided, and what it cost.
+
+    Attributes:
+        calibration: Name of the text.
+        sha256: Of the text.
+        tokens: That were fitted to.
+        held_out_tokens: That were not, and that perplexities are of.
+        effort: "fast", "default" or "best".
+        steps: Of training.
+        perplexity_source: Of the source.
+        perplexity_closed_form: After the closed form.
+        perplexity: Of the result.
+        layers: What became of each layer.
+    """
+
+    calibration: str
+    sha256: str
+    tokens: int
+    held_out_tokens: int
+    effort: str
+    steps: int
+    perplexity_source: float
+    perplexity_closed_form: float
+    perplexity: float
+    layers: list[SplitLayer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A split that is done: the configuration, how each tensor is made, and the report."""
+
+    config: GDAConfig
+    recipes: dict[str, Recipe]
+    report: SplitReport
+
+
+class Splitter:
+    """Divides the heads of every layer of a source, and fits what is left to that.
+
+    Memory is that of a layer and its moments; activations and weights in training are files in `folder`. What is done
+    there already is not done again.
+
+    Args:
+        source: The source.
+        config: From `split_config`.
+        calibration: What to read.
+        folder: A place for work; it must stay until the recipes have been used.
+        effort: One of `EFFORTS`.
+        seed: Of the λ vectors, and of the order of training.
+        console: Where progress is shown; nowhere if None.
+
+    Raises:
+        ValueError: if `folder` has work of another source, text or setting.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: GDAConfig,
+        calibration: Calibration,
+        folder: Path,
+        *,
+        effort: str,
+        seed: int,
+        console: Console | None,
+    ):
+        self.source = source
+        self.calibration = calibration
+        self.effort, self.steps, self.seed = effort, EFFORTS[effort], seed
+        self.work = Work(folder, _fingerprint(source, config, calibration, effort, seed))
+        self.read = _Cache(source)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.config = copy.deepcopy(config)
+        self.progress = _progress(console)
+
+    def run(self, dtype: torch.dtype | None) -> Divided:
+        """Do what is left to do.
+
+        Args:
+            dtype: Of the result; None to keep the source's.
+
+        Raises:
+            ValueError: if the source gives values that are not finite.
+        """
+        teacher = LayerwiseModel(self.source.config, self.read, self.device)
+        windows = torch.cat([self.calibration.windows, self.calibration.held_out])
+        with self.progress:
+            splits = self._divide(teacher, windows)
+            if self.config.lambda_type == "reparameterized":
+                self.config.lambda_init = [split.lambda_ for split in splits]
+            student = LayerwiseModel(self.config, self.read, self.device)
+            states = last_states(teacher, windows, self.work)
+            closed_form = measure(student, lambda layer: self._closed_form(student, splits, layer), windows[-self._held :])
+            trained = self._train(student, splits, states) if self.steps else None
+            result = closed_form if trained is None else measure(student, trained.tensors, windows[-self._held :])
+        report = SplitReport(
+            calibration=self.calibration.name,
+            sha256=self.calibration.sha256,
+            tokens=self.calibration.windows.numel(),
+            held_out_tokens=self.calibration.held_out.numel(),
+            effort=self.effort,
+            steps=self.steps,
+            perplexity_source=perplexity(teacher, self.calibration.held_out, states[-self._held :]),
+            perplexity_closed_form=closed_form.perplexity,
+            perplexity=result.perplexity,
+            layers=self._layers(splits, result),
+        )
+        return Divided(self.config, self._recipes(splits, trained, dtype), report)
+
+    @property
+    def _held(self) -> int:
+        return len(self.calibration.held_out)
+
+    def _divide(self, teacher: LayerwiseModel, windows: torch.Tensor) -> list[Split]:
+        fits = fit_layers(
+            teacher,
+            self.config,
+            windows,
+            fitted=len(self.calibration.windows),
+            lambdas=LAMBDAS[self.config.lambda_type],
+            work=self.work,
+        )
+        return list(self._watched("dividing heads, layer", fits, teacher.num_layers))
+
+    def _train(self, student: LayerwiseModel, splits: list[Split], states: torch.Tensor) -> Distillation:
+        distillation = Distillation(student, lambda layer: self._attention(splits, layer), self.work)
+        plan = Plan(self.steps, self.seed, mixed_precision=_multiplies_bfloat16(self.device))
+        losses = distillation.train(plan, self.calibration.windows, states)
+        for loss in self._watched("training, step", losses, self.steps, distillation.step):
+            if not math.isfinite(loss):
+                raise ValueError("training gave a loss that is not finite; does the source hold NaN or infinity?")
+        return distillation
+
+    def _closed_form(self, student: LayerwiseModel, splits: list[Split], layer: int) -> dict[str, torch.Tensor]:
+        """All tensors of a layer before training."""
+        frozen = student.tensors(layer, without=ATTENTION)
+        return frozen | {name: each.to(self.device) for name, each in self._attention(splits, layer).items()}
+
+    def _attention(self, splits: list[Split], layer: int) -> dict[str, torch.Tensor]:
+        """The tensors of a layer's attention before training, in float32."""
+        prefix = layer_prefix(layer)
+        recipes = self._recipes(splits, None, torch.float32)
+        names = [name for name in recipes if name.startswith(prefix + ATTENTION)]
+        return {name.removeprefix(prefix): recipes[name](self.read) for name in names}
+
+    def _recipes(
+        self, splits: list[Split], trained: Distillation | None, dtype: torch.dtype | None
+    ) -> dict[str, Recipe]:
+        return split_recipes(
+            self.config,
+            self.source.specs,
+            splits,
+            trained=None if trained is None else lambda layer, name: trained.weights[layer][name],
+            seed=self.seed,
+            dtype=dtype,
+        )
+
+    def _layers(self, splits: list[Split], result: Measured) -> list[SplitLayer]:
+        layers = []
+        for split, lambda_, subtracted in zip(splits, result.lambda_, result.subtracted, strict=True):
+            groups = torch.tensor(split.order).view(self.config.num_noise_heads, -1)
+            layers.append(
+                SplitLayer(
+                    signal_heads=groups[:, :-1].flatten().tolist(),
+                    noise_heads=groups[:, -1].tolist(),
+                    lambda_=lambda_,
+                    error_before=split.error_before,
+                    error_after=split.error_after,
+                    subtracted=subtracted,
+                )
+            )
+        return layers
+
+    def _watched(self, what: str, work: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
+        task = self.progress.add_task(what, total=total, completed=done)
+        for each in work:
+            self.progress.advance(task)
+            yield each
+
+
+class _Cache:
+    """Tensors of a source, kept while they fill no more than a part of the memory that is free.
+
+    A layer is read at every step of training, and some sources have to dequantize what is read.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._kept: dict[str, torch.Tensor] = {}
+        self._room = memory_to_use()
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if name in self._kept:
+            return self._kept[name]
+        tensor = self._source.read(name)
+        if (size := 4 * tensor.numel()) <= self._room:
+            self._room -= size
+            self._kept[name] = tensor = tensor.float()
+        return tensor
+
+
+def _multiplies_bfloat16(device: str) -> bool:
+    """Whether bfloat16 is the faster way to multiply."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _fingerprint(
+    source: Source, config: GDAConfig, calibration: Calibration, effort: str, seed: int
+) -> dict[str, Any]:
+    """What work that is taken up must have in common with what began it."""
+    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.weight_files]
+    return {
+        "versions": [__version__, torch.__version__],
+        "source": [source.name, source.revision, files],
+        "heads": [config.num_attention_heads, config.num_noise_heads, config.num_key_value_heads],
+        "lambda_type": config.lambda_type,
+        "calibration": [calibration.sha256, list(calibration.windows.shape), list(calibration.held_out.shape)],
+        "effort": effort,
+        "seed": seed,
+    }
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not shows_progress(console),
+        transient=True,
+    )

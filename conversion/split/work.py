@@ -1,0 +1,68 @@
+"""The files of a split that is under way: what memory need not hold, and what a killed run goes on from."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gda._files import read_json, remove, write_json
+
+FINGERPRINT_FILE = "begun.json"
+
+
+class Work:
+    """A folder of tensors.
+
+    Those of `allocate` are memory that the system may write to disk; after a kill their contents are what they were.
+    Those of `save` appear whole or not at all.
+
+    Args:
+        folder: Made if it is not there.
+        fingerprint: What the work depends on: source, text and settings.
+
+    Raises:
+        ValueError: if the folder holds the work of another fingerprint.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]):
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        begun = folder / FINGERPRINT_FILE
+        if not begun.exists():
+            write_json(begun, fingerprint)
+        elif read_json(begun) != fingerprint:
+            raise ValueError(
+                f"{folder.parent} was begun with another source, text or setting; "
+                "run again without --resume to start afresh"
+            )
+
+    def allocate(self, name: str, *shape: int) -> torch.Tensor:
+        """Float32 memory of that shape, the same after a kill; zeros at first."""
+        size = math.prod(shape)
+        return torch.from_file(str(self.folder / f"{name}.bin"), shared=True, size=size, dtype=torch.float32).view(shape)
+
+    def has(self, name: str) -> bool:
+        """Whether something is saved under that name."""
+        return (self.folder / f"{name}.json").exists()
+
+    def save(self, name: str, facts: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Save tensors, and then the facts, by which they count as saved."""
+        if tensors is not None:
+            save_file(tensors, self.folder / f"{name}.safetensors")
+        write_json(self.folder / f"{name}.json", facts)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """The facts saved under that name."""
+        facts: dict[str, Any] = read_json(self.folder / f"{name}.json")
+        return facts
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors saved under that name."""
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def forget(self, name: str) -> None:
+        """Remove what is saved under that name, the facts first."""
+        for suffix in (".json", ".safetensors"):
+            remove(self.folder / f"{name}{suffix}")
