@@ -13,11 +13,15 @@ from rich.progress import track
 from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed
+from gda.configuration.configuration_gda import GDAConfig
+from gda.configuration.configuration_gda import GROWTH_FIELDS
+from gda.modeling_gda.attention_gda import GrowthMask
 
 from .expand import SHARED_FIELDS
+from .growth import planned_growth
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import Settings, read_settings
-from .recipes import meta_model
+from .recipes import Recipe, meta_model
 from .sources import PROVENANCE_FILE, FolderSource, Source, open_source, quiet_transformers, resolve_folder
 from .stream import different_tensors, shows_progress
 
@@ -38,7 +42,9 @@ COMPUTED_WITH = (
     "head_norm_eps",
     "qk_norm",
     "qk_rank",
+    *GROWTH_FIELDS,
     "sliding_window",
+    "layer_types",
 )
 
 PROMPTS = (
@@ -274,6 +280,9 @@ def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[t
 def _fill(module: torch.nn.Module, prefix: str, source: Source) -> None:
     state = {name: source.read(f"{prefix}.{name}").float() for name in module.state_dict()}
     module.load_state_dict(state, assign=True)
+    for part in module.modules():
+        if isinstance(part, GrowthMask):  # no tensor of the checkpoint, but of its config
+            part.value = torch.tensor(source.config.growth_mask)
     module.eval()
 
 
@@ -285,15 +294,7 @@ def _compare_tensors(source: Source, converted: FolderSource, settings: Settings
             "--method tensors compares bits, and those of products and factorizations depend on the machine; "
             "use full or layers"
         )
-    mode = mode_of(source.config, settings.mode)
-    config = planned_config(
-        source,
-        mode=mode,
-        noise_heads=settings.num_noise_heads,
-        lambda_type=settings.lambda_type,
-        dtype=settings.dtype,
-    )
-    recipes = planned_recipes(source, config, mode=mode, seed=settings.seed, dtype=settings.dtype)
+    config, recipes = _planned(source, settings)
     for name in COMPUTED_WITH:
         if getattr(converted.config, name) != getattr(config, name):
             raise ValueError(
@@ -316,3 +317,19 @@ def _compare_tensors(source: Source, converted: FolderSource, settings: Settings
         finite=True,
         passed=not different,
     )
+
+
+def _planned(source: Source, settings: Settings) -> tuple[GDAConfig, dict[str, Recipe]]:
+    """What a conversion of these settings makes of the source."""
+    if settings.growth is not None:
+        draft = planned_growth(source, settings)
+        return draft.config, draft.recipes
+    mode = mode_of(source.config, settings.mode)
+    config = planned_config(
+        source,
+        mode=mode,
+        noise_heads=settings.num_noise_heads,
+        lambda_type=settings.lambda_type,
+        dtype=settings.dtype,
+    )
+    return config, planned_recipes(source, config, mode=mode, seed=settings.seed, dtype=settings.dtype)
