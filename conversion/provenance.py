@@ -20,7 +20,8 @@ DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 class Settings:
     """What a conversion was asked for: what the output's bytes depend on, beside the source and our version.
 
-    `lossless` says whether the result must compute what its source computes.
+    `lossless` says whether the result must compute what its source computes. Where a model is grown, the number of noise
+    heads and the λ type are those before that, and `growth` holds the fields of `Growth`.
     """
 
     mode: str
@@ -31,6 +32,7 @@ class Settings:
     lambda_type: str
     lossless: bool
     qk_rank: int | None = None
+    growth: dict[str, Any] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

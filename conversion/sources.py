@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from gda._errors import first_line
 from gda._files import read_json, sha256
+from gda._trainable import TRAINABLE_FILE
 
 from . import motif
 from .hub import check_downloaded, download
@@ -47,7 +48,7 @@ ASSET_PATTERNS = (
     *LICENCE_PATTERNS,
 )
 PROVENANCE_FILE = "conversion.json"
-MODEL_PATTERNS = (PROVENANCE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
+MODEL_PATTERNS = (PROVENANCE_FILE, TRAINABLE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
 
 CONVERTIBLE_TYPES = ("llama", "diffllama", motif.MODEL_TYPE)
 
