@@ -51,7 +51,6 @@ class PolyNorm(nn.Module):
         normed = (z * torch.rsqrt(self._mean(z.pow(2), mask) + self.eps) for z in powers)
         return (sum(w * z for w, z in zip(self.weight, normed, strict=True)) + self.bias).to(x.dtype)
 
-
     @staticmethod
     def _mean(z: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return z.mean(-1, keepdim=True) if mask is None else (z * mask).mean(-1, keepdim=True) / mask.mean()

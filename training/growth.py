@@ -66,7 +66,9 @@ class GrowthMaskCallback(TrainerCallback, ExportableState):
 
     def _resumed(self, state: TrainerState) -> bool:
         """Whether the Trainer goes on from a checkpoint that has a schedule, which then is taken."""
-        saved = state.stateful_callbacks.get(type(self).__name__) if isinstance(state.stateful_callbacks, dict) else None
+        saved = (
+            state.stateful_callbacks.get(type(self).__name__) if isinstance(state.stateful_callbacks, dict) else None
+        )
         if state.global_step == 0 or saved is None or saved["attributes"]["first_value"] is None:
             return False
         if (num_steps := saved["args"]["num_steps"]) != self.num_steps:
