@@ -62,8 +62,10 @@ def reads(name: str, axis: int, config: GDAConfig) -> bool:
     """
     if name == "model.norm.weight":
         return config.tie_word_embeddings
-    return axis == 1 and not name.endswith("embed_tokens.weight") and not (
-        name == "lm_head.weight" and config.tie_word_embeddings
+    return (
+        axis == 1
+        and not name.endswith("embed_tokens.weight")
+        and not (name == "lm_head.weight" and config.tie_word_embeddings)
     )
 
 

@@ -81,17 +81,17 @@ def grow(
 ) -> GrowReport:
     """Grow a model into a larger one that computes the same, whatever its λ.
 
-    Several operators may be given at once. They are applied in the order depth, signal, width; each keeps what the model
-    computes, so another order would give another start of the same function.
+    Several operators may be given at once. They are applied in the order depth, signal, width. Each keeps what the
+    model computes, so another order would only give other weights of the same function.
 
     - `signal`: group-differentiated growth (arXiv 2510.06949). Each signal head becomes so many replicas, r:1 becomes
       signal · r:1; noise heads, keys and values stay. The columns of o_proj are shared out to the replicas.
-    - `depth`: LLaMA-Pro (arXiv 2401.02415). Copies of layers, after their originals, whose o_proj and down_proj are zero.
-      Every layer keeps its λ_init and its kind of attention.
+    - `depth`: LLaMA-Pro (arXiv 2401.02415). Copies of layers, after their originals, whose o_proj and down_proj are
+      zero. Every layer keeps its λ_init and its kind of attention.
     - `width`: HyperCloning (arXiv 2409.12903). Hidden size, MLP and heads are tiled, head_dim stays.
 
-    Replicas would learn the same for ever; `noise_std` tells them apart. It is noise on the weights that read them, which
-    sums to zero over each set of replicas, in the dtype of the weights: no logit changes.
+    Replicas would learn the same for ever; `noise_std` tells them apart. It is noise on the weights that read them,
+    which sums to zero over each set of replicas, exactly, in the dtype of the weights: no logit changes.
 
     Tensors are streamed, `out` appears only when it is whole and verified, as with `convert`. It holds trainable.json:
     which parameters are new (`gda._trainable.Trainable`).

@@ -3,9 +3,9 @@
 An operator takes a draft, a model that is described but not written, and returns a larger one. Its recipes are recipes
 of the draft's recipes, so operators follow one another, and an expansion of a Llama, without a copy on disk.
 
-    --depth    layers   0 1 2 3            →   0 1 1′ 2 3 3′         a copy adds nothing: its o_proj and down_proj are 0
-    --signal   heads    s s n  s s n       →   ss ss n  ss ss n      replicas beside their original, noise heads as they are
-    --width    groups   [s s n] [s s n]    →   the whole row of groups twice, like every channel and neuron
+    --depth    layers  0 1 2 3          →  0 1 1′ 2 3 3′        a copy adds nothing: its o_proj and down_proj are 0
+    --signal   heads   a b n  c d n     →  a a b b n  c c d d n   replicas beside their original; noise heads stay
+    --width    heads   a b n  c d n     →  a b n  c d n  a b n  c d n   KV heads, channels and neurons likewise
 """
 
 import copy
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gda._trainable import Kept, NewParameters, Trainable, ranges
+from gda._trainable import NewParameters, Trainable, slices
 from gda.configuration.configuration_gda import GDAConfig
 
 from .axes import LAYER, axes_of, reads, sizes
@@ -27,7 +27,7 @@ from .provenance import Settings
 from .recipes import Recipe, checkpoint_specs, generator_for, meta_model
 from .replicate import Replicas, deviation, repeated, shared_out
 from .safetensors_io import TensorSpec
-from .sources import Source
+from .sources import PROVENANCE_FILE, Source
 
 DEFAULT_NOISE = 0.01
 # What a copied layer adds to the residual stream; zero, so that it adds nothing.
@@ -101,8 +101,15 @@ def planned(source: Source, *, noise_heads: int | None, lambda_type: str, seed: 
 
 
 def planned_growth(source: Source, settings: Settings) -> Draft:
-    """The model that growth of these settings makes of the source."""
-    assert settings.growth is not None
+    """The model that growth of these settings makes of the source.
+
+    Raises:
+        ValueError: if `settings.growth` is not that of a growth.
+    """
+    try:
+        growth = Growth(**(settings.growth or {}))
+    except TypeError:
+        raise ValueError(f"{PROVENANCE_FILE} holds no growth that is known here: {settings.growth}") from None
     begun = planned(
         source,
         noise_heads=settings.num_noise_heads,
@@ -110,13 +117,13 @@ def planned_growth(source: Source, settings: Settings) -> Draft:
         seed=settings.seed,
         dtype=settings.dtype,
     )
-    return grown(begun, Growth(**settings.growth), seed=settings.seed)
+    return grown(begun, growth, seed=settings.seed)
 
 
 def grown(draft: Draft, growth: Growth, *, seed: int) -> Draft:
     """The model that `growth` makes: deeper, then with more signal heads, then wider.
 
-    In that order, since replicas in a copied layer, whose o_proj is zero, then differ by their own noise from the start.
+    In that order, since replicas in a copied layer, where o_proj is zero, then have noise of their own.
 
     Raises:
         ValueError: for growth that cannot be, naming the option.
@@ -138,7 +145,9 @@ def whole(option: str, times: int | float | None) -> int | None:
         ValueError: naming the option, if it is another number.
     """
     if times is not None and not (times >= 2 and times == times // 1):
-        raise ValueError(f"{option} {times:g} is not a whole number from 2 on, and nothing can be replicated that often")
+        raise ValueError(
+            f"{option} {times:g} is not a whole number from 2 on, and nothing can be replicated that often"
+        )
     return None if times is None else int(times)
 
 
@@ -211,7 +220,7 @@ def _as_copy(recipe: Recipe, rest: str, origin: int) -> Recipe:
     return replace(recipe, how=f"of layer {origin}: {recipe.how}")
 
 
-# ------------------------------------------------------------------------------------------------------ signal and width
+# ----------------------------------------------------------------------------------------------------- signal and width
 
 
 def _signal_config(old: GDAConfig, times: int) -> dict[str, Any]:
@@ -280,7 +289,8 @@ def _replicated_recipe(
     drawn_as: str,
     seed: int,
 ) -> Recipe:
-    repeats, shares = {}, {}
+    repeats: dict[int, Replicas] = {}
+    shares: dict[int, Replicas] = {}
     for axis, kind in enumerate(axes_of(name)):
         if kind in replicas:
             (shares if reads(name, axis, config) else repeats)[axis] = replicas[kind]
@@ -326,7 +336,7 @@ def _told(repeats: dict[int, Replicas], shares: dict[int, Replicas]) -> str:
     return ", ".join(told + [f"{names[axis]} shared out to {each.count} replicas" for axis, each in shares.items()])
 
 
-# ------------------------------------------------------------------------------------------------------------- what is new
+# ---------------------------------------------------------------------------------------------------------- what is new
 
 
 def trainable(draft: Draft) -> Trainable:
@@ -334,10 +344,9 @@ def trainable(draft: Draft) -> Trainable:
     copies = "|".join(map(str, draft.new_layers))
     parameters = [NewParameters(rf"model\.layers\.({copies})\..+", None)] if copies else []
     for name in draft.recipes:
-        flags = [None if kind is None else draft.kept[kind] for kind in axes_of(name)]
-        kept: Kept = [None if each is None or bool(each.all()) else ranges(each.tolist()) for each in flags]
+        kept = [":" if kind is None else slices(draft.kept[kind].tolist()) for kind in axes_of(name)]
         told = NewParameters(_in_any_layer(name), kept)
-        if any(each is not None for each in kept) and told not in parameters:
+        if any(each != ":" for each in kept) and told not in parameters:
             parameters.append(told)
     unfinished = Trainable(parameters, {})
     return replace(unfinished, peft=_for_peft(draft.config, unfinished))
@@ -352,7 +361,8 @@ def _in_any_layer(name: str) -> str:
 
 def _for_peft(config: GDAConfig, new: Trainable) -> dict[str, Any]:
     """Modules that hold something new: those that LoRA adapts, and those that it can only save as they are trained."""
-    adapted, saved = [], []
+    adapted: list[str] = []
+    saved: list[str] = []
     for name, module in meta_model(config).named_modules():
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         tied = config.tie_word_embeddings and name in ("model.embed_tokens", "lm_head")

@@ -20,8 +20,8 @@ DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 class Settings:
     """What a conversion was asked for: what the output's bytes depend on, beside the source and our version.
 
-    `lossless` says whether the result must compute what its source computes. Where a model is grown, the number of noise
-    heads and the λ type are those before that, and `growth` holds the fields of `Growth`.
+    `lossless` says whether the result must compute what its source computes. Where a model is grown, noise heads and λ
+    type are those before it grew, and `growth` holds the fields of `Growth`.
     """
 
     mode: str
@@ -62,6 +62,7 @@ def write_provenance(
             "revision": source.revision,
             "card_data": source.card_data(),
             "model_type": source.config.model_type,
+            "num_hidden_layers": source.config.num_hidden_layers,
             "num_attention_heads": source.config.num_attention_heads,
             "num_key_value_heads": source.config.num_key_value_heads,
             "head_dim": source.config.head_dim,

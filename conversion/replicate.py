@@ -84,8 +84,8 @@ def shared_out(
 def split_exactly(weight: Tensor, count: int, noise: Tensor | None = None) -> Tensor:
     """`count` tensors near `weight` / `count` + `noise` that sum to `weight` exactly, in the dtype of `weight`.
 
-    All is done in whole multiples of the last binary digit that a share has, of which the weight itself is one. So each
-    share is held exactly, by a narrow dtype too; where noise would make one longer than the dtype holds it is made less.
+    All is done in whole multiples of the last binary digit that a share has, of which the weight itself is one. So the
+    dtype holds each share exactly, a narrow one too; noise that would take a share to more digits is made less.
 
     Args:
         weight: Any shape.

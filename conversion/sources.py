@@ -48,7 +48,8 @@ ASSET_PATTERNS = (
     *LICENCE_PATTERNS,
 )
 PROVENANCE_FILE = "conversion.json"
-MODEL_PATTERNS = (PROVENANCE_FILE, TRAINABLE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+MODEL_PATTERNS = (PROVENANCE_FILE, TRAINABLE_FILE, "config.json", *WEIGHT_PATTERNS, *ASSET_PATTERNS)
 
 CONVERTIBLE_TYPES = ("llama", "diffllama", motif.MODEL_TYPE)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gda._files import read_json, write_json
 
 TRAINABLE_FILE = "trainable.json"
-# For each axis, the [start, stop) ranges that the source had; None for all of it.
-Kept = list[list[tuple[int, int]] | None]
+# An axis as slices that follow one another, or all of it.
+SLICES = re.compile(r":|\d+:\d+(,\d+:\d+)*")
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,12 @@ class NewParameters:
 
     Attributes:
         pattern: A regular expression that matches their names, whole, as `named_parameters` gives them.
-        kept: What of them is not new: what lies in the ranges of every axis. None where nothing was there before.
+        kept: What of them is not new, by axis, as slices: ["0:16,24:40", ":"] are all columns of these rows. None where
+            all is new.
     """
 
     pattern: str
-    kept: Kept | None
+    kept: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class Trainable:
             parameters = [NewParameters(each["pattern"], each["kept"]) for each in held["parameters"]]
             for each in parameters:
                 re.compile(each.pattern)
+                if not all(SLICES.fullmatch(axis) for axis in each.kept or []):
+                    raise ValueError
             return cls(parameters, dict(held["peft"]))
-        except (AttributeError, KeyError, TypeError, ValueError, re.error):
+        except (KeyError, TypeError, ValueError, re.error):
             raise ValueError(f"{path} does not tell what is new in a grown model; grow it again") from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,10 +95,10 @@ class Trainable:
             raise ValueError(f"{name} has {parameter.dim()} axes, and {TRAINABLE_FILE} tells of {len(found.kept)}")
         old = torch.ones_like(new)
         for axis, kept in enumerate(found.kept):
-            if kept is not None:
+            if kept != ":":
                 here = torch.zeros(parameter.shape[axis], dtype=torch.bool, device=parameter.device)
-                for start, stop in kept:
-                    here[start:stop] = True
+                for piece in kept.split(","):
+                    here[slice(*map(int, piece.split(":")))] = True
                 old &= here.view([-1 if each == axis else 1 for each in range(parameter.dim())])
         return ~old
 
@@ -124,7 +127,7 @@ class Trainable:
         return learning
 
 
-def ranges(flags: list[bool]) -> list[tuple[int, int]]:
-    """The [start, stop) ranges in which `flags` are set."""
+def slices(flags: list[bool]) -> str:
+    """The slices in which `flags` are set, as `NewParameters.kept` has them."""
     edges = [i for i in range(len(flags) + 1) if (i > 0 and flags[i - 1]) != (i < len(flags) and flags[i])]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    return ":" if all(flags) else ",".join(f"{a}:{b}" for a, b in zip(edges[::2], edges[1::2], strict=True))

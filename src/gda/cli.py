@@ -294,7 +294,7 @@ def fold(
 
 @app.command(
     epilog="Examples:  gda grow ./llama-gda ./bigger --signal 2  ·  gda grow ./llama-gda ./bigger --depth 40  ·  "
-    "gda grow ./llama-gda ./bigger --signal 2 --depth 36 --layers 9,14,19,24,28,29  ·  gda grow ./llama ./bigger --width 2"
+    "gda grow ./llama-gda ./bigger --signal 2 --layers 9,14,19,24,28,29  ·  gda grow ./llama ./bigger --width 2"
 )
 def grow(
     model: Annotated[
@@ -305,11 +305,14 @@ def grow(
         float | None, typer.Option(metavar="M", help="Replicas of each signal head: r:1 becomes M·r:1.")
     ] = None,
     depth: Annotated[
-        int | None, typer.Option(metavar="LAYERS", help="Layers of the result; the new ones are copies that add nothing.")
+        int | None,
+        typer.Option(metavar="LAYERS", help="Layers of the result; the new ones are copies that add nothing."),
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Layers to copy, from 0, parted by commas; by default spread evenly. Says the depth as well."),
+        typer.Option(
+            help="Layers to copy, from 0, parted by commas; by default spread evenly. Says the depth as well."
+        ),
     ] = None,
     width: Annotated[
         float | None, typer.Option(metavar="M", help="Times the hidden size, the MLP's and the heads.")
