@@ -78,10 +78,10 @@ class GDAMLP(nn.Module):
         return self.down_proj(gate * up * mask.to(up.dtype))
 
     def _neurons(self, up: torch.Tensor) -> torch.Tensor:
-        """The numbers of the neurons in `up` (…, width): all of them, or the block that tensor parallelism left here."""
+        """The numbers of the neurons in `up` (…, width): all, or the block that tensor parallelism left here."""
         width, first = up.shape[-1], 0
         if width < self.down_proj.in_features:
-            mesh = self.down_proj.weight.device_mesh
+            mesh = self.down_proj.weight.device_mesh  # type: ignore[attr-defined]
             first = mesh.get_local_rank(mesh.ndim - 1) * -(-self.down_proj.in_features // mesh.size(mesh.ndim - 1))
         return torch.arange(first, first + width, device=up.device)
 
@@ -172,8 +172,8 @@ class GDAPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, GrowthMask):
                 module.value.fill_(value)
-            elif hasattr(module, "config"):  # the body of a classifier has a config of its own
-                module.config.growth_mask = float(value)
+            elif (config := getattr(module, "config", None)) is not None:  # a classifier's body has one of its own
+                config.growth_mask = float(value)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -184,7 +184,7 @@ class GDAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LambdaProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, GrowthMask):
-            init.constant_(module.value, self.config.growth_mask)
+            init.constant_(module.value, self.config.growth_mask or 0.0)
         # Base and update give half of a dense projection's variance each, so that queries start as large as its.
         # With the base alone signal and noise maps would start equal, and zero updates would hide one factor from the
         # gradient of the other; with updates alone the roles would share nothing.

@@ -144,7 +144,7 @@ def new_entries(model: GDAForCausalLM, base: GDAConfig) -> dict[str, Tensor]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- the equations
+# -------------------------------------------------------------------------------------------------------- the equations
 
 
 @each_layout
@@ -240,7 +240,7 @@ def test_every_new_parameter_has_a_gradient_above_0_and_none_at_0(layout: str, l
             assert "layers.1." in name or gradient[~new].any(), name
 
 
-# -------------------------------------------------------------------------------------------------------- files and memory
+# ----------------------------------------------------------------------------------------------------- files and memory
 
 
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
@@ -332,7 +332,7 @@ def test_a_mask_is_from_0_to_1(value: float) -> None:
         tiny_model().set_growth_mask(0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------- compilation
+# ---------------------------------------------------------------------------------------------------------- compilation
 
 
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
@@ -358,7 +358,7 @@ def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------------------------------------ the callback
+# --------------------------------------------------------------------------------------------------------- the callback
 
 
 DATA = [{"input_ids": ids, "labels": ids} for ids in token_ids(32, 8)]

@@ -31,11 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "paired": {"kv_layout": "paired", "num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 4},
 }
 NORMS = {"head_norm": True, "qk_norm": True}
-MASKED = {
-    "growth_mask": 0.4,
-    "masked_signal_heads": 1,
-    "masked_neurons": 27,
-}  # 7 of the new neurons are on the first rank
+# Of the new neurons, 7 are on the first rank and 20 on the second.
+MASKED = {"growth_mask": 0.4, "masked_signal_heads": 1, "masked_neurons": 27}
 LLAMA_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 

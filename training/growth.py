@@ -59,22 +59,18 @@ class GrowthMaskCallback(TrainerCallback, ExportableState):
                 "`gda grow --masked` makes a model that has one"
             )
         # The Trainer looks ours up in it when it saves, also if the checkpoint that it resumes from was without.
-        saved = state.stateful_callbacks
-        assert isinstance(saved, dict)  # made so by TrainerState
-        saved[type(self).__name__] = self.state()
+        _saved_in(state)[type(self).__name__] = self.state()
         self._set(model, state.global_step)
 
     def _resumed(self, state: TrainerState) -> bool:
         """Whether the Trainer goes on from a checkpoint that has a schedule, which then is taken."""
-        saved = (
-            state.stateful_callbacks.get(type(self).__name__) if isinstance(state.stateful_callbacks, dict) else None
-        )
+        saved = _saved_in(state).get(type(self).__name__)
         if state.global_step == 0 or saved is None or saved["attributes"]["first_value"] is None:
             return False
         if (num_steps := saved["args"]["num_steps"]) != self.num_steps:
             raise ValueError(
-                f"GrowthMaskCallback(num_steps={self.num_steps}): the checkpoint was made with {num_steps}, and the mask "
-                f"would jump; pass num_steps={num_steps}"
+                f"GrowthMaskCallback(num_steps={self.num_steps}): the checkpoint was made with {num_steps}, and the "
+                f"mask would jump; pass num_steps={num_steps}"
             )
         for name, value in saved["attributes"].items():
             setattr(self, name, value)
@@ -96,6 +92,12 @@ class GrowthMaskCallback(TrainerCallback, ExportableState):
     def _set(self, model: PreTrainedModel, step: int) -> None:
         if model.config.growth_mask is not None:  # a checkpoint at 1 was read, which is a model like any other
             model.set_growth_mask(self.value(step))  # type: ignore[operator]
+
+
+def _saved_in(state: TrainerState) -> dict[str, Any]:
+    """The states of callbacks that a checkpoint has or will have, by their classes."""
+    assert isinstance(state.stateful_callbacks, dict)  # made so by TrainerState
+    return state.stateful_callbacks
 
 
 def _model_of(kwargs: dict[str, Any]) -> Any:
