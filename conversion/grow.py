@@ -64,6 +64,8 @@ def grow(
     depth: int | None = None,
     layers: list[int] | None = None,
     width: int | float | None = None,
+    masked: bool = False,
+    mlp: float | None = None,
     noise_std: float = DEFAULT_NOISE,
     noise_heads: int | None = None,
     ratio: str | int | None = None,
@@ -89,6 +91,9 @@ def grow(
     - `depth`: LLaMA-Pro (arXiv 2401.02415). Copies of layers, after their originals, whose o_proj and down_proj are
       zero. Every layer keeps its λ_init and its kind of attention.
     - `width`: HyperCloning (arXiv 2409.12903). Hidden size, MLP and heads are tiled, head_dim stays.
+    - `masked`: Masked Structure Growth (arXiv 2305.02869), by `signal`, `mlp` and `depth`. New heads, neurons and
+      layers are no replicas but begin as in a new model, behind a mask: it is 0 here, `gda.training.GrowthMaskCallback`
+      raises it while training, and at 1 it is gone. Weights that are masked by 0 have no gradient yet.
 
     Replicas would learn the same for ever; `noise_std` tells them apart. It is noise on the weights that read them,
     which sums to zero over each set of replicas, exactly, in the dtype of the weights: no logit changes.
@@ -104,6 +109,8 @@ def grow(
         layers: Layers to copy, from 0; one named twice is copied twice. By default the last of each of as many even
             parts as there are copies. Alone, it says the depth as well.
         width: Times the hidden size, from 2.
+        masked: Put new parts behind a mask, instead of exact replicas.
+        mlp: If masked, times the number of neurons, such as 1.5.
         noise_std: Standard deviation of the noise, relative to that of the weight; 0 leaves replicas equal.
         noise_heads, ratio, lambda_type: Of the expansion of a Llama, as in `convert`.
         seed: Of the noise, and of the new weights of an expansion.
@@ -130,7 +137,13 @@ def grow(
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     refuse_existing(out, overwrite)
     growth = Growth(
-        signal=whole("--signal", signal), width=whole("--width", width), depth=depth, layers=layers, noise_std=noise_std
+        signal=whole("--signal", signal),
+        width=whole("--width", width),
+        depth=depth,
+        layers=layers,
+        noise_std=noise_std,
+        masked=masked,
+        mlp=mlp,
     )
     with quiet_transformers():
         source = open_source(model, revision)

@@ -22,6 +22,7 @@ from gda._trainable import NewParameters, Trainable, slices
 from gda.configuration.configuration_gda import GDAConfig
 
 from .axes import LAYER, axes_of, reads, sizes
+from .insert import NEW, drawn, inserted, neuron_features, signal_features
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import Settings
 from .recipes import Recipe, checkpoint_specs, generator_for, meta_model
@@ -39,11 +40,13 @@ class Growth:
     """What a model was asked to grow by: part of the settings in its conversion.json.
 
     Attributes:
-        signal: Replicas of each signal head.
+        signal: Replicas of each signal head; if masked, times their number.
         width: Times the hidden size, the MLP's and the numbers of heads.
         depth: Layers of the result.
         layers: Those that are copied, numbered as in the source; a layer named twice is copied twice.
         noise_std: Of the noise that tells replicas apart, relative to the standard deviation of the weight.
+        masked: New heads, neurons and layers are no copies but begin as in a new model, behind a mask of 0.
+        mlp: If masked, times the number of neurons.
     """
 
     signal: int | None = None
@@ -51,6 +54,8 @@ class Growth:
     depth: int | None = None
     layers: list[int] | None = None
     noise_std: float = DEFAULT_NOISE
+    masked: bool = False
+    mlp: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
@@ -121,7 +126,7 @@ def planned_growth(source: Source, settings: Settings) -> Draft:
 
 
 def grown(draft: Draft, growth: Growth, *, seed: int) -> Draft:
-    """The model that `growth` makes: deeper, then with more signal heads, then wider.
+    """The model that `growth` makes: deeper, then with more signal heads, then wider; or masked, all at once.
 
     In that order, since replicas in a copied layer, where o_proj is zero, then have noise of their own.
 
@@ -131,6 +136,8 @@ def grown(draft: Draft, growth: Growth, *, seed: int) -> Draft:
     _refuse_nothing(growth)
     if growth.depth is not None or growth.layers is not None:
         draft = deeper(draft, growth)
+    if growth.masked:
+        return masked(draft, growth, seed=seed).in_order()
     if growth.signal is not None:
         draft = _replicated(draft, _signal_config, _signal_replicas, growth.signal, growth, seed=seed, option="signal")
     if growth.width is not None:
@@ -152,8 +159,15 @@ def whole(option: str, times: int | float | None) -> int | None:
 
 
 def _refuse_nothing(growth: Growth) -> None:
-    if growth.signal is growth.width is growth.depth is growth.layers is None:
-        raise ValueError("nothing to grow by: give --signal, --depth or --width")
+    if growth.signal is growth.width is growth.depth is growth.layers is growth.mlp is None:
+        options = "--signal, --mlp or --depth" if growth.masked else "--signal, --depth or --width"
+        raise ValueError(f"nothing to grow by: give {options}")
+    if growth.masked and growth.width is not None:
+        raise ValueError("--width replicates the whole model, which no mask can hide; leave away --masked or --width")
+    if growth.masked and growth.noise_std != DEFAULT_NOISE:
+        raise ValueError("--noise-std tells replicas apart, and --masked makes none")
+    if growth.mlp is not None and not growth.masked:
+        raise ValueError("--mlp adds new neurons, which only --masked can hide; --width replicates them")
     if not 0 <= growth.noise_std < float("inf"):
         raise ValueError(f"--noise-std {growth.noise_std} is not a number from 0 on")
 
@@ -334,6 +348,67 @@ def _told(repeats: dict[int, Replicas], shares: dict[int, Replicas]) -> str:
     names = ("rows", "columns")
     told = [f"{names[axis]} × {each.count}" for axis, each in repeats.items()]
     return ", ".join(told + [f"{names[axis]} shared out to {each.count} replicas" for axis, each in shares.items()])
+
+
+# --------------------------------------------------------------------------------------------------------------- masked
+
+
+def masked(draft: Draft, growth: Growth, *, seed: int) -> Draft:
+    """New signal heads, neurons and layers that begin as in a new model, behind a mask of 0 (arXiv 2305.02869).
+
+    The new layers are those that `deeper` has put into the draft as copies.
+    """
+    old = draft.config
+    config = copy.deepcopy(old)
+    origins: dict[str, Tensor] = {}
+    config.growth_mask = 0.0
+    config.masked_layers = draft.new_layers or None
+    if growth.signal is not None:
+        origins |= signal_features(old, growth.signal)
+        config.num_attention_heads = growth.signal * old.num_signal_heads + old.num_noise_heads
+        config.masked_signal_heads = (growth.signal - 1) * old.signal_group_size
+    if growth.mlp is not None:
+        config.intermediate_size = _neurons(old.intermediate_size, growth.mlp)
+        config.masked_neurons = config.intermediate_size - old.intermediate_size
+        origins["neuron"] = neuron_features(old.intermediate_size, config.masked_neurons)
+    config.validate_architecture()
+    shapes = {name: spec.shape for name, spec in checkpoint_specs(config).items()}
+    recipes = {
+        name: _masked_recipe(name, recipe, shapes[name], config, origins, seed)
+        for name, recipe in draft.recipes.items()
+    }
+    kept = draft.kept | {kind: origin != NEW for kind, origin in origins.items()}
+    return replace(draft, config=config, recipes=recipes, kept=kept)
+
+
+def _neurons(old: int, times: float) -> int:
+    if not 1 < times < float("inf"):
+        raise ValueError(f"--mlp {times:g} is not more than 1")
+    if abs(times * old - round(times * old)) > 1e-6:
+        raise ValueError(f"--mlp {times:g} times the {old} neurons of the source is no whole number")
+    return round(times * old)
+
+
+def _masked_recipe(
+    name: str, recipe: Recipe, shape: tuple[int, ...], config: GDAConfig, origins: dict[str, Tensor], seed: int
+) -> Recipe:
+    spec = TensorSpec(shape, recipe.spec.dtype)
+
+    def draw() -> Tensor:
+        return drawn(name, shape, config, generator_for(f"masked:{name}", seed))
+
+    if (layer := LAYER.fullmatch(name)) and config.is_new_layer(int(layer.group(1))):
+        return Recipe(spec, (), draw, "new layer, as a new model is initialized")
+    axis = next((axis for axis, kind in enumerate(axes_of(name)) if kind in origins), None)
+    if axis is None:
+        return recipe
+    origin = origins[str(axes_of(name)[axis])]
+
+    def make(*tensors: Tensor) -> Tensor:
+        return inserted(recipe.make(*tensors).to(spec.dtype), axis, origin, draw)
+
+    what = "columns" if axis == 1 else "rows"
+    return Recipe(spec, recipe.sources, make, f"{recipe.how}; new {what} as a new model is initialized")
 
 
 # ---------------------------------------------------------------------------------------------------------- what is new

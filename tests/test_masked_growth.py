@@ -11,11 +11,15 @@ from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+import gda
 from gda import GDAConfig, GDAForCausalLM, GDAForSequenceClassification
+from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GROWTH_FIELDS
 from gda.training import GrowthMaskCallback
 
 from . import naive
+from .commands import Command
+from .llamas import save_llama
 from .tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
 ROUNDING = 1e-5
@@ -539,3 +543,181 @@ def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="pass num_steps=4"):
         other.train(resume_from_checkpoint=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- gda grow
+
+
+def saved(folder: Path, config: GDAConfig, **options: Any) -> Path:
+    tiny_model(config).save_pretrained(folder, **options)
+    return folder
+
+
+def wanted_config(base: GDAConfig) -> GDAConfig:
+    """What growth by `--signal 2 --mlp 1.5 --depth 3` makes of two layers: a third after the last, with its λ_init."""
+    config = copy.deepcopy(base)
+    config.num_attention_heads = 2 * base.num_signal_heads + base.num_noise_heads
+    config.intermediate_size = 60
+    config.num_hidden_layers = 3
+    config.layer_types = ["full_attention"] * 3
+    config.lambda_init = [0.25, 0.4, 0.4]
+    config.growth_mask = 0.0
+    config.masked_signal_heads, config.masked_neurons, config.masked_layers = base.signal_group_size, 20, [2]
+    return config
+
+
+@each_layout
+@pytest.mark.parametrize(
+    ("lambda_type", "fields"),
+    [("reparameterized", EXTRAS), ("sigmoid", {}), ("tanh", EXTRAS | {"qk_rank": 3, "tie_word_embeddings": False})],
+    ids=["reparameterized", "sigmoid", "tanh at a rank"],
+)
+def test_grow_masked_keeps_the_logits_and_the_old_weights(
+    layout: str, lambda_type: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """All three kinds at once, by each method of verification; trainable.json tells exactly what is new."""
+    base = saved(tmp_path / "base", base_config(layout, lambda_type=lambda_type, **fields), max_shard_size="20KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    report = gda.grow(base, tmp_path / "out", masked=True, signal=2, mlp=1.5, depth=3)
+    assert report.verification is not None
+    assert report.verification.relative <= ROUNDING
+    for method in ("full", "layers", "tensors"):
+        assert gda.verify(base, tmp_path / "out", method=method).passed
+    old = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    wanted = wanted_config(old.config)
+    assert {name: getattr(model.config, name) for name in vars(wanted) if not name.startswith("_")} == {
+        name: value for name, value in vars(wanted).items() if not name.startswith("_")
+    }
+    new = Trainable.read(tmp_path / "out")
+    before = old.state_dict()
+    for name, tensor in model.state_dict().items():
+        entries = new.new_entries(name, tensor)
+        if "layers.2." in name:
+            assert entries is not None
+            assert entries.all()
+        elif entries is None:
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor[~entries], before[name].flatten()), name
+    model.set_growth_mask(0.3)
+    assert relative_error(logits(model), logits(old)) > 1e-4
+
+
+@each_layout
+@each_lambda_type
+def test_new_heads_stand_where_the_mask_expects_them(layout: str, lambda_type: str, tmp_path: Path) -> None:
+    """Head by head, the old weights of a grown layer are where the loops of this file put them."""
+    base = tiny_model(base_config(layout, lambda_type=lambda_type, attention_bias=True))
+    base.save_pretrained(tmp_path / "base")
+    gda.grow(tmp_path / "base", tmp_path / "out", masked=True, signal=3, verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.masked_signal_heads == 2 * base.config.signal_group_size
+    for name, tensor in base.state_dict().items():
+        rows, columns = places(name, base.config, model.config)
+        if "mlp" in name:
+            rows = columns = None
+        found = model.state_dict()[name]
+        found = found if rows is None else found[rows]
+        assert torch.equal(found if columns is None else found[:, columns], tensor), name
+
+
+def test_new_weights_are_those_of_a_new_model(tmp_path: Path) -> None:
+    """Mean and deviation of every tensor of a new layer are those that GDAForCausalLM gives it; no two are alike."""
+    fields = EXTRAS | {"hidden_size": 64, "head_dim": 32, "qk_rank": 8, "initializer_range": 0.03}
+    for lambda_type in ("reparameterized", "tanh"):
+        base = saved(tmp_path / lambda_type, base_config("paired", lambda_type=lambda_type, **fields))
+        gda.grow(base, tmp_path / f"{lambda_type}-out", masked=True, depth=4, mlp=2, signal=2, verify=False)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{lambda_type}-out")
+        torch.manual_seed(0)
+        fresh = GDAForCausalLM(model.config)
+        drawn = []
+        for name, tensor in fresh.model.layers[1].state_dict().items():
+            found = model.model.layers[1].state_dict()[name]
+            if tensor.unique().numel() == 1:
+                assert torch.equal(found, tensor), name
+                continue
+            drawn.append(found.flatten()[:8])
+            assert found.std() == pytest.approx(tensor.std().item(), rel=0.5 if tensor.numel() < 100 else 0.1), name
+        assert len(torch.stack(drawn).unique(dim=0)) == len(drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_grow_masked_as_well(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The old ones bit for bit, the new ones in their dtype, λ in its own."""
+    tiny_model(base_config()).to(dtype).save_pretrained(tmp_path / "base")
+    report = gda.grow(tmp_path / "base", tmp_path / "out", masked=True, signal=2, depth=4)
+    assert report.verification is not None
+    assert report.verification.relative <= ROUNDING
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.model.layers[1].self_attn.q_proj.weight.dtype == dtype
+
+
+def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
+    """From a Llama to a growing GDA model in one command; then trained to its end, and plain."""
+    llama = save_llama(tmp_path / "llama", tie_word_embeddings=True)
+    done = command("grow", llama, tmp_path / "out", "--masked", "--signal", 2, "--mlp", 1.5, "--depth", 3)
+    assert done.code == 0, done.error
+    assert "under a mask of 0" in done.out
+    assert "after layers 1; the new ones are 2" in done.out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "masked growth" in card
+    assert "under a mask of 0" in card
+    shown = command("inspect", tmp_path / "out")
+    assert (
+        "the last 2 of each 4 signal heads; the last 20 of 60 neurons; layers 2 are new, under a mask of 0" in shown.out
+    )
+    assert command("verify", llama, tmp_path / "out").code == 0
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    Trainer(
+        model, arguments(tmp_path / "run", max_steps=3), train_dataset=DATA, callbacks=[GrowthMaskCallback(3)]
+    ).train()
+    model.save_pretrained(tmp_path / "trained")
+    assert "growing" not in command("inspect", tmp_path / "trained").out
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert torch.equal(logits(again), logits(model.eval()))
+
+
+BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
+    (("--masked",), "nothing to grow by: give --signal, --mlp or --depth"),
+    (("--mlp", 1.5), "--mlp adds new neurons, which only --masked can hide"),
+    (("--masked", "--width", 2), "leave away --masked or --width"),
+    (("--masked", "--signal", 2, "--noise-std", 0.1), "--masked makes none"),
+    (("--masked", "--signal", 1), "--signal 1 is not"),
+    (("--masked", "--mlp", 1), "--mlp 1 is not more than 1"),
+    (("--masked", "--mlp", 0.5), "--mlp 0.5 is not more than 1"),
+    (("--masked", "--mlp", "nan"), "--mlp nan is not more than 1"),
+    (("--masked", "--mlp", "inf"), "--mlp inf is not more than 1"),
+    (("--masked", "--mlp", 1.33), "--mlp 1.33 times the 40 neurons of the source is no whole number"),
+    (("--masked", "--depth", 2), "--depth 2 is not more than the 2 layers"),
+]
+
+
+def test_impossible_masked_growth_is_one_line(tmp_path: Path, command: Command) -> None:
+    """Exit code 2, the option by name, and no OUT."""
+    base = saved(tmp_path / "base", base_config())
+    for options, message in BAD_GROWTH:
+        done = command("grow", base, tmp_path / "out", *options)
+        assert (done.code, done.out) == (2, ""), options
+        assert done.error.count("\n") == 1
+        assert message in done.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_growing_model_neither_grows_again_nor_is_exported(tmp_path: Path, command: Command) -> None:
+    """Until its masks are 1: a line says so. A base and low-rank updates it may have, and lose."""
+    base = saved(tmp_path / "base", base_config(lambda_init=0.0))
+    gda.grow(base, tmp_path / "out", masked=True, signal=2)
+    for arguments_ in (
+        ("grow", tmp_path / "out", tmp_path / "x", "--signal", 2),
+        ("export", tmp_path / "out", tmp_path / "x"),
+    ):
+        done = command(*arguments_)
+        assert (done.code, done.out) == (2, "")
+        assert "masked growth" in done.error
+    shared = gda.convert(tmp_path / "out", tmp_path / "shared", qk_rank=8)
+    assert shared.config.growth_mask == 0.0
+    folded = gda.fold(tmp_path / "shared", tmp_path / "folded")
+    assert folded.config.masked_signal_heads == 3
+    assert gda.verify(base, tmp_path / "out").passed

@@ -295,6 +295,7 @@ def fold(
 @app.command(
     epilog="Examples:  gda grow ./llama-gda ./bigger --signal 2  ·  gda grow ./llama-gda ./bigger --depth 40  ·  "
     "gda grow ./llama-gda ./bigger --signal 2 --layers 9,14,19,24,28,29  ·  gda grow ./llama ./bigger --width 2"
+    "  ·  gda grow ./llama-gda ./bigger --masked --signal 2 --mlp 1.5 --depth 36"
 )
 def grow(
     model: Annotated[
@@ -317,6 +318,13 @@ def grow(
     width: Annotated[
         float | None, typer.Option(metavar="M", help="Times the hidden size, the MLP's and the heads.")
     ] = None,
+    masked: Annotated[
+        bool,
+        typer.Option("--masked", help="New heads, neurons and layers begin as in a new model, behind a mask of 0."),
+    ] = False,
+    mlp: Annotated[
+        float | None, typer.Option(metavar="M", help="With --masked: times the number of neurons, such as 1.5.")
+    ] = None,
     noise_std: Annotated[
         float, typer.Option(help="Noise that tells replicas apart and sums to zero, relative to the weight's.")
     ] = 0.01,
@@ -336,6 +344,8 @@ def grow(
 ) -> None:
     """Grow a model: more signal heads, more layers, or wider; it computes what it did, and has more to learn with.
 
+    With --masked, what is new is no copy and hides behind a mask, which training raises from 0 to 1.
+
     Operators may be combined. OUT holds trainable.json, which says what is new, for training that alone.
     """
     from gda.conversion.grow import grow as run
@@ -347,6 +357,8 @@ def grow(
         depth=depth,
         layers=_layer_list(layers),
         width=width,
+        masked=masked,
+        mlp=mlp,
         noise_std=noise_std,
         noise_heads=noise_heads,
         ratio=ratio,
@@ -371,7 +383,9 @@ def grow(
         size = f"hidden size {told[f'hidden_size{suffix}']:,}, {told[f'num_parameters{suffix}']:,} parameters"
         typer.echo(f"{when}\n{told[f'head_map{suffix}']}, {size}\n")
     if report.copied_layers:
-        typer.echo(f"layers copied: {_listed(report.copied_layers)}; the copies are {_listed(report.new_layers)}")
+        made = "after layers" if masked else "layers copied:"
+        new = "new ones" if masked else "copies"
+        typer.echo(f"{made} {_listed(report.copied_layers)}; the {new} are {_listed(report.new_layers)}")
     _print_made(report, out)
 
 
