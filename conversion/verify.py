@@ -13,8 +13,7 @@ from rich.progress import track
 from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed
-from gda.configuration.configuration_gda import GDAConfig
-from gda.configuration.configuration_gda import GROWTH_FIELDS
+from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
 from gda.modeling_gda.attention_gda import GrowthMask
 
 from .expand import SHARED_FIELDS
