@@ -39,10 +39,10 @@ class GrowthMask(nn.Module):
 
     value: torch.Tensor
 
-    def __init__(self, value: float | None):
-        assert value is not None  # the config says so wherever something is new
+    def __init__(self, config: GDAConfig):
         super().__init__()
-        self.register_buffer("value", torch.tensor(value, dtype=torch.float32), persistent=False)
+        assert config.growth_mask is not None  # the config sees to it wherever something is new
+        self.register_buffer("value", torch.tensor(config.growth_mask, dtype=torch.float32), persistent=False)
 
     def forward(self, is_new: torch.Tensor) -> torch.Tensor:
         """A factor for each part: the value where it is new, else 1."""
@@ -192,7 +192,7 @@ class GDAAttention(nn.Module):
         if config.head_norm:
             self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
         has_new_heads = config.masked_signal_heads is not None and not config.is_new_layer(layer_idx)
-        self.growth_mask = GrowthMask(config.growth_mask) if has_new_heads else None
+        self.growth_mask = GrowthMask(config) if has_new_heads else None
         self._build_branches()
 
     def _add_projection(self, name: str, num_heads: int) -> None:

@@ -65,24 +65,26 @@ class GDAMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = PolyNorm() if config.hidden_act == "poly_norm" else ACT2FN[config.hidden_act]
-        new = 0 if config.masked_neurons is None or config.is_new_layer(layer_idx) else config.masked_neurons
-        self.num_old_neurons = config.intermediate_size - new
-        self.growth_mask = GrowthMask(config.growth_mask) if new else None
+        self.config = config
+        has_new_neurons = config.masked_neurons is not None and not config.is_new_layer(layer_idx)
+        self.growth_mask = GrowthMask(config) if has_new_neurons else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.growth_mask is None:
             return self.down_proj(self.act_fn(gate) * up)
-        mask = self.growth_mask(self._neurons(up) >= self.num_old_neurons)
+        assert self.config.masked_neurons is not None  # there would be no mask
+        first_new = self.config.intermediate_size - self.config.masked_neurons
+        mask = self.growth_mask(self._neurons(up) >= first_new)
         gate = self.act_fn(gate, mask) if isinstance(self.act_fn, PolyNorm) else self.act_fn(gate)
         return self.down_proj(gate * up * mask.to(up.dtype))
 
     def _neurons(self, up: torch.Tensor) -> torch.Tensor:
         """The numbers of the neurons in `up` (…, width): all, or the block that tensor parallelism left here."""
-        width, first = up.shape[-1], 0
-        if width < self.down_proj.in_features:
+        total, width, first = self.config.intermediate_size, up.shape[-1], 0
+        if width < total:
             mesh = self.down_proj.weight.device_mesh  # type: ignore[attr-defined]
-            first = mesh.get_local_rank(mesh.ndim - 1) * -(-self.down_proj.in_features // mesh.size(mesh.ndim - 1))
+            first = mesh.get_local_rank(mesh.ndim - 1) * -(-total // mesh.size(mesh.ndim - 1))
         return torch.arange(first, first + width, device=up.device)
 
 
@@ -95,7 +97,7 @@ class GDADecoderLayer(GradientCheckpointingLayer):
         self.mlp = GDAMLP(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.growth_mask = GrowthMask(config.growth_mask) if config.is_new_layer(layer_idx) else None
+        self.growth_mask = GrowthMask(config) if config.is_new_layer(layer_idx) else None
 
     def forward(
         self,

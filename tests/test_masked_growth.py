@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +270,25 @@ def test_the_mask_is_saved_and_read(layout: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["growth_mask"] == 1 / 3
 
 
+def test_code_in_the_folder_masks_too(tmp_path: Path) -> None:
+    """Where the package is absent, the files beside the weights mask, change the mask and save it."""
+    model = grown_model(tiny_model(base_config(lambda_type="tanh")), mask=0.4)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    program = (
+        "import sys; sys.modules['gda'] = None; import torch; from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True)\n"
+        f"ids = torch.tensor({token_ids(2, 11).tolist()})\n"
+        f"wanted = torch.load({str(tmp_path / 'logits.pt')!r})\n"
+        "with torch.no_grad(): torch.testing.assert_close(model(ids).logits, wanted)\n"
+        "model.set_growth_mask(0.75)\n"
+        f"model.save_pretrained({str(tmp_path / 'saved')!r})\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["growth_mask"] == 0.75
+
+
 def test_at_1_a_saved_model_says_nothing_of_growth(tmp_path: Path) -> None:
     """Its config.json is that of the plain model, and so is what is read from it."""
     base = tiny_model(base_config(**EXTRAS))
@@ -325,6 +346,14 @@ def test_a_classifier_and_copies_follow_the_mask() -> None:
     assert model.config.growth_mask == 0.25
     ids = token_ids(1, 5)
     assert not torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_an_exported_program_is_masked_as_the_model_is() -> None:
+    """The mask is among the program's buffers."""
+    model = grown_model(tiny_model(base_config(**EXTRAS)), mask=0.4)
+    ids = token_ids(2, 9)
+    program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}).module()
+    torch.testing.assert_close(program(input_ids=ids, use_cache=False).logits, logits(model, ids))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])

@@ -90,7 +90,8 @@ class GrowthMaskCallback(TrainerCallback, ExportableState):
             self._set(_model_of(kwargs), state.best_global_step)
 
     def _set(self, model: PreTrainedModel, step: int) -> None:
-        if model.config.growth_mask is not None:  # a checkpoint at 1 was read, which is a model like any other
+        # It is None where a checkpoint at 1 was read, which is a model like any other.
+        if model.config.growth_mask not in (None, self.value(step)):
             model.set_growth_mask(self.value(step))  # type: ignore[operator]
 
 
