@@ -63,7 +63,8 @@ def shared_out(
         weight: (out, in).
         rows: How rows are repeated, each with noise of its own; None leaves them.
         columns: How columns are.
-        noise: Standard deviation of what the replicas of an entry differ by, before it is made to sum to zero.
+        noise: Standard deviation of what the replicas of an entry differ by, before it is made to sum to zero. It is
+            less where an entry is so small that it could not be held exactly: no share becomes twice as large.
         generator: Of the noise.
 
     Returns:
@@ -98,24 +99,29 @@ def split_exactly(weight: Tensor, count: int, noise: Tensor | None = None) -> Te
     if count == 1:
         return weight.unsqueeze(0)
     info = torch.finfo(weight.dtype)
-    share = weight.double() / count
-    size = share.abs()
+    wide = weight.to(torch.float32 if info.bits == 16 else torch.float64)
+    size = (wide / count).abs()
     if noise is not None:
-        noise = noise.double()
-        noise = noise - noise.mean(dim=0)
-        largest = noise.abs().amax(dim=0)
+        noise = (noise - noise.mean(dim=0)).to(wide.dtype)
+        largest = noise.abs().amax(dim=0).clamp_min(torch.finfo(wide.dtype).tiny)
         size = torch.where(size == 0, largest, size)  # zero is a multiple of everything
     unit = torch.ldexp(torch.full_like(size, info.eps / 2), torch.frexp(size).exponent)
     unit = unit.clamp_min(info.smallest_normal * info.eps)
-    whole = (weight.double() / unit).round()
-    share = share / unit
-    ends = share * torch.arange(1, count).view(-1, *[1] * weight.dim())
+    whole = wide / unit
+    share = whole / count
     if noise is not None:
         room = (2 / info.eps - 1 - share.abs()).clamp_min(0)
-        noise = noise / unit * (room * unit / largest.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1)
-        ends = ends + noise[:-1].cumsum(dim=0)
-    ends = torch.cat((torch.zeros_like(whole)[None], ends.round(), whole[None]))
-    return (ends.diff(dim=0) * unit).to(weight.dtype)
+        noise = noise * (torch.minimum(room, largest / unit) / largest)
+    shares = torch.empty(count, *weight.shape, dtype=weight.dtype)
+    taken = torch.zeros_like(whole)
+    end = torch.zeros_like(whole)
+    for each in range(count - 1):
+        end = end + share if noise is None else end + share + noise[each]
+        rounded = end.round()
+        shares[each] = (rounded - taken) * unit
+        taken = rounded
+    shares[-1] = (whole - taken) * unit
+    return shares
 
 
 def deviation(tensor: Tensor) -> float:
