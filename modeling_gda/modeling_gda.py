@@ -157,7 +157,7 @@ class GDAPreTrainedModel(PreTrainedModel):
         """Set what the outputs of new heads, neurons and layers are multiplied by (arXiv 2305.02869).
 
         At 0 the model computes what it computed before it grew. At 1 new parts are like all others, and a saved model
-        says no more of them. `gda.training.GrowthMaskCallback` raises it from step to step of a Trainer.
+        says no more of them. `GrowthMaskCallback` raises it from step to step of a Trainer.
 
         Args:
             value: From 0 to 1.
