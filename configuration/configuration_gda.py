@@ -21,6 +21,9 @@ LAMBDA_TYPES = ("reparameterized", "sigmoid", "tanh")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
+# Fields of a model under masked growth; None in every other.
+GROWTH_FIELDS = ("growth_mask", "masked_signal_heads", "masked_neurons", "masked_layers")
+
 # Fields that no other model family has: an unknown argument that resembles one of them is a typo, not an
 # attribute that somebody else's tool wants to keep in config.json.
 OWN_FIELDS = (
@@ -34,6 +37,7 @@ OWN_FIELDS = (
     "qk_norm",
     "qk_rank",
     "attention_out_bias",
+    *GROWTH_FIELDS,
 )
 # What config.json says of the code saved beside it: by Auto class, file and class.
 AUTO_MAP = {
@@ -154,7 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # What follows from other fields. (PreTrainedConfig would set it, and fail with an AttributeError.)
-DERIVED = ("num_signal_heads", "signal_noise_ratio", "value_width", "factored_projections")
+DERIVED = ("num_signal_heads", "signal_noise_ratio", "signal_group_size", "value_width", "factored_projections")
 
 
 @strict
@@ -201,6 +205,20 @@ class GDAConfig(PreTrainedConfig):
             With `kv_layout="paired"` also `k_base`, `k_down` and `k_up`: a group is a pair, its roles signal and noise.
             With n roles there are fewer parameters than in dense projections for R below
             (1 − 1/n) · head_dim · hidden_size / (hidden_size + head_dim).
+        growth_mask (`float`, *optional*):
+            While masked growth (arXiv 2305.02869) is under way, what the outputs of new parts are multiplied by, from
+            0, where the model computes what it computed before it grew, to 1. `model.set_growth_mask` changes it in
+            a model. At 1 new parts are parts like any other, so this field and the next three are then saved as
+            `None`, which is what they are in a model that is not growing.
+        masked_signal_heads (`int`, *optional*):
+            Of each `signal_group_size` signal heads that share keys, values and a noise head, how many are new: the
+            last ones. Their outputs are masked after the head norm.
+        masked_neurons (`int`, *optional*):
+            How many of the `intermediate_size` neurons of each MLP are new: the last ones. They are masked after the
+            activation, and weigh as much in the means of PolyNorm.
+        masked_layers (`list[int]`, *optional*):
+            Which layers are new, counted from 0. What they add to the residual stream is masked, and that once: none
+            of their heads and neurons is masked again.
         head_dim (`int`, defaults to 128): width of a query, key and value head; independent of `hidden_size`.
         hidden_act (`str`, defaults to `"silu"`): as in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_bias (`bool`, defaults to `False`): whether the projections of queries, keys and values have biases.
@@ -247,6 +265,10 @@ class GDAConfig(PreTrainedConfig):
     head_norm_eps: int | float = 1e-5
     qk_norm: bool = False
     qk_rank: int | None = None
+    growth_mask: int | float | None = None
+    masked_signal_heads: int | None = None
+    masked_neurons: int | None = None
+    masked_layers: list[int] | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     initializer_range: int | float = 0.02
@@ -313,6 +335,14 @@ class GDAConfig(PreTrainedConfig):
         return self.num_signal_heads // self.num_noise_heads
 
     @property
+    def signal_group_size(self) -> int:
+        """Signal heads that share keys, values and a noise head: they stand side by side in each group."""
+        groups = self.num_noise_heads
+        if self.kv_layout == "shared":  # one noise head may serve several KV heads; paired, it is never so
+            groups = max(groups, self.num_key_value_heads)
+        return self.num_signal_heads // groups
+
+    @property
     def value_width(self) -> int:
         """Width of a head's value: head_dim (shared) or 2 · head_dim (paired)."""
         return self.head_dim if self.kv_layout == "shared" else 2 * self.head_dim
@@ -327,6 +357,10 @@ class GDAConfig(PreTrainedConfig):
             return {}
         queries = {"q": self.signal_noise_ratio + 1}
         return queries if self.kv_layout == "shared" else queries | {"k": 2}
+
+    def is_new_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` is new: it is then masked as a whole, and none of its heads and neurons again."""
+        return self.masked_layers is not None and layer_idx in self.masked_layers
 
     def layer_type(self, layer_idx: int) -> str:
         """`"full_attention"` or `"sliding_attention"`, for layer `layer_idx`."""
@@ -376,6 +410,11 @@ class GDAConfig(PreTrainedConfig):
         factored = [f"{name}_{part}" for name in self.factored_projections for part in ("base", "down", "up")]
         return factored + [f"{name}_proj" for name in "qkv" if name not in self.factored_projections]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values. Growth that has reached its end is left out: nothing is masked by a 1."""
+        fields = super().to_dict()
+        return fields | dict.fromkeys(GROWTH_FIELDS) if self.growth_mask == 1 else fields
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, bundle_code: bool = True, **kwargs: Any
     ) -> None:
@@ -417,6 +456,7 @@ class GDAConfig(PreTrainedConfig):
         self._validate_heads()
         self._validate_lambda()
         self._validate_layers()
+        self._validate_growth()
         self._validate_rope()
 
     def _validate_values(self) -> None:
@@ -540,6 +580,43 @@ class GDAConfig(PreTrainedConfig):
             "sliding_window",
             "must be given where layer_types holds `sliding_attention`",
             self.sliding_window,
+        )
+
+    def _validate_growth(self) -> None:
+        new_parts = {name: getattr(self, name) for name in GROWTH_FIELDS[1:]}
+        if self.growth_mask is None:
+            for name, value in new_parts.items():
+                _require(value is None, name, "must be None where growth_mask is, for nothing would mask it", value)
+            return
+        _require(0 <= self.growth_mask <= 1, "growth_mask", "must be from 0 to 1, or None", self.growth_mask)
+        _require(
+            any(value is not None for value in new_parts.values()),
+            "growth_mask",
+            f"must be None where there is nothing new: none of {', '.join(new_parts)} is given",
+            self.growth_mask,
+        )
+        for name, whole in (
+            ("masked_signal_heads", self.signal_group_size),
+            ("masked_neurons", self.intermediate_size),
+        ):
+            _require(
+                new_parts[name] is None or 1 <= new_parts[name] < whole,
+                name,
+                f"must be from 1 to {whole - 1}: of {whole}, one at least is not new" if whole > 1 else "must be None",
+                new_parts[name],
+            )
+        layers = self.masked_layers
+        _require(
+            layers is None or (0 < len(layers) < self.num_hidden_layers and layers == sorted(set(layers))),
+            "masked_layers",
+            f"must list some, not all, of the {self.num_hidden_layers} layers in ascending order",
+            layers,
+        )
+        _require(
+            layers is None or (layers[0] >= 0 and layers[-1] < self.num_hidden_layers),
+            "masked_layers",
+            f"must be from 0 to {self.num_hidden_layers - 1}",
+            layers,
         )
 
     def _validate_rope(self) -> None:

@@ -3,12 +3,13 @@
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from transformers import PreTrainedConfig
 
 from gda._files import check_places, in_background, refuse_existing, write_text
+from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
 
 from .card import CARD_FILE, model_card
@@ -79,6 +80,9 @@ class ConvertReport:
             "verification": None if self.verification is None else self.verification.to_dict(),
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
         }
+
+
+Report = TypeVar("Report", bound=ConvertReport)
 
 
 def convert(
@@ -158,8 +162,8 @@ def convert(
         _require_type(opened, qk_rank)
         mode = mode_of(opened.config, mode)
         if mode == "map":
-            _refuse_choices(opened, noise_heads=noise_heads, ratio=ratio, lambda_type=lambda_type)
-        noise = _noise_heads(opened.config, noise_heads, ratio)
+            refuse_choices(opened, noise_heads=noise_heads, ratio=ratio, lambda_type=lambda_type)
+        noise = noise_heads_of(opened.config, noise_heads, ratio)
         lambda_type = lambda_type or "reparameterized"
         try:
             config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
@@ -174,7 +178,7 @@ def convert(
         settings = Settings(
             mode, dtype, seed, max_shard_size, config.num_noise_heads, config.lambda_type, lossless, config.qk_rank
         )
-        notes = _notes(opened.config, settings, keeps_bits) + _rank_notes(config, settings)
+        notes = notes_on(opened.config, settings, keeps_bits) + _rank_notes(config, settings)
         report = planned_report(out, config, recipes, dense, settings=settings, notes=notes, dry_run=dry_run)
         if dry_run:
             return report
@@ -222,19 +226,22 @@ def planned_report(
 
 
 def write_model(
-    report: ConvertReport,
+    report: Report,
     source: Source,
     settings: Settings,
     recipes: dict[str, Recipe],
     *,
-    dense: dict[str, Recipe],
+    dense: dict[str, Recipe] | None,
     verify: bool,
     resume: bool,
     overwrite: bool,
     bundle_code: bool,
     console: Console | None,
-) -> ConvertReport:
+    trainable: Trainable | None = None,
+) -> Report:
     """Make the folder that `report` plans, verified and whole, and complete the report.
+
+    `dense` are the recipes that were factored on the way, if any; `trainable` is written beside the weights, if given.
 
     Raises:
         FileExistsError, ValueError, OSError: as `convert`.
@@ -253,7 +260,11 @@ def write_model(
         )
         report.config.save_pretrained(folder, bundle_code=bundle_code)
         source.copy_assets(folder)
-        errors = layer_errors(report.config, dense, source.read, SafetensorsReader(folder).read)
+        if trainable is not None:
+            trainable.write(folder)
+        errors = {}
+        if dense is not None:
+            errors = layer_errors(report.config, dense, source.read, SafetensorsReader(folder).read)
         verification = None
         if verify:
             verification = verify_opened(source, folder, settings=settings, console=console)
@@ -298,7 +309,8 @@ def _require_type(source: Source, qk_rank: int | None) -> None:
         )
 
 
-def _refuse_choices(source: Source, **choices: object) -> None:
+def refuse_choices(source: Source, **choices: object) -> None:
+    """Raise ValueError naming the first choice that is made, though the source leaves none."""
     for name, value in choices.items():
         if value is not None:
             option = "--" + name.replace("_", "-")
@@ -308,7 +320,12 @@ def _refuse_choices(source: Source, **choices: object) -> None:
             )
 
 
-def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None) -> int | None:
+def noise_heads_of(config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None) -> int | None:
+    """The noise heads to add, said by their number or by a ratio; None where neither says it.
+
+    Raises:
+        ValueError: for a ratio that is none, or both.
+    """
     if ratio is None:
         return noise_heads
     if noise_heads is not None:
@@ -326,7 +343,8 @@ def _noise_heads(config: PreTrainedConfig, noise_heads: int | None, ratio: str |
     return heads // int(signal)
 
 
-def _notes(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> list[str]:
+def notes_on(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> list[str]:
+    """What of the source is not in the result."""
     notes = []
     if not keeps_bits:
         notes.append(f"weights are cast to {settings.dtype}, which is not lossless")

@@ -79,6 +79,8 @@ def export(
             raise ValueError(
                 f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
             )
+        if config.growth_mask is not None:
+            raise ValueError(f"{source.name} is in masked growth, which no format holds; train until its masks are 1")
         try:
             target.check(source, config)
         except ValueError as error:

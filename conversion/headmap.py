@@ -25,7 +25,21 @@ def head_map(config: GDAConfig) -> str:
         "KV heads     " + "  ".join(kv.ljust(width) for kv, width in zip(kv_columns, widths, strict=False)) + more,
         "query heads  " + "  ".join(q.ljust(width) for q, width in zip(query_columns, widths, strict=False)) + more,
     ]
-    return "\n".join(line.rstrip() for line in lines) + "\n\n" + summary
+    return "\n".join(line.rstrip() for line in lines) + "\n\n" + summary + _growth(config)
+
+
+def _growth(config: GDAConfig) -> str:
+    """What of the model is new while masked growth is under way."""
+    if config.growth_mask is None:
+        return ""
+    new = []
+    if config.masked_signal_heads is not None:
+        new.append(f"the last {config.masked_signal_heads} of each {config.signal_group_size} signal heads")
+    if config.masked_neurons is not None:
+        new.append(f"the last {config.masked_neurons:,} of {config.intermediate_size:,} neurons")
+    if config.masked_layers is not None:
+        new.append(f"layers {', '.join(map(str, config.masked_layers))}")
+    return f", growing: {'; '.join(new)} are new, under a mask of {config.growth_mask:.4g}"
 
 
 def _columns(config: GDAConfig) -> tuple[list[str], list[str]]:

@@ -84,7 +84,6 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
     for name, spec in source.specs.items():
         parameters[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += spec.numel
     dtype = source.specs["model.embed_tokens.weight"].dtype
-    cached = 2 * config.num_hidden_layers * dtype.itemsize
     return InspectReport(
         name=source.name,
         head_map=head_map(config),
@@ -99,11 +98,17 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
         parameters=parameters,
         qk_rank=config.qk_rank,
         num_dense_parameters=sum(spec.numel for spec in checkpoint_specs(dense_config(config)).values()),
-        kv_cache_bytes_per_token=cached * config.num_key_value_heads * config.head_dim,
-        source_kv_cache_bytes_per_token=_source_cache(source.folder, cached),
+        kv_cache_bytes_per_token=_cache(vars(config), dtype.itemsize),
+        source_kv_cache_bytes_per_token=_source_cache(source.folder, dtype.itemsize),
         lambda_type=config.lambda_type,
         lambdas=layer_lambdas(source, config),
     )
+
+
+def _cache(shape: dict[str, Any], bytes_per_element: int) -> int:
+    """Bytes that a token takes in the cache of a model of that shape."""
+    layers, heads, width = (shape[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    return int(2 * layers * heads * width * bytes_per_element)
 
 
 def _source_cache(folder: Path, bytes_per_element: int) -> int | None:
@@ -111,7 +116,6 @@ def _source_cache(folder: Path, bytes_per_element: int) -> int | None:
     if not path.is_file():
         return None
     try:
-        source = read_json(path)["source"]
-        return bytes_per_element * source["num_key_value_heads"] * source["head_dim"]
+        return _cache(read_json(path)["source"], bytes_per_element)
     except (KeyError, TypeError):
         raise ValueError(f"{path} does not describe the source of a conversion; remove it") from None

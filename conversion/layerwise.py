@@ -9,6 +9,8 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
+from gda.modeling_gda.attention_gda import GrowthMask
+
 from .llamalike import layer_windows
 from .recipes import meta_model
 
@@ -49,6 +51,9 @@ class LayerwiseModel:
         self._read = read
         self._rotary = type(self.model.model.rotary_emb)(self.config).to(self.device)
         self._windows = layer_windows(self.config)
+        for part in self.model.modules():
+            if isinstance(part, GrowthMask):  # no tensor of the checkpoint, but of its config
+                part.value = torch.tensor(config.growth_mask, device=self.device)
 
     @property
     def num_layers(self) -> int:

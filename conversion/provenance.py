@@ -21,7 +21,8 @@ DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 class Settings:
     """What a conversion was asked for: what the output's bytes depend on, beside the source and our version.
 
-    `lossless` says whether the result must compute what its source computes.
+    `lossless` says whether the result must compute what its source computes. Where a model is grown, noise heads and λ
+    type are those before it grew, and `growth` holds the fields of `Growth`.
     """
 
     mode: str
@@ -32,6 +33,7 @@ class Settings:
     lambda_type: str
     lossless: bool
     qk_rank: int | None = None
+    growth: dict[str, Any] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -61,6 +63,7 @@ def write_provenance(
             "revision": source.revision,
             "card_data": source.card_data(),
             "model_type": source.config.model_type,
+            "num_hidden_layers": source.config.num_hidden_layers,
             "num_attention_heads": source.config.num_attention_heads,
             "num_key_value_heads": source.config.num_key_value_heads,
             "head_dim": head_dim(source.config),

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from gda._errors import first_line
 from gda._files import read_json, sha256
+from gda._trainable import TRAINABLE_FILE
 
 from . import motif
 from .hub import check_downloaded, download
@@ -50,7 +51,8 @@ ASSET_PATTERNS = (
     *LICENCE_PATTERNS,
 )
 PROVENANCE_FILE = "conversion.json"
-MODEL_PATTERNS = (PROVENANCE_FILE, "config.json", "*.safetensors", "*.safetensors.index.json", *ASSET_PATTERNS)
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+MODEL_PATTERNS = (PROVENANCE_FILE, TRAINABLE_FILE, "config.json", *WEIGHT_PATTERNS, *ASSET_PATTERNS)
 
 CONVERTIBLE_TYPES = (*LLAMALIKES, "diffllama", motif.MODEL_TYPE)
 

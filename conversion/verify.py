@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_max_memory
 from rich.console import Console
 from rich.progress import track
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed
+from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
 
+from .growth import planned_growth
+from .layerwise import LayerwiseModel, memory_to_use
 from .llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import Settings, read_settings
-from .recipes import meta_model
+from .recipes import Recipe
 from .sources import PROVENANCE_FILE, FolderSource, Source, open_source, quiet_transformers, resolve_folder
 from .stream import different_tensors, shows_progress
 
@@ -39,6 +40,7 @@ COMPUTED_WITH = (
     "head_norm",
     "head_norm_eps",
     "qk_rank",
+    *GROWTH_FIELDS,
 )
 
 PROMPTS = (
@@ -237,7 +239,7 @@ def _prompt_ids(source: Source) -> tuple[str, list[torch.Tensor]]:
 
 def _both_fit(source: Source, converted: Source) -> bool:
     needed = 4 * sum(spec.numel for each in (source, converted) for spec in each.specs.values())
-    return needed < get_max_memory()["cpu"] / 4
+    return needed < memory_to_use()
 
 
 def _greedy(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
@@ -249,37 +251,12 @@ def _greedy(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
 
 def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Logits (1, T, vocabulary) of each prompt, with one layer of the model in memory at a time."""
-    model = meta_model(source.config)
-    rotary = type(model.model.rotary_emb)(source.config)
-    windows = layer_windows(source.config)
-    embedding = source.read("model.embed_tokens.weight").float()
-    hidden = [torch.nn.functional.embedding(ids, embedding) for ids in prompts]
-    del embedding
-    for index, layer in enumerate(model.model.layers):
-        _fill(layer, f"model.layers.{index}", source)
-        for i, states in enumerate(hidden):
-            positions = torch.arange(states.shape[1]).unsqueeze(0)
-            hidden[i] = layer(
-                states,
-                attention_mask=_mask(model.config, windows[index], states, positions),
-                position_ids=positions,
-                position_embeddings=rotary(states, positions),
-            )
-        layer.to("meta")
-    _fill(model.model.norm, "model.norm", source)
-    head = "model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"
-    weight = source.read(head).float()
-    for states in hidden:
-        yield torch.nn.functional.linear(model.model.norm(states), weight)
-
-
-def _mask(config: PreTrainedConfig, window: int | None, states: torch.Tensor, positions: torch.Tensor) -> Any:
-    """What a layer with that window may see of one sequence without padding; None is causal, as sdpa takes it."""
-    if window is None or window >= states.shape[1]:
-        return None
-    return create_sliding_window_causal_mask(
-        config=config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=positions
-    )
+    model = LayerwiseModel(source.config, source.read)
+    hidden = [model.embed(ids) for ids in prompts]
+    for index in range(model.num_layers):
+        tensors = model.tensors(index)
+        hidden = [model.run(index, tensors, states) for states in hidden]
+    yield from map(model.head(), hidden)
 
 
 def _require_same_windows(source: Source, converted: Source) -> None:
@@ -295,29 +272,15 @@ def _require_same_windows(source: Source, converted: Source) -> None:
             )
 
 
-def _fill(module: torch.nn.Module, prefix: str, source: Source) -> None:
-    state = {name: source.read(f"{prefix}.{name}").float() for name in module.state_dict()}
-    module.load_state_dict(state, assign=True)
-    module.eval()
-
-
 def _compare_tensors(source: Source, converted: FolderSource, settings: Settings | None) -> VerifyReport:
     if settings is None:
         raise ValueError(f"--method tensors needs {PROVENANCE_FILE} in {converted.folder}: it says how they were made")
-    if settings.qk_rank is not None or settings.mode == "fold":
+    if settings.qk_rank is not None or settings.mode in ("fold", "split"):
         raise ValueError(
-            "--method tensors compares bits, and those of products and factorizations depend on the machine; "
+            "--method tensors compares bits, and those of products, factorizations and fits depend on the machine; "
             "use full or layers"
         )
-    mode = mode_of(source.config, settings.mode)
-    config = planned_config(
-        source,
-        mode=mode,
-        noise_heads=settings.num_noise_heads,
-        lambda_type=settings.lambda_type,
-        dtype=settings.dtype,
-    )
-    recipes = planned_recipes(source, config, mode=mode, seed=settings.seed, dtype=settings.dtype)
+    config, recipes = _planned(source, settings)
     for name in COMPUTED_WITH:
         if getattr(converted.config, name) != getattr(config, name):
             raise ValueError(
@@ -340,3 +303,19 @@ def _compare_tensors(source: Source, converted: FolderSource, settings: Settings
         finite=True,
         passed=not different,
     )
+
+
+def _planned(source: Source, settings: Settings) -> tuple[GDAConfig, dict[str, Recipe]]:
+    """What a conversion of these settings makes of the source."""
+    if settings.growth is not None:
+        draft = planned_growth(source, settings)
+        return draft.config, draft.recipes
+    mode = mode_of(source.config, settings.mode)
+    config = planned_config(
+        source,
+        mode=mode,
+        noise_heads=settings.num_noise_heads,
+        lambda_type=settings.lambda_type,
+        dtype=settings.dtype,
+    )
+    return config, planned_recipes(source, config, mode=mode, seed=settings.seed, dtype=settings.dtype)

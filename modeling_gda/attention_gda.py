@@ -31,6 +31,24 @@ class GDARMSNormOfHead(LlamaRMSNorm):
         return super().forward(hidden_states) * self.scale
 
 
+class GrowthMask(nn.Module):
+    """What new parts are multiplied by while a model grows (Masked Structure Growth, arXiv 2305.02869): from 0 to 1.
+
+    The value is a tensor, so that a compiled model is not compiled again whenever it changes; the config keeps it.
+    """
+
+    value: torch.Tensor
+
+    def __init__(self, config: GDAConfig):
+        super().__init__()
+        assert config.growth_mask is not None  # the config sees to it wherever something is new
+        self.register_buffer("value", torch.tensor(config.growth_mask, dtype=torch.float32), persistent=False)
+
+    def forward(self, is_new: torch.Tensor) -> torch.Tensor:
+        """A factor for each part: the value where it is new, else 1."""
+        return torch.where(is_new, self.value, 1.0)
+
+
 class LambdaProjection(nn.Module):
     """W_λ x in float32, whatever the dtype of the model and under autocast: (B, T, hidden) → (B, T, S).
 
@@ -172,6 +190,8 @@ class GDAAttention(nn.Module):
             self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads)
         if config.head_norm:
             self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
+        has_new_heads = config.masked_signal_heads is not None and not config.is_new_layer(layer_idx)
+        self.growth_mask = GrowthMask(config) if has_new_heads else None
         self._build_branches()
 
     def _add_projection(self, name: str, num_heads: int) -> None:
@@ -233,6 +253,8 @@ class GDAAttention(nn.Module):
             output = self.subtract(signal, noise, lambda_)
         if self.config.head_norm:
             output = self.subln(output)
+        if self.growth_mask is not None:
+            output = self._masked(output, self.growth_mask)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), difference
 
     def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -244,6 +266,13 @@ class GDAAttention(nn.Module):
         signal = (self.lambda_q1.float() * self.lambda_k1.float()).sum(dim=0, keepdim=True)
         noise = (self.lambda_q2.float() * self.lambda_k2.float()).sum(dim=0, keepdim=True)
         return signal.exp() - noise.exp() + self.lambda_init
+
+    def _masked(self, output: torch.Tensor, growth_mask: GrowthMask) -> torch.Tensor:
+        """Outputs (B, T, …, width) of the signal heads, those of the new heads masked: (B, T, groups, size, width)."""
+        size, new = self.config.signal_group_size, self.config.masked_signal_heads
+        assert new is not None  # there would be no mask
+        mask = growth_mask(torch.arange(size, device=output.device) >= size - new)
+        return output.flatten(2, 3).unflatten(2, (-1, size)) * mask.unsqueeze(-1).to(output.dtype)
 
     def attend(
         self,

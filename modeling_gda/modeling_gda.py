@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_gda import ATTENTION_CLASSES, GDAAttention, HeadwiseUp, LambdaProjection, SharedBase
+from .attention_gda import ATTENTION_CLASSES, GDAAttention, GrowthMask, HeadwiseUp, LambdaProjection, SharedBase
 from .configuration_gda import GDAConfig
 
 MASK_FUNCTIONS = {
@@ -44,25 +44,48 @@ class PolyNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Activations of x (…, width). A mask (width,) says how much each neuron weighs in the means; all else is 1."""
         wide = x.float()
         powers = (wide**3, wide**2, wide)
-        normed = (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + self.eps) for z in powers)
+        normed = (z * torch.rsqrt(self._mean(z.pow(2), mask) + self.eps) for z in powers)
         return (sum(w * z for w, z in zip(self.weight, normed, strict=True)) + self.bias).to(x.dtype)
+
+    @staticmethod
+    def _mean(z: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return z.mean(-1, keepdim=True) if mask is None else (z * mask).mean(-1, keepdim=True) / mask.mean()
 
 
 class GDAMLP(nn.Module):
     """Llama's gated MLP, with PolyNorm among its activations."""
 
-    def __init__(self, config: GDAConfig):
+    def __init__(self, config: GDAConfig, layer_idx: int):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = PolyNorm() if config.hidden_act == "poly_norm" else ACT2FN[config.hidden_act]
+        self.config = config
+        has_new_neurons = config.masked_neurons is not None and not config.is_new_layer(layer_idx)
+        self.growth_mask = GrowthMask(config) if has_new_neurons else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.growth_mask is None:
+            return self.down_proj(self.act_fn(gate) * up)
+        assert self.config.masked_neurons is not None  # there would be no mask
+        first_new = self.config.intermediate_size - self.config.masked_neurons
+        mask = self.growth_mask(self._neurons(up) >= first_new)
+        gate = self.act_fn(gate, mask) if isinstance(self.act_fn, PolyNorm) else self.act_fn(gate)
+        return self.down_proj(gate * up * mask.to(up.dtype))
+
+    def _neurons(self, up: torch.Tensor) -> torch.Tensor:
+        """The numbers of the neurons in `up` (…, width): all, or the block that tensor parallelism left here."""
+        total, width, first = self.config.intermediate_size, up.shape[-1], 0
+        if width < total:
+            mesh = self.down_proj.weight.device_mesh  # type: ignore[attr-defined]
+            first = mesh.get_local_rank(mesh.ndim - 1) * -(-total // mesh.size(mesh.ndim - 1))
+        return torch.arange(first, first + width, device=up.device)
 
 
 class GDADecoderLayer(GradientCheckpointingLayer):
@@ -71,9 +94,10 @@ class GDADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: GDAConfig, layer_idx: int):
         super().__init__()
         self.self_attn = ATTENTION_CLASSES[config.kv_layout](config, layer_idx)
-        self.mlp = GDAMLP(config)
+        self.mlp = GDAMLP(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.growth_mask = GrowthMask(config) if config.is_new_layer(layer_idx) else None
 
     def forward(
         self,
@@ -90,8 +114,12 @@ class GDADecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + attention
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self._masked(attention)
+        return hidden_states + self._masked(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def _masked(self, branch: torch.Tensor) -> torch.Tensor:
+        """What a branch adds to the residual stream: all of it, except in a layer that is new."""
+        return branch if self.growth_mask is None else branch * self.growth_mask.value
 
 
 class GDAPreTrainedModel(PreTrainedModel):
@@ -125,6 +153,31 @@ class GDAPreTrainedModel(PreTrainedModel):
         )
 
     @torch.no_grad()
+    def set_growth_mask(self, value: float) -> None:
+        """Set what the outputs of new heads, neurons and layers are multiplied by (arXiv 2305.02869).
+
+        At 0 the model computes what it computed before it grew. At 1 new parts are like all others, and a saved model
+        says no more of them. `GrowthMaskCallback` raises it from step to step of a Trainer.
+
+        Args:
+            value: From 0 to 1.
+
+        Raises:
+            ValueError: if the value is another, or nothing of the model is masked.
+        """
+        if self.config.growth_mask is None:
+            raise ValueError(
+                "the model has no growth_mask: it has no masked heads, neurons or layers; `gda grow --masked` adds some"
+            )
+        if not 0 <= value <= 1:
+            raise ValueError(f"the growth mask must be from 0 to 1, not {value!r}")
+        for module in self.modules():
+            if isinstance(module, GrowthMask):
+                module.value.fill_(value)
+            elif (config := getattr(module, "config", None)) is not None:  # a classifier's body has one of its own
+                config.growth_mask = float(value)
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PolyNorm):
@@ -132,6 +185,8 @@ class GDAPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, LambdaProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, GrowthMask):
+            init.constant_(module.value, self.config.growth_mask or 0.0)
         # Base and update give half of a dense projection's variance each, so that queries start as large as its.
         # With the base alone signal and noise maps would start equal, and zero updates would hide one factor from the
         # gradient of the other; with updates alone the roles would share nothing.

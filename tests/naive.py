@@ -6,6 +6,8 @@ signal heads, N noise heads and r = S / N, signal head i = 0 … S − 1 of one 
     out_i = A_i V_i − λ_i · A_noise(i) V_i        A = softmax(q kᵀ / √d), over the tokens that may be seen
 
 and the layer's output is W_O · concat_i(norm(out_i)). Noise head i // r serves signal head i.
+
+Under masked growth every new part, a signal head, a neuron or a whole layer, counts m-fold.
 """
 
 import math
@@ -58,8 +60,10 @@ def run(
             attended, layer_maps = attention(
                 normed, weights, config, layer, cos.to(dtype), sin.to(dtype), visible(real, window)
             )
-            x = x + attended
-            x = x + mlp(rms_norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps), weights, config)
+            m = config.growth_mask if layer in (config.masked_layers or []) else 1.0
+            x = x + m * attended
+            normed = rms_norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
+            x = x + m * mlp(normed, weights, config, layer)
             row_maps.append(layer_maps)
         x = rms_norm(x, state["model.norm.weight"], config.rms_norm_eps)
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -107,7 +111,7 @@ def attention(
         if config.head_norm:
             output = rms_norm(output, weights["self_attn.subln.weight"], config.head_norm_eps)
             output = output * (1 - lambda_init(config, layer))
-        outputs.append(output)
+        outputs.append(output * mask_of_head(config, layer, i))
         maps.append(signal_map - lambda_ * noise_map)
     return linear(torch.cat(outputs, dim=-1), weights, "self_attn.o_proj"), torch.stack(maps)
 
@@ -141,6 +145,20 @@ def projected_heads(x: Tensor, weights: State, config: GDAConfig, name: str) -> 
     return projected
 
 
+def mask_of_head(config: GDAConfig, layer: int, signal_head: int) -> float:
+    """m for the last `masked_signal_heads` of those signal heads that read the same keys, values and noise."""
+    if config.masked_signal_heads is None or layer in (config.masked_layers or []):
+        return 1.0
+    num_signal = config.num_attention_heads - config.num_noise_heads
+    sets = config.num_key_value_heads if config.kv_layout == "shared" else config.num_key_value_heads // 2
+
+    def read_by(i: int) -> tuple[int, int]:
+        return i // (num_signal // sets), i // (num_signal // config.num_noise_heads)
+
+    same = [i for i in range(num_signal) if read_by(i) == read_by(signal_head)]
+    return config.growth_mask if signal_head in same[-config.masked_signal_heads :] else 1.0
+
+
 def attention_map(query: Tensor, key: Tensor, may_see: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) (T, T) of one head."""
     scores = query @ key.T / math.sqrt(query.shape[-1])
@@ -171,23 +189,27 @@ def visible(real: Tensor, window: int | None) -> Tensor:
     return torch.tensor([[s == t or (t - reach < s < t and is_real[s]) for s in tokens] for t in tokens])
 
 
-def mlp(x: Tensor, weights: State, config: GDAConfig) -> Tensor:
-    """W_down (act(W_gate x) · W_up x)."""
+def mlp(x: Tensor, weights: State, config: GDAConfig, layer: int) -> Tensor:
+    """W_down (m · act(W_gate x) · W_up x)."""
     gate = linear(x, weights, "mlp.gate_proj")
+    m = torch.ones_like(gate)
+    if config.masked_neurons is not None and layer not in (config.masked_layers or []):
+        m[..., -config.masked_neurons :] = config.growth_mask
     if config.hidden_act == "poly_norm":
-        gate = poly_norm(gate, weights["mlp.act_fn.weight"], weights["mlp.act_fn.bias"])
+        gate = poly_norm(gate, weights["mlp.act_fn.weight"], weights["mlp.act_fn.bias"], m)
     else:
         assert config.hidden_act == "silu"
         gate = gate * torch.sigmoid(gate)
-    return linear(gate * linear(x, weights, "mlp.up_proj"), weights, "mlp.down_proj")
+    return linear(m * gate * linear(x, weights, "mlp.up_proj"), weights, "mlp.down_proj")
 
 
-def poly_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """w₀ · n(x³) + w₁ · n(x²) + w₂ · n(x) + b with n(z) = z / √(mean(z²) + 1e-6)."""
+def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, m: Tensor) -> Tensor:
+    """w₀ · n(x³) + w₁ · n(x²) + w₂ · n(x) + b with n(z) = z / √(mean(z²) + 1e-6), a mean weighted by m."""
     total = bias
     for w, power in zip(weight, (3, 2, 1), strict=True):
         z = x**power
-        total = total + w * z / torch.sqrt((z * z).mean(dim=-1, keepdim=True) + 1e-6)
+        mean = (m * z * z).sum(dim=-1, keepdim=True) / m.sum(dim=-1, keepdim=True)
+        total = total + w * z / torch.sqrt(mean + 1e-6)
     return total
 
 

@@ -38,6 +38,10 @@ NO_DEFAULT: dict[str, Any] = {
     "head_norm_eps": 0.5,
     "qk_norm": True,
     "qk_rank": 2,
+    "growth_mask": 0.25,
+    "masked_signal_heads": 1,
+    "masked_neurons": 7,
+    "masked_layers": [1],
     "hidden_act": "poly_norm",
     "max_position_embeddings": 99,
     "initializer_range": 0.5,
@@ -102,7 +106,7 @@ def test_derived_head_counts(heads: int, noise: int, signal: int, ratio: int) ->
     assert (config.num_signal_heads, config.signal_noise_ratio) == (signal, ratio)
 
 
-@pytest.mark.parametrize("name", ["num_signal_heads", "signal_noise_ratio", "value_width"])
+@pytest.mark.parametrize("name", ["num_signal_heads", "signal_noise_ratio", "signal_group_size", "value_width"])
 def test_derived_properties_are_read_only(name: str) -> None:
     """A derived property cannot be set to something that the fields contradict."""
     with pytest.raises(AttributeError):
@@ -205,6 +209,27 @@ BROKEN_RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"layer_types": ["full_attention"]}, "layer_types", "one type for each of the 2 layers"),
     ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types", "may hold only"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window", "must be given"),
+    ({"growth_mask": 0.5}, "growth_mask", "nothing new"),
+    ({"growth_mask": 1.5, "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
+    ({"growth_mask": -0.5, "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
+    ({"growth_mask": float("nan"), "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
+    *(
+        ({name: value}, name, "must be None where growth_mask is")
+        for name, value in (("masked_signal_heads", 1), ("masked_neurons", 1), ("masked_layers", [1]))
+    ),
+    *(({"growth_mask": 0, "masked_signal_heads": value}, "masked_signal_heads", "from 1 to 2") for value in (0, -1, 3)),
+    *(({"growth_mask": 0, "masked_neurons": value}, "masked_neurons", "from 1 to 39") for value in (0, -1, 40)),
+    *(
+        ({"growth_mask": 0, "masked_layers": value}, "masked_layers", "some, not all, of the 2 layers")
+        for value in ([], [0, 1], [1, 1])
+    ),
+    *(({"growth_mask": 0, "masked_layers": value}, "masked_layers", "from 0 to 1") for value in ([2], [-1])),
+    (
+        {"growth_mask": 0, "masked_signal_heads": 1, "num_attention_heads": 4},
+        "masked_signal_heads",
+        "must be None",
+    ),
+    ({"growth_mask": "half"}, "growth_mask", "expected"),
     ({"head_dim": 7}, "head_dim", "even for rotary embeddings"),
     ({"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters", "rope_type must be one of"),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters", "factor"),
@@ -258,6 +283,8 @@ TYPOS = {
     "head_norms_eps": "head_norm_eps",
     "qknorm": "qk_norm",
     "attention_output_bias": "attention_out_bias",
+    "grow_mask": "growth_mask",
+    "mask_neurons": "masked_neurons",
 }
 
 
@@ -363,6 +390,10 @@ ANY_FIELDS = st.fixed_dictionaries(
         "lambda_init_offset": st.integers(-3, 3),
         "head_norm": st.booleans(),
         "qk_norm": st.booleans(),
+        "growth_mask": st.none() | st.integers(-1, 2) | st.floats(0, 1),
+        "masked_signal_heads": st.none() | st.integers(-1, 4),
+        "masked_neurons": st.none() | st.integers(-1, 12),
+        "masked_layers": st.none() | st.lists(st.integers(-1, 3), max_size=3),
         "hidden_act": st.sampled_from(["silu", "poly_norm"]),
         "tie_word_embeddings": st.booleans(),
         "attention_bias": st.booleans(),
@@ -373,11 +404,28 @@ ANY_FIELDS = st.fixed_dictionaries(
 )
 
 
+def _groups_of_signal_heads(layout: str, noise: int, key_value: int) -> int:
+    """Sets of signal heads that read the same KV head and the same noise head."""
+    return len({(i * noise // 60, i * key_value // 60 if layout == "shared" else 0) for i in range(60)})
+
+
+@st.composite
+def possible_growth(draw: st.DrawFn, neurons: int, layers: int, heads: int) -> dict[str, Any]:
+    """The fields of masked growth, or None for all of them: at least one part stays that is not new."""
+    new = {
+        "masked_signal_heads": draw(st.none() | st.integers(1, heads - 1)) if heads > 1 else None,
+        "masked_neurons": draw(st.none() | st.integers(1, neurons - 1)) if neurons > 1 else None,
+        "masked_layers": draw(st.none() | st.just([layers - 1])) if layers > 1 else None,
+    }
+    grows = any(value is not None for value in new.values())
+    return new | {"growth_mask": draw(st.floats(0, 1)) if grows else None}
+
+
 @st.composite
 def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
     """Fields that obey every rule, made from the numbers that the others follow from."""
     layout = draw(st.sampled_from(["shared", "paired"]))
-    layers, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    layers, ratio, neurons = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 12))
     if layout == "paired":
         pairs = draw(st.integers(1, 2))
         noise, key_value = pairs * draw(st.integers(1, 2)), 2 * pairs
@@ -390,7 +438,7 @@ def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
     return draw(ANY_FIELDS) | {
         "vocab_size": draw(st.integers(1, 8)),
         "hidden_size": draw(st.integers(1, 12)),
-        "intermediate_size": draw(st.integers(1, 12)),
+        "intermediate_size": neurons,
         "num_hidden_layers": layers,
         "num_attention_heads": noise * (ratio + 1),
         "num_noise_heads": noise,
@@ -401,6 +449,7 @@ def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
         "lambda_init": draw(
             st.none() | st.integers(-2, 2) | st.lists(st.integers(-2, 2), min_size=layers, max_size=layers)
         ),
+        **draw(possible_growth(neurons, layers, noise * ratio // _groups_of_signal_heads(layout, noise, key_value))),
         "sliding_window": draw(st.integers(1, 4)),
         "layer_types": draw(
             st.none()

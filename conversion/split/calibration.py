@@ -55,7 +55,7 @@ def read_calibration(
         FileNotFoundError, ValueError: naming the file, and the line where there is one.
     """
     if tokenizer is None:
-        raise ValueError("--mode split reads calibration text, and the source has no tokenizer; --mode expand needs none")
+        raise ValueError("--mode split reads text, and the source has no tokenizer; --mode expand needs none")
     name, text = ("the documentation of Python", python_documentation()) if path is None else _read_text(Path(path))
     context = min(CONTEXT, longest)
     if tokens < 2 * context:
@@ -66,7 +66,7 @@ def read_calibration(
         raise ValueError(f"{name} has {len(ids)} tokens; calibration needs {2 * context}, and thousands to be any good")
     windows = torch.tensor(ids[: count * context]).view(count, context)
     if int(windows.max()) >= vocab_size:
-        raise ValueError(f"the tokenizer gives ids up to {int(windows.max())}, and the model has {vocab_size} embeddings")
+        raise ValueError(f"the tokenizer gives ids up to {windows.max()}, and the model has {vocab_size} embeddings")
     held_out = max(1, min(MOST_HELD_OUT, round(HELD_OUT_SHARE * count)))
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Calibration(name, digest, windows[:-held_out].clone(), windows[-held_out:].clone())
@@ -80,7 +80,8 @@ def _read_text(path: Path) -> tuple[str, str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     if path.suffix == ".jsonl":
-        text = "\n\n".join(_text_of(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        lines = enumerate(text.splitlines(), 1)
+        text = "\n\n".join(_text_of(path, number, line) for number, line in lines if line.strip())
     return path.name, text
 
 

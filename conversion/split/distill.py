@@ -69,26 +69,23 @@ class Distillation:
         self.work = work
         self.step = 0
         self.weights: list[dict[str, torch.Tensor]] = []
-        self.moments: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+        self.means: list[dict[str, torch.Tensor]] = []
+        self.squares: list[dict[str, torch.Tensor]] = []
         self.scales: list[dict[str, float]] = []
         for layer in range(model.num_layers):
             tensors = start(layer)
             self.scales.append({name: _scale(tensor) for name, tensor in tensors.items()})
-            self.weights.append({name: self._allocate("weight", layer, name, tensor) for name, tensor in tensors.items()})
-            self.moments.append(
-                {
-                    name: (self._allocate("mean", layer, name, tensor), self._allocate("square", layer, name, tensor))
-                    for name, tensor in tensors.items()
-                }
-            )
+            self.weights.append(self._allocated("weight", layer, tensors))
+            self.means.append(self._allocated("mean", layer, tensors))
+            self.squares.append(self._allocated("square", layer, tensors))
             for name, tensor in tensors.items():
                 self.weights[layer][name].copy_(tensor)
-                for moment in self.moments[layer][name]:
-                    moment.zero_()
+                self.means[layer][name].zero_()
+                self.squares[layer][name].zero_()
         self._load_checkpoint()
 
-    def _allocate(self, kind: str, layer: int, name: str, like: torch.Tensor) -> torch.Tensor:
-        return self.work.allocate(f"{kind}-{layer}-{name}", *like.shape)
+    def _allocated(self, kind: str, layer: int, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.work.allocate(f"{kind}-{layer}-{name}", *tensor.shape) for name, tensor in like.items()}
 
     def train(self, plan: Plan, windows: torch.Tensor, last_states: torch.Tensor) -> Iterator[float]:
         """Go on to the last step of the plan; after each, give its loss, in nats a token.
@@ -137,7 +134,7 @@ class Distillation:
     @torch.no_grad()
     def _update(self, layer: int, name: str, gradient: torch.Tensor, rate: float) -> None:
         """Adam (arXiv 1412.6980), with its moments where `work` has them."""
-        weight, (mean, square) = self.weights[layer][name], self.moments[layer][name]
+        weight, mean, square = (each[layer][name] for each in (self.weights, self.means, self.squares))
         gradient = gradient.to(weight)
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
@@ -146,27 +143,26 @@ class Distillation:
         weight.addcdiv_(mean, (square / bias_of_square).sqrt_().add_(1e-12), value=-size / bias)
 
     def _save_checkpoint(self) -> None:
-        before = self.work.facts("trained") if self.work.has("trained") else None
-        for layer, weights in enumerate(self.weights):
-            tensors = {f"weight.{name}": weight for name, weight in weights.items()}
-            for name, (mean, square) in self.moments[layer].items():
-                tensors |= {f"mean.{name}": mean, f"square.{name}": square}
-            self.work.save(f"trained-{self.step}-{layer}", {}, tensors)
+        before = self.work.facts("trained")["step"] if self.work.has("trained") else None
+        for layer in range(self.model.num_layers):
+            self.work.save(f"trained-{self.step}-{layer}", {}, self._state(layer))
         self.work.save("trained", {"step": self.step})
-        if before is not None:
-            for layer in range(len(self.weights)):
-                self.work.forget(f"trained-{before['step']}-{layer}")
+        if before not in (None, self.step):
+            for layer in range(self.model.num_layers):
+                self.work.forget(f"trained-{before}-{layer}")
 
     def _load_checkpoint(self) -> None:
         if not self.work.has("trained"):
             return
         self.step = self.work.facts("trained")["step"]
-        for layer, weights in enumerate(self.weights):
-            tensors = self.work.tensors(f"trained-{self.step}-{layer}")
-            for name, weight in weights.items():
-                weight.copy_(tensors[f"weight.{name}"])
-                for kind, moment in zip(("mean", "square"), self.moments[layer][name], strict=True):
-                    moment.copy_(tensors[f"{kind}.{name}"])
+        for layer in range(self.model.num_layers):
+            saved = self.work.tensors(f"trained-{self.step}-{layer}")
+            for name, tensor in self._state(layer).items():
+                tensor.copy_(saved[name])
+
+    def _state(self, layer: int) -> dict[str, torch.Tensor]:
+        kinds = {"weight": self.weights, "mean": self.means, "square": self.squares}
+        return {f"{kind}.{name}": tensor for kind, of in kinds.items() for name, tensor in of[layer].items()}
 
 
 def _scale(tensor: torch.Tensor) -> float:

@@ -62,7 +62,13 @@ class Split:
 
 
 def split_layer(
-    moments: Moments, output: torch.Tensor, *, num_noise_heads: int, num_kv_heads: int, head_dim: int, lambdas: list[float]
+    moments: Moments,
+    output: torch.Tensor,
+    *,
+    num_noise_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    lambdas: list[float],
 ) -> Split:
     """Divide the heads of a layer so that what is lost is least, with the best λ of `lambdas`.
 

@@ -1,11 +1,11 @@
 r"""Which head counts can be split, and how each tensor of the result is made.
 
-    source  q heads          0 1 2 3   4 5 6 7   …          k, v, MLP, norms, embeddings: copied
-            KV heads            0         1
+source  q heads          0 1 2 3   4 5 6 7   …          k, v, MLP, norms, embeddings: copied
+        KV heads            0         1
 
-    GDA     q heads          0 2 3 1   4 5 6 7   …          rows of q in another order; in each group the last is noise
-            KV heads            0         1                 o: solved again, for the heads that are left
-            λ                     λ of the layer
+GDA     q heads          0 2 3 1   4 5 6 7   …          rows of q in another order; in each group the last is noise
+        KV heads            0         1                 o: solved again, for the heads that are left
+        λ                     λ of the layer
 """
 
 from collections.abc import Callable, Sequence
@@ -48,8 +48,8 @@ def split_config(
     possible = possible_noise_heads(heads, kv_heads)
     if not possible:
         raise ValueError(
-            f"--mode split: {heads} query heads over {kv_heads} KV heads leave one head to each KV head, and signal and "
-            "noise heads must share one; --merge-kv G makes them share G, and --mode expand adds noise heads"
+            f"--mode split: with {heads} query heads over {kv_heads} KV heads none shares its KV head, as signal and "
+            "noise heads must; --merge-kv G leaves G KV heads to share, and --mode expand adds noise heads"
         )
     if noise not in possible:
         counts = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible)
@@ -119,7 +119,8 @@ def _attention_recipe(
         return Recipe(target, (name,), make, f"rows of heads {split.order}, of which every last of a group is noise")
     if name.endswith(".o_proj.weight"):
         target = TensorSpec(spec.shape, dtype or source[name].dtype)
-        return Recipe(target, (name,), partial(_from_work, lambda: split.output), "solved for what the source's gives, by calibration")
+        make = partial(_from_work, lambda: split.output)
+        return Recipe(target, (name,), make, "solved for the output that the source's gives, by calibration")
     return copied(name, source[name], dtype)
 
 

@@ -150,9 +150,10 @@ class Splitter:
                 self.config.lambda_init = [split.lambda_ for split in splits]
             student = LayerwiseModel(self.config, self.read, self.device)
             states = last_states(teacher, windows, self.work)
-            closed_form = measure(student, lambda layer: self._closed_form(student, splits, layer), windows[-self._held :])
+            held_out = self.calibration.held_out
+            closed_form = measure(student, lambda layer: self._closed_form(student, splits, layer), held_out)
             trained = self._train(student, splits, states) if self.steps else None
-            result = closed_form if trained is None else measure(student, trained.tensors, windows[-self._held :])
+            result = closed_form if trained is None else measure(student, trained.tensors, held_out)
         report = SplitReport(
             calibration=self.calibration.name,
             sha256=self.calibration.sha256,
@@ -160,16 +161,12 @@ class Splitter:
             held_out_tokens=self.calibration.held_out.numel(),
             effort=self.effort,
             steps=self.steps,
-            perplexity_source=perplexity(teacher, self.calibration.held_out, states[-self._held :]),
+            perplexity_source=perplexity(teacher, held_out, states[-len(held_out) :]),
             perplexity_closed_form=closed_form.perplexity,
             perplexity=result.perplexity,
             layers=self._layers(splits, result),
         )
         return Divided(self.config, self._recipes(splits, trained, dtype), report)
-
-    @property
-    def _held(self) -> int:
-        return len(self.calibration.held_out)
 
     def _divide(self, teacher: LayerwiseModel, windows: torch.Tensor) -> list[Split]:
         fits = fit_layers(
@@ -266,9 +263,7 @@ def _multiplies_bfloat16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _fingerprint(
-    source: Source, config: GDAConfig, calibration: Calibration, effort: str, seed: int
-) -> dict[str, Any]:
+def _fingerprint(source: Source, config: GDAConfig, calibration: Calibration, effort: str, seed: int) -> dict[str, Any]:
     """What work that is taken up must have in common with what began it."""
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.weight_files]
     return {

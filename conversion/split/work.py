@@ -40,8 +40,8 @@ class Work:
 
     def allocate(self, name: str, *shape: int) -> torch.Tensor:
         """Float32 memory of that shape, the same after a kill; zeros at first."""
-        size = math.prod(shape)
-        return torch.from_file(str(self.folder / f"{name}.bin"), shared=True, size=size, dtype=torch.float32).view(shape)
+        path = str(self.folder / f"{name}.bin")
+        return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
 
     def has(self, name: str) -> bool:
         """Whether something is saved under that name."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gda.conversion.convert import convert
     from gda.conversion.export import export
     from gda.conversion.fold import fold
+    from gda.conversion.grow import grow
     from gda.conversion.inspect import inspect
     from gda.conversion.push import push
     from gda.conversion.verify import verify
@@ -36,6 +37,7 @@ _HOMES = {
         "gda.conversion.convert": ["convert"],
         "gda.conversion.export": ["export"],
         "gda.conversion.fold": ["fold"],
+        "gda.conversion.grow": ["grow"],
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.push": ["push"],
         "gda.conversion.verify": ["verify"],
@@ -109,6 +111,7 @@ __all__ = [
     "evaluate",
     "export",
     "fold",
+    "grow",
     "inspect",
     "push",
     "verify",

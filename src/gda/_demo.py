@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gda._text import python_documentation
 from gda._perplexity import perplexity
+from gda._text import python_documentation
 from gda.conversion.convert import convert
 from gda.conversion.sources import open_source, quiet_transformers
 from gda.conversion.verify import VerifyReport

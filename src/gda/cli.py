@@ -299,6 +299,103 @@ def fold(
 
 
 @app.command(
+    epilog="Examples:  gda grow ./llama-gda ./bigger --signal 2  ·  gda grow ./llama-gda ./bigger --depth 40  ·  "
+    "gda grow ./llama-gda ./bigger --signal 2 --layers 9,14,19,24,28,29  ·  gda grow ./llama ./bigger --width 2"
+    "  ·  gda grow ./llama-gda ./bigger --masked --signal 2 --mlp 1.5 --depth 36"
+)
+def grow(
+    model: Annotated[
+        str, typer.Argument(help="A GDA model, or one to convert on the way: a folder, a Hub id or a .gguf file.")
+    ],
+    out: Annotated[str, typer.Argument(help="The folder to make.")],
+    signal: Annotated[
+        float | None, typer.Option(metavar="M", help="Replicas of each signal head: r:1 becomes M·r:1.")
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(metavar="LAYERS", help="Layers of the result; the new ones are copies that add nothing."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers to copy, from 0, parted by commas; by default spread evenly. Says the depth as well."
+        ),
+    ] = None,
+    width: Annotated[
+        float | None, typer.Option(metavar="M", help="Times the hidden size, the MLP's and the heads.")
+    ] = None,
+    masked: Annotated[
+        bool,
+        typer.Option("--masked", help="New heads, neurons and layers begin as in a new model, behind a mask of 0."),
+    ] = False,
+    mlp: Annotated[
+        float | None, typer.Option(metavar="M", help="With --masked: times the number of neurons, such as 1.5.")
+    ] = None,
+    noise_std: Annotated[
+        float, typer.Option(help="Noise that tells replicas apart and sums to zero, relative to the weight's.")
+    ] = 0.01,
+    noise_heads: Annotated[int | None, typer.Option(help="For a Llama: noise heads, as in gda convert.")] = None,
+    ratio: Annotated[str | None, typer.Option(help="For a Llama: the ratio before growth, as in gda convert.")] = None,
+    lambda_type: Annotated[str | None, typer.Option(help="For a Llama: reparameterized or tanh.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    max_shard_size: ShardSize = "5GB",
+    revision: Revision = None,
+    verify: Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")] = False,
+    overwrite: Overwrite = False,
+    bundle_code: BundleCode = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Grow a model: more signal heads, more layers, or wider; it computes what it did, and has more to learn with.
+
+    With --masked, what is new is no copy and hides behind a mask, which training raises from 0 to 1.
+
+    Operators may be combined. OUT holds trainable.json, which says what is new, for training that alone.
+    """
+    from gda.conversion.grow import grow as run
+
+    report = run(
+        model,
+        out,
+        signal=signal,
+        depth=depth,
+        layers=_layer_list(layers),
+        width=width,
+        masked=masked,
+        mlp=mlp,
+        noise_std=noise_std,
+        noise_heads=noise_heads,
+        ratio=ratio,
+        lambda_type=lambda_type,
+        seed=seed,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        verify=verify,
+        resume=resume,
+        overwrite=overwrite,
+        bundle_code=bundle_code,
+        dry_run=dry_run,
+        console=progress_console,
+    )
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    told = report.to_dict()
+    for when in ("before", "after"):
+        suffix = "_before" if when == "before" else ""
+        size = f"hidden size {told[f'hidden_size{suffix}']:,}, {told[f'num_parameters{suffix}']:,} parameters"
+        typer.echo(f"{when}\n{told[f'head_map{suffix}']}, {size}\n")
+    if report.copied_layers:
+        made = "after layers" if masked else "layers copied:"
+        new = "new ones" if masked else "copies"
+        typer.echo(f"{made} {_listed(report.copied_layers)}; the {new} are {_listed(report.new_layers)}")
+    _print_made(report, out)
+
+
+@app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog="Examples:  gda serve ./llama-gda  ·  gda serve me/llama-gda --port 8001 --dtype bfloat16  ·  "
     "gda serve ./llama-gda --continuous-batching --attn-implementation sdpa",
@@ -445,6 +542,19 @@ def _print_made(report: Any, out: str) -> None:
     typer.echo(f"{out}: {size}")
 
 
+def _layer_list(layers: str | None) -> list[int] | None:
+    if layers is None:
+        return None
+    try:
+        return [int(layer) for layer in layers.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def _rank_summary(rank: int, parameters: int, dense: int) -> str:
     change = 100 * (parameters / dense - 1)
     return f"qk_rank {rank}: {parameters:,} parameters, {change:+.2f} % of the {dense:,} with dense projections"
@@ -483,7 +593,7 @@ def main() -> None:
         _fail(error, 2)
     if code == INTERRUPTED:
         goes_on = {"convert": "; the same command with --resume goes on", "push": "; the same command goes on"}
-        goes_on["fold"] = goes_on["convert"]
+        goes_on["fold"] = goes_on["grow"] = goes_on["convert"]
         typer.echo(f"gda: interrupted{goes_on.get(sys.argv[1], '')}", err=True)
     sys.exit(code or 0)
 
