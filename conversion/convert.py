@@ -1,14 +1,16 @@
 """From a checkpoint of a Llama, Mistral or Qwen, or of a relative, to a GDA checkpoint."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from gda._files import check_places, in_background, refuse_existing, write_text
+from gda._files import check_places, in_background, refuse_existing, remove, write_text
 from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
 
@@ -25,9 +27,13 @@ from .recipes import Recipe, is_lossless
 from .relatives import RELATIVES
 from .safetensors_io import SafetensorsReader
 from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
+from .split.layout import split_options
+from .split.split import Divided, SplitReport, Splitter
 from .staging import staged_model
 from .stream import shards_of, write_checkpoint
 from .verify import VerificationFailed, VerifyReport, verify_opened
+
+WORK_FOLDER = "work"  # within the folder that is being filled; none of it is in the result
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class ConvertReport:
         projection_errors: With `qk_rank`, relative error of the weight (Frobenius) for each layer, by projection, "q"
             and where keys are paired "k"; empty for a dry run.
         notes: What of the source is not in the result.
+        split: How heads were divided, and what it cost; None if they were not, and for a dry run.
         sha256: By file of weights; empty for a dry run.
         verification: The report of `verify`; None if it was not asked for.
         pushed: The report of `push`; None if it was not asked for.
@@ -57,6 +64,7 @@ class ConvertReport:
     num_dense_parameters: int
     projection_errors: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    split: SplitReport | None = None
     sha256: dict[str, str] = field(default_factory=dict)
     verification: VerifyReport | None = None
     pushed: PushReport | None = None
@@ -76,6 +84,7 @@ class ConvertReport:
             "qk_rank": self.config.qk_rank,
             "projection_errors": self.projection_errors,
             "notes": self.notes,
+            "split": None if self.split is None else self.split.to_dict(),
             "sha256": self.sha256,
             "verification": None if self.verification is None else self.verification.to_dict(),
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
@@ -93,6 +102,9 @@ def convert(
     noise_heads: int | None = None,
     ratio: str | int | None = None,
     lambda_type: str | None = None,
+    calibration: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    effort: str | None = None,
     qk_rank: int | None = None,
     seed: int = 0,
     dtype: str = "keep",
@@ -113,16 +125,24 @@ def convert(
     exactly 0, with a live gradient. A Motif or a DiffLlama has noise heads and λ already: its tensors are mapped, bit
     for bit. With `qk_rank` the queries, of a GDA model too, then become a shared base with low-rank updates.
 
+    With mode "split" a Llama keeps its number of heads, and some of them become noise heads: the result is another
+    model, fitted to the source by calibration text, and the report says what it costs.
+
     Tensors are streamed: memory is that of a few of them. Verification, after it, loads source and result if they take
     less than a quarter of the free memory, else a layer at a time. `out` appears only when it is whole and verified.
 
     Args:
         source: A folder of safetensors, a Hub id or a `.gguf` file.
         out: The folder to make.
-        mode: "expand", for a Llama, Mistral or Qwen, or "map", for a relative; None takes the one that fits.
-        noise_heads: Noise heads to add; by default one for each KV head.
+        mode: "expand" or "split", for a Llama, Mistral or Qwen, or "map", for a relative; None takes the lossless one.
+        noise_heads: Noise heads to add, or to split off; by default one for each KV head.
         ratio: Signal heads for each noise head, 4 or "4:1", instead of `noise_heads`.
-        lambda_type: Where noise heads are added, "reparameterized" (the default) or "tanh".
+        lambda_type: Of a Llama, Mistral or Qwen, "reparameterized" (the default) or "tanh"; for a split "sigmoid", too.
+        calibration: For a split, the text that it is fitted to: a text file, or `.jsonl` with a field `text`. By
+            default the documentation that comes with Python.
+        calibration_tokens: For a split, how many tokens of it to read; 65,536 by default.
+        effort: For a split, "fast": heads, λ and output projections in closed form, layer by layer; "default": then the
+            attention is trained for 120 steps on the source's predictions; "best": for 480.
         qk_rank: Make queries, and paired keys, a base that the roles of a group share and an update of this rank for
             each, as in the Shared DIFF Transformer. Of full rank, the smaller of head_dim and hidden_size, this is
             exact; below it is an approximation. Then the source may be a GDA model as well.
@@ -163,7 +183,11 @@ def convert(
         mode = mode_of(opened.config, mode)
         if mode == "map":
             refuse_choices(opened, noise_heads=noise_heads, ratio=ratio, lambda_type=lambda_type)
-        noise = noise_heads_of(opened.config, noise_heads, ratio)
+        if mode != "split":
+            _refuse_calibration(calibration=calibration, calibration_tokens=calibration_tokens, effort=effort)
+        elif qk_rank is not None:
+            raise ValueError("--qk-rank goes with --mode split in two steps: split first, and then factor the result")
+        noise = noise_heads_of(opened.config, noise_heads, ratio, mode=mode)
         lambda_type = lambda_type or "reparameterized"
         try:
             config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
@@ -176,8 +200,22 @@ def convert(
             recipes = factored_recipes(config, dense)
             lossless = is_exact(config, recipes, opened.specs)
         settings = Settings(
-            mode, dtype, seed, max_shard_size, config.num_noise_heads, config.lambda_type, lossless, config.qk_rank
+            mode,
+            dtype,
+            seed,
+            max_shard_size,
+            config.num_noise_heads,
+            config.lambda_type,
+            lossless and mode != "split",
+            config.qk_rank,
         )
+        divide = None
+        if mode == "split":
+            splitter = Splitter(
+                opened, config, calibration=calibration, tokens=calibration_tokens, effort=effort, seed=seed
+            )
+            settings = replace(settings, split=splitter.settings())
+            divide = partial(splitter.run, dtype=DTYPES[dtype], console=console)
         notes = notes_on(opened.config, settings, keeps_bits) + _rank_notes(config, settings)
         report = planned_report(out, config, recipes, dense, settings=settings, notes=notes, dry_run=dry_run)
         if dry_run:
@@ -195,6 +233,7 @@ def convert(
             overwrite=overwrite,
             bundle_code=bundle_code,
             console=console,
+            divide=divide,
         )
     if push_to_hub is None:
         return report
@@ -238,10 +277,12 @@ def write_model(
     bundle_code: bool,
     console: Console | None,
     trainable: Trainable | None = None,
+    divide: Callable[[Path], Divided] | None = None,
 ) -> Report:
     """Make the folder that `report` plans, verified and whole, and complete the report.
 
-    `dense` are the recipes that were factored on the way, if any; `trainable` is written beside the weights, if given.
+    `dense` are the recipes that were factored on the way, if any; `trainable` is written beside the weights, if given;
+    `divide` splits heads, in a folder for its work, and says what the plan could not know.
 
     Raises:
         FileExistsError, ValueError, OSError: as `convert`.
@@ -250,14 +291,21 @@ def write_model(
     with staged_model(report.out, overwrite=overwrite, resumable=True, resume=resume) as folder:
         _require_space(folder, report, resume)
         source_hashes = in_background(source.hashes)
+        if divide is not None:
+            divided = divide(folder / WORK_FOLDER)
+            recipes = divided.recipes
+            report = replace(report, config=divided.config, split=divided.report)
+        split = None if report.split is None else report.split.to_dict()
         files = write_checkpoint(
             folder,
             recipes,
             source,
             max_shard_size=settings.max_shard_size,
-            settings=asdict(settings),
+            settings=asdict(settings) | {"divided": split},
+            keep=(WORK_FOLDER,),
             console=console,
         )
+        remove(folder / WORK_FOLDER)
         report.config.save_pretrained(folder, bundle_code=bundle_code)
         source.copy_assets(folder)
         if trainable is not None:
@@ -278,6 +326,7 @@ def write_model(
             recipes=recipes,
             files=files,
             projection_errors=errors,
+            split=split,
             verification=None if verification is None else verification.to_dict(),
         )
         card = model_card(report.config, name=report.out.name, made=made, has_code=bundle_code)
@@ -320,8 +369,16 @@ def refuse_choices(source: Source, **choices: object) -> None:
             )
 
 
-def noise_heads_of(config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None) -> int | None:
-    """The noise heads to add, said by their number or by a ratio; None where neither says it.
+def _refuse_calibration(**choices: object) -> None:
+    for name, value in choices.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for --mode split; the other modes lose nothing to fit")
+
+
+def noise_heads_of(
+    config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None, *, mode: str = "expand"
+) -> int | None:
+    """The noise heads to add, or to split off, said by their number or by a ratio; None where neither says it.
 
     Raises:
         ValueError: for a ratio that is none, or both.
@@ -333,12 +390,16 @@ def noise_heads_of(config: PreTrainedConfig, noise_heads: int | None, ratio: str
     signal, _, noise = str(ratio).partition(":")
     if not signal.isdecimal() or noise not in ("", "1") or int(signal) < 1:
         raise ValueError(f"--ratio {ratio} is not a ratio such as 4 or 4:1")
-    heads = config.num_attention_heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if mode == "split":
+        if heads % (int(signal) + 1):
+            possible = split_options(heads, kv_heads)
+            raise ValueError(f"--ratio {ratio} does not divide the {heads} query heads of the source; {possible}")
+        return heads // (int(signal) + 1)
     if heads % int(signal):
-        possible = possible_noise_heads(heads, config.num_key_value_heads)
         raise ValueError(
             f"--ratio {ratio} does not divide the {heads} query heads of the source; "
-            f"possible for --noise-heads: {listed(possible, heads)}"
+            f"possible for --noise-heads: {listed(possible_noise_heads(heads, kv_heads), heads)}"
         )
     return heads // int(signal)
 
@@ -346,6 +407,8 @@ def noise_heads_of(config: PreTrainedConfig, noise_heads: int | None, ratio: str
 def notes_on(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> list[str]:
     """What of the source is not in the result."""
     notes = []
+    if settings.mode == "split":
+        notes.append("heads are divided, which is not lossless")
     if not keeps_bits:
         notes.append(f"weights are cast to {settings.dtype}, which is not lossless")
     if config.attention_dropout:

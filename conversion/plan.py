@@ -10,23 +10,26 @@ from .provenance import DTYPES
 from .recipes import Recipe
 from .relatives import RELATIVES
 from .sources import Source
+from .split.layout import drafts, split_config, split_recipes
 
-MODES = ("expand", "map")
+MODES = ("expand", "split", "map")
 
 
 def mode_of(config: PreTrainedConfig, mode: str | None) -> str:
-    """The mode to convert a source of that config in: the one that its type has, which `mode` may name.
+    """The mode to convert a source of that config in: `mode` if it is given and fits, else the lossless one.
 
     Raises:
-        ValueError: if `mode` is another, or none.
+        ValueError: if `mode` does not fit, or is none.
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
-    fitting = "map" if isinstance(config, GDAConfig) or config.model_type in RELATIVES else "expand"
-    if mode not in (None, fitting):
-        reason = "has noise heads already" if fitting == "map" else "has no noise heads to map"
-        raise ValueError(f"--mode {mode}: a {config.model_type} model {reason}; use --mode {fitting}, or leave it away")
-    return fitting
+    is_differential = isinstance(config, GDAConfig) or config.model_type in RELATIVES
+    fitting = ("map",) if is_differential else ("expand", "split")
+    if mode is not None and mode not in fitting:
+        reason = "has noise heads already" if is_differential else "has no noise heads to map"
+        modes = " or ".join(fitting)
+        raise ValueError(f"--mode {mode}: a {config.model_type} model {reason}; use --mode {modes}, or leave it away")
+    return mode or fitting[0]
 
 
 def planned_config(source: Source, *, mode: str, noise_heads: int | None, lambda_type: str, dtype: str) -> GDAConfig:
@@ -39,13 +42,20 @@ def planned_config(source: Source, *, mode: str, noise_heads: int | None, lambda
         return same_config(source.config, DTYPES[dtype])
     if mode == "map":
         return RELATIVES[source.config.model_type].config(source.config, DTYPES[dtype])
+    if mode == "split":
+        return split_config(source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype])
     return expanded_config(source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype])
 
 
 def planned_recipes(source: Source, config: GDAConfig, *, mode: str, seed: int, dtype: str) -> dict[str, Recipe]:
-    """How each tensor of the result is made, in the order in which transformers saves them."""
+    """How each tensor of the result is made, in the order in which transformers saves them.
+
+    Of a split, before it is done, this says which tensors there will be, and no more.
+    """
     if isinstance(source.config, GDAConfig):
         return same_recipes(config, source.specs, DTYPES[dtype])
     if mode == "map":
         return RELATIVES[source.config.model_type].recipes(config, source.specs, DTYPES[dtype])
+    if mode == "split":
+        return split_recipes(config, source.specs, drafts(config), trained=None, seed=seed, dtype=DTYPES[dtype])
     return expanded_recipes(config, source.specs, seed=seed, dtype=DTYPES[dtype])

@@ -22,7 +22,7 @@ class Settings:
     """What a conversion was asked for: what the output's bytes depend on, beside the source and our version.
 
     `lossless` says whether the result must compute what its source computes. Where a model is grown, noise heads and λ
-    type are those before it grew, and `growth` holds the fields of `Growth`.
+    type are those before it grew, and `growth` holds the fields of `Growth`. `split` says what heads were split by.
     """
 
     mode: str
@@ -34,6 +34,7 @@ class Settings:
     lossless: bool
     qk_rank: int | None = None
     growth: dict[str, Any] | None = None
+    split: dict[str, Any] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -50,6 +51,7 @@ def write_provenance(
     recipes: dict[str, Recipe],
     files: dict[str, str],
     projection_errors: dict[str, list[float]],
+    split: dict[str, Any] | None,
     verification: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Write conversion.json, and return it: source and its hashes, settings, versions, and what each tensor came from.
@@ -73,6 +75,7 @@ def write_provenance(
         "settings": asdict(settings),
         "sha256": files,
         "projection_errors": projection_errors,
+        "split": split,
         "verification": verification,
         "tensors": {name: {"from": list(recipe.sources), "how": recipe.how} for name, recipe in recipes.items()},
     }

@@ -55,6 +55,7 @@ def write_checkpoint(
     *,
     max_shard_size: str | int,
     settings: dict[str, object],
+    keep: Container[str] = (),
     console: Console | None = None,
 ) -> dict[str, str]:
     """Write the weights into `folder`, going on from the shards that an earlier process finished with like settings.
@@ -65,6 +66,7 @@ def write_checkpoint(
         source: What the recipes read.
         max_shard_size: As in `save_pretrained`.
         settings: What the bytes depend on, apart from the source.
+        keep: What else in the folder stays; all that is not known there is removed.
         console: Where progress is shown; nowhere if None.
 
     Returns:
@@ -78,7 +80,7 @@ def write_checkpoint(
     manifest = _open_manifest(folder, fingerprint)
     intact = {file: digest for file, digest in manifest.items() if _is_intact(folder / file, digest)}
     for path in folder.iterdir():
-        if path.name not in intact and path.name != MANIFEST_FILE:
+        if path.name not in intact and path.name != MANIFEST_FILE and path.name not in keep:
             remove(path)
 
     def remember(file: str, digest: str) -> None:

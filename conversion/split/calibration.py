@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,13 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """What there is to say of it, as JSON-ready values."""
-        said = asdict(self) | {"context": self.windows.shape[1]}
-        return said | {"windows": len(self.windows), "held_out": len(self.held_out)}
+        return {
+            "calibration": self.name,
+            "sha256": self.sha256,
+            "context": self.windows.shape[1],
+            "windows": len(self.windows),
+            "held_out_windows": len(self.held_out),
+        }
 
 
 def read_calibration(

@@ -33,6 +33,17 @@ def possible_noise_heads(heads: int, kv_heads: int) -> list[int]:
     return [kv_heads * noise for noise in range(1, in_group) if in_group % noise == 0]
 
 
+def split_options(heads: int, kv_heads: int) -> str:
+    """What `--noise-heads` may be, for a message."""
+    possible = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible_noise_heads(heads, kv_heads))
+    if not possible:
+        return (
+            f"with {heads} query heads over {kv_heads} KV heads none shares a KV head, as signal and noise must; "
+            "--mode expand adds noise heads"
+        )
+    return f"possible for --noise-heads: {possible}"
+
+
 def split_config(
     source: PreTrainedConfig, *, noise_heads: int | None, lambda_type: str, dtype: torch.dtype | None
 ) -> GDAConfig:
@@ -45,17 +56,9 @@ def split_config(
     """
     heads, kv_heads = source.num_attention_heads, source.num_key_value_heads
     noise = kv_heads if noise_heads is None else noise_heads
-    possible = possible_noise_heads(heads, kv_heads)
-    if not possible:
+    if noise not in possible_noise_heads(heads, kv_heads):
         raise ValueError(
-            f"--mode split: with {heads} query heads over {kv_heads} KV heads none shares its KV head, as signal and "
-            "noise heads must; --merge-kv G leaves G KV heads to share, and --mode expand adds noise heads"
-        )
-    if noise not in possible:
-        counts = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible)
-        raise ValueError(
-            f"{noise} of {heads} query heads over {kv_heads} KV heads cannot become noise heads; "
-            f"possible for --noise-heads: {counts}"
+            f"--mode split: {noise} of {heads} query heads cannot become noise heads; {split_options(heads, kv_heads)}"
         )
     return GDAConfig(
         **source_fields(source),
@@ -67,6 +70,12 @@ def split_config(
         dtype=dtype or source.dtype,
         architectures=["GDAForCausalLM"],
     )
+
+
+def drafts(config: GDAConfig) -> list[Split]:
+    """For each layer a split that is not chosen yet."""
+    order = list(range(config.num_attention_heads))
+    return [Split(order, 0.0, 0.0, 0.0, torch.empty(0))] * config.num_hidden_layers
 
 
 def split_recipes(

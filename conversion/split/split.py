@@ -18,7 +18,7 @@ from ..layerwise import LayerwiseModel, layer_prefix, memory_to_use
 from ..recipes import Recipe
 from ..sources import Source
 from ..stream import shows_progress
-from .calibration import Calibration
+from .calibration import DEFAULT_TOKENS, read_calibration
 from .distill import ATTENTION, Distillation, Plan
 from .fit import fit_layers, last_states
 from .heads import Split
@@ -103,45 +103,60 @@ class Splitter:
     Args:
         source: The source.
         config: From `split_config`.
-        calibration: What to read.
-        folder: A place for work; it must stay until the recipes have been used.
-        effort: One of `EFFORTS`.
+        calibration: A text file, or `.jsonl` with a field `text`; None for the documentation of Python.
+        tokens: Of it to read, at most; None for `DEFAULT_TOKENS`.
+        effort: One of `EFFORTS`; None for "default".
         seed: Of the λ vectors, and of the order of training.
-        console: Where progress is shown; nowhere if None.
 
     Raises:
-        ValueError: if `folder` has work of another source, text or setting.
+        FileNotFoundError, ValueError: for a text that cannot be read or is too short, and for another effort.
     """
 
     def __init__(
         self,
         source: Source,
         config: GDAConfig,
-        calibration: Calibration,
-        folder: Path,
         *,
-        effort: str,
+        calibration: str | Path | None,
+        tokens: int | None,
+        effort: str | None,
         seed: int,
-        console: Console | None,
     ):
+        self.effort = effort or "default"
+        if self.effort not in EFFORTS:
+            raise ValueError(f"--effort {effort} is not one of {', '.join(EFFORTS)}")
+        self.steps, self.seed = EFFORTS[self.effort], seed
         self.source = source
-        self.calibration = calibration
-        self.effort, self.steps, self.seed = effort, EFFORTS[effort], seed
-        self.work = Work(folder, _fingerprint(source, config, calibration, effort, seed))
-        self.read = _Cache(source)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.config = copy.deepcopy(config)
-        self.progress = _progress(console)
+        self.calibration = read_calibration(
+            calibration,
+            source.tokenizer(),
+            tokens=DEFAULT_TOKENS if tokens is None else tokens,
+            longest=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+        )
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def run(self, dtype: torch.dtype | None) -> Divided:
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on, as JSON-ready values."""
+        return {"effort": self.effort, **self.calibration.to_dict()}
+
+    def run(self, folder: Path, *, dtype: torch.dtype | None, console: Console | None) -> Divided:
         """Do what is left to do.
 
         Args:
+            folder: A place for work; it must stay until the recipes have been used.
             dtype: Of the result; None to keep the source's.
+            console: Where progress is shown; nowhere if None.
 
         Raises:
-            ValueError: if the source gives values that are not finite.
+            ValueError: if `folder` has work of another source, text or setting, or the source gives values that are
+                not finite.
+            OSError: if there is no room for the work.
         """
+        self.work = Work(folder, self._fingerprint())
+        self.read = _Cache(self.source)
+        self.progress = _progress(console)
         teacher = LayerwiseModel(self.source.config, self.read, self.device)
         windows = torch.cat([self.calibration.windows, self.calibration.held_out])
         with self.progress:
@@ -151,8 +166,9 @@ class Splitter:
             student = LayerwiseModel(self.config, self.read, self.device)
             states = last_states(teacher, windows, self.work)
             held_out = self.calibration.held_out
-            closed_form = measure(student, lambda layer: self._closed_form(student, splits, layer), held_out)
-            trained = self._train(student, splits, states) if self.steps else None
+            begun = self._recipes(splits, None, torch.float32)
+            closed_form = measure(student, lambda layer: self._closed_form(student, begun, layer), held_out)
+            trained = self._train(student, begun, states) if self.steps else None
             result = closed_form if trained is None else measure(student, trained.tensors, held_out)
         report = SplitReport(
             calibration=self.calibration.name,
@@ -179,8 +195,8 @@ class Splitter:
         )
         return list(self._watched("dividing heads, layer", fits, teacher.num_layers))
 
-    def _train(self, student: LayerwiseModel, splits: list[Split], states: torch.Tensor) -> Distillation:
-        distillation = Distillation(student, lambda layer: self._attention(splits, layer), self.work)
+    def _train(self, student: LayerwiseModel, begun: dict[str, Recipe], states: torch.Tensor) -> Distillation:
+        distillation = Distillation(student, lambda layer: self._attention(begun, layer), self.work)
         plan = Plan(self.steps, self.seed, mixed_precision=_multiplies_bfloat16(self.device))
         losses = distillation.train(plan, self.calibration.windows, states)
         for loss in self._watched("training, step", losses, self.steps, distillation.step):
@@ -188,17 +204,16 @@ class Splitter:
                 raise ValueError("training gave a loss that is not finite; does the source hold NaN or infinity?")
         return distillation
 
-    def _closed_form(self, student: LayerwiseModel, splits: list[Split], layer: int) -> dict[str, torch.Tensor]:
+    def _closed_form(self, student: LayerwiseModel, begun: dict[str, Recipe], layer: int) -> dict[str, torch.Tensor]:
         """All tensors of a layer before training."""
         frozen = student.tensors(layer, without=ATTENTION)
-        return frozen | {name: each.to(self.device) for name, each in self._attention(splits, layer).items()}
+        return frozen | {name: each.to(self.device) for name, each in self._attention(begun, layer).items()}
 
-    def _attention(self, splits: list[Split], layer: int) -> dict[str, torch.Tensor]:
+    def _attention(self, begun: dict[str, Recipe], layer: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer's attention before training, in float32."""
         prefix = layer_prefix(layer)
-        recipes = self._recipes(splits, None, torch.float32)
-        names = [name for name in recipes if name.startswith(prefix + ATTENTION)]
-        return {name.removeprefix(prefix): recipes[name](self.read) for name in names}
+        names = [name for name in begun if name.startswith(prefix + ATTENTION)]
+        return {name.removeprefix(prefix): begun[name](self.read) for name in names}
 
     def _recipes(
         self, splits: list[Split], trained: Distillation | None, dtype: torch.dtype | None
@@ -227,6 +242,19 @@ class Splitter:
                 )
             )
         return layers
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What work that is taken up must have in common with what began it."""
+        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.source.weight_files]
+        config = self.config
+        return {
+            "versions": [__version__, torch.__version__],
+            "source": [self.source.name, self.source.revision, files],
+            "heads": [config.num_attention_heads, config.num_noise_heads, config.num_key_value_heads],
+            "lambda_type": config.lambda_type,
+            "seed": self.seed,
+            **self.settings(),
+        }
 
     def _watched(self, what: str, work: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
         task = self.progress.add_task(what, total=total, completed=done)
@@ -261,20 +289,6 @@ def _multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _fingerprint(source: Source, config: GDAConfig, calibration: Calibration, effort: str, seed: int) -> dict[str, Any]:
-    """What work that is taken up must have in common with what began it."""
-    files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.weight_files]
-    return {
-        "versions": [__version__, torch.__version__],
-        "source": [source.name, source.revision, files],
-        "heads": [config.num_attention_heads, config.num_noise_heads, config.num_key_value_heads],
-        "lambda_type": config.lambda_type,
-        "calibration": [calibration.sha256, list(calibration.windows.shape), list(calibration.held_out.shape)],
-        "effort": effort,
-        "seed": seed,
-    }
 
 
 def _progress(console: Console | None) -> Progress:

@@ -53,6 +53,7 @@ def _options(
     "gda convert ./llama ./llama-gda --ratio 4:1 --max-shard-size 2GB  ·  gda convert model.gguf model-gda --dry-run"
     "  ·  gda convert Qwen/Qwen3-0.6B qwen-gda  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda"
     "  ·  gda convert ./llama-gda ./llama-shared --qk-rank 32"
+    "  ·  gda convert ./llama ./llama-split --mode split --calibration text.txt"
 )
 def convert(
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
@@ -60,13 +61,23 @@ def convert(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="expand: add noise heads to a Llama, Mistral or Qwen, lose nothing; map: a Motif, DiffLlama, as it is."
+            help="expand: add noise heads to a Llama, Mistral or Qwen, lose nothing; split: make noise heads of some "
+            "that are there, which loses a little; map: a Motif or DiffLlama, as it is."
         ),
     ] = None,
     noise_heads: Annotated[int | None, typer.Option(help="Noise heads to add; by default one a KV head.")] = None,
     ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
     lambda_type: Annotated[
         str | None, typer.Option(help="Of added noise heads: reparameterized, which is the default, or tanh.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="For split: text, or .jsonl with a field text; else Python's documentation."),
+    ] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="For split: tokens to read, 65536 by default.")] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(help="For split: fast, closed form alone; default, then trained a little; best, four times that."),
     ] = None,
     qk_rank: Annotated[
         int | None,
@@ -102,6 +113,9 @@ def convert(
         noise_heads=noise_heads,
         ratio=ratio,
         lambda_type=lambda_type,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        effort=effort,
         qk_rank=qk_rank,
         seed=seed,
         dtype=dtype,
@@ -534,12 +548,28 @@ def _print_made(report: Any, out: str) -> None:
     if report.dry_run:
         typer.echo(f"{size}: would be written to {out}; nothing was (--dry-run)")
         return
+    if report.split is not None:
+        _print_split(report.split)
     for projection, errors in report.projection_errors.items():
         by_layer = "  ".join(f"{error:.2g}" for error in errors)
         typer.echo(f"relative error of the {projection} weights, layer by layer: {by_layer}")
     if report.verification is not None:
         _print_verification(report.verification)
     typer.echo(f"{out}: {size}")
+
+
+def _print_split(split: Any) -> None:
+    lambdas = [layer.lambda_ for layer in split.layers]
+    shares = [layer.subtracted for layer in split.layers]
+    typer.echo(
+        f"lossy: perplexity on {split.held_out_tokens:,} tokens of {split.calibration} that nothing was fitted to: "
+        f"{split.perplexity_source:.3f} of the source, {split.perplexity_closed_form:.3f} in closed form, "
+        f"{split.perplexity:.3f} of the result ({split.perplexity / split.perplexity_source:.3f} times the source's)"
+    )
+    typer.echo(
+        f"λ from {min(lambdas):.3f} to {max(lambdas):.3f}; what is subtracted has {min(shares):.3f} to "
+        f"{max(shares):.3f} of the energy of an attention's output; layer by layer in conversion.json"
+    )
 
 
 def _layer_list(layers: str | None) -> list[int] | None:
