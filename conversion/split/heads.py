@@ -98,9 +98,9 @@ def split_layer(
         for group, (given_others, gram) in enumerate(groups):
             chosen = _best_order(given_others, gram, heads_in_group, noise_in_group, head_dim, lambda_)
             order += [group * heads_in_group + head for head in chosen]
-        fitted = _fitted(moments, output, order, num_noise_heads, head_dim, lambda_)
-        if best is None or fitted.error_after < best.error_after:
-            best = fitted
+        split = fitted(moments, output, order, num_noise_heads, head_dim, lambda_)
+        if best is None or split.error_after < best.error_after:
+            best = split
     assert best is not None
     return best
 
@@ -154,9 +154,10 @@ def _sorted_signals(heads: list[int]) -> list[int]:
     return [*sorted(heads[:-1]), heads[-1]]
 
 
-def _fitted(
+def fitted(
     moments: Moments, output: torch.Tensor, order: list[int], noise_heads: int, head_dim: int, lambda_: float
 ) -> Split:
+    """The split of that order and λ, with the output projection that fits it best."""
     p = features(len(order), noise_heads, head_dim, lambda_, order).to(moments.heads)
     covariance = p @ moments.heads @ p.T
     cross = moments.cross @ p.T

@@ -1,0 +1,322 @@
+"""What splitting the heads of a Llama costs, by how it is done.
+
+    python benchmarks/split.py strategies ./llama --calibration valid.txt --test test.txt --dataset-root data
+    python benchmarks/split.py tokens ./llama --calibration valid.txt --test test.txt
+    python benchmarks/split.py shape
+
+`strategies` divides the heads in several ways and compares perplexity and, with --dataset-root, BLiMP with the source:
+
+    naive      the last head of each group becomes its noise head, λ = 0.1, the output projection keeps its columns
+    energy     the head of least output energy does
+    greedy     the heads and λ that `gda convert` chooses, with the output projection's own columns
+    + refit    with the output projection solved again for that choice; "greedy + refit" is --effort fast
+    default    greedy + refit, then trained: --effort default
+
+`tokens` does so for several lengths of calibration text. `shape` makes a small Llama with 8 query heads a KV head,
+trains it for some minutes on the documentation of Python, and splits it 7:1, 3:1 and 1:1, so that no choice rests on
+one model.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gda import GDAForCausalLM, convert
+from gda._perplexity import perplexity
+from gda._text import python_documentation
+from gda.conversion.layerwise import LayerwiseModel
+from gda.conversion.sources import Source, open_source, quiet_transformers
+from gda.conversion.split.calibration import read_calibration
+from gda.conversion.split.heads import Moments, Split, fitted, split_layer
+from gda.conversion.split.layout import LAMBDAS, split_config, split_recipes
+
+BATCH = 4
+NAIVE_LAMBDA = 0.1
+CONSOLE = Console(width=150)
+
+
+@torch.no_grad()
+def moments_of(
+    source: Source, windows: torch.Tensor, cuts: list[int]
+) -> Iterator[dict[int, tuple[Moments, torch.Tensor]]]:
+    """Of each layer, moments of the first `cut` windows, for each cut, and its output projection."""
+    model = LayerwiseModel(source.config, source.read)
+    states = [model.embed(ids) for ids in windows.split(1)]
+    for index in range(model.num_layers):
+        tensors = model.tensors(index)
+        output = tensors["self_attn.o_proj.weight"]
+        moments, found = Moments(output.shape[1], output.shape[0]), {}
+
+        def count(_module: torch.nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
+            moments.add(inputs[0], outputs)  # noqa: B023 - the hook lives as long as the loop's turn
+
+        hook = model.layer(index).self_attn.o_proj.register_forward_hook(count)
+        for number, each in enumerate(states, 1):
+            states[number - 1] = model.run(index, tensors, each)
+            if number in cuts:
+                found[number] = (copy_of(moments), output)
+        hook.remove()
+        yield found
+
+
+def copy_of(moments: Moments) -> Moments:
+    copied = Moments(len(moments.heads), len(moments.cross))
+    copied.heads, copied.cross, copied.target = moments.heads.clone(), moments.cross.clone(), moments.target.clone()
+    return copied
+
+
+def orders(config: Any, moments: Moments) -> dict[str, list[int]]:
+    """The naive order of heads, and that by energy."""
+    heads, groups, d = config.num_attention_heads, config.num_noise_heads, config.head_dim
+    energy = moments.heads.diagonal().view(heads, d).sum(1)
+    by_energy: list[int] = []
+    for group in torch.arange(heads).view(groups, -1).tolist():
+        least = min(group, key=lambda head: energy[head].item())
+        by_energy += [head for head in group if head != least] + [least]
+    return {"naive": list(range(heads)), "energy": by_energy}
+
+
+def divided(config: Any, found: tuple[Moments, torch.Tensor]) -> dict[str, Split]:
+    """The splits of one layer, by strategy."""
+    moments, output = found
+    noise, d = config.num_noise_heads, config.head_dim
+    chosen = split_layer(
+        moments,
+        output,
+        num_noise_heads=noise,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=d,
+        lambdas=LAMBDAS["reparameterized"],
+    )
+    splits = {
+        name: fitted(moments, output, order, noise, d, NAIVE_LAMBDA) for name, order in orders(config, moments).items()
+    }
+    splits["greedy"] = chosen
+    kept = {name: replace(split, output=columns(output, split, noise, d)) for name, split in splits.items()}
+    return kept | {f"{name} + refit": split for name, split in splits.items()}
+
+
+def columns(output: torch.Tensor, split: Split, noise: int, d: int) -> torch.Tensor:
+    signal = torch.tensor(split.order).view(noise, -1)[:, :-1].flatten()
+    return output.unflatten(1, (-1, d))[:, signal].flatten(1)
+
+
+def model_of(source: Source, splits: list[Split]) -> GDAForCausalLM:
+    config = split_config(source.config, noise_heads=None, lambda_type="reparameterized", dtype=torch.float32)
+    config.lambda_init = [split.lambda_ for split in splits]
+    recipes = split_recipes(config, source.specs, splits, trained=None, seed=0, dtype=torch.float32)
+    model = GDAForCausalLM(config)
+    model.load_state_dict({name: recipe(source.read) for name, recipe in recipes.items()}, strict=False)
+    return model.eval()
+
+
+def test_ids(tokenizer: Any, path: str, tokens: int) -> torch.Tensor:
+    ids = tokenizer(Path(path).read_text(), add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0]
+    return ids[:tokens]
+
+
+def blimp(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> float | None:
+    """Mean accuracy over the paradigms that are in --dataset-root; None without it."""
+    if arguments.dataset_root is None:
+        return None
+    from gda import evaluate
+
+    folder = Path(arguments.dataset_root) / "nyu-mll" / "blimp"
+    tasks = sorted(f"blimp_{each.name}" for each in folder.iterdir() if each.is_dir())
+    settings = {"dataset_root": arguments.dataset_root, "limit": arguments.limit, "batch_size": 32}
+    results = evaluate(model, tokenizer, tasks=tasks, **settings)["results"]
+    return sum(results[task]["acc,none"] for task in tasks) / len(tasks)
+
+
+class Rows:
+    """A table that grows: each row is a model, its figures against those of the source."""
+
+    def __init__(self, title: str, source: Any, tokenizer: Any, ids: torch.Tensor, arguments: argparse.Namespace):
+        self.tokenizer, self.ids, self.arguments = tokenizer, ids, arguments
+        self.rows: list[dict[str, Any]] = []
+        self.table = Table("", "tokens", "minutes", "perplexity", "ratio", "BLiMP", "points", title=title)
+        self.base: dict[str, Any] | None = None
+        self.add("source", source, 0, 0.0)
+
+    def add(self, name: str, model: Any, tokens: int, minutes: float) -> None:
+        """Measure `model`, which so many tokens and minutes made."""
+        row = {"name": name, "tokens": tokens, "minutes": minutes}
+        row |= {"perplexity": perplexity(model, self.ids), "blimp": blimp(model, self.tokenizer, self.arguments)}
+        self.base = self.base or row
+        row["ratio"] = row["perplexity"] / self.base["perplexity"]
+        accuracy = ["", ""]
+        if row["blimp"] is not None:
+            row["points"] = 100 * (row["blimp"] - self.base["blimp"])
+            accuracy = [f"{100 * row['blimp']:.2f}", f"{row['points']:+.2f}"]
+        figures = [f"{tokens:,}", f"{minutes:.1f}", f"{row['perplexity']:.2f}", f"{row['ratio']:.3f}"]
+        self.table.add_row(name, *figures, *accuracy)
+        self.rows.append(row)
+        print(name, *figures, *accuracy, flush=True)
+
+    def show(self) -> None:
+        CONSOLE.print(self.table)
+        if self.arguments.json is not None:
+            Path(self.arguments.json).write_text(json.dumps(self.rows, indent=2) + "\n")
+
+
+def strategies(arguments: argparse.Namespace) -> None:
+    source = open_source(arguments.source)
+    tokenizer = source.tokenizer()
+    calibration = calibrated(source, arguments.calibration, arguments.tokens)
+    config = split_config(source.config, noise_heads=None, lambda_type="reparameterized", dtype=None)
+    ids = test_ids(tokenizer, arguments.test, arguments.test_tokens)
+    rows = Rows(f"{source.name}, {len(ids):,} tokens of test", source.load(), tokenizer, ids, arguments)
+    begun = time.monotonic()
+    cut = min(len(calibration.windows), 64)
+    by_layer = [divided(config, found[cut]) for found in moments_of(source, calibration.windows[:cut], [cut])]
+    minutes = (time.monotonic() - begun) / 60
+    tokens = cut * calibration.windows.shape[1]
+    for name in by_layer[0]:
+        needs = (0, 0.0) if name == "naive" else (tokens, minutes)
+        rows.add(name, model_of(source, [layer[name] for layer in by_layer]), *needs)
+    for effort in arguments.efforts.split(","):
+        add_converted(rows, effort, arguments, arguments.tokens)
+    rows.show()
+
+
+def calibrated(source: Source, path: str, tokens: int) -> Any:
+    config = source.config
+    longest, size = config.max_position_embeddings, config.vocab_size
+    return read_calibration(path, source.tokenizer(), tokens=tokens, longest=longest, vocab_size=size)
+
+
+def add_converted(rows: Rows, effort: str, arguments: argparse.Namespace, tokens: int, **settings: Any) -> None:
+    """Split by `gda convert`, and add what it makes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        begun = time.monotonic()
+        report = convert(
+            arguments.source,
+            Path(scratch) / "split",
+            mode="split",
+            calibration=arguments.calibration,
+            calibration_tokens=tokens,
+            effort=effort,
+            **settings,
+        )
+        minutes = (time.monotonic() - begun) / 60
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
+        name = f"{effort}, {report.config.signal_noise_ratio}:1"
+        assert report.split is not None
+        rows.add(name, model, report.split.tokens, minutes)
+
+
+def tokens(arguments: argparse.Namespace) -> None:
+    source = open_source(arguments.source)
+    tokenizer = source.tokenizer()
+    ids = test_ids(tokenizer, arguments.test, arguments.test_tokens)
+    lengths = [int(each) for each in arguments.lengths.split(",")]
+    calibration = calibrated(source, arguments.calibration, max(lengths) + 16 * 512)
+    config = split_config(source.config, noise_heads=None, lambda_type="reparameterized", dtype=None)
+    rows = Rows(f"{source.name}, closed form, by calibration", source.load(), tokenizer, ids, arguments)
+    begun = time.monotonic()
+    cuts = [length // 512 for length in lengths]
+    by_layer = [
+        {cut: divided(config, found[cut])["greedy + refit"] for cut in cuts}
+        for found in moments_of(source, calibration.windows, cuts)
+    ]
+    minutes = (time.monotonic() - begun) / 60
+    for cut in cuts:
+        rows.add(f"{cut * 512:,} tokens", model_of(source, [layer[cut] for layer in by_layer]), cut * 512, minutes)
+    rows.show()
+
+
+def shape(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, train, test = Path(scratch) / "llama", Path(scratch) / "train.txt", Path(scratch) / "test.txt"
+        text = python_documentation()
+        train.write_text(text[: len(text) * 9 // 10])
+        test.write_text(text[len(text) * 9 // 10 :])
+        tokenizer = trained_tokenizer(train.read_text())
+        model = trained_llama(tokenizer, train.read_text(), arguments.steps)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        ids = test_ids(tokenizer, str(test), arguments.test_tokens)
+        arguments.source, arguments.calibration = str(folder), str(train)
+        rows = Rows("a Llama with 8 query heads a KV head", model, tokenizer, ids, arguments)
+        for ratio in ("7:1", "3:1", "1:1"):
+            for effort in ("fast", "default"):
+                add_converted(rows, effort, arguments, arguments.tokens, ratio=ratio)
+        rows.show()
+
+
+def trained_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=2048, special_tokens=["<s>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
+
+
+def trained_llama(tokenizer: Any, text: str, steps: int) -> LlamaForCausalLM:
+    """16 query heads over 2 KV heads, 4 layers, trained on windows of `text`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in range(steps):
+        starts = torch.randint(len(ids) - 256, (16,), generator=torch.Generator().manual_seed(step))
+        batch = torch.stack([ids[start : start + 256] for start in starts])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for function in (strategies, tokens, shape):
+        command = commands.add_parser(function.__name__)
+        command.set_defaults(run=function)
+        if function is not shape:
+            command.add_argument("source")
+            command.add_argument("--calibration", required=True, help="text that the split is fitted to")
+            command.add_argument("--test", required=True, help="text that perplexity is of")
+        command.add_argument("--test-tokens", type=int, default=10240)
+        command.add_argument("--dataset-root", help="where nyu-mll/blimp is")
+        command.add_argument("--limit", type=int, help="pairs of each paradigm")
+        command.add_argument("--json", help="file to write the rows to")
+        command.add_argument("--tokens", type=int, default=65536, help="of calibration")
+    commands.choices["strategies"].add_argument("--efforts", default="fast,default")
+    commands.choices["tokens"].add_argument("--lengths", default="2048,4096,8192,16384,32768,65536")
+    commands.choices["shape"].add_argument("--steps", type=int, default=400)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
