@@ -60,7 +60,7 @@ class LayerwiseModel:
         """Its layers."""
         return len(self._windows)
 
-    def layer(self, index: int) -> torch.nn.Module:
+    def layer(self, index: int) -> Any:
         """The module of layer `index`, on the meta device: for hooks, and for its shapes."""
         return self.model.model.layers[index]
 
