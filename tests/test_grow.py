@@ -543,6 +543,14 @@ def test_what_the_folder_tells(tmp_path: Path) -> None:
     assert (tmp_path / "grown" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
 
 
+def test_the_card_of_a_model_with_a_shared_base(tmp_path: Path) -> None:
+    """Says that it is, and no error of a factorization that growth did not do."""
+    grow(saved(tmp_path / "source", qk_rank=3), tmp_path / "grown", signal=2)
+    card = (tmp_path / "grown" / "README.md").read_text()
+    assert "an update of rank 3" in card
+    assert "Relative error" not in card
+
+
 def test_an_interrupted_growth_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --resume: the same bytes; without OUT meanwhile."""
     source = saved(tmp_path / "source")
