@@ -415,12 +415,10 @@ def test_peft_takes_it_as_it_is(growth: dict[str, Any], tmp_path: Path) -> None:
         own = any(new.holds(f"{name}.{parameter}") for parameter, _ in module.named_parameters(recurse=False))
         assert (name in names) == own, name
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=2, **new.peft))
-    before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters()}
-    trained(adapted)
-    moved = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
+    learning = {name for name, gradient in trained(adapted).items() if gradient.any()}
     for name in names:
-        assert any(f".{name}." in each for each in moved), name
-    assert all("lora_" in name or "modules_to_save" in name for name in moved)
+        assert any(f".{name}." in each for each in learning), name
+    assert all("lora_" in name or "modules_to_save" in name for name in learning)
 
 
 @pytest.mark.parametrize(
