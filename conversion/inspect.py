@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gda._files import read_json
-from gda.configuration.configuration_gda import GDAConfig
+from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
 
 from .export import layer_lambdas
 from .factor import dense_config
@@ -39,6 +39,7 @@ class InspectReport:
         source_kv_cache_bytes_per_token: The same of the model it was converted from; None if that is not known.
         lambda_type: How λ is made.
         lambdas: λ of each layer; None where it depends on the token.
+        growth: While masked growth is under way, the fields of the config that tell of it; None otherwise.
     """
 
     name: str
@@ -58,6 +59,7 @@ class InspectReport:
     source_kv_cache_bytes_per_token: int | None
     lambda_type: str
     lambdas: list[float | None]
+    growth: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -102,6 +104,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
         source_kv_cache_bytes_per_token=_source_cache(source.folder, dtype.itemsize),
         lambda_type=config.lambda_type,
         lambdas=layer_lambdas(source, config),
+        growth=None if config.growth_mask is None else {name: getattr(config, name) for name in GROWTH_FIELDS},
     )
 
 

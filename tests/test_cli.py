@@ -206,7 +206,7 @@ def test_a_threshold_that_is_none_is_refused(threshold: str, models: Path, comma
     assert "threshold" in outcome.error
 
 
-@pytest.mark.parametrize("name", ["convert", "verify", "export"])
+@pytest.mark.parametrize("name", ["convert", "grow", "verify", "export"])
 def test_an_interruption_exits_130(
     name: str, models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +216,7 @@ def test_an_interruption_exits_130(
     monkeypatch.setattr(SafetensorsReader, "read", lambda self, name: signal.raise_signal(signal.SIGINT))
     arguments = {
         "convert": ("convert", models / "llama", tmp_path / "out"),
+        "grow": ("grow", models / "llama", tmp_path / "out", "--signal", 2),
         "verify": ("verify", models / "llama", models / "gda", "--method", "layers"),
         "export": ("export", models / "gda", tmp_path / "out"),
     }[name]
@@ -223,7 +224,7 @@ def test_an_interruption_exits_130(
     assert outcome.code == 130
     assert "interrupted" in outcome.error
     assert "Traceback" not in outcome.error
-    assert ("--resume" in outcome.error) == (name == "convert")
+    assert ("--resume" in outcome.error) == (name in ("convert", "grow"))
     assert not (tmp_path / "out").exists()
 
 

