@@ -8,6 +8,7 @@ run. Start-up (imports, reading headers, planning) is what the dry run takes.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -15,7 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import LlamaConfig
@@ -23,6 +27,8 @@ from transformers import LlamaConfig
 from gda.conversion.recipes import Recipe, checkpoint_specs, generator_for
 from gda.conversion.safetensors_io import TensorSpec
 from gda.conversion.stream import shards_of, write_weights
+
+T = TypeVar("T")
 
 
 def llama_config(gigabytes: float) -> LlamaConfig:
@@ -63,8 +69,14 @@ def _nothing(name: str) -> torch.Tensor:
     raise KeyError(name)
 
 
+def in_child(function: Callable[..., T], *arguments: object) -> T:
+    """Call `function` in a process of its own, since the memory of this one would count as that of `run`'s commands."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def run(*command: str) -> tuple[float, float]:
-    """Seconds and peak resident megabytes of a command."""
+    """Seconds and peak resident megabytes of a command; at least those of this process."""
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -83,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         source, copy, out = (Path(scratch) / name for name in ("llama", "copy", "gda"))
-        nbytes = write_llama(source, llama_config(options.gigabytes), options.shard_size)
+        nbytes = in_child(write_llama, source, llama_config(options.gigabytes), options.shard_size)
         gda = [sys.executable, "-m", "gda.cli", "convert", str(source), str(out), "--no-verify"]
         gda += ["--max-shard-size", options.shard_size]
         times: dict[str, list[float]] = {"copy": [], "startup": [], "convert": []}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import gda
-from conversion import llama_config, run, write_llama
+from conversion import in_child, llama_config, run, write_llama
 
 OPERATORS: dict[str, dict[str, int]] = {
     "--signal 2": {"signal": 2},
@@ -78,7 +78,7 @@ def exactness(scratch: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
 def times(scratch: Path, gigabytes: float, shard_size: str, repeat: int) -> dict[str, Any]:
     """Seconds and peak memory of a copy and of each operator."""
     source, out = scratch / "llama", scratch / "out"
-    nbytes = write_llama(source, llama_config(gigabytes), shard_size)
+    nbytes = in_child(write_llama, source, llama_config(gigabytes), shard_size)
     report: dict[str, Any] = {"gigabytes": nbytes / 1e9, "layers": llama_config(gigabytes).num_hidden_layers}
     copies = []
     for _ in range(repeat):
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        exact = {str(dtype): exactness(Path(scratch), dtype) for dtype in (torch.float32, torch.bfloat16)}
+        exact = {str(dtype): in_child(exactness, Path(scratch), dtype) for dtype in (torch.float32, torch.bfloat16)}
         timed = {}
         if not options.skip_times:
             timed = times(Path(scratch), options.gigabytes, options.shard_size, options.repeat)
