@@ -209,14 +209,19 @@ def convert(
             lossless and mode != "split",
             config.qk_rank,
         )
-        divide = None
+        splitter = None
         if mode == "split":
             splitter = Splitter(
                 opened, config, calibration=calibration, tokens=calibration_tokens, effort=effort, seed=seed
             )
             settings = replace(settings, split=splitter.settings())
-            divide = partial(splitter.run, dtype=DTYPES[dtype], console=console)
         notes = notes_on(opened.config, settings, keeps_bits) + _rank_notes(config, settings)
+        if splitter is not None:
+            expected = f"--effort {splitter.effort} takes about {max(1, round(splitter.minutes()))} minutes here"
+            if dry_run:
+                notes.append(expected)
+            elif console is not None:
+                console.print(expected, highlight=False)
         report = planned_report(out, config, recipes, dense, settings=settings, notes=notes, dry_run=dry_run)
         if dry_run:
             return report
@@ -233,7 +238,7 @@ def convert(
             overwrite=overwrite,
             bundle_code=bundle_code,
             console=console,
-            divide=divide,
+            divide=None if splitter is None else partial(splitter.run, dtype=DTYPES[dtype], console=console),
         )
     if push_to_hub is None:
         return report

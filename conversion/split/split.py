@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..recipes import Recipe
 from ..sources import Source
 from ..stream import shows_progress
 from .calibration import DEFAULT_TOKENS, read_calibration
-from .distill import ATTENTION, Distillation, Plan
+from .distill import ATTENTION, BATCH, Distillation, Plan
 from .fit import fit_layers, last_states
 from .heads import Split
 from .layout import LAMBDAS, split_recipes
@@ -28,6 +29,8 @@ from .work import Work
 
 # Steps of training after the closed form.
 EFFORTS = {"fast": 0, "default": 120, "best": 480}
+# What it takes to divide the heads of a layer, and to train it for a step, in forward passes of a batch: as measured.
+DIVIDING, TRAINING = 1.3, 3.0
 
 T = TypeVar("T")
 
@@ -140,6 +143,21 @@ class Splitter:
     def settings(self) -> dict[str, Any]:
         """What the result depends on, as JSON-ready values."""
         return {"effort": self.effort, **self.calibration.to_dict()}
+
+    @torch.no_grad()
+    def minutes(self) -> float:
+        """About how long `run` will take, by the time that one layer takes on this machine."""
+        model = LayerwiseModel(self.source.config, self.source.read, self.device)
+        tensors, states = model.tensors(0), model.embed(self.calibration.windows[:BATCH])
+        for _ in range(2):  # the first warms up
+            begun = time.perf_counter()
+            model.run(0, tensors, states)[..., 0].sum().item()
+            forward = time.perf_counter() - begun
+        head = model.config.vocab_size * model.config.hidden_size / sum(each.numel() for each in tensors.values())
+        batches = math.ceil((len(self.calibration.windows) + len(self.calibration.held_out)) / BATCH)
+        dividing = DIVIDING * batches * model.num_layers
+        training = TRAINING * self.steps * (model.num_layers + head)
+        return (dividing + training) * forward / 60
 
     def run(self, folder: Path, *, dtype: torch.dtype | None, console: Console | None) -> Divided:
         """Do what is left to do.
