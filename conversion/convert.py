@@ -142,7 +142,7 @@ def convert(
             default the documentation that comes with Python.
         calibration_tokens: For a split, how many tokens of it to read; 65,536 by default.
         effort: For a split, "fast": heads, λ and output projections in closed form, layer by layer; "default": then the
-            attention is trained for 120 steps on the source's predictions; "best": for 480.
+            attention is trained for 80 steps on the source's predictions; "best": for 320.
         qk_rank: Make queries, and paired keys, a base that the roles of a group share and an update of this rank for
             each, as in the Shared DIFF Transformer. Of full rank, the smaller of head_dim and hidden_size, this is
             exact; below it is an approximation. Then the source may be a GDA model as well.

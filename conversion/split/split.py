@@ -28,7 +28,7 @@ from .measure import Measured, measure, perplexity
 from .work import Work
 
 # Steps of training after the closed form.
-EFFORTS = {"fast": 0, "default": 120, "best": 480}
+EFFORTS = {"fast": 0, "default": 80, "best": 320}
 # What it takes to divide the heads of a layer, and to train it for a step, in forward passes of a batch: as measured.
 DIVIDING, TRAINING = 1.3, 3.0
 
