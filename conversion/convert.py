@@ -19,7 +19,7 @@ from .expand import listed, possible_noise_heads
 from .factor import factored_config, factored_recipes, full_rank, is_exact, layer_errors
 from .headmap import head_map
 from .hub import check_name, require_token
-from .llamalike import LLAMALIKES, unread_fields
+from .llamalike import LLAMALIKES, source_fields, unread_fields
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import DTYPES, Settings, write_provenance
 from .push import PushReport, push
@@ -27,7 +27,7 @@ from .recipes import Recipe, is_lossless
 from .relatives import RELATIVES
 from .safetensors_io import SafetensorsReader
 from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
-from .split.layout import split_options
+from .split.layout import kv_heads_of, split_options
 from .split.split import Divided, SplitReport, Splitter
 from .staging import staged_model
 from .stream import shards_of, write_checkpoint
@@ -102,6 +102,7 @@ def convert(
     noise_heads: int | None = None,
     ratio: str | int | None = None,
     lambda_type: str | None = None,
+    merge_kv: int | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     effort: str | None = None,
@@ -138,6 +139,8 @@ def convert(
         noise_heads: Noise heads to add, or to split off; by default one for each KV head.
         ratio: Signal heads for each noise head, 4 or "4:1", instead of `noise_heads`.
         lambda_type: Of a Llama, Mistral or Qwen, "reparameterized" (the default) or "tanh"; for a split "sigmoid", too.
+        merge_kv: For a split, merge the KV heads of each layer to that many first, a divisor of their number: query
+            heads that have a KV head each come to share one. It is done in closed form, by calibration.
         calibration: For a split, the text that it is fitted to: a text file, or `.jsonl` with a field `text`. By
             default the documentation that comes with Python.
         calibration_tokens: For a split, how many tokens of it to read; 65,536 by default.
@@ -184,13 +187,17 @@ def convert(
         if mode == "map":
             refuse_choices(opened, noise_heads=noise_heads, ratio=ratio, lambda_type=lambda_type)
         if mode != "split":
-            _refuse_calibration(calibration=calibration, calibration_tokens=calibration_tokens, effort=effort)
+            _refuse_calibration(
+                merge_kv=merge_kv, calibration=calibration, calibration_tokens=calibration_tokens, effort=effort
+            )
         elif qk_rank is not None:
             raise ValueError("--qk-rank goes with --mode split in two steps: split first, and then factor the result")
-        noise = noise_heads_of(opened.config, noise_heads, ratio, mode=mode)
+        noise = noise_heads_of(opened.config, noise_heads, ratio, mode=mode, merge_kv=merge_kv)
         lambda_type = lambda_type or "reparameterized"
         try:
-            config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+            config = planned_config(
+                opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype, merge_kv=merge_kv
+            )
         except ValueError as error:
             raise ValueError(f"{opened.name}: {error}") from None
         dense = recipes = planned_recipes(opened, config, mode=mode, seed=seed, dtype=dtype)
@@ -381,7 +388,12 @@ def _refuse_calibration(**choices: object) -> None:
 
 
 def noise_heads_of(
-    config: PreTrainedConfig, noise_heads: int | None, ratio: str | int | None, *, mode: str = "expand"
+    config: PreTrainedConfig,
+    noise_heads: int | None,
+    ratio: str | int | None,
+    *,
+    mode: str = "expand",
+    merge_kv: int | None = None,
 ) -> int | None:
     """The noise heads to add, or to split off, said by their number or by a ratio; None where neither says it.
 
@@ -398,7 +410,7 @@ def noise_heads_of(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if mode == "split":
         if heads % (int(signal) + 1):
-            possible = split_options(heads, kv_heads)
+            possible = split_options(heads, kv_heads_of(config, merge_kv))
             raise ValueError(f"--ratio {ratio} does not divide the {heads} query heads of the source; {possible}")
         return heads // (int(signal) + 1)
     if heads % int(signal):
@@ -413,7 +425,7 @@ def notes_on(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> 
     """What of the source is not in the result."""
     notes = []
     if settings.mode == "split":
-        notes.append("heads are divided, which is not lossless")
+        notes += _split_notes(config, settings)
     if not keeps_bits:
         notes.append(f"weights are cast to {settings.dtype}, which is not lossless")
     if config.attention_dropout:
@@ -422,6 +434,19 @@ def notes_on(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> 
         notes.append(f"transformers' {type(config).__name__} knows no {', '.join(unread)}; left out")
     if config.model_type in RELATIVES:
         notes += RELATIVES[config.model_type].notes(config)
+    return notes
+
+
+def _split_notes(config: PreTrainedConfig, settings: Settings) -> list[str]:
+    merge_kv = (settings.split or {}).get("merge_kv")
+    if merge_kv is None:
+        return ["heads are divided, which is not lossless"]
+    notes = [
+        f"the {config.num_key_value_heads} KV heads of a layer are merged to {merge_kv}, and heads are divided, "
+        "which is not lossless"
+    ]
+    if source_fields(config)["qk_norm"]:
+        notes.append("keys are normed after their projection: merged ones are averages, up to the sign of a frequency")
     return notes
 
 

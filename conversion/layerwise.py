@@ -55,6 +55,10 @@ class LayerwiseModel:
             if isinstance(part, GrowthMask):  # no tensor of the checkpoint, but of its config
                 part.value = torch.tensor(config.growth_mask, device=self.device)
 
+    def of_config(self, config: PreTrainedConfig) -> "LayerwiseModel":
+        """A model of another configuration, with the same tensors where it asks for them."""
+        return LayerwiseModel(config, self._read, self.device)
+
     @property
     def num_layers(self) -> int:
         """Its layers."""

@@ -32,7 +32,15 @@ def mode_of(config: PreTrainedConfig, mode: str | None) -> str:
     return mode or fitting[0]
 
 
-def planned_config(source: Source, *, mode: str, noise_heads: int | None, lambda_type: str, dtype: str) -> GDAConfig:
+def planned_config(
+    source: Source,
+    *,
+    mode: str,
+    noise_heads: int | None,
+    lambda_type: str,
+    dtype: str,
+    merge_kv: int | None = None,
+) -> GDAConfig:
     """The configuration of the result.
 
     Raises:
@@ -43,7 +51,9 @@ def planned_config(source: Source, *, mode: str, noise_heads: int | None, lambda
     if mode == "map":
         return RELATIVES[source.config.model_type].config(source.config, DTYPES[dtype])
     if mode == "split":
-        return split_config(source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype])
+        return split_config(
+            source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype], merge_kv=merge_kv
+        )
     return expanded_config(source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype])
 
 
@@ -57,5 +67,6 @@ def planned_recipes(source: Source, config: GDAConfig, *, mode: str, seed: int, 
     if mode == "map":
         return RELATIVES[source.config.model_type].recipes(config, source.specs, DTYPES[dtype])
     if mode == "split":
-        return split_recipes(config, source.specs, drafts(config), trained=None, seed=seed, dtype=DTYPES[dtype])
+        splits = drafts(config, source.config)
+        return split_recipes(config, source.specs, splits, merged=None, trained=None, seed=seed, dtype=DTYPES[dtype])
     return expanded_recipes(config, source.specs, seed=seed, dtype=DTYPES[dtype])

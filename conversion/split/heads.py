@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .merge import Merge
+
 RIDGE = 1e-6  # relative to the mean of the diagonal; from 1e-6 to 1e-3 it makes no difference
 
 
@@ -52,6 +54,7 @@ class Split:
         error_before: |y − W f|² / |y|² with the source's own columns of the signal heads.
         error_after: The same with the columns that fit best.
         output: These columns, (hidden, S · d).
+        merge: How KV heads were merged before; None if they were not.
     """
 
     order: list[int]
@@ -59,6 +62,7 @@ class Split:
     error_before: float
     error_after: float
     output: torch.Tensor
+    merge: Merge | None = None
 
 
 def split_layer(
@@ -103,6 +107,11 @@ def split_layer(
             best = split
     assert best is not None
     return best
+
+
+def undivided_error(moments: Moments) -> float:
+    """|y − W o|² / |y|² with the output projection that fits best, and every head in its place."""
+    return _error(moments, moments.heads, moments.cross, _solved(moments.heads, moments.cross))
 
 
 def features(heads: int, noise_heads: int, head_dim: int, lambda_: float, order: list[int]) -> torch.Tensor:
@@ -161,12 +170,17 @@ def fitted(
     p = features(len(order), noise_heads, head_dim, lambda_, order).to(moments.heads)
     covariance = p @ moments.heads @ p.T
     cross = moments.cross @ p.T
-    weight = torch.linalg.solve(covariance + _ridge(covariance), cross.T).T
-
-    def error(weight: torch.Tensor) -> float:
-        left = moments.target - 2 * (weight * cross).sum() + ((weight @ covariance) * weight).sum()
-        return (left / moments.target).item()
-
+    weight = _solved(covariance, cross)
     signal = [head for group in torch.tensor(order).view(noise_heads, -1).tolist() for head in group[:-1]]
     kept = output.to(moments.heads).unflatten(1, (-1, head_dim))[:, signal].flatten(1)
-    return Split(order, lambda_, error(kept), error(weight), weight)
+    before, after = (_error(moments, covariance, cross, each) for each in (kept, weight))
+    return Split(order, lambda_, before, after, weight)
+
+
+def _solved(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.solve(covariance + _ridge(covariance), cross.T).T
+
+
+def _error(moments: Moments, covariance: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor) -> float:
+    left = moments.target - 2 * (weight * cross).sum() + ((weight @ covariance) * weight).sum()
+    return (left / moments.target).item()

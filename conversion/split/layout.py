@@ -22,9 +22,12 @@ from ..llamalike import source_fields
 from ..recipes import Recipe, checkpoint_specs, copied
 from ..safetensors_io import TensorSpec
 from .heads import Split
+from .merge import Merge
 
 # λ to try for a layer, by type. One that depends on the token begins where its projection is 0.
 LAMBDAS: dict[str, list[float]] = {"reparameterized": [0.1, 0.3], "tanh": [0.0], "sigmoid": [0.5]}
+# Projections whose tensors are those of the merged layer, where KV heads are merged.
+MERGED = ("q_proj", "k_proj", "v_proj")
 
 
 def possible_noise_heads(heads: int, kv_heads: int) -> list[int]:
@@ -37,31 +40,59 @@ def split_options(heads: int, kv_heads: int) -> str:
     """What `--noise-heads` may be, for a message."""
     possible = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible_noise_heads(heads, kv_heads))
     if not possible:
+        merged = " or ".join(map(str, possible_merges(kv_heads)))
         return (
             f"with {heads} query heads over {kv_heads} KV heads none shares a KV head, as signal and noise must; "
-            "--mode expand adds noise heads"
+            f"{f'--merge-kv {merged} merges KV heads first, and ' if merged else ''}--mode expand adds noise heads"
         )
     return f"possible for --noise-heads: {possible}"
 
 
+def possible_merges(kv_heads: int) -> list[int]:
+    """Every number of KV heads that `kv_heads` of them can be merged to, in groups of equal size."""
+    return [groups for groups in range(1, kv_heads) if kv_heads % groups == 0]
+
+
+def kv_heads_of(source: PreTrainedConfig, merge_kv: int | None) -> int:
+    """The KV heads of the result, with the source's merged to `merge_kv`, or as they are.
+
+    Raises:
+        ValueError: for a number that they cannot be merged to, naming those that can.
+    """
+    kv_heads: int = source.num_key_value_heads
+    if merge_kv is None:
+        return kv_heads
+    if merge_kv not in possible_merges(kv_heads):
+        possible = ", ".join(map(str, possible_merges(kv_heads)))
+        remedy = f"possible: {possible}" if possible else "leave --merge-kv away"
+        raise ValueError(f"--merge-kv {merge_kv}: the source has {kv_heads} KV heads to merge; {remedy}")
+    return merge_kv
+
+
 def split_config(
-    source: PreTrainedConfig, *, noise_heads: int | None, lambda_type: str, dtype: torch.dtype | None
+    source: PreTrainedConfig,
+    *,
+    noise_heads: int | None,
+    lambda_type: str,
+    dtype: torch.dtype | None,
+    merge_kv: int | None = None,
 ) -> GDAConfig:
     """The GDA configuration of `source` with `noise_heads` of its heads as noise heads (one for each KV head if None).
 
-    λ_init is that of a start; a finished split has one for each layer.
+    With `merge_kv` it has that many KV heads, each in place of as many of the source's. λ_init is that of a start; a
+    finished split has one for each layer.
 
     Raises:
         ValueError: for head counts that cannot be split, naming those that can.
     """
-    heads, kv_heads = source.num_attention_heads, source.num_key_value_heads
+    heads, kv_heads = source.num_attention_heads, kv_heads_of(source, merge_kv)
     noise = kv_heads if noise_heads is None else noise_heads
     if noise not in possible_noise_heads(heads, kv_heads):
         raise ValueError(
             f"--mode split: {noise} of {heads} query heads cannot become noise heads; {split_options(heads, kv_heads)}"
         )
     return GDAConfig(
-        **source_fields(source),
+        **(source_fields(source) | {"num_key_value_heads": kv_heads}),
         num_attention_heads=heads,
         num_noise_heads=noise,
         kv_layout="shared",
@@ -72,10 +103,13 @@ def split_config(
     )
 
 
-def drafts(config: GDAConfig) -> list[Split]:
-    """For each layer a split that is not chosen yet."""
+def drafts(config: GDAConfig, source: PreTrainedConfig) -> list[Split]:
+    """For each layer a split that is not chosen yet, nor how KV heads are merged."""
     order = list(range(config.num_attention_heads))
-    return [Split(order, 0.0, 0.0, 0.0, torch.empty(0))] * config.num_hidden_layers
+    merge = None
+    if config.num_key_value_heads != source.num_key_value_heads:
+        merge = Merge([[] for _ in range(config.num_key_value_heads)], 0.0, 0.0, 0.0)
+    return [Split(order, 0.0, 0.0, 0.0, torch.empty(0), merge)] * config.num_hidden_layers
 
 
 def split_recipes(
@@ -83,6 +117,7 @@ def split_recipes(
     source: dict[str, TensorSpec],
     splits: Sequence[Split],
     *,
+    merged: Callable[[int, str], torch.Tensor] | None,
     trained: Callable[[int, str], torch.Tensor] | None,
     seed: int,
     dtype: torch.dtype | None,
@@ -93,6 +128,8 @@ def split_recipes(
         config: Of the result.
         source: The source's tensors.
         splits: How the heads of each layer are divided.
+        merged: Gives a tensor of q, k or v of a layer whose KV heads were merged, by its name there; None where there
+            is none yet.
         trained: Gives a tensor of a layer, by its name there, that was trained after that; None if none was.
         seed: Of the λ vectors.
         dtype: Of the result; None to keep the source's.
@@ -103,7 +140,13 @@ def split_recipes(
         if layer is None or not inner.startswith("self_attn."):
             recipes[name] = copied(name, source[name], dtype)
             continue
-        recipe = _attention_recipe(name, spec, config, source, splits[layer], seed, dtype)
+        split = splits[layer]
+        if split.merge is not None and inner.split(".")[1] in MERGED:
+            target = TensorSpec(spec.shape, dtype or source[name].dtype)
+            make = partial(_from_work, partial(_given, merged, layer, inner))
+            recipe = Recipe(target, (name,), make, _how_merged(inner, split))
+        else:
+            recipe = _attention_recipe(name, spec, config, source, split, seed, dtype)
         if trained is not None:
             make = partial(_from_work, partial(trained, layer, inner))
             recipe = replace(recipe, make=make, how=f"{recipe.how}; then trained on the source's predictions")
@@ -131,6 +174,18 @@ def _attention_recipe(
         make = partial(_from_work, lambda: split.output)
         return Recipe(target, (name,), make, "solved for the output that the source's gives, by calibration")
     return copied(name, source[name], dtype)
+
+
+def _how_merged(inner: str, split: Split) -> str:
+    assert split.merge is not None
+    if ".q_proj." in inner:
+        return f"rows of heads {split.order}, of which every last of a group is noise, turned to the merged keys"
+    return f"KV heads {split.merge.groups} merged, group by group, by calibration"
+
+
+def _given(merged: Callable[[int, str], torch.Tensor] | None, layer: int, inner: str) -> torch.Tensor:
+    assert merged is not None
+    return merged(layer, inner)
 
 
 def _from_work(read: Callable[[], torch.Tensor], *_source: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +22,11 @@ from ..sources import Source
 from ..stream import shows_progress
 from .calibration import DEFAULT_TOKENS, read_calibration
 from .distill import ATTENTION, BATCH, Distillation, Plan
-from .fit import fit_layers, last_states
+from .fit import fit_layers, last_states, merged_tensor, merges
 from .heads import Split
 from .layout import LAMBDAS, split_recipes
 from .measure import Measured, measure, perplexity
+from .merge import Merge
 from .work import Work
 
 # Steps of training after the closed form.
@@ -45,6 +47,7 @@ class SplitLayer:
         error_before: |y − y'|² / |y|² of the attention's output, with the source's output projection.
         error_after: The same with the output projection that fits best.
         subtracted: Of the result, |W (λ o_noise)|² / |W (o − λ o_noise)|²: what the subtraction contributes.
+        merge: How KV heads were merged before, and what that lost; None if they were not.
     """
 
     signal_heads: list[int]
@@ -53,6 +56,7 @@ class SplitLayer:
     error_before: float
     error_after: float
     subtracted: float
+    merge: Merge | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ class Splitter:
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on, as JSON-ready values."""
-        return {"effort": self.effort, **self.calibration.to_dict()}
+        merge_kv = self.config.num_key_value_heads if merges(self.source.config, self.config) else None
+        return {"effort": self.effort, "merge_kv": merge_kv, **self.calibration.to_dict()}
 
     @torch.no_grad()
     def minutes(self) -> float:
@@ -203,6 +208,7 @@ class Splitter:
         return Divided(self.config, self._recipes(splits, trained, dtype), report)
 
     def _divide(self, teacher: LayerwiseModel, windows: torch.Tensor) -> list[Split]:
+        what = "merging KV heads and dividing heads" if merges(teacher.config, self.config) else "dividing heads"
         fits = fit_layers(
             teacher,
             self.config,
@@ -211,7 +217,7 @@ class Splitter:
             lambdas=LAMBDAS[self.config.lambda_type],
             work=self.work,
         )
-        return list(self._watched("dividing heads, layer", fits, teacher.num_layers))
+        return list(self._watched(f"{what}, layer", fits, teacher.num_layers))
 
     def _train(self, student: LayerwiseModel, begun: dict[str, Recipe], states: torch.Tensor) -> Distillation:
         distillation = Distillation(student, lambda layer: self._attention(begun, layer), self.work)
@@ -240,6 +246,7 @@ class Splitter:
             self.config,
             self.source.specs,
             splits,
+            merged=partial(merged_tensor, self.work),
             trained=None if trained is None else lambda layer, name: trained.weights[layer][name],
             seed=self.seed,
             dtype=dtype,
@@ -257,6 +264,7 @@ class Splitter:
                     error_before=split.error_before,
                     error_after=split.error_after,
                     subtracted=subtracted,
+                    merge=split.merge,
                 )
             )
         return layers

@@ -54,6 +54,7 @@ def _options(
     "  ·  gda convert Qwen/Qwen3-0.6B qwen-gda  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda"
     "  ·  gda convert ./llama-gda ./llama-shared --qk-rank 32"
     "  ·  gda convert ./llama ./llama-split --mode split --calibration text.txt"
+    "  ·  gda convert ./llama-mha ./llama-split --mode split --merge-kv 8"
 )
 def convert(
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
@@ -69,6 +70,10 @@ def convert(
     ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
     lambda_type: Annotated[
         str | None, typer.Option(help="Of added noise heads: reparameterized, which is the default, or tanh.")
+    ] = None,
+    merge_kv: Annotated[
+        int | None,
+        typer.Option(metavar="G", help="For split: merge KV heads to that many first, so that query heads share one."),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -113,6 +118,7 @@ def convert(
         noise_heads=noise_heads,
         ratio=ratio,
         lambda_type=lambda_type,
+        merge_kv=merge_kv,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         effort=effort,
@@ -566,6 +572,11 @@ def _print_split(split: Any) -> None:
         f"{split.perplexity_source:.3f} of the source, {split.perplexity_closed_form:.3f} in closed form, "
         f"{split.perplexity:.3f} of the result ({split.perplexity / split.perplexity_source:.3f} times the source's)"
     )
+    if merged := [layer.merge.error for layer in split.layers if layer.merge is not None]:
+        typer.echo(
+            f"merged KV heads, before heads were divided: relative error of an attention's output "
+            f"{min(merged):.3f} to {max(merged):.3f}"
+        )
     typer.echo(
         f"λ from {min(lambdas):.3f} to {max(lambdas):.3f}; what is subtracted has {min(shares):.3f} to "
         f"{max(shares):.3f} of the energy of an attention's output; layer by layer in conversion.json"
