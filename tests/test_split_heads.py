@@ -46,9 +46,7 @@ def moments_of(layer: Layer, pieces: int = 3) -> Moments:
     return moments
 
 
-def split_of(
-    layer: Layer, noise: int, kv_heads: int, lambdas: list[float], head_dim: int = HEAD_DIM
-) -> Split:
+def split_of(layer: Layer, noise: int, kv_heads: int, lambdas: list[float], head_dim: int = HEAD_DIM) -> Split:
     return split_layer(
         moments_of(layer),
         layer.output,

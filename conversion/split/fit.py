@@ -90,6 +90,8 @@ def _fit_layer(
         hook.remove()
     if not torch.isfinite(moments.heads).all() or not torch.isfinite(moments.cross).all():
         raise ValueError(f"{layer_prefix(index)}self_attn of the source gives values that are not finite")
+    if not torch.isfinite(leaving).all():
+        raise ValueError(f"{layer_prefix(index)}mlp of the source gives values that are not finite")
     return split_layer(
         moments,
         output,
