@@ -96,7 +96,7 @@ def test_too_few_tokens(tokens: str, llama: Path, refused: Callable[..., None]) 
 
 def test_tokens_that_are_no_number(llama: Path, refused: Callable[..., None]) -> None:
     """typer's own message."""
-    refused("--calibration-tokens", "many", named=("--calibration-tokens", "many"))
+    refused("--calibration-tokens", "many", named=("--calibration-tokens", "integer"))
 
 
 # ---------------------------------------------------------------------------------------------------------- the source
@@ -185,7 +185,7 @@ def test_an_effort_that_is_none(effort: str, llama: Path, refused: Callable[...,
 
 def test_other_options_that_do_not_go_together(llama: Path, refused: Callable[..., None]) -> None:
     """A λ type that is none; a rank, which is a second step."""
-    refused("--lambda-type", "foo", named=("lambda_type", "foo"))
+    refused("--lambda-type", "foo", named=("--lambda-type foo", "reparameterized, tanh, sigmoid"))
     refused("--qk-rank", 4, named=("--qk-rank", "--mode split", "two steps"))
 
 

@@ -122,7 +122,7 @@ class Splitter:
         effort: str | None,
         seed: int,
     ):
-        self.effort = effort or "default"
+        self.effort = "default" if effort is None else effort
         if self.effort not in EFFORTS:
             raise ValueError(f"--effort {effort} is not one of {', '.join(EFFORTS)}")
         self.steps, self.seed = EFFORTS[self.effort], seed
