@@ -317,7 +317,6 @@ def write_model(
             keep=(WORK_FOLDER,),
             console=console,
         )
-        remove(folder / WORK_FOLDER)
         report.config.save_pretrained(folder, bundle_code=bundle_code)
         source.copy_assets(folder)
         if trainable is not None:
@@ -343,6 +342,7 @@ def write_model(
         )
         card = model_card(report.config, name=report.out.name, made=made, has_code=bundle_code)
         write_text(folder / CARD_FILE, card)
+        remove(folder / WORK_FOLDER)  # not before: a run that is killed while it verifies would have to train again
     return replace(report, sha256=files, verification=verification, projection_errors=errors)
 
 

@@ -81,11 +81,12 @@ def _read_text(path: Path) -> tuple[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"--calibration {path} is not a file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     if path.suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
+        # Not by splitlines: it also parts at characters that a JSON string may hold, such as U+2028.
+        lines = enumerate(text.split("\n"), 1)
         text = "\n\n".join(_text_of(path, number, line) for number, line in lines if line.strip())
     return path.name, text
 
@@ -97,4 +98,9 @@ def _text_of(path: Path, number: int, line: str) -> str:
         raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ValueError(f"{path}, line {number} has no field `text` that holds a string")
-    return str(row["text"])
+    text = str(row["text"])
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}, line {number} has half a surrogate pair in `text`, which is no character") from None
+    return text

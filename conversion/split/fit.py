@@ -51,6 +51,8 @@ def fit_layers(
                 split, tensors = _fit_layer(source, index, config, entering, leaving, counted, lambdas), {}
             else:
                 split, tensors = fit(index, entering, leaving)
+            if not torch.isfinite(leaving).all():
+                raise _not_finite(index, "mlp")
             facts = {key: value for key, value in asdict(split).items() if key != "output"}
             work.save(name, facts, {"output": split.output.float(), **tensors})
         facts = work.facts(name)
@@ -165,7 +167,7 @@ class _MergedFit:
         hooks = {name: hooked(hook) for name, hook in statistics.hooks().items()} | {"o_proj": keep}
         _run(self.source, index, tensors, entering, hooks, counted=self.counted, leaving=leaving)
         if not statistics.is_finite():
-            raise _not_finite(index)
+            raise _not_finite(index, "self_attn")
         return statistics
 
     def _moments(
@@ -217,7 +219,7 @@ def _run(
 
 def _divide(index: int, moments: Moments, output: torch.Tensor, config: GDAConfig, lambdas: list[float]) -> Split:
     if not torch.isfinite(moments.heads).all() or not torch.isfinite(moments.cross).all():
-        raise _not_finite(index)
+        raise _not_finite(index, "self_attn")
     return split_layer(
         moments,
         output,
@@ -233,5 +235,5 @@ def _output_bias(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return tensors.get("self_attn.o_proj.bias", torch.zeros(1, device=output.device))
 
 
-def _not_finite(index: int) -> ValueError:
-    return ValueError(f"{layer_prefix(index)}self_attn of the source gives values that are not finite")
+def _not_finite(index: int, module: str) -> ValueError:
+    return ValueError(f"{layer_prefix(index)}{module} of the source gives values that are not finite")

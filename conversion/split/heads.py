@@ -133,7 +133,11 @@ def _ridge(matrix: torch.Tensor) -> torch.Tensor:
 def _best_order(
     covariance: torch.Tensor, gram: torch.Tensor, heads: int, noise_heads: int, head_dim: int, lambda_: float
 ) -> list[int]:
-    """The order of a group's heads that loses least: exchange two of different roles until no exchange helps."""
+    """The order of a group's heads that loses least: exchange two of different roles until no exchange helps.
+
+    With one noise head every choice is an exchange away. With several the search may end early, and so it begins with
+    each of as many noise heads as there are slots, and the best end counts.
+    """
     slots = heads // noise_heads  # of a noise head and its signals; the noise head is the last
 
     def loss(order: list[int]) -> float:
@@ -143,19 +147,23 @@ def _best_order(
         solved = torch.linalg.solve(system + _ridge(system), explained @ gram)
         return -(solved * explained).sum().item()  # the part of the error that depends on the order
 
-    order = list(range(heads))
-    least, improved = loss(order), True
-    while improved:
-        improved = False
-        for one in range(heads):
-            for other in range(one + 1, heads):
-                same_role = one % slots != slots - 1 and other % slots != slots - 1
-                if same_role and one // slots == other // slots:
-                    continue  # signals of one noise head: their order is no matter
-                tried = list(order)
-                tried[one], tried[other] = tried[other], tried[one]
-                if (lost := loss(tried)) < least * (1 + 1e-9 if least < 0 else 1 - 1e-9):
-                    order, least, improved = tried, lost, True
+    def improved(order: list[int]) -> tuple[float, list[int]]:
+        least, goes_on = loss(order), True
+        while goes_on:
+            goes_on = False
+            for one in range(heads):
+                for other in range(one + 1, heads):
+                    same_role = one % slots != slots - 1 and other % slots != slots - 1
+                    if same_role and one // slots == other // slots:
+                        continue  # signals of one noise head: their order is no matter
+                    tried = list(order)
+                    tried[one], tried[other] = tried[other], tried[one]
+                    if (lost := loss(tried)) < least * (1 + 1e-9 if least < 0 else 1 - 1e-9):
+                        order, least, goes_on = tried, lost, True
+        return least, order
+
+    starts = range(1 if noise_heads == 1 else slots)
+    _, order = min(improved([(head + start) % heads for head in range(heads)]) for start in starts)
     return [head for start in range(0, heads, slots) for head in _sorted_signals(order[start : start + slots])]
 
 
@@ -183,4 +191,4 @@ def _solved(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
 
 def _error(moments: Moments, covariance: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor) -> float:
     left = moments.target - 2 * (weight * cross).sum() + ((weight @ covariance) * weight).sum()
-    return (left / moments.target).item()
+    return (left / moments.target.clamp(min=torch.finfo(torch.float64).tiny)).item()

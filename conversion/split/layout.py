@@ -83,8 +83,10 @@ def split_config(
     finished split has one for each layer.
 
     Raises:
-        ValueError: for head counts that cannot be split, naming those that can.
+        ValueError: for head counts that cannot be split, naming those that can, and for another λ type.
     """
+    if lambda_type not in LAMBDAS:
+        raise ValueError(f"--lambda-type {lambda_type} is not one of {', '.join(LAMBDAS)}")
     heads, kv_heads = source.num_attention_heads, kv_heads_of(source, merge_kv)
     noise = kv_heads if noise_heads is None else noise_heads
     if noise not in possible_noise_heads(heads, kv_heads):

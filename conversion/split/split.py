@@ -129,7 +129,7 @@ class Splitter:
         effort: str | None,
         seed: int,
     ):
-        self.effort = effort or "default"
+        self.effort = "default" if effort is None else effort
         if self.effort not in EFFORTS:
             raise ValueError(f"--effort {effort} is not one of {', '.join(EFFORTS)}")
         self.steps, self.seed = EFFORTS[self.effort], seed
@@ -189,6 +189,9 @@ class Splitter:
             student = LayerwiseModel(self.config, self.read, self.device)
             states = last_states(teacher, windows, self.work)
             held_out = self.calibration.held_out
+            of_source = perplexity(teacher, held_out, states[-len(held_out) :])
+            if not math.isfinite(of_source):
+                raise ValueError("the last norm or the head of the source gives values that are not finite")
             begun = self._recipes(splits, None, torch.float32)
             closed_form = measure(student, lambda layer: self._closed_form(student, begun, layer), held_out)
             trained = self._train(student, begun, states) if self.steps else None
@@ -200,7 +203,7 @@ class Splitter:
             held_out_tokens=self.calibration.held_out.numel(),
             effort=self.effort,
             steps=self.steps,
-            perplexity_source=perplexity(teacher, held_out, states[-len(held_out) :]),
+            perplexity_source=of_source,
             perplexity_closed_form=closed_form.perplexity,
             perplexity=result.perplexity,
             layers=self._layers(splits, result),

@@ -1,13 +1,16 @@
 """The files of a split that is under way: what memory need not hold, and what a killed run goes on from."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gda._files import read_json, remove, write_json
+
+from ..safetensors_io import TensorSpec, file_order, write_safetensors
 
 FINGERPRINT_FILE = "begun.json"
 
@@ -39,9 +42,14 @@ class Work:
             )
 
     def allocate(self, name: str, *shape: int) -> torch.Tensor:
-        """Float32 memory of that shape, the same after a kill; zeros at first."""
-        path = str(self.folder / f"{name}.bin")
-        return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+        """Float32 memory of that shape, the same after a kill; zeros at first.
+
+        Raises:
+            OSError: naming the file, if there is no room for it.
+        """
+        path, size = self.folder / f"{name}.bin", math.prod(shape)
+        _reserve(path, size * torch.float32.itemsize)
+        return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
     def has(self, name: str) -> bool:
         """Whether something is saved under that name."""
@@ -50,7 +58,9 @@ class Work:
     def save(self, name: str, facts: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Save tensors, and then the facts, by which they count as saved."""
         if tensors is not None:
-            save_file(tensors, self.folder / f"{name}.safetensors")
+            specs = {each: TensorSpec(tuple(tensor.shape), tensor.dtype) for each, tensor in tensors.items()}
+            in_order = ((each, tensors[each].cpu()) for each in file_order(specs))
+            write_safetensors(self.folder / f"{name}.safetensors", specs, in_order)
         write_json(self.folder / f"{name}.json", facts)
 
     def facts(self, name: str) -> dict[str, Any]:
@@ -66,3 +76,14 @@ class Work:
         """Remove what is saved under that name, the facts first."""
         for suffix in (".json", ".safetensors"):
             remove(self.folder / f"{name}{suffix}")
+
+
+def _reserve(path: Path, nbytes: int) -> None:
+    """Make the file that large, with all its blocks: a mapped file without them kills who writes to a full disk."""
+    with open(path, "ab") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            error.filename = str(path)
+            raise

@@ -66,10 +66,13 @@ def convert(
             "that are there, which loses a little; map: a Motif or DiffLlama, as it is."
         ),
     ] = None,
-    noise_heads: Annotated[int | None, typer.Option(help="Noise heads to add; by default one a KV head.")] = None,
+    noise_heads: Annotated[
+        int | None, typer.Option(help="Noise heads to add, or to split off; by default one a KV head.")
+    ] = None,
     ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
     lambda_type: Annotated[
-        str | None, typer.Option(help="Of added noise heads: reparameterized, which is the default, or tanh.")
+        str | None,
+        typer.Option(help="Of new noise heads: reparameterized, the default, or tanh; for split sigmoid, too."),
     ] = None,
     merge_kv: Annotated[
         int | None,
@@ -107,6 +110,7 @@ def convert(
 
     Every query head stays, as a signal head; noise heads are added, and λ starts at 0 with a live gradient.
     A Motif or a DiffLlama is differential already: its tensors are mapped as they are.
+    With --mode split the heads of a Llama, Mistral or Qwen are divided, and fitted to its source: that loses a little.
     OUT appears only when it is whole and verified.
     """
     from gda.conversion.convert import convert as run
