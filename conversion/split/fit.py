@@ -47,8 +47,9 @@ def fit_layers(
         name = _name(index)
         if not work.has(name):
             entering, leaving = buffers[index % 2], buffers[(index + 1) % 2]
+            tensors: dict[str, torch.Tensor] = {}
             if fit is None:
-                split, tensors = _fit_layer(source, index, config, entering, leaving, counted, lambdas), {}
+                split = _fit_layer(source, index, config, entering, leaving, counted, lambdas)
             else:
                 split, tensors = fit(index, entering, leaving)
             if not torch.isfinite(leaving).all():

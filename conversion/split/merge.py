@@ -54,7 +54,7 @@ class Statistics:
     def __init__(self, heads: int, kv_heads: int, head_dim: int, *, normed: bool, device: torch.device | str = "cpu"):
         self.heads, self.kv_heads, self.head_dim, self.normed = heads, kv_heads, head_dim, normed
         frequencies, width = head_dim // 2, kv_heads * head_dim
-        real = {"dtype": torch.float64, "device": device}
+        real: dict = {"dtype": torch.float64, "device": device}
         self.keys = torch.zeros(frequencies, kv_heads, kv_heads, dtype=torch.complex128, device=device)  # E[z zᴴ]
         self.queries = torch.zeros(frequencies, kv_heads, **real)  # E|q|² of the heads that read a key
         self.values = torch.zeros(width, width, **real)
@@ -129,7 +129,8 @@ def merge_layer(
 def cluster(distance: torch.Tensor, num_groups: int) -> list[list[int]]:
     """Groups of equal size with small distances (K, K) within: the nearest together, and then exchanges that help."""
     d = distance.tolist()
-    left, size, groups = list(range(len(d))), len(d) // num_groups, []
+    left, size = list(range(len(d))), len(d) // num_groups
+    groups: list[list[int]] = []
     while left:
         group = [left.pop(0)]
         while len(group) < size:
