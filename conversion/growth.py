@@ -31,6 +31,8 @@ from .safetensors_io import TensorSpec
 from .sources import PROVENANCE_FILE, Source
 
 DEFAULT_NOISE = 0.01
+# More is a slip of the finger, and planning it alone would fill the memory.
+MOST_TIMES = 1000
 # What a copied layer adds to the residual stream; zero, so that it adds nothing.
 ADDS_TO_THE_STREAM = ("self_attn.o_proj.", "mlp.down_proj.")
 
@@ -146,11 +148,13 @@ def grown(draft: Draft, growth: Growth, *, seed: int) -> Draft:
 
 
 def whole(option: str, times: int | float | None) -> int | None:
-    """A number of times, 2 or more, as an integer.
+    """A number of times, from 2 to `MOST_TIMES`, as an integer.
 
     Raises:
         ValueError: naming the option, if it is another number.
     """
+    if times is not None and times > MOST_TIMES:
+        raise ValueError(f"{option} {times:g} is more than {MOST_TIMES}; grow in steps if that is what you mean")
     if times is not None and not (times >= 2 and times == times // 1):
         raise ValueError(
             f"{option} {times:g} is not a whole number from 2 on, and nothing can be replicated that often"
@@ -184,6 +188,8 @@ def layers_to_copy(layers: int, growth: Growth) -> list[int]:
     depth, named = growth.depth, growth.layers
     if depth is not None and depth <= layers:
         raise ValueError(f"--depth {depth} is not more than the {layers} layers of the source")
+    if depth is not None and depth > MOST_TIMES * layers:
+        raise ValueError(f"--depth {depth} is more than {MOST_TIMES} times the {layers} layers of the source")
     if named is None:
         assert depth is not None
         copies = depth - layers
@@ -384,6 +390,8 @@ def masked(draft: Draft, growth: Growth, *, seed: int) -> Draft:
 def _neurons(old: int, times: float) -> int:
     if not 1 < times < float("inf"):
         raise ValueError(f"--mlp {times:g} is not more than 1")
+    if times > MOST_TIMES:
+        raise ValueError(f"--mlp {times:g} is more than {MOST_TIMES}")
     if abs(times * old - round(times * old)) > 1e-6:
         raise ValueError(f"--mlp {times:g} times the {old} neurons of the source is no whole number")
     return round(times * old)

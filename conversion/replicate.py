@@ -102,7 +102,8 @@ def split_exactly(weight: Tensor, count: int, noise: Tensor | None = None) -> Te
     wide = weight.to(torch.float32 if info.bits == 16 else torch.float64)
     size = (wide / count).abs()
     if noise is not None:
-        noise = (noise - noise.mean(dim=0)).to(wide.dtype)
+        noise = noise.to(wide.dtype)
+        noise = noise - noise.mean(dim=0)  # after widening: what is left of the sum goes to the last share
         largest = noise.abs().amax(dim=0).clamp_min(torch.finfo(wide.dtype).tiny)
         size = torch.where(size == 0, largest, size)  # zero is a multiple of everything
     unit = torch.ldexp(torch.full_like(size, info.eps / 2), torch.frexp(size).exponent)

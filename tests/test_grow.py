@@ -274,6 +274,16 @@ def test_shares_sum_to_the_weight(values: list[float], count: int, noise: float,
         assert (apart <= torch.finfo(dtype).eps * weight.double().abs() / count + 1e-7).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+def test_shares_of_small_weights_sum_too(count: int, dtype: torch.dtype) -> None:
+    """Where noise is far above the weight it is made less, down to shares that use every digit they have."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (1e-4 * torch.randn(20000, generator=generator)).to(dtype)
+    shares = split_exactly(weight, count, torch.randn(count, len(weight), generator=generator))
+    assert torch.equal(shares.double().sum(0), weight.double())
+
+
 def test_noise_is_as_large_as_asked(tmp_path: Path) -> None:
     """Relative to the weight's deviation, √(1 − 1/r) of it since r replicas sum to zero; at most a share's own size."""
     source = saved(tmp_path / "source")
@@ -597,7 +607,9 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "width 0": ({"width": 0}, "--width 0 is not"),
     "width 1.5": ({"width": 1.5}, "--width 1.5 is not a whole number"),
     "width nan": ({"width": float("nan")}, "--width nan is not"),
-    "width inf": ({"width": float("inf")}, "--width inf is not"),
+    "width inf": ({"width": float("inf")}, "--width inf is more than 1000"),
+    "signal beyond measure": ({"signal": 10**30}, "--signal 1e+30 is more than 1000"),
+    "layers beyond measure": ({"depth": 10**9}, "--depth 1000000000 is more than 1000 times the 3 layers"),
     "fewer layers": ({"depth": 2}, "--depth 2 is not more than the 3 layers"),
     "as many layers": ({"depth": 3}, "--depth 3 is not more"),
     "layers beyond": ({"layers": [1, 3]}, "--layers 3 is not among the 3 layers"),
