@@ -63,8 +63,11 @@ class Statistics:
     def hooks(self) -> dict[str, Callable[[torch.Tensor], None]]:
         """What to call with the outputs (B, T, …) of which module of the attention."""
         queries, keys = ("q_norm", "k_norm") if self.normed else ("q_proj", "k_proj")
-        hooks = {queries: self._add_queries, keys: self._add_keys, "v_proj": self._add_values}
-        return hooks | ({"k_proj": self._add_projected} if self.normed else {})
+        hooks: dict[str, Callable[[torch.Tensor], None]] = {queries: self._add_queries, keys: self._add_keys}
+        hooks["v_proj"] = self._add_values
+        if self.normed:
+            hooks["k_proj"] = self._add_projected
+        return hooks
 
     def is_finite(self) -> bool:
         """Whether every number is."""
