@@ -9,12 +9,12 @@ from rich.console import Console
 from gda._files import check_places, refuse_existing
 from gda.configuration.configuration_gda import GDAConfig
 
-from .convert import ConvertReport, planned_report, write_model
 from .factor import PARTS, dense_config, folded, same_config
 from .provenance import DTYPES, Settings
 from .recipes import Recipe, checkpoint_specs, copied, is_lossless
 from .safetensors_io import TensorSpec
 from .sources import Source, open_source, quiet_transformers
+from .write_model import ConvertReport, planned_report, write_model
 
 
 def fold(

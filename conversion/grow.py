@@ -10,14 +10,16 @@ from gda._files import check_places, refuse_existing
 from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
 
-from .convert import ConvertReport, noise_heads_of, notes_on, planned_report, refuse_choices, write_model
+from .choices import noise_heads_of, refuse_choices
 from .factor import dense_config
 from .growth import DEFAULT_NOISE, Draft, Growth, grown, layers_to_copy, planned, trainable, whole
 from .headmap import head_map
+from .notes import notes_on
 from .plan import mode_of
 from .provenance import DTYPES, Settings
 from .recipes import checkpoint_specs, is_lossless
 from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
+from .write_model import ConvertReport, planned_report, write_model
 
 
 @dataclass(frozen=True, kw_only=True)

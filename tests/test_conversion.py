@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import gda
 from gda import GDAConfig
-from gda.conversion.convert import ConvertReport
 from gda.conversion.verify import VerificationFailed
+from gda.conversion.write_model import ConvertReport
 
 from .llamas import VARIANTS, byte_tokenizer, change_config, files_of, llama_config, save_llama, tensors_of
 from .tiny import relative_error

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 import gda
 from gda._files import StagedFolder
 from gda.cli import main
-from gda.conversion import convert as convert_module
 from gda.conversion import stream
+from gda.conversion import write_model as write_module
 from gda.conversion.verify import VerificationFailed
 
 from .llamas import files_of, save_llama
@@ -456,14 +456,14 @@ def test_an_out_that_appears_meanwhile_is_not_replaced(
 ) -> None:
     """Without --overwrite, what somebody else put at OUT during the conversion stays."""
     out = tmp_path / "place" / "gda"
-    write_provenance = convert_module.write_provenance
+    write_provenance = write_module.write_provenance
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
         out.mkdir()
         (out / "precious").write_text("mine")
         return write_provenance(*arguments, **options)
 
-    monkeypatch.setattr(convert_module, "write_provenance", meanwhile)
+    monkeypatch.setattr(write_module, "write_provenance", meanwhile)
     with pytest.raises(FileExistsError, match="exists"):
         convert(source, out)
     assert files_of(out) == {"precious": b"mine"}

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import gda
-from gda.conversion.convert import ConvertReport
 from gda.conversion.split.merge import cluster
+from gda.conversion.write_model import ConvertReport
 
 from .commands import Command
 from .llamas import byte_tokenizer, llama_model, save_llama, tensors_of

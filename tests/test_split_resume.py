@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gda.conversion import convert as convert_module
+from gda.conversion import write_model as write_module
 from gda.conversion.split import fit
 from gda.conversion.split import split as split_module
 from gda.conversion.split.distill import Distillation
@@ -74,7 +74,7 @@ def kill_me() -> None:
 STAGES: dict[str, tuple[Any, str, int]] = {
     "dividing": (fit, "_fit_layer", LAYERS),
     "training": (Distillation, "_train_on", STEPS),
-    "verifying": (convert_module, "write_provenance", 1),
+    "verifying": (write_module, "write_provenance", 1),
 }
 each_stop = pytest.mark.parametrize(
     ("stage", "done"), [("dividing", 1), ("dividing", 2), ("training", 0), ("training", 2), ("verifying", 0)]
