@@ -150,12 +150,8 @@ def convert(
             )
             settings = replace(settings, split=splitter.settings())
         notes = notes_on(opened.config, settings, keeps_bits) + rank_notes(config, settings)
-        if splitter is not None:
-            expected = f"--effort {splitter.effort} takes about {max(1, round(splitter.minutes()))} minutes here"
-            if dry_run:
-                notes.append(expected)
-            elif console is not None:
-                console.print(expected, highlight=False)
+        if splitter is not None and dry_run:
+            notes.append(splitter.expected())
         report = planned_report(out, config, recipes, dense, settings=settings, notes=notes, dry_run=dry_run)
         if dry_run:
             return report

@@ -149,6 +149,11 @@ class Splitter:
         merge_kv = self.config.num_key_value_heads if merges(self.source.config, self.config) else None
         return {"effort": self.effort, "merge_kv": merge_kv, **self.calibration.to_dict()}
 
+    def expected(self) -> str:
+        """How long `run` will take on this machine, in words."""
+        minutes = max(1, round(self.minutes()))
+        return f"--effort {self.effort} takes about {minutes} minute{'s' * (minutes > 1)} on this machine"
+
     @torch.no_grad()
     def minutes(self) -> float:
         """About how long `run` will take, by the time that one layer takes on this machine."""
@@ -180,6 +185,8 @@ class Splitter:
         self.work = Work(folder, self._fingerprint())
         self.read = _Cache(self.source)
         self.progress = _progress(console)
+        if console is not None and shows_progress(console):
+            console.print(self.expected(), highlight=False)
         teacher = LayerwiseModel(self.source.config, self.read, self.device)
         windows = torch.cat([self.calibration.windows, self.calibration.held_out])
         with self.progress:
