@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedConfig
 
 from gda._files import check_places, in_background, refuse_existing, remove, write_text
+from gda._screen import quiet_transformers
 from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
 
@@ -26,7 +27,7 @@ from .push import PushReport, push
 from .recipes import Recipe, is_lossless
 from .relatives import RELATIVES
 from .safetensors_io import SafetensorsReader
-from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
+from .sources import CONVERTIBLE_TYPES, Source, open_source
 from .split.layout import kv_heads_of, split_options
 from .split.split import Divided, SplitReport, Splitter
 from .staging import staged_model
