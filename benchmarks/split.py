@@ -33,9 +33,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from gda import GDAForCausalLM, convert
 from gda._perplexity import perplexity
+from gda._screen import quiet_transformers
 from gda._text import python_documentation
 from gda.conversion.layerwise import LayerwiseModel
-from gda.conversion.sources import Source, open_source, quiet_transformers
+from gda.conversion.sources import Source, open_source
 from gda.conversion.split.calibration import read_calibration
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
 from gda.conversion.split.layout import LAMBDAS, split_config, split_recipes

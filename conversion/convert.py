@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gda._files import check_places, refuse_existing
+from gda._screen import quiet_transformers
 
 from .choices import noise_heads_of, refuse_calibration, refuse_choices, require_type
 from .factor import factored_config, factored_recipes, is_exact
@@ -16,7 +17,7 @@ from .plan import mode_of, planned_config, planned_recipes
 from .provenance import DTYPES, Settings
 from .push import PushReport, push
 from .recipes import is_lossless
-from .sources import open_source, quiet_transformers
+from .sources import open_source
 from .split.split import Splitter
 from .write_model import ConvertReport, planned_report, write_model
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from gda._files import check_places, refuse_existing
+from gda._screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 
 from . import diffllama, motif
@@ -20,7 +21,7 @@ from .expand import drop_noise_rows
 from .llamalike import LLAMALIKES, require_target, target_config
 from .recipes import Recipe, checkpoint_specs, copied
 from .safetensors_io import TensorSpec
-from .sources import Source, open_source, quiet_transformers
+from .sources import Source, open_source
 from .staging import staged_model
 from .stream import write_checkpoint
 

@@ -7,13 +7,14 @@ import torch
 from rich.console import Console
 
 from gda._files import check_places, refuse_existing
+from gda._screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 
 from .factor import PARTS, dense_config, folded, same_config
 from .provenance import DTYPES, Settings
 from .recipes import Recipe, checkpoint_specs, copied, is_lossless
 from .safetensors_io import TensorSpec
-from .sources import Source, open_source, quiet_transformers
+from .sources import Source, open_source
 from .write_model import ConvertReport, planned_report, write_model
 
 

@@ -17,11 +17,12 @@ from transformers import (
 )
 
 from gda._errors import first_line
+from gda._screen import quiet_transformers
 
 from .llamalike import head_dim
 from .recipes import meta_model
 from .safetensors_io import TensorSpec
-from .sources import Source, quiet_transformers, read_tokenizer, require_known_type
+from .sources import Source, read_tokenizer, require_known_type
 
 # Metadata that changes what a model computes and that transformers does not read, and the value that changes nothing.
 # Names follow that of the architecture. llama.cpp calls a Mistral's "llama", and runs it without its window.

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from gda._files import check_places, refuse_existing
+from gda._screen import quiet_transformers
 from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
 
@@ -18,7 +19,7 @@ from .notes import notes_on
 from .plan import mode_of
 from .provenance import DTYPES, Settings
 from .recipes import checkpoint_specs, is_lossless
-from .sources import CONVERTIBLE_TYPES, Source, open_source, quiet_transformers
+from .sources import CONVERTIBLE_TYPES, Source, open_source
 from .write_model import ConvertReport, planned_report, write_model
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from gda._files import read_json
+from gda._screen import quiet_transformers
 from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
 
 from .export import layer_lambdas
 from .factor import dense_config
 from .headmap import head_map
 from .recipes import checkpoint_specs
-from .sources import PROVENANCE_FILE, FolderSource, open_source, quiet_transformers
+from .sources import PROVENANCE_FILE, FolderSource, open_source
 
 PARTS = {
     "embedding": r"embed_tokens\.",

@@ -2,9 +2,7 @@
 
 import contextlib
 import re
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
+from gda._assets import ASSET_PATTERNS, copy_assets
 from gda._errors import first_line
 from gda._files import read_json, sha256
 from gda._trainable import TRAINABLE_FILE
@@ -30,26 +28,6 @@ from .llamalike import LLAMALIKES, refuse_unread
 from .recipes import checkpoint_specs
 from .safetensors_io import SafetensorsReader, TensorSpec
 
-LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-# Copied byte for byte beside the weights. Licences travel with what they cover.
-ASSET_PATTERNS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "tokenizer.model.v*",  # Mistral's
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    *LICENCE_PATTERNS,
-)
 PROVENANCE_FILE = "conversion.json"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 MODEL_PATTERNS = (PROVENANCE_FILE, TRAINABLE_FILE, "config.json", *WEIGHT_PATTERNS, *ASSET_PATTERNS)
@@ -184,11 +162,7 @@ class FolderSource(Source):
         return digests
 
     def copy_assets(self, folder: Path) -> None:
-        for pattern in ASSET_PATTERNS:
-            for path in sorted(path for path in self.folder.glob(pattern) if path.is_file()):
-                target = folder / path.relative_to(self.folder)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+        copy_assets(self.folder, folder)
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
@@ -286,18 +260,3 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(location)) or str(location).startswith("."):
         raise FileNotFoundError(f"{location} does not exist")
     return download(str(location), revision, [*MODEL_PATTERNS, "README.md"])
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings: what they would say is said by the report."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gda._files import read_json, remove, sha256, write_json, write_text
+from gda._screen import shows_progress
 from gda._version import __version__
 
 from .recipes import Recipe
@@ -121,11 +122,6 @@ def write_weights(
                 finished(file, digest)
     if len(shards) > 1:
         _write_index(folder, recipes, shards)
-
-
-def shows_progress(console: Console | None) -> bool:
-    """Whether there is somebody to watch a bar: a log file gets none."""
-    return console is not None and console.is_terminal
 
 
 def _progress(console: Console | None) -> Progress:

@@ -12,6 +12,7 @@ from rich.progress import track
 from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed
+from gda._screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
 
 from .growth import planned_growth
@@ -20,8 +21,8 @@ from .llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import Settings, read_settings
 from .recipes import Recipe
-from .sources import PROVENANCE_FILE, FolderSource, Source, open_source, quiet_transformers, resolve_folder
-from .stream import different_tensors, shows_progress
+from .sources import PROVENANCE_FILE, FolderSource, Source, open_source, resolve_folder
+from .stream import different_tensors
 
 LOSSLESS_THRESHOLD = 1e-5
 GREEDY_TOKENS = 16

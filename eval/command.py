@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gda.conversion.stream import shows_progress
+from gda._screen import shows_progress
 
 from .card import read_card
 from .card import update_card as write_card

@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gda.conversion.stream import shows_progress
+from gda._screen import shows_progress
 
 from .analysis import LayerAttention, attention_modules, row_entropy, row_shares, visit_attention
 from .tasks.needles import DEPTHS, NeedlePrompt, NeedleSettings, make_prompts

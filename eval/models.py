@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gda._errors import first_line
 from gda._files import in_background, sha256
-from gda.conversion.sources import Source, open_source, quiet_transformers, resolve_folder
+from gda._screen import quiet_transformers
+from gda.conversion.sources import Source, open_source, resolve_folder
 
 from .harness import GDALM, check_tokenizer, default_device
 

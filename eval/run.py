@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gda._perplexity import TextPerplexity, text_perplexity
+from gda._screen import shows_progress
 from gda._version import __version__
-from gda.conversion.stream import shows_progress
 
 from .compare import Row, rows_of
 from .diagnostics import DiagnosticsReport, diagnose, prompts_by_metadata

@@ -1,7 +1,6 @@
 """Text that a split is fitted to, as windows of token ids."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gda._text import python_documentation
+from gda._text import python_documentation, read_text
 
 CONTEXT = 512
 DEFAULT_TOKENS = 65536
@@ -61,7 +60,11 @@ def read_calibration(
     """
     if tokenizer is None:
         raise ValueError("--mode split reads text, and the source has no tokenizer; --mode expand needs none")
-    name, text = ("the documentation of Python", python_documentation()) if path is None else _read_text(Path(path))
+    name, text = (
+        ("the documentation of Python", python_documentation())
+        if path is None
+        else read_text(Path(path), "--calibration")
+    )
     context = min(CONTEXT, longest)
     if tokens < 2 * context:
         raise ValueError(f"--calibration-tokens {tokens} is below {2 * context}, two windows of {context} tokens")
@@ -75,32 +78,3 @@ def read_calibration(
     held_out = max(1, min(MOST_HELD_OUT, round(HELD_OUT_SHARE * count)))
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Calibration(name, digest, windows[:-held_out].clone(), windows[-held_out:].clone())
-
-
-def _read_text(path: Path) -> tuple[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"--calibration {path} is not a file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
-    if path.suffix == ".jsonl":
-        # Not by splitlines: it also parts at characters that a JSON string may hold, such as U+2028.
-        lines = enumerate(text.split("\n"), 1)
-        text = "\n\n".join(_text_of(path, number, line) for number, line in lines if line.strip())
-    return path.name, text
-
-
-def _text_of(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f"{path}, line {number} has no field `text` that holds a string")
-    text = str(row["text"])
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{path}, line {number} has half a surrogate pair in `text`, which is no character") from None
-    return text

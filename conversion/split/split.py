@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gda._screen import shows_progress
 from gda._version import __version__
 from gda.configuration.configuration_gda import GDAConfig
 
 from ..layerwise import LayerwiseModel, layer_prefix, memory_to_use
 from ..recipes import Recipe
 from ..sources import Source
-from ..stream import shows_progress
 from .calibration import DEFAULT_TOKENS, read_calibration
 from .distill import ATTENTION, BATCH, Distillation, Plan
 from .fit import fit_layers, last_states, merged_tensor, merges

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         GDAForTokenClassification,
         GDAModel,
     )
+    from gda.training.train import train
 
 _HOMES = {
     name: module
@@ -50,6 +51,7 @@ _HOMES = {
             "GDAForTokenClassification",
             "GDAModel",
         ],
+        "gda.training.train": ["train"],
     }.items()
     for name in names
 }
@@ -114,5 +116,6 @@ __all__ = [
     "grow",
     "inspect",
     "push",
+    "train",
     "verify",
 ]

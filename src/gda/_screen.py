@@ -1,0 +1,27 @@
+"""What is shown while something runs. A leaf module: it imports nothing of the project."""
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+
+def shows_progress(console: Console | None) -> bool:
+    """Whether there is somebody to watch a bar: a log file gets none."""
+    return console is not None and console.is_terminal
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings: what they would say is said by the report."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
