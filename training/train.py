@@ -235,11 +235,12 @@ def _windows(path: Path, tokenizer: PreTrainedTokenizerBase, config: GDAConfig, 
 def _load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
     """The model in float32, for small steps are lost on narrow weights, and the dtypes that its parameters had."""
     try:
-        model, loading = GDAForCausalLM.from_pretrained(
+        loaded: Any = GDAForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # whatever a malformed folder makes transformers raise
         raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from None
+    model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):
             raise ValueError(f"{folder}: weights and config.json do not fit, {kind.replace('_', ' ')}: {names[0]}")
