@@ -481,6 +481,8 @@ def test_conversion_json_tells_where_everything_came_from(tmp_path: Path) -> Non
         "lambda_type": "tanh",
         "lossless": True,
         "qk_rank": None,
+        "growth": None,
+        "split": None,
     }
     assert told["versions"]["gda"] == gda.__version__
     assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
