@@ -206,7 +206,8 @@ def test_a_model_whose_layers_hold_such_modules(version: int) -> None:
         own = {name.removeprefix(f"model.layers.{layer}."): tensor for name, tensor in weights.items()}
         normed = naive.rms_norm(x, own["input_layernorm.weight"], config.rms_norm_eps)
         x = x + (v1_forward(module, normed, 4, 2, layer, "flash") if version == 1 else v2_forward(module, normed, 4, 2))
-        x = x + naive.mlp(naive.rms_norm(x, own["post_attention_layernorm.weight"], config.rms_norm_eps), own, config)
+        normed = naive.rms_norm(x, own["post_attention_layernorm.weight"], config.rms_norm_eps)
+        x = x + naive.mlp(normed, own, config, layer)
     expected = naive.rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps) @ weights["lm_head.weight"].T
     with torch.no_grad():
         assert relative_error(model(ids).logits[0], expected) <= TOLERANCE
