@@ -273,12 +273,12 @@ def trained_llama(tokenizer: Any, text: str, steps: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=4,
         num_attention_heads=16,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=16,
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=0,
@@ -288,7 +288,7 @@ def trained_llama(tokenizer: Any, text: str, steps: int) -> LlamaForCausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in range(steps):
-        starts = torch.randint(len(ids) - 256, (16,), generator=torch.Generator().manual_seed(step))
+        starts = torch.randint(len(ids) - 256, (8,), generator=torch.Generator().manual_seed(step))
         batch = torch.stack([ids[start : start + 256] for start in starts])
         model(batch, labels=batch).loss.backward()
         optimizer.step()
