@@ -18,6 +18,7 @@ one model.
 """
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -65,15 +66,9 @@ def moments_of(
         for number, each in enumerate(states, 1):
             states[number - 1] = model.run(index, tensors, each)
             if number in cuts:
-                found[number] = (copy_of(moments), output)
+                found[number] = (copy.deepcopy(moments), output)
         hook.remove()
         yield found
-
-
-def copy_of(moments: Moments) -> Moments:
-    copied = Moments(len(moments.heads), len(moments.cross))
-    copied.heads, copied.cross, copied.target = moments.heads.clone(), moments.cross.clone(), moments.target.clone()
-    return copied
 
 
 def orders(config: Any, moments: Moments) -> dict[str, list[int]]:

@@ -87,6 +87,10 @@ class Source(ABC):
         """Licence and languages from the metadata of the source's model card, for the card of what is made of it."""
         return {}
 
+    def file_stamps(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of each file of weights: what work that was begun must find as it was."""
+        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.weight_files]
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file of weights."""
         return {path.name: sha256(path) for path in self.weight_files}

@@ -139,13 +139,12 @@ def _progress(console: Console | None) -> Progress:
 
 def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, list[str]]) -> str:
     """What a half-finished conversion must have in common with the one that goes on with it."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.weight_files]
     identity = [
         __version__,
         torch.__version__,
         source.name,
         source.revision,
-        files,
+        source.file_stamps(),
         source.config.to_dict(),
         settings,
         shards,

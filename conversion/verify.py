@@ -253,7 +253,8 @@ def _greedy(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
 def _logits_by_layers(source: Source, prompts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Logits (1, T, vocabulary) of each prompt, with one layer of the model in memory at a time."""
     model = LayerwiseModel(source.config, source.read)
-    hidden = [model.embed(ids) for ids in prompts]
+    # Together, since some sources dequantize the embeddings whenever they are read.
+    hidden = list(model.embed(torch.cat(prompts, dim=1)).split([ids.shape[1] for ids in prompts], dim=1))
     for index in range(model.num_layers):
         tensors = model.tensors(index)
         hidden = [model.run(index, tensors, states) for states in hidden]

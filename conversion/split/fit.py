@@ -11,6 +11,7 @@ from gda.configuration.configuration_gda import GDAConfig
 
 from ..layerwise import LayerwiseModel, layer_prefix
 from .heads import Moments, Split, split_layer, undivided_error
+from .layout import reordered
 from .merge import Merge, Statistics, merge_layer
 from .work import Work
 
@@ -134,8 +135,7 @@ class _MergedFit:
         split = _divide(index, moments, merged.pop("self_attn.o_proj.weight"), self.config, self.lambdas)
         for name in merged:
             if ".q_proj." in name:
-                by_head = merged[name].unflatten(0, (-1, self.config.head_dim))
-                merged[name] = by_head[split.order].flatten(0, 1).contiguous()
+                merged[name] = reordered(merged[name], order=split.order, head_dim=self.config.head_dim)
         together = statistics.heads // statistics.kv_heads
         heads = [kv_head * together + offset for group in groups for kv_head in group for offset in range(together)]
         merge = Merge(groups, **lost, error=undivided_error(moments))

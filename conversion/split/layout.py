@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 
+from ..axes import LAYER
 from ..expand import lambda_recipe
 from ..llamalike import source_fields
 from ..recipes import Recipe, checkpoint_specs, copied
@@ -138,10 +139,11 @@ def split_recipes(
     """
     recipes = {}
     for name, spec in checkpoint_specs(config).items():
-        layer, inner = _in_layer(name)
-        if layer is None or not inner.startswith("self_attn."):
+        match = LAYER.fullmatch(name)
+        if match is None or not match.group(2).startswith("self_attn."):
             recipes[name] = copied(name, source[name], dtype)
             continue
+        layer, inner = int(match.group(1)), match.group(2)
         split = splits[layer]
         if split.merge is not None and inner.split(".")[1] in MERGED:
             target = TensorSpec(spec.shape, dtype or source[name].dtype)
@@ -169,7 +171,7 @@ def _attention_recipe(
         return lambda_recipe(name, spec, seed)
     if ".q_proj." in name:
         target = TensorSpec(spec.shape, dtype or source[name].dtype)
-        make = partial(_reordered, order=split.order, head_dim=config.head_dim)
+        make = partial(reordered, order=split.order, head_dim=config.head_dim)
         return Recipe(target, (name,), make, f"rows of heads {split.order}, of which every last of a group is noise")
     if name.endswith(".o_proj.weight"):
         target = TensorSpec(spec.shape, dtype or source[name].dtype)
@@ -194,10 +196,6 @@ def _from_work(read: Callable[[], torch.Tensor], *_source: torch.Tensor) -> torc
     return read()
 
 
-def _reordered(query: torch.Tensor, *, order: list[int], head_dim: int) -> torch.Tensor:
+def reordered(query: torch.Tensor, *, order: list[int], head_dim: int) -> torch.Tensor:
+    """The rows (H · d, …) of heads, or entries of their biases, with the heads in that order."""
     return query.unflatten(0, (-1, head_dim))[order].flatten(0, 1)
-
-
-def _in_layer(name: str) -> tuple[int | None, str]:
-    parts = name.split(".", 3)
-    return (int(parts[2]), parts[3]) if parts[:2] == ["model", "layers"] else (None, name)

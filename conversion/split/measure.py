@@ -34,7 +34,7 @@ def measure(
 ) -> Measured:
     """Run a GDA model, whose layers have those tensors, on ids (windows, T)."""
     measured = Measured()
-    states = [model.embed(ids) for ids in windows.split(BATCH)]
+    states = list(model.embed(windows).split(BATCH))
     for index in range(model.num_layers):
         layer = tensors(index)
         with _recorded(model.layer(index).self_attn, layer["self_attn.o_proj.weight"]) as record:

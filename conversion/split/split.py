@@ -281,11 +281,10 @@ class Splitter:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What work that is taken up must have in common with what began it."""
-        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.source.weight_files]
         config = self.config
         return {
             "versions": [__version__, torch.__version__],
-            "source": [self.source.name, self.source.revision, files],
+            "source": [self.source.name, self.source.revision, [list(each) for each in self.source.file_stamps()]],
             "heads": [config.num_attention_heads, config.num_noise_heads, config.num_key_value_heads],
             "lambda_type": config.lambda_type,
             "seed": self.seed,

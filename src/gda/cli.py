@@ -28,6 +28,9 @@ BundleCode = Annotated[
 ]
 Private = Annotated[bool | None, typer.Option("--private/--public", help="What the repository must be.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
+Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")]
+Verify = Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 400MB.")]
 
 
@@ -94,11 +97,11 @@ def convert(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    dtype: Dtype = "keep",
     max_shard_size: ShardSize = "5GB",
     revision: Revision = None,
-    verify: Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")] = False,
+    verify: Verify = True,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     bundle_code: BundleCode = True,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Push OUT there when it is made.")] = None,
@@ -290,11 +293,11 @@ def export(
 def fold(
     model: Annotated[str, typer.Argument(help="A GDA model with qk_rank: a folder or a Hub id.")],
     out: Annotated[str, typer.Argument(help="The folder to make.")],
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    dtype: Dtype = "keep",
     max_shard_size: ShardSize = "5GB",
     revision: Revision = None,
     verify: Annotated[bool, typer.Option(help="Compare the result with the model before it appears.")] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     bundle_code: BundleCode = True,
     dry_run: DryRun = False,
@@ -362,11 +365,11 @@ def grow(
     ratio: Annotated[str | None, typer.Option(help="For a Llama: the ratio before growth, as in gda convert.")] = None,
     lambda_type: Annotated[str | None, typer.Option(help="For a Llama: reparameterized or tanh.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    dtype: Dtype = "keep",
     max_shard_size: ShardSize = "5GB",
     revision: Revision = None,
-    verify: Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")] = False,
+    verify: Verify = True,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     bundle_code: BundleCode = True,
     dry_run: DryRun = False,
