@@ -5,9 +5,9 @@
 A Transformer (transformers' Llama) and GDA 1:1 to 7:1 are trained for every seed by transformers' Trainer. All have as
 nearly 24 query heads as their ratio allows, the same width, depth and KV heads; what differs in FLOPs (4:1 has 25 query
 heads; fewer signal heads make a smaller output projection) goes into the MLP, so that all are within 0.5 %. With one
-seed, all read the same rows in the same order: text, and as many rows of associative recall, on whose answers alone
-there is a loss there. Measured are the loss on text that was not read and the share of answers that are right, on
-lists that were not read.
+seed, all read the same rows in the same order: text, and as many rows of retrieval tasks of `gda eval`, with a loss on
+what is asked there alone. Measured are the loss on text that was not read, and what is answered right, token by token,
+of other rows.
 
 Each finished run is a file in the folder; the same command goes on with those that are missing, and the table and the
 plot are of what has finished, which they say. A run takes one thread: --jobs 2 fills two cores.
