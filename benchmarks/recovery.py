@@ -1,0 +1,171 @@
+"""How much of what a split lost does training give back?
+
+    python benchmarks/recovery.py ./llama ./llama-split --data valid.txt --test test.txt
+
+The split model and its source are trained on the same windows in the same order with the same settings, and measured
+before and after on text that neither has read. The source is the control: what both learn of the text is no recovery.
+The gap is the difference of the two losses, in nats a token; the gap of perplexities is its exponential.
+
+Each training is a process of its own, so that its peak memory is its own, and its result a file in --out: the same
+command goes on with what is missing.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from conversion import in_child
+
+MODELS = ("source", "split")
+
+
+def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Train the model in `folder` and measure it; its result."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+    import gda  # noqa: F401
+    from gda._screen import quiet_transformers
+    from gda.training.data import collate, open_windows
+    from gda.training.guards import Pace, peak_memory
+    from gda.training.layer_log import LayerLog
+    from gda.training.parameters import choose_what_learns, count_learning
+    from gda.training.trainer import GDATrainer
+
+    out, context = Path(options["out"]), options["context"]
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        windows = open_windows(
+            [options["data"]],
+            tokenizer,
+            context=context,
+            text_field="text",
+            streaming=False,
+            seed=options["seed"],
+            vocab_size=model.config.vocab_size,
+            scratch=out,
+        )
+        test = tokenizer(Path(options["test"]).read_text(), add_special_tokens=False, verbose=False).input_ids
+        ids = torch.tensor(test[: options["test_tokens"]])
+        before = loss_of(model, ids, context)
+        learner = choose_what_learns(model, options["train"], folder, 16)
+        pace = Pace()
+        arguments = TrainingArguments(
+            output_dir=str(out / "scratch"),
+            max_steps=options["steps"] or math.ceil(windows.count / options["batch"]),
+            per_device_train_batch_size=options["batch"],
+            learning_rate=options["learning_rate"],
+            lr_scheduler_type="cosine",
+            warmup_steps=options["warmup"],
+            weight_decay=0.0,
+            seed=options["seed"],
+            bf16=options["bf16"],
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            logging_steps=5,
+            include_num_input_tokens_seen="all",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to="none",
+        )
+        trainer = GDATrainer(
+            learner,
+            arguments,
+            train_dataset=windows.rows,
+            data_collator=collate,
+            callbacks=[pace],
+            lambda_learning_rate=options["lambda_learning_rate"],
+            layer_log=LayerLog(out / f"{name}.jsonl") if name == "split" else None,
+        )
+        begun = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - begun
+        after = loss_of(model, ids, context)
+    return {
+        "name": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "learning": count_learning(model),
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "test_tokens": len(ids),
+        "minutes": seconds / 60,
+        "tokens_per_second": pace.tokens_per_second,
+        "peak_memory": peak_memory(arguments.device),
+        "before": before,
+        "after": after,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def loss_of(model: Any, ids: Any, context: int) -> float:
+    """Nats a token."""
+    from gda._perplexity import perplexity
+
+    model.eval()
+    return math.log(perplexity(model, ids.to(model.device), context=context))
+
+
+def report(results: dict[str, dict[str, Any]], as_json: bool) -> None:
+    """Print what was found."""
+    source, split = (results[name] for name in MODELS)
+    gaps = {when: split[when] - source[when] for when in ("before", "after")}
+    closed = 1 - gaps["after"] / gaps["before"]
+    if as_json:
+        print(json.dumps(results | {"gap": gaps, "closed": closed}, indent=2))
+        return
+    table = Table(title=f"perplexity on {split['test_tokens']:,} tokens; trained on {split['tokens']:,}")
+    for column in ("", "before", "after", "learning, M", "minutes", "tokens/s", "peak MB"):
+        table.add_column(column, justify="left" if not column else "right")
+    for each in (source, split):
+        perplexities = (f"{math.exp(each[when]):.3f}" for when in ("before", "after"))
+        told = (f"{each['learning'] / 1e6:.1f}", f"{each['minutes']:.1f}", f"{each['tokens_per_second']:.0f}")
+        table.add_row(each["name"], *perplexities, *told, f"{each['peak_memory'] / 1e6:,.0f}")
+    table.add_row("split / source", *(f"{math.exp(gap):.4f}" for gap in gaps.values()))
+    Console().print(table)
+    print(f"of the gap in nats, {100 * closed:.0f} % is closed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="The folder of the Llama.")
+    parser.add_argument("split", help="The folder of what `gda convert --mode split` made of it.")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--out", default="recovery")
+    parser.add_argument("--train", default="all", choices=("all", "attention"))
+    parser.add_argument("--steps", type=int, help="by default once through the data")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--lambda-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=5, help="steps")
+    parser.add_argument("--test-tokens", type=int, default=30_720)
+    parser.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    options = vars(arguments)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in options.items() if name not in ("out", "json")}
+    results = {}
+    for name in MODELS:
+        file = out / f"{name}.json"
+        held = json.loads(file.read_text()) if file.exists() else None
+        if held is None or held["settings"] != settings:
+            result = in_child(train_one, name, options[name], options)
+            file.write_text(json.dumps(result | {"settings": settings}))
+            held = json.loads(file.read_text())
+        results[name] = held
+    report(results, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
