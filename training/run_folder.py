@@ -1,6 +1,5 @@
 """The folder that a training run lives in until it is done: whole checkpoints, torn ones, and what the run was."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gda._files import StagedFolder, check_places, read_json, refuse_existing, remove, write_json, write_text
+from gda._files import StagedFolder, check_places, read_json, refuse_existing, remove, write_json
 
 from .settings import TrainSettings, option
 
@@ -124,8 +123,6 @@ class RunFolder:
             self._clear()
         elif resume:
             identity.require(known, self.path)
-            if last is not None and report is None:
-                _forget_after(self.path / LOG_FILE, step_of(last))
         elif overwrite:
             self._clear()
             last = report = None
@@ -230,17 +227,3 @@ def keep_last(folder: Path, number: int) -> None:
     for checkpoint in checkpoints(folder)[:-number]:
         (checkpoint / CHECKPOINT_FILE).unlink()
         remove(checkpoint)
-
-
-def _forget_after(log: Path, step: int) -> None:
-    """Remove from the log the steps that will be done again, and a line that was not finished."""
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_text(log, "".join(kept))

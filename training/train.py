@@ -53,6 +53,10 @@ CONTEXT = 512
 LOSSES, CHECKPOINTS, MEASUREMENTS = 20, 10, 10
 # What torch and safetensors say when the disk is full, or a quota: they raise no OSError.
 NOT_WRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write failed|I/O error|os error (27|28|122)")
+# Its new name in the Trainer; the old one warns there.
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
@@ -384,7 +388,7 @@ def _run(
     bundle_code: bool,
     console: Console | None,
 ) -> TrainReport:
-    local = [path for name in (*settings.data, *settings.eval_data) if (path := Path(name)).is_file()]
+    local = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
     identity = Identity(settings, model_stamps(source), stamps(local), processes.count)
     with _folder(out, identity, source, processes, resume=resume, overwrite=overwrite) as run:
         if run.report is not None:
@@ -396,8 +400,13 @@ def _run(
             report = _report(out, plan, trainer, pace, run.checkpoint)
             _write(trainer, plan, source, run.path, processes, bundle_code)
         told = {name: value for name, value in vars(report).items() if name not in ("out", "pushed")}
-        processes.on_main(lambda: run.finish({"model": source.name, "versions": _versions()}, told))
+        made = {"model": source.name, "data": [file.name for file in local], "versions": _versions()}
+        processes.on_main(lambda: run.finish(made, told))
     return report
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 @dataclass
@@ -551,7 +560,7 @@ def _arguments(plan: _Plan, run: _Place) -> TrainingArguments:
         data_seed=settings.seed,
         bf16=plan.computes_in_bfloat16,
         use_cpu=on_cpu(),
-        activation_checkpointing=settings.gradient_checkpointing,
+        **{CHECKPOINTING: settings.gradient_checkpointing},
         logging_steps=plan.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
