@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from .anneal import LambdaAnnealCallback
 from .growth import GrowthMaskCallback
 
-__all__ = ["GrowthMaskCallback", "accelerate_config"]
+__all__ = ["GrowthMaskCallback", "LambdaAnnealCallback", "accelerate_config"]
 
 
 def accelerate_config(name: str) -> Path:
