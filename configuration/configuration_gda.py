@@ -423,7 +423,7 @@ class GDAConfig(PreTrainedConfig):
         return factored + [f"{name}_proj" for name in "qkv" if name not in self.factored_projections]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values. What has come to its end is left out: nothing is masked or annealed by a 1."""
+        """The fields as JSON-ready values. What has come to its end is left out: a 1 masks and anneals nothing."""
         fields = super().to_dict()
         if self.growth_mask == 1:
             fields |= dict.fromkeys(GROWTH_FIELDS)

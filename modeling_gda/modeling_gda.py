@@ -189,8 +189,8 @@ class GDAPreTrainedModel(PreTrainedModel):
     def set_lambda_anneal(self, value: float, target: float | None = None) -> None:
         """Set how far λ has come on its way from 0, over a target, to what is learned.
 
-        At a the layers subtract by (1 − a) · a · target + a · λ: at 0 by nothing, at 1 by the λ of their parameters, and
-        a saved model then says no more of it. `LambdaAnnealCallback` raises it from step to step of a Trainer.
+        At a the layers subtract by (1 − a) · a · target + a · λ: at 0 by nothing, at 1 by the λ of their parameters.
+        A saved model then says no more of it. `LambdaAnnealCallback` raises it from step to step of a Trainer.
 
         Args:
             value: a, from 0 to 1.

@@ -32,7 +32,8 @@ class LambdaAnnealCallback(RisingCallback):
 
     Example:
         >>> from transformers import Trainer
-        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[LambdaAnnealCallback(0.2, num_steps=1000)])
+        >>> anneal = LambdaAnnealCallback(target=0.2, num_steps=1000)
+        >>> trainer = Trainer(model, arguments, train_dataset=data, callbacks=[anneal])
     """
 
     def __init__(self, target: float, num_steps: int):

@@ -37,8 +37,8 @@ class Distillation:
 
     KL is of predictions softened by the temperature T, whose gradients T² makes as large as the others (arXiv
     1503.02531, section 2). `hidden` compares the output of each layer, after the last one of the norm that follows:
-    |student − teacher|² / |teacher|² of a token, the mean over tokens and layers. It is taken token by token, since a few
-    tokens have states so large that they would be all that counts.
+    |student − teacher|² / |teacher|² of a token, the mean over tokens and layers. It is taken token by token, since a
+    few tokens have states so large that they would be all that counts.
 
     The teacher is in evaluation mode and has no gradients. It is not part of the student, so neither saved with it nor
     trained.
