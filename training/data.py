@@ -1,7 +1,6 @@
 """Text for training, as windows of token ids: files and datasets of the Hub, tokenized once or while training."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from numpy.typing import NDArray
 from rich.console import Console
@@ -24,6 +22,7 @@ from gda._errors import first_line
 from gda._files import read_json, remove, write_json, written_beside
 from gda._screen import shows_progress
 
+from .processes import Processes
 from .sources import Pieces, TextSource, find_sources
 
 # Characters and documents that are tokenized at once.
@@ -105,7 +104,7 @@ def open_windows(
     return _read(place, cutter)
 
 
-# -------------------------------------------------------------------------------------------------- documents to windows
+# ------------------------------------------------------------------------------------------------ documents to windows
 
 
 @dataclass(frozen=True)
@@ -283,18 +282,17 @@ def _once_for_all(place: Path, work: Callable[[dict[str, Any] | None], dict[str,
 
     They look for it instead of waiting at a barrier, which gives up after minutes: much text takes hours.
     """
-    state = PartialState() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    processes = Processes()
     done, failed, begun = _index(place), place.with_suffix(".failed"), place.with_suffix(".begun")
     known = None
-    if state is None or state.is_main_process:
+    if processes.is_main:
         place.parent.mkdir(parents=True, exist_ok=True)
         known = read_json(done) if done.is_file() else None
         remove(done)
         remove(failed)
         begun.touch()
-    if state is not None:
-        state.wait_for_everyone()  # what an earlier run left is gone now
-    if state is not None and not state.is_main_process:
+    processes.gather(None)  # what an earlier run left is gone now
+    if not processes.is_main:
         _wait(done, failed, begun)
         return
     try:

@@ -195,7 +195,7 @@ class _HubDataset:
         from datasets.exceptions import DatasetNotFoundError
         from huggingface_hub.errors import HTTPError
 
-        repository, config, split = (name.split(":", 2) + ["", ""])[:3]
+        repository, config, split = [*name.split(":", 2), "", ""][:3]
         try:
             rows: Any = load_dataset(repository, config or None, split=split or "train", streaming=streaming)
         except DatasetNotFoundError as error:

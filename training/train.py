@@ -43,6 +43,7 @@ from .guards import Interrupts, NotFinite, Pace, Shown, Stops, Watched, WholeChe
 from .layer_log import LayerLog
 from .model_folder import load, model_stamps, read_config, read_tokenizer, save
 from .parameters import choose_what_learns, count_learning, is_adapted, merged, merged_state
+from .precision import launcher_wants_bfloat16
 from .processes import Processes, on_cpu
 from .run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, stamps, step_of
 from .settings import TrainSettings
@@ -275,6 +276,8 @@ class _Plan:
         """Whether matrices are multiplied in bfloat16."""
         if self.settings.precision != "auto":
             return self.settings.precision == "bfloat16"
+        if launcher_wants_bfloat16():
+            return True
         fast = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return fast and torch.bfloat16 in self.dtypes.values()
 
@@ -576,6 +579,7 @@ def _arguments(plan: _Plan, run: _Place) -> TrainingArguments:
         disable_tqdm=True,
         report_to=list(settings.report_to) or "none",
     )
+    arguments.mixed_precision = "bf16" if plan.computes_in_bfloat16 else "no"  # the launcher's would be taken otherwise
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process drives one device; `accelerate launch` starts one for each
     return arguments
