@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gda.configuration.configuration_gda import GROWTH_FIELDS
 
 from .commands import Command
 from .llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
-from .test_convert_crash_safety import ENDED, in_child, killed_at
+from .test_convert_crash_safety import in_child, killed_at
 
 TEXT = "".join(f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(60))
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 4, "context": 32, "learning_rate": 1e-2, "save_every": 4}
@@ -291,7 +292,7 @@ def test_no_memory(models: Path, tmp_path: Path, command: Command, monkeypatch: 
     refused(outcome, "lower --batch-size or --context", tmp_path)
 
 
-# ------------------------------------------------------------------------------------------- stopped, and taken up again
+# ----------------------------------------------------------------------------------------- stopped, and taken up again
 
 # Six steps of two windows, a checkpoint after the second and the fourth.
 SHORT: dict[str, Any] = {"steps": 6, "batch_size": 2, "context": 16, "learning_rate": 1e-2, "save_every": 2}
@@ -395,7 +396,7 @@ def test_the_same_windows_in_the_same_order(
     whole = seen(tmp_path / "whole")
     passes = len(whole) // 3
     assert passes >= 2
-    assert sorted(sum(whole[:passes], [])) == sorted(sum(whole[passes : 2 * passes], []))
+    assert sorted(chain(*whole[:passes])) == sorted(chain(*whole[passes : 2 * passes]))
     assert whole[:passes] != whole[passes : 2 * passes]
     assert seen(tmp_path / "out", stop=passes) + seen(tmp_path / "out", resume=True) == whole
 
@@ -625,7 +626,7 @@ def test_a_full_disk(after: int, models: Path, tmp_path: Path, interrupt: Callab
     assert short(models, "gda", tmp_path / "out", resume=True).steps == 6
 
 
-# ------------------------------------------------------------------------------------------------- rates and measurements
+# ---------------------------------------------------------------------------------------------- rates and measurements
 
 
 @pytest.mark.parametrize(
@@ -679,7 +680,7 @@ def test_gradient_checkpointing(models: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(again[name], kept[name], rtol=1e-4, atol=1e-6) for name in kept)
 
 
-# ------------------------------------------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------------------------------------- the command line
 
 
 def test_a_rehearsal_writes_nothing(models: Path, tmp_path: Path, command: Command) -> None:
