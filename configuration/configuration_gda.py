@@ -23,6 +23,8 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "pro
 
 # Fields of a model under masked growth; None in every other.
 GROWTH_FIELDS = ("growth_mask", "masked_signal_heads", "masked_neurons", "masked_layers")
+# Fields of a model whose λ is on its way to what it has learned; None in every other.
+ANNEAL_FIELDS = ("lambda_anneal", "lambda_target")
 
 # Fields that no other model family has: an unknown argument that resembles one of them is a typo, not an
 # attribute that somebody else's tool wants to keep in config.json.
@@ -38,6 +40,7 @@ OWN_FIELDS = (
     "qk_rank",
     "attention_out_bias",
     *GROWTH_FIELDS,
+    *ANNEAL_FIELDS,
 )
 # What config.json says of the code saved beside it: by Auto class, file and class.
 AUTO_MAP = {
@@ -219,6 +222,13 @@ class GDAConfig(PreTrainedConfig):
         masked_layers (`list[int]`, *optional*):
             Which layers are new, counted from 0. What they add to the residual stream is masked, and that once: none
             of their heads and neurons is masked again.
+        lambda_anneal (`float`, *optional*):
+            While λ is annealed, how far that has come: at a, from 0 to 1, the layers subtract by
+            (1 − a) · a · lambda_target + a · λ, where λ is what their parameters say. `model.set_lambda_anneal` changes
+            it in a model. At 1 this is λ, so this field and the next are then saved as `None`, which is what they are
+            where nothing is annealed.
+        lambda_target (`float`, *optional*):
+            What λ is drawn to on its way, most of all at half of it.
         head_dim (`int`, defaults to 128): width of a query, key and value head; independent of `hidden_size`.
         hidden_act (`str`, defaults to `"silu"`): as in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_bias (`bool`, defaults to `False`): whether the projections of queries, keys and values have biases.
@@ -269,6 +279,8 @@ class GDAConfig(PreTrainedConfig):
     masked_signal_heads: int | None = None
     masked_neurons: int | None = None
     masked_layers: list[int] | None = None
+    lambda_anneal: int | float | None = None
+    lambda_target: int | float | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     initializer_range: int | float = 0.02
@@ -411,9 +423,13 @@ class GDAConfig(PreTrainedConfig):
         return factored + [f"{name}_proj" for name in "qkv" if name not in self.factored_projections]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values. Growth that has reached its end is left out: nothing is masked by a 1."""
+        """The fields as JSON-ready values. What has come to its end is left out: a 1 masks and anneals nothing."""
         fields = super().to_dict()
-        return fields | dict.fromkeys(GROWTH_FIELDS) if self.growth_mask == 1 else fields
+        if self.growth_mask == 1:
+            fields |= dict.fromkeys(GROWTH_FIELDS)
+        if self.lambda_anneal == 1:
+            fields |= dict.fromkeys(ANNEAL_FIELDS)
+        return fields
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, bundle_code: bool = True, **kwargs: Any
@@ -562,6 +578,18 @@ class GDAConfig(PreTrainedConfig):
         except OverflowError:
             finite = False
         _require(finite, field, "must give every layer a λ_init that is finite in float32", getattr(self, field))
+        self._validate_anneal()
+
+    def _validate_anneal(self) -> None:
+        far, target = self.lambda_anneal, self.lambda_target
+        _require(far is None or 0 <= far <= 1, "lambda_anneal", "must be from 0 to 1, or None", far)
+        if far is None:
+            _require(
+                target is None, "lambda_target", "must be None where lambda_anneal is: nothing is annealed", target
+            )
+        else:
+            within = target is not None and abs(target) < torch.finfo(torch.float32).max
+            _require(within, "lambda_target", "must be given, and finite in float32, where lambda_anneal is", target)
 
     def _validate_layers(self) -> None:
         assert self.layer_types is not None  # filled in at construction

@@ -12,6 +12,7 @@ from gda._screen import quiet_transformers
 from .choices import noise_heads_of, refuse_calibration, refuse_choices, require_type
 from .factor import factored_config, factored_recipes, is_exact
 from .hub import check_name, require_token
+from .new_parts import new_by_conversion
 from .notes import notes_on, rank_notes
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import DTYPES, Settings
@@ -169,6 +170,7 @@ def convert(
             overwrite=overwrite,
             bundle_code=bundle_code,
             console=console,
+            trainable=new_by_conversion(config, mode=mode, merged=merge_kv is not None),
             divide=None if splitter is None else partial(splitter.run, dtype=DTYPES[dtype], console=console),
         )
     if push_to_hub is None:

@@ -82,6 +82,8 @@ def export(
             )
         if config.growth_mask is not None:
             raise ValueError(f"{source.name} is in masked growth, which no format holds; train until its masks are 1")
+        if config.lambda_anneal is not None:
+            raise ValueError(f"{source.name} anneals λ, which no format holds; train until its lambda_anneal is 1")
         try:
             target.check(source, config)
         except ValueError as error:

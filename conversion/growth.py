@@ -9,23 +9,23 @@ of the draft's recipes, so operators follow one another, and an expansion of a L
 """
 
 import copy
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gda._trainable import NewParameters, Trainable, slices
+from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
 
+from . import new_parts
 from .axes import LAYER, axes_of, reads, sizes
 from .insert import NEW, drawn, inserted, neuron_features, signal_features
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import Settings
-from .recipes import Recipe, checkpoint_specs, generator_for, meta_model
+from .recipes import Recipe, checkpoint_specs, generator_for
 from .replicate import Replicas, deviation, repeated, shared_out
 from .safetensors_io import TensorSpec
 from .sources import PROVENANCE_FILE, Source
@@ -425,31 +425,5 @@ def _masked_recipe(
 def trainable(draft: Draft) -> Trainable:
     """Which parameters of the grown model are new, wholly or in part."""
     copies = "|".join(map(str, draft.new_layers))
-    parameters = [NewParameters(rf"model\.layers\.({copies})\..+", None)] if copies else []
-    for name in draft.recipes:
-        kept = [":" if kind is None else slices(draft.kept[kind].tolist()) for kind in axes_of(name)]
-        told = NewParameters(_in_any_layer(name), kept)
-        if any(each != ":" for each in kept) and told not in parameters:
-            parameters.append(told)
-    unfinished = Trainable(parameters, {})
-    return replace(unfinished, peft=_for_peft(draft.config, unfinished))
-
-
-def _in_any_layer(name: str) -> str:
-    """A pattern for a parameter in the layer of `name` and every other."""
-    if (match := LAYER.fullmatch(name)) is None:
-        return re.escape(name)
-    return rf"model\.layers\.\d+\.{re.escape(match.group(2))}"
-
-
-def _for_peft(config: GDAConfig, new: Trainable) -> dict[str, Any]:
-    """Modules that hold something new: those that LoRA adapts, and those that it can only save as they are trained."""
-    adapted: list[str] = []
-    saved: list[str] = []
-    for name, module in meta_model(config).named_modules():
-        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        tied = config.tie_word_embeddings and name in ("model.embed_tokens", "lm_head")
-        if tied or name.endswith("self_attn") or not any(new.holds(parameter) for parameter in own):
-            continue
-        (adapted if isinstance(module, nn.Linear) and name != "lm_head" else saved).append(name)
-    return {"target_modules": adapted, "modules_to_save": saved}
+    whole = [rf"model\.layers\.({copies})\..+"] if copies else []
+    return new_parts.trainable(draft.config, draft.recipes, kept=draft.kept, whole=whole)

@@ -25,7 +25,7 @@ def head_map(config: GDAConfig) -> str:
         "KV heads     " + "  ".join(kv.ljust(width) for kv, width in zip(kv_columns, widths, strict=False)) + more,
         "query heads  " + "  ".join(q.ljust(width) for q, width in zip(query_columns, widths, strict=False)) + more,
     ]
-    return "\n".join(line.rstrip() for line in lines) + "\n\n" + summary + _growth(config)
+    return "\n".join(line.rstrip() for line in lines) + "\n\n" + summary + _growth(config) + _anneal(config)
 
 
 def _growth(config: GDAConfig) -> str:
@@ -40,6 +40,13 @@ def _growth(config: GDAConfig) -> str:
     if config.masked_layers is not None:
         new.append(f"layers {', '.join(map(str, config.masked_layers))}")
     return f", growing: {'; '.join(new)} are new, under a mask of {config.growth_mask:.4g}"
+
+
+def _anneal(config: GDAConfig) -> str:
+    """How far λ has come while it is annealed."""
+    if config.lambda_anneal is None:
+        return ""
+    return f", λ annealed over {config.lambda_target:.4g}, {config.lambda_anneal:.4g} of the way"
 
 
 def _columns(config: GDAConfig) -> tuple[list[str], list[str]]:

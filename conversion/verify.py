@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed
 from gda._screen import quiet_transformers, shows_progress
-from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
+from gda.configuration.configuration_gda import ANNEAL_FIELDS, GROWTH_FIELDS, GDAConfig
 
 from .growth import planned_growth
 from .layerwise import LayerwiseModel, memory_to_use
@@ -42,6 +42,7 @@ COMPUTED_WITH = (
     "head_norm_eps",
     "qk_rank",
     *GROWTH_FIELDS,
+    *ANNEAL_FIELDS,
 )
 
 PROMPTS = (

@@ -49,6 +49,27 @@ class GrowthMask(nn.Module):
         return torch.where(is_new, self.value, 1.0)
 
 
+class LambdaAnneal(nn.Module):
+    """λ on its way from 0, over a target, to what is learned: (1 − a) · a · target + a · λ, with a from 0 to 1.
+
+    As a mask of growth, a is a tensor that compiled models read anew, and the config keeps it.
+    """
+
+    value: torch.Tensor
+
+    def __init__(self, config: GDAConfig):
+        super().__init__()
+        assert config.lambda_anneal is not None  # there would be none of these
+        assert config.lambda_target is not None  # the config sees to it
+        self.target = float(config.lambda_target)
+        self.register_buffer("value", torch.tensor(config.lambda_anneal, dtype=torch.float32), persistent=False)
+
+    def forward(self, lambda_: torch.Tensor) -> torch.Tensor:
+        """What is subtracted by, where the parameters say λ; of its shape."""
+        value = self.value.float()
+        return (1 - value) * value * self.target + value * lambda_
+
+
 class LambdaProjection(nn.Module):
     """W_λ x in float32, whatever the dtype of the model and under autocast: (B, T, hidden) → (B, T, S).
 
@@ -192,6 +213,7 @@ class GDAAttention(nn.Module):
             self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
         has_new_heads = config.masked_signal_heads is not None and not config.is_new_layer(layer_idx)
         self.growth_mask = GrowthMask(config) if has_new_heads else None
+        self.lambda_anneal = None if config.lambda_anneal is None else LambdaAnneal(config)
         self._build_branches()
 
     def _add_projection(self, name: str, num_heads: int) -> None:
@@ -259,6 +281,11 @@ class GDAAttention(nn.Module):
 
     def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """λ in float32 whatever the model's dtype: (1,), or (B, T, S) where it depends on the token."""
+        learned = self._learned_lambda(hidden_states)
+        return learned if self.lambda_anneal is None else self.lambda_anneal(learned)
+
+    def _learned_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """λ as its parameters say."""
         if self.config.lambda_type == "sigmoid":
             return self.lambda_proj(hidden_states).sigmoid()
         if self.config.lambda_type == "tanh":

@@ -26,7 +26,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_gda import ATTENTION_CLASSES, GDAAttention, GrowthMask, HeadwiseUp, LambdaProjection, SharedBase
+from .attention_gda import (
+    ATTENTION_CLASSES,
+    GDAAttention,
+    GrowthMask,
+    HeadwiseUp,
+    LambdaAnneal,
+    LambdaProjection,
+    SharedBase,
+)
 from .configuration_gda import GDAConfig
 
 MASK_FUNCTIONS = {
@@ -178,6 +186,36 @@ class GDAPreTrainedModel(PreTrainedModel):
                 config.growth_mask = float(value)
 
     @torch.no_grad()
+    def set_lambda_anneal(self, value: float, target: float | None = None) -> None:
+        """Set how far λ has come on its way from 0, over a target, to what is learned.
+
+        At a the layers subtract by (1 − a) · a · target + a · λ: at 0 by nothing, at 1 by the λ of their parameters.
+        A saved model then says no more of it. `LambdaAnnealCallback` raises it from step to step of a Trainer.
+
+        Args:
+            value: a, from 0 to 1.
+            target: Begins to anneal, or changes what is annealed over; else it stays.
+
+        Raises:
+            ValueError: if the value is another, the target is no number, or there is none.
+        """
+        target = self.config.lambda_target if target is None else float(target)
+        if target is None:
+            raise ValueError("nothing is annealed yet; give the target, as in set_lambda_anneal(0.0, target=0.1)")
+        if not 0 <= value <= 1:
+            raise ValueError(f"λ must have come from 0 to 1 of its way, not {value!r}")
+        if not abs(target) < torch.finfo(torch.float32).max:
+            raise ValueError(f"the target of λ must be finite in float32, not {target!r}")
+        for module in self.modules():
+            if (config := getattr(module, "config", None)) is not None:  # a classifier's body has one of its own
+                config.lambda_anneal, config.lambda_target = float(value), target
+            if isinstance(module, GDAAttention):
+                if module.lambda_anneal is None:
+                    module.lambda_anneal = LambdaAnneal(module.config).to(module.o_proj.weight.device)
+                module.lambda_anneal.target = target
+                module.lambda_anneal.value.fill_(value)
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PolyNorm):
@@ -187,6 +225,8 @@ class GDAPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, GrowthMask):
             init.constant_(module.value, self.config.growth_mask or 0.0)
+        elif isinstance(module, LambdaAnneal):
+            init.constant_(module.value, self.config.lambda_anneal or 0.0)
         # Base and update give half of a dense projection's variance each, so that queries start as large as its.
         # With the base alone signal and noise maps would start equal, and zero updates would hide one factor from the
         # gradient of the other; with updates alone the roles would share nothing.

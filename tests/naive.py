@@ -7,7 +7,8 @@ signal heads, N noise heads and r = S / N, signal head i = 0 … S − 1 of one 
 
 and the layer's output is W_O · concat_i(norm(out_i)). Noise head i // r serves signal head i.
 
-Under masked growth every new part, a signal head, a neuron or a whole layer, counts m-fold.
+Under masked growth every new part, a signal head, a neuron or a whole layer, counts m-fold. While λ is annealed, at a
+of its way, λ_i is (1 − a) · a · target + a · what its parameters say.
 """
 
 import math
@@ -106,7 +107,7 @@ def attention(
             value = torch.cat((value_heads[2 * signal_pair], value_heads[2 * signal_pair + 1]), dim=-1)
         signal_map = attention_map(signal_query, signal_key, may_see)
         noise_map = attention_map(noise_query, noise_key, may_see)
-        lambda_ = lambda_of_head(x, weights, config, layer, i)
+        lambda_ = annealed(lambda_of_head(x, weights, config, layer, i), config)
         output = signal_map @ value - lambda_ * (noise_map @ value)
         if config.head_norm:
             output = rms_norm(output, weights["self_attn.subln.weight"], config.head_norm_eps)
@@ -172,6 +173,14 @@ def lambda_of_head(x: Tensor, weights: State, config: GDAConfig, layer: int, sig
         return ((q1 @ k1).exp() - (q2 @ k2).exp() + lambda_init(config, layer)).reshape(1, 1)
     projected = x @ weights["self_attn.lambda_proj.weight"][signal_head]
     return (torch.sigmoid(projected) if config.lambda_type == "sigmoid" else torch.tanh(projected)).unsqueeze(-1)
+
+
+def annealed(lambda_: Tensor, config: GDAConfig) -> Tensor:
+    """(1 − α) · (t / T) · λ_target + α · λ_learned with α = t / T."""
+    if config.lambda_anneal is None:
+        return lambda_
+    t = alpha = config.lambda_anneal
+    return (1 - alpha) * t * config.lambda_target + alpha * lambda_
 
 
 def lambda_init(config: GDAConfig, layer: int) -> float:

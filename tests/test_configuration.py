@@ -42,6 +42,8 @@ NO_DEFAULT: dict[str, Any] = {
     "masked_signal_heads": 1,
     "masked_neurons": 7,
     "masked_layers": [1],
+    "lambda_anneal": 0.75,
+    "lambda_target": 0.2,
     "hidden_act": "poly_norm",
     "max_position_embeddings": 99,
     "initializer_range": 0.5,
@@ -230,6 +232,11 @@ BROKEN_RULES: list[tuple[dict[str, Any], str, str]] = [
         "must be None",
     ),
     ({"growth_mask": "half"}, "growth_mask", "expected"),
+    ({"lambda_anneal": 1.5, "lambda_target": 0.2}, "lambda_anneal", "from 0 to 1"),
+    ({"lambda_anneal": float("nan"), "lambda_target": 0.2}, "lambda_anneal", "from 0 to 1"),
+    ({"lambda_anneal": 0.5}, "lambda_target", "must be given"),
+    ({"lambda_anneal": 0.5, "lambda_target": float("inf")}, "lambda_target", "finite"),
+    ({"lambda_target": 0.2}, "lambda_target", "must be None where lambda_anneal is"),
     ({"head_dim": 7}, "head_dim", "even for rotary embeddings"),
     ({"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters", "rope_type must be one of"),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters", "factor"),
@@ -285,6 +292,7 @@ TYPOS = {
     "attention_output_bias": "attention_out_bias",
     "grow_mask": "growth_mask",
     "mask_neurons": "masked_neurons",
+    "lambda_aneal": "lambda_anneal",
 }
 
 
@@ -394,6 +402,8 @@ ANY_FIELDS = st.fixed_dictionaries(
         "masked_signal_heads": st.none() | st.integers(-1, 4),
         "masked_neurons": st.none() | st.integers(-1, 12),
         "masked_layers": st.none() | st.lists(st.integers(-1, 3), max_size=3),
+        "lambda_anneal": st.none() | st.integers(-1, 2) | st.floats(0, 1),
+        "lambda_target": st.none() | st.integers(-1, 2) | st.floats(),
         "hidden_act": st.sampled_from(["silu", "poly_norm"]),
         "tie_word_embeddings": st.booleans(),
         "attention_bias": st.booleans(),

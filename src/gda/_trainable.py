@@ -1,4 +1,4 @@
-"""What of a grown model is new: trainable.json, which growth writes and training reads.
+"""What of a grown or converted model is new: trainable.json, which growth and conversion write and training reads.
 
 A leaf module: it imports no room.
 """
@@ -55,7 +55,9 @@ class Trainable:
         """
         path = Path(folder) / TRAINABLE_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; `gda grow` writes it beside a model that it has grown")
+            raise FileNotFoundError(
+                f"{path} is missing; `gda grow`, and `gda convert` of a Llama, write it beside a model with new parts"
+            )
         held = read_json(path)
         try:
             parameters = [NewParameters(each["pattern"], each["kept"]) for each in held["parameters"]]
@@ -65,7 +67,7 @@ class Trainable:
                     raise ValueError
             return cls(parameters, dict(held["peft"]))
         except (KeyError, TypeError, ValueError, re.error):
-            raise ValueError(f"{path} does not tell what is new in a grown model; grow it again") from None
+            raise ValueError(f"{path} does not tell what is new in a model; grow or convert it again") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The content as JSON-ready values."""
