@@ -102,7 +102,7 @@ class GDATrainer(Trainer):
             if self.distillation is None or not model.training:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             wants_states = {"output_hidden_states": True} if self.distillation.hidden_weight > 0 else {}
-            loss, outputs = super().compute_loss(model, inputs | wants_states, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, {**inputs, **wants_states}, True, num_items_in_batch)
         with self.accelerator.autocast():
             taught = self.distillation.ask(inputs)
         parts = self.distillation.compare(outputs, taught, inputs["labels"], self._divisor(inputs, num_items_in_batch))
