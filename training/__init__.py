@@ -1,6 +1,23 @@
 """Training GDA models: what the Trainer of transformers is given."""
 
+from pathlib import Path
+
 from .anneal import LambdaAnnealCallback
 from .growth import GrowthMaskCallback
 
-__all__ = ["GrowthMaskCallback", "LambdaAnnealCallback"]
+__all__ = ["GrowthMaskCallback", "LambdaAnnealCallback", "accelerate_config"]
+
+
+def accelerate_config(name: str) -> Path:
+    """The path of a configuration for `accelerate launch --config_file`, which spreads a model over processes.
+
+    Args:
+        name: `fsdp2`, PyTorch's fully sharded data parallelism; or `zero3`, DeepSpeed's.
+
+    Raises:
+        ValueError: for another name.
+    """
+    folder = Path(__file__).parent / "configs"
+    if name not in (known := sorted(path.stem for path in folder.glob("*.yaml"))):
+        raise ValueError(f"there is no accelerate configuration {name!r}, but {' and '.join(known)}")
+    return folder / f"{name}.yaml"

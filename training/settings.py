@@ -36,7 +36,7 @@ class TrainSettings:
         warmup: Share of the steps in which they rise.
         decay: Share of the steps in which they fall at the end; of `wsd` only.
         precision: What matrices are multiplied in. `auto` is bfloat16 for a bfloat16 model on an accelerator that has
-            it, else float32. Weights are float32 while they learn.
+            it, and where `accelerate launch` asks for it; else float32. Weights are float32 while they learn.
         gradient_checkpointing: Compute activations again for the gradients, instead of keeping them.
         lambda_target: Anneal λ from 0 over this value to what is learned; see `LambdaAnnealCallback`.
         lambda_anneal_steps: The steps that takes.

@@ -20,6 +20,7 @@ from transformers.training_args import TrainingArguments
 from .distillation import NO_LABEL, Distillation, Parts
 from .layer_log import LayerLog, for_reporters
 from .parameters import is_adapted, merged_state, optimizer_groups, partly_frozen
+from .precision import keep_sums_wide
 
 # What a checkpoint of LoRA holds beside the plain model: all that learns, by its name in PEFT's model.
 LEARNED_FILE = "learned.safetensors"
@@ -68,6 +69,7 @@ class GDATrainer(Trainer):
         self._parts: dict[str, Tensor] = {}
         self._pace = _Pace()
         super().__init__(model, args, **kwargs)
+        keep_sums_wide(self.accelerator)
         self.add_callback(self._pace)
         if layer_log is not None:
             self.add_callback(layer_log)

@@ -1,7 +1,11 @@
-"""Text that is at hand everywhere. A leaf module: it imports nothing of the project."""
+"""Text that is at hand everywhere, and text in files. A leaf module: it imports nothing of the project."""
 
+import codecs
 import json
+from collections.abc import Iterator
 from pathlib import Path
+
+BLOCK = 2**20
 
 
 def python_documentation() -> str:
@@ -23,27 +27,99 @@ def read_text(path: Path, option: str) -> tuple[str, str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{option} {path} is not a file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     if path.suffix == ".jsonl":
-        # Not by splitlines: it also parts at characters that a JSON string may hold, such as U+2028.
-        lines = enumerate(text.split("\n"), 1)
-        text = "\n\n".join(_text_of(path, number, line) for number, line in lines if line.strip())
-    return path.name, text
+        return path.name, "\n\n".join(jsonl_texts(path, "text"))
+    return path.name, "".join(text_pieces(path))
 
 
-def _text_of(path: Path, number: int, line: str) -> str:
+def text_pieces(path: Path) -> Iterator[str]:
+    """The text of a file in UTF-8, in order, in pieces of about a million characters that end where a line does.
+
+    A shorter text is one piece. A longer one is cut before a line that is not empty, or anywhere if there is none. Line
+    ends become those of Unix, and a byte order mark is left out.
+
+    Raises:
+        ValueError: naming the file and the byte.
+    """
+    held = ""
+    for block in _blocks(path):
+        held += block
+        if len(held) >= 2 * BLOCK:
+            cut = _line_start(held) or len(held)
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held
+
+
+def jsonl_texts(path: Path, field: str) -> Iterator[str]:
+    """What `field` holds in each line of a file; blank lines are passed over.
+
+    Raises:
+        ValueError: naming the file, the line and what is wrong with it.
+    """
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield _text_of(path, number, line, field)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines without their ends. Not by splitlines, which also parts at what a JSON string may hold, such as U+2028."""
+    held: list[str] = []
+    for block in _blocks(path):
+        first, *others = block.split("\n")
+        held.append(first)
+        for other in others:
+            yield "".join(held)
+            held = [other]
+    yield "".join(held)
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    """The text of a file in blocks of a million bytes, so that it may be larger than memory."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done, carriage_return = 0, ""
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(BLOCK)
+            start = done - len(decoder.getstate()[0])  # of a character that two blocks share, the first has a part
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {start + error.start}") from None
+            if "\0" in text:
+                at = start + len(text[: text.index("\0")].encode())
+                raise ValueError(f"{path} is not text: it has a zero at byte {at}")
+            if start == 0:
+                text = text.removeprefix("\ufeff")  # some editors begin a file with a byte order mark
+            text = carriage_return + text
+            carriage_return = "\r" if block and text.endswith("\r") else ""
+            yield text.removesuffix(carriage_return).replace("\r\n", "\n").replace("\r", "\n")
+            if not block:
+                return
+            done += len(block)
+
+
+def _line_start(text: str) -> int:
+    """Where the last line begins that is not empty; 0 if there is none but the first."""
+    end = len(text)
+    while (end := text.rfind("\n", 0, end)) > 0:
+        if end + 1 < len(text) and not text[end + 1].isspace():
+            return end + 1
+    return 0
+
+
+def _text_of(path: Path, number: int, line: str, field: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f"{path}, line {number} has no field `text` that holds a string")
-    text = str(row["text"])
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise ValueError(f"{path}, line {number} has no field `{field}` that holds a string")
+    text = str(row[field])
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{path}, line {number} has half a surrogate pair in `text`, which is no character") from None
+        message = f"{path}, line {number} has half a surrogate pair in `{field}`, which is no character"
+        raise ValueError(message) from None
     return text
