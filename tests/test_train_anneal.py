@@ -320,9 +320,7 @@ def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pass target=0.1"):
         Trainer(begun, arguments(tmp_path), train_dataset=DATA, callbacks=[Recorder()]).train()
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
-    Trainer(
-        model_of(), arguments(tmp_path, max_steps=2, **options), train_dataset=DATA, callbacks=[Recorder()]
-    ).train()
+    Trainer(model_of(), arguments(tmp_path, max_steps=2, **options), train_dataset=DATA, callbacks=[Recorder()]).train()
     for other, remedy in ((Recorder(5), "pass num_steps=4"), (Recorder(target=0.1), f"pass target={TARGET}")):
         trainer = Trainer(model_of(), arguments(tmp_path, **options), train_dataset=DATA, callbacks=[other])
         with pytest.raises(ValueError, match=remedy):

@@ -108,7 +108,9 @@ def test_probabilities_of_a_chunk_are_in_memory_and_no_more(monkeypatch: pytest.
     monkeypatch.setattr(distillation, "CHUNK", 4)
     ours = torch.randn(1, 64, 32, requires_grad=True)
     kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(tuple(each.shape)) or each, lambda each: each):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda each: kept.append(tuple(each.shape)) or each, lambda each: each
+    ):
         divergence(ours * 1, torch.randn(1, 64, 32), torch.ones(64, dtype=torch.bool), 1.0).backward()
     assert all(math.prod(shape) <= 4 * 32 for shape in kept)
 
