@@ -82,7 +82,7 @@ def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("ACCELERATE_DEEPSPEED_"):
             monkeypatch.setenv(name, value)
     plugin = DeepSpeedPlugin()
-    assert (plugin.zero_stage, plugin.zero3_init_flag, plugin.zero3_save_16bit_model) == (3, True, True)
+    assert (plugin.zero_stage, plugin.zero3_init_flag, plugin.zero3_save_16bit_model) == (3, False, True)
     assert plugin.hf_ds_config.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
 
 
