@@ -317,7 +317,7 @@ def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         LambdaAnnealCallback(float("nan"), 1)
     begun = model_of()
     begun.set_lambda_anneal(0.5, target=0.1)
-    with pytest.raises(ValueError, match="pass target=0.1"):
+    with pytest.raises(ValueError, match=r"pass target=0\.1"):
         Trainer(begun, arguments(tmp_path), train_dataset=DATA, callbacks=[Recorder()]).train()
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     Trainer(model_of(), arguments(tmp_path, max_steps=2, **options), train_dataset=DATA, callbacks=[Recorder()]).train()

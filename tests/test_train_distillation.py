@@ -177,7 +177,7 @@ def test_a_student_that_equals_its_teacher(tmp_path: Path) -> None:
 
 
 def test_the_teacher_stays_outside(tmp_path: Path) -> None:
-    """Frozen, in evaluation mode, not in the optimizer, the count or the saved model; evaluation is of the text alone."""
+    """Frozen, in evaluation mode, not in the optimizer or the saved model; evaluation is of the text alone."""
     model, theirs = student(), teacher()
     theirs.train()
     before = copy.deepcopy(theirs.state_dict())

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
     TrainerState,
@@ -249,7 +248,7 @@ class _Plan:
 
     settings: TrainSettings
     config: GDAConfig
-    learner: PreTrainedModel
+    learner: Any  # the model, or what PEFT has made around it
     dtypes: dict[str, torch.dtype]
     windows: Windows
     eval_windows: Windows | None
@@ -308,19 +307,19 @@ def _plan(source: Path, settings: TrainSettings, processes: Processes, scratch: 
             f"--lambda-anneal-steps {settings.lambda_anneal_steps} is above the {steps} steps of this run: "
             "λ would not be its own at the end"
         )
-    learner, dtypes = load(source)
-    num_parameters = sum(parameter.numel() for parameter in learner.parameters())
+    model, dtypes = load(source)
     distillation = None
     if settings.teacher is not None:
         distillation = Distillation.load(
             settings.teacher,
-            learner,
+            model,
             weight=settings.distill_weight,
             temperature=settings.temperature,
             hidden_weight=settings.hidden_weight,
             tokenizer=tokenizer,
         )
-    learner = choose_what_learns(learner, settings.train, source, settings.lora_rank, seed=settings.seed)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    learner = choose_what_learns(model, settings.train, source, settings.lora_rank, seed=settings.seed)
     notes = [*read.notes]
     if config.growth_mask is not None:
         notes.append(f"the growth mask rises from {config.growth_mask:g} to 1 over {steps} steps")
@@ -490,7 +489,8 @@ class _RunTrainer(Watched, GDATrainer):
         """The plain model that was trained, on the CPU in the main process; all processes must ask for it."""
         model: Any = self.accelerator.unwrap_model(self.model_wrapped)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return merged(model).cpu()
+            whole: Any = merged(model)
+            return whole.cpu()
         state = self.accelerator.get_state_dict(self.model_wrapped)  # in the main process alone
         if is_adapted(model) and state:
             state = merged_state(model, state)
@@ -548,6 +548,7 @@ def _arguments(plan: _Plan, run: _Place) -> TrainingArguments:
     settings = plan.settings
     warmup = min(plan.steps, round(settings.warmup * plan.steps))
     decay = min(plan.steps - warmup, round(settings.decay * plan.steps))
+    checkpointing: dict[str, Any] = {CHECKPOINTING: settings.gradient_checkpointing}
     arguments = TrainingArguments(
         output_dir=str(run.path),
         max_steps=plan.steps,
@@ -563,7 +564,7 @@ def _arguments(plan: _Plan, run: _Place) -> TrainingArguments:
         data_seed=settings.seed,
         bf16=plan.computes_in_bfloat16,
         use_cpu=on_cpu(),
-        **{CHECKPOINTING: settings.gradient_checkpointing},
+        **checkpointing,
         logging_steps=plan.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,

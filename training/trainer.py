@@ -164,6 +164,8 @@ class GDATrainer(Trainer):
         """As the Trainer's, with what it does not know of."""
         layers: list[dict[str, float]] = []
         if "loss" in logs:
+            if self.lambda_learning_rate is not None:
+                logs["lambda_learning_rate"] = logs["learning_rate"] * self._ratio
             logs |= self._more()
             if self.layer_log is not None:
                 layers = self.layer_log.collect(self.state.global_step, self._sum)
@@ -174,6 +176,12 @@ class GDATrainer(Trainer):
             self._report(for_reporters(layers))
         if self.layer_log is not None and self.is_world_process_zero() and (entry := self._entry(logs)):
             self.layer_log.write(entry | ({"layers": layers} if layers else {}))
+
+    @property
+    def _ratio(self) -> float:
+        """The rate of λ relative to that of the rest, which the schedule keeps."""
+        rate = self.lambda_learning_rate
+        return 1.0 if rate is None else rate / self.args.learning_rate
 
     def _more(self) -> dict[str, float]:
         """Of the steps since the last line."""
