@@ -74,6 +74,8 @@ class GDATrainer(Trainer):
         if layer_log is not None:
             self.add_callback(layer_log)
         if partly := partly_frozen(model):
+            if self.is_deepspeed_enabled:
+                raise ValueError("--train new does not go with DeepSpeed, which has gradients of its own; use FSDP2")
             self.add_callback(_OldEntries(partly))
 
     # ------------------------------------------------------------------------------------------------------- optimizing
