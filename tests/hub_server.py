@@ -250,8 +250,19 @@ class _Handler(BaseHTTPRequestHandler):
         state = {"private": self._repo(id).private, "gated": False, "disabled": False}
         self.answer(200, {"_id": "0", "id": id, "modelId": id, "sha": sha, "tags": [], "siblings": siblings} | state)
 
-    def tree(self, id: str, rev: str) -> None:
-        self.answer(200, [_entry(path, blob) for path, blob in sorted(self._commit(id, rev)[1].items())])
+    def tree(self, id: str, rev: str, path: str = "") -> None:
+        above = f"{path}/" if path else ""
+        files = {name: blob for name, blob in sorted(self._commit(id, rev)[1].items()) if name.startswith(above)}
+        if not files:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        if self.query.get("recursive") != "false":
+            return self.answer(200, [_entry(name, blob) for name, blob in files.items()])
+        folders = dict.fromkeys(
+            above + name.removeprefix(above).split("/")[0] for name in files if "/" in name[len(above) :]
+        )
+        found = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in folders]
+        found += [_entry(name, blob) for name, blob in files.items() if "/" not in name[len(above) :]]
+        return self.answer(200, found)
 
     def paths_info(self, id: str, rev: str) -> None:
         files = self._commit(id, rev)[1]
@@ -325,7 +336,7 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
 
 
 def _routes() -> Iterator[Route]:
-    model = "/api/models/(?P<id>[^/]+/[^/]+)"
+    model = "/api/(?:models|datasets)/(?P<id>[^/]+/[^/]+)"
     rev = "(?P<rev>[^/]+)"
     for method, pattern, function in (
         ("GET", "/api/whoami-v2", _Handler.whoami),
@@ -333,14 +344,14 @@ def _routes() -> Iterator[Route]:
         ("POST", "/api/repos/create", _Handler.create_repo),
         ("GET", model, _Handler.info),
         ("GET", f"{model}/revision/{rev}", _Handler.info),
-        ("GET", f"{model}/tree/{rev}", _Handler.tree),
+        ("GET", f"{model}/tree/{rev}(?:/(?P<path>.+))?", _Handler.tree),
         ("POST", f"{model}/paths-info/{rev}", _Handler.paths_info),
         ("POST", f"{model}/branch/{rev}", _Handler.create_branch),
         ("POST", f"{model}/preupload/{rev}", _Handler.preupload),
         ("POST", f"{model}/commit/{rev}", _Handler.commit),
         ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.lfs_batch),
         ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
-        ("GET", f"/(?P<id>[^/]+/[^/]+)/resolve/{rev}/(?P<path>.+)", _Handler.resolve),
+        ("GET", f"/(?:datasets/)?(?P<id>[^/]+/[^/]+)/resolve/{rev}/(?P<path>.+)", _Handler.resolve),
     ):
         yield method, re.compile(pattern), function
 

@@ -177,11 +177,16 @@ def test_a_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     }
     data = {
         f"gda/{path.relative_to(ROOT).as_posix()}"
-        for pattern in ("*/templates/*.jinja", "eval/tasks/README.md", "eval/tasks/definitions/*.yaml")
+        for pattern in (
+            "*/templates/*.jinja",
+            "eval/tasks/README.md",
+            "eval/tasks/definitions/*.yaml",
+            "training/configs/*.yaml",
+        )
         for path in ROOT.glob(pattern)
     }
     assert "gda/modeling_gda/attention_gda.py" in modules
-    assert "gda/eval/templates/report.html.jinja" in data
+    assert {"gda/eval/templates/report.html.jinja", "gda/training/configs/fsdp2.yaml"} <= data
     assert held == modules | data | {"gda/py.typed"}
     (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     assert f"\nVersion: {gda.__version__}\n" in wheel.read(metadata).decode()

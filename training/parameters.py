@@ -166,7 +166,9 @@ def merged_state(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[
         state: Its state dict, if that is not to be had from it, since it is distributed.
     """
     state = model.state_dict() if state is None else state
-    scales = {name: module.scaling[ADAPTER] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    adapted = ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    # FSDP2 computes layers again from within a wrapper, which a state dict does not tell of.
+    scales = {name.replace("_checkpoint_wrapped_module.", ""): each.scaling[ADAPTER] for name, each in adapted}
     plain = {}
     for name, tensor in state.items():
         if ".lora_A." in name or ".lora_B." in name:

@@ -1,6 +1,8 @@
 """Where text for training comes from: files, folders of them, and datasets of the Hub, read piece by piece."""
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +199,8 @@ class _HubDataset:
 
         repository, config, split = [*name.split(":", 2), "", ""][:3]
         try:
-            rows: Any = load_dataset(repository, config or None, split=split or "train", streaming=streaming)
+            with _bars_for_people():
+                rows: Any = load_dataset(repository, config or None, split=split or "train", streaming=streaming)
         except DatasetNotFoundError as error:
             raise FileNotFoundError(
                 f"{option} {name} is neither a file nor a dataset that the Hub gives ({first_line(error)}); "
@@ -227,4 +230,20 @@ class _HubDataset:
                     yield text, True
 
     def identity(self) -> list[Any]:
+        """The revision is part of the place in the cache."""
         return [self.name, len(self.rows), [_stamp(Path(each["filename"])) for each in self.rows.cache_files]]
+
+
+@contextlib.contextmanager
+def _bars_for_people() -> Iterator[None]:
+    """Let datasets show its bars on a terminal alone."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -4,6 +4,7 @@ A leaf module: it imports no room.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,21 @@ class Trainable:
                 continue
             learning.append(name)
             if not whole and not bool(new.all()):
-                parameter.register_hook(lambda gradient, new=new: gradient * new)
+                parameter.register_hook(_masking(new))
         if not learning:
             raise ValueError(f"no parameter of the model is named in {TRAINABLE_FILE}; is it the model's?")
         return learning
+
+
+def _masking(new: Tensor) -> Callable[[Tensor], Tensor]:
+    """Keeps a gradient where `new` is set, on the device that the model has been moved to meanwhile."""
+
+    def masked(gradient: Tensor) -> Tensor:
+        nonlocal new
+        new = new.to(gradient.device)
+        return gradient * new
+
+    return masked
 
 
 def slices(flags: list[bool]) -> str:
