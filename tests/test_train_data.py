@@ -132,7 +132,7 @@ def test_a_file_is_read_in_pieces(
         monkeypatch.setattr(_text, "BLOCK", block)
         pieces = list(_text.text_pieces(tmp_path / "a.txt"))
         assert "".join(pieces) == unix
-        assert max(map(len, pieces)) <= max(3 * block, 4)
+        assert max(map(len, pieces)) <= 3 * block + 1
         assert ids_of(opened(rows, seed=block, text_field="text")) == plain_rows
     monkeypatch.setattr(_text, "BLOCK", 64)
     (tmp_path / "scratch" / "data.json").unlink()
@@ -212,7 +212,8 @@ class Recorder(TrainerCallback):
         self.stop_at = stop_at
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = control.should_save = state.global_step == self.stop_at
+        if state.global_step == self.stop_at:
+            control.should_training_stop = control.should_save = True
 
 
 @pytest.mark.parametrize("streaming", [False, True])
