@@ -206,13 +206,6 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "learning rate": (("--learning-rate", "nan"), "--learning-rate nan"),
     "no learning rate": (("--learning-rate", 0), "--learning-rate 0"),
     "seed": (("--seed", -1), "--seed -1"),
-    "no trainable.json": (
-        (
-            "--train",
-            "new",
-        ),
-        "trainable.json is missing",
-    ),
 }
 
 

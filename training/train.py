@@ -2,13 +2,12 @@
 
 import contextlib
 import errno
-import math
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,115 +20,31 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
 )
 
 from gda._errors import CheckFailed, first_line
 from gda._files import check_places, refuse_existing
 from gda._screen import quiet_transformers
 from gda._version import __version__
-from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.hub import check_name, require_token
 from gda.conversion.push import PushReport, push
 from gda.conversion.sources import resolve_folder
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
-from .anneal import LambdaAnnealCallback
-from .data import Windows, collate, open_windows
-from .distillation import Distillation
-from .growth import GrowthMaskCallback
+from .data import collate
 from .guards import Interrupts, NotFinite, Pace, Shown, Stops, Watched, WholeCheckpoints, peak_memory
 from .layer_log import LayerLog
-from .model_folder import load, model_stamps, read_config, read_tokenizer, save
-from .parameters import choose_what_learns, count_learning, is_adapted, merged, merged_state
-from .precision import launcher_wants_bfloat16
-from .processes import Processes, on_cpu
+from .model_folder import model_stamps, read_config, save
+from .parameters import is_adapted, merged, merged_state
+from .plan import Plan, arguments_of, context_of, make_plan
+from .processes import Processes
+from .report import TrainReport
 from .run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, stamps, step_of
 from .settings import TrainSettings
 from .trainer import GDATrainer
 
-CONTEXT = 512
-# By default, how many losses are told of on the way, and how many checkpoints and measurements are made.
-LOSSES, CHECKPOINTS, MEASUREMENTS = 20, 10, 10
 # What torch and safetensors say when the disk is full, or a quota: they raise no OSError.
 NOT_WRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write failed|I/O error|os error (27|28|122)")
-# Its new name in the Trainer; the old one warns there.
-CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
-SCHEDULES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "wsd": "warmup_stable_decay",
-    "constant": "constant_with_warmup",
-}
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What training did, or by `dry_run` would do.
-
-    Attributes:
-        out: The folder that was made.
-        steps: Optimizer steps.
-        tokens: Tokens that the model read in them; those of a second pass over the data count again.
-        data_tokens: Tokens in the windows that the data fills; None when streaming.
-        first_loss: Loss of the first step, nats a token.
-        last_loss: Mean loss of the last steps, as many as lie between two entries of the log.
-        first_eval_loss: Loss on `eval_data` before the first step; None without.
-        last_eval_loss: And after the last.
-        num_parameters: Of the model.
-        num_trained: Those that could move; of parameters that are new in part, the new entries.
-        tokens_per_second: Over all processes, in training steps of the last session; None if it did none.
-        peak_memory: Bytes of the accelerator, or of the main process where it trains on the CPU.
-        resumed_from: The step that the last session went on from.
-        dry_run: Whether nothing was trained and written.
-        notes: What else one should know.
-        pushed: What was pushed to the Hub.
-    """
-
-    out: Path
-    steps: int
-    tokens: int
-    data_tokens: int | None
-    num_parameters: int
-    num_trained: int
-    first_loss: float | None = None
-    last_loss: float | None = None
-    first_eval_loss: float | None = None
-    last_eval_loss: float | None = None
-    tokens_per_second: float | None = None
-    peak_memory: int | None = None
-    resumed_from: int | None = None
-    dry_run: bool = False
-    notes: list[str] = field(default_factory=list)
-    pushed: PushReport | None = None
-
-    @property
-    def first_perplexity(self) -> float | None:
-        """exp of the first loss on `eval_data`."""
-        return _exp(self.first_eval_loss)
-
-    @property
-    def last_perplexity(self) -> float | None:
-        """exp of the last loss on `eval_data`."""
-        return _exp(self.last_eval_loss)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return vars(self) | {
-            "out": str(self.out),
-            "first_perplexity": self.first_perplexity,
-            "last_perplexity": self.last_perplexity,
-            "pushed": None if self.pushed is None else self.pushed.to_dict(),
-        }
-
-
-def _exp(loss: float | None) -> float | None:
-    try:
-        return None if loss is None else math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def train(
@@ -239,135 +154,20 @@ def _source(model: str | Path, out: Path, revision: str | None, settings: TrainS
     return source
 
 
-# --------------------------------------------------------------------------------------------------------- the plan
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is known before the first step."""
-
-    settings: TrainSettings
-    config: GDAConfig
-    learner: Any  # the model, or what PEFT has made around it
-    dtypes: dict[str, torch.dtype]
-    windows: Windows
-    eval_windows: Windows | None
-    distillation: Distillation | None
-    steps: int
-    num_parameters: int
-    num_trained: int
-    notes: list[str]
-
-    @property
-    def log_every(self) -> int:
-        return self.settings.log_every or max(1, self.steps // LOSSES)
-
-    @property
-    def eval_every(self) -> int:
-        return self.settings.eval_every or max(1, self.steps // MEASUREMENTS)
-
-    @property
-    def save_every(self) -> int:
-        return self.settings.save_every or max(1, self.steps // CHECKPOINTS)
-
-    @property
-    def computes_in_bfloat16(self) -> bool:
-        """Whether matrices are multiplied in bfloat16."""
-        if self.settings.precision != "auto":
-            return self.settings.precision == "bfloat16"
-        if launcher_wants_bfloat16():
-            return True
-        fast = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return fast and torch.bfloat16 in self.dtypes.values()
-
-
-def _plan(source: Path, settings: TrainSettings, processes: Processes, scratch: Path, console: Console | None) -> _Plan:
-    config, tokenizer = read_config(source), read_tokenizer(source)
-    context = _context(settings, config)
-
-    def windows(names: tuple[str, ...], option: str) -> Windows:
-        return open_windows(
-            names,
-            tokenizer,
-            context=context,
-            text_field=settings.text_field,
-            streaming=settings.streaming and option == "--data",
-            seed=settings.seed,
-            vocab_size=config.vocab_size,
-            scratch=scratch,
-            option=option,
-            console=console,
-        )
-
-    read = windows(settings.data, "--data")
-    measured = windows(settings.eval_data, "--eval-data") if settings.eval_data else None
-    steps = _steps(settings, read.count, processes.count)
-    if settings.lambda_anneal_steps is not None and settings.lambda_anneal_steps > steps:
-        raise ValueError(
-            f"--lambda-anneal-steps {settings.lambda_anneal_steps} is above the {steps} steps of this run: "
-            "λ would not be its own at the end"
-        )
-    model, dtypes = load(source)
-    distillation = None
-    if settings.teacher is not None:
-        distillation = Distillation.load(
-            settings.teacher,
-            model,
-            weight=settings.distill_weight,
-            temperature=settings.temperature,
-            hidden_weight=settings.hidden_weight,
-            tokenizer=tokenizer,
-        )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    learner = choose_what_learns(model, settings.train, source, settings.lora_rank, seed=settings.seed)
-    notes = [*read.notes]
-    if config.growth_mask is not None:
-        notes.append(f"the growth mask rises from {config.growth_mask:g} to 1 over {steps} steps")
-    return _Plan(
-        settings=settings,
-        config=config,
-        learner=learner,
-        dtypes=dtypes,
-        windows=read,
-        eval_windows=measured,
-        distillation=distillation,
-        steps=steps,
-        num_parameters=num_parameters,
-        num_trained=count_learning(learner),
-        notes=notes,
-    )
-
-
-def _context(settings: TrainSettings, config: GDAConfig) -> int:
-    longest = config.max_position_embeddings
-    if settings.context is not None and settings.context > longest:
-        raise ValueError(f"--context {settings.context} is above {longest}, the max_position_embeddings of the model")
-    return min(CONTEXT, longest) if settings.context is None else settings.context
-
-
-def _steps(settings: TrainSettings, windows: int | None, processes: int) -> int:
-    """Optimizer steps in all, as the Trainer counts those of an epoch."""
-    if settings.steps is not None:
-        return settings.steps
-    assert windows is not None  # streaming needs --steps
-    passes = math.ceil(math.ceil(windows / settings.batch_size) / processes)
-    return math.ceil(settings.epochs * math.ceil(passes / settings.accumulation))
-
-
 def _rehearse(
     source: Path, out: Path, settings: TrainSettings, processes: Processes, console: Console | None
 ) -> TrainReport:
     """What a run would be; the windows are cut in a folder that is removed again."""
     with contextlib.ExitStack() as stack:
         scratch = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="gda-train-")))
-        plan = processes.together(lambda: _plan(source, settings, processes, Path(scratch), console))
+        plan = processes.together(lambda: make_plan(source, settings, processes, Path(scratch), console))
     tokens = plan.steps * settings.batch_size * settings.accumulation * processes.count
     if plan.windows.count is not None and settings.steps is None:
         tokens = round(min(tokens, settings.epochs * plan.windows.count))
     return TrainReport(
         out=out,
         steps=plan.steps,
-        tokens=tokens * _context(settings, plan.config),
+        tokens=tokens * context_of(settings, plan.config),
         data_tokens=plan.windows.tokens,
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
@@ -396,7 +196,7 @@ def _run(
         if run.report is not None:
             report = TrainReport(**run.report, out=out)
         else:
-            plan = processes.together(lambda: _plan(source, settings, processes, run.path / DATA_FOLDER, console))
+            plan = processes.together(lambda: make_plan(source, settings, processes, run.path / DATA_FOLDER, console))
             processes.on_main(lambda: _require_space(run.path, plan))
             trainer, pace = _train(plan, run, source, processes, console)
             report = _report(out, plan, trainer, pace, run.checkpoint)
@@ -472,7 +272,7 @@ def _said(error: BaseException, last: Path | None, path: Path, settings: TrainSe
     return None
 
 
-def _require_space(path: Path, plan: _Plan) -> None:
+def _require_space(path: Path, plan: Plan) -> None:
     """Refuse to begin what a full disk would end: an old and a new checkpoint, weights and AdamW's two moments each."""
     needed = 4 * (plan.num_parameters + 2 * plan.num_trained) * (plan.settings.keep + 1)
     there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -503,7 +303,7 @@ class _RunTrainer(Watched, GDATrainer):
 
 
 def _train(
-    plan: _Plan, run: _Place, source: Path, processes: Processes, console: Console | None
+    plan: Plan, run: _Place, source: Path, processes: Processes, console: Console | None
 ) -> tuple[_RunTrainer, Pace]:
     settings = plan.settings
     shown, pace = Shown(console if processes.is_main else None), Pace()
@@ -512,15 +312,12 @@ def _train(
         WholeCheckpoints(run.path, source, dtypes, settings.keep, processes),
         pace,
         shown,
+        *plan.rising(),
     ]
-    if plan.config.growth_mask is not None:
-        callbacks.append(GrowthMaskCallback(num_steps=plan.steps))
-    if settings.lambda_target is not None and settings.lambda_anneal_steps is not None:
-        callbacks.append(LambdaAnnealCallback(settings.lambda_target, settings.lambda_anneal_steps))
     interrupts = Interrupts(console if processes.is_main else None)
     trainer = _RunTrainer(
         plan.learner,
-        _arguments(plan, run),
+        arguments_of(plan, run.path, begins=run.checkpoint is None),
         train_dataset=plan.windows.rows,
         eval_dataset=None if plan.eval_windows is None else plan.eval_windows.rows,
         data_collator=collate,
@@ -544,49 +341,7 @@ def _train(
     return trainer, pace
 
 
-def _arguments(plan: _Plan, run: _Place) -> TrainingArguments:
-    settings = plan.settings
-    warmup = min(plan.steps, round(settings.warmup * plan.steps))
-    decay = min(plan.steps - warmup, round(settings.decay * plan.steps))
-    checkpointing: dict[str, Any] = {CHECKPOINTING: settings.gradient_checkpointing}
-    arguments = TrainingArguments(
-        output_dir=str(run.path),
-        max_steps=plan.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        lr_scheduler_type=SCHEDULES[settings.schedule],
-        lr_scheduler_kwargs={"num_decay_steps": decay} if settings.schedule == "wsd" else None,
-        warmup_steps=warmup,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        bf16=plan.computes_in_bfloat16,
-        use_cpu=on_cpu(),
-        **checkpointing,
-        logging_steps=plan.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy="no" if plan.eval_windows is None else "steps",
-        eval_steps=plan.eval_every,
-        eval_on_start=plan.eval_windows is not None and run.checkpoint is None,
-        prediction_loss_only=True,
-        save_strategy="steps",
-        save_steps=plan.save_every,
-        include_num_input_tokens_seen="all",
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu(),
-        disable_tqdm=True,
-        report_to=list(settings.report_to) or "none",
-    )
-    arguments.mixed_precision = "bf16" if plan.computes_in_bfloat16 else "no"  # the launcher's would be taken otherwise
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process drives one device; `accelerate launch` starts one for each
-    return arguments
-
-
-def _report(out: Path, plan: _Plan, trainer: _RunTrainer, pace: Pace, checkpoint: Path | None) -> TrainReport:
+def _report(out: Path, plan: Plan, trainer: _RunTrainer, pace: Pace, checkpoint: Path | None) -> TrainReport:
     state: TrainerState = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     measured = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -612,7 +367,7 @@ def _report(out: Path, plan: _Plan, trainer: _RunTrainer, pace: Pace, checkpoint
 
 
 def _write(
-    trainer: _RunTrainer, plan: _Plan, source: Path, folder: Path, processes: Processes, bundle_code: bool
+    trainer: _RunTrainer, plan: Plan, source: Path, folder: Path, processes: Processes, bundle_code: bool
 ) -> None:
     """Write the model into the run's folder, beside its checkpoints."""
     model = trainer.whole_model()

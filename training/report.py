@@ -1,0 +1,75 @@
+"""What training did."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gda.conversion.push import PushReport
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What training did, or by `dry_run` would do.
+
+    Attributes:
+        out: The folder that was made.
+        steps: Optimizer steps.
+        tokens: Tokens that the model read in them; those of a second pass over the data count again.
+        data_tokens: Tokens in the windows that the data fills; None when streaming.
+        first_loss: Loss of the first step, nats a token.
+        last_loss: Mean loss of the last steps, as many as lie between two entries of the log.
+        first_eval_loss: Loss on `eval_data` before the first step; None without.
+        last_eval_loss: And after the last.
+        num_parameters: Of the model.
+        num_trained: Those that could move; of parameters that are new in part, the new entries.
+        tokens_per_second: Over all processes, in training steps of the last session; None if it did none.
+        peak_memory: Bytes of the accelerator, or of the main process where it trains on the CPU.
+        resumed_from: The step that the last session went on from.
+        dry_run: Whether nothing was trained and written.
+        notes: What else one should know.
+        pushed: What was pushed to the Hub.
+    """
+
+    out: Path
+    steps: int
+    tokens: int
+    data_tokens: int | None
+    num_parameters: int
+    num_trained: int
+    first_loss: float | None = None
+    last_loss: float | None = None
+    first_eval_loss: float | None = None
+    last_eval_loss: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory: int | None = None
+    resumed_from: int | None = None
+    dry_run: bool = False
+    notes: list[str] = field(default_factory=list)
+    pushed: PushReport | None = None
+
+    @property
+    def first_perplexity(self) -> float | None:
+        """exp of the first loss on `eval_data`."""
+        return _exp(self.first_eval_loss)
+
+    @property
+    def last_perplexity(self) -> float | None:
+        """exp of the last loss on `eval_data`."""
+        return _exp(self.last_eval_loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return vars(self) | {
+            "out": str(self.out),
+            "first_perplexity": self.first_perplexity,
+            "last_perplexity": self.last_perplexity,
+            "pushed": None if self.pushed is None else self.pushed.to_dict(),
+        }
+
+
+def _exp(loss: float | None) -> float | None:
+    try:
+        return None if loss is None else math.exp(loss)
+    except OverflowError:
+        return math.inf
