@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -266,6 +267,25 @@ def test_bad_models_and_places(models: Path, tmp_path: Path, command: Command) -
     refused(run(broken), "the loss was nan at step 1: nothing was kept", tmp_path, code=1)
     change_config(broken, vocab_size="many")
     refused(run(broken), "is not a valid configuration", tmp_path)
+
+
+def test_nothing_tells_what_is_new(models: Path, tmp_path: Path, command: Command) -> None:
+    """--train new of a model without trainable.json."""
+    gda.convert(models / "llama", tmp_path / "bare", verify=False)
+    (tmp_path / "bare" / "trainable.json").unlink()
+    arguments = ("train", tmp_path / "bare", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
+    refused(command(*arguments, "--train", "new"), "trainable.json is missing", tmp_path)
+
+
+def test_annealing_goes_on(models: Path, tmp_path: Path) -> None:
+    """A model that an earlier run left on the way ends as a plain one, without being asked to; that is said."""
+    on_the_way = tmp_path / "on-the-way"
+    shutil.copytree(models / "gda", on_the_way)
+    change_config(on_the_way, lambda_anneal=0.5, lambda_target=0.2)
+    report = train(tmp_path, "on-the-way", tmp_path / "out", data=models / "text.txt")
+    assert any("goes on from 0.5" in note for note in report.notes)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["lambda_anneal"], written["lambda_target"]) == (None, None)
 
 
 def test_a_learning_rate_that_is_far_too_high(models: Path, tmp_path: Path, command: Command) -> None:
