@@ -431,6 +431,11 @@ def possible_growth(draw: st.DrawFn, neurons: int, layers: int, heads: int) -> d
     return new | {"growth_mask": draw(st.floats(0, 1)) if grows else None}
 
 
+POSSIBLE_ANNEALING = st.fixed_dictionaries(
+    {"lambda_anneal": st.none(), "lambda_target": st.none()}
+) | st.fixed_dictionaries({"lambda_anneal": st.floats(0, 1), "lambda_target": st.floats(-2, 2)})
+
+
 @st.composite
 def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
     """Fields that obey every rule, made from the numbers that the others follow from."""
@@ -460,6 +465,7 @@ def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
             st.none() | st.integers(-2, 2) | st.lists(st.integers(-2, 2), min_size=layers, max_size=layers)
         ),
         **draw(possible_growth(neurons, layers, noise * ratio // _groups_of_signal_heads(layout, noise, key_value))),
+        **draw(POSSIBLE_ANNEALING),
         "sliding_window": draw(st.integers(1, 4)),
         "layer_types": draw(
             st.none()
