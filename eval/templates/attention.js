@@ -5,6 +5,7 @@ const state = { layer: 0, group: 0, scope: "model", row: null, column: null, mea
 const CONTRASTS = [1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01];
 const SCOPES = ["model", "layer", "group"];
 const differential = data.attention.noise !== null;
+const byHead = differential && data.lambdaType !== "reparameterized"; // else one λ a layer
 const byId = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const numbered = (count) => Array.from({ length: count }, (_, index) => index);
@@ -147,7 +148,6 @@ function headNames() {
   return data.heads === 1 ? `signal head ${first}` : `signal heads ${first} to ${first + data.heads - 1}`;
 }
 
-// One list a row: signals and noise above, differences and baseline below, so that each stands under its own.
 async function showGroup() {
   const [layer, group] = [state.layer, state.group];
   const content = await openLayer(layer);
@@ -156,19 +156,22 @@ async function showGroup() {
   const numbers = [headNames()];
   if (differential) {
     const lambdas = data.attention.lambda[layer].slice(group * data.heads, (group + 1) * data.heads);
-    numbers.push(`λ ${lambdas.every((one) => one === lambdas[0]) ? digits(lambdas[0]) : lambdas.map(digits).join(", ")}`);
+    numbers.push(`λ ${(byHead ? lambdas : lambdas.slice(0, 1)).map(digits).join(", ")}`);
     numbers.push(`cancelled ${percent(data.cancelledShare[layer][group])} of the signals' attention`);
   }
   byId("place-numbers").textContent = numbers.join(" · ");
   const maps = content.maps[group] || [];
   const place = byId("panels");
-  place.style.setProperty("--panel", maps.length > 4 ? "15rem" : "19rem");
+  const [above, below] = [0, 1].map((row) => maps.filter((map) => rowOf(map, maps.length) === row).length);
+  place.style.setProperty("--columns", Math.max(above, below));
   place.replaceChildren();
   panels = maps.map((map) => {
     const canvas = element("canvas", { role: "img", "aria-label": titleOf(map) });
     const value = element("span");
-    place.append(element("figure", { class: "panel", "data-map": map.name },
-      element("figcaption", {}, element("b", {}, titleOf(map)), value), canvas));
+    const panel = element("figure", { class: "panel", "data-map": map.name },
+      element("figcaption", {}, element("b", {}, titleOf(map)), value), canvas);
+    if (rowOf(map, maps.length)) panel.style.gridRow = "2";
+    place.append(panel);
     canvas.addEventListener("pointermove", (event) => {
       const box = canvas.getBoundingClientRect();
       const at = (part, side) => Math.max(0, Math.min(data.size - 1, Math.floor((part / side) * data.size)));
@@ -182,12 +185,17 @@ async function showGroup() {
   showTokens();
 }
 
+// Up to four in a row; more in two, each difference under its signal and the baseline under the noise.
+function rowOf(map, count) {
+  return count > 4 && !/^(signal|noise)/.test(map.name) ? 1 : 0;
+}
+
 function titleOf(map) {
   const [kind, head] = map.name.split(" ");
   if (kind === "noise") return "noise";
-  if (kind === "baseline") return `${data.baseline}, mean of its heads here`;
+  if (kind === "baseline") return "baseline, mean of its heads here";
   const which = head === undefined ? (data.heads > 1 ? `, mean of ${data.heads} heads` : "") : ` ${state.group * data.heads + Number(head)}`;
-  return (kind === "difference" ? "signal − λ · noise" : "signal") + which;
+  return (kind === "difference" ? "difference" : "signal") + which;
 }
 
 function drawMaps() {
@@ -213,7 +221,8 @@ function drawMaps() {
       }
     }
     paint(panel.canvas, panel.pixels);
-    panel.clean = panel.canvas.getContext("2d").getImageData(0, 0, panel.canvas.width, panel.canvas.height);
+    panel.clean = new OffscreenCanvas(panel.canvas.width, panel.canvas.height);
+    panel.clean.getContext("2d").drawImage(panel.canvas, 0, 0);
     drawCursor(panel);
   }
   drawLegend(colours, full);
@@ -235,7 +244,7 @@ function drawLegend(colours, full) {
 function drawCursor(panel) {
   if (!panel.clean) return;
   const context = panel.canvas.getContext("2d");
-  context.putImageData(panel.clean, 0, 0);
+  context.drawImage(panel.clean, 0, 0);
   if (state.row === null) return;
   const cell = panel.canvas.width / data.size;
   context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--mark");
@@ -345,9 +354,11 @@ for (const button of document.querySelectorAll("[data-scope]")) {
 const KINDS = { signal: "first", noise: "second", difference: "third" };
 const TITLES = { entropy: "Entropy", first_token: "Share on the first token", negative: "Share that is negative" };
 
+// What the baseline attends by; nothing of a plain one is negative.
 function ofBaseline(name) {
   const attention = data.baselineAttention;
-  return attention && (attention.difference || attention.signal)[name];
+  if (!attention || (name === "negative" && !attention.difference)) return null;
+  return (attention.difference || attention.signal)[name];
 }
 
 function layerCharts() {
@@ -355,8 +366,8 @@ function layerCharts() {
   const line = (name, kind, rows, dash = false) => ({ name, kind, dash, x: numbered(rows.length), y: rows });
   if (differential) {
     const rows = data.attention.lambda;
-    const series = [line("mean λ", "second", rows.map(mean))];
-    if (rows.some((row) => row.some((one) => one !== row[0]))) {
+    const series = [line(byHead ? "mean over tokens and heads" : "λ", "second", rows.map(mean))];
+    if (byHead) {
       series.push(line("least of a head", "fourth", rows.map((row) => Math.min(...row)), true));
       series.push(line("most", "fourth", rows.map((row) => Math.max(...row)), true));
     }
@@ -367,7 +378,7 @@ function layerCharts() {
     lineChart(place, { title: "Share of the signals' attention that is cancelled", xLabel: "layer", series: cancelled, from: 0 });
   }
   for (const [name, title] of Object.entries(TITLES)) {
-    if (name === "negative" && !differential && !(ofBaseline(name) || []).flat().some((one) => one > 0)) continue;
+    if (name === "negative" && !differential && !ofBaseline(name)) continue;
     const kinds = Object.keys(KINDS).filter((kind) => data.attention[kind] && (name !== "negative" || kind === "difference"));
     const series = kinds.map((kind) => line(kind, KINDS[kind], data.attention[kind][name].map(mean)));
     if (ofBaseline(name)) series.push(line(data.baseline, "fourth", ofBaseline(name).map(mean), true));
@@ -380,7 +391,7 @@ function headMaps() {
   for (const [name, title] of Object.entries(TITLES)) {
     const shown = Object.keys(KINDS).filter((kind) => data.attention[kind] && (name !== "negative" || kind === "difference"));
     const sources = shown.map((kind) => [kind, data.attention[kind][name]]);
-    if (ofBaseline(name) && (name !== "negative" || data.baselineAttention.difference)) sources.push([data.baseline, ofBaseline(name)]);
+    if (ofBaseline(name)) sources.push([data.baseline, ofBaseline(name)]);
     const full = Math.max(...sources.flatMap(([, rows]) => rows.flat()));
     for (const [kind, values] of sources) {
       const colours = kind === "noise" || name === "negative" ? "second" : "first";
@@ -390,7 +401,7 @@ function headMaps() {
       });
     }
   }
-  if (differential && data.lambdaType !== "reparameterized") {
+  if (byHead) {
     const values = data.attention.lambda;
     heatMap(place, {
       title: "λ, the mean over tokens", values, rows: numbered(values.length), columns: numbered(values[0].length),
