@@ -313,8 +313,8 @@ async function showTokens() {
   }));
   const where = { model: "all layers", layer: `layer ${layer}`, group: `layer ${layer}, group ${group}` }[scope];
   byId("tokens-about").textContent = cancelled
-    ? `In ${where}. Attention: the share of the signal maps that looks at the token. Cancelled: what λ · noise takes away of it, the mean of min(a, λ · a_noise). In the text, the darker a token, the larger the cancelled part of its attention.`
-    : `In ${where}. Attention: the share of the maps that looks at the token; in the text, the darker the more.`;
+    ? `In ${where}. Attention: the share of the signal maps that looks at the token. Cancelled: what λ · noise takes away of it, the mean of min(a, λ · a_noise). In the text, the stronger a token's colour, the larger the cancelled part of its attention.`
+    : `In ${where}. Attention: the share of the maps that looks at the token; in the text, the stronger the colour the more.`;
   for (const button of document.querySelectorAll("[data-scope]")) button.setAttribute("aria-pressed", button.dataset.scope === scope);
   const parts = received.map((share, token) => (cancelled ? (share > 0 ? cancelled[token] / share : 0) : share));
   shadeText(parts, (token) => `${token} “${data.tokens[token]}”: attention ${digits(received[token])}` + (cancelled ? `, cancelled ${digits(cancelled[token])}, ${percent(parts[token])} of it` : ""));
@@ -387,26 +387,25 @@ function layerCharts() {
 }
 
 function headMaps() {
-  const place = byId("by-head");
+  const size = { rows: numbered(data.layers), rowLabel: "layer", height: Math.max(120, Math.min(280, 8 * data.layers)) };
+  const row = () => byId("by-head").appendChild(element("div", { class: "charts heads" }));
   for (const [name, title] of Object.entries(TITLES)) {
     const shown = Object.keys(KINDS).filter((kind) => data.attention[kind] && (name !== "negative" || kind === "difference"));
     const sources = shown.map((kind) => [kind, data.attention[kind][name]]);
     if (ofBaseline(name)) sources.push([data.baseline, ofBaseline(name)]);
-    const full = Math.max(...sources.flatMap(([, rows]) => rows.flat()));
+    if (!sources.length) continue;
+    const full = Math.max(...sources.flatMap(([, values]) => values.flat())) || 1;
+    const place = row();
     for (const [kind, values] of sources) {
-      const colours = kind === "noise" || name === "negative" ? "second" : "first";
       heatMap(place, {
-        title: `${title}: ${kind}`, values, rows: numbered(values.length), columns: numbered(values[0].length), rowLabel: "layer",
-        columnLabel: kind === "noise" ? "noise map" : "head", kind: colours, full: full || 1, height: Math.max(120, Math.min(280, 8 * data.layers)),
+        ...size, title: `${title}: ${kind}`, values, full, rows: numbered(values.length), columns: numbered(values[0].length),
+        columnLabel: kind === "noise" ? "noise map" : "head", kind: kind === "noise" || name === "negative" ? "second" : "first",
       });
     }
-  }
-  if (byHead) {
-    const values = data.attention.lambda;
-    heatMap(place, {
-      title: "λ, the mean over tokens", values, rows: numbered(values.length), columns: numbered(values[0].length),
-      rowLabel: "layer", columnLabel: "head", kind: "second", height: Math.max(120, Math.min(280, 8 * data.layers)),
-    });
+    if (name === "negative" && byHead) {
+      const values = data.attention.lambda;
+      heatMap(place, { ...size, title: "λ, the mean over tokens", values, columns: numbered(values[0].length), columnLabel: "head", kind: "second" });
+    }
   }
 }
 

@@ -96,23 +96,33 @@ function ticks(low, high, number) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= rough * 0.999);
   const found = [];
-  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-6; tick += step) found.push(tick);
+  for (let tick = Math.ceil(low / step - 1e-9) * step; tick <= high + step * 1e-9; tick += step) found.push(tick);
   return { found, places: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
 }
 
-function short(value, places) {
-  if (value !== 0 && (Math.abs(value) >= 1e5 || places > 5)) {
-    return value.toExponential(1).replace(".0e", "e").replace("e+", "e").replace("-", "−");
-  }
-  return (Math.abs(value) < 1e-12 ? 0 : value).toFixed(places).replace("-", "−");
+// Powers of ten, and between few of them 2 and 5 times these.
+function logTicks(low, high) {
+  const powers = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, index) => Math.floor(low) + index);
+  const inside = (tick) => Math.log10(tick) >= low - 1e-9 && Math.log10(tick) <= high + 1e-9;
+  const all = powers.flatMap((power) => [1, 2, 5].map((factor) => factor * 10 ** power)).filter(inside);
+  if (all.length <= 6) return all;
+  const every = Math.ceil(powers.length / 6);
+  return powers.filter((_, index) => index % every === 0).map((power) => 10 ** power).filter(inside);
 }
 
-// series: [{name, kind, x, y, dash, tint}]; y may hold nulls. `kind` is a colour of the style sheet.
+function short(value, places) {
+  const size = Math.abs(value);
+  if (size > 0 && (size >= 1e6 || size < 1e-4)) return value.toExponential(1).replace(".0e", "e").replace("e+", "e").replaceAll("-", "−");
+  return (size < 1e-12 ? 0 : value).toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places }).replace("-", "−");
+}
+
+// series: [{name, kind, x, y, dash, tint, range: {x, y}}]; y may hold nulls. `kind` is a colour of the style sheet, and
+// `range`, between whose values those of y lie, is drawn pale behind them.
 function lineChart(place, { title, xLabel, series, from = null, log = false, note = "", legend = true }) {
-  const [width, height, left, right, top, bottom] = [560, 240, 56, 12, 10, 34];
+  const [width, height, left, right, top, bottom] = [560, 240, 56, 24, 10, 34];
   const usable = (y) => y !== null && Number.isFinite(y) && (!log || y > 0);
   const xs = series.flatMap((one) => one.x);
-  const ys = series.flatMap((one) => one.y.filter(usable));
+  const ys = series.flatMap((one) => [...one.y, ...(one.range ? one.range.y : [])]).filter(usable);
   const figure = element("figure", { class: "chart" }, element("h3", {}, title));
   place.append(figure);
   if (!ys.length) {
@@ -128,12 +138,12 @@ function lineChart(place, { title, xLabel, series, from = null, log = false, not
   const py = (y) => height - bottom - ((scale(y) - low) / (high - low)) * (height - top - bottom);
 
   const drawing = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
-  const yTicks = ticks(low, high, 4);
+  const yTicks = log ? { found: logTicks(low, high) } : ticks(low, high, 4);
   for (const tick of yTicks.found) {
-    const y = py(log ? 10 ** tick : tick);
+    const y = py(tick);
     drawing.append(shape("line", { class: "grid", x1: left, x2: width - right, y1: y, y2: y }));
-    const label = log ? short(10 ** tick, 6) : short(tick, yTicks.places);
-    drawing.append(shape("text", { class: "quiet", x: left - 6, y: y + 4, "text-anchor": "end" }, label));
+    const places = log ? Math.max(0, -Math.floor(Math.log10(tick) + 1e-9)) : yTicks.places;
+    drawing.append(shape("text", { class: "quiet", x: left - 6, y: y + 4, "text-anchor": "end" }, short(tick, places)));
   }
   const xTicks = ticks(first, last > first ? last : first + 1, 6);
   for (const tick of xTicks.found.filter((one) => Number.isInteger(one) && one <= last)) {
@@ -141,17 +151,22 @@ function lineChart(place, { title, xLabel, series, from = null, log = false, not
     drawing.append(shape("text", attributes, short(tick, 0)));
   }
   drawing.append(shape("text", { class: "quiet", x: width - right, y: height - 3, "text-anchor": "end" }, xLabel));
-  for (const one of series) {
-    const points = one.x.map((x, index) => [x, one.y[index]]);
+  const pathOf = ({ x, y }) => {
     let pen = false;
     let path = "";
-    for (const [x, y] of points) {
-      if (usable(y)) path += `${pen ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`;
-      pen = usable(y);
-    }
-    const line = shape("path", { d: path, class: `line ${one.kind || ""}${one.dash ? " dash" : ""}` });
+    x.forEach((at, index) => {
+      if (usable(y[index])) path += `${pen ? "L" : "M"}${px(at).toFixed(1)} ${py(y[index]).toFixed(1)}`;
+      pen = usable(y[index]);
+    });
+    return path;
+  };
+  for (const one of series) {
+    const classes = `line ${one.kind || ""}${one.dash ? " dash" : ""}`;
+    if (one.range) drawing.append(shape("path", { d: pathOf(one.range), class: `${classes} pale` }));
+    const line = shape("path", { d: pathOf(one), class: classes });
     if (one.tint) { line.style.stroke = one.tint; line.style.strokeWidth = "1.2"; }
     drawing.append(line);
+    const points = one.x.map((x, index) => [x, one.y[index]]);
     if (points.length < 80 && !one.tint) {
       for (const [x, y] of points.filter(([, y]) => usable(y))) {
         drawing.append(shape("circle", { cx: px(x), cy: py(y), r: 2.2, class: one.kind }));
