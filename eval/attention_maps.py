@@ -50,7 +50,14 @@ class MapPlan:
 
     @classmethod
     def that_fits(
-        cls, layers: Sequence[int], *, groups: int, heads: int, tokens: int, limit: int, differential: bool = True,
+        cls,
+        layers: Sequence[int],
+        *,
+        groups: int,
+        heads: int,
+        tokens: int,
+        limit: int,
+        differential: bool = True,
         baseline: bool = False,
     ) -> "MapPlan":
         """The finest plan of at most `limit` bytes before compression, or the coarsest there is.
@@ -65,7 +72,9 @@ class MapPlan:
             baseline: Whether a map of the baseline stands beside those of each group.
         """
         plans = [
-            cls(tuple(layers), pool, each, -(-tokens // pool)) for pool in POOLS for each in ([True, False] if heads > 1 else [True])
+            cls(tuple(layers), pool, each, -(-tokens // pool))
+            for pool in POOLS
+            for each in ([True, False] if heads > 1 else [True])
         ]
         for plan in plans:
             shown = heads if plan.heads else 1
@@ -143,7 +152,11 @@ def pack(maps: Sequence[tuple[MapKind, torch.Tensor]]) -> tuple[np.ndarray, np.n
         values = of_groups[:, rows, columns].cpu()
         scale = values.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         roots = (values.abs() / scale).sqrt()
-        level = (SIGNED_LEVELS + values.sign() * (roots * SIGNED_LEVELS).round()) if kind.signed else (roots * LEVELS).round()
+        level = (
+            (SIGNED_LEVELS + values.sign() * (roots * SIGNED_LEVELS).round())
+            if kind.signed
+            else (roots * LEVELS).round()
+        )
         scales.append(scale[:, 0].numpy())
         levels.append(level.to(torch.uint8).numpy())
     return np.stack(scales, axis=1).astype(np.float32), np.stack(levels, axis=1)

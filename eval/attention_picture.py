@@ -7,7 +7,7 @@ import numpy as np
 try:
     import matplotlib
 except ImportError:
-    raise ImportError("--png needs matplotlib: pip install matplotlib") from None
+    raise ImportError("--png needs matplotlib: pip install 'grouped-differential-attention[png]'") from None
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 

@@ -90,7 +90,9 @@ class AttentionReport:
         if self.arrays.cancelled is None:
             return []
         received, cancelled = (
-            one[slice(None) if layer is None else [layer]][:, slice(None) if group is None else [group]].mean(axis=(0, 1))
+            one[slice(None) if layer is None else [layer]][:, slice(None) if group is None else [group]].mean(
+                axis=(0, 1)
+            )
             for one in (self.arrays.received, self.arrays.cancelled)
         )
         order = np.argsort(-cancelled, kind="stable")[:MOST_CANCELLED]
@@ -248,7 +250,9 @@ def attention(
     del learner
     other, other_maps, other_name = None, {}, None
     if baseline is not None:
-        other_name, second, own = _open(baseline, tokenizer if isinstance(baseline, PreTrainedModel) else None, None, "baseline")
+        other_name, second, own = _open(
+            baseline, tokenizer if isinstance(baseline, PreTrainedModel) else None, None, "baseline"
+        )
         if other_name == name:
             other_name = f"{other_name} (baseline)"
         _check_same_tokens(own, words or "", ids, second, other_name)
@@ -283,7 +287,9 @@ def _check(text: str | None, file: str | Path | None, max_tokens: int, map_megab
 
 
 def _open(
-    place: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, revision: str | None,
+    place: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    revision: str | None,
     role: str = "model",
 ) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
     if isinstance(place, PreTrainedModel):
@@ -295,7 +301,9 @@ def _open(
     with quiet_transformers():
         source = open_source(place, revision)
         if not source.can_run:
-            raise ValueError(f"{place} is a {source.config.model_type}, which transformers cannot run; `gda convert` it")
+            raise ValueError(
+                f"{place} is a {source.config.model_type}, which transformers cannot run; `gda convert` it"
+            )
         tokenizer = tokenizer or source.tokenizer()
         if tokenizer is None:
             raise ValueError(f"{place} holds no tokenizer that transformers can load")
@@ -390,7 +398,7 @@ def _read(
 
 
 def baseline_maps(maps: LayerAttention, plan: MapPlan, groups: int) -> list[tuple[MapKind, torch.Tensor]]:
-    """What the baseline attends by, the mean over the heads in the place of a group's; over all if they don't divide."""
+    """What the baseline attends by, the mean over the heads in the place of a group's, or over all of them."""
     heads = maps.difference.float()
     count = groups if len(heads) % groups == 0 else 1
     means = pooled(heads.unflatten(0, (count, -1)).mean(dim=1), plan.pool)

@@ -207,8 +207,8 @@ def _data(log: TrainingLog) -> dict[str, Any]:
     """What the page draws, and the notes about thinning in `log`."""
     if (longest := max(map(len, log.curves.values()), default=0)) > MOST_POINTS:
         log.notes.append(
-            f"of {longest:,} logged steps, curves show the means of {MOST_POINTS // 2} stretches, and pale the lowest and "
-            "the highest value of each"
+            f"of {longest:,} logged steps, curves show the means of {MOST_POINTS // 2} stretches, and pale the lowest "
+            "and the highest value of each"
         )
     if (longest := max(map(len, log.layers.values()), default=0)) > MOST_COLUMNS:
         log.notes.append(f"of {longest:,} steps with layers, their figures show the means of {MOST_COLUMNS} stretches")
