@@ -210,13 +210,13 @@ def test_kept_maps_are_those_of_the_model(report: AttentionReport, folder: Path)
         for group in range(2):
             for head in range(heads):
                 assert kept[f"signal {head}"][group] == pytest.approx(
-                    maps.signal[group * heads + head].numpy(), abs=3e-3
+                    maps.signal[group * heads + head].numpy(), abs=4e-3
                 )
                 exact = maps.difference[group * heads + head].numpy()
                 assert kept[f"difference {head}"][group] == pytest.approx(exact, abs=8e-3)
-            assert kept["noise"][group] == pytest.approx(maps.noise[group].numpy(), abs=3e-3)
+            assert kept["noise"][group] == pytest.approx(maps.noise[group].numpy(), abs=4e-3)
             assert kept["baseline"][group] == pytest.approx(
-                theirs.signal[3 * group : 3 * group + 3].mean(0).numpy(), abs=3e-3
+                theirs.signal[3 * group : 3 * group + 3].mean(0).numpy(), abs=4e-3
             )
     plan = MapPlan((0,), 1, False, LENGTH)
     names = [kind.name for kind, _ in group_maps(layers[0], plan, 2)]
@@ -237,7 +237,12 @@ def test_what_was_reduced_is_told(folder: Path) -> None:
         layers=[2, 0], map_megabytes=0.001,
     )  # fmt: skip
     told = "\n".join(found.notes)
-    for note in ("of which the first 20 were read", "mean over the 3 signal heads", "tokens; ", "2 of 3 layers"):
+    for note in (
+        "of which the first 20 were read",
+        "mean over the 3 signal heads",
+        "mean over 2 × 2 tokens",
+        "2 of 3 layers",
+    ):
         assert note in told
     assert re.search(r"deep has another number of layers than gda", told)
     assert (sorted(found.maps), found.baseline_maps, len(found.tokens)) == ([0, 2], {}, 20)
