@@ -357,7 +357,7 @@ def attention_arrays(
     _one_text(input_ids, first_row)
     layers: list[LayerStatistics] = []
     tokens: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    plain_groups = groups or getattr(model.config, "num_key_value_heads", 1)
+    plain_groups: int = groups or getattr(model.config, "num_key_value_heads", None) or 1
 
     def look(maps: LayerAttention) -> None:
         if not bool(maps.difference.isfinite().all()):

@@ -165,11 +165,7 @@ def pack(maps: Sequence[tuple[MapKind, torch.Tensor]]) -> tuple[np.ndarray, np.n
 def unpack(kind: MapKind, scale: float, levels: np.ndarray) -> np.ndarray:
     """One kept map (n, n) of `pack`'s scale and levels, zeros above the diagonal."""
     size = int(((8 * len(levels) + 1) ** 0.5 - 1) / 2)
-    steps = levels.astype(np.float32)
-    if kind.signed:
-        steps = (steps - SIGNED_LEVELS) / SIGNED_LEVELS
-    else:
-        steps = steps / LEVELS
+    steps = (levels.astype(np.float32) - SIGNED_LEVELS) / SIGNED_LEVELS if kind.signed else levels / np.float32(LEVELS)
     found = np.zeros((size, size), dtype=np.float32)
     found[np.tril_indices(size)] = np.sign(steps) * steps**2 * scale
     return found

@@ -248,7 +248,9 @@ def attention(
     )
     arrays, maps = _read(learner, ids, plan, groups, name, device, console)
     del learner
-    other, other_maps, other_name = None, {}, None
+    other: AttentionArrays | None = None
+    other_maps: dict[int, LayerMaps] = {}
+    other_name: str | None = None
     if baseline is not None:
         other_name, second, own = _open(
             baseline, tokenizer if isinstance(baseline, PreTrainedModel) else None, None, "baseline"
@@ -352,14 +354,18 @@ def _chosen_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
 
 def _shape(model: PreTrainedModel) -> tuple[int, int, bool]:
     """Groups, signal heads of each, and whether there are noise heads: as in the maps of one token."""
-    first: list[LayerAttention] = []
-    visit_attention(model, torch.zeros(1, dtype=torch.long), lambda maps: first or first.append(maps))
-    signal, noise = first[0].signal, first[0].noise
+    shapes: list[tuple[int, int | None]] = []
+
+    def visit(maps: LayerAttention) -> None:
+        shapes.append((len(maps.signal), None if maps.noise is None else len(maps.noise)))
+
+    visit_attention(model, torch.zeros(1, dtype=torch.long), visit)
+    signal, noise = shapes[0]
     if noise is not None:
-        return len(noise), len(signal) // len(noise), True
+        return noise, signal // noise, True
     groups = int(getattr(model.config, "num_key_value_heads", None) or 1)
-    groups = groups if len(signal) % groups == 0 else 1
-    return groups, len(signal) // groups, False
+    groups = groups if signal % groups == 0 else 1
+    return groups, signal // groups, False
 
 
 def _told(plan: MapPlan, heads: int, depth: int) -> list[str]:

@@ -485,14 +485,22 @@ def test_names_and_texts_that_are_markup_stay_text(tmp_path: Path, command: Comm
         shown_page.hover("#text span:nth-child(5)")
 
 
-def test_a_llama_alone_and_one_token(folder: Path, tmp_path: Path) -> None:
-    """Signal maps only, and a text that nothing stands before."""
+def test_a_llama_alone_a_lambda_of_zero_and_one_token(folder: Path, tmp_path: Path) -> None:
+    """Signal maps only; noise that takes nothing away; a text that nothing stands before."""
     llama = gda.attention(folder / "llama", text=TEXT)
     assert llama.most_cancelled() == []
     with opened(llama.write_html(tmp_path / "llama.html")) as page:
         assert page.inner_text("#place") == "Layer 0, group 0"
         assert page.locator(".panel").count() >= 1
         assert "Where attention goes" in page.inner_text("main")
+    silent = live_model(lambda_type="tanh")
+    for layer in silent.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.lambda_proj.weight)
+    at_zero = gda.attention(silent, tokenizer=byte_tokenizer(), text=TEXT)
+    assert at_zero.most_cancelled() == []
+    with opened(at_zero.write_html(tmp_path / "zero.html")) as page:
+        assert "Nothing is cancelled here" in page.inner_text("#tokens-about")
+        assert page.locator("#token-table tbody tr").count() == 20
     one = gda.attention(folder / "gda", baseline=folder / "llama", text="a")
     assert one.tokens == ["a"]
     with opened(one.write_html(tmp_path / "one.html")) as page:

@@ -239,7 +239,8 @@ def _points(curve: Sequence[tuple[int, float | None]]) -> dict[str, Any]:
 
 def _latest(log: TrainingLog) -> list[tuple[str, str, str]]:
     """Name, first and last value of each curve, for those who read and print."""
-    return [
-        (name.replace("_", " "), *(f"{value:.5g} at step {step:,}" for step, value in (curve[0], curve[-1])))
-        for name, curve in log.curves.items()
-    ]
+
+    def told(point: tuple[int, float]) -> str:
+        return f"{point[1]:.5g} at step {point[0]:,}"
+
+    return [(name.replace("_", " "), told(curve[0]), told(curve[-1])) for name, curve in log.curves.items()]

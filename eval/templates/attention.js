@@ -300,7 +300,8 @@ async function showTokens() {
     if (content[name] === null) return null;
     return scope === "group" ? Array.from(content[name][group]) : across(content[name]);
   };
-  const [received, cancelled] = [pick("received"), pick("cancelled")];
+  const [received, taken] = [pick("received"), pick("cancelled")];
+  const cancelled = taken && taken.some((one) => one > 0) ? taken : null; // with λ = 0, tokens go by what they receive
   const ranked = cancelled || received;
   const order = numbered(data.tokens.length).filter((token) => ranked[token] > 0);
   order.sort((a, b) => ranked[b] - ranked[a] || a - b);
@@ -314,7 +315,7 @@ async function showTokens() {
   const where = { model: "all layers", layer: `layer ${layer}`, group: `layer ${layer}, group ${group}` }[scope];
   byId("tokens-about").textContent = cancelled
     ? `In ${where}. Attention: the share of the signal maps that looks at the token. Cancelled: what λ · noise takes away of it, the mean of min(a, λ · a_noise). In the text, the stronger a token's colour, the larger the cancelled part of its attention.`
-    : `In ${where}. Attention: the share of the maps that looks at the token; in the text, the stronger the colour the more.`;
+    : `In ${where}. ${differential ? "Nothing is cancelled here. " : ""}Attention: the share of the maps that looks at the token; in the text, the stronger the colour the more.`;
   for (const button of document.querySelectorAll("[data-scope]")) button.setAttribute("aria-pressed", button.dataset.scope === scope);
   const parts = received.map((share, token) => (cancelled ? (share > 0 ? cancelled[token] / share : 0) : share));
   shadeText(parts, (token) => `${token} “${data.tokens[token]}”: attention ${digits(received[token])}` + (cancelled ? `, cancelled ${digits(cancelled[token])}, ${percent(parts[token])} of it` : ""));
