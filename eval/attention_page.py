@@ -55,6 +55,7 @@ def _data(report: AttentionReport) -> dict[str, Any]:
     return {
         "model": report.name,
         "baseline": report.baseline_name,
+        "baselineHeads": report.baseline_heads,
         "tokens": report.tokens,
         "layers": arrays.num_layers,
         "groups": arrays.num_groups,

@@ -30,7 +30,8 @@ def draw(report: AttentionReport, file: IO[bytes]) -> None:
         figure = Figure(figsize=(13, 8.5), layout="constrained", dpi=150)
         title = f"Attention of {report.name}" + (f" against {report.baseline_name}" if report.baseline_name else "")
         figure.suptitle(f"{title}, {len(report.tokens)} tokens")
-        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[1, 1.15]))
+        parts: Any = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+        above, below = parts
         _by_layer(report, above)
         below.suptitle(f"layer {layer}, group {group}; full colour at {FULL_COLOUR}", fontsize=9)
         axes = below.subplots(1, len(shown), squeeze=False)[0]

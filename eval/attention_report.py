@@ -80,6 +80,14 @@ class AttentionReport:
         """Signal heads of a group."""
         return int(self.arrays.signal.entropy.shape[1]) // self.arrays.num_groups
 
+    @property
+    def baseline_heads(self) -> int:
+        """How many heads of the baseline stand in the place of a group's; 0 without a baseline."""
+        if self.baseline is None:
+            return 0
+        heads = int(self.baseline.signal.entropy.shape[1])
+        return heads // self.arrays.num_groups if heads % self.arrays.num_groups == 0 else heads
+
     def most_cancelled(self, layer: int | None = None, group: int | None = None) -> list[dict[str, Any]]:
         """The tokens that noise takes the most attention away from, the first ones first; none without noise heads.
 

@@ -163,7 +163,8 @@ async function showGroup() {
   const maps = content.maps[group] || [];
   const place = byId("panels");
   const [above, below] = [0, 1].map((row) => maps.filter((map) => rowOf(map, maps.length) === row).length);
-  place.style.setProperty("--columns", Math.max(above, below));
+  place.style.setProperty("--columns", Math.max(above, below, 1));
+  place.style.setProperty("--rows", below ? 2 : 1);
   place.replaceChildren();
   panels = maps.map((map) => {
     const canvas = element("canvas", { role: "img", "aria-label": titleOf(map) });
@@ -193,7 +194,7 @@ function rowOf(map, count) {
 function titleOf(map) {
   const [kind, head] = map.name.split(" ");
   if (kind === "noise") return "noise";
-  if (kind === "baseline") return "baseline, mean of its heads here";
+  if (kind === "baseline") return data.baselineHeads > 1 ? `baseline, mean of ${data.baselineHeads} heads` : "baseline";
   const which = head === undefined ? (data.heads > 1 ? `, mean of ${data.heads} heads` : "") : ` ${state.group * data.heads + Number(head)}`;
   return (kind === "difference" ? "difference" : "signal") + which;
 }
@@ -273,13 +274,19 @@ function tokensAt(index) {
   return `${first === last ? first : `${first}–${last}`} “${words}”`;
 }
 
+// As many places as the error leaves certain.
+function withError(value, error) {
+  const places = Math.min(6, Math.max(0, Math.ceil(-Math.log10(error))));
+  return `${value.toFixed(places).replace("-", "−")} ± ${error.toFixed(places)}`;
+}
+
 function tellCursor() {
   if (state.row === null) return;
   const { row, column } = state;
   const ahead = column > row;
   byId("cursor").textContent = `${tokensAt(row)} looks at ${tokensAt(column)}${ahead ? ", which is yet to come" : ""}`;
   for (const { map, value } of panels) {
-    value.textContent = ahead ? "" : `${digits(valueOf(map, row, column))} ± ${errorOf(map, row, column).toPrecision(1)}`;
+    value.textContent = ahead ? "" : withError(valueOf(map, row, column), errorOf(map, row, column));
   }
   for (const one of document.querySelectorAll("#text .at")) one.classList.remove("at");
   const spans = byId("text").children;

@@ -25,7 +25,7 @@ function digits(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";
-  if (size >= 1e6 || size < 1e-4) return value.toExponential(2).replace("-", "−");
+  if (size >= 1e6 || size < 1e-4) return value.toExponential(2).replaceAll("-", "−");
   const places = size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : 4;
   return value.toFixed(places).replace("-", "−");
 }
