@@ -230,7 +230,7 @@ def attention(
         max_tokens: Read that many tokens of the text, and no more than the model was made for.
         layers: Keep the maps of these layers only, so that they are finer. The numbers are of all layers.
         map_megabytes: Largest size of the maps that are kept, before compression.
-        device: By default a GPU if there is one, else "cpu".
+        device: By default a GPU if there is one, else "cpu"; a model in memory stays where it is.
         revision: Of the model, for a Hub id.
         console: Where progress is shown; nowhere if None or no terminal.
 
@@ -254,7 +254,7 @@ def attention(
         differential=differential,
         baseline=baseline is not None,
     )
-    arrays, maps = _read(learner, ids, plan, groups, name, device, console)
+    arrays, maps = _read(learner, ids, plan, groups, name, _device(model, device), console)
     del learner
     other: AttentionArrays | None = None
     other_maps: dict[int, LayerMaps] = {}
@@ -269,7 +269,8 @@ def attention(
         same_depth = len(attention_modules(second)) == depth
         if not same_depth:
             notes.append(f"{other_name} has another number of layers than {name}; its maps are left out")
-        other, other_maps = _read(second, ids, plan if same_depth else None, groups, other_name, device, console, True)
+        kept, place = plan if same_depth else None, _device(baseline, device)
+        other, other_maps = _read(second, ids, kept, groups, other_name, place, console, True)
     notes += _told(plan, heads, depth)
     return AttentionReport(
         name=name,
@@ -420,13 +421,19 @@ def baseline_maps(maps: LayerAttention, plan: MapPlan, groups: int) -> list[tupl
 
 
 def _placed(model: PreTrainedModel, device: str | None) -> PreTrainedModel:
-    place = device or ("cuda" if torch.cuda.is_available() else None)
-    if place is None:
+    if device is None:
         return model
     try:
-        return model.to(place)  # type: ignore[arg-type]
+        return model.to(device)  # type: ignore[arg-type]
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {place} is not there") from None
+        raise ValueError(f"--device {device} is not there") from None
+
+
+def _device(place: str | Path | PreTrainedModel, device: str | None) -> str | None:
+    """A model in memory stays where it is unless told."""
+    if device is not None or isinstance(place, PreTrainedModel):
+        return device
+    return "cuda" if torch.cuda.is_available() else None
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -137,6 +137,7 @@ byId("navigator").addEventListener("click", (event) => {
 byId("measure").addEventListener("change", (event) => {
   state.measure = Number(event.target.value);
   drawNavigator();
+  byId("navigator").focus(); // where arrows go on through layers
 });
 
 // ------------------------------------------------------------------------------------------------------------- maps
