@@ -7,8 +7,10 @@ A GDA layer draws S signal maps A_i and fewer noise maps; signal head i attends 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -31,7 +33,7 @@ class LayerAttention:
     noise: torch.Tensor | None
     lambda_: torch.Tensor | None
 
-    @property
+    @cached_property
     def difference(self) -> torch.Tensor:
         """A_i − λ_i · A_noise(i), (S, Q, T): what the layer's output is made with. Rows sum to 1 − λ.
 
@@ -39,8 +41,21 @@ class LayerAttention:
         """
         if self.noise is None or self.lambda_ is None:
             return self.signal
+        return (self.signal - self.subtrahend).to(self.signal.dtype)
+
+    @property
+    def subtrahend(self) -> torch.Tensor:
+        """λ_i · A_noise(i), (S, Q, T); of a layer with noise heads."""
+        assert self.noise is not None
+        assert self.lambda_ is not None
         noise = self.noise.repeat_interleave(len(self.signal) // len(self.noise), dim=0)
-        return (self.signal - self.lambda_.unsqueeze(-1) * noise).to(self.signal.dtype)
+        return self.lambda_.unsqueeze(-1) * noise
+
+    def rows_from(self, first_row: int) -> "LayerAttention":
+        """The same maps without the rows before `first_row`."""
+        noise = None if self.noise is None else self.noise[:, first_row:]
+        lambda_ = None if self.lambda_ is None else self.lambda_[:, first_row:]
+        return LayerAttention(self.layer, self.signal[:, first_row:], noise, lambda_)
 
 
 Visit = Callable[[LayerAttention], None]
@@ -238,20 +253,20 @@ def attention_statistics(
         first_row = 1 if input_ids.shape[-1] > 1 else 0
     layers: list[LayerStatistics] = []
 
-    def visit(maps: LayerAttention) -> None:
-        differential = maps.noise is not None and maps.lambda_ is not None
-        layers.append(
-            LayerStatistics(
-                layer=maps.layer,
-                signal=map_statistics(maps.signal),
-                noise=map_statistics(maps.noise) if maps.noise is not None else None,
-                difference=map_statistics(maps.difference) if differential else None,
-                lambda_=maps.lambda_.mean(dim=-1).tolist() if maps.lambda_ is not None else None,
-            )
-        )
-
-    visit_attention(model, input_ids, visit, first_row=first_row)
+    visit_attention(model, input_ids, lambda maps: layers.append(layer_statistics(maps)), first_row=first_row)
     return layers
+
+
+def layer_statistics(maps: LayerAttention) -> LayerStatistics:
+    """Statistics of one layer's maps, over all rows that it has."""
+    differential = maps.noise is not None and maps.lambda_ is not None
+    return LayerStatistics(
+        layer=maps.layer,
+        signal=map_statistics(maps.signal),
+        noise=map_statistics(maps.noise) if maps.noise is not None else None,
+        difference=map_statistics(maps.difference) if differential else None,
+        lambda_=maps.lambda_.mean(dim=-1).tolist() if maps.lambda_ is not None else None,
+    )
 
 
 def map_statistics(maps: torch.Tensor) -> MapStatistics:
@@ -273,3 +288,128 @@ def row_shares(maps: torch.Tensor) -> torch.Tensor:
 def row_entropy(shares: torch.Tensor) -> torch.Tensor:
     """−Σ p ln p of each row in nats, (H, Q)."""
     return torch.special.entr(shares).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class MapArrays:
+    """`MapStatistics` of all layers: arrays (L, H) in float32."""
+
+    entropy: np.ndarray
+    first_token: np.ndarray
+    negative: np.ndarray
+
+
+@dataclass(frozen=True)
+class AttentionArrays:
+    """What one text's attention is like, layer by layer, as arrays in float32. A group is a noise map and its signals.
+
+    Attributes:
+        signal: Of the signal maps, (L, S).
+        noise: Of the noise maps, (L, M); None of a model without noise heads, and so are the next two.
+        difference: Of signal − λ · noise, (L, S).
+        lambda_: Mean λ by signal head, (L, S).
+        received: Where the signal maps look, (L, G, T): the mean over a group's heads and the rows read of the
+            attention on each token. Sums to 1 over the tokens.
+        cancelled: The part of `received` that the noise map takes away, (L, G, T): the mean of min(a, λ · a_noise),
+            where λ · a_noise is positive. None without noise heads. Its sum over the tokens is from 0 to 1.
+    """
+
+    signal: MapArrays
+    noise: MapArrays | None
+    difference: MapArrays | None
+    lambda_: np.ndarray | None
+    received: np.ndarray
+    cancelled: np.ndarray | None
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.received)
+
+    @property
+    def num_groups(self) -> int:
+        """G: of a GDA model M, else the number of KV heads."""
+        return int(self.received.shape[1])
+
+
+def attention_arrays(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    first_row: int | None = None,
+    groups: int | None = None,
+    visit: Visit | None = None,
+) -> AttentionArrays:
+    """Statistics of every layer's maps for one text, and which tokens they look at; the maps are not kept.
+
+    Args:
+        model: As `visit_attention`.
+        input_ids: Token ids (T,) or (1, T).
+        first_row: Statistics are over the rows from this one, by default the second, as in `attention_statistics`.
+        groups: In how many groups to take the heads of a model without noise heads; by default one for each KV head.
+        visit: Called with each layer's maps, all rows of them, for those who want to see them too.
+
+    Raises:
+        ValueError: as `visit_attention`, and if a map is not finite.
+    """
+    length = input_ids.shape[-1]
+    if first_row is None:
+        first_row = 1 if length > 1 else 0
+    _one_text(input_ids, first_row)
+    layers: list[LayerStatistics] = []
+    tokens: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    plain_groups: int = groups or getattr(model.config, "num_key_value_heads", None) or 1
+
+    def look(maps: LayerAttention) -> None:
+        if not all(
+            bool(one.float().sum().isfinite()) for one in (maps.signal, maps.noise, maps.lambda_) if one is not None
+        ):
+            raise ValueError(
+                f"layer {maps.layer} has attention that is not finite; the weights are damaged, or overflow in "
+                f"{str(model.dtype).removeprefix('torch.')}"
+            )
+        read = maps.rows_from(first_row)
+        layers.append(layer_statistics(read))
+        tokens.append(token_shares(read, plain_groups))
+        if visit is not None:
+            visit(maps)
+
+    visit_attention(model, input_ids, look)
+    cancelled = [one for _, one in tokens if one is not None]
+    noise = [layer.noise for layer in layers if layer.noise is not None]
+    difference = [layer.difference for layer in layers if layer.difference is not None]
+    lambdas = [layer.lambda_ for layer in layers if layer.lambda_ is not None]
+    return AttentionArrays(
+        signal=_arrays([layer.signal for layer in layers]),
+        noise=_arrays(noise) if noise else None,
+        difference=_arrays(difference) if difference else None,
+        lambda_=np.array(lambdas, dtype=np.float32) if lambdas else None,
+        received=torch.stack([one for one, _ in tokens]).numpy(),
+        cancelled=torch.stack(cancelled).numpy() if cancelled else None,
+    )
+
+
+def _arrays(layers: list[MapStatistics]) -> MapArrays:
+    return MapArrays(
+        *(
+            np.array([getattr(layer, name) for layer in layers], dtype=np.float32)
+            for name in ("entropy", "first_token", "negative")
+        )
+    )
+
+
+def token_shares(maps: LayerAttention, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`AttentionArrays.received` and `.cancelled` of one layer, (G, T) in float32.
+
+    Args:
+        maps: The layer's.
+        groups: In how many groups to take the heads of a layer without noise heads; one, if they do not divide.
+    """
+    if maps.noise is None:
+        groups = groups if len(maps.signal) % groups == 0 else 1
+        return maps.signal.float().unflatten(0, (groups, -1)).mean(dim=(1, 2)).cpu(), None
+    in_groups = (len(maps.noise), -1)
+    signal = maps.signal.float()
+    both = torch.minimum(signal, maps.subtrahend.float().clamp_min(0.0))
+    received, cancelled = (one.unflatten(0, in_groups).mean(dim=(1, 2)).cpu() for one in (signal, both))
+    return received, cancelled

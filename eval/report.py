@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from lm_eval.utils import handle_non_serializable
 from rich.table import Table
 from rich.text import Text
 
 from gda._files import write_text
+from gda._html import page
 
 from .compare import Row
 from .run import EvalReport, Outcome
@@ -142,15 +142,9 @@ def _told(value: Any) -> str:
 
 def to_html(report: EvalReport) -> str:
     """A page that needs nothing else: bars, tables and settings. Every name is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shares = [row for row in report.rows if 0 <= row.score <= 1 and (row.baseline is None or 0 <= row.baseline <= 1)]
-    return environment.get_template("report.html.jinja").render(
+    return page(
+        Path(__file__).parent / "templates" / "report.html.jinja",
         names=[outcome.name for outcome in _outcomes(report)],
         bars=shares,
         tables=[table for table in (columns(report), perplexity_columns(report)) if table[1]],

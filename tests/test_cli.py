@@ -18,7 +18,20 @@ from gda.cli import app, main
 from .commands import Command, Outcome
 from .llamas import VARIANTS, files_of, save_llama
 
-COMMANDS = ("convert", "push", "verify", "inspect", "export", "fold", "grow", "train", "eval", "serve", "demo")
+COMMANDS = (
+    "convert",
+    "push",
+    "verify",
+    "inspect",
+    "export",
+    "fold",
+    "grow",
+    "train",
+    "eval",
+    "attention",
+    "serve",
+    "demo",
+)
 FOUND = shutil.which("gda") or str(Path(sys.executable).with_name("gda"))
 
 

@@ -178,13 +178,13 @@ def test_a_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     data = {
         f"gda/{path.relative_to(ROOT).as_posix()}"
         for pattern in (
-            "*/templates/*.jinja",
+            "*/templates/*",
             "eval/tasks/README.md",
             "eval/tasks/definitions/*.yaml",
             "training/configs/*.yaml",
         )
         for path in ROOT.glob(pattern)
-    }
+    } | {f"gda/templates/{path.name}" for path in ROOT.glob("src/gda/templates/*")}
     assert "gda/modeling_gda/attention_gda.py" in modules
     assert {"gda/eval/templates/report.html.jinja", "gda/training/configs/fsdp2.yaml"} <= data
     assert held == modules | data | {"gda/py.typed"}

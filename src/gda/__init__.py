@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gda.conversion.inspect import inspect
     from gda.conversion.push import push
     from gda.conversion.verify import verify
+    from gda.eval.attention_report import attention
     from gda.eval.evaluate import evaluate
     from gda.modeling_gda.modeling_gda import (
         GDAForCausalLM,
@@ -42,6 +43,7 @@ _HOMES = {
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.push": ["push"],
         "gda.conversion.verify": ["verify"],
+        "gda.eval.attention_report": ["attention"],
         "gda.eval.evaluate": ["evaluate"],
         "gda._demo": ["demo"],
         "gda.modeling_gda.modeling_gda": [
@@ -108,6 +110,7 @@ __all__ = [
     "GDAForTokenClassification",
     "GDAModel",
     "__version__",
+    "attention",
     "convert",
     "demo",
     "evaluate",

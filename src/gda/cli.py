@@ -13,7 +13,7 @@ from gda._errors import CheckFailed
 from gda._version import __version__
 
 app = typer.Typer(
-    help="Grouped Differential Attention: convert checkpoints, check, train, evaluate, push and serve them.",
+    help="Grouped Differential Attention: convert checkpoints, check, train, evaluate, look into, push and serve them.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -799,6 +799,59 @@ def evaluate(
         as_json=as_json,
         console=progress_console,
     )
+
+
+@app.command(
+    epilog="Examples:  gda attention ./llama-gda --text 'The cat sat on the mat.' --out report.html  ·  "
+    "gda attention ./llama-gda --baseline ./llama --file text.txt --out report.html --png report.png  ·  "
+    "gda attention me/llama-gda --file text.txt --layers 11,12 --out layers.html --overwrite  ·  "
+    "gda attention ./llama-gda --text 'The cat sat.' --json"
+)
+def attention(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id or a .gguf file.")],
+    text: Annotated[str | None, typer.Option(help="The text to read.")] = None,
+    file: Annotated[str | None, typer.Option(help="Text, or .jsonl with a field text in each line.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="The page to write, HTML in one file.")] = None,
+    png: Annotated[str | None, typer.Option(metavar="FILE", help="A picture to write; needs matplotlib.")] = None,
+    baseline: Annotated[str | None, typer.Option(metavar="SOURCE", help="Another model, to set beside it.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to read of the text.")] = 512,
+    layers: Annotated[
+        str | None, typer.Option(help="Keep the maps of these layers only, parted by commas: they are finer then.")
+    ] = None,
+    map_megabytes: Annotated[float, typer.Option(help="Largest size of all maps, before compression.")] = 36.0,
+    device: Annotated[str | None, typer.Option(help="By default a GPU if there is one, else cpu.")] = None,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at a model's attention in one text: signal, noise and their difference, by layer, group and token.
+
+    The page needs no network. Maps that are too many are averaged, and the page says how; numbers never are.
+    """
+    from gda.eval.attention_report import attention as run
+    from gda.eval.attention_report import check_outs
+
+    check_outs(out, png, as_json=as_json, file=file, overwrite=overwrite)
+    report = run(
+        model,
+        text=text,
+        file=file,
+        baseline=baseline,
+        max_tokens=max_tokens,
+        layers=_layer_list(layers),
+        map_megabytes=map_megabytes,
+        device=device,
+        revision=revision,
+        console=progress_console,
+    )
+    wrote = [report.write_html(out, overwrite=overwrite)] if out is not None else []
+    wrote += [report.write_png(png, overwrite=overwrite)] if png is not None else []
+    for note in report.notes:
+        typer.echo(f"note: {note}", err=as_json)
+    for path in wrote:
+        typer.echo(f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB)", err=as_json)
+    if as_json:
+        _print_json(report.to_dict())
 
 
 @app.command(epilog="Examples:  gda demo  ·  gda demo --out smollm2-gda")

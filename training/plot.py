@@ -1,0 +1,246 @@
+"""A training log as a page: losses, learning rates, λ and what else was logged, layer by layer, over the steps."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gda._files import write_text
+from gda._html import page
+
+LOG_FILE = "training_log.jsonl"
+PAGE_FILE = "training.html"
+TEMPLATES = Path(__file__).parent / "templates"
+# Of a curve, and columns of a heat map: as many as a screen can show.
+MOST_POINTS = 1000
+MOST_COLUMNS = 400
+
+# Curves that share a chart, by title; the second entry says whether the axis is logarithmic.
+CHARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "Loss": (False, ("loss", "eval_loss", "cross_entropy")),
+    "Distillation": (False, ("kl", "hidden")),
+    "Learning rate": (True, ("learning_rate", "lambda_learning_rate")),
+    "Gradient norm": (True, ("grad_norm",)),
+    "Perplexity": (True, ("perplexity",)),
+    "Tokens a second": (False, ("tokens_per_second",)),
+    "Masks": (False, ("growth_mask", "lambda_anneal")),
+}
+LAYER_CHARTS = {
+    "lambda": "λ",
+    "signal_norm": "Norm of the signal's output",
+    "noise_norm": "Norm of the noise's output",
+    "subtracted": "Share that is subtracted",
+    "gradient_norm": "Gradient norm",
+    "lambda_gradient_norm": "Gradient norm of λ",
+}
+
+
+@dataclass
+class TrainingLog:
+    """What a log says.
+
+    Attributes:
+        curves: (step, value) by name, in the order of the steps.
+        layers: (step, value of each layer) by name.
+        notes: What was odd about it, and what was thinned.
+    """
+
+    curves: dict[str, list[tuple[int, float]]]
+    layers: dict[str, list[tuple[int, list[float | None]]]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int:
+        """The last one that was logged."""
+        points: list[Sequence[Any]] = [*self.curves.values(), *self.layers.values()]
+        return max((curve[-1][0] for curve in points if curve), default=0)
+
+
+def plot(log: str | Path, out: str | Path | None = None) -> Path:
+    """Draw a training log as one HTML file that needs no network, and return its path.
+
+    Curves of more than 1,000 points are thinned: of each of 500 stretches of steps the mean is drawn and, pale, the
+    lowest and the highest value. Heat maps of more than 400 steps show means of as many stretches. The page says so.
+
+    Args:
+        log: A `training_log.jsonl`, or the folder that holds one.
+        out: The page; by default `training.html` in the folder, or `NAME.html` beside `NAME.jsonl`. It is replaced.
+
+    Raises:
+        FileNotFoundError, ValueError: for bad input, naming the file, and the line where there is one.
+    """
+    given = Path(log)
+    path = given / LOG_FILE if given.is_dir() else given
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; name a training log, or the folder that holds {LOG_FILE}")
+    if out is None:
+        out = given / PAGE_FILE if given.is_dir() else path.with_suffix(".html")
+    target = Path(out)
+    if target.is_dir() or (target.exists() and target.samefile(path)):
+        raise ValueError(f"{target} is a folder or the log itself; name a file such as {PAGE_FILE}")
+    found = read_log(path)
+    text = page(
+        TEMPLATES / "plot.html.jinja",
+        script=TEMPLATES / "plot.js",
+        data=_data(found),
+        name=given.resolve().name,
+        last_step=found.last_step,
+        latest=_latest(found),
+        notes=found.notes,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, text)
+    return target
+
+
+def read_log(path: Path) -> TrainingLog:
+    """Read a log of one JSON object a line. A last line that is torn is left out, as a killed run leaves it.
+
+    Of a step that is logged more than once, by evaluation or by a run that was taken up, the last value of each counts.
+
+    Raises:
+        ValueError: naming file and line.
+    """
+    rows, notes = _rows(path)
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], {}).update(row)
+    found = TrainingLog({}, {}, notes)
+    for step in sorted(by_step):
+        row = by_step[step]
+        for name in (name for _, chart in CHARTS.values() for name in chart if row.get(name) is not None):
+            found.curves.setdefault(name, []).append((step, float(row[name])))
+        layers = sorted(row.get("layers", []), key=lambda layer: layer["layer"])
+        for name in (name for name in LAYER_CHARTS if any(layer.get(name) is not None for layer in layers)):
+            found.layers.setdefault(name, []).append((step, [layer.get(name) for layer in layers]))
+    if not found.curves and not found.layers:
+        raise ValueError(f"{path} holds nothing that can be drawn, such as a loss")
+    for name, curve in found.curves.items():
+        if broken := [step for step, value in curve if not math.isfinite(value)]:
+            found.notes.append(f"{name} is not finite at {len(broken)} step(s), first at {broken[0]}")
+    return found
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    rows: list[dict[str, Any]] = []
+    try:
+        # Not by splitlines: it also parts at characters that a JSON string may hold, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                return rows, ["the last line of the log is torn and left out"]
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        _check_row(row, path, number)
+        rows.append(row)
+    return rows, []
+
+
+def _check_row(row: Any, path: Path, number: int) -> None:
+    def refuse(what: str) -> None:
+        raise ValueError(f"{path}, line {number}: {what}")
+
+    def is_number(value: Any) -> bool:
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
+        refuse("a line is an object with a whole number `step`")
+    for name in (name for _, chart in CHARTS.values() for name in chart):
+        if not is_number(row.get(name)):
+            refuse(f"`{name}` is {row[name]!r}, no number")
+    layers = row.get("layers", [])
+    if not isinstance(layers, list) or not all(
+        isinstance(layer, dict) and isinstance(layer.get("layer"), int) for layer in layers
+    ):
+        refuse("`layers` is a list of objects with a whole number `layer`")
+    for name in LAYER_CHARTS:
+        if not all(is_number(layer.get(name)) for layer in layers):
+            refuse(f"`{name}` of a layer is no number")
+
+
+def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
+    """At most `most` points of a curve: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(curve) <= most:
+        return list(curve)
+    stretches = max(1, most // 2)
+    kept: list[tuple[int, float]] = []
+    for index in range(stretches):
+        stretch = curve[index * len(curve) // stretches : (index + 1) * len(curve) // stretches]
+        ends = {min(stretch, key=_order), max(stretch, key=_order)}
+        kept += sorted(ends)
+    return kept
+
+
+def _order(point: tuple[int, float]) -> float:
+    return point[1] if math.isfinite(point[1]) else math.inf
+
+
+def averaged(
+    values: Sequence[tuple[int, list[float | None]]], most: int = MOST_COLUMNS
+) -> list[tuple[int, list[float | None]]]:
+    """At most `most` columns: the mean of each stretch of steps, by layer, at its last step."""
+    if len(values) <= most:
+        return list(values)
+    found = []
+    for index in range(most):
+        stretch = values[index * len(values) // most : (index + 1) * len(values) // most]
+        depth = max(len(layers) for _, layers in stretch)
+        by_layer = ([layers[at] for _, layers in stretch if at < len(layers)] for at in range(depth))
+        found.append((stretch[-1][0], [_mean(layer) for layer in by_layer]))
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+def _data(log: TrainingLog) -> dict[str, Any]:
+    """What the page draws, and the notes about thinning in `log`."""
+    if (longest := max(map(len, log.curves.values()), default=0)) > MOST_POINTS:
+        log.notes.append(
+            f"of {longest:,} logged steps, curves show the means of {MOST_POINTS // 2} stretches, and pale the lowest "
+            "and the highest value of each"
+        )
+    if (longest := max(map(len, log.layers.values()), default=0)) > MOST_COLUMNS:
+        log.notes.append(f"of {longest:,} steps with layers, their figures show the means of {MOST_COLUMNS} stretches")
+    charts = []
+    for title, (logarithmic, names) in CHARTS.items():
+        if series := [_series(name, log.curves[name]) for name in names if name in log.curves]:
+            charts.append({"title": title, "log": logarithmic, "series": series})
+    maps = []
+    for name, title in LAYER_CHARTS.items():
+        if name in log.layers:
+            columns = averaged(log.layers[name])
+            maps.append(
+                {"title": title, "lines": name == "lambda", "x": [x for x, _ in columns], "y": [y for _, y in columns]}
+            )
+    return {"charts": charts, "maps": maps}
+
+
+def _series(name: str, curve: list[tuple[int, float]]) -> dict[str, Any]:
+    if len(curve) <= MOST_POINTS:
+        return {"name": name, **_points(curve)}
+    means = averaged([(step, [value]) for step, value in curve], MOST_POINTS // 2)
+    return {"name": name, **_points([(step, mean) for step, (mean,) in means]), "range": _points(thinned(curve))}
+
+
+def _points(curve: Sequence[tuple[int, float | None]]) -> dict[str, Any]:
+    return {"x": [step for step, _ in curve], "y": [value for _, value in curve]}
+
+
+def _latest(log: TrainingLog) -> list[tuple[str, str, str]]:
+    """Name, first and last value of each curve, for those who read and print."""
+
+    def told(point: tuple[int, float]) -> str:
+        return f"{point[1]:.5g} at step {point[0]:,}"
+
+    return [(name.replace("_", " "), told(curve[0]), told(curve[-1])) for name, curve in log.curves.items()]
