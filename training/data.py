@@ -1,6 +1,7 @@
 """Text for training, as windows of token ids: files and datasets of the Hub, tokenized once or while training."""
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Windows:
 
     Attributes:
         rows: With the column `input_ids`, ids (context,) int64. Of a `Dataset` the Trainer chooses the order; an
-            `IterableDataset` is shuffled here, anew in each epoch.
+            `IterableDataset` is shuffled here, and goes through the data again and again.
         count: Windows; None if they are read while training.
         tokens: In these windows; likewise.
         notes: What else one should know, in whole clauses.
@@ -187,19 +188,34 @@ def _stream(cutter: _Cutter, sources: list[TextSource], seed: int) -> Windows:
         if tokens >= cutter.context:
             break
     cutter.require_a_window(tokens)
-    features = Features({"input_ids": List(Value("int32"), length=cutter.context)})
-    rows = IterableDataset.from_generator(_Rows(cutter, sources), features=features)
-    return Windows(rows.shuffle(seed=seed, buffer_size=SHUFFLED).with_format("torch"), None, None, cutter.notes)
+    rows = IterableDataset.from_generator(_Passes(cutter, sources, seed), features=_features(cutter.context))
+    return Windows(rows.with_format("torch"), None, None, cutter.notes)
+
+
+def _features(context: int) -> Features:
+    return Features({"input_ids": List(Value("int32"), length=context)})
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Makes the rows of a stream, each time from its beginning."""
+class _Passes:
+    """Reads a stream again and again, shuffled anew each time.
+
+    For the Trainer it is one endless epoch. It takes all streams for that, also where they end, when it skips what was
+    read before an interruption.
+    """
 
     cutter: _Cutter
     sources: list[TextSource]
+    seed: int
 
-    def __call__(self) -> Iterator[dict[str, NDArray[np.int32]]]:
+    def __call__(self) -> Iterator[dict[str, list[int]]]:
+        rows = IterableDataset.from_generator(self._once, features=_features(self.cutter.context))
+        rows = rows.shuffle(seed=self.seed, buffer_size=SHUFFLED)
+        for number in itertools.count():
+            rows.set_epoch(number)
+            yield from rows
+
+    def _once(self) -> Iterator[dict[str, NDArray[np.int32]]]:
         for block in self.cutter.windows(self.sources):
             if block.shape[1] == self.cutter.context:
                 for window in block:

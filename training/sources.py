@@ -157,7 +157,7 @@ class _Parquet:
                 yield text, True
 
     def _texts(self) -> Iterator[str | None]:
-        with pq.ParquetFile(self.path) as file:
+        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
             batches = file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[self.field])
             row = 0
             while True:
@@ -194,14 +194,13 @@ class _HubDataset:
             FileNotFoundError, ValueError, ConnectionError, PermissionError: naming the dataset and what to do.
         """
         from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError
         from huggingface_hub.errors import HTTPError
 
         repository, config, split = [*name.split(":", 2), "", ""][:3]
         try:
             with _bars_for_people():
                 rows: Any = load_dataset(repository, config or None, split=split or "train", streaming=streaming)
-        except DatasetNotFoundError as error:
+        except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{option} {name} is neither a file nor a dataset that the Hub gives ({first_line(error)}); "
                 f"if it is private or gated, {LOG_IN}"
