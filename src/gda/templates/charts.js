@@ -100,14 +100,21 @@ function ticks(low, high, number) {
   return { found, places: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)) };
 }
 
-// Powers of ten, and between few of them 2 and 5 times these.
+// Powers of ten, and between few of them 2 and 5 times these; none where there would be fewer than two.
 function logTicks(low, high) {
   const powers = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, index) => Math.floor(low) + index);
   const inside = (tick) => Math.log10(tick) >= low - 1e-9 && Math.log10(tick) <= high + 1e-9;
   const all = powers.flatMap((power) => [1, 2, 5].map((factor) => factor * 10 ** power)).filter(inside);
+  if (all.length < 2) return null;
   if (all.length <= 6) return all;
   const every = Math.ceil(powers.length / 6);
   return powers.filter((_, index) => index % every === 0).map((power) => 10 ** power).filter(inside);
+}
+
+// Where an axis from `low` to `high`, exponents of ten where it is logarithmic, has its lines.
+function yTicksOf(log, low, high) {
+  const found = log ? logTicks(low, high) : null;
+  return found ? { found } : log ? ticks(10 ** low, 10 ** high, 4) : ticks(low, high, 4);
 }
 
 function short(value, places) {
@@ -138,11 +145,11 @@ function lineChart(place, { title, xLabel, series, from = null, log = false, not
   const py = (y) => height - bottom - ((scale(y) - low) / (high - low)) * (height - top - bottom);
 
   const drawing = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
-  const yTicks = log ? { found: logTicks(low, high) } : ticks(low, high, 4);
+  const yTicks = yTicksOf(log, low, high);
   for (const tick of yTicks.found) {
     const y = py(tick);
     drawing.append(shape("line", { class: "grid", x1: left, x2: width - right, y1: y, y2: y }));
-    const places = log ? Math.max(0, -Math.floor(Math.log10(tick) + 1e-9)) : yTicks.places;
+    const places = yTicks.places ?? Math.max(0, -Math.floor(Math.log10(tick) + 1e-9));
     drawing.append(shape("text", { class: "quiet", x: left - 6, y: y + 4, "text-anchor": "end" }, short(tick, places)));
   }
   const xTicks = ticks(first, last > first ? last : first + 1, 6);
