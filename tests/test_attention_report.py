@@ -508,7 +508,7 @@ def test_a_llama_alone_a_lambda_of_zero_and_one_token(folder: Path, tmp_path: Pa
         assert page.inner_text("#cursor") == "0 “a” looks at 0 “a”"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_forty_layers_of_eight_groups_and_512_tokens(tmp_path: Path) -> None:
     """The page is within its size, says what it averaged, and opens; layers that are asked for are whole."""
     shape = {"num_hidden_layers": 40, "num_attention_heads": 40, "num_noise_heads": 8, "num_key_value_heads": 8}

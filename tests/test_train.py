@@ -471,7 +471,7 @@ def test_killed_at_any_moment(models: Path, tmp_path: Path) -> None:
     """Between any two changes of the disk, checkpoints, their removal and the result among them: never a torn one."""
     expected = short(models, "gda", tmp_path / "whole") and tensors_of(tmp_path / "whole")
     place, resumed = tmp_path / "place", set()
-    for moment in range(1, 1000, 7):
+    for moment in range(1, 1000, 11):
         place.mkdir()
         if not killed_at(moment, place, lambda: short(models, "gda", place / "out")):
             break
