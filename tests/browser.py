@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,17 @@ def opened(path: Path, *, width: int = 1440, height: int = 1000, scheme: str = "
 def number(text: str) -> float:
     """A number as pages write it."""
     return float(text.replace("−", "-").replace(",", ""))
+
+
+class Page(HTMLParser):
+    """The tags of a page, and the addresses in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href") or name.startswith("on")]

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import weakref
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from gda.eval.analysis import LayerAttention, attention_arrays, attention_statis
 from gda.eval.attention_maps import LEVELS, SIGNED_LEVELS, MapKind, MapPlan, group_maps, pack, pooled, unpack
 from gda.eval.attention_report import AttentionReport
 
-from .browser import number, opened
+from .browser import Page, number, opened
 from .commands import Command
 from .llamas import byte_tokenizer, llama_model, save_llama
 from .tiny import tiny_config, tiny_model, token_ids
@@ -330,20 +329,6 @@ def test_tokens_are_shown_as_text(folder: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- the page
-
-
-class Page(HTMLParser):
-    """Tags of a page, and addresses in it."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href") or name.startswith("on")]
 
 
 def test_the_page_has_a_policy_and_no_address(report: AttentionReport) -> None:

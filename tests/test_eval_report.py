@@ -5,7 +5,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import gda
 from gda._files import sha256
 
+from .browser import Page
 from .commands import Command
 from .evaluation import write_models
 from .llamas import byte_tokenizer
@@ -123,20 +123,6 @@ def test_the_screen_shows_the_table_and_prompts(folder: Path, command: Command) 
     assert "scored  ' The cat thanked " in outcome.out
     assert "running gda\nrunning llama\n" in outcome.error
     assert "it/s" not in outcome.error  # nobody watches a bar
-
-
-class Page(HTMLParser):
-    """Tags and addresses of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href") or name.startswith("on")]
 
 
 def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Path, command: Command) -> None:
