@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -213,7 +213,7 @@ class Shown(TrainerCallback):
     ) -> None:
         if self._evaluating is None:
             loader = kwargs.get("eval_dataloader")
-            total = len(loader) if hasattr(loader, "__len__") else None
+            total = len(loader) if isinstance(loader, Sized) else None
             self._evaluating = self._bar.add_task("measuring", total=total, told="")
         self._bar.advance(self._evaluating)
 
