@@ -199,7 +199,7 @@ def test_inspect_verify_and_export(tmp_path: Path) -> None:
     model.set_lambda_anneal(0.5, target=TARGET)
     model.save_pretrained(tmp_path / "annealed")
     assert "λ annealed over 0.7, 0.5 of the way" in gda.inspect(tmp_path / "annealed").head_map
-    for method in ("layers", "tensors"):
+    for method in ("full", "layers"):
         assert gda.verify(tmp_path / "annealed", tmp_path / "annealed", method=method).passed
     with pytest.raises(ValueError, match="anneals λ"):
         gda.export(tmp_path / "annealed", tmp_path / "out", format="llama")

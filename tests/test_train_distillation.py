@@ -91,7 +91,7 @@ def test_kl_in_chunks_is_that_of_the_whole(chunk: int, monkeypatch: pytest.Monke
     ours, theirs = (3 * torch.randn(2, 7, 11, generator=generator) for _ in range(2))
     predicted = torch.rand(14, generator=generator) > 0.4
     for dtype, error in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        a, b = (ours.to(dtype).requires_grad_() for _ in range(2))
+        a, b = (ours.clone().to(dtype).requires_grad_() for _ in range(2))
         found = divergence(a, theirs.to(dtype), predicted, T)
         p, q = ((each.flatten(0, 1).double() / T).softmax(-1) for each in (theirs.to(dtype), b))
         wanted = (p * (p.log() - q.log())).sum(-1)[predicted].sum()

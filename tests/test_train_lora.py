@@ -94,8 +94,10 @@ def test_updates_of_the_projections_and_lambda_learn(name: str, tmp_path: Path) 
 
 def test_the_seed_is_its_own() -> None:
     """The start follows from it, and the world's random numbers are not touched."""
+    models = [model_of("gqa") for _ in range(3)]
     state = torch.get_rng_state()
-    a, b, c = (adapted("gqa", Path(), seed).state_dict() for seed in (1, 1, 2))
+    made = [choose_what_learns(each, "lora", "", RANK, seed=seed) for each, seed in zip(models, (1, 1, 2), strict=True)]
+    a, b, c = (each.state_dict() for each in made)
     assert torch.equal(torch.get_rng_state(), state)
     differing = {each for each in a if not torch.equal(a[each], c[each])}
     assert all(torch.equal(a[each], b[each]) for each in a)

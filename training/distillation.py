@@ -102,7 +102,7 @@ class Distillation:
     def ask(self, inputs: Mapping[str, Any]) -> Any:
         """What the teacher says to inputs of the student."""
         ids = inputs["input_ids"]
-        self.teacher.to(ids.device)  # type: ignore[arg-type]
+        self.teacher.to(ids.device)
         return self.teacher(
             input_ids=ids,
             attention_mask=inputs.get("attention_mask"),
@@ -147,7 +147,7 @@ def divergence(student: Tensor, teacher: Tensor, predicted: Tensor, temperature:
         *(each.flatten(0, -2).split(CHUNK) for each in (student, teacher, predicted.unsqueeze(-1))), strict=True
     )
     total = [checkpoint(_chunk_divergence, *chunk, temperature, use_reentrant=False) for chunk in chunks]
-    return torch.stack(total).sum()  # type: ignore[arg-type]
+    return torch.stack(total).sum()
 
 
 def _chunk_divergence(student: Tensor, teacher: Tensor, predicted: Tensor, temperature: float) -> Tensor:

@@ -4,14 +4,14 @@ import contextlib
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType, DynamoBackend
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
@@ -83,8 +83,10 @@ class GDATrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, over three groups, of which λ is the last."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            model = self._learner if model is None else model
+            made: Any = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, cast(PreTrainedModel, model)
+            )
             groups = optimizer_groups(
                 model,
                 learning_rate=self.args.learning_rate,
@@ -106,7 +108,7 @@ class GDATrainer(Trainer):
             if self.distillation is None or not model.training:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             wants_states = {"output_hidden_states": True} if self.distillation.hidden_weight > 0 else {}
-            loss, outputs = super().compute_loss(model, inputs | wants_states, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, {**inputs, **wants_states}, True, num_items_in_batch)
         with self.accelerator.autocast():
             taught = self.distillation.ask(inputs)
         parts = self.distillation.compare(outputs, taught, inputs["labels"], self._divisor(inputs, num_items_in_batch))
@@ -128,7 +130,7 @@ class GDATrainer(Trainer):
         """As the Trainer's; the last of a step leaves the gradients whole and not yet clipped."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.layer_log is not None and self._measures and self.accelerator.sync_gradients:
-            self.layer_log.read_gradients(self.model)
+            self.layer_log.read_gradients(self._learner)
         return loss
 
     # ---------------------------------------------------------------------------------------------------------- logging
@@ -153,7 +155,7 @@ class GDATrainer(Trainer):
     def _listening(self) -> contextlib.AbstractContextManager[None]:
         if self.layer_log is None or not self._measures:
             return contextlib.nullcontext()
-        return self.layer_log.listening(self.model, self.state.global_step + 1)
+        return self.layer_log.listening(self._learner, self.state.global_step + 1)
 
     def _note(self, cross_entropy: Tensor, parts: Parts, num_items: Tensor | int | None) -> None:
         """Add up the parts of the loss until they are logged."""
@@ -194,7 +196,7 @@ class GDATrainer(Trainer):
         self._parts = {}
         if tokens and seconds:
             more["tokens_per_second"] = tokens / seconds
-        config: Any = self.model.config
+        config = self._learner.config
         more |= {
             name: getattr(config, name)
             for name in ("growth_mask", "lambda_anneal")
@@ -215,7 +217,7 @@ class GDATrainer(Trainer):
         entry: dict[str, Any] = {"step": self.state.global_step, "epoch": logs.get("epoch")}
         if self.args.include_num_input_tokens_seen != "no":
             entry["tokens"] = int(self.state.num_input_tokens_seen)
-        names = ("loss", "learning_rate", "lambda_learning_rate", "grad_norm", "tokens_per_second")
+        names: tuple[str, ...] = ("loss", "learning_rate", "lambda_learning_rate", "grad_norm", "tokens_per_second")
         names += ("cross_entropy", "kl", "hidden", "growth_mask", "lambda_anneal")
         return entry | {name: float(logs[name]) for name in names if name in logs}
 
@@ -224,40 +226,47 @@ class GDATrainer(Trainer):
         reporters = tuple(INTEGRATION_TO_CALLBACK.values())
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, reporters):
-                callback.on_log(self.args, self.state, self.control, model=self.model, logs=dict(layers))
+                cast(TrainerCallback, callback).on_log(
+                    self.args, self.state, self.control, model=self.model, logs=dict(layers)
+                )
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
+    @property
+    def _learner(self) -> Any:
+        """The model, or PEFT's around it."""
+        return self.model
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain model; in a checkpoint of LoRA, all that learns as well."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and is_adapted(self.model):
-            named = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
+        if _internal_call and is_adapted(self._learner):
+            named = [(name, each) for name, each in self._learner.named_parameters() if each.requires_grad]
             learned = {_bare(name): _whole(each.detach()).cpu().contiguous() for name, each in named}
             if self.args.should_save:
-                save_file(learned, Path(output_dir or self.args.output_dir) / LEARNED_FILE, {"format": "pt"})
+                save_file(learned, Path(str(output_dir or self.args.output_dir)) / LEARNED_FILE, {"format": "pt"})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not is_adapted(self.model):
+        if not is_adapted(self._learner):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            self.model.get_base_model().save_pretrained(folder, state_dict=merged_state(self.model, state_dict))
+            folder = str(output_dir or self.args.output_dir)
+            self._learner.get_base_model().save_pretrained(folder, state_dict=merged_state(self._learner, state_dict))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not is_adapted(self.model):
+        if not is_adapted(self._learner):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         path = Path(resume_from_checkpoint) / LEARNED_FILE
         if not path.is_file():
             raise ValueError(f"{path} is missing; a checkpoint of --train lora holds one")
         learned = load_file(path)
-        learning = {_bare(name): each for name, each in self.model.named_parameters() if each.requires_grad}
+        learning = {_bare(name): each for name, each in self._learner.named_parameters() if each.requires_grad}
         if differing := sorted(learned.keys() ^ learning.keys()):
             raise ValueError(f"{path} is of another training: it differs in {differing[0]}")
         with torch.no_grad():
