@@ -3,9 +3,23 @@
 from pathlib import Path
 
 from .anneal import LambdaAnnealCallback
+from .distillation import Distillation
 from .growth import GrowthMaskCallback
+from .layer_log import LayerLog
+from .parameters import choose_what_learns
+from .settings import TrainSettings
+from .trainer import GDATrainer
 
-__all__ = ["GrowthMaskCallback", "LambdaAnnealCallback", "accelerate_config"]
+__all__ = [
+    "Distillation",
+    "GDATrainer",
+    "GrowthMaskCallback",
+    "LambdaAnnealCallback",
+    "LayerLog",
+    "TrainSettings",
+    "accelerate_config",
+    "choose_what_learns",
+]
 
 
 def accelerate_config(name: str) -> Path:
