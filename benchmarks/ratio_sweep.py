@@ -296,10 +296,8 @@ def report(folder: Path, seeds: int) -> None:
     lines = [
         f"{len(results)} of {len(RATIOS) * seeds} runs have finished.",
         "",
-        "| | MLP | parameters | FLOPs | runs | loss | ± | difference by seed | right: "
-        + ", ".join(TASKS)
-        + " | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | MLP | parameters | FLOPs | runs | loss | ± | difference by seed | right: " + ", ".join(TASKS) + " |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     reference = flops(*RATIOS["Transformer"], BASELINE_MLP)
     for name, runs in by_name.items():
@@ -312,8 +310,7 @@ def report(folder: Path, seeds: int) -> None:
             f"| {name} | {runs[0]['intermediate_size']} | {runs[0]['parameters']:,} | "
             f"{runs[0]['flops'] / reference:.3f} | {len(runs)} | {statistics.fmean(losses):.4f} | "
             f"{statistics.stdev(losses) if len(losses) > 1 else 0:.4f} | "
-            f"{', '.join(f'{each:+.4f}' for each in paired)} | {', '.join(right)} | "
-            f"{statistics.median(run['seconds'] for run in runs):.0f} |"
+            f"{', '.join(f'{each:+.4f}' for each in paired)} | {', '.join(right)} |"
         )
     table = "\n".join(lines)
     (folder / "ratio_sweep.md").write_text(table + "\n")
