@@ -1,7 +1,6 @@
 """The processes of one training run: what they do together, and how the error of one ends all of them."""
 
 import contextlib
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -9,7 +8,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from gda._errors import CheckFailed
+
 T = TypeVar("T")
+
+# Of errors that a process tells the others of: what is none of these is a ValueError to them.
+KINDS = (FileNotFoundError, FileExistsError, PermissionError, ConnectionError, BlockingIOError, OSError, CheckFailed)
 
 # What gloo and NCCL say when a process at the other end is gone.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket Timeout", "remote process exited")
@@ -86,11 +90,10 @@ class Processes:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error, or one that says the same and that another process can read."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever an exception class with a signature of its own raises
-        return ValueError(str(error))
+    """One that says the same and that another process can read, whatever was the signature of its class."""
+    if error is None:
+        return None
+    return next((kind for kind in KINDS if isinstance(error, kind)), ValueError)(str(error))
 
 
 def is_told_elsewhere(error: BaseException) -> bool:
