@@ -59,13 +59,18 @@ class TrainReport:
         return _exp(self.last_eval_loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return vars(self) | {
+        """The report as JSON-ready values; what is not finite is None."""
+        told = vars(self) | {
             "out": str(self.out),
             "first_perplexity": self.first_perplexity,
             "last_perplexity": self.last_perplexity,
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
         }
+        return {name: _finite(value) for name, value in told.items()}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _exp(loss: float | None) -> float | None:
