@@ -1,11 +1,49 @@
 """Training GDA models: what the Trainer of transformers is given."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .anneal import LambdaAnnealCallback
 from .growth import GrowthMaskCallback
 
-__all__ = ["GrowthMaskCallback", "LambdaAnnealCallback", "accelerate_config"]
+if TYPE_CHECKING:
+    from .distillation import Distillation
+    from .layer_log import LayerLog
+    from .parameters import choose_what_learns, merged, optimizer_groups
+    from .trainer import GDATrainer
+
+__all__ = [
+    "Distillation",
+    "GDATrainer",
+    "GrowthMaskCallback",
+    "LambdaAnnealCallback",
+    "LayerLog",
+    "accelerate_config",
+    "choose_what_learns",
+    "merged",
+    "optimizer_groups",
+]
+
+# Where the names are that take the modelling code and the Trainer along.
+_HOMES = {
+    "Distillation": "distillation",
+    "GDATrainer": "trainer",
+    "LayerLog": "layer_log",
+    "choose_what_learns": "parameters",
+    "merged": "parameters",
+    "optimizer_groups": "parameters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gda.training' has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
 
 
 def accelerate_config(name: str) -> Path:
