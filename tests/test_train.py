@@ -505,6 +505,17 @@ def test_ctrl_c_twice_is_at_once(models: Path, tmp_path: Path, interrupt: Callab
     assert os.listdir(tmp_path) == [".out.partial"]
 
 
+def test_another_teacher(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+    """A teacher that has changed meanwhile would end in other weights, and is told."""
+    shutil.copytree(models / "llama", tmp_path / "teacher")
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher")
+    os.utime(tmp_path / "teacher" / "model.safetensors", (1, 1))
+    with pytest.raises(ValueError, match=r"model\.safetensors of the teacher has changed since"):
+        train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher", resume=True)
+
+
 def test_killed_at_a_step(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
     """SIGKILL in step 4: the checkpoint of step 2 is there, and the weights are those of an unbroken run."""
     short(models, "gda", tmp_path / "whole")

@@ -17,7 +17,7 @@ class TrainReport:
         steps: Optimizer steps.
         tokens: Tokens that the model read in them; those of a second pass over the data count again.
         data_tokens: Tokens in the windows that the data fills; None when streaming.
-        first_loss: Loss of the first step, nats a token.
+        first_loss: Loss of the first step, nats a token; with a teacher, all of it (see `Distillation`).
         last_loss: Mean loss of the last steps, as many as lie between two entries of the log.
         first_eval_loss: Loss on `eval_data` before the first step; None without.
         last_eval_loss: And after the last.
