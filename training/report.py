@@ -23,7 +23,8 @@ class TrainReport:
         last_eval_loss: And after the last.
         num_parameters: Of the model.
         num_trained: Those that could move; of parameters that are new in part, the new entries.
-        tokens_per_second: Over all processes, in training steps of the last session; None if it did none.
+        tokens_per_second: Over all processes, in training steps of the last session, without the time for reading the
+            data; None if it did none.
         peak_memory: Bytes of the accelerator, or of the main process where it trains on the CPU.
         resumed_from: The step that the last session went on from.
         dry_run: Whether nothing was trained and written.
