@@ -323,6 +323,22 @@ def test_paths_and_none_in_python(models: Path, tmp_path: Path) -> None:
     assert told["settings"]["teacher"] == str(models / "llama")
 
 
+def test_a_dry_run_counts_what_a_run_reads(models: Path, tmp_path: Path) -> None:
+    """Also where a pass over the data ends in the middle of a step, and the run in the middle of a pass."""
+    options = {"steps": None, "epochs": 1.5, "accumulation": 5}
+    dry, run = (train(models, "gda", tmp_path / "out", dry_run=dry, **options) for dry in (True, False))
+    assert (dry.steps, dry.tokens) == (run.steps, run.tokens)
+
+
+def test_a_vocabulary_of_another_size(models: Path, tmp_path: Path, command: Command) -> None:
+    """In config.json than in the weights: the tensor is named."""
+    shutil.copytree(models / "gda", tmp_path / "gda")
+    change_config(tmp_path / "gda", vocab_size=250)
+    outcome = command("train", tmp_path / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
+    refused(outcome, "do not fit, mismatched keys: ", tmp_path)
+    assert "weight" in outcome.error
+
+
 def test_lora_warns_of_nothing(models: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """Nor of names that PEFT uses."""
     train(models, "gda", tmp_path / "out", steps=1, train="lora", lora_rank=2)

@@ -173,8 +173,13 @@ def _steps(settings: TrainSettings, windows: int | None, processes: int) -> int:
     if settings.steps is not None:
         return settings.steps
     assert windows is not None  # streaming needs --steps
-    passes = math.ceil(math.ceil(windows / settings.batch_size) / processes)
-    return math.ceil(settings.epochs * math.ceil(passes / settings.accumulation))
+    return math.ceil(settings.epochs * steps_of_a_pass(settings, windows, processes))
+
+
+def steps_of_a_pass(settings: TrainSettings, windows: int, processes: int) -> int:
+    """Optimizer steps in which the data is read once; the last may read less than the others."""
+    batches = math.ceil(math.ceil(windows / settings.batch_size) / processes)
+    return math.ceil(batches / settings.accumulation)
 
 
 def arguments_of(plan: Plan, folder: Path, *, begins: bool) -> TrainingArguments:

@@ -37,7 +37,7 @@ from .guards import Interrupts, NotFinite, Pace, Shown, Stops, Watched, WholeChe
 from .layer_log import LayerLog
 from .model_folder import model_stamps, read_config, save
 from .parameters import is_adapted, merged, merged_state
-from .plan import Plan, arguments_of, context_of, make_plan
+from .plan import Plan, arguments_of, context_of, make_plan, steps_of_a_pass
 from .processes import Processes
 from .report import TrainReport
 from .run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, stamps, step_of
@@ -167,13 +167,14 @@ def _rehearse(
     with contextlib.ExitStack() as stack:
         scratch = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="gda-train-")))
         plan = processes.together(lambda: make_plan(source, settings, processes, Path(scratch), console))
-    tokens = plan.steps * settings.batch_size * settings.accumulation * processes.count
-    if plan.windows.count is not None and settings.steps is None:
-        tokens = round(min(tokens, settings.epochs * plan.windows.count))
+    passes, rest = 0, plan.steps
+    if plan.windows.count is not None:
+        passes, rest = divmod(plan.steps, steps_of_a_pass(settings, plan.windows.count, processes.count))
+    windows = passes * (plan.windows.count or 0) + rest * settings.batch_size * settings.accumulation * processes.count
     return TrainReport(
         out=out,
         steps=plan.steps,
-        tokens=tokens * context_of(settings, plan.config),
+        tokens=windows * context_of(settings, plan.config),
         data_tokens=plan.windows.tokens,
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
