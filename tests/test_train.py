@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 import gda
 from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GROWTH_FIELDS
+from gda.training.report import TrainReport
 
 from .commands import Command
 from .llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
@@ -207,6 +208,10 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "learning rate": (("--learning-rate", "nan"), "--learning-rate nan"),
     "no learning rate": (("--learning-rate", 0), "--learning-rate 0"),
     "seed": (("--seed", -1), "--seed -1"),
+    "empty data": (("--data", ""), "--data is empty"),
+    "empty eval data": (("--eval-data", ""), "--eval-data is empty"),
+    "no reporter": (("--report-to", "json"), "--report-to 'json' is no reporter"),
+    "a reporter's module": (("--report-to", "a.b"), "--report-to 'a.b' is no reporter"),
 }
 
 
@@ -286,6 +291,70 @@ def test_annealing_goes_on(models: Path, tmp_path: Path) -> None:
     assert any("goes on from 0.5" in note for note in report.notes)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["lambda_anneal"], written["lambda_target"]) == (None, None)
+
+
+def test_another_target_than_the_model_is_on_its_way_over(models: Path, tmp_path: Path, command: Command) -> None:
+    """In terms of the command, and before anything is done: --dry-run says it as well."""
+    shutil.copytree(models / "gda", tmp_path / "on-the-way")
+    change_config(tmp_path / "on-the-way", lambda_anneal=0.5, lambda_target=0.2)
+    arguments = ("train", tmp_path / "on-the-way", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
+    options = ("--lambda-anneal-steps", 4, "--lambda-target")
+    for more in ((), ("--dry-run",)):
+        refused(command(*arguments, *options, 0.3, *more), "--lambda-target 0.3", tmp_path)
+    assert command(*arguments, *options, 0.2, "--dry-run").code == 0
+
+
+def test_a_model_is_refused_before_its_data_is_tokenized(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Much text takes hours, for a teacher that is none."""
+    monkeypatch.setattr("gda.training.plan.open_windows", lambda *_, **__: pytest.fail("the data was read"))
+    with pytest.raises(ValueError, match="--teacher"):
+        train(models, "grown", tmp_path / "out", teacher=models / "llama", hidden_weight=0.1)
+
+
+def test_paths_and_none_in_python(models: Path, tmp_path: Path) -> None:
+    """A teacher may be a Path, and None is nothing, as for other options."""
+    report = train(
+        models, "gda", tmp_path / "out", steps=1, teacher=models / "llama", eval_data=None, report_to=None, lora_rank=2
+    )
+    assert report.first_eval_loss is None
+    told = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert told["settings"]["teacher"] == str(models / "llama")
+
+
+def test_a_dry_run_counts_what_a_run_reads(models: Path, tmp_path: Path) -> None:
+    """Also where a pass over the data ends in the middle of a step, and the run in the middle of a pass."""
+    options = {"steps": None, "epochs": 1.5, "accumulation": 5}
+    dry, run = (train(models, "gda", tmp_path / "out", dry_run=dry, **options) for dry in (True, False))
+    assert (dry.steps, dry.tokens) == (run.steps, run.tokens)
+
+
+def test_a_vocabulary_of_another_size(models: Path, tmp_path: Path, command: Command) -> None:
+    """In config.json than in the weights: the tensor is named."""
+    shutil.copytree(models / "gda", tmp_path / "gda")
+    change_config(tmp_path / "gda", vocab_size=250)
+    outcome = command("train", tmp_path / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
+    refused(outcome, "do not fit, mismatched keys: ", tmp_path)
+    assert "weight" in outcome.error
+
+
+def test_lora_warns_of_nothing(models: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Nor of names that PEFT uses."""
+    train(models, "gda", tmp_path / "out", steps=1, train="lora", lora_rank=2)
+    assert [str(each.message) for each in recwarn if each.category is FutureWarning] == []
+
+
+def test_a_report_is_json_whatever_was_measured(tmp_path: Path) -> None:
+    """No NaN and no Infinity, which JSON does not know."""
+    report = TrainReport(
+        tmp_path, 1, 2, None, 3, 3, first_loss=math.inf, first_eval_loss=800.0, last_eval_loss=math.nan
+    )
+    told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [told[name] for name in ("first_loss", "first_perplexity", "last_eval_loss", "last_perplexity")] == [
+        None
+    ] * 4
+    assert told["first_eval_loss"] == 800.0
 
 
 def test_a_learning_rate_that_is_far_too_high(models: Path, tmp_path: Path, command: Command) -> None:
@@ -450,6 +519,17 @@ def test_ctrl_c_twice_is_at_once(models: Path, tmp_path: Path, interrupt: Callab
     with pytest.raises(KeyboardInterrupt):
         short(models, "gda", tmp_path / "none")
     assert os.listdir(tmp_path) == [".out.partial"]
+
+
+def test_another_teacher(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+    """A teacher that has changed meanwhile would end in other weights, and is told."""
+    shutil.copytree(models / "llama", tmp_path / "teacher")
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher")
+    os.utime(tmp_path / "teacher" / "model.safetensors", (1, 1))
+    with pytest.raises(ValueError, match=r"model\.safetensors of the teacher has changed since"):
+        train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher", resume=True)
 
 
 def test_killed_at_a_step(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:

@@ -389,7 +389,7 @@ def test_parquet_that_cannot_be_read(opened: Callable[..., Windows], tmp_path: P
     refused(lambda: opened(path), ValueError, "a.parquet is no parquet file that can be read")
 
 
-@pytest.mark.parametrize("name", ["none.txt", "./none", "/none/none", "none.parquet", "no/such/file"])
+@pytest.mark.parametrize("name", ["none.txt", "./none", "/none/none", "none.parquet", "no/such/file", "no/file.csv"])
 def test_a_file_that_is_not_there(name: str, opened: Callable[..., Windows]) -> None:
     """What looks like a path is not asked of the Hub."""
     refused(lambda: opened(name), FileNotFoundError, f"--data {name} is not a file")

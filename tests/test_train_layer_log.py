@@ -13,13 +13,15 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
+from gda import training
 from gda.training import LambdaAnnealCallback
 from gda.training.distillation import Distillation
 from gda.training.layer_log import LayerLog, for_reporters
 from gda.training.parameters import choose_what_learns
 from gda.training.trainer import GDATrainer
 
-from .tiny import tiny_model, token_ids
+from .llamas import llama_model
+from .tiny import VOCAB_SIZE, tiny_model, token_ids
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -278,3 +280,24 @@ def test_reporters_have_the_layers_by_name(monkeypatch: pytest.MonkeyPatch, tmp_
     ]
     names = for_reporters([{"layer": 0, "lambda": 0.1}] * 101)
     assert list(names)[1] == "layers/001/lambda"
+
+
+def test_a_script_of_ones_own(tmp_path: Path) -> None:
+    """What it needs is in gda.training; the log may be named by a string, in a folder that is still to be made."""
+    log = training.LayerLog(str(tmp_path / "logs" / "log.jsonl"))
+    taught = training.Distillation(tiny_model(seed=4), weight=0.5)
+    made = trainer(model_of(), tmp_path, log, training.GDATrainer, distillation=taught, lambda_learning_rate=0.1)
+    made.train()
+    (line,) = lines(tmp_path / "logs" / "log.jsonl")
+    assert len(line["layers"]) == 2
+    made.log({"loss": 1.0})  # of the script's own, which knows no learning rate
+    assert set(training.__all__) <= set(dir(training))
+    assert all(hasattr(training, name) for name in training.__all__)
+
+
+def test_the_llama_beside_it(tmp_path: Path) -> None:
+    """A control without differential attention is trained by the same script, and has no layers to tell of."""
+    trainer(llama_model(vocab_size=VOCAB_SIZE), tmp_path, LayerLog(tmp_path / "log.jsonl")).train()
+    (line,) = lines(tmp_path / "log.jsonl")
+    assert "loss" in line
+    assert "layers" not in line

@@ -11,6 +11,7 @@ import pytest
 from gda.training.plot import MOST_COLUMNS, MOST_POINTS, averaged, plot, read_log, thinned
 
 from .browser import opened
+from .commands import Command
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
@@ -129,3 +130,12 @@ def test_places_that_are_none(tmp_path: Path) -> None:
     for out in (tmp_path, path):
         with pytest.raises(ValueError, match="folder or the log itself"):
             plot(path, out)
+
+
+def test_drawn_again_by_the_command(tmp_path: Path, command: Command) -> None:
+    """Its path is printed, or is JSON; without --plot it is OUT that is missing."""
+    write_log(tmp_path / "training_log.jsonl", [line(1), line(2)])
+    page = tmp_path / "training.html"
+    assert command("train", tmp_path, "--plot") == (0, f"{page}\n", "")
+    assert json.loads(command("train", tmp_path, "--plot", "--json").out) == {"page": str(page)}
+    assert command("train", tmp_path) == (2, "", "gda: OUT is missing; name the folder to make\n")

@@ -6,7 +6,7 @@ from .anneal import LambdaAnnealCallback
 from .distillation import Distillation
 from .growth import GrowthMaskCallback
 from .layer_log import LayerLog
-from .parameters import choose_what_learns
+from .parameters import choose_what_learns, merged, optimizer_groups
 from .settings import TrainSettings
 from .trainer import GDATrainer
 
@@ -19,6 +19,8 @@ __all__ = [
     "TrainSettings",
     "accelerate_config",
     "choose_what_learns",
+    "merged",
+    "optimizer_groups",
 ]
 
 

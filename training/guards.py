@@ -157,7 +157,7 @@ class WholeCheckpoints(TrainerCallback):
 
 
 class Pace(TrainerCallback):
-    """Tokens a second in training steps: without evaluation, checkpoints and loading."""
+    """Tokens a second in training steps: without evaluation, checkpoints and reading the data."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

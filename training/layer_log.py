@@ -27,6 +27,8 @@ MEASURES = ("tokens", "lambda", "signal", "noise", "subtracted", "difference")
 class LayerLog(TrainerCallback):
     """A log of training in JSON lines, and what of it is measured in the layers.
 
+    It is written by a `GDATrainer` that is given it as `layer_log`; another Trainer's callbacks know too little.
+
     A line with "layers" has for each layer
 
     - `lambda`: the mean of what is subtracted by, over tokens and heads;
@@ -44,8 +46,8 @@ class LayerLog(TrainerCallback):
             after the step from which it goes on.
     """
 
-    def __init__(self, path: Path | None):
-        self.path = path
+    def __init__(self, path: str | Path | None):
+        self.path = None if path is None else Path(path)
         self.step: int | None = None
         self.sums: Tensor | None = None  # (layers, MEASURES), each a mean times the tokens it is of
         self.gradients: list[dict[str, float]] = []
@@ -56,9 +58,11 @@ class LayerLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave out what an earlier run wrote of steps that come again, and a line that it did not finish."""
-        if self.path is None or not state.is_world_process_zero or not self.path.exists():
+        if self.path is None or not state.is_world_process_zero:
             return
-        write_text(self.path, "".join(_lines_until(self.path, state.global_step)))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            write_text(self.path, "".join(_lines_until(self.path, state.global_step)))
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a line; a number that is not finite becomes null."""
@@ -72,6 +76,9 @@ class LayerLog(TrainerCallback):
     def listening(self, model: nn.Module, step: int) -> Iterator[None]:
         """While it is entered, forward passes of the model are measured, as part of that step."""
         attentions = [module for module in model.modules() if isinstance(module, GDAAttention)]
+        if not attentions:  # the Llama that a GDA model is compared with
+            yield
+            return
         if self.step != step or self.sums is None:
             self.step, self.gradients = step, []
             self.sums = torch.zeros(len(attentions), len(MEASURES), device=attentions[0].o_proj.weight.device)

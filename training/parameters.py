@@ -1,6 +1,7 @@
 """What of a model learns, and how: the parameters that move, their rates, and which of them decay."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,8 @@ def _with_lora(model: PreTrainedModel, rank: int, seed: int) -> "PeftModel":
     # A low-rank factor for itself, by heads, which PEFT has no form for.
     whole = [name for name, module in modules if isinstance(module, HeadwiseUp)]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, bias="none", task_type="CAUSAL_LM")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for gradient checkpointing by its old name
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, adapter_name=ADAPTER)
     for name, parameter in adapted.named_parameters():

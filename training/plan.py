@@ -90,6 +90,21 @@ def make_plan(
 ) -> Plan:
     config, tokenizer = read_config(source), read_tokenizer(source)
     context = context_of(settings, config)
+    _require_same_target(settings, config)
+    # All that may be refused comes before the data, which may take hours to be tokenized.
+    model, dtypes = load(source)
+    distillation = None
+    if settings.teacher is not None:
+        distillation = Distillation.load(
+            settings.teacher,
+            model,
+            weight=settings.distill_weight,
+            temperature=settings.temperature,
+            hidden_weight=settings.hidden_weight,
+            tokenizer=tokenizer,
+        )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    learner = choose_what_learns(model, settings.train, source, settings.lora_rank, seed=settings.seed)
 
     def windows(names: tuple[str, ...], option: str) -> Windows:
         return open_windows(
@@ -113,19 +128,6 @@ def make_plan(
             f"--lambda-anneal-steps {settings.lambda_anneal_steps} is above the {steps} steps of this run: "
             "λ would not be its own at the end"
         )
-    model, dtypes = load(source)
-    distillation = None
-    if settings.teacher is not None:
-        distillation = Distillation.load(
-            settings.teacher,
-            model,
-            weight=settings.distill_weight,
-            temperature=settings.temperature,
-            hidden_weight=settings.hidden_weight,
-            tokenizer=tokenizer,
-        )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    learner = choose_what_learns(model, settings.train, source, settings.lora_rank, seed=settings.seed)
     notes = [*read.notes]
     if config.growth_mask is not None:
         notes.append(f"the growth mask rises from {config.growth_mask:g} to 1 over {steps} steps")
@@ -158,13 +160,26 @@ def context_of(settings: TrainSettings, config: GDAConfig) -> int:
     return min(CONTEXT, longest) if settings.context is None else settings.context
 
 
+def _require_same_target(settings: TrainSettings, config: GDAConfig) -> None:
+    wanted, held = settings.lambda_target, config.lambda_target
+    if config.lambda_anneal is not None and wanted not in (None, held):
+        raise ValueError(
+            f"--lambda-target {wanted}: λ of the model is on its way over {held:g} and would jump; pass {held:g}"
+        )
+
+
 def _steps(settings: TrainSettings, windows: int | None, processes: int) -> int:
     """Optimizer steps in all, as the Trainer counts those of an epoch."""
     if settings.steps is not None:
         return settings.steps
     assert windows is not None  # streaming needs --steps
-    passes = math.ceil(math.ceil(windows / settings.batch_size) / processes)
-    return math.ceil(settings.epochs * math.ceil(passes / settings.accumulation))
+    return math.ceil(settings.epochs * steps_of_a_pass(settings, windows, processes))
+
+
+def steps_of_a_pass(settings: TrainSettings, windows: int, processes: int) -> int:
+    """Optimizer steps in which the data is read once; the last may read less than the others."""
+    batches = math.ceil(math.ceil(windows / settings.batch_size) / processes)
+    return math.ceil(batches / settings.accumulation)
 
 
 def arguments_of(plan: Plan, folder: Path, *, begins: bool) -> TrainingArguments:

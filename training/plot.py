@@ -10,7 +10,8 @@ from typing import Any
 from gda._files import write_text
 from gda._html import page
 
-LOG_FILE = "training_log.jsonl"
+from .run_folder import LOG_FILE
+
 PAGE_FILE = "training.html"
 TEMPLATES = Path(__file__).parent / "templates"
 # Of a curve, and columns of a heat map: as many as a screen can show.

@@ -17,13 +17,14 @@ class TrainReport:
         steps: Optimizer steps.
         tokens: Tokens that the model read in them; those of a second pass over the data count again.
         data_tokens: Tokens in the windows that the data fills; None when streaming.
-        first_loss: Loss of the first step, nats a token.
+        first_loss: Loss of the first step, nats a token; with a teacher, all of it (see `Distillation`).
         last_loss: Mean loss of the last steps, as many as lie between two entries of the log.
         first_eval_loss: Loss on `eval_data` before the first step; None without.
         last_eval_loss: And after the last.
         num_parameters: Of the model.
         num_trained: Those that could move; of parameters that are new in part, the new entries.
-        tokens_per_second: Over all processes, in training steps of the last session; None if it did none.
+        tokens_per_second: Over all processes, in training steps of the last session, without the time for reading the
+            data; None if it did none.
         peak_memory: Bytes of the accelerator, or of the main process where it trains on the CPU.
         resumed_from: The step that the last session went on from.
         dry_run: Whether nothing was trained and written.
@@ -59,13 +60,18 @@ class TrainReport:
         return _exp(self.last_eval_loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return vars(self) | {
+        """The report as JSON-ready values; what is not finite is None."""
+        told = vars(self) | {
             "out": str(self.out),
             "first_perplexity": self.first_perplexity,
             "last_perplexity": self.last_perplexity,
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
         }
+        return {name: _finite(value) for name, value in told.items()}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _exp(loss: float | None) -> float | None:

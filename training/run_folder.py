@@ -27,12 +27,14 @@ class Identity:
     Attributes:
         settings: All of them.
         model: Name, size and time of each file of the model.
+        teacher: The same of the teacher, if it is here.
         data: The same of local data files.
         processes: How many there are, for they share each batch.
     """
 
     settings: TrainSettings
     model: list[list[Any]]
+    teacher: list[list[Any]]
     data: list[list[Any]]
     processes: int
 
@@ -61,7 +63,7 @@ class Identity:
             )
         if begun.get("report") is not None:
             return  # nothing is read any more
-        for kind in ("model", "data"):
+        for kind in ("model", "teacher", "data"):
             for here, there in zip(getattr(self, kind), begun.get(kind, []), strict=False):
                 if here != there:
                     raise ValueError(f"--resume: {here[0]} of the {kind} has changed since; {remedy}")

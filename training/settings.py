@@ -91,6 +91,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("--data is missing; name a file of text or a dataset")
+        for name in ("data", "eval_data"):
+            if "" in getattr(self, name):
+                raise ValueError(f"{option(name)} is empty; name a file of text or a dataset")
         self._check_choices()
         self._check_numbers()
         self._check_together()

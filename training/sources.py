@@ -17,6 +17,8 @@ from gda.conversion.hub import LOG_IN
 
 # Those of a folder that are read; a file that is named itself may have any ending.
 ENDINGS = (".txt", ".jsonl", ".parquet")
+# By which a name that is mistyped is known as that of a file, before the Hub is asked for it again and again.
+OTHER_ENDINGS = (".csv", ".gz", ".json", ".md", ".tsv", ".zst")
 ROWS_AT_ONCE = 1000
 # Text, and whether a document ends with it: one that is a large file comes in many pieces.
 Pieces = Iterable[tuple[str, bool]]
@@ -74,7 +76,7 @@ def _looks_like_a_path(name: str) -> bool:
         or os.path.exists(name)  # a pipe, a device
         or name.startswith((".", "/", "~"))
         or repository.count("/") > 1
-        or Path(repository).suffix in ENDINGS
+        or Path(repository).suffix in (*ENDINGS, *OTHER_ENDINGS)
     )
 
 

@@ -21,6 +21,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from gda._errors import CheckFailed, first_line
 from gda._files import check_places, refuse_existing
@@ -36,7 +37,7 @@ from .guards import Interrupts, NotFinite, Pace, Shown, Stops, Watched, WholeChe
 from .layer_log import LayerLog
 from .model_folder import model_stamps, read_config, save
 from .parameters import is_adapted, merged, merged_state
-from .plan import Plan, arguments_of, context_of, make_plan
+from .plan import Plan, arguments_of, context_of, make_plan, steps_of_a_pass
 from .processes import Processes
 from .report import TrainReport
 from .run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, stamps, step_of
@@ -99,7 +100,7 @@ def train(
         CheckFailed: if a loss, a gradient or a weight is not finite. The last checkpoint stays, and is named.
         KeyboardInterrupt: if the run was stopped.
     """
-    settings = TrainSettings(data=_names(data), **{name: _names_of(name, value) for name, value in options.items()})
+    settings = TrainSettings(data=_names(data), **{name: _plain(name, value) for name, value in options.items()})
     out = Path(out)
     if private is not None and push_to_hub is None:
         raise ValueError("--private and --public are about the repository of --push-to-hub, which is not given")
@@ -130,12 +131,15 @@ def train(
     return report
 
 
-def _names(given: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
-    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
+def _names(given: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given or ()))
 
 
-def _names_of(option: str, value: Any) -> Any:
-    return _names(value) if option in ("eval_data", "report_to") else value
+def _plain(option: str, value: Any) -> Any:
+    """The value as settings hold it: no path, no list, no None for nothing."""
+    if option in ("eval_data", "report_to"):
+        return _names(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _source(model: str | Path, out: Path, revision: str | None, settings: TrainSettings, overwrite: bool) -> Path:
@@ -147,6 +151,8 @@ def _source(model: str | Path, out: Path, revision: str | None, settings: TrainS
     if revision is not None and Path(model).exists():
         raise ValueError(f"--revision is for a Hub id, and {model} is here")
     for reporter in settings.report_to:
+        if reporter not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"--report-to {reporter!r} is no reporter; tensorboard, trackio and wandb are some")
         if find_spec(reporter) is None:
             raise ValueError(f"--report-to {reporter} needs that package; pip install {reporter}")
     source = resolve_folder(model, revision)
@@ -161,13 +167,14 @@ def _rehearse(
     with contextlib.ExitStack() as stack:
         scratch = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="gda-train-")))
         plan = processes.together(lambda: make_plan(source, settings, processes, Path(scratch), console))
-    tokens = plan.steps * settings.batch_size * settings.accumulation * processes.count
-    if plan.windows.count is not None and settings.steps is None:
-        tokens = round(min(tokens, settings.epochs * plan.windows.count))
+    passes, rest = 0, plan.steps
+    if plan.windows.count is not None:
+        passes, rest = divmod(plan.steps, steps_of_a_pass(settings, plan.windows.count, processes.count))
+    windows = passes * (plan.windows.count or 0) + rest * settings.batch_size * settings.accumulation * processes.count
     return TrainReport(
         out=out,
         steps=plan.steps,
-        tokens=tokens * context_of(settings, plan.config),
+        tokens=windows * context_of(settings, plan.config),
         data_tokens=plan.windows.tokens,
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
@@ -191,7 +198,7 @@ def _run(
     console: Console | None,
 ) -> TrainReport:
     local = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
-    identity = Identity(settings, model_stamps(source), stamps(local), processes.count)
+    identity = Identity(settings, model_stamps(source), _teacher_stamps(settings), stamps(local), processes.count)
     with _folder(out, identity, source, processes, resume=resume, overwrite=overwrite) as run:
         if run.report is not None:
             report = TrainReport(**run.report, out=out)
@@ -205,6 +212,11 @@ def _run(
         made = {"model": source.name, "data": [file.name for file in local], "versions": _versions()}
         processes.on_main(lambda: run.finish(made, told))
     return report
+
+
+def _teacher_stamps(settings: TrainSettings) -> list[list[Any]]:
+    teacher = Path(settings.teacher or "")
+    return stamps([teacher]) if teacher.is_file() else model_stamps(teacher) if settings.teacher else []
 
 
 def _files(path: Path) -> list[Path]:
@@ -345,9 +357,6 @@ def _report(out: Path, plan: Plan, trainer: _RunTrainer, pace: Pace, checkpoint:
     state: TrainerState = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     measured = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    notes = list(plan.notes)
-    if state.global_step < plan.steps:
-        notes.append(f"the data ended at step {state.global_step} of {plan.steps}")
     return TrainReport(
         out=out,
         steps=state.global_step,
@@ -362,7 +371,7 @@ def _report(out: Path, plan: Plan, trainer: _RunTrainer, pace: Pace, checkpoint:
         tokens_per_second=pace.tokens_per_second,
         peak_memory=peak_memory(trainer.args.device),
         resumed_from=None if checkpoint is None else step_of(checkpoint),
-        notes=notes,
+        notes=plan.notes,
     )
 
 

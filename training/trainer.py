@@ -168,7 +168,7 @@ class GDATrainer(Trainer):
         """As the Trainer's, with what it does not know of."""
         layers: list[dict[str, float]] = []
         if "loss" in logs:
-            if self.lambda_learning_rate is not None:
+            if self.lambda_learning_rate is not None and "learning_rate" in logs:
                 logs["lambda_learning_rate"] = logs["learning_rate"] * self._ratio
             logs |= self._more()
             if self.layer_log is not None:

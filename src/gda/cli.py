@@ -601,7 +601,7 @@ def train(
     the same weights. Of a model in masked growth the mask rises to 1 over the steps. OUT appears only when it is whole.
     """
     if out is None:
-        _draw_again(model, plot, data)
+        _draw_again(model, plot, data, as_json)
         return
     from gda.training.train import train as run
 
@@ -653,12 +653,13 @@ def train(
         _print_json(report.to_dict()) if as_json else _print_trained(report)
 
 
-def _draw_again(folder: str, plot: bool, data: list[str] | None) -> None:
+def _draw_again(folder: str, plot: bool, data: list[str] | None, as_json: bool) -> None:
     if not plot or data:
         raise ValueError("OUT is missing; name the folder to make")
     from gda.training.plot import plot as draw
 
-    typer.echo(draw(folder))
+    page = draw(folder)
+    _print_json({"page": str(page)}) if as_json else typer.echo(page)
 
 
 def _is_main_process() -> bool:
