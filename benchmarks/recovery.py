@@ -33,7 +33,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
     import gda  # noqa: F401
     from gda._screen import quiet_transformers
     from gda.training.data import collate, open_windows
-    from gda.training.guards import Pace, peak_memory
+    from gda.training.guards import peak_memory
     from gda.training.layer_log import LayerLog
     from gda.training.parameters import choose_what_learns, count_learning
     from gda.training.trainer import GDATrainer
@@ -56,7 +56,6 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
         ids = torch.tensor(test[: options["test_tokens"]])
         before = loss_of(model, ids, context)
         learner = choose_what_learns(model, options["train"], folder, 16)
-        pace = Pace()
         arguments = TrainingArguments(
             output_dir=str(out / "scratch"),
             max_steps=options["steps"] or math.ceil(windows.count / options["batch"]),
@@ -80,7 +79,6 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
             arguments,
             train_dataset=windows.rows,
             data_collator=collate,
-            callbacks=[pace],
             lambda_learning_rate=options["lambda_learning_rate"],
             layer_log=LayerLog(out / f"{name}.jsonl") if name == "split" else None,
         )
@@ -96,7 +94,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
         "tokens": int(trainer.state.num_input_tokens_seen),
         "test_tokens": len(ids),
         "minutes": seconds / 60,
-        "tokens_per_second": pace.tokens_per_second,
+        "tokens_per_second": trainer.pace.tokens_per_second,
         "peak_memory": peak_memory(arguments.device),
         "before": before,
         "after": after,

@@ -4,7 +4,6 @@ import contextlib
 import math
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sized
 from pathlib import Path
 from types import FrameType
@@ -154,31 +153,6 @@ class WholeCheckpoints(TrainerCallback):
             keep_last(self.folder, self.keep)
 
         self.processes.on_main(mark)  # it begins when all processes have written theirs
-
-
-class Pace(TrainerCallback):
-    """Tokens a second in training steps: without evaluation, checkpoints and reading the data."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._tokens_before: int | None = None
-        self._tokens = 0
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._tokens_before is None:
-            self._tokens_before = int(state.num_input_tokens_seen)
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._began
-        self._tokens = int(state.num_input_tokens_seen) - (self._tokens_before or 0)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of this process's session, over all processes; None if it did no step."""
-        return self._tokens / self.seconds if self.seconds else None
 
 
 class Shown(TrainerCallback):

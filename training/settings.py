@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 LEARNERS = ("new", "attention", "all", "lora")
@@ -141,10 +141,20 @@ class TrainSettings:
             )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} are more than all steps together")
-        if self.teacher is None and self.hidden_weight:
-            raise ValueError(f"--hidden-weight {self.hidden_weight} needs a --teacher, whose hidden states are matched")
-        if self.eval_every is not None and not self.eval_data:
-            raise ValueError(f"--eval-every {self.eval_every} needs --eval-data, on which to measure")
+        self._refuse_without_effect()
+
+    def _refuse_without_effect(self) -> None:
+        usual = {each.name: each.default for each in fields(self)}
+        of_teacher = (self.teacher is not None, "a --teacher to learn from")
+        needs = dict.fromkeys(("distill_weight", "temperature", "hidden_weight"), of_teacher) | {
+            "lora_rank": (self.train == "lora", "--train lora"),
+            "decay": (self.schedule == "wsd", "--schedule wsd"),
+            "eval_every": (bool(self.eval_data), "--eval-data, on which to measure"),
+            "epochs": (self.steps is None, "no --steps beside it, which say how long to train, too"),
+        }
+        for name, (is_there, needed) in needs.items():
+            if not is_there and (value := getattr(self, name)) != usual[name]:
+                raise ValueError(f"{option(name)} {value} needs {needed}")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""

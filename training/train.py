@@ -33,7 +33,7 @@ from gda.conversion.sources import resolve_folder
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
 from .data import collate
-from .guards import Interrupts, NotFinite, Pace, Shown, Stops, Watched, WholeCheckpoints, peak_memory
+from .guards import Interrupts, NotFinite, Shown, Stops, Watched, WholeCheckpoints, peak_memory
 from .layer_log import LayerLog
 from .model_folder import model_stamps, read_config, save
 from .parameters import is_adapted, merged, merged_state
@@ -205,8 +205,8 @@ def _run(
         else:
             plan = processes.together(lambda: make_plan(source, settings, processes, run.path / DATA_FOLDER, console))
             processes.on_main(lambda: _require_space(run.path, plan))
-            trainer, pace = _train(plan, run, source, processes, console)
-            report = _report(out, plan, trainer, pace, run.checkpoint)
+            trainer = _train(plan, run, source, processes, console)
+            report = _report(out, plan, trainer, run.checkpoint)
             _write(trainer, plan, source, run.path, processes, bundle_code)
         told = {name: value for name, value in vars(report).items() if name not in ("out", "pushed")}
         made = {"model": source.name, "data": [file.name for file in local], "versions": _versions()}
@@ -314,15 +314,12 @@ class _RunTrainer(Watched, GDATrainer):
         return plain
 
 
-def _train(
-    plan: Plan, run: _Place, source: Path, processes: Processes, console: Console | None
-) -> tuple[_RunTrainer, Pace]:
+def _train(plan: Plan, run: _Place, source: Path, processes: Processes, console: Console | None) -> _RunTrainer:
     settings = plan.settings
-    shown, pace = Shown(console if processes.is_main else None), Pace()
+    shown = Shown(console if processes.is_main else None)
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
     callbacks: list[TrainerCallback] = [
         WholeCheckpoints(run.path, source, dtypes, settings.keep, processes),
-        pace,
         shown,
         *plan.rising(),
     ]
@@ -350,10 +347,10 @@ def _train(
         shown.close()
     if stops.interrupted:
         raise KeyboardInterrupt
-    return trainer, pace
+    return trainer
 
 
-def _report(out: Path, plan: Plan, trainer: _RunTrainer, pace: Pace, checkpoint: Path | None) -> TrainReport:
+def _report(out: Path, plan: Plan, trainer: _RunTrainer, checkpoint: Path | None) -> TrainReport:
     state: TrainerState = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     measured = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -368,7 +365,7 @@ def _report(out: Path, plan: Plan, trainer: _RunTrainer, pace: Pace, checkpoint:
         last_loss=losses[-1],
         first_eval_loss=measured[0] if measured else None,
         last_eval_loss=measured[-1] if measured else None,
-        tokens_per_second=pace.tokens_per_second,
+        tokens_per_second=trainer.pace.tokens_per_second,
         peak_memory=peak_memory(trainer.args.device),
         resumed_from=None if checkpoint is None else step_of(checkpoint),
         notes=plan.notes,

@@ -47,6 +47,9 @@ class GDATrainer(Trainer):
         layer_log: Where to log by layer.
         kwargs: As of the Trainer.
 
+    Attributes:
+        pace: Steps, seconds and tokens of this session.
+
     Raises:
         ValueError: if one process sees several GPUs: start a process for each.
     """
@@ -67,10 +70,10 @@ class GDATrainer(Trainer):
         self.distillation = distillation
         self.layer_log = layer_log
         self._parts: dict[str, Tensor] = {}
-        self._pace = _Pace()
+        self.pace = Pace()
         super().__init__(model, args, **kwargs)
         keep_sums_wide(self.accelerator)
-        self.add_callback(self._pace)
+        self.add_callback(self.pace)
         if layer_log is not None:
             self.add_callback(layer_log)
         if partly := partly_frozen(model):
@@ -189,7 +192,7 @@ class GDATrainer(Trainer):
 
     def _more(self) -> dict[str, float]:
         """Of the steps since the last line."""
-        steps, seconds, tokens = self._pace.take(self.state)
+        steps, seconds, tokens = self.pace.since_last()
         more = {
             name: float(self._sum(part)) / self.accelerator.num_processes / steps for name, part in self._parts.items()
         }
@@ -274,27 +277,35 @@ class GDATrainer(Trainer):
                 parameter.copy_(_as(parameter, learned[name]))
 
 
-class _Pace(TrainerCallback):
-    """Counts steps, seconds and tokens from one line of the log to the next."""
+class Pace(TrainerCallback):
+    """Tokens a second in training steps: without evaluation, checkpoints and reading the data."""
 
     def __init__(self) -> None:
-        self.steps, self.seconds, self.tokens, self.started = 0, 0.0, 0, 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.steps, self.seconds, self.tokens = 0, 0.0, state.num_input_tokens_seen
+        self.steps, self.seconds, self.tokens = 0, 0.0, 0  # of the session
+        self._first_token: int | None = None
+        self._told = (0, 0.0, 0)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.steps += 1
-        self.started = time.perf_counter()
+        if self._first_token is None:
+            self._first_token = int(state.num_input_tokens_seen)
+        self._began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+        self.seconds += time.perf_counter() - self._began
+        self.tokens = int(state.num_input_tokens_seen) - (self._first_token or 0)
 
-    def take(self, state: TrainerState) -> tuple[int, float, float]:
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of this process's session, over all processes; None if it did no step."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    def since_last(self) -> tuple[int, float, int]:
         """Steps, seconds in them, and tokens since this was last asked."""
-        taken = max(self.steps, 1), self.seconds, state.num_input_tokens_seen - self.tokens
-        self.steps, self.seconds, self.tokens = 0, 0.0, state.num_input_tokens_seen
-        return taken
+        now = self.steps, self.seconds, self.tokens
+        steps, seconds, tokens = (here - before for here, before in zip(now, self._told, strict=True))
+        self._told = now
+        return max(int(steps), 1), seconds, int(tokens)
 
 
 class _OldEntries(TrainerCallback):
