@@ -397,7 +397,7 @@ def test_tokenizer_template_generation_config_and_licence_are_copied_byte_for_by
     (source / "modeling_llama.py").write_text("raise SystemExit")
     convert(source, tmp_path / "gda")
     before, after = files_of(source), files_of(tmp_path / "gda")
-    made = {"model.safetensors", "config.json", "conversion.json", "README.md"}
+    made = {"model.safetensors", "config.json", "conversion.json", "trainable.json", "README.md"}
     made |= {"configuration_gda.py", "modeling_gda.py", "attention_gda.py"}
     assert set(after) - made == {
         "LICENSE",
