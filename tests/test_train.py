@@ -318,9 +318,7 @@ def test_a_model_is_refused_before_its_data_is_tokenized(
 
 def test_paths_and_none_in_python(models: Path, tmp_path: Path) -> None:
     """A teacher may be a Path, and None is nothing, as for other options."""
-    report = train(
-        models, "gda", tmp_path / "out", steps=1, teacher=models / "llama", eval_data=None, report_to=None, lora_rank=2
-    )
+    report = train(models, "gda", tmp_path / "out", steps=1, teacher=models / "llama", eval_data=None, report_to=None)
     assert report.first_eval_loss is None
     told = json.loads((tmp_path / "out" / "training.json").read_text())
     assert told["settings"]["teacher"] == str(models / "llama")
