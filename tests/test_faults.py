@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_killed_at_random_moments(name: str, kills: int, sources: Path, tmp_path
         place.mkdir()
         for resume in (False, True)[: chance.choice((1, 2))]:
             moment = chance.randint(1, MOST_CHANGES)
-            killed_at(moment, place, lambda resume=resume: make(place / "out", resume))
+            killed_at(moment, place, partial(make, place / "out", resume))
             if (place / "out").exists():
                 assert files_of(place / "out") == whole, (number, moment)
                 break

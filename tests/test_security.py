@@ -117,9 +117,7 @@ def test_a_checkpoint_cannot_run_code(
     told["files"][file] = (begun / file).stat().st_size  # as one who plants it would
     (begun / CHECKPOINT_FILE).write_text(json.dumps(told))
     options = [each for name, value in STEPS.items() for each in (f"--{name.replace('_', '-')}", value)]
-    outcome = command(
-        "train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options, "--resume"
-    )
+    outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options, "--resume")
     assert not (tmp_path / "mark").exists()
     if file == "training_args.bin":  # the Trainer writes it and nobody reads it
         assert outcome.code == 0, outcome
@@ -221,5 +219,3 @@ def test_a_pickle_named_as_weights_is_no_weights(models: Path, tmp_path: Path, c
     assert outcome.code == 2
     assert "model.safetensors is damaged" in outcome.error
     assert sorted(os.listdir(tmp_path)) == ["llama"]
-
-

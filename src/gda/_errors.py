@@ -1,6 +1,5 @@
 """Errors with an exit code of their own. A leaf module: it imports nothing of the project."""
 
-
 LONGEST = 500  # characters of a message, which may hold a value of any length
 
 

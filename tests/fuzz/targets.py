@@ -262,9 +262,7 @@ TARGETS: dict[str, Target] = {
         _resumed("begun-split", lambda folder: _split(folder, folder / "out", resume=True)),
         slow=True,
     ),
-    "training.json of a run": Target(
-        "begun-run/training.json", "json", _resumed("begun-run", _run_goes_on), slow=True
-    ),
+    "training.json of a run": Target("begun-run/training.json", "json", _resumed("begun-run", _run_goes_on), slow=True),
     "checkpoint.json of a run": Target(
         "begun-run/checkpoint-1/checkpoint.json", "json", _resumed("begun-run", _run_goes_on), slow=True
     ),
@@ -277,7 +275,5 @@ TARGETS: dict[str, Target] = {
     "weights of a run": Target(
         "begun-run/checkpoint-1/model.safetensors", "safetensors", _resumed("begun-run", _run_goes_on), slow=True
     ),
-    "log of a run": Target(
-        "begun-run/training_log.jsonl", "jsonl", _resumed("begun-run", _run_goes_on), slow=True
-    ),
+    "log of a run": Target("begun-run/training_log.jsonl", "jsonl", _resumed("begun-run", _run_goes_on), slow=True),
 }
