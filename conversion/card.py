@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import UndefinedError
 
 from gda._version import __version__
 from gda.configuration.configuration_gda import GDAConfig
@@ -48,6 +49,6 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
             engines=config.kv_layout == "shared" and config.num_noise_heads >= config.num_key_value_heads,
             version=__version__ if made is None else made["versions"]["gda"],
         )
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, UndefinedError) as error:
         raise ValueError(f"conversion.json is not one of a conversion ({error!r}); remove it") from None
     return str(card)

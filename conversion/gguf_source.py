@@ -60,6 +60,7 @@ class GGUFSource(Source):
         self.weight_files = [path]
         try:
             self._reader = GGUFReader(path)
+            self._require_layers()
             self.config = self._read_config()
         except Exception as error:  # a damaged file can make the reader raise anything
             raise ValueError(f"{path} is not a GGUF file of a model that can be read: {first_line(error)}") from None
@@ -71,6 +72,14 @@ class GGUFSource(Source):
             for name, tensor in self._tensors.items()
         }
         self._check_tensors(path)
+
+    def _require_layers(self) -> None:
+        """A number of layers is what others make lists and tables of; no more can be than there are tensors."""
+        layers = self._metadata("block_count")
+        if not isinstance(layers, int) or layers > len(self._reader.tensors):
+            raise ValueError(
+                f"{self._architecture}.block_count is {layers}, but it holds {len(self._reader.tensors)} tensors"
+            )
 
     def _read_config(self) -> PreTrainedConfig:
         with quiet_transformers():

@@ -1,7 +1,7 @@
 """What training did."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,24 @@ class TrainReport:
     def last_perplexity(self) -> float | None:
         """exp of the last loss on `eval_data`."""
         return _exp(self.last_eval_loss)
+
+    @classmethod
+    def read(cls, told: Any, out: Path, where: Path) -> "TrainReport":
+        """The report of a run that came to its end, as training.json in the folder `where` tells it.
+
+        Raises:
+            ValueError: naming the folder, if it is none.
+        """
+        numbers = {each.name for each in fields(cls)} - {"out", "notes", "pushed", "dry_run"}
+        try:
+            report = cls(**told, out=out)
+            values = {name: getattr(report, name) for name in numbers}
+            whole = all(isinstance(value, int | float | None) for value in values.values())
+            if not whole or not isinstance(report.notes, list) or not all(isinstance(n, str) for n in report.notes):
+                raise TypeError
+        except TypeError:
+            raise ValueError(f"{where} does not tell what a run came to; --overwrite begins anew") from None
+        return report
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values; what is not finite is None."""

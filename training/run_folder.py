@@ -18,6 +18,8 @@ TRAINING_FILE = "training.json"
 LOG_FILE = "training_log.jsonl"
 DATA_FOLDER = "data"
 NAME = re.compile(r"checkpoint-(\d+)")
+# What a model is stored in, by torch's names.
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,13 @@ class Identity:
         if begun.get("report") is not None:
             return  # nothing is read any more
         for kind in ("model", "teacher", "data"):
-            for here, there in zip(getattr(self, kind), begun.get(kind, []), strict=False):
+            known = begun.get(kind)
+            if not isinstance(known, list):
+                raise ValueError(f"{where} does not say what {kind} the run reads; {remedy}")
+            for here, there in zip(getattr(self, kind), known, strict=False):
                 if here != there:
                     raise ValueError(f"--resume: {here[0]} of the {kind} has changed since; {remedy}")
-            if len(getattr(self, kind)) != len(begun.get(kind, [])):
+            if len(getattr(self, kind)) != len(known):
                 raise ValueError(f"--resume: the files of the {kind} are others than they were; {remedy}")
 
 
@@ -120,6 +125,8 @@ class RunFolder:
         remove_torn(self.path)
         last, begun = last_checkpoint(self.path), self.path / TRAINING_FILE
         known = read_json(begun) if begun.is_file() else {}
+        if not isinstance(known, dict):
+            raise ValueError(f"{begun} does not say what run it is of; --overwrite begins anew")
         report = known.get("report")
         if last is None and report is None:
             self._clear()
@@ -212,9 +219,18 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def dtypes_before(folder: Path) -> dict[str, str] | None:
-    """By parameter, the dtype before training, if `folder` is a checkpoint of ours."""
+    """By parameter, the dtype before training, if `folder` is a checkpoint of ours.
+
+    Raises:
+        ValueError: naming the file, if one is no dtype that a model is stored in.
+    """
     dtypes = _read(folder / CHECKPOINT_FILE).get("dtypes")
-    return dtypes if isinstance(dtypes, dict) else None
+    if not isinstance(dtypes, dict):
+        return None
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{folder / CHECKPOINT_FILE}: {name} was {dtype!r:.100}, none of {', '.join(DTYPES)}")
+    return dtypes
 
 
 def remove_torn(folder: Path) -> None:

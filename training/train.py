@@ -40,6 +40,7 @@ from .parameters import is_adapted, merged, merged_state
 from .plan import Plan, arguments_of, context_of, make_plan, steps_of_a_pass
 from .processes import Processes
 from .report import TrainReport
+from .resuming import Resumed, require_state
 from .run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, stamps, step_of
 from .settings import TrainSettings
 from .trainer import GDATrainer
@@ -201,7 +202,7 @@ def _run(
     identity = Identity(settings, model_stamps(source), _teacher_stamps(settings), stamps(local), processes.count)
     with _folder(out, identity, source, processes, resume=resume, overwrite=overwrite) as run:
         if run.report is not None:
-            report = TrainReport(**run.report, out=out)
+            report = TrainReport.read(run.report, out, run.path)
         else:
             plan = processes.together(lambda: make_plan(source, settings, processes, run.path / DATA_FOLDER, console))
             processes.on_main(lambda: _require_space(run.path, plan))
@@ -294,8 +295,8 @@ def _require_space(path: Path, plan: Plan) -> None:
         )
 
 
-class _RunTrainer(Watched, GDATrainer):
-    """Our Trainer, watched; and what it has trained."""
+class _RunTrainer(Watched, Resumed, GDATrainer):
+    """Our Trainer, watched, and careful with what it goes on from; and what it has trained."""
 
     def whole_model(self) -> GDAForCausalLM:
         """The plain model that was trained, on the CPU in the main process; all processes must ask for it."""
@@ -316,6 +317,8 @@ class _RunTrainer(Watched, GDATrainer):
 
 def _train(plan: Plan, run: _Place, source: Path, processes: Processes, console: Console | None) -> _RunTrainer:
     settings = plan.settings
+    if run.checkpoint is not None:
+        require_state(run.checkpoint)
     shown = Shown(console if processes.is_main else None)
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
     callbacks: list[TrainerCallback] = [

@@ -40,7 +40,7 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` for writing; rename it to `path` when the block ends, remove it if it fails."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "wb", opener=_open_no_link) as file:
             yield file
         os.replace(beside, path)
     except BaseException as error:
@@ -48,6 +48,11 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
             error.filename = str(path)  # a failed write does not say of what
         beside.unlink(missing_ok=True)
         raise
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """In a folder that others may write to, a link in that place would have its target overwritten."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,7 +90,8 @@ class StagedFolder:
         resume: Whether to keep what a killed process left in the folder, instead of starting afresh.
 
     Raises:
-        FileExistsError: if `out` exists and may not be replaced.
+        FileExistsError: if `out` exists and may not be replaced, or if the folder is a link, whose target would be
+            emptied.
         BlockingIOError: if another process is filling the folder.
     """
 
@@ -107,8 +113,10 @@ class StagedFolder:
     def _make_and_lock(self) -> int:
         """Lock the folder itself: the lock goes with it to its place, and leaves no file there."""
         while True:
+            if self.folder.is_symlink():
+                raise FileExistsError(f"{self.folder} is a link, and it should be a folder of our own; remove it")
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder, os.O_RDONLY)
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
