@@ -40,7 +40,7 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
         )
         card = ModelCard.from_template(
             data,
-            template_path=str(TEMPLATE),
+            template_str=TEMPLATE.read_text(encoding="utf-8"),
             title=source["name"].rsplit("/", 1)[-1].removesuffix(".gguf"),
             made=made,
             config=config,
