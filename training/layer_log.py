@@ -16,6 +16,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.training_args import TrainingArguments
 
 from gda._files import write_text
+from gda._numbers import finite
 from gda.modeling_gda.attention_gda import GDAAttention
 
 from .parameters import is_lambda
@@ -68,7 +69,7 @@ class LayerLog(TrainerCallback):
         """Append a line; a number that is not finite becomes null."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(entry), ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(json.dumps(finite(entry), ensure_ascii=False, allow_nan=False) + "\n")
 
     # -------------------------------------------------------------------------------------------------------- measuring
 
@@ -190,11 +191,3 @@ def _lines_until(path: Path, step: int) -> Iterator[str]:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 yield line
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,10 @@
 """What training did."""
 
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gda._numbers import exponential, finite
 from gda.conversion.push import PushReport
 
 
@@ -52,12 +52,12 @@ class TrainReport:
     @property
     def first_perplexity(self) -> float | None:
         """exp of the first loss on `eval_data`."""
-        return _exp(self.first_eval_loss)
+        return None if self.first_eval_loss is None else exponential(self.first_eval_loss)
 
     @property
     def last_perplexity(self) -> float | None:
         """exp of the last loss on `eval_data`."""
-        return _exp(self.last_eval_loss)
+        return None if self.last_eval_loss is None else exponential(self.last_eval_loss)
 
     @classmethod
     def read(cls, told: Any, out: Path, where: Path) -> "TrainReport":
@@ -85,15 +85,4 @@ class TrainReport:
             "last_perplexity": self.last_perplexity,
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
         }
-        return {name: _finite(value) for name, value in told.items()}
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _exp(loss: float | None) -> float | None:
-    try:
-        return None if loss is None else math.exp(loss)
-    except OverflowError:
-        return math.inf
+        return {name: finite(value) for name, value in told.items()}

@@ -1,4 +1,4 @@
-"""Pages that need nothing else: one look, one file, no network. A leaf module: it imports nothing of the project.
+"""Pages that need nothing else: one look, one file, no network. A leaf module: it imports no room.
 
 What models and files say is data here. It is escaped in the markup, and the page's policy runs one script only, the one
 whose hash it names.
@@ -7,12 +7,12 @@ whose hash it names.
 import base64
 import hashlib
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from gda._numbers import finite
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -46,16 +46,8 @@ def page(
 
 def inert_json(value: Any) -> str:
     """JSON that may stand in a script element: nothing in it ends the element or begins a comment."""
-    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _joined(common: str, own: Path | None) -> str:

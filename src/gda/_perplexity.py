@@ -1,4 +1,4 @@
-"""Perplexity of a text. A leaf module: it imports nothing of the project."""
+"""Perplexity of a text. A leaf module: it imports no room."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gda._numbers import exponential
 
 
 @torch.inference_mode()
@@ -98,23 +100,15 @@ def text_perplexity(
     if not tokens:
         raise ValueError("the text is a BOS token and nothing else")
     return TextPerplexity(
-        token=_exp(total / tokens),
-        word=_exp(total / words),
-        byte=_exp(total / length),
+        token=exponential(total / tokens),
+        word=exponential(total / words),
+        byte=exponential(total / length),
         tokens=tokens,
         words=words,
         bytes=length,
         context=context,
         stride=stride,
     )
-
-
-def _exp(value: float) -> float:
-    """exp, and infinity where a float ends: a word may be a whole line of symbols."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
 
 
 @torch.inference_mode()
