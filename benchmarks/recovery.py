@@ -6,6 +6,9 @@ The split model and its source are trained on the same windows in the same order
 before and after on text that neither has read. The source is the control: what both learn of the text is no recovery.
 The gap is the difference of the two losses, in nats a token; the gap of perplexities is its exponential.
 
+With --teacher the split learns from predictions. Of `control` they are those of the source after its own training. Of
+`source` they are those of the source as it is, which is then the control: taught by itself it has nothing to learn.
+
 Each training is a process of its own, so that its peak memory is its own, and its result a file in --out: the same
 command goes on with what is missing.
 """
@@ -33,12 +36,16 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
     import gda  # noqa: F401
     from gda._screen import quiet_transformers
     from gda.training.data import collate, open_windows
+    from gda.training.distillation import Distillation
     from gda.training.guards import peak_memory
     from gda.training.layer_log import LayerLog
     from gda.training.parameters import choose_what_learns, count_learning
     from gda.training.trainer import GDATrainer
 
     out, context = Path(options["out"]), options["context"]
+    control = {"source": options["source"], "control": str(out / "control"), None: None}[options["teacher"]]
+    teacher = control if name == "split" else None
+    steps = 0 if name == "source" and options["teacher"] == "source" else options["steps"]
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
@@ -58,7 +65,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
         learner = choose_what_learns(model, options["train"], folder, 16)
         arguments = TrainingArguments(
             output_dir=str(out / "scratch"),
-            max_steps=options["steps"] or math.ceil(windows.count / options["batch"]),
+            max_steps=math.ceil(windows.count / options["batch"]) if steps is None else steps,
             per_device_train_batch_size=options["batch"],
             learning_rate=options["learning_rate"],
             lr_scheduler_type="cosine",
@@ -81,11 +88,16 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
             data_collator=collate,
             lambda_learning_rate=options["lambda_learning_rate"],
             layer_log=LayerLog(out / f"{name}.jsonl") if name == "split" else None,
+            distillation=Distillation.load(teacher, model, weight=options["teacher_weight"]) if teacher else None,
         )
         begun = time.perf_counter()
-        trainer.train()
+        if steps != 0:
+            trainer.train()
         seconds = time.perf_counter() - begun
         after = loss_of(model, ids, context)
+        if name == "source" and options["teacher"] == "control":
+            model.save_pretrained(out / "control")
+            tokenizer.save_pretrained(out / "control")
     return {
         "name": name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -123,7 +135,7 @@ def report(results: dict[str, dict[str, Any]], as_json: bool) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for each in (source, split):
         perplexities = (f"{math.exp(each[when]):.3f}" for when in ("before", "after"))
-        told = (f"{each['learning'] / 1e6:.1f}", f"{each['minutes']:.1f}", f"{each['tokens_per_second']:.0f}")
+        told = (f"{each['learning'] / 1e6:.1f}", f"{each['minutes']:.1f}", f"{each['tokens_per_second'] or 0:.0f}")
         table.add_row(each["name"], *perplexities, *told, f"{each['peak_memory'] / 1e6:,.0f}")
     table.add_row("split / source", *(f"{math.exp(gap):.4f}" for gap in gaps.values()))
     Console().print(table)
@@ -139,6 +151,8 @@ def main() -> None:
     parser.add_argument("--out", default="recovery")
     parser.add_argument("--train", default="all", choices=("all", "attention"))
     parser.add_argument("--steps", type=int, help="by default once through the data")
+    parser.add_argument("--teacher", choices=("source", "control"), help="whose predictions the split learns from")
+    parser.add_argument("--teacher-weight", type=float, default=1.0, help="against the text itself, from 0 to 1")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-4)

@@ -2,27 +2,68 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("GDA_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
+SECONDS_TO_START = 90
+TRIAL = """
+import sys
+from playwright.sync_api import sync_playwright
+with sync_playwright() as driver:
+    browser = driver.chromium.launch(executable_path=sys.argv[1])
+    page = browser.new_page()
+    page.set_content("<canvas></canvas>")
+    page.evaluate("document.querySelector('canvas').getContext('2d').fillRect(0, 0, 9, 9)")
+    page.keyboard.press("End")
+    page.screenshot()
+    browser.close()
+"""
+
+
+@cache
+def what_is_missing() -> str | None:
+    """Why no page can be opened here, if none can.
+
+    Where a browser may not start its processes, it and who waits for it hang: a process that can be ended tries first.
+    """
+    if CHROMIUM is None:
+        return f"needs Chromium: one of {', '.join(NAMES)} on the PATH, or GDA_CHROMIUM"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    trial = subprocess.Popen([sys.executable, "-c", TRIAL, CHROMIUM], **quiet)
+    try:
+        code = trial.wait(SECONDS_TO_START)
+    except subprocess.TimeoutExpired:
+        code = None
+        for process in (*psutil.Process(trial.pid).children(recursive=True), trial):
+            process.kill()
+    if code == 0:
+        return None
+    how = f"has not opened a page in {SECONDS_TO_START} s" if code is None else "opens no page"
+    return f"{CHROMIUM} {how} here"
+
+
 @contextmanager
 def opened(path: Path, *, width: int = 1440, height: int = 1000, scheme: str = "light") -> Iterator[Any]:
     """The page of a file, once its script has run; an error on its console, or a request that leaves it, fails.
 
-    Skips the test where there is no Chromium, or no playwright to drive it.
+    Skips the test where there is no Chromium that works, or no playwright to drive it.
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="drives Chromium; pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip(f"needs Chromium: one of {', '.join(NAMES)} on the PATH, or GDA_CHROMIUM")
+    if missing := what_is_missing():
+        pytest.skip(missing)
     complaints: list[str] = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM)
