@@ -4,6 +4,8 @@ the same bytes whatever the number of threads."""
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ import gda
 
 from .llamas import files_of, save_llama
 from .splitting import save_text
-from .test_convert_crash_safety import in_child, killed_at
+from .test_convert_crash_safety import killed_at
 
 SEED = int(os.environ.get("GDA_FUZZ_SEED", "0"))
 SHORT, LONG = 2, 50
@@ -81,19 +83,33 @@ def test_killed_at_random_moments(name: str, kills: int, sources: Path, tmp_path
         shutil.rmtree(place)
 
 
-@pytest.mark.parametrize("name", ["expand", "split", "grow"])
+CALIBRATED = ["--mode", "split", "--effort", "fast", "--calibration", "text.txt", "--calibration-tokens", "512"]
+COMMANDS = {
+    "expand": ["convert", "llama"],
+    "split": ["convert", "llama", *CALIBRATED],
+    "grow": ["grow", "gda", "--signal", "2", "--depth", "3"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_same_bytes_on_one_thread_and_on_two(name: str, sources: Path, tmp_path: Path) -> None:
     """One source, one seed: every file is the same, in processes of their own."""
-    make = makers(sources)[name]
-
-    def on(threads: int) -> None:
-        torch.set_num_threads(threads)
-        make(tmp_path / f"{threads}" / "out", False)
-
     made = []
-    for threads in (1, 2):
-        assert in_child(lambda threads=threads: on(threads)) == 0
-        made.append(files_of(tmp_path / f"{threads}" / "out"))
+    for threads in ("1", "2"):
+        command, source, *options = COMMANDS[name]
+        command_line = [
+            sys.executable,
+            "-P",
+            "-m",
+            "gda.cli",
+            command,
+            source,
+            tmp_path / threads,
+            *options,
+            "--no-verify",
+        ]
+        subprocess.run(command_line, cwd=sources, env=os.environ | {"OMP_NUM_THREADS": threads}, check=True)
+        made.append(files_of(tmp_path / threads))
     differing = [file for file in made[0] if made[0][file] != made[1].get(file)]
     assert made[0].keys() == made[1].keys()
     assert not differing
