@@ -94,7 +94,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
         if steps != 0:
             trainer.train()
         seconds = time.perf_counter() - begun
-        after = loss_of(model, ids, context)
+        after = before if steps == 0 else loss_of(model, ids, context)
         if name == "source" and options["teacher"] == "control":
             model.save_pretrained(out / "control")
             tokenizer.save_pretrained(out / "control")
