@@ -44,10 +44,11 @@ class FileRange:
     def _copied_by_kernel(self, descriptor: int, file: BinaryIO) -> int:
         """How many bytes the kernel has copied by itself: all, or less on file systems that it cannot do it on."""
         done, place = 0, file.seek(0, os.SEEK_END)
-        with contextlib.suppress(AttributeError, OSError):  # no such call here; or an error that a plain write repeats
-            while done < self.nbytes:
+        copy = getattr(os, "copy_file_range", None)  # Linux has it
+        with contextlib.suppress(OSError):  # what is a fault of the disk comes again with a plain read or write
+            while copy is not None and done < self.nbytes:
                 size = min(self.nbytes - done, MOST_AT_ONCE)
-                copied = os.copy_file_range(descriptor, file.fileno(), size, self.offset + done, place + done)
+                copied = copy(descriptor, file.fileno(), size, self.offset + done, place + done)
                 if not copied:
                     break
                 done += copied
