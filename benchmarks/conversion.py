@@ -1,9 +1,13 @@
-"""Converting a generated Llama against copying it: time and peak memory.
+"""Converting generated Llamas against copying them: time and peak memory, by size.
 
-Each repetition runs a copy, a dry run and a conversion in turn; medians are printed, and ratios to the copy of the same
-run. Start-up (imports, reading headers, planning) is what the dry run takes.
+    python benchmarks/conversion.py --gigabytes 0.3 2.6 8
+    python benchmarks/conversion.py --quick
 
-    python benchmarks/conversion.py --gigabytes 2.6 --shard-size 400MB
+A repetition runs `cp -r`, a dry run and a conversion without verification in turn; what is reported are medians, of the
+ratios to the copy of the same repetition too. Start-up (imports, reading headers, planning) is what the dry run takes.
+Each begins in the same state: what was written before is removed, nothing waits for the disk, and the source is in the
+page cache. Neither cp nor a conversion waits for the disk; "on disk" is the time until all has got there. Where cp
+shares blocks instead of copying them (reflinks of Btrfs or XFS) the comparison says nothing.
 """
 
 import argparse
@@ -16,14 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from transformers import LlamaConfig
 
+from gda._files import sha256
 from gda.conversion.recipes import Recipe, checkpoint_specs, generator_for
 from gda.conversion.safetensors_io import TensorSpec
 from gda.conversion.stream import shards_of, write_weights
@@ -57,16 +65,12 @@ def write_llama(folder: Path, config: LlamaConfig, shard_size: str) -> int:
     for name, spec in checkpoint_specs(config).items():
 
         def make(name: str = name, shape: tuple[int, ...] = spec.shape) -> torch.Tensor:
-            return torch.empty(shape).normal_(std=0.02, generator=generator_for(name, 0))
+            return torch.empty(shape).normal_(std=0.02, generator=generator_for(name, 0)).bfloat16()
 
         recipes[name] = Recipe(TensorSpec(spec.shape, torch.bfloat16), (), make, "random")
-    write_weights(folder, recipes, shards_of(recipes, shard_size), read=_nothing)
+    write_weights(folder, recipes, shards_of(recipes, shard_size), lambda name: recipes[name].make())
     config.save_pretrained(folder)
     return sum(recipe.spec.nbytes for recipe in recipes.values())
-
-
-def _nothing(name: str) -> torch.Tensor:
-    raise KeyError(name)
 
 
 def in_child(function: Callable[..., T], *arguments: object) -> T:
@@ -77,49 +81,118 @@ def in_child(function: Callable[..., T], *arguments: object) -> T:
 
 def run(*command: str) -> tuple[float, float]:
     """Seconds and peak resident megabytes of a command; at least those of this process."""
+    with tempfile.TemporaryFile() as errors:
+        begun = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begun
+        if status != 0:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)} failed: {errors.read().decode(errors='replace')}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def settle(source: Path, *outs: Path) -> None:
+    """Remove what was written, wait for the disk, and read the source into the page cache."""
+    for out in outs:
+        shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    for path in source.iterdir():
+        sha256(path)
+
+
+def to_disk(folder: Path) -> float:
+    """Seconds until the files of a folder are on the disk."""
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        sys.exit(f"{' '.join(command)} failed")
-    return time.perf_counter() - begun, usage.ru_maxrss / 1024
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - begun
+
+
+def measure(source: Path, scratch: Path, shard_size: str, repeat: int) -> dict[str, float]:
+    """Seconds, ratios and megabytes of a source."""
+    copy, out = scratch / "copy", scratch / "gda"
+    convert = [sys.executable, "-m", "gda.cli", "convert", str(source), str(out), "--no-verify"]
+    convert += ["--max-shard-size", shard_size]
+    found: dict[str, list[float]] = defaultdict(list)
+    for _ in range(repeat):
+        settle(source, copy, out)
+        copied, _ = run("cp", "-r", str(source), str(copy))
+        copied_to_disk = copied + to_disk(copy)
+        settle(source, copy, out)
+        startup, startup_peak = run(*convert, "--dry-run")
+        converted, peak = run(*convert)
+        beyond = converted - startup
+        beyond_to_disk = beyond + to_disk(out)
+        for name, value in {
+            "copy": copied,
+            "copy_on_disk": copied_to_disk,
+            "startup": startup,
+            "convert": converted,
+            "beyond_startup": beyond,
+            "beyond_startup_on_disk": beyond_to_disk,
+            "ratio": beyond / copied,
+            "ratio_on_disk": beyond_to_disk / copied_to_disk,
+            "peak_mb": peak,
+            "startup_peak_mb": startup_peak,
+        }.items():
+            found[name].append(value)
+    settle(source, copy, out)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def generated(gigabytes: float, shard_size: str, folder: Path) -> Path:
+    """A Llama of that size in `folder`, or the one that an earlier run left there."""
+    source = folder / f"llama-{gigabytes:g}GB-{shard_size}"
+    if not (source / "config.json").exists():  # which is written last
+        shutil.rmtree(source, ignore_errors=True)
+        in_child(write_llama, source, llama_config(gigabytes), shard_size)
+    return source
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2.6)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.3, 2.6])
     parser.add_argument("--shard-size", default="400MB")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="Where to work; by default the system's temporary folder.")
+    parser.add_argument("--sources", type=Path, help="Where generated models are kept, and found by the next run.")
+    parser.add_argument("--quick", action="store_true", help="A small model, once: does it run?")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        source, copy, out = (Path(scratch) / name for name in ("llama", "copy", "gda"))
-        nbytes = in_child(write_llama, source, llama_config(options.gigabytes), options.shard_size)
-        gda = [sys.executable, "-m", "gda.cli", "convert", str(source), str(out), "--no-verify"]
-        gda += ["--max-shard-size", options.shard_size]
-        times: dict[str, list[float]] = {"copy": [], "startup": [], "convert": []}
-        peak = 0.0
-        for _ in range(options.repeat):
-            times["copy"].append(run("cp", "-r", str(source), str(copy))[0])
-            shutil.rmtree(copy)
-            times["startup"].append(run(*gda, "--dry-run")[0])
-            seconds, megabytes = run(*gda)
-            times["convert"].append(seconds)
-            peak = max(peak, megabytes)
-            shutil.rmtree(out)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    beyond = [c - s for c, s in zip(times["convert"], times["startup"], strict=True)]
-    ratio = statistics.median(b / c for b, c in zip(beyond, times["copy"], strict=True))
-    report = {"gigabytes": nbytes / 1e9, **medians, "ratio_beyond_startup": ratio, "peak_rss_mb": peak}
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{nbytes / 1e9:.2f} GB in {options.shard_size} shards, medians of {options.repeat}")
-    print(f"cp -r                  {medians['copy']:7.2f} s")
-    print(f"gda convert, start-up  {medians['startup']:7.2f} s")
-    print(f"gda convert            {medians['convert']:7.2f} s   beyond start-up: {ratio:.2f} × the copy")
-    print(f"peak memory            {peak:7.0f} MB")
+    options = vars(parser.parse_args())
+    if options["quick"]:
+        options |= {"gigabytes": [0.3], "repeat": 1}
+    figures = []
+    for gigabytes in options["gigabytes"]:
+        with tempfile.TemporaryDirectory(dir=options["folder"]) as scratch:
+            source = generated(gigabytes, options["shard_size"], options["sources"] or Path(scratch))
+            nbytes = sum(path.stat().st_size for path in source.iterdir())
+            found = measure(source, Path(scratch), options["shard_size"], options["repeat"])
+        figures.append({"gigabytes": nbytes / 1e9, **found})
+    if options["json"]:
+        print(json.dumps({"options": options, "figures": figures}, indent=2, default=str))
+    else:
+        show(figures, options)
+
+
+def show(figures: list[dict[str, float]], options: dict[str, Any]) -> None:
+    table = Table(title=f"gda convert --no-verify, files of {options['shard_size']}, medians of {options['repeat']}")
+    columns = {
+        "GB": ("gigabytes", ".2f"),
+        "cp -r, s": ("copy", ".2f"),
+        "start-up, s": ("startup", ".2f"),
+        "beyond it, s": ("beyond_startup", ".2f"),
+        "× cp": ("ratio", ".2f"),
+        "on disk, × cp": ("ratio_on_disk", ".2f"),
+        "peak MB": ("peak_mb", ",.0f"),
+        "of it start-up": ("startup_peak_mb", ",.0f"),
+    }
+    for column in columns:
+        table.add_column(column, justify="right")
+    for each in figures:
+        table.add_row(*(format(each[name], form) for name, form in columns.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

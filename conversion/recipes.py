@@ -24,6 +24,11 @@ class Recipe:
         """Make the tensor, reading its sources by `read`."""
         return self.make(*(read(name) for name in self.sources)).to(self.spec.dtype)
 
+    @property
+    def copy_of(self) -> str | None:
+        """The source tensor that this one is, but perhaps for its dtype; None if it is made of some."""
+        return self.sources[0] if self.make is _identity else None
+
 
 def copied(name: str, source: TensorSpec, dtype: torch.dtype | None) -> Recipe:
     """The source's tensor of that name, in `dtype` if given, else as it is."""

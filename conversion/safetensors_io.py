@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from gda._files import read_json, written_beside
 
+from .file_range import FileRange, stamp_of
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -54,6 +56,7 @@ class SafetensorsReader:
         self.folder = folder
         self.specs: dict[str, TensorSpec] = {}
         self._files: dict[str, str] = {}
+        self._ranges: dict[str, FileRange] = {}
         indexed = self._indexed_names()
         for file in sorted(set(indexed.values())) if indexed else [WEIGHTS_FILE]:
             self._read_header(file)
@@ -94,7 +97,9 @@ class SafetensorsReader:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing, though {INDEX_FILE} names it")
         try:
+            stamp = stamp_of(path)
             with safe_open(path, framework="pt") as opened:
+                ranges = _ranges(path, stamp)
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     tensor = opened.get_slice(name)
                     dtype = DTYPES.get(tensor.get_dtype())
@@ -102,6 +107,7 @@ class SafetensorsReader:
                         raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, not one of {list(DTYPES)}")
                     self.specs[name] = TensorSpec(tuple(tensor.get_shape()), dtype)
                     self._files[name] = file
+                    self._ranges[name] = ranges[name]
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -119,14 +125,37 @@ class SafetensorsReader:
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(f"{path}: tensor {name} cannot be read: {error}") from None
 
+    def stored(self, name: str) -> FileRange:
+        """Where the tensor `name` lies.
 
-def write_safetensors(path: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        return self._ranges[name]
+
+
+def _ranges(path: Path, stamp: tuple[int, int]) -> dict[str, FileRange]:
+    """Where the tensors of a file lie whose header safetensors has found sound."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: FileRange(path, 8 + length + begin, end - begin, stamp)
+        for name, (begin, end) in ((name, entry["data_offsets"]) for name, entry in header.items())
+    }
+
+
+def write_safetensors(
+    path: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor | FileRange]]
+) -> str:
     """Write a safetensors file tensor by tensor, beside its place, byte for byte as `safetensors.torch.save_file`.
 
     Args:
         path: The file to make.
         specs: Shape and dtype of every tensor.
-        tensors: The tensors themselves, in the order of `file_order(specs)`; each may be dropped once written.
+        tensors: The tensors themselves, or where their bytes lie in another such file, in the order of
+            `file_order(specs)`; each may be dropped once written.
 
     Returns:
         The file's SHA-256.
@@ -140,14 +169,29 @@ def write_safetensors(path: Path, specs: dict[str, TensorSpec], tensors: Iterabl
     with ThreadPoolExecutor(max_workers=1) as hasher, written_beside(path) as file:
         file.write(header)
         for name, tensor in tensors:
-            if TensorSpec(tuple(tensor.shape), tensor.dtype) != specs[name]:
-                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {specs[name]}")
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            data = _bytes_of(tensor, specs[name], f"{path}: {name}")
             if hashed is not None:
                 hashed.result()  # one tensor is hashed while the next is written, so two are in memory
-            hashed = hasher.submit(digest.update, data)
-            file.write(data)
+            hashed = hasher.submit(_hash, digest, data)
+            data.append_to(file) if isinstance(data, FileRange) else file.write(data)
+        if hashed is not None:
+            hashed.result()
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor | FileRange, spec: TensorSpec, name: str) -> memoryview | FileRange:
+    if isinstance(tensor, FileRange):
+        if tensor.nbytes != spec.nbytes:
+            raise ValueError(f"{name} is {tensor.nbytes} bytes, not {spec}")
+        return tensor
+    if TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
+        raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {spec}")
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _hash(digest: "hashlib._Hash", data: memoryview | FileRange) -> None:
+    for chunk in data.chunks() if isinstance(data, FileRange) else (data,):
+        digest.update(chunk)
 
 
 def file_order(specs: dict[str, TensorSpec]) -> list[str]:

@@ -23,6 +23,7 @@ from gda._files import read_json, sha256
 from gda._trainable import TRAINABLE_FILE
 
 from . import motif
+from .file_range import FileRange
 from .hub import check_downloaded, download
 from .llamalike import LLAMALIKES, refuse_unread
 from .recipes import checkpoint_specs
@@ -66,6 +67,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`."""
+
+    def stored(self, name: str) -> FileRange | None:
+        """Where the bytes of the tensor `name` lie, if they lie anywhere as they are."""
+        return None
 
     @abstractmethod
     def load(self) -> PreTrainedModel:
@@ -144,6 +149,9 @@ class FolderSource(Source):
 
     def read(self, name: str) -> torch.Tensor:
         return self._reader.read(name)
+
+    def stored(self, name: str) -> FileRange | None:
+        return self._reader.stored(name)
 
     def load(self) -> PreTrainedModel:
         try:

@@ -15,6 +15,7 @@ from gda._files import read_json, remove, sha256, write_json, write_text
 from gda._screen import shows_progress
 from gda._version import __version__
 
+from .file_range import FileRange
 from .recipes import Recipe
 from .safetensors_io import INDEX_FILE, SafetensorsReader, file_order, write_safetensors
 from .sources import Source
@@ -88,7 +89,13 @@ def write_checkpoint(
         intact[file] = digest
         write_json(folder / MANIFEST_FILE, {"fingerprint": fingerprint, "finished": intact})
 
-    write_weights(folder, recipes, shards, read=source.read, intact=intact, finished=remember, console=console)
+    def made(name: str) -> torch.Tensor | FileRange:
+        recipe, stored = recipes[name], None
+        if (original := recipe.copy_of) is not None and source.specs[original] == recipe.spec:
+            stored = source.stored(original)
+        return recipe(source.read) if stored is None else stored
+
+    write_weights(folder, recipes, shards, made, intact=intact, finished=remember, console=console)
     return {file: intact[file] for file in shards}
 
 
@@ -96,20 +103,23 @@ def write_weights(
     folder: Path,
     recipes: dict[str, Recipe],
     shards: dict[str, list[str]],
+    made: Callable[[str], torch.Tensor | FileRange],
     *,
-    read: Callable[[str], torch.Tensor],
     intact: Container[str] = (),
     finished: Callable[[str, str], None] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Write each shard that is not `intact`, calling `finished(file, SHA-256)` after each, and the index."""
+    """Write each shard that is not `intact`, calling `finished(file, SHA-256)` after each, and the index.
+
+    `made(name)` gives a tensor, or where its bytes lie.
+    """
     total = sum(recipe.spec.nbytes for recipe in recipes.values())
     with _progress(console) as progress:
         task = progress.add_task("writing", total=total)
 
-        def made(names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        def in_turn(names: list[str]) -> Iterator[tuple[str, torch.Tensor | FileRange]]:
             for name in names:
-                yield name, recipes[name](read)
+                yield name, made(name)
                 progress.update(task, advance=recipes[name].spec.nbytes)
 
         for file, names in shards.items():
@@ -117,7 +127,7 @@ def write_weights(
             if file in intact:
                 progress.update(task, advance=sum(spec.nbytes for spec in specs.values()))
                 continue
-            digest = write_safetensors(folder / file, specs, made(file_order(specs)))
+            digest = write_safetensors(folder / file, specs, in_turn(file_order(specs)))
             if finished is not None:
                 finished(file, digest)
     if len(shards) > 1:

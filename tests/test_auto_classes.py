@@ -126,9 +126,12 @@ def test_names_and_shapes_of_tensors(kv_layout: str, lambda_type: str) -> None:
 
 
 def test_importing_gda_is_cheap() -> None:
-    """`import gda` imports neither transformers' modelling code nor any heavy library, and registers the config."""
+    """`import gda` imports no library, registers the config for whoever asks, and models with the first config."""
     script = (
-        "import sys, gda, transformers\n"
+        "import sys, gda\n"
+        "assert not sys.modules.keys() & {'transformers', 'torch', 'numpy', 'huggingface_hub'}\n"
+        "import transformers\n"
+        "transformers.AutoConfig\n"
         "libraries = {'lm_eval', 'datasets', 'matplotlib'}\n"
         "modelling = {'transformers.modeling_utils', 'gda.modeling_gda.modeling_gda'}\n"
         "assert not sys.modules.keys() & (libraries | modelling), sys.modules.keys() & (libraries | modelling)\n"
@@ -137,6 +140,29 @@ def test_importing_gda_is_cheap() -> None:
         "assert modelling < sys.modules.keys(), 'the names above are those of no module'\n"
         "assert not sys.modules.keys() & libraries\n"
     )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+FROM_A_CONFIG = (
+    "model = transformers.AutoModelForCausalLM.from_config(config)\nassert type(model) is gda.GDAForCausalLM"
+)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import gda, transformers; config = transformers.AutoConfig.for_model('gda', **fields)",
+        "import transformers.models.auto, gda; config = transformers.AutoConfig.for_model('gda', **fields)",
+        "import gda; config = gda.GDAConfig(**fields); import transformers",
+        "import gda; gda.GDAForCausalLM; import transformers; config = gda.GDAConfig(**fields)",
+        "import pickle; config = pickle.loads(pickled); import transformers, gda",
+    ],
+)
+def test_the_order_of_imports_does_not_matter(order: str) -> None:
+    """Whichever of gda, transformers and the first config comes first, the Auto classes know the type."""
+    config = tiny_config()
+    fields = f"fields = {config.to_diff_dict()!r}\nfields.pop('model_type')\n"
+    script = f"pickled = {pickle.dumps(config)!r}\n{fields}{order}\n{FROM_A_CONFIG}"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

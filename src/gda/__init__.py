@@ -1,20 +1,20 @@
 """Grouped Differential Attention for Hugging Face transformers.
 
 `import gda` teaches AutoConfig, AutoModel, AutoModelForCausalLM and the classification Auto classes the model type
-"gda". Public names are imported when they are first used.
+"gda". Public names are imported when they are first used, and transformers is not imported before somebody else does:
+`gda --help` needs neither it nor torch.
 """
 
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
-
+from gda._imports import when_imported
 from gda._version import __version__
-from gda.configuration.configuration_gda import GDAConfig
 
 if TYPE_CHECKING:
     from gda._demo import demo
+    from gda.configuration.configuration_gda import GDAConfig
     from gda.conversion.convert import convert
     from gda.conversion.export import export
     from gda.conversion.fold import fold
@@ -46,6 +46,7 @@ _HOMES = {
         "gda.eval.attention_report": ["attention"],
         "gda.eval.evaluate": ["evaluate"],
         "gda._demo": ["demo"],
+        "gda.configuration.configuration_gda": ["GDAConfig"],
         "gda.modeling_gda.modeling_gda": [
             "GDAForCausalLM",
             "GDAForQuestionAnswering",
@@ -69,10 +70,19 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
+def _register_config() -> None:
+    from transformers import AutoConfig
+
+    from gda.configuration.configuration_gda import GDAConfig
+
+    AutoConfig.register("gda", GDAConfig, exist_ok=True)
+
+
 @cache
 def _register_models() -> None:
     import transformers
 
+    from gda.configuration.configuration_gda import GDAConfig
     from gda.modeling_gda import modeling_gda
 
     for auto_name, model_class in {
@@ -85,13 +95,12 @@ def _register_models() -> None:
         getattr(transformers, auto_name).register(GDAConfig, model_class, exist_ok=True)
 
 
-def _register() -> None:
-    """Register the config now, the models with the first config that comes to be, also by unpickling.
+def _register_models_with_the_first_config() -> None:
+    """The Auto classes look a model up by its config, so a script that makes none is spared the modelling code.
 
-    The Auto classes look a model up by its config, so nothing is missed; and a script that makes none, such as
-    `gda --help`, is spared the import of transformers' modelling code, which takes longer than that of torch.
+    A config also comes to be by unpickling, which calls `__new__` and not `__init__`.
     """
-    AutoConfig.register("gda", GDAConfig, exist_ok=True)
+    from gda.configuration.configuration_gda import GDAConfig
 
     def make(cls: type[GDAConfig], *_: Any, **__: Any) -> GDAConfig:
         _register_models()
@@ -100,7 +109,8 @@ def _register() -> None:
     GDAConfig.__new__ = make  # type: ignore[method-assign, assignment]
 
 
-_register()
+when_imported("transformers.models.auto.configuration_auto", _register_config)
+when_imported("gda.configuration.configuration_gda", _register_models_with_the_first_config)
 
 __all__ = [
     "GDAConfig",
