@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gda._errors import first_line
 from gda._files import read_json, written_beside
 
 WEIGHTS_FILE = "model.safetensors"
@@ -103,7 +104,7 @@ class SafetensorsReader:
                     self.specs[name] = TensorSpec(tuple(tensor.get_shape()), dtype)
                     self._files[name] = file
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise ValueError(f"{path} is damaged: {first_line(error)}") from None
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, mapped from its file.
@@ -117,7 +118,7 @@ class SafetensorsReader:
             with safe_open(path, framework="pt") as opened:
                 return opened.get_tensor(name)
         except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read: {error}") from None
+            raise ValueError(f"{path}: tensor {name} cannot be read: {first_line(error)}") from None
 
 
 def write_safetensors(path: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

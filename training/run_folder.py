@@ -58,9 +58,9 @@ class Identity:
                 f"--resume: the run was begun with {_spelled(name, settings.get(name))}, and not with "
                 f"{_spelled(name, getattr(self.settings, name))}; pass the same, or {remedy}"
             )
-        if begun.get("processes") != self.processes:
+        if (processes := begun.get("processes")) != self.processes:
             raise ValueError(
-                f"--resume: the run was begun by {begun.get('processes')} process(es), and this is {self.processes}; "
+                f"--resume: the run was begun by {processes!r:.100} process(es), and this is {self.processes}; "
                 f"start as many, or {remedy}"
             )
         if begun.get("report") is not None:
@@ -79,7 +79,7 @@ class Identity:
 def _spelled(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value)) or None
-    return f"no {option(name)}" if value in (None, False) else f"{option(name)} {value}"
+    return f"no {option(name)}" if value in (None, False) else f"{option(name)} {value!s:.100}"
 
 
 def stamps(files: list[Path]) -> list[list[Any]]:

@@ -93,7 +93,7 @@ def _register() -> None:
     """
     AutoConfig.register("gda", GDAConfig, exist_ok=True)
 
-    def make(cls: type[GDAConfig], *_: Any, **__: Any) -> GDAConfig:
+    def make(cls: type[GDAConfig], /, *_: Any, **__: Any) -> GDAConfig:  # config.json may hold a field `cls`
         _register_models()
         return object.__new__(cls)
 
