@@ -18,8 +18,8 @@ HUB = Hub()
 HF_HOME = tempfile.TemporaryDirectory(prefix="gda-tests-hf-")
 
 # huggingface_hub reads them when it is imported, so they are set here, before any test is.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {
+    "OMP_NUM_THREADS": "1",
     "HF_ENDPOINT": HUB.url,
     "HF_HOME": HF_HOME.name,
     "HF_HUB_DISABLE_XET": "1",

@@ -27,10 +27,10 @@ from gda.conversion import stream
 from gda.conversion import write_model as write_module
 from gda.conversion.verify import VerificationFailed
 
+from .children import ENDED, FAILED, in_child
 from .llamas import files_of, save_llama
 
 SHARD_SIZE = "20KB"
-ENDED, FAILED = 0, 3
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 NO_DESCRIPTOR = -1  # inside of rmtree, paths are relative to the descriptor of a folder
@@ -53,19 +53,6 @@ def reference(source: Path, place: Path, **options: Any) -> dict[str, bytes]:
     files = files_of(place / "reference")
     shutil.rmtree(place / "reference")
     return files
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Do `work` in a forked child; return 0 or 3 for how it ended, or minus the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)  # a forked OpenMP pool has no threads
-            work()
-        except BaseException:
-            os._exit(FAILED)
-        os._exit(ENDED)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_me_at(moment: int, within: tuple[Path, ...]) -> None:

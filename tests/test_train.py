@@ -23,9 +23,10 @@ from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GROWTH_FIELDS
 from gda.training.report import TrainReport
 
+from .children import in_child
 from .commands import Command
 from .llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
-from .test_convert_crash_safety import in_child, killed_at
+from .test_convert_crash_safety import killed_at
 
 TEXT = "".join(f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(60))
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 4, "context": 32, "learning_rate": 1e-2, "save_every": 4}
