@@ -311,6 +311,23 @@ def test_resume_with_another_source_or_other_settings_is_refused_and_keeps_the_w
     assert files_of(place / "gda") == expected
 
 
+def test_resume_knows_the_source_however_its_path_is_spelled(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with a relative path, gone on with by an absolute one: finished shards are not written again."""
+    expected = reference(source, tmp_path / "place")
+    monkeypatch.chdir(source.parent)
+    assert killed_at(20, tmp_path / "place", lambda: convert(Path(source.name), tmp_path / "place" / "gda"))
+    kept = finished_shards(tmp_path / "place" / ".gda.partial")
+    assert kept
+    monkeypatch.chdir(tmp_path / "place")
+    convert(source.absolute(), Path("gda"), resume=True)
+    assert files_of(tmp_path / "place" / "gda") == expected
+    for name, identity in kept.items():
+        held = (tmp_path / "place" / "gda" / name).stat()
+        assert (held.st_ino, held.st_mtime_ns) == identity
+
+
 def test_resume_notices_a_source_that_was_changed_in_place(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

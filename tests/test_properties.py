@@ -98,18 +98,18 @@ def in_two_sizes(
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Fail where a block takes longer, as one that counts to a huge number would."""
+    """Fail where a block computes for longer, as one that counts to a huge number would."""
 
     def too_long(*_: Any) -> None:
         raise AssertionError(f"more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 # ------------------------------------------------------------------------------------------------------------- values

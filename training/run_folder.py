@@ -136,10 +136,7 @@ class RunFolder:
             self._clear()
             last = report = None
         else:
-            held = "the whole of a run" if last is None else f"step {step_of(last)} of a run"
-            raise FileExistsError(
-                f"{self.path} holds {held} that did not end; --resume goes on with it, --overwrite begins anew"
-            )
+            raise FileExistsError(_held(self.path, last))
         if report is None:
             write_json(begun, identity.to_dict())
         return last, report
@@ -169,6 +166,19 @@ class RunFolder:
         else:
             self._staged.keep()
         return last
+
+
+def begun_run(out: Path) -> str | None:
+    """What is to be said of a run into `out` that was begun and did not end; None if there is none."""
+    folder = out.with_name(f".{out.name}.partial")
+    last = last_checkpoint(folder) if folder.is_dir() else None
+    ended = _read(folder / TRAINING_FILE).get("report") is not None
+    return _held(folder, last) if ended or last is not None else None
+
+
+def _held(folder: Path, last: Path | None) -> str:
+    held = "the whole of a run" if last is None else f"step {step_of(last)} of a run"
+    return f"{folder} holds {held} that did not end; --resume goes on with it, --overwrite begins anew"
 
 
 def _read(path: Path) -> dict[str, Any]:
