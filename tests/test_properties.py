@@ -128,7 +128,12 @@ def nested(levels: int) -> Any:
 
 
 SCALARS = (
-    st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.just("a" * 70_000) | st.sampled_from(LAYER_TYPES)
+    st.none()
+    | st.booleans()
+    | NUMBERS
+    | st.text(max_size=8)
+    | st.just(70_000).map("a".__mul__)
+    | st.sampled_from(LAYER_TYPES)
 )
 ANY_JSON = st.recursive(
     SCALARS,
@@ -199,9 +204,10 @@ def source_fields(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     heads, layers = kv_heads * group, draw(st.integers(1, 3))
     width = 2 * draw(st.integers(1, 6))
-    hidden = heads * (width if family == "qwen2" else draw(st.integers(1, 4)))
+    # Of a few numbers the sum may be near 0, which makes much of their rounding.
+    hidden = heads * 2 * draw(st.integers(4, 8))
     fields: dict[str, Any] = {
-        "vocab_size": draw(st.integers(2, 40)),
+        "vocab_size": draw(st.integers(16, 40)),
         "hidden_size": hidden,
         "intermediate_size": draw(st.integers(1, 20)),
         "num_hidden_layers": layers,
