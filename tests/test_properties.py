@@ -127,14 +127,8 @@ def nested(levels: int) -> Any:
     return value
 
 
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | NUMBERS
-    | st.text(max_size=8)
-    | st.just(70_000).map("a".__mul__)
-    | st.sampled_from(LAYER_TYPES)
-)
+WORDS = st.text(max_size=8) | st.just(70_000).map("a".__mul__) | st.sampled_from(LAYER_TYPES)
+SCALARS = st.none() | st.booleans() | NUMBERS | WORDS
 ANY_JSON = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
