@@ -186,7 +186,7 @@ def test_a_tensor_that_the_disk_does_not_give(
     """A read error in the middle of a shard, after others were written: no OUT, and --resume goes on when it reads."""
     make = makers(sources)[name]
     make(tmp_path / "whole" / "out", False)
-    read, left = SafetensorsReader.read, 12
+    read, left = SafetensorsReader.read, 1
 
     def fails(self: SafetensorsReader, tensor: str) -> torch.Tensor:
         nonlocal left
@@ -204,7 +204,7 @@ def test_a_tensor_that_the_disk_does_not_give(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
 
 
-@pytest.mark.parametrize("after", [1, 9, 14])
+@pytest.mark.parametrize("after", [1, 2])
 def test_a_shard_that_is_cut_while_it_is_read(after: int, sources: Path, tmp_path: Path) -> None:
     """Whether it ends in an error or, if the file is mapped, in SIGBUS: no OUT; --resume tells of another source."""
     source = Path(shutil.copytree(sources / "llama", tmp_path / "llama"))
