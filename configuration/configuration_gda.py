@@ -172,7 +172,7 @@ FOREIGN_PARTS = ("per_layer_config", "text_config", "decoder", "generator", "tex
 # layers and its frequencies, or overflow.
 MAX_LAYERS = 10_000
 MAX_HEAD_DIM = 65_536
-MAX_LABELS = 1_000_000
+MAX_LABELS = 100_000  # a map of them is copied each time that transformers shows a config
 MAX_SIZE = 2**30
 MAX_NESTING = 20  # of lists and dicts; Python's own limit ends in a RecursionError
 MAX_SHOWN = 200  # characters of a value, in a message
