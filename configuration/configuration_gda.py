@@ -6,6 +6,7 @@
 import copy
 import math
 import os
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -162,6 +163,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What follows from other fields. (PreTrainedConfig would set it, and fail with an AttributeError.)
 DERIVED = ("num_signal_heads", "signal_noise_ratio", "signal_group_size", "value_width", "factored_projections")
+# Of what else belongs to the class and is no field, what config.json may say.
+GIVEN_BESIDE_FIELDS = ("model_type", "name_or_path", "num_labels", "output_attentions", "rope_scaling", "torch_dtype")
+# What says of a model to transformers that it has parts that a GDA model has not.
+FOREIGN_PARTS = ("per_layer_config", "text_config", "decoder", "generator", "text_encoder", "mlp_layer_types")
+
+# Far above every model that there is. Beyond them a number is a mistake, and whoever took it for true would count its
+# layers and its frequencies, or overflow.
+MAX_LAYERS = 10_000
+MAX_HEAD_DIM = 65_536
+MAX_LABELS = 100_000  # a map of them is copied each time that transformers shows a config
+MAX_SIZE = 2**30
+MAX_NESTING = 20  # of lists and dicts; Python's own limit ends in a RecursionError
+MAX_SHOWN = 200  # characters of a value, in a message
 
 
 @strict
@@ -236,7 +250,9 @@ class GDAConfig(PreTrainedConfig):
             Whether `o_proj` has one; by default as `attention_bias`, as in Llama. In Qwen2 it has none, and those have.
         attention_dropout (`float`, defaults to 0.0):
             Must be 0: the published equations define no dropout for the difference of two attention maps.
-        sliding_window (`int`, *optional*): how many keys a sliding layer sees, as in Mistral.
+        sliding_window (`int`, *optional*):
+            How many keys a sliding layer sees, as in Mistral. (With a window of 1, which is only the token itself, the
+            caches of transformers 5.23 keep too many keys: pass `use_cache=False`.)
         layer_types (`list[str]`, *optional*):
             `"full_attention"` or `"sliding_attention"` for each layer; by default sliding everywhere if
             `sliding_window` is given, full otherwise.
@@ -299,12 +315,11 @@ class GDAConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name == "noise_heads":
-                raise ValueError("GDAConfig has no field `noise_heads`; did you mean `num_noise_heads`?")
-            _require(name not in DERIVED, name, "follows from other fields and cannot be given", kwargs[name])
-            if resembled := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85):
-                raise ValueError(f"GDAConfig has no field `{name}`; did you mean `{resembled[0]}`?")
+        for name, value in kwargs.items():
+            self._refuse_argument(name, value)
+        for rope in (self.rope_parameters, kwargs.get("rope_scaling")):
+            self._refuse_nested_rope(rope)
+        _require(_is_size(self.num_hidden_layers, MAX_LAYERS), *_size_rule(self, "num_hidden_layers", MAX_LAYERS))
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
@@ -312,6 +327,34 @@ class GDAConfig(PreTrainedConfig):
             self.attention_out_bias = self.attention_bias
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    def _refuse_argument(self, name: str, value: Any) -> None:
+        """Raise ValueError for an argument that is no field and cannot be kept for whoever wants it in config.json."""
+        if name == "noise_heads":
+            raise ValueError("GDAConfig has no field `noise_heads`; did you mean `num_noise_heads`?")
+        _require(name not in DERIVED, name, "follows from other fields and cannot be given", value)
+        if resembled := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85):
+            raise ValueError(f"GDAConfig has no field `{_named(name)}`; did you mean `{resembled[0]}`?")
+        of_the_class = hasattr(type(self), name) and name not in (*GIVEN_BESIDE_FIELDS, *FOREIGN_PARTS)
+        _require(not of_the_class, name, "belongs to the class, and cannot be given", value)
+        _check_value(name, value)
+
+    @staticmethod
+    def _refuse_nested_rope(rope: Any) -> None:
+        nested = [key for key in LAYER_TYPES if isinstance(rope, dict) and key in rope]
+        _require(not nested, "rope_parameters", "must be one dict for layers of all types", rope)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a dictionary of fields, as config.json holds them: as `PreTrainedConfig.from_dict`.
+
+        Raises:
+            ValueError: naming the field that cannot be as it is.
+        """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"GDAConfig is made of a dictionary of fields; got {_shown(config_dict)}.")
+        _require("self" not in config_dict, "self", "is no field", config_dict.get("self"))
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GDAConfig":
@@ -487,12 +530,25 @@ class GDAConfig(PreTrainedConfig):
             "head_dim",
             "max_position_embeddings",
         ):
-            _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
-        for name in ("rms_norm_eps", "head_norm_eps"):
-            _require(0 < getattr(self, name) < math.inf, name, "must be positive", getattr(self, name))
+            most = {"num_hidden_layers": MAX_LAYERS, "head_dim": MAX_HEAD_DIM}.get(name, MAX_SIZE)
+            _require(_is_size(getattr(self, name), most), *_size_rule(self, name, most))
         _require(
-            0 <= self.initializer_range < math.inf, "initializer_range", "must not be negative", self.initializer_range
+            self.num_attention_heads * self.head_dim <= MAX_SIZE,
+            "num_attention_heads",
+            f"times head_dim={self.head_dim} must be at most {MAX_SIZE}",
+            self.num_attention_heads,
         )
+        for name in ("rms_norm_eps", "head_norm_eps"):
+            eps = getattr(self, name)
+            _require(eps > 0 and _is_finite(eps), name, "must be positive, and finite in float32", eps)
+        deviation = self.initializer_range
+        _require(
+            deviation >= 0 and _is_finite(deviation),
+            "initializer_range",
+            "must not be negative, and finite in float32",
+            deviation,
+        )
+        _require(not self.is_encoder_decoder, "is_encoder_decoder", "must be false", self.is_encoder_decoder)
         _require(
             self.pad_token_id is None or -self.vocab_size <= self.pad_token_id < self.vocab_size,
             "pad_token_id",
@@ -501,9 +557,9 @@ class GDAConfig(PreTrainedConfig):
         )
         _require(self.kv_layout in KV_LAYOUTS, "kv_layout", f"must be one of {KV_LAYOUTS}", self.kv_layout)
         _require(
-            self.hidden_act == "poly_norm" or self.hidden_act in _activations(),
+            self.hidden_act == "poly_norm" or _is_activation(self.hidden_act),
             "hidden_act",
-            "must be `poly_norm` or an activation of transformers",
+            "must be `poly_norm` or an activation of transformers that has no weights",
             self.hidden_act,
         )
         _require(
@@ -571,10 +627,7 @@ class GDAConfig(PreTrainedConfig):
         )
         field = "lambda_init_offset" if self.lambda_init is None else "lambda_init"
         try:
-            finite = all(
-                abs(self.layer_lambda_init(layer)) < torch.finfo(torch.float32).max
-                for layer in range(self.num_hidden_layers)
-            )
+            finite = all(_is_finite(self.layer_lambda_init(layer)) for layer in range(self.num_hidden_layers))
         except OverflowError:
             finite = False
         _require(finite, field, "must give every layer a λ_init that is finite in float32", getattr(self, field))
@@ -588,7 +641,7 @@ class GDAConfig(PreTrainedConfig):
                 target is None, "lambda_target", "must be None where lambda_anneal is: nothing is annealed", target
             )
         else:
-            within = target is not None and abs(target) < torch.finfo(torch.float32).max
+            within = target is not None and _is_finite(target)
             _require(within, "lambda_target", "must be given, and finite in float32, where lambda_anneal is", target)
 
     def _validate_layers(self) -> None:
@@ -602,7 +655,7 @@ class GDAConfig(PreTrainedConfig):
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         _require(not unknown, "layer_types", f"may hold only {LAYER_TYPES}", unknown)
         if self.sliding_window is not None:
-            _require(self.sliding_window >= 1, "sliding_window", "must be at least 1", self.sliding_window)
+            _require(_is_size(self.sliding_window, MAX_SIZE), *_size_rule(self, "sliding_window", MAX_SIZE))
         _require(
             self.sliding_window is not None or "sliding_attention" not in self.layer_types,
             "sliding_window",
@@ -653,19 +706,18 @@ class GDAConfig(PreTrainedConfig):
         rope_type = rope.get("rope_type", "default")
         _require(rope_type in ROPE_TYPES, "rope_parameters", f"rope_type must be one of {ROPE_TYPES}", rope_type)
         partial = rope.get("partial_rotary_factor", 1.0)
-        _require(
-            partial == 1.0 or rope_type == "proportional",
-            "rope_parameters",
-            "partial_rotary_factor must be 1.0 except with rope_type `proportional`",
-            partial,
-        )
-        nested = self.nested_rope_parameter_keys(rope)
-        _require(not nested, "rope_parameters", "must be one dict for layers of all types", rope)
+        if rope_type == "proportional":
+            possible = isinstance(partial, int | float) and 0 < partial <= 1
+            _require(possible, "rope_parameters", "partial_rotary_factor must be above 0, at most 1", partial)
+        else:
+            rule = "partial_rotary_factor must be 1.0 except with rope_type `proportional`"
+            _require(partial == 1.0, "rope_parameters", rule, partial)
+        self._refuse_nested_rope(rope)
         try:
             self.validate_rope()
             frequencies = self._rope_frequencies(str(rope_type))
-        except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"GDAConfig.rope_parameters: {error} (got {rope})") from None
+        except Exception as error:  # whatever transformers' functions make of values that they do not expect
+            raise ValueError(f"GDAConfig.rope_parameters: {_in_short(error)} (got {_shown(rope)})") from None
         _require(
             all(len(each) == self.head_dim // 2 and all(map(math.isfinite, each)) for each in frequencies),
             "rope_parameters",
@@ -686,26 +738,121 @@ class GDAConfig(PreTrainedConfig):
             return [compute(self, seq_len=length)[0].tolist() for length in (None, beyond)]
 
 
-def _activations() -> dict[str, Any]:
+def _is_activation(name: str) -> bool:
+    """Whether transformers has an activation of that name, and one that no checkpoint need hold anything for."""
     from transformers.activations import ACT2FN  # imports transformers' modelling code, which takes seconds
 
-    return ACT2FN
+    return name in ACT2FN and not ACT2FN[name].state_dict()
 
 
 def _require(condition: bool, field: str, rule: str, value: object) -> None:
     if not condition:
-        raise ValueError(f"GDAConfig.{field} {rule}; got {value!r}.")
+        raise ValueError(f"GDAConfig.{_named(field)} {rule}; got {_shown(value)}.")
+
+
+def _named(field: str) -> str:
+    """A name as a message shows it; config.json may hold any."""
+    return field if field.isidentifier() else _shown(field)
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it, of a length that can be read."""
+    try:
+        shown = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} of too many levels"
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
+
+
+def _in_short(error: BaseException) -> str:
+    """What somebody else's error says, in one line."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= 2 * MAX_SHOWN else f"{said[: 2 * MAX_SHOWN]}…"
+
+
+def _is_size(value: int, most: int) -> bool:
+    return 1 <= value <= most
+
+
+def _size_rule(config: GDAConfig, name: str, most: int) -> tuple[str, str, int]:
+    value = getattr(config, name)
+    return name, "must be at least 1" if value < 1 else f"must be at most {most}", value
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a number is finite in float32; integers of Python know no bound."""
+    return abs(value) < torch.finfo(torch.float32).max
+
+
+def _nests_deeply(value: Any) -> bool:
+    """Whether lists and dicts are nested beyond the limit; level by level, since a recursion would fail at that."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        containers = {id(each): each for each in level if isinstance(each, dict | list | tuple)}.values()
+        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return False
+    return True
+
+
+def _names_a_dtype(value: Any) -> bool:
+    """Whether that is, or names, a type that weights can have."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    return value is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+
+
+def _maps_labels(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(key, int) or key.removeprefix("-").isdecimal() for key in value)
+    )
+
+
+# Attributes of PreTrainedConfig that it takes as they are, and cannot work with if they are anything else.
+VALUE_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{name: (lambda value: value is None, "must be null: a GDA model has no such parts") for name in FOREIGN_PARTS},
+    **dict.fromkeys(("dtype", "torch_dtype"), (_names_a_dtype, "must name a floating-point type of torch")),
+    "id2label": (_maps_labels, "must map numbers to names"),
+    "label2id": (lambda value: value is None or isinstance(value, dict), "must map names to numbers"),
+    "num_labels": (
+        lambda value: isinstance(value, int) and 0 <= value <= MAX_LABELS,
+        f"must be an integer from 0 to {MAX_LABELS}",
+    ),
+    "quantization_config": (
+        lambda value: isinstance(value, dict) or value is None or hasattr(value, "to_dict"),
+        "must be a dictionary",
+    ),
+    "attn_implementation": (
+        lambda value: value is None or isinstance(value, str | dict),
+        "must be the name of an implementation of attention",
+    ),
+}
+
+
+def _check_value(name: str, value: Any) -> None:
+    _require(not _nests_deeply(value), name, f"must not nest deeper than {MAX_NESTING} levels", value)
+    holds, rule = VALUE_RULES.get(name, (None, ""))
+    _require(holds is None or holds(value), name, rule, value)
 
 
 def _set_field_or_value_error(config: GDAConfig, name: str, value: Any) -> None:
+    _check_value(name, value)
     try:
         _set_field(config, name, value)
     except StrictDataclassError as error:
-        raise ValueError(f"GDAConfig.{name}: {error.__cause__}") from None
+        raise ValueError(f"GDAConfig.{name}: {_in_short(error.__cause__ or error)}") from None
 
 
-# `@strict` reports a value of the wrong type by an exception of its own that is no ValueError.
+def _validate_or_value_error(config: GDAConfig) -> None:
+    try:
+        _validate(config)
+    except StrictDataclassError as error:
+        raise ValueError(f"GDAConfig: {_in_short(error.__cause__ or error)}") from None
+
+
+# `@strict` reports what it refuses by exceptions of its own that are no ValueErrors.
 _set_field = GDAConfig.__setattr__
+_validate = GDAConfig.validate  # type: ignore[attr-defined]
 GDAConfig.__setattr__ = _set_field_or_value_error  # type: ignore[method-assign, assignment]
+GDAConfig.validate = _validate_or_value_error  # type: ignore[attr-defined]
 
 __all__ = ["GDAConfig"]

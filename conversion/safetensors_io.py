@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gda._errors import first_line
 from gda._files import read_json, written_beside
 
 from .file_range import FileRange, stamp_of
@@ -109,7 +110,7 @@ class SafetensorsReader:
                     self._files[name] = file
                     self._ranges[name] = ranges[name]
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+            raise ValueError(f"{path} is damaged: {first_line(error)}") from None
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, mapped from its file.
@@ -123,7 +124,7 @@ class SafetensorsReader:
             with safe_open(path, framework="pt") as opened:
                 return opened.get_tensor(name)
         except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read: {error}") from None
+            raise ValueError(f"{path}: tensor {name} cannot be read: {first_line(error)}") from None
 
     def stored(self, name: str) -> FileRange:
         """Where the tensor `name` lies.

@@ -21,6 +21,7 @@ from gda._assets import ASSET_PATTERNS, copy_assets
 from gda._errors import first_line
 from gda._files import read_json, sha256
 from gda._trainable import TRAINABLE_FILE
+from gda.configuration.configuration_gda import MAX_HEAD_DIM, MAX_LABELS, MAX_LAYERS, MAX_SIZE
 
 from . import motif
 from .file_range import FileRange
@@ -35,8 +36,14 @@ MODEL_PATTERNS = (PROVENANCE_FILE, TRAINABLE_FILE, "config.json", *WEIGHT_PATTER
 
 CONVERTIBLE_TYPES = (*LLAMALIKES, "diffllama", motif.MODEL_TYPE)
 
-# More than any model has. A config class may hold a list with an entry for each.
-MAX_LAYERS = 100_000
+# Sizes, and far more of each than any model has. A config class may make a list of that length, a model a buffer.
+SIZES = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), MAX_SIZE),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), MAX_SIZE),
+    "num_hidden_layers": MAX_LAYERS,
+    "head_dim": MAX_HEAD_DIM,
+    "num_labels": MAX_LABELS,
+}
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -114,7 +121,8 @@ class Source(ABC):
         try:
             expected = checkpoint_specs(self.config) if self.can_run else motif.source_specs(self.config)
         except Exception as error:  # whatever a contradictory config makes the model class raise
-            raise ValueError(f"{where}: its config describes no model that can be built: {first_line(error)}") from None
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"{where}: its config.json describes no model that can be built: {said}") from None
         for name, spec in expected.items():
             if name not in self.specs:
                 raise ValueError(f"{where} has no tensor {name}, which its config.json asks for")
@@ -206,8 +214,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} names no model_type")
     model_type = raw["model_type"].lower()  # "Motif" in some of its releases
     require_known_type(model_type, path)
-    if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > MAX_LAYERS:
-        raise ValueError(f"{path} has num_hidden_layers={layers}; no model has so many layers")
+    for name, most in SIZES.items():
+        if isinstance(number := raw.get(name), int) and not 1 <= number <= most:
+            raise ValueError(f"{path} has {name}={number!r:.50}; it must be from 1 to {most}")
     if raw.get("quantization_config") is not None:
         raise ValueError(f"{path} has a quantization_config; dequantize the model and save it first")
     if model_type == motif.MODEL_TYPE:

@@ -155,7 +155,7 @@ def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, 
         source.name,
         source.revision,
         source.file_stamps(),
-        source.config.to_dict(),
+        source.config.to_dict() | {"_name_or_path": None},  # as it was spelled: relative or absolute, it is the same
         settings,
         shards,
     ]

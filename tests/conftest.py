@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 from .commands import Command, Outcome
 from .hub_server import TOKEN, Hub
@@ -17,8 +18,8 @@ HUB = Hub()
 HF_HOME = tempfile.TemporaryDirectory(prefix="gda-tests-hf-")
 
 # huggingface_hub reads them when it is imported, so they are set here, before any test is.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {
+    "OMP_NUM_THREADS": "1",
     "HF_ENDPOINT": HUB.url,
     "HF_HOME": HF_HOME.name,
     "HF_HUB_DISABLE_XET": "1",
@@ -27,6 +28,10 @@ os.environ |= {
 }
 os.environ.pop("HF_TOKEN", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+
+# To explain a failure hypothesis traces each line of torch and transformers, over and over: it seems to hang.
+settings.register_profile("gda", phases=[phase for phase in Phase if phase is not Phase.explain])
+settings.load_profile("gda")
 
 
 @pytest.fixture

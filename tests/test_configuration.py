@@ -541,6 +541,28 @@ NOT_REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 2.0}}, "rope_parameters"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10.0}}}, "rope_parameters"),
+    ({"rope_parameters": {"full_attention": 5}}, "rope_parameters"),
+    ({"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 2**24}}, "rope_parameters"),
+    *(({name: 2**31}, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "num_labels")),
+    ({"sliding_window": 2**63}, "sliding_window"),
+    ({"num_attention_heads": 2**27, "num_noise_heads": 2**26, "head_dim": 64}, "num_attention_heads"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    ({"initializer_range": 1e300}, "initializer_range"),
+    ({"hidden_act": "xielu"}, "hidden_act"),
+    ({"hidden_act": "prelu"}, "hidden_act"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+    ({"text_config": {}}, "text_config"),
+    ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config"),
+    ({"dtype": "load"}, "dtype"),
+    ({"torch_dtype": "int8"}, "torch_dtype"),
+    ({"dtype": 0.5}, "dtype"),
+    ({"id2label": {"a": "b"}}, "id2label"),
+    ({"id2label": 5}, "id2label"),
+    ({"num_labels": "2"}, "num_labels"),
+    ({"quantization_config": 5}, "quantization_config"),
+    ({"attribute_map": {"hidden_size": "head_dim"}}, "attribute_map"),
+    ({"to_dict": 1}, "to_dict"),
+    ({"__class__": None}, "__class__"),
 ]
 
 
@@ -549,6 +571,35 @@ def test_impossible_values_are_refused_by_name(changes: dict[str, Any], field: s
     """A value that no model can be built of, or none with finite logits, is a ValueError that names its field."""
     with pytest.raises(ValueError, match=rf"^GDAConfig\.{field}"):
         tiny_config(**changes)
+
+
+@pytest.mark.parametrize("name", ["self", "cls"])
+def test_a_field_named_as_an_argument_of_python(name: str) -> None:
+    """What a dictionary of fields may hold is not taken for an argument of a method."""
+    fields = tiny_config().to_dict() | {name: 1}
+    if name == "self":
+        with pytest.raises(ValueError, match=r"GDAConfig\.self is no field"):
+            GDAConfig.from_dict(fields)
+    else:
+        assert GDAConfig.from_dict(fields).cls == 1
+
+
+@pytest.mark.parametrize("name", ["num_noise_heads", "rope_parameters", "somebody_elses"])
+def test_what_is_nested_too_deeply_is_refused_by_name(name: str) -> None:
+    """Long before Python's own limit, at which nothing can be shown or saved."""
+    value: Any = []
+    for _ in range(500):
+        value = [value]
+    with pytest.raises(ValueError, match=rf"GDAConfig\.{name} must not nest deeper"):
+        tiny_config(**{name: value})
+
+
+def test_a_long_value_is_shown_in_short() -> None:
+    """A message can be read, whatever the value is."""
+    for name in ("hidden_act", "num_noise_heads", "lambda_init", "rope_parameters"):
+        with pytest.raises(ValueError, match=f"GDAConfig.{name}") as error:
+            tiny_config(**{name: "a" * 70_000})
+        assert len(str(error.value)) < 1000
 
 
 def test_config_file_holds_no_class_variable(tmp_path: Path) -> None:

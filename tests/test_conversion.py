@@ -21,6 +21,7 @@ from gda import GDAConfig
 from gda.conversion.verify import VerificationFailed
 from gda.conversion.write_model import ConvertReport
 
+from .children import ENDED, in_child
 from .llamas import VARIANTS, byte_tokenizer, change_config, files_of, llama_config, save_llama, tensors_of
 from .tiny import relative_error
 
@@ -561,15 +562,15 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
     source = save_llama(
         tmp_path / "llama", hidden_size=512, num_attention_heads=16, num_key_value_heads=4, head_dim=32, vocab_size=300
     )
-    before = torch.get_num_threads()
-    digests = {}
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            digests[threads] = convert(source, tmp_path / str(threads)).sha256
-    finally:
-        torch.set_num_threads(before)
-    assert digests[1] == digests[2] == digests[3]
+
+    def on(threads: int) -> None:
+        torch.set_num_threads(threads)
+        convert(source, tmp_path / str(threads))
+
+    for threads in (1, 2, 3):
+        assert in_child(lambda threads=threads: on(threads)) == ENDED
+    one, two, three = (files_of(tmp_path / str(threads)) for threads in (1, 2, 3))
+    assert one == two == three
 
 
 # ------------------------------------------------------------------------------------------------ dry run

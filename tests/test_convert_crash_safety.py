@@ -27,10 +27,10 @@ from gda.conversion import stream
 from gda.conversion import write_model as write_module
 from gda.conversion.verify import VerificationFailed
 
+from .children import ENDED, FAILED, in_child
 from .llamas import files_of, save_llama
 
 SHARD_SIZE = "20KB"
-ENDED, FAILED = 0, 3
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 NO_DESCRIPTOR = -1  # inside of rmtree, paths are relative to the descriptor of a folder
@@ -53,19 +53,6 @@ def reference(source: Path, place: Path, **options: Any) -> dict[str, bytes]:
     files = files_of(place / "reference")
     shutil.rmtree(place / "reference")
     return files
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Do `work` in a forked child; return 0 or 3 for how it ended, or minus the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)  # a forked OpenMP pool has no threads
-            work()
-        except BaseException:
-            os._exit(FAILED)
-        os._exit(ENDED)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_me_at(moment: int, within: tuple[Path, ...]) -> None:
@@ -322,6 +309,23 @@ def test_resume_with_another_source_or_other_settings_is_refused_and_keeps_the_w
     assert finished_shards(place / ".gda.partial") == before
     convert(source, place / "gda", resume=True)
     assert files_of(place / "gda") == expected
+
+
+def test_resume_knows_the_source_however_its_path_is_spelled(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with a relative path, gone on with by an absolute one: finished shards are not written again."""
+    expected = reference(source, tmp_path / "place")
+    monkeypatch.chdir(source.parent)
+    assert killed_at(20, tmp_path / "place", lambda: convert(Path(source.name), tmp_path / "place" / "gda"))
+    kept = finished_shards(tmp_path / "place" / ".gda.partial")
+    assert kept
+    monkeypatch.chdir(tmp_path / "place")
+    convert(source.absolute(), Path("gda"), resume=True)
+    assert files_of(tmp_path / "place" / "gda") == expected
+    for name, identity in kept.items():
+        held = (tmp_path / "place" / "gda" / name).stat()
+        assert (held.st_ino, held.st_mtime_ns) == identity
 
 
 def test_resume_notices_a_source_that_was_changed_in_place(

@@ -1,27 +1,35 @@
-"""Faults that others do not try: kills at random moments, sources that cannot be written, and
-the same bytes whatever the number of threads."""
+"""Faults that others do not try: kills at random moments, disks that cannot be read or are cut while they are, sources
+that cannot be written, odd names, locales and clocks, and the same bytes whatever the number of threads."""
 
+import errno
+import faulthandler
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import gda
+from gda.conversion.safetensors_io import SafetensorsReader
 
-from .llamas import files_of, save_llama
+from .children import ENDED, in_child
+from .llamas import files_of, save_llama, tensors_of
 from .splitting import save_text
 from .test_convert_crash_safety import killed_at
 
 SEED = int(os.environ.get("GDA_FUZZ_SEED", "0"))
 SHORT, LONG = 2, 50
 MOST_CHANGES = 40  # of the file system, that a run of these makes
+ODD = "a b 'ü' 模型 #%"
 Make = Callable[[Path, bool], object]
 
 
@@ -128,3 +136,143 @@ def test_a_source_that_cannot_be_written(sources: Path, tmp_path: Path) -> None:
         source.chmod(0o755)
     assert {path: path.stat().st_mtime_ns for path in (source, *source.iterdir())} == before
     assert all(os.access(path, os.W_OK) for path in (tmp_path / "gda").iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+TINY: dict[str, Any] = {"steps": 6, "batch_size": 2, "context": 16, "learning_rate": 1e-2, "save_every": 2}
+
+
+@pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.long)])
+def test_training_killed_at_random_moments(kills: int, sources: Path, tmp_path: Path) -> None:
+    """By the clock or at a change of the disk, once or again and again: --resume ends in the weights of no kill."""
+
+    def train(out: Path, resume: bool) -> object:
+        return gda.train(sources / "gda", out, data=sources / "text.txt", resume=resume, **TINY)
+
+    began = time.monotonic()
+    assert in_child(lambda: train(tmp_path / "whole" / "out", False)) == ENDED
+    whole, lasts = tensors_of(tmp_path / "whole" / "out"), time.monotonic() - began
+    chance, died = random.Random(f"{SEED} train"), 0
+    print(f"seed {SEED}")
+    while died < kills:
+        place = tmp_path / "place"
+        place.mkdir()
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            work = partial(train, place / "out", True)
+            if chance.random() < 0.5:
+                died += in_child(work, kill_after=chance.uniform(0, lasts)) == -signal.SIGKILL
+            else:
+                died += killed_at(chance.randint(1, 120), place, work)
+            if (place / "out").exists():
+                break
+        if not (place / "out").exists():
+            assert in_child(lambda place=place: train(place / "out", True)) == ENDED
+        found = tensors_of(place / "out")
+        assert {name for name in whole if not torch.equal(found[name], whole[name])} == set()
+        assert found.keys() == whole.keys()
+        assert os.listdir(place) == ["out"]
+        shutil.rmtree(place)
+
+
+# ------------------------------------------------------------------------------------------------- what is read fails
+
+
+@pytest.mark.parametrize("name", ["expand", "split", "grow"])
+def test_a_tensor_that_the_disk_does_not_give(
+    name: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read error in the middle of a shard, after others were written: no OUT, and --resume goes on when it reads."""
+    make = makers(sources)[name]
+    make(tmp_path / "whole" / "out", False)
+    read, left = SafetensorsReader.read, 1
+
+    def fails(self: SafetensorsReader, tensor: str) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.folder))
+        return read(self, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsReader, "read", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            make(tmp_path / "out", False)
+    assert not (tmp_path / "out").exists()
+    make(tmp_path / "out", True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole" / "out")
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_shard_that_is_cut_while_it_is_read(after: int, sources: Path, tmp_path: Path) -> None:
+    """Whether it ends in an error or, if the file is mapped, in SIGBUS: no OUT; --resume tells of another source."""
+    source = Path(shutil.copytree(sources / "llama", tmp_path / "llama"))
+    read, done = SafetensorsReader.read, 0
+
+    def cut(self: SafetensorsReader, tensor: str) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        found = read(self, tensor)
+        if done == after:
+            os.truncate(self.folder / self._files[tensor], 4096)
+        return found
+
+    def work() -> None:
+        faulthandler.disable()  # it would show where
+        SafetensorsReader.read = cut  # type: ignore[method-assign]
+        makers(tmp_path)["expand"](tmp_path / "place" / "out", False)
+
+    (tmp_path / "place").mkdir()
+    assert in_child(work) != ENDED
+    assert not (tmp_path / "place" / "out").exists()
+    with pytest.raises(ValueError, match="is damaged"):
+        makers(tmp_path)["expand"](tmp_path / "place" / "out", True)
+    shutil.rmtree(source)
+    shutil.copytree(sources / "llama", source)
+    makers(tmp_path)["expand"](tmp_path / "place" / "out", True)
+    makers(tmp_path)["expand"](tmp_path / "afresh", False)
+    assert files_of(tmp_path / "place" / "out") == files_of(tmp_path / "afresh")
+
+
+# --------------------------------------------------------------------------------------------- names, locales, clocks
+
+
+def test_odd_names_and_the_c_locale(sources: Path, tmp_path: Path) -> None:
+    """Blanks, quotes and other scripts in the names, with LANG=C: the command works, and its files are the same."""
+    source = Path(shutil.copytree(sources / "llama", tmp_path / ODD / "llama ü"))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHON"))}
+    environment |= {"LANG": "C"}  # which Python takes for UTF-8; told not to, torch cannot be imported
+    out = tmp_path / ODD / "模型"
+    done = subprocess.run(
+        [sys.executable, "-m", "gda.cli", "convert", source, out, "--no-verify"],
+        env=environment,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done
+    assert b"Traceback" not in done.stderr
+    gda.convert(source, tmp_path / "again", verify=False)
+    again = files_of(tmp_path / "again")
+    assert {name for name, content in files_of(out).items() if content != again.get(name)} == set()
+    assert files_of(out).keys() == again.keys()
+
+
+def test_a_clock_that_is_wrong(sources: Path, tmp_path: Path) -> None:
+    """Files of the next century, and a clock that goes backwards between two tries: --resume asks neither."""
+    source = Path(shutil.copytree(sources / "llama", tmp_path / "llama"))
+    future = time.time() + 100 * 365 * 86400
+    for path in source.iterdir():
+        os.utime(path, (future, future))
+    make = makers(tmp_path)["expand"]
+    make(tmp_path / "whole", False)
+    assert killed_at(20, tmp_path / "place", partial(make, tmp_path / "place" / "out", False))
+    for path in sorted((tmp_path / "place").rglob("*")):
+        os.utime(path, (future, future) if path.suffix == ".safetensors" else (0, 0))
+    real = time.time
+    time.time = lambda: real() - 10 * 365 * 86400
+    try:
+        make(tmp_path / "place" / "out", True)
+    finally:
+        time.time = real
+    assert files_of(tmp_path / "place" / "out") == files_of(tmp_path / "whole")

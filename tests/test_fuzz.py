@@ -24,10 +24,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import torch
 
 from gda._errors import CheckFailed
 
+from .children import PATIENCE, in_child
 from .fuzz.mutations import Edit, apply, mutate
 from .fuzz.targets import TARGETS, make_workspace
 
@@ -82,10 +82,8 @@ def failures(name: str, cases: list[list[Edit]], workspace: Path, scratch: Path)
 
 
 def _in_child(name: str, cases: list[list[Edit]], begin: int, place: Path, told: Path) -> int:
-    child = os.fork()
-    if child == 0:
+    def work() -> None:
         try:
-            torch.set_num_threads(1)  # a forked OpenMP pool has no threads
             huggingface_hub.constants.HF_HUB_OFFLINE = True
             warnings.simplefilter("ignore")
             silent = os.open(os.devnull, os.O_WRONLY)
@@ -102,9 +100,9 @@ def _in_child(name: str, cases: list[list[Edit]], begin: int, place: Path, told:
                     report.flush()
         except BaseException:
             told.with_name("child").write_text(traceback.format_exc())
-            os._exit(3)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            raise
+
+    return in_child(work, seconds=PATIENCE + 5 * (len(cases) - begin))
 
 
 def _watch(place: Path) -> dict[str, str]:

@@ -20,10 +20,11 @@ from gda.conversion.split import fit
 from gda.conversion.split import split as split_module
 from gda.conversion.split.distill import Distillation
 
+from .children import ENDED, in_child
 from .commands import Command
 from .llamas import files_of, save_llama
 from .splitting import CONTEXT, STEPS, TOKENS, brief, save_text, split
-from .test_convert_crash_safety import ENDED, in_child, killed_at
+from .test_convert_crash_safety import killed_at
 
 __all__ = ["brief"]
 pytestmark = pytest.mark.usefixtures("brief")

@@ -23,9 +23,10 @@ from gda._trainable import Trainable
 from gda.configuration.configuration_gda import GROWTH_FIELDS
 from gda.training.report import TrainReport
 
+from .children import in_child
 from .commands import Command
 from .llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
-from .test_convert_crash_safety import in_child, killed_at
+from .test_convert_crash_safety import killed_at
 
 TEXT = "".join(f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(60))
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 4, "context": 32, "learning_rate": 1e-2, "save_every": 4}
@@ -615,6 +616,35 @@ def test_only_the_same_run_is_resumed(
     os.utime(tmp_path / "gda" / "model.safetensors", (1, 1))
     assert "model.safetensors of the model has changed" in said("--resume")
     assert command(*arguments, "--overwrite").code == 0
+
+
+def test_a_dry_run_tells_of_what_is_in_the_way(
+    models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that did not end, and a disk without room; neither ends the rehearsal, and nothing of either changes."""
+    quiet = short(models, "gda", tmp_path / "new" / "out", dry_run=True).notes
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        short(models, "gda", tmp_path / "out")
+    before = files_of(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    begun, full = (note for note in short(models, "gda", tmp_path / "out", dry_run=True).notes if note not in quiet)
+    assert "holds step 3 of a run that did not end; --resume goes on with it" in begun
+    assert "make room" in full
+    assert files_of(tmp_path) == before
+
+
+def test_a_report_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON knows no infinity: it is None there, and told as what it is."""
+    from gda.cli import _print_trained
+    from gda.training.report import TrainReport
+
+    numbers = {"steps": 1, "tokens": 8, "data_tokens": 8, "num_parameters": 3, "num_trained": 3}
+    report = TrainReport(out=tmp_path, first_loss=1.0, last_loss=1.0, first_eval_loss=2.0, **numbers)
+    _print_trained(report)
+    assert "loss 2.0000 before, not finite after; perplexity 7.39 before, not finite after" in capsys.readouterr().out
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["last_perplexity"] is None
 
 
 def test_resume_begins_where_nothing_was_begun(models: Path, tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ class Identity:
                 f"--resume: the run was begun with {_spelled(name, settings.get(name))}, and not with "
                 f"{_spelled(name, getattr(self.settings, name))}; pass the same, or {remedy}"
             )
-        if begun.get("processes") != self.processes:
+        if (processes := begun.get("processes")) != self.processes:
             raise ValueError(
-                f"--resume: the run was begun by {begun.get('processes')} process(es), and this is {self.processes}; "
+                f"--resume: the run was begun by {processes!r:.100} process(es), and this is {self.processes}; "
                 f"start as many, or {remedy}"
             )
         if begun.get("report") is not None:
@@ -79,7 +79,7 @@ class Identity:
 def _spelled(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value)) or None
-    return f"no {option(name)}" if value in (None, False) else f"{option(name)} {value}"
+    return f"no {option(name)}" if value in (None, False) else f"{option(name)} {value!s:.100}"
 
 
 def stamps(files: list[Path]) -> list[list[Any]]:
@@ -136,10 +136,7 @@ class RunFolder:
             self._clear()
             last = report = None
         else:
-            held = "the whole of a run" if last is None else f"step {step_of(last)} of a run"
-            raise FileExistsError(
-                f"{self.path} holds {held} that did not end; --resume goes on with it, --overwrite begins anew"
-            )
+            raise FileExistsError(_held(self.path, last))
         if report is None:
             write_json(begun, identity.to_dict())
         return last, report
@@ -169,6 +166,19 @@ class RunFolder:
         else:
             self._staged.keep()
         return last
+
+
+def begun_run(out: Path) -> str | None:
+    """What is to be said of a run into `out` that was begun and did not end; None if there is none."""
+    folder = out.with_name(f".{out.name}.partial")
+    last = last_checkpoint(folder) if folder.is_dir() else None
+    ended = _read(folder / TRAINING_FILE).get("report") is not None
+    return _held(folder, last) if ended or last is not None else None
+
+
+def _held(folder: Path, last: Path | None) -> str:
+    held = "the whole of a run" if last is None else f"step {step_of(last)} of a run"
+    return f"{folder} holds {held} that did not end; --resume goes on with it, --overwrite begins anew"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from gda._errors import CheckFailed, first_line
 from gda._files import check_places, refuse_existing
+from gda._numbers import finite
 from gda._screen import quiet_transformers
 from gda._version import __version__
 from gda.conversion.hub import check_name, require_token
@@ -41,7 +42,7 @@ from .plan import Plan, arguments_of, context_of, make_plan, steps_of_a_pass
 from .processes import Processes
 from .report import TrainReport
 from .resuming import Resumed, require_state
-from .run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, stamps, step_of
+from .run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, begun_run, stamps, step_of
 from .settings import TrainSettings
 from .trainer import GDATrainer
 
@@ -180,7 +181,7 @@ def _rehearse(
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
         dry_run=True,
-        notes=plan.notes,
+        notes=[*plan.notes, *filter(None, (begun_run(out), _missing_space(_there(out), plan)))],
     )
 
 
@@ -209,7 +210,7 @@ def _run(
             trainer = _train(plan, run, source, processes, console)
             report = _report(out, plan, trainer, run.checkpoint)
             _write(trainer, plan, source, run.path, processes, bundle_code)
-        told = {name: value for name, value in vars(report).items() if name not in ("out", "pushed")}
+        told = {name: finite(value) for name, value in vars(report).items() if name not in ("out", "pushed")}
         made = {"model": source.name, "data": [file.name for file in local], "versions": _versions()}
         processes.on_main(lambda: run.finish(made, told))
     return report
@@ -286,13 +287,26 @@ def _said(error: BaseException, last: Path | None, path: Path, settings: TrainSe
 
 
 def _require_space(path: Path, plan: Plan) -> None:
-    """Refuse to begin what a full disk would end: an old and a new checkpoint, weights and AdamW's two moments each."""
+    """Refuse to begin what a full disk would end."""
+    if (missing := _missing_space(path, plan)) is not None:
+        raise OSError(missing)
+
+
+def _there(out: Path) -> Path:
+    """The folder of a run, or where it will be made."""
+    folder = out.with_name(f".{out.name}.partial")
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
+def _missing_space(path: Path, plan: Plan) -> str | None:
+    """What there is not room for: an old and a new checkpoint, weights and AdamW's two moments each."""
     needed = 4 * (plan.num_parameters + 2 * plan.num_trained) * (plan.settings.keep + 1)
-    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if (free := shutil.disk_usage(path).free + there) < needed:
-        raise OSError(
-            f"{path.parent} has {free / 1e9:.1f} GB free, but checkpoints need {needed / 1e9:.1f} GB; make room"
-        )
+    left_over = path.rglob("*") if path.name.endswith(".partial") else ()
+    free = shutil.disk_usage(path).free + sum(file.stat().st_size for file in left_over if file.is_file())
+    if free >= needed:
+        return None
+    place = path.parent if path.name.endswith(".partial") else path
+    return f"{place} has {free / 1e9:.1f} GB free, but checkpoints need {needed / 1e9:.1f} GB; make room"
 
 
 class _RunTrainer(Watched, Resumed, GDATrainer):

@@ -1,7 +1,6 @@
 """transformers' Trainer, with what GDA models need: rates of λ, a teacher, a log by layers, and LoRA beside λ."""
 
 import contextlib
-import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,8 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
+
+from gda._numbers import exponential
 
 from .distillation import NO_LABEL, Distillation, Parts
 from .layer_log import LayerLog, for_reporters
@@ -177,7 +178,7 @@ class GDATrainer(Trainer):
             if self.layer_log is not None:
                 layers = self.layer_log.collect(self.state.global_step, self._sum)
         elif "eval_loss" in logs:
-            logs["eval_perplexity"] = _perplexity(logs["eval_loss"])
+            logs["eval_perplexity"] = exponential(logs["eval_loss"])
         super().log(logs, start_time)
         if layers:
             self._report(for_reporters(layers))
@@ -346,7 +347,3 @@ def _as(parameter: Tensor, whole: Tensor) -> Tensor:
         device = parameter.to_local().device
         return distribute_tensor(whole.to(device), parameter.device_mesh, parameter.placements)
     return whole
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0)) if not math.isnan(loss) else math.nan

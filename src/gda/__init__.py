@@ -102,7 +102,7 @@ def _register_models_with_the_first_config() -> None:
     """
     from gda.configuration.configuration_gda import GDAConfig
 
-    def make(cls: type[GDAConfig], *_: Any, **__: Any) -> GDAConfig:
+    def make(cls: type[GDAConfig], /, *_: Any, **__: Any) -> GDAConfig:  # config.json may hold a field `cls`
         _register_models()
         return object.__new__(cls)
 

@@ -667,6 +667,11 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _figure(value: float | None, digits: int) -> str:
+    """A number of a report, which holds None for what is not finite."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
 def _print_trained(report: Any) -> None:
     for note in report.notes:
         typer.echo(f"note: {note}")
@@ -676,12 +681,11 @@ def _print_trained(report: Any) -> None:
     if report.dry_run:
         typer.echo(f"{amount}, {learning}: would be trained; nothing was (--dry-run)")
         return
-    typer.echo(f"{amount}: loss {report.first_loss:.4f} at first, {report.last_loss:.4f} at last")
-    if report.first_eval_loss is not None:
-        typer.echo(
-            f"measured on --eval-data: loss {report.first_eval_loss:.4f} before, {report.last_eval_loss:.4f} after; "
-            f"perplexity {report.first_perplexity:.2f} before, {report.last_perplexity:.2f} after"
-        )
+    typer.echo(f"{amount}: loss {_figure(report.first_loss, 4)} at first, {_figure(report.last_loss, 4)} at last")
+    if (report.first_eval_loss, report.last_eval_loss) != (None, None):
+        before = f"loss {_figure(report.first_eval_loss, 4)} before, {_figure(report.last_eval_loss, 4)} after"
+        after = f"perplexity {_figure(report.first_perplexity, 2)} before, {_figure(report.last_perplexity, 2)} after"
+        typer.echo(f"measured on --eval-data: {before}; {after}")
     if report.tokens_per_second is not None:
         memory = f"at most {report.peak_memory / 1e9:.2f} GB of memory"
         resumed = "" if report.resumed_from is None else f", from step {report.resumed_from:,} on"
