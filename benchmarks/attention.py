@@ -1,10 +1,10 @@
 """One attention layer against transformers' Llama attention with as many query and KV heads, in prefill and decode.
 
     python benchmarks/attention.py --prefill 2048 4096 --decode 2048 8192
-    python benchmarks/attention.py --backend flex_attention --dtype bfloat16 --prefill 2048 --batch 1 --padding none left
+    python benchmarks/attention.py --backend flex_attention --dtype bfloat16 --prefill 2048 --decode 2048 --batch 1
     python benchmarks/attention.py --targets
 
-Layers are those of hidden size 2,048 and head_dim 64. A decode step reads a DynamicCache of that context and appends one
+Layers are those of hidden size 2,048 and head_dim 64. A decode step reads a cache of that context and appends one
 token. Prefill has no cache. With padding on the left, row i of a batch of B lacks (i + 1) / 2B of its tokens.
 """
 
@@ -13,14 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from layers import DIFFLLAMA, LLAMA, NAIVE, Shape, build
-from measuring import Figure, add_options, device, figures, interleaved, report, seconds_of
+from filled_cache import CACHES, FilledCache
+from layers import DIFFLLAMA, LLAMA, NAIVE, Shape, build_layer
+from measuring import Figure, add_options, device, figures, interleaved, report
 from torch import nn
-from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-# What is compared in which shape: query heads / KV heads. The first is Llama.
+# What is compared, by the query heads / KV heads of the Llama. With 32 query heads there is no 4:1, and with 8 KV heads
+# and as few query heads no 7:1, so these have Llamas of their own.
 GROUPS = {
     "32/8": (Shape(32, 8), (LLAMA, DIFFLLAMA, NAIVE, "GDA 3:1", "GDA expanded 4:1")),
     "40/8": (Shape(40, 8), (LLAMA, DIFFLLAMA, "GDA 4:1", "GDA paired 4:1")),
@@ -48,23 +49,19 @@ def padding_mask(batch: int, length: int, padding: str) -> torch.Tensor | None:
 class Case:
     """One layer in one situation: `prepare` outside of what is timed, `run` inside."""
 
-    def __init__(self, layer: nn.Module, call: Callable, tokens: int, context: int, batch: int, padding: str):
-        self.call, self.cache = call, None
+    def __init__(
+        self, layer: nn.Module, call: Callable, tokens: int, context: int, batch: int, padding: str, cache: str
+    ):
+        self.call, self.cache, self.filled = call, None, None
         config: Any = layer.config
         dtype = layer.o_proj.weight.dtype
-        generator = torch.Generator().manual_seed(1)
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator).to(device(), dtype)
-
-        self.hidden = random(batch, tokens, config.hidden_size)
+        torch.manual_seed(1)
+        self.hidden = torch.randn(batch, tokens, config.hidden_size, device=device()).to(dtype)
         position_ids = torch.arange(context, context + tokens, device=device()).unsqueeze(0)
         self.position_embeddings = LlamaRotaryEmbedding(config).to(device())(self.hidden, position_ids)
         if context:
-            self.cache = DynamicCache(config=config)
-            shape = (batch, config.num_key_value_heads, context, config.head_dim)
-            self.cache.update(random(*shape), random(*shape), 0)
-            self.cached = self.cache.layers[0].keys, self.cache.layers[0].values
+            self.filled = FilledCache(cache, config, batch, context, dtype)
+            self.cache = self.filled.cache
         self.mask = create_causal_mask(
             config=config,
             inputs_embeds=self.hidden,
@@ -75,8 +72,8 @@ class Case:
 
     def prepare(self) -> None:
         """Forget the token that the last run appended."""
-        if self.cache is not None:
-            self.cache.layers[0].keys, self.cache.layers[0].values = self.cached
+        if self.filled is not None:
+            self.filled.rewind()
 
     def run(self) -> torch.Tensor:
         return self.call(
@@ -85,11 +82,6 @@ class Case:
             attention_mask=self.mask,
             past_key_values=self.cache,
         )[0]
-
-
-def timed(run: Callable) -> float:
-    run.__self__.prepare()  # type: ignore[attr-defined]
-    return seconds_of(run)
 
 
 @torch.inference_mode()
@@ -101,7 +93,7 @@ def measure(
 ) -> list[Figure]:
     """Figures of the layers of a group in each situation."""
     compiled, found = options.backend == "compiled", []
-    layers = {name: build(name, GROUPS[group][0], "sdpa" if compiled else options.backend) for name in names}
+    layers = {name: build_layer(name, GROUPS[group][0], "sdpa" if compiled else options.backend) for name in names}
     for layer in layers.values():
         layer.to(device(), getattr(torch, options.dtype))
     calls = {name: torch.compile(layer) if compiled else layer for name, layer in layers.items()}
@@ -109,15 +101,16 @@ def measure(
         if options.backend == "flex_attention" or compiled:
             torch.compiler.reset()  # each size as if it were the only one: no general code for all of them
         cases = {
-            name: Case(layer, calls[name], tokens, context, batch, padding)
+            name: Case(layer, calls[name], tokens, context, batch, padding, options.cache)
             for name, layer in layers.items()
             if name != NAIVE or batch * tokens * max(tokens, context) <= 1 << 25  # its maps would fill the memory
         }
         if NAIVE in cases and "GDA 3:1" in cases:
             check_equal(cases[NAIVE], cases["GDA 3:1"])
-        what = f"decode at {context}" if context else f"prefill of {tokens}"
+        what = f"decode at {context}, {options.cache} cache" if context else f"prefill of {tokens}"
         case = f"{group}, {what}, batch {batch}" + (", padded" if padding != "none" else "")
-        seconds = interleaved({name: each.run for name, each in cases.items()}, options.budget, timed=timed)
+        runs = {name: each.run for name, each in cases.items()}
+        seconds = interleaved(runs, options, prepare=lambda name, cases=cases: cases[name].prepare())
         found += figures(case, seconds, (LLAMA, DIFFLLAMA))
     return found
 
@@ -141,6 +134,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefill-batch", type=int, nargs="+", default=[1])
     parser.add_argument("--padding", nargs="+", choices=PADDINGS, default=["none", "left"])
+    parser.add_argument("--cache", choices=CACHES, default="dynamic")
     parser.add_argument("--targets", action="store_true", help="Only the figures that docs/performance.md aims at.")
     add_options(parser, budget=5.0)
     options = parser.parse_args()

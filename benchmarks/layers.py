@@ -1,24 +1,18 @@
-"""The attention layers that are compared, with random weights, by name."""
+"""What is compared, by name: configs, attention layers and whole models with random weights."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DiffLlamaConfig, LlamaConfig
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from gda import GDAConfig
+from gda import GDAConfig, GDAForCausalLM
 from gda.modeling_gda.attention_gda import ATTENTION_CLASSES, GDAAttention
 
 LLAMA, DIFFLLAMA, NAIVE = "Llama", "DiffLlama", "naive differential"
-
-
-STOCK: dict[str, tuple[Any, Any]] = {
-    LLAMA: (LlamaConfig, LlamaAttention),
-    DIFFLLAMA: (DiffLlamaConfig, DiffLlamaAttention),
-}
 
 
 class NaiveDifferentialAttention(GDAAttention):
@@ -63,58 +57,66 @@ class NaiveDifferentialAttention(GDAAttention):
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of the Llama that layers are compared with."""
+    """The sizes of the Llama that others are compared with."""
 
     heads: int
     kv_heads: int
     hidden: int = 2048
     head_dim: int = 64
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            "vocab_size": 128,
-            "hidden_size": self.hidden,
-            "intermediate_size": 4 * self.hidden,
-            "num_hidden_layers": 1,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": 1 << 15,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
+    mlp: int = 8192
+    layers: int = 1
+    vocabulary: int = 128
 
 
-def gda_config(shape: Shape, noise_heads: int, **fields: Any) -> GDAConfig:
-    defaults = {"num_noise_heads": noise_heads, "lambda_init": 0.1}
-    return GDAConfig(**shape.fields() | defaults | fields)
+def config_of(name: str, shape: Shape, backend: str) -> Any:
+    """The config of a Llama, a DiffLlama, the naive layer or a GDA such as "GDA 3:1".
 
-
-def build(name: str, shape: Shape, backend: str) -> nn.Module:
-    """A layer with random weights: Llama, DiffLlama, the naive one, or a GDA such as "GDA 3:1" or "GDA paired 4:1".
-
-    "GDA expanded 4:1" has noise heads in addition to the shape's.
+    Of a GDA's heads one in (ratio + 1) is noise: of the Llama's number, or, in "GDA expanded 4:1", in addition to them.
+    "GDA paired 4:1" is as Motif-2: a pair of KV heads where the Llama has one, and heads are normalized.
     """
-    torch.manual_seed(0)
+    fields: dict[str, Any] = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.mlp,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": 1 << 15,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if name in (LLAMA, DIFFLLAMA):
-        config_class, layer_class = STOCK[name]
-        config: Any = config_class(**shape.fields() | {"num_attention_heads": shape.kv_heads})
-        config.num_attention_heads = shape.heads  # the config's class would want hidden to be a multiple
-    elif name == NAIVE:
-        config, layer_class = gda_config(shape, shape.heads // 4), NaiveDifferentialAttention
+        config_class: Any = {LLAMA: LlamaConfig, DIFFLLAMA: DiffLlamaConfig}[name]
+        config = config_class(**fields, num_attention_heads=shape.kv_heads)
+        config.num_attention_heads = shape.heads  # with head_dim given the class need not want a divisor of hidden
     else:
-        kind, ratio = name.removeprefix("GDA ").rpartition(" ")[0], int(name.split()[-1].removesuffix(":1"))
-        fields: dict[str, Any] = {}
-        noise = shape.heads // (ratio + 1)
-        if kind == "expanded":
+        ratio = 3 if name == NAIVE else int(name.split()[-1].removesuffix(":1"))
+        fields |= {"num_attention_heads": shape.heads, "num_noise_heads": shape.heads // (ratio + 1)}
+        if "expanded" in name:
             noise = shape.heads // ratio
-            fields["num_attention_heads"] = shape.heads + noise
-        elif kind == "paired":  # as Motif-2: a pair where Llama has one KV head, and heads are normalized
-            fields = {"kv_layout": "paired", "head_norm": True, "num_key_value_heads": 2 * shape.kv_heads}
-        config = gda_config(shape, noise, **fields)
-        layer_class = ATTENTION_CLASSES[config.kv_layout]
+            fields |= {"num_attention_heads": shape.heads + noise, "num_noise_heads": noise}
+        elif "paired" in name:
+            fields |= {"kv_layout": "paired", "head_norm": True, "num_key_value_heads": 2 * shape.kv_heads}
+        config = GDAConfig(**fields, lambda_init=0.1)
     config._attn_implementation = backend
-    layer = layer_class(config, 0)
+    return config
+
+
+def build_layer(name: str, shape: Shape, backend: str) -> nn.Module:
+    """An attention layer with random weights."""
+    config = config_of(name, shape, backend)
+    stock = {LLAMA: LlamaAttention, DIFFLLAMA: DiffLlamaAttention, NAIVE: NaiveDifferentialAttention}
+    layer_class = stock.get(name) or ATTENTION_CLASSES[config.kv_layout]
+    torch.manual_seed(0)
+    layer: nn.Module = layer_class(config, 0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     return layer.eval()
+
+
+def build_model(name: str, shape: Shape, backend: str) -> Any:
+    """A language model with random weights."""
+    model_class: Any = {LLAMA: LlamaForCausalLM, DIFFLLAMA: DiffLlamaForCausalLM}.get(name, GDAForCausalLM)
+    torch.manual_seed(0)
+    return model_class._from_config(config_of(name, shape, backend), attn_implementation=backend)

@@ -11,7 +11,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ Run = Callable[[], Any]
 
 @dataclass
 class Figure:
-    """What one thing took in one case. Its speed against a peer is the peer's time over its own: above 1 it is faster."""
+    """What one thing took in one case. Its speed is a peer's time over its own: above 1 it is the faster."""
 
     case: str
     name: str
@@ -47,38 +47,40 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(run: Run) -> float:
-    synchronize()
-    begun = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - begun
+# CPU time is that of one thread: on a machine where others run it says more than the clock on the wall.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 def interleaved(
-    runs: dict[str, Run],
-    budget: float,
+    runs: Mapping[str, Run],
+    options: argparse.Namespace,
+    prepare: Callable[[str], Any] = lambda name: None,
     least: int = 5,
-    most: int = 200,
-    timed: Callable[[Run], float] = seconds_of,
+    most: int = 300,
 ) -> dict[str, list[float]]:
-    """Seconds of each repetition of each; as many repetitions as fit the budget in seconds, within limits.
+    """Seconds of each repetition of each; as many repetitions as fit the budget, within limits.
 
-    Two rounds warm up. Every round begins with another one, so that none always follows the same neighbour.
+    `prepare` comes before each and is not timed. Two rounds warm up. Every round begins with another name, so that none
+    always follows the same neighbour.
     """
-    names = list(runs)
+    names, clock = list(runs), CLOCKS[options.clock]
+
+    def seconds_of(name: str) -> float:
+        prepare(name)
+        synchronize()
+        begun = clock()
+        runs[name]()
+        synchronize()
+        return clock() - begun
+
     for name in names:
-        timed(runs[name])
-    begun = time.perf_counter()
-    for name in names:
-        timed(runs[name])
-    round_seconds = time.perf_counter() - begun
-    repetitions = min(most, max(least, round(budget / round_seconds)))
+        seconds_of(name)
+    round_seconds = sum(seconds_of(name) for name in names)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(repetitions):
+    for repetition in range(min(most, max(least, round(options.budget / round_seconds)))):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(timed(runs[name]))
+            seconds[name].append(seconds_of(name))
     return seconds
 
 
@@ -133,7 +135,7 @@ class Machine:
     copy_bytes: float
 
     @classmethod
-    def measured(cls, dtype: torch.dtype, budget: float = 2.0) -> "Machine":
+    def measured(cls, dtype: torch.dtype, options: argparse.Namespace) -> "Machine":
         """Matrix multiplication at 2,048³ in FLOP/s; memory read, and read plus written, in bytes/s."""
         a, b = (torch.randn(2048, 2048, device=device()).to(dtype) for _ in range(2))
         rows = torch.randn(1 << 14, 1 << 12, device=device())  # 256 MiB: no cache holds it
@@ -143,7 +145,7 @@ class Machine:
             "read": lambda: torch.mv(rows, vector),
             "copy": lambda: target.copy_(rows),
         }
-        best = {name: min(taken) for name, taken in interleaved(runs, budget).items()}
+        best = {name: min(taken) for name, taken in interleaved(runs, options).items()}
         nbytes = rows.numel() * rows.element_size()
         return cls(2 * 2048**3 / best["gemm"], nbytes / best["read"], 2 * nbytes / best["copy"])
 
@@ -152,6 +154,7 @@ def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
     """The options that all of these scripts have."""
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of the CPU.")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: that of one thread; with --threads 1.")
     parser.add_argument("--budget", type=float, default=budget, help="Seconds of repetitions for each case.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
@@ -172,7 +175,10 @@ def report(title: str, found: Sequence[Figure], options: argparse.Namespace, **m
     if options.json:
         print(json.dumps({**environment(options), **more, "figures": [asdict(each) for each in found]}, indent=2))
         return
-    Console().print(table(title, found))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # lines that nobody's screen breaks
+    console.print(table(title, found))
 
 
 def table(title: str, found: Iterable[Figure]) -> Table:
@@ -181,7 +187,7 @@ def table(title: str, found: Iterable[Figure]) -> Table:
     kinds = list(dict.fromkeys(kind for each in found for kind in each.bytes))
     result = Table(title=title)
     for column in ("case", ""):
-        result.add_column(column)
+        result.add_column(column, no_wrap=True)
     for column in ("ms", *(f"× {peer}" for peer in peers)):
         result.add_column(column, justify="right")
     for kind in kinds:
