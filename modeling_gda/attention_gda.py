@@ -28,7 +28,7 @@ class GDARMSNormOfHead(LlamaRMSNorm):
         self.scale = scale
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Every tensor of this size costs more than what is computed in it: one is made, where LlamaRMSNorm makes three.
+        # One tensor of this size is made, where LlamaRMSNorm makes three.
         wide = hidden_states.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
         weight = self.weight.float() * self.scale
@@ -122,15 +122,21 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE of queries or keys (B, T, heads, d), cosines and sines (B, T, d): what `apply_rotary_pos_emb` computes.
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE of queries and keys (B, T, heads, d), cosines and sines (B, T, d): what `apply_rotary_pos_emb` computes.
 
-    In one new tensor instead of five, which is what the time goes into.
+    Each in one new tensor instead of five, since making a large tensor costs more than what is computed in it.
     """
-    half = states.shape[-1] // 2
-    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
-    swapped = torch.cat((states[..., half:], states[..., :half]), dim=-1)
-    return swapped.mul_(signed).addcmul_(states, cos.unsqueeze(2))
+    half = cos.shape[-1] // 2
+    cos, signed = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
+
+    def rotated(states: torch.Tensor) -> torch.Tensor:
+        swapped = torch.cat((states[..., half:], states[..., :half]), dim=-1)
+        return swapped.mul_(signed).addcmul_(states, cos)
+
+    return rotated(query), rotated(key)
 
 
 class PackedQueries(nn.Module):
@@ -295,7 +301,7 @@ class GDAAttention(nn.Module):
         value = self._project("v", hidden_states).transpose(1, 2)  # (B, G, T, d)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = (rotate(each, *position_embeddings).transpose(1, 2) for each in (query, key))
+        query, key = (each.transpose(1, 2) for each in rotate(query, key, *position_embeddings))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
