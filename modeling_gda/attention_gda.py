@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_gda import GDAConfig
@@ -28,7 +28,11 @@ class GDARMSNormOfHead(LlamaRMSNorm):
         self.scale = scale
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states) * self.scale
+        # One tensor of this size is made, where LlamaRMSNorm makes three.
+        wide = hidden_states.float()
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
+        weight = self.weight.float() * self.scale
+        return (wide * weight).mul_(torch.rsqrt(mean_square + self.variance_epsilon)).to(hidden_states.dtype)
 
 
 class GrowthMask(nn.Module):
@@ -118,6 +122,30 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE of queries and keys (B, T, heads, d), cosines and sines (B, T, d): what `apply_rotary_pos_emb` computes.
+
+    Each in one new tensor instead of five, since making a large tensor costs more than what is computed in it.
+    """
+    half = cos.shape[-1] // 2
+    cos, signed = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
+
+    def rotated(states: torch.Tensor) -> torch.Tensor:
+        swapped = torch.cat((states[..., half:], states[..., :half]), dim=-1)
+        return swapped.mul_(signed).addcmul_(states, cos)
+
+    return rotated(query), rotated(key)
+
+
+class PackedQueries(nn.Module):
+    """What a backend is told of query heads that were packed: there is one for each KV head, and it sees all."""
+
+    num_key_value_groups = 1
+    is_causal = False
+
+
 class AttentionBranch(nn.Module):
     """One call of transformers' attention interface, for query heads that read the same number of KV heads each.
 
@@ -132,6 +160,7 @@ class AttentionBranch(nn.Module):
         self.num_key_value_groups = num_key_value_groups
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
+        self.packed = PackedQueries()
         sliding = config.layer_type(layer_idx) == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
@@ -151,8 +180,18 @@ class AttentionBranch(nn.Module):
         """Return outputs (B, T, H, d) and, from the eager backend, attention maps (B, H, T, T_kv)."""
         implementation = self.config._attn_implementation
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        batch, heads, length, width = query.shape
+        module: nn.Module = self
+        # The query heads that read a KV head become the rows of one query, so that a step of decoding reads keys and
+        # values once, not once for each of them. These backends know of a row only what its mask says.
+        packed = length == 1 and self.num_key_value_groups > 1 and implementation in ("eager", "sdpa")
+        if packed := packed and kwargs.get("cache") is None:  # no paged cache, which asks the module for more
+            rows = (batch, -1, self.num_key_value_groups)
+            module, query, kwargs = self.packed, query.reshape(*rows, width), kwargs | {"is_causal": False}
+            if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
+                attention_mask = attention_mask.reshape(*rows, -1)
         output, maps = attention_interface(
-            self,
+            module,
             query,
             key,
             value,
@@ -162,8 +201,11 @@ class AttentionBranch(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        if packed:  # (B, H / G, G, d) and (B, G, H / G, T_kv)
+            output = output.transpose(1, 2)
+            maps = maps.reshape(batch, heads, 1, -1) if maps is not None else None
         # Serving engines return outputs as (T, H · d), of one sequence.
-        output = output.reshape(query.shape[0], query.shape[2], query.shape[1], -1)
+        output = output.reshape(batch, length, heads, -1)
         return output, maps if implementation in ("eager", "paged|eager") else None
 
 
@@ -259,7 +301,7 @@ class GDAAttention(nn.Module):
         value = self._project("v", hidden_states).transpose(1, 2)  # (B, G, T, d)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+        query, key = (each.transpose(1, 2) for each in rotate(query, key, *position_embeddings))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -331,7 +373,7 @@ class GDAAttention(nn.Module):
         """signal − λ · noise in float32, in the signal's dtype: (B, T, C, S/C, width)."""
         if lambda_.dim() > 1:  # (B, T, S) → (B, T, C, S/C, 1)
             lambda_ = lambda_.unflatten(-1, signal.shape[2:4]).unsqueeze(-1)
-        return (signal - lambda_ * noise).to(signal.dtype)
+        return torch.addcmul(signal, lambda_, noise, value=-1).to(signal.dtype)
 
     @staticmethod
     def subtract_maps(signal: torch.Tensor, noise: torch.Tensor, lambda_: torch.Tensor) -> torch.Tensor:

@@ -78,9 +78,9 @@ class GDAMLP(nn.Module):
         self.growth_mask = GrowthMask(config) if has_new_neurons else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.growth_mask is None:  # in one expression: a name would keep the gate in memory
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.growth_mask is None:
-            return self.down_proj(self.act_fn(gate) * up)
         assert self.config.masked_neurons is not None  # there would be no mask
         first_new = self.config.intermediate_size - self.config.masked_neurons
         mask = self.growth_mask(self._neurons(up) >= first_new)
@@ -115,14 +115,16 @@ class GDADecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        attention, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
+        # In one expression: a name would keep what attention gives in memory during the MLP.
+        hidden_states = hidden_states + self._masked(
+            self.self_attn(
+                self.input_layernorm(hidden_states),
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )[0]
         )
-        hidden_states = hidden_states + self._masked(attention)
         return hidden_states + self._masked(self.mlp(self.post_attention_layernorm(hidden_states)))
 
     def _masked(self, branch: torch.Tensor) -> torch.Tensor:

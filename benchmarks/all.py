@@ -1,0 +1,200 @@
+"""Run the benchmarks of speed and memory one after another: one table, one JSON.
+
+    python benchmarks/all.py --quick                     # minutes: does it all run, and about how fast?
+    python benchmarks/all.py --targets --out found.json  # a quarter of an hour: what docs/performance.md aims at
+    python benchmarks/all.py --out found.json            # hours: every backend, dtype, length and batch
+
+Each script runs in a process of its own and can be run by itself; benchmarks/README.md says what each measures.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+
+
+class Line(NamedTuple):
+    """One figure: how something does in a case, as a ratio to a peer of the same run."""
+
+    benchmark: str
+    case: str
+    name: str
+    value: str
+    ratio: float
+    of: str  # what the ratio is of, and to which peer
+
+
+class Target(NamedTuple):
+    """A bound of the ratio that one line has."""
+
+    benchmark: str
+    case: str
+    name: str
+    of: str
+    bound: float
+    at_least: bool = True
+
+
+LLAMA, DIFFLLAMA, BEYOND = "speed × Llama", "speed × DiffLlama", "seconds beyond start-up × cp -r"
+SHARED, EXPANDED, PAIRED = "GDA 3:1", "GDA expanded 4:1", "GDA paired 4:1"
+WHOLE = ["16/4, prefill of 2048, batch 1", "16/4, decode at 2048, batch 1", "16/4, training step of 2 × 512"]
+TARGETS = [
+    *(Target("attention", f"32/8, prefill of {n}, batch 1", SHARED, LLAMA, 1.08) for n in (2048, 4096)),
+    *(Target("attention", f"32/8, decode at {n}, dynamic cache, batch 1", SHARED, LLAMA, 1.0) for n in (2048, 8192)),
+    Target("attention", "32/8, prefill of 2048, batch 1", EXPANDED, LLAMA, 0.90),
+    Target("attention", "32/8, prefill of 4096, batch 1", EXPANDED, LLAMA, 0.86),
+    *(Target("attention", f"32/8, decode at {n}, dynamic cache, batch 1", EXPANDED, LLAMA, 0.95) for n in (2048, 8192)),
+    *(Target("attention", f"32/8, prefill of {n}, batch 1", SHARED, DIFFLLAMA, 1.6) for n in (2048, 4096)),
+    Target("attention", "32/8, decode at 8192, dynamic cache, batch 1", SHARED, DIFFLLAMA, 1.7),
+    *(Target("attention", f"40/8, prefill of {n}, batch 1", PAIRED, LLAMA, 0.54) for n in (2048, 4096)),
+    Target("attention", "40/8, decode at 8192, dynamic cache, batch 1", PAIRED, LLAMA, 0.45),
+    Target("attention", "40/8, decode at 8192, static cache, batch 1", PAIRED, LLAMA, 0.45),
+    *(Target("models", case, SHARED, peer, 1.0) for case in WHOLE for peer in (LLAMA, DIFFLLAMA)),
+    *(Target("models", case, SHARED, "step bytes × Llama", 1.05, at_least=False) for case in WHOLE),
+    Target("models", WHOLE[0], SHARED, "cache bytes × Llama", 1.0, at_least=False),
+    *(Target("conversion", f"{size} GB", "convert", BEYOND, 1.5, at_least=False) for size in (0.3, 2.6)),
+]
+
+
+def commands(mode: str) -> list[str]:
+    """The scripts to run, with their arguments."""
+    if mode == "quick":
+        return [
+            "attention.py --prefill 512 --decode 512 --batch 1 --padding none --budget 1",
+            "models.py --groups 16/4 --prefill 128 --decode 512 --train 128 --budget 1",
+            "conversion.py --quick",
+            "startup.py --quick",
+        ]
+    if mode == "targets":
+        return [
+            "attention.py --targets",
+            "attention.py --targets --cache static",
+            "models.py --groups 16/4 --prefill 2048 --decode 2048",
+            "conversion.py --gigabytes 0.3 2.6",
+            "startup.py --repeat 3",
+        ]
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        for backend in ("eager", "sdpa", "flex_attention", "compiled"):
+            how = f"--dtype {dtype} --backend {backend}"
+            found.append(f"attention.py {how}")
+            found.append(f"attention.py {how} --cache static --prefill")
+            found.append(f"models.py {how} --batch 1 8 --padding none left")
+    return [*found, "conversion.py --gigabytes 0.3 2.6 8", "startup.py"]
+
+
+def run(command: str, console: Console) -> Any:
+    """What a script prints as JSON."""
+    console.print(f"[dim]{command}[/dim]")
+    script, *arguments = command.split()
+    line = [sys.executable, str(HERE / script), *arguments, "--json"]
+    return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def lines_of(benchmark: str, found: Any) -> Iterator[Line]:
+    """What a script's JSON says, as lines."""
+    if benchmark == "conversion":
+        for each in found["figures"]:
+            case, seconds = f"{each['gigabytes']:.1f} GB", f"{each['convert']:.2f} s"
+            yield Line(benchmark, case, "convert", seconds, each["ratio"], BEYOND)
+        return
+    if benchmark == "startup":
+        for part, case in (("commands", "start"), ("loading", "from_pretrained")):
+            for name, each in found[part].items():
+                seconds = f"{each['seconds']:.2f} s"
+                yield Line(benchmark, case, name, seconds, each["ratio"]["seconds"], f"seconds × {each['peer']}")
+        return
+    options = found["options"]
+    how = "" if options["backend"] == "sdpa" else f", {options['backend']}"
+    how += "" if options["dtype"] == "float32" else f", {options['dtype']}"
+    for each in found["figures"]:
+        case, name = each["case"] + how, each["name"]
+        milliseconds = f"{1000 * each['seconds']:,.2f} ms"
+        for peer, speed in each["speed"].items():
+            if peer != name:
+                yield Line(benchmark, case, name, milliseconds, speed, f"speed × {peer}")
+        for kind, ratio in each["bytes_ratio"].items():
+            megabytes = f"{each['bytes'][kind] / 1e6:,.1f} MB"
+            if name != "Llama":
+                yield Line(benchmark, case, name, megabytes, ratio, f"{kind} bytes × Llama")
+
+
+def show(lines: list[Line], console: Console) -> None:
+    table = Table(title="speed is the peer's time over the own: above 1 is faster")
+    for column in Line._fields:
+        table.add_column(column, justify="right" if column in ("value", "ratio") else "left", no_wrap=True)
+    before = None
+    for line in lines:
+        if before and line[:2] != before[:2]:
+            table.add_section()
+        shown = ("", "") if before and line[:2] == before[:2] else line[:2]
+        table.add_row(*shown, line.name, line.value, f"{line.ratio:.3f}", line.of)
+        before = line
+    console.print(table)
+
+
+def against_targets(lines: list[Line]) -> list[dict[str, Any]]:
+    """Each target that was measured, what was found, and whether it is met."""
+    found: dict[tuple[str, ...], float] = {}
+    for line in lines:
+        found.setdefault((line.benchmark, line.case, line.name, line.of), line.ratio)
+    return [
+        {
+            **target._asdict(),
+            "found": ratio,
+            "met": round(ratio, 2) >= target.bound if target.at_least else round(ratio, 2) <= target.bound,
+        }
+        for target in TARGETS
+        if (ratio := found.get(target[:4])) is not None
+    ]
+
+
+def show_targets(targets: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="targets")
+    for column in ("benchmark", "case", "name", "of", "bound", "found", "met"):
+        table.add_column(column, no_wrap=True)
+    for each in targets:
+        bound = f"{'≥' if each['at_least'] else '≤'} {each['bound']:.2f}"
+        met = "yes" if each["met"] else "[bold]no[/bold]"
+        table.add_row(*(each[key] for key in ("benchmark", "case", "name", "of")), bound, f"{each['found']:.3f}", met)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_const", dest="mode", const="quick", default="full")
+    mode.add_argument("--targets", action="store_const", dest="mode", const="targets")
+    parser.add_argument("--only", nargs="+", metavar="SCRIPT", help="Of the scripts, such as attention.")
+    parser.add_argument("--out", type=Path, help="Where the JSON goes.")
+    options = parser.parse_args()
+    console = Console()
+    if not console.is_terminal:
+        console.width = 180
+    results, lines = [], []
+    for command in commands(options.mode):
+        benchmark = command.split(".py")[0]
+        if options.only and benchmark not in options.only:
+            continue
+        found = run(command, console)
+        results.append({"command": command, "found": found})
+        lines += lines_of(benchmark, found)
+    show(lines, console)
+    targets = against_targets(lines)
+    if targets:
+        show_targets(targets, console)
+    if options.out:
+        report = {"targets": targets, "figures": [line._asdict() for line in lines], "runs": results}
+        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

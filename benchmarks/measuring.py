@@ -1,0 +1,213 @@
+"""What the benchmarks share: interleaved repetitions, ratios to a peer of the same run, memory, tables and JSON.
+
+A machine shared with others runs at another speed from one minute to the next. So the things compared take turns, each
+repetition runs all of them once, and what is reported is the median of the ratios within a repetition.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+Run = Callable[[], Any]
+
+
+@dataclass
+class Figure:
+    """What one thing took in one case. Its speed is a peer's time over its own: above 1 it is the faster."""
+
+    case: str
+    name: str
+    seconds: float
+    speed: dict[str, float]  # by peer
+    repetitions: int
+    bytes: dict[str, int] = field(default_factory=dict)  # of memory, by kind
+    bytes_ratio: dict[str, float] = field(default_factory=dict)  # over the first peer's
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    """Wait for what was started: CUDA runs behind the caller."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# CPU time is that of one thread: on a machine where others run it says more than the clock on the wall.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+
+def interleaved(
+    runs: Mapping[str, Run],
+    options: argparse.Namespace,
+    prepare: Callable[[str], Any] = lambda name: None,
+    least: int = 5,
+    most: int = 300,
+) -> dict[str, list[float]]:
+    """Seconds of each repetition of each; as many repetitions as fit the budget, within limits.
+
+    `prepare` comes before each and is not timed. Two rounds warm up. Every round begins with another name, so that none
+    always follows the same neighbour.
+    """
+    names, clock = list(runs), CLOCKS[options.clock]
+
+    def seconds_of(name: str) -> float:
+        prepare(name)
+        synchronize()
+        begun = clock()
+        runs[name]()
+        synchronize()
+        return clock() - begun
+
+    for name in names:
+        seconds_of(name)
+    round_seconds = sum(seconds_of(name) for name in names)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(min(most, max(least, round(options.budget / round_seconds)))):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(seconds_of(name))
+    return seconds
+
+
+def figures(case: str, seconds: dict[str, list[float]], peers: Iterable[str]) -> list[Figure]:
+    """A figure for each name, against those of the peers that ran."""
+    return [
+        Figure(
+            case,
+            name,
+            statistics.median(taken),
+            {peer: median_ratio(seconds[peer], taken) for peer in peers if peer in seconds},
+            len(taken),
+        )
+        for name, taken in seconds.items()
+    ]
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def peak_allocated(run: Run) -> int:
+    """Bytes at most that torch held during `run`, beyond those it held before."""
+    if torch.cuda.is_available():
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # The allocator of the CPU keeps no peak, but tells the profiler of each of its steps.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    steps = sorted((each["ts"], each["args"]["Bytes"]) for each in events if each.get("name") == "[memory]")
+    held = peak = 0
+    for _, step in steps:
+        held += step
+        peak = max(peak, held)
+    return peak
+
+
+@dataclass
+class Machine:
+    """What the machine does at its best in this run: the limits that times are read against."""
+
+    gemm_flops: float
+    read_bytes: float
+    copy_bytes: float
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype, options: argparse.Namespace) -> "Machine":
+        """Matrix multiplication at 2,048³ in FLOP/s; memory read, and read plus written, in bytes/s."""
+        a, b = (torch.randn(2048, 2048, device=device()).to(dtype) for _ in range(2))
+        rows = torch.randn(1 << 14, 1 << 12, device=device())  # 256 MiB: no cache holds it
+        vector, target = torch.randn(1 << 12, device=device()), torch.empty_like(rows)
+        runs: dict[str, Run] = {
+            "gemm": lambda: torch.mm(a, b),
+            "read": lambda: torch.mv(rows, vector),
+            "copy": lambda: target.copy_(rows),
+        }
+        best = {name: min(taken) for name, taken in interleaved(runs, options).items()}
+        nbytes = rows.numel() * rows.element_size()
+        return cls(2 * 2048**3 / best["gemm"], nbytes / best["read"], 2 * nbytes / best["copy"])
+
+
+def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
+    """The options that all of these scripts have."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of the CPU.")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: that of one thread; with --threads 1.")
+    parser.add_argument("--budget", type=float, default=budget, help="Seconds of repetitions for each case.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "cores": os.cpu_count(),
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+    }
+
+
+def report(title: str, found: Sequence[Figure], options: argparse.Namespace, **more: Any) -> None:
+    """Print the figures: a table with a line for each case and name, or JSON."""
+    if options.json:
+        print(json.dumps({**environment(options), **more, "figures": [asdict(each) for each in found]}, indent=2))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # lines that nobody's screen breaks
+    console.print(table(title, found))
+
+
+def table(title: str, found: Iterable[Figure]) -> Table:
+    found = list(found)
+    peers = list(dict.fromkeys(peer for each in found for peer in each.speed))
+    kinds = list(dict.fromkeys(kind for each in found for kind in each.bytes))
+    result = Table(title=title)
+    for column in ("case", ""):
+        result.add_column(column, no_wrap=True)
+    for column in ("ms", *(f"× {peer}" for peer in peers)):
+        result.add_column(column, justify="right")
+    for kind in kinds:
+        result.add_column(f"{kind} MB", justify="right")
+        result.add_column(f"× {peers[0]}", justify="right")
+    case = None
+    for each in found:
+        if case not in (None, each.case):
+            result.add_section()
+        speeds = (f"{each.speed[peer]:.3f}" if peer in each.speed else "" for peer in peers)
+        memory = [
+            text
+            for kind in kinds
+            for text in (f"{each.bytes[kind] / 1e6:,.1f}" if kind in each.bytes else "", _ratio(each, kind))
+        ]
+        shown = "" if each.case == case else each.case
+        result.add_row(shown, each.name, f"{1000 * each.seconds:,.2f}", *speeds, *memory)
+        case = each.case
+    return result
+
+
+def _ratio(figure: Figure, kind: str) -> str:
+    return f"{figure.bytes_ratio[kind]:.3f}" if kind in figure.bytes_ratio else ""
