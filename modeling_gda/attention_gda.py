@@ -127,14 +127,15 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RoPE of queries and keys (B, T, heads, d), cosines and sines (B, T, d): what `apply_rotary_pos_emb` computes.
 
-    Each in one new tensor instead of five, since making a large tensor costs more than what is computed in it.
+    Bit for bit, since a conversion starts equal to its Llama, but with two new tensors each instead of five: making a
+    large tensor costs more than what is computed in it.
     """
     half = cos.shape[-1] // 2
     cos, signed = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
 
     def rotated(states: torch.Tensor) -> torch.Tensor:
         swapped = torch.cat((states[..., half:], states[..., :half]), dim=-1)
-        return swapped.mul_(signed).addcmul_(states, cos)
+        return swapped.mul_(signed).add_(states * cos)
 
     return rotated(query), rotated(key)
 

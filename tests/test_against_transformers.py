@@ -20,8 +20,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gda import GDAForCausalLM
+from gda.modeling_gda.attention_gda import rotate
 
 from .tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
@@ -251,3 +253,15 @@ def test_diffllama(fields: dict[str, Any], key_value: int) -> None:
     for layer in model.model.layers:
         layer.self_attn.lambda_q1.data.mul_(1.1)
     assert relative_error(logits(model, ids), expected) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_are_rotated_as_llamas_bit_for_bit(dtype: torch.dtype) -> None:
+    """In a conversion nothing else comes between a Llama and equal logits."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 11, heads, 6, generator=generator).to(dtype) for heads in (5, 2))
+    angles = torch.randn(2, 11, 3, generator=generator).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    for got, wanted in zip(rotate(query, key, cos, sin), expected, strict=True):
+        assert torch.equal(got.transpose(1, 2), wanted)
