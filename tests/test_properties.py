@@ -198,7 +198,6 @@ def source_fields(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     heads, layers = kv_heads * group, draw(st.integers(1, 3))
     width = 2 * draw(st.integers(1, 6))
-    # Of a few numbers the sum may be near 0, which makes much of their rounding.
     hidden = heads * 2 * draw(st.integers(4, 8))
     fields: dict[str, Any] = {
         "vocab_size": draw(st.integers(16, 40)),
@@ -320,7 +319,7 @@ def test_a_valid_config_makes_a_model_that_runs_and_is_saved_and_loaded(
 def test_a_source_converts_equal_and_back(
     source: tuple[str, dict[str, Any]], lambda_type: str | None, noise: int, dtype: torch.dtype, seed: int
 ) -> None:
-    """As GDA it computes the same logits, `gda.verify` agrees, and a Llama exported is the same file of weights."""
+    """As GDA it computes the same logits and `gda.verify` finds its tensors; a Llama exported is the same file."""
     family, fields = source
     group = fields["num_attention_heads"] // fields["num_key_value_heads"]
     noise_heads = fields["num_key_value_heads"] * (noise if group % noise == 0 else 1)
@@ -330,11 +329,13 @@ def test_a_source_converts_equal_and_back(
         place = Path(scratch)
         model.save_pretrained(place / "source")
         options = {"noise_heads": noise_heads, "lambda_type": lambda_type, "seed": seed}
-        gda.convert(place / "source", place / "gda", bundle_code=False, **options)
-        converted = GDAForCausalLM.from_pretrained(place / "gda", dtype=torch.float32)
+        gda.convert(place / "source", place / "gda", bundle_code=False, verify=False, **options)
+        assert gda.verify(place / "source", place / "gda", method="tensors").passed
+        # In float64: models this small make so much of their rounding that a Llama differs from itself by 1e-5.
+        converted = GDAForCausalLM.from_pretrained(place / "gda", dtype=torch.float64).double()
         assert converted.config.num_noise_heads == noise_heads
-        original = model_class.from_pretrained(place / "source", dtype=torch.float32)
-        assert relative_error(logits_of(converted), logits_of(original)) < 1e-5
+        original = model_class.from_pretrained(place / "source", dtype=torch.float64).double()
+        assert relative_error(logits_of(converted), logits_of(original)) < 1e-6
         if family == "llama":
             gda.export(place / "gda", place / "again")
             weights = "model.safetensors"
