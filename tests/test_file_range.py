@@ -50,7 +50,11 @@ def failing_half_way(source: int, to: int, size: int, *offsets: int) -> int:
     return in_small_pieces(source, to, size, *offsets)
 
 
-@pytest.mark.parametrize("copy", [None, unable, nothing, in_small_pieces, failing_half_way], ids=str)
+def named(copy: object) -> str:
+    return getattr(copy, "__name__", "as it is")
+
+
+@pytest.mark.parametrize("copy", [None, unable, nothing, in_small_pieces, failing_half_way], ids=named)
 @pytest.mark.parametrize("nbytes", [SIZE, CHUNK, 1, 0])
 def test_every_byte_is_copied(
     copy: Copy | None, nbytes: int, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,7 +115,7 @@ def test_an_error_names_the_file_that_is_to_blame(
         file_range(tmp_path).append_to(file)
 
 
-@pytest.mark.parametrize("copy", [unable, nothing, in_small_pieces], ids=str)
+@pytest.mark.parametrize("copy", [unable, nothing, in_small_pieces], ids=named)
 def test_a_conversion_has_the_same_bytes_without_the_kernels_help(
     copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
