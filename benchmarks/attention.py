@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filled_cache import CACHES, FilledCache
 from layers import DIFFLLAMA, LLAMA, NAIVE, Shape, build_layer
-from measuring import Figure, add_options, device, figures, interleaved, report
+from measuring import Figure, add_options, device, figures, interleaved, parse, report
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -137,12 +137,11 @@ def main() -> None:
     parser.add_argument("--cache", choices=CACHES, default="dynamic")
     parser.add_argument("--targets", action="store_true", help="Only the figures that docs/performance.md aims at.")
     add_options(parser, budget=5.0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     found = []
     if options.targets:
         for group, prefill, decode, names in TARGETS:
-            situations = [(tokens, 0, 1, "none") for tokens in prefill]
+            situations = [(tokens, 0, 1, "none") for tokens in prefill if options.cache == "dynamic"]
             situations += [(1, context, 1, "none") for context in decode]
             found += measure(group, names, situations, options)
     else:

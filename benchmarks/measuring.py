@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -150,8 +151,23 @@ class Machine:
         return cls(2 * 2048**3 / best["gemm"], nbytes / best["read"], 2 * nbytes / best["copy"])
 
 
+# glibc gives large blocks back to the kernel, which clears them anew, page by page, in one repetition and not in the
+# next. With these it keeps them, as CUDA's allocator does.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, with what they say of this process done."""
+    options = parser.parse_args()
+    if options.keep_memory and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)  # glibc reads it at the start
+    torch.set_num_threads(options.threads)
+    return options
+
+
 def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
     """The options that all of these scripts have."""
+    parser.add_argument("--keep-memory", action="store_true", help="Of the CPU: what is freed stays with the process.")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of the CPU.")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: that of one thread; with --threads 1.")

@@ -19,7 +19,7 @@ import torch
 from attention import BACKENDS, PADDINGS, padding_mask
 from filled_cache import CACHES, FilledCache
 from layers import DIFFLLAMA, LLAMA, Shape, build_model
-from measuring import Figure, add_options, device, figures, interleaved, peak_allocated, report
+from measuring import Figure, add_options, device, figures, interleaved, parse, peak_allocated, report
 from transformers import DynamicCache
 
 PARTS = ("prefill", "decode", "train")
@@ -142,8 +142,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=512, metavar="TOKENS", help="Of each row of a training step.")
     parser.add_argument("--train-batch", type=int, default=2)
     add_options(parser, budget=10.0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     found = [figure for group in options.groups for part in options.part for figure in measure(group, part, options)]
     report(f"whole models, {options.backend}, {options.dtype}, {options.threads} threads", found, options)
 

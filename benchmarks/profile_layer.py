@@ -16,7 +16,7 @@ import torch
 from attention import GROUPS, Case
 from filled_cache import CACHES
 from layers import build_layer
-from measuring import Machine, add_options, device, environment
+from measuring import Machine, add_options, device, environment, parse
 from rich.console import Console
 from rich.table import Table
 
@@ -96,8 +96,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, nargs="*", default=[8192], metavar="CONTEXT")
     parser.add_argument("--cache", choices=CACHES, default="dynamic")
     add_options(parser, budget=3.0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     machine = Machine.measured(getattr(torch, options.dtype), options)
     situations = [(tokens, 0) for tokens in options.prefill] + [(1, context) for context in options.decode]
     profiles = [

@@ -141,10 +141,9 @@ def rotate(
 
 
 class PackedQueries(nn.Module):
-    """What a backend is told of query heads that were packed: there is one for each KV head, and it sees all."""
+    """What a backend is told of query heads that were packed: there is one for each KV head."""
 
     num_key_value_groups = 1
-    is_causal = False
 
 
 class AttentionBranch(nn.Module):
