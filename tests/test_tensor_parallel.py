@@ -72,9 +72,8 @@ FULLY_SHARDED: dict[str, Callable[[], PreTrainedModel]] = {
     "qk-rank": gda("fewer-noise-than-kv", "reparameterized", qk_rank=3),
     "masked": gda("shared", "reparameterized", masked_layers=[1], **MASKED),
 }
-# What rounding does to the loss and to the gradients, relative to the largest of a tensor. The gradient of a λ is a sum
-# that nearly cancels: in bfloat16 it is up to a quarter off, where those of the large weights are a fortieth off.
-PRECISIONS = {"float32": (1e-4, 1e-4), "bfloat16": (1e-3, 2e-2), "mixed": (1e-2, 0.3)}
+# What rounding does to the loss and to the gradients, relative to the largest of a tensor.
+PRECISIONS = {"float32": (1e-4, 1e-4), "bfloat16": (1e-3, 2e-2), "mixed": (1e-2, 0.2)}
 
 
 def scattered(model: PreTrainedModel) -> PreTrainedModel:
