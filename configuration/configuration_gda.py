@@ -317,6 +317,8 @@ class GDAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for name, value in kwargs.items():
             self._refuse_argument(name, value)
+        undecided = "auto" in (self.dtype, kwargs.get("torch_dtype"))  # where there are no weights to decide
+        _require(not undecided, "dtype", "must name a floating-point type of torch", "auto")
         for rope in (self.rope_parameters, kwargs.get("rope_scaling")):
             self._refuse_nested_rope(rope)
         _require(_is_size(self.num_hidden_layers, MAX_LAYERS), *_size_rule(self, "num_hidden_layers", MAX_LAYERS))
@@ -796,9 +798,9 @@ def _nests_deeply(value: Any) -> bool:
 
 
 def _names_a_dtype(value: Any) -> bool:
-    """Whether that is, or names, a type that weights can have."""
+    """Whether that is, or names, a type that weights can have; "auto", of `from_pretrained`, leaves it to them."""
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    return value is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    return value in (None, "auto") or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
 
 
 def _maps_labels(value: Any) -> bool:

@@ -313,3 +313,11 @@ def test_public_names_stay_what_they_are() -> None:
         first = getattr(gda, name)
         assert getattr(gda, name) is first
         assert isinstance(first, str) or callable(first), name
+
+
+def test_a_dtype_may_be_left_to_the_weights(tmp_path: Path) -> None:
+    """As transformers' server does; where there are no weights, none can decide."""
+    tiny_config().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, dtype="auto").dtype == "auto"
+    with pytest.raises(ValueError, match=r"GDAConfig\.dtype .* got 'auto'"):
+        tiny_config(dtype="auto")
