@@ -23,13 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 from transformers.activations import ACT2FN
 
@@ -38,16 +32,12 @@ from gda import GDAConfig, GDAForCausalLM
 
 from .llamas import save_llama
 from .test_configuration import OWN_FIELDS, possible_fields
+from .test_sources_llamalike import CLASSES
 from .tiny import make_asymmetric, relative_error, tiny_config
 
 FACTOR = float(os.environ.get("GDA_PROPERTY_FACTOR", "1"))
 SECONDS = 20
-FAMILIES: dict[str, tuple[type, type]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM)} | CLASSES
 ACTIVATIONS = sorted(name for name in ACT2FN if not ACT2FN[name].state_dict())
 LAYER_TYPES = ["full_attention", "sliding_attention"]
 GDA_FIELDS = sorted({*json.loads(tiny_config().to_json_string())} | OWN_FIELDS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gda._files import StagedFolder, check_places, read_json, refuse_existing, remove, write_json
+from gda._files import StagedFolder, check_places, partial_of, read_json, refuse_existing, remove, write_json
 
 from .settings import TrainSettings, option
 
@@ -110,7 +110,7 @@ class RunFolder:
 
     def __init__(self, out: Path, identity: Identity, source: Path, *, resume: bool, overwrite: bool):
         refuse_existing(out, overwrite)
-        self.path = out.with_name(f".{out.name}.partial")
+        self.path = partial_of(out)
         check_places(source, self.path)
         self._staged = StagedFolder(out, overwrite=overwrite, resume=True)
         try:
@@ -170,7 +170,7 @@ class RunFolder:
 
 def begun_run(out: Path) -> str | None:
     """What is to be said of a run into `out` that was begun and did not end; None if there is none."""
-    folder = out.with_name(f".{out.name}.partial")
+    folder = partial_of(out)
     last = last_checkpoint(folder) if folder.is_dir() else None
     ended = _read(folder / TRAINING_FILE).get("report") is not None
     return _held(folder, last) if ended or last is not None else None

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from gda._errors import CheckFailed, first_line
-from gda._files import check_places, refuse_existing
+from gda._files import check_places, partial_of, refuse_existing
 from gda._numbers import finite
 from gda._screen import quiet_transformers
 from gda._version import __version__
@@ -181,7 +181,7 @@ def _rehearse(
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
         dry_run=True,
-        notes=[*plan.notes, *filter(None, (begun_run(out), _missing_space(_there(out), plan)))],
+        notes=[*plan.notes, *filter(None, (begun_run(out), _missing_space(out, plan)))],
     )
 
 
@@ -206,7 +206,7 @@ def _run(
             report = TrainReport.read(run.report, out, run.path)
         else:
             plan = processes.together(lambda: make_plan(source, settings, processes, run.path / DATA_FOLDER, console))
-            processes.on_main(lambda: _require_space(run.path, plan))
+            processes.on_main(lambda: _require_space(out, plan))
             trainer = _train(plan, run, source, processes, console)
             report = _report(out, plan, trainer, run.checkpoint)
             _write(trainer, plan, source, run.path, processes, bundle_code)
@@ -286,26 +286,19 @@ def _said(error: BaseException, last: Path | None, path: Path, settings: TrainSe
     return None
 
 
-def _require_space(path: Path, plan: Plan) -> None:
+def _require_space(out: Path, plan: Plan) -> None:
     """Refuse to begin what a full disk would end."""
-    if (missing := _missing_space(path, plan)) is not None:
+    if (missing := _missing_space(out, plan)) is not None:
         raise OSError(missing)
 
 
-def _there(out: Path) -> Path:
-    """The folder of a run, or where it will be made."""
-    folder = out.with_name(f".{out.name}.partial")
-    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-
-
-def _missing_space(path: Path, plan: Plan) -> str | None:
+def _missing_space(out: Path, plan: Plan) -> str | None:
     """What there is not room for: an old and a new checkpoint, weights and AdamW's two moments each."""
     needed = 4 * (plan.num_parameters + 2 * plan.num_trained) * (plan.settings.keep + 1)
-    left_over = path.rglob("*") if path.name.endswith(".partial") else ()
-    free = shutil.disk_usage(path).free + sum(file.stat().st_size for file in left_over if file.is_file())
-    if free >= needed:
+    place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
+    left_over = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
+    if (free := shutil.disk_usage(place).free + left_over) >= needed:
         return None
-    place = path.parent if path.name.endswith(".partial") else path
     return f"{place} has {free / 1e9:.1f} GB free, but checkpoints need {needed / 1e9:.1f} GB; make room"
 
 

@@ -78,6 +78,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
+def partial_of(out: Path) -> Path:
+    """The folder that is renamed to `out` when it is whole."""
+    return out.with_name(f".{out.name}.partial")
+
+
 class StagedFolder:
     """A folder that is filled beside its place and renamed into it, so that the place is empty or whole.
 
@@ -99,7 +104,7 @@ class StagedFolder:
         refuse_existing(out, overwrite)
         self.out = out
         self._overwrite = overwrite
-        self.folder = out.with_name(f".{out.name}.partial")
+        self.folder = partial_of(out)
         self._made_parents = [parent for parent in self.folder.parents if not parent.exists()]
         try:
             self._lock = self._make_and_lock()
