@@ -1,7 +1,7 @@
 """Run the benchmarks of speed and memory one after another: one table, one JSON.
 
     python benchmarks/all.py --quick                     # minutes: does it all run, and about how fast?
-    python benchmarks/all.py --targets --out found.json  # a quarter of an hour: what docs/performance.md aims at
+    python benchmarks/all.py --targets --out found.json  # half an hour: what docs/performance.md aims at
     python benchmarks/all.py --out found.json            # hours: every backend, dtype, length and batch
 
 Each script runs in a process of its own and can be run by itself; benchmarks/README.md says what each measures.
@@ -46,7 +46,11 @@ class Target(NamedTuple):
 LLAMA, DIFFLLAMA, BEYOND = "speed × Llama", "speed × DiffLlama", "seconds beyond start-up × cp -r"
 KEPT = ", memory kept"
 SHARED, EXPANDED, PAIRED = "GDA 3:1", "GDA expanded 4:1", "GDA paired 4:1"
-WHOLE = ["16/4, prefill of 2048, batch 1", "16/4, decode at 2048, batch 1", "16/4, training step of 2 × 512"]
+WHOLE = [
+    f"{group}, {what}"
+    for group in ("32/8", "16/4")
+    for what in ("prefill of 2048, batch 1", "decode at 2048, batch 1", "training step of 2 × 512")
+]
 TARGETS = [
     *(Target("attention", f"32/8, prefill of {n}, batch 1", SHARED, LLAMA, 1.08) for n in (2048, 4096)),
     *(Target("attention", f"32/8, decode at {n}, dynamic cache, batch 1", SHARED, LLAMA, 1.0) for n in (2048, 8192)),
@@ -60,7 +64,7 @@ TARGETS = [
     Target("attention", "40/8, decode at 8192, static cache, batch 1", PAIRED, LLAMA, 0.45),
     *(Target("models", case, SHARED, peer, 1.0) for case in WHOLE for peer in (LLAMA, DIFFLLAMA)),
     *(Target("models", case, SHARED, "step bytes × Llama", 1.05, at_least=False) for case in WHOLE),
-    Target("models", WHOLE[0], SHARED, "cache bytes × Llama", 1.0, at_least=False),
+    *(Target("models", case, SHARED, "cache bytes × Llama", 1.0, at_least=False) for case in (WHOLE[0], WHOLE[3])),
     *(Target("conversion", f"{size} GB", "convert", BEYOND, 1.5, at_least=False) for size in (0.3, 2.6)),
 ]
 
@@ -76,10 +80,10 @@ def commands(mode: str) -> list[str]:
         ]
     if mode == "targets":
         return [
-            "attention.py --targets",
-            "attention.py --targets --keep-memory",
+            "attention.py --targets --budget 10",
+            "attention.py --targets --keep-memory --budget 40",
             "attention.py --targets --cache static --keep-memory",
-            "models.py --groups 16/4 --prefill 2048 --decode 2048",
+            "models.py --groups 32/8 16/4 --prefill 2048 --decode 2048 --keep-memory --budget 30",
             "conversion.py --gigabytes 0.3 2.6",
             "startup.py --repeat 3",
         ]
@@ -105,7 +109,7 @@ def lines_of(benchmark: str, found: Any) -> Iterator[Line]:
     """What a script's JSON says, as lines."""
     if benchmark == "conversion":
         for each in found["figures"]:
-            case, seconds = f"{each['gigabytes']:.1f} GB", f"{each['convert']:.2f} s"
+            case, seconds = f"{each['gigabytes']:.1f} GB", f"{each['beyond_startup']:.2f} s"
             yield Line(benchmark, case, "convert", seconds, each["ratio"], BEYOND)
         return
     if benchmark == "startup":

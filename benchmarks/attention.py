@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filled_cache import CACHES, FilledCache
 from layers import DIFFLLAMA, LLAMA, NAIVE, Shape, build_layer
-from measuring import Figure, add_options, device, figures, interleaved, parse, report
+from measuring import Figure, add_options, device, figures, interleaved, parse, report, tell
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -109,6 +109,7 @@ def measure(
             check_equal(cases[NAIVE], cases["GDA 3:1"])
         what = f"decode at {context}, {options.cache} cache" if context else f"prefill of {tokens}"
         case = f"{group}, {what}, batch {batch}" + (", padded" if padding != "none" else "")
+        tell(case)
         runs = {name: each.run for name, each in cases.items()}
         seconds = interleaved(runs, options, prepare=lambda name, cases=cases: cases[name].prepare())
         found += figures(case, seconds, (LLAMA, DIFFLLAMA))

@@ -3,8 +3,9 @@
     python benchmarks/conversion.py --gigabytes 0.3 2.6 8
     python benchmarks/conversion.py --quick
 
-A repetition runs `cp -r`, a dry run and a conversion without verification in turn; what is reported are medians, of the
-ratios to the copy of the same repetition too. Start-up (imports, reading headers, planning) is what the dry run takes.
+A repetition runs `cp -r` and, in a process of its own, a conversion without verification in turn; what is reported are
+medians, of the ratios to the copy of the same repetition too. Start-up is what a model of 2 MB takes: that
+process converts one first, which imports everything, and what a second takes is subtracted.
 Each begins in the same state: what was written before is removed, nothing waits for the disk, and the source is in the
 page cache. Neither cp nor a conversion waits for the disk; "on disk" is the time until all has got there. Where cp
 shares blocks instead of copying them (reflinks of Btrfs or XFS) the comparison says nothing.
@@ -12,39 +13,35 @@ shares blocks instead of copying them (reflinks of Btrfs or XFS) the comparison 
 
 import argparse
 import json
-import multiprocessing
 import os
+import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from processes import in_child, run
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
 from gda._files import sha256
+from gda.conversion.convert import convert
 from gda.conversion.recipes import Recipe, checkpoint_specs, generator_for
 from gda.conversion.safetensors_io import TensorSpec
 from gda.conversion.stream import shards_of, write_weights
 
-T = TypeVar("T")
 
-
-def llama_config(gigabytes: float) -> LlamaConfig:
-    """A Llama of about that size in bfloat16: hidden size 2,048, as many layers as it takes."""
+def llama_config(gigabytes: float = 0.0, hidden_size: int = 2048) -> LlamaConfig:
+    """A Llama of about that size in bfloat16: as many layers as it takes."""
     config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=8192,
+        vocab_size=32000 * hidden_size // 2048,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
         num_hidden_layers=1,
         num_attention_heads=32,
         num_key_value_heads=8,
@@ -73,23 +70,23 @@ def write_llama(folder: Path, config: LlamaConfig, shard_size: str) -> int:
     return sum(recipe.spec.nbytes for recipe in recipes.values())
 
 
-def in_child(function: Callable[..., T], *arguments: object) -> T:
-    """Call `function` in a process of its own, since the memory of this one would count as that of `run`'s commands."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def converted(source: Path, out: Path, tiny: Path, shard_size: str) -> dict[str, float]:
+    """Seconds of a conversion beyond start-up, and peak resident megabytes of this process at its end and before it."""
 
-
-def run(*command: str) -> tuple[float, float]:
-    """Seconds and peak resident megabytes of a command; at least those of this process."""
-    with tempfile.TemporaryFile() as errors:
+    def seconds(source: Path, out: Path) -> float:
         begun = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begun
-        if status != 0:
-            errors.seek(0)
-            sys.exit(f"{' '.join(command)} failed: {errors.read().decode(errors='replace')}")
-    return seconds, usage.ru_maxrss / 1024
+        convert(source, out, max_shard_size=shard_size, verify=False)
+        return time.perf_counter() - begun
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    with tempfile.TemporaryDirectory() as folder:
+        seconds(tiny, Path(folder) / "first")
+        startup = seconds(tiny, Path(folder) / "second")
+    startup_peak = peak()
+    beyond = seconds(source, out) - startup
+    return {"beyond_startup": beyond, "peak_mb": peak(), "startup_peak_mb": startup_peak}
 
 
 def settle(source: Path, *outs: Path) -> None:
@@ -112,31 +109,19 @@ def to_disk(folder: Path) -> float:
 
 def measure(source: Path, scratch: Path, shard_size: str, repeat: int) -> dict[str, float]:
     """Seconds, ratios and megabytes of a source."""
-    copy, out = scratch / "copy", scratch / "gda"
-    convert = [sys.executable, "-m", "gda.cli", "convert", str(source), str(out), "--no-verify"]
-    convert += ["--max-shard-size", shard_size]
+    copy, out, tiny = scratch / "copy", scratch / "gda", scratch / "tiny"
+    in_child(write_llama, tiny, llama_config(hidden_size=64), shard_size)
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeat):
         settle(source, copy, out)
-        copied, _ = run("cp", "-r", str(source), str(copy))
-        copied_to_disk = copied + to_disk(copy)
+        values = {"copy": run("cp", "-r", str(source), str(copy))[0]}
+        values["copy_on_disk"] = values["copy"] + to_disk(copy)
         settle(source, copy, out)
-        startup, startup_peak = run(*convert, "--dry-run")
-        converted, peak = run(*convert)
-        beyond = converted - startup
-        beyond_to_disk = beyond + to_disk(out)
-        for name, value in {
-            "copy": copied,
-            "copy_on_disk": copied_to_disk,
-            "startup": startup,
-            "convert": converted,
-            "beyond_startup": beyond,
-            "beyond_startup_on_disk": beyond_to_disk,
-            "ratio": beyond / copied,
-            "ratio_on_disk": beyond_to_disk / copied_to_disk,
-            "peak_mb": peak,
-            "startup_peak_mb": startup_peak,
-        }.items():
+        values |= in_child(converted, source, out, tiny, shard_size)
+        values["beyond_startup_on_disk"] = values["beyond_startup"] + to_disk(out)
+        values["ratio"] = values["beyond_startup"] / values["copy"]
+        values["ratio_on_disk"] = values["beyond_startup_on_disk"] / values["copy_on_disk"]
+        for name, value in values.items():
             found[name].append(value)
     settle(source, copy, out)
     return {name: statistics.median(values) for name, values in found.items()}
@@ -181,7 +166,6 @@ def show(figures: list[dict[str, float]], options: dict[str, Any]) -> None:
     columns = {
         "GB": ("gigabytes", ".2f"),
         "cp -r, s": ("copy", ".2f"),
-        "start-up, s": ("startup", ".2f"),
         "beyond it, s": ("beyond_startup", ".2f"),
         "× cp": ("ratio", ".2f"),
         "on disk, × cp": ("ratio_on_disk", ".2f"),

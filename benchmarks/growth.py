@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import in_child, run
 
 import gda
-from conversion import in_child, llama_config, run, write_llama
+from conversion import llama_config, write_llama
 
 OPERATORS: dict[str, dict[str, int]] = {
     "--signal 2": {"signal": 2},

@@ -103,6 +103,11 @@ def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def tell(case: str) -> None:
+    """Say what is being measured, to whoever waits."""
+    Console(stderr=True).print(f"[dim]{case}[/dim]", highlight=False)
+
+
 def peak_allocated(run: Run) -> int:
     """Bytes at most that torch held during `run`, beyond those it held before."""
     if torch.cuda.is_available():

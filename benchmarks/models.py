@@ -3,12 +3,12 @@
     python benchmarks/models.py --part prefill decode --batch 1 8
     python benchmarks/models.py --part train --dtype bfloat16
 
-Random weights, hidden size 1,024, head_dim 64, 6 layers, a vocabulary of 16,384. Prefill fills a DynamicCache; a decode
-step is one call of the model with a cache of that context. A training step is forward, backward and AdamW over all
-weights; with --dtype bfloat16 weights stay in float32 and matrices are multiplied in bfloat16. "step" is what torch
-holds at most during one step beyond what it held before: activations, in prefill with the cache, in training with
-gradients.
-"cache" is the KV cache after the prefill.
+Random weights, head_dim 64, a vocabulary of 16,384; hidden size 2,048 and 2 layers, as wide as in attention.py, or
+hidden size 1,024 and 6 layers. Prefill fills a DynamicCache; a decode step is one call of the model with a cache of
+that context. A training step is forward, backward and AdamW over all weights; with --dtype bfloat16 weights stay in
+float32 and matrices are multiplied in bfloat16. "step" is what torch holds at most during one step beyond what it
+held before: activations, in prefill with the cache, in training with gradients. "cache" is the KV cache after the
+prefill.
 """
 
 import argparse
@@ -19,16 +19,18 @@ import torch
 from attention import BACKENDS, PADDINGS, padding_mask
 from filled_cache import CACHES, FilledCache
 from layers import DIFFLLAMA, LLAMA, Shape, build_model
-from measuring import Figure, add_options, device, figures, interleaved, parse, peak_allocated, report
+from measuring import Figure, add_options, device, figures, interleaved, parse, peak_allocated, report, tell
 from transformers import DynamicCache
 
 PARTS = ("prefill", "decode", "train")
-SIZES: dict[str, Any] = {"hidden": 1024, "mlp": 2816, "layers": 6, "vocabulary": 16384}
+WIDE: dict[str, Any] = {"hidden": 2048, "mlp": 8192, "layers": 2, "vocabulary": 16384}
+DEEP: dict[str, Any] = {"hidden": 1024, "mlp": 2816, "layers": 6, "vocabulary": 16384}
 # What is compared, by the query heads / KV heads of the Llama.
 GROUPS = {
-    "16/4": (Shape(16, 4, **SIZES), (LLAMA, DIFFLLAMA, "GDA 3:1", "GDA expanded 4:1", "GDA paired 3:1")),
-    "20/4": (Shape(20, 4, **SIZES), (LLAMA, DIFFLLAMA, "GDA 4:1")),
-    "16/2": (Shape(16, 2, **SIZES), (LLAMA, DIFFLLAMA, "GDA 7:1")),
+    "32/8": (Shape(32, 8, **WIDE), (LLAMA, DIFFLLAMA, "GDA 3:1", "GDA expanded 4:1", "GDA paired 3:1")),
+    "16/4": (Shape(16, 4, **DEEP), (LLAMA, DIFFLLAMA, "GDA 3:1", "GDA expanded 4:1", "GDA paired 3:1")),
+    "20/4": (Shape(20, 4, **DEEP), (LLAMA, DIFFLLAMA, "GDA 4:1")),
+    "16/2": (Shape(16, 2, **DEEP), (LLAMA, DIFFLLAMA, "GDA 7:1")),
 }
 
 
@@ -87,6 +89,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 def compare(case: str, situations: dict[str, Situation], options: argparse.Namespace) -> list[Figure]:
     """Speed and memory of each; the first is the Llama."""
+    tell(case)
     if options.backend in ("flex_attention", "compiled"):
         torch.compiler.reset()  # each size as if it were the only one: no general code for all of them
     runs = {name: each.run for name, each in situations.items()}

@@ -20,10 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from processes import in_child
 from rich.console import Console
 from rich.table import Table
-
-from conversion import in_child
 
 MODELS = ("source", "split")
 

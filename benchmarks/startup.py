@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from processes import in_child, run
 from rich.console import Console
 from rich.table import Table
 
 import gda
-from conversion import in_child, llama_config, run, write_llama
+from conversion import llama_config, write_llama
 
 Figure = dict[str, Any]
 GDA = [sys.executable, "-m", "gda.cli"]

@@ -134,8 +134,7 @@ def rotate(
     cos, signed = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
 
     def rotated(states: torch.Tensor) -> torch.Tensor:
-        swapped = torch.cat((states[..., half:], states[..., :half]), dim=-1)
-        return swapped.mul_(signed).add_(states * cos)
+        return states.roll(half, dims=-1).mul_(signed).add_(states * cos)
 
     return rotated(query), rotated(key)
 
@@ -242,17 +241,19 @@ class GDAAttention(nn.Module):
         self._add_projection("k", config.num_key_value_heads)
         self._add_projection("v", config.num_key_value_heads)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_out_bias))
-        if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.lambda_init = config.layer_lambda_init(layer_idx)
-        if config.lambda_type == "reparameterized":
+        self.lambda_activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}.get(config.lambda_type)
+        if self.lambda_activation is None:
             for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
                 setattr(self, name, nn.Parameter(torch.empty(self.head_dim)))
         else:
             self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads)
-        if config.head_norm:
-            self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
+        norm_scale = 1.0 - self.lambda_init
+        self.subln = (
+            GDARMSNormOfHead(config.value_width, config.head_norm_eps, norm_scale) if config.head_norm else None
+        )
         has_new_heads = config.masked_signal_heads is not None and not config.is_new_layer(layer_idx)
         self.growth_mask = GrowthMask(config) if has_new_heads else None
         self.lambda_anneal = None if config.lambda_anneal is None else LambdaAnneal(config)
@@ -274,7 +275,8 @@ class GDAAttention(nn.Module):
         """Queries, keys or values (B, T, heads, d), heads in the order of a dense projection's rows."""
         roles = self.num_roles.get(name)
         if roles is None:
-            return getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
+            output = getattr(self, f"{name}_proj")(hidden_states)
+            return output.view(*output.shape[:-1], -1, self.head_dim)
         base = getattr(self, f"{name}_base")(hidden_states)
         update = getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(hidden_states))
         base = base.unflatten(-1, (-1, 1, self.head_dim))  # (B, T, groups, 1, d)
@@ -299,7 +301,7 @@ class GDAAttention(nn.Module):
         """Return the output (B, T, hidden) and, from eager if asked for, the differential maps (B, S, T, T_kv)."""
         query, key = self._project("q", hidden_states), self._project("k", hidden_states)
         value = self._project("v", hidden_states).transpose(1, 2)  # (B, G, T, d)
-        if self.config.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = (each.transpose(1, 2) for each in rotate(query, key, *position_embeddings))
         if past_key_values is not None:
@@ -309,13 +311,13 @@ class GDAAttention(nn.Module):
         signal, noise, maps = self.attend(query, key, value, attention_mask, **kwargs)
         # Eager always has maps at hand; their difference is made for those who ask for it. The output is then made from
         # the difference, so that it has a gradient. (A paged cache keeps the values to itself.)
-        wanted = kwargs.get("output_attentions") or self.config.output_attentions
-        difference = self.subtract_maps(*maps, lambda_) if wanted and maps is not None else None
+        wanted = maps is not None and (kwargs.get("output_attentions") or self.config.output_attentions)
+        difference = self.subtract_maps(*maps, lambda_) if wanted else None
         if difference is not None and kwargs.get("cache") is None:
             output = self.apply_maps(difference, value)
         else:
             output = self.subtract(signal, noise, lambda_)
-        if self.config.head_norm:
+        if self.subln is not None:
             output = self.subln(output)
         if self.growth_mask is not None:
             output = self._masked(output, self.growth_mask)
@@ -328,10 +330,8 @@ class GDAAttention(nn.Module):
 
     def _learned_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """λ as its parameters say."""
-        if self.config.lambda_type == "sigmoid":
-            return self.lambda_proj(hidden_states).sigmoid()
-        if self.config.lambda_type == "tanh":
-            return self.lambda_proj(hidden_states).tanh()
+        if self.lambda_activation is not None:
+            return self.lambda_activation(self.lambda_proj(hidden_states))
         signal = (self.lambda_q1.float() * self.lambda_k1.float()).sum(dim=0, keepdim=True)
         noise = (self.lambda_q2.float() * self.lambda_k2.float()).sum(dim=0, keepdim=True)
         return signal.exp() - noise.exp() + self.lambda_init
@@ -356,7 +356,7 @@ class GDAAttention(nn.Module):
             _refuse_engine(kwargs, "has fewer noise heads than KV heads")
         output, maps = self.branch(self._repeat_noise(query), key, value, attention_mask, **kwargs)
         sizes = [self.num_signal_per_copy, 1]
-        signal, noise = output.unflatten(2, (-1, sum(sizes))).split(sizes, dim=3)
+        signal, noise = output.unflatten(2, (-1, sum(sizes))).tensor_split(sizes[:1], dim=3)
         return signal, noise, None if maps is None else maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
 
     def _repeat_noise(self, query: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,32 @@
+"""Work done in processes of its own."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def in_child(function: Callable[..., T], *arguments: object) -> T:
+    """Call `function` in a process of its own, so that this one's memory stays small."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def run(*command: str) -> tuple[float, float]:
+    """Seconds and peak resident megabytes of a command; at least those of this process."""
+    with tempfile.TemporaryFile() as errors:
+        begun = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begun
+        if status != 0:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)} failed: {errors.read().decode(errors='replace')}")
+    return seconds, usage.ru_maxrss / 1024
