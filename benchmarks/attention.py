@@ -94,6 +94,8 @@ def measure(
     """Figures of the layers of a group in each situation."""
     compiled, found = options.backend == "compiled", []
     layers = {name: build_layer(name, GROUPS[group][0], "sdpa" if compiled else options.backend) for name in names}
+    if options.backend == "flex_attention":
+        layers.pop(NAIVE, None)  # it reads no block masks
     for layer in layers.values():
         layer.to(device(), getattr(torch, options.dtype))
     calls = {name: torch.compile(layer) if compiled else layer for name, layer in layers.items()}

@@ -3,12 +3,12 @@
     python benchmarks/conversion.py --gigabytes 0.3 2.6 8
     python benchmarks/conversion.py --quick
 
-A repetition runs `cp -r` and, in a process of its own, a conversion without verification in turn; what is reported are
-medians, of the ratios to the copy of the same repetition too. Start-up is what a model of 2 MB takes: that
-process converts one first, which imports everything, and what a second takes is subtracted.
-Each begins in the same state: what was written before is removed, nothing waits for the disk, and the source is in the
-page cache. Neither cp nor a conversion waits for the disk; "on disk" is the time until all has got there. Where cp
-shares blocks instead of copying them (reflinks of Btrfs or XFS) the comparison says nothing.
+A repetition runs `cp -r` and, in a process of its own, a conversion without verification in turn; what is reported
+are medians, of the ratios to the copy of the same repetition too. Start-up is what a model of 2 MB takes: that
+process converts one first, which imports everything, and what a second takes is subtracted. Each begins in the same
+state: what was written before is removed, nothing waits for the disk, and the source is in the page cache. Workers
+are files written at once. Neither cp nor a conversion waits for the disk; "on disk" is the time until all has got
+there. Where cp shares blocks instead of copying them (reflinks of Btrfs or XFS) the comparison says nothing.
 """
 
 import argparse
@@ -70,12 +70,12 @@ def write_llama(folder: Path, config: LlamaConfig, shard_size: str) -> int:
     return sum(recipe.spec.nbytes for recipe in recipes.values())
 
 
-def converted(source: Path, out: Path, tiny: Path, shard_size: str) -> dict[str, float]:
+def converted(source: Path, out: Path, tiny: Path, shard_size: str, workers: int) -> dict[str, float]:
     """Seconds of a conversion beyond start-up, and peak resident megabytes of this process at its end and before it."""
 
     def seconds(source: Path, out: Path) -> float:
         begun = time.perf_counter()
-        convert(source, out, max_shard_size=shard_size, verify=False)
+        convert(source, out, max_shard_size=shard_size, workers=workers, verify=False)
         return time.perf_counter() - begun
 
     def peak() -> float:
@@ -107,24 +107,28 @@ def to_disk(folder: Path) -> float:
     return time.perf_counter() - begun
 
 
-def measure(source: Path, scratch: Path, shard_size: str, repeat: int) -> dict[str, float]:
-    """Seconds, ratios and megabytes of a source."""
+def measure(source: Path, scratch: Path, workers: list[int], shard_size: str, repeat: int) -> list[dict[str, float]]:
+    """Seconds, ratios and megabytes of a source, by the number of workers."""
     copy, out, tiny = scratch / "copy", scratch / "gda", scratch / "tiny"
     in_child(write_llama, tiny, llama_config(hidden_size=64), shard_size)
-    found: dict[str, list[float]] = defaultdict(list)
+    found: dict[int, dict[str, list[float]]] = {number: defaultdict(list) for number in workers}
     for _ in range(repeat):
         settle(source, copy, out)
-        values = {"copy": run("cp", "-r", str(source), str(copy))[0]}
-        values["copy_on_disk"] = values["copy"] + to_disk(copy)
-        settle(source, copy, out)
-        values |= in_child(converted, source, out, tiny, shard_size)
-        values["beyond_startup_on_disk"] = values["beyond_startup"] + to_disk(out)
-        values["ratio"] = values["beyond_startup"] / values["copy"]
-        values["ratio_on_disk"] = values["beyond_startup_on_disk"] / values["copy_on_disk"]
-        for name, value in values.items():
-            found[name].append(value)
+        copied = {"copy": run("cp", "-r", str(source), str(copy))[0]}
+        copied["copy_on_disk"] = copied["copy"] + to_disk(copy)
+        for number in workers:
+            settle(source, copy, out)
+            values = copied | in_child(converted, source, out, tiny, shard_size, number)
+            values["beyond_startup_on_disk"] = values["beyond_startup"] + to_disk(out)
+            values["ratio"] = values["beyond_startup"] / values["copy"]
+            values["ratio_on_disk"] = values["beyond_startup_on_disk"] / values["copy_on_disk"]
+            for name, value in values.items():
+                found[number][name].append(value)
     settle(source, copy, out)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return [
+        {"workers": number} | {name: statistics.median(values) for name, values in each.items()}
+        for number, each in found.items()
+    ]
 
 
 def generated(gigabytes: float, shard_size: str, folder: Path) -> Path:
@@ -139,6 +143,7 @@ def generated(gigabytes: float, shard_size: str, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.3, 2.6])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shard-size", default="400MB")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="Where to work; by default the system's temporary folder.")
@@ -153,8 +158,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options["folder"]) as scratch:
             source = generated(gigabytes, options["shard_size"], options["sources"] or Path(scratch))
             nbytes = sum(path.stat().st_size for path in source.iterdir())
-            found = measure(source, Path(scratch), options["shard_size"], options["repeat"])
-        figures.append({"gigabytes": nbytes / 1e9, **found})
+            found = measure(source, Path(scratch), options["workers"], options["shard_size"], options["repeat"])
+        figures += [{"asked": gigabytes, "gigabytes": nbytes / 1e9, **each} for each in found]
     if options["json"]:
         print(json.dumps({"options": options, "figures": figures}, indent=2, default=str))
     else:
@@ -165,6 +170,7 @@ def show(figures: list[dict[str, float]], options: dict[str, Any]) -> None:
     table = Table(title=f"gda convert --no-verify, files of {options['shard_size']}, medians of {options['repeat']}")
     columns = {
         "GB": ("gigabytes", ".2f"),
+        "workers": ("workers", "d"),
         "cp -r, s": ("copy", ".2f"),
         "beyond it, s": ("beyond_startup", ".2f"),
         "× cp": ("ratio", ".2f"),

@@ -9,6 +9,7 @@ the cached keys and values, read once, and with a dynamic cache read and written
 
 import argparse
 import json
+import statistics
 from dataclasses import asdict
 from typing import Any
 
@@ -41,39 +42,58 @@ def nbytes(layer: Any, context: int, cache: str) -> float:
     return size * (weights + cached * (3 if cache == "dynamic" else 1))
 
 
-@torch.inference_mode()
-def profile(name: str, group: str, tokens: int, context: int, machine: Machine, options: argparse.Namespace) -> Profile:
-    """The seconds of each operation in one run, of several."""
-    layer = build_layer(name, GROUPS[group][0], "sdpa").to(device(), getattr(torch, options.dtype))
-    case = Case(layer, layer, tokens, context, 1, "none", options.cache)
-    runs = 20 if context else 3
+def limit(layer: Any, tokens: int, context: int, machine: Machine, cache: str) -> float:
+    """Seconds that it takes the machine at its best: computing in a prefill, reading in a decode step."""
+    return nbytes(layer, context, cache) / machine.read_bytes if context else flops(layer, tokens) / machine.gemm_flops
+
+
+def operations(case: Case, runs: int) -> dict[str, float]:
+    """Seconds of each operation in one run, of several."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    for _ in range(2):
-        case.prepare()
-        case.run()
     with torch.profiler.profile(activities=activities) as profiled:
         for _ in range(runs):
             case.prepare()
             case.run()
-    operations = {
+    return {
         each.key: (each.self_device_time_total if torch.cuda.is_available() else each.self_cpu_time_total) / 1e6 / runs
         for each in profiled.key_averages()
     }
-    limit = nbytes(layer, context, options.cache) / machine.read_bytes if context else 0.0
-    limit = limit or flops(layer, tokens) / machine.gemm_flops
+
+
+@torch.inference_mode()
+def profiles(tokens: int, context: int, machine: Machine, options: argparse.Namespace) -> list[Profile]:
+    """Of each layer in one situation, the medians of rounds in which they take turns."""
+    layers = {
+        name: build_layer(name, GROUPS[options.group][0], "sdpa").to(device(), getattr(torch, options.dtype))
+        for name in options.names
+    }
+    cases = {name: Case(layer, layer, tokens, context, 1, "none", options.cache) for name, layer in layers.items()}
+    runs = 20 if context else 1
+    rounds = [{name: operations(case, runs) for name, case in cases.items()} for _ in range(options.rounds + 1)]
     what = f"decode at {context}, {options.cache} cache" if context else f"prefill of {tokens}"
-    return {"name": name, "case": f"{group}, {what}", "limit": limit, "operations": operations}
+    return [
+        {
+            "name": name,
+            "case": f"{options.group}, {what}",
+            "limit": limit(layer, tokens, context, machine, options.cache),
+            "operations": {
+                key: statistics.median(each[name].get(key, 0.0) for each in rounds[1:])  # the first warms up
+                for key in rounds[0][name]
+            },
+        }
+        for name, layer in layers.items()
+    ]
 
 
-def show(profiles: list[Profile], machine: Machine, most: int = 9) -> None:
+def show(found: list[Profile], machine: Machine, most: int = 9) -> None:
     console = Console()
     console.print(
         f"the machine: {machine.gemm_flops / 1e9:.0f} GFLOP/s, {machine.read_bytes / 1e9:.1f} GB/s read, "
         f"{machine.copy_bytes / 1e9:.1f} GB/s read and written"
     )
-    for each in profiles:
+    for each in found:
         whole = sum(each["operations"].values())
         table = Table(title=f"{each['name']}, {each['case']}")
         for column in ("operation", "ms", "share"):
@@ -95,19 +115,16 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048], metavar="TOKENS")
     parser.add_argument("--decode", type=int, nargs="*", default=[8192], metavar="CONTEXT")
     parser.add_argument("--cache", choices=CACHES, default="dynamic")
+    parser.add_argument("--rounds", type=int, default=9)
     add_options(parser, budget=3.0)
     options = parse(parser)
     machine = Machine.measured(getattr(torch, options.dtype), options)
     situations = [(tokens, 0) for tokens in options.prefill] + [(1, context) for context in options.decode]
-    profiles = [
-        profile(name, options.group, tokens, context, machine, options)
-        for tokens, context in situations
-        for name in options.names
-    ]
+    found = [each for situation in situations for each in profiles(*situation, machine, options)]
     if options.json:
-        print(json.dumps({**environment(options), "machine": asdict(machine), "profiles": profiles}, indent=2))
+        print(json.dumps({**environment(options), "machine": asdict(machine), "profiles": found}, indent=2))
     else:
-        show(profiles, machine)
+        show(found, machine)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def convert(
     seed: int = 0,
     dtype: str = "keep",
     max_shard_size: str | int = "5GB",
+    workers: int = 1,
     revision: str | None = None,
     verify: bool = True,
     resume: bool = False,
@@ -81,6 +82,8 @@ def convert(
         seed: Of the new weights.
         dtype: "keep", "float32", "bfloat16" or "float16"; λ is float32 always.
         max_shard_size: As in `save_pretrained`.
+        workers: Files of weights that are written at once, by threads; each holds two tensors in memory. The bytes are
+            the same.
         revision: Branch, tag or commit, for a Hub id.
         verify: Compare the result with the source before it appears.
         resume: Go on from the shards that a killed run finished.
@@ -104,6 +107,8 @@ def convert(
     out = Path(out)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    if type(workers) is not int or workers < 1:
+        raise ValueError(f"--workers {workers!r} is not a number of files to write at once, which is 1 or more")
     if private is not None and push_to_hub is None:
         raise ValueError("--private and --public are about the repository of --push-to-hub, which is not given")
     if push_to_hub is not None:
@@ -169,6 +174,7 @@ def convert(
             resume=resume,
             overwrite=overwrite,
             bundle_code=bundle_code,
+            workers=workers,
             console=console,
             trainable=new_by_conversion(config, mode=mode, merged=merge_kv is not None),
             divide=None if splitter is None else partial(splitter.run, dtype=DTYPES[dtype], console=console),

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Container, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -58,6 +60,7 @@ def write_checkpoint(
     max_shard_size: str | int,
     settings: dict[str, object],
     keep: Container[str] = (),
+    workers: int = 1,
     console: Console | None = None,
 ) -> dict[str, str]:
     """Write the weights into `folder`, going on from the shards that an earlier process finished with like settings.
@@ -69,6 +72,7 @@ def write_checkpoint(
         max_shard_size: As in `save_pretrained`.
         settings: What the bytes depend on, apart from the source.
         keep: What else in the folder stays; all that is not known there is removed.
+        workers: How many shards are written at once.
         console: Where progress is shown; nowhere if None.
 
     Returns:
@@ -95,7 +99,7 @@ def write_checkpoint(
             stored = source.stored(original)
         return recipe(source.read) if stored is None else stored
 
-    write_weights(folder, recipes, shards, made, intact=intact, finished=remember, console=console)
+    write_weights(folder, recipes, shards, made, intact=intact, finished=remember, workers=workers, console=console)
     return {file: intact[file] for file in shards}
 
 
@@ -106,32 +110,58 @@ def write_weights(
     made: Callable[[str], torch.Tensor | FileRange],
     *,
     intact: Container[str] = (),
-    finished: Callable[[str, str], None] | None = None,
+    finished: Callable[[str, str], None] = lambda file, digest: None,
+    workers: int = 1,
     console: Console | None = None,
 ) -> None:
     """Write each shard that is not `intact`, calling `finished(file, SHA-256)` after each, and the index.
 
-    `made(name)` gives a tensor, or where its bytes lie.
+    `made(name)` gives a tensor, or where its bytes lie; with several `workers`, threads call it.
     """
-    total = sum(recipe.spec.nbytes for recipe in recipes.values())
+    total, stop = sum(recipe.spec.nbytes for recipe in recipes.values()), threading.Event()
     with _progress(console) as progress:
         task = progress.add_task("writing", total=total)
 
         def in_turn(names: list[str]) -> Iterator[tuple[str, torch.Tensor | FileRange]]:
             for name in names:
+                if stop.is_set():
+                    raise CancelledError
                 yield name, made(name)
                 progress.update(task, advance=recipes[name].spec.nbytes)
 
-        for file, names in shards.items():
-            specs = {name: recipes[name].spec for name in names}
+        def write(file: str) -> str:
+            specs = {name: recipes[name].spec for name in shards[file]}
+            return write_safetensors(folder / file, specs, in_turn(file_order(specs)))
+
+        for file in shards:
             if file in intact:
-                progress.update(task, advance=sum(spec.nbytes for spec in specs.values()))
-                continue
-            digest = write_safetensors(folder / file, specs, in_turn(file_order(specs)))
-            if finished is not None:
-                finished(file, digest)
+                progress.update(task, advance=sum(recipes[name].spec.nbytes for name in shards[file]))
+        missing = [file for file in shards if file not in intact]
+        _write_all(missing, write, finished, workers, stop)
     if len(shards) > 1:
         _write_index(folder, recipes, shards)
+
+
+def _write_all(
+    files: list[str],
+    write: Callable[[str], str],
+    finished: Callable[[str, str], None],
+    workers: int,
+    stop: threading.Event,
+) -> None:
+    """Call `finished(file, write(file))` for each; `stop` is set when what is still being written is not wanted."""
+    if workers == 1:  # in this thread, so that what is on the disk at any moment does not depend on chance
+        for file in files:
+            finished(file, write(file))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        writing = {pool.submit(write, file): file for file in files}
+        try:
+            for future in as_completed(writing):
+                finished(writing[future], future.result())
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def _progress(console: Console | None) -> Progress:

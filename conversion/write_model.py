@@ -122,6 +122,7 @@ def write_model(
     overwrite: bool,
     bundle_code: bool,
     console: Console | None,
+    workers: int = 1,
     trainable: Trainable | None = None,
     divide: Callable[[Path], Divided] | None = None,
 ) -> Report:
@@ -149,6 +150,7 @@ def write_model(
             max_shard_size=settings.max_shard_size,
             settings=asdict(settings) | {"divided": split},
             keep=(WORK_FOLDER,),
+            workers=workers,
             console=console,
         )
         report.config.save_pretrained(folder, bundle_code=bundle_code)

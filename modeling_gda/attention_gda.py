@@ -250,10 +250,9 @@ class GDAAttention(nn.Module):
                 setattr(self, name, nn.Parameter(torch.empty(self.head_dim)))
         else:
             self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads)
-        norm_scale = 1.0 - self.lambda_init
-        self.subln = (
-            GDARMSNormOfHead(config.value_width, config.head_norm_eps, norm_scale) if config.head_norm else None
-        )
+        self.subln: GDARMSNormOfHead | None = None
+        if config.head_norm:
+            self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
         has_new_heads = config.masked_signal_heads is not None and not config.is_new_layer(layer_idx)
         self.growth_mask = GrowthMask(config) if has_new_heads else None
         self.lambda_anneal = None if config.lambda_anneal is None else LambdaAnneal(config)
@@ -311,8 +310,9 @@ class GDAAttention(nn.Module):
         signal, noise, maps = self.attend(query, key, value, attention_mask, **kwargs)
         # Eager always has maps at hand; their difference is made for those who ask for it. The output is then made from
         # the difference, so that it has a gradient. (A paged cache keeps the values to itself.)
-        wanted = maps is not None and (kwargs.get("output_attentions") or self.config.output_attentions)
-        difference = self.subtract_maps(*maps, lambda_) if wanted else None
+        difference = None
+        if maps is not None and (kwargs.get("output_attentions") or self.config.output_attentions):
+            difference = self.subtract_maps(*maps, lambda_)
         if difference is not None and kwargs.get("cache") is None:
             output = self.apply_maps(difference, value)
         else:

@@ -381,6 +381,9 @@ def test_damaged_files_beside_the_weights(
         (["--mode", "explode"], "--mode"),
         (["--lambda-type", "sigmoid"], "--lambda-type sigmoid"),
         (["--lambda-type", "cosine"], "lambda"),
+        (["--workers", "0"], "--workers"),
+        (["--workers", "-2"], "--workers"),
+        (["--workers", "two"], "--workers"),
         (["--max-shard-size", "abc"], "--max-shard-size"),
         (["--max-shard-size", ""], "--max-shard-size"),
         (["--max-shard-size", "0"], "--max-shard-size"),
@@ -411,6 +414,14 @@ def test_a_bad_shard_size_from_python(size: Any, one: Path, tmp_path: Path) -> N
     """The Python function refuses sizes that are no positive number or text by ValueError."""
     with pytest.raises(ValueError, match="max-shard-size"):
         gda.convert(one, tmp_path / "gda", verify=False, max_shard_size=size)
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, None, True, "2"])
+def test_a_bad_number_of_workers_from_python(workers: Any, one: Path, tmp_path: Path) -> None:
+    """The Python function refuses what is no positive whole number by ValueError."""
+    with pytest.raises(ValueError, match="workers"):
+        gda.convert(one, tmp_path / "gda", verify=False, workers=workers)
     assert os.listdir(tmp_path) == ["llama"]
 
 

@@ -593,3 +593,54 @@ def test_export_is_whole_or_absent_too(source: Path, tmp_path: Path) -> None:
         shutil.rmtree(place)
         place.mkdir()
     assert absent >= 5
+
+
+# --------------------------------------------------------------------------------------------------- several workers
+
+
+@pytest.mark.parametrize("workers", [2, 3, 50])
+def test_several_workers_write_the_same_bytes(workers: int, source: Path, tmp_path: Path) -> None:
+    """Fewer, as many and more than there are shards."""
+    expected = reference(source, tmp_path / "place")
+    convert(source, tmp_path / "gda", workers=workers)
+    assert files_of(tmp_path / "gda") == expected
+
+
+def test_killed_with_several_workers_resume_ends_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    """OUT is absent or whole, and what the manifest calls finished is not written again."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+    moment, kept = 0, set()
+    while killed_at(moment := moment + 3, place, lambda: convert(source, place / "gda", workers=3)):
+        if not (place / "gda").exists():
+            before = finished_shards(place / ".gda.partial")
+            kept.add(len(before))
+            assert in_child(lambda: convert(source, place / "gda", workers=2, resume=True)) == ENDED, moment
+            after = {name: (place / "gda" / name).stat() for name in before}
+            assert {name: (each.st_ino, each.st_mtime_ns) for name, each in after.items()} == before, moment
+        assert files_of(place / "gda") == expected, moment
+        shutil.rmtree(place)
+        place.mkdir()
+    assert files_of(place / "gda") == expected
+    assert max(kept) >= 3
+
+
+def test_a_shard_that_fails_ends_the_other_workers(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is that of the shard, nobody writes on, and nothing is left."""
+    interrupt_at_shard(monkeypatch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(OSError, match="No space left"):
+        convert(source, tmp_path / "gda", workers=2)
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_ctrl_c_stops_several_workers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left running, and a run with one worker goes on from what is there."""
+    expected = reference(source, tmp_path / "place")
+    interrupt_at_shard(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "gda", workers=2)
+    assert set(os.listdir(tmp_path)) == {"llama", "place", ".gda.partial"}
+    convert(source, tmp_path / "gda", resume=True)
+    assert files_of(tmp_path / "gda") == expected
