@@ -98,11 +98,12 @@ def commands(mode: str) -> list[str]:
 
 
 def run(command: str, console: Console) -> Any:
-    """What a script prints as JSON."""
+    """What a script prints as JSON; None if it fails."""
     console.print(f"[dim]{command}[/dim]")
     script, *arguments = command.split()
     line = [sys.executable, str(HERE / script), *arguments, "--json"]
-    return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None
 
 
 def lines_of(benchmark: str, found: Any) -> Iterator[Line]:
@@ -185,12 +186,15 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 180
-    results, lines = [], []
+    results, lines, failed = [], [], []
     for command in commands(options.mode):
         benchmark = command.split(".py")[0]
         if options.only and benchmark not in options.only:
             continue
         found = run(command, console)
+        if found is None:
+            failed.append(command)
+            continue
         results.append({"command": command, "found": found})
         lines += lines_of(benchmark, found)
     show(lines, console)
@@ -200,6 +204,8 @@ def main() -> None:
     if options.out:
         report = {"targets": targets, "figures": [line._asdict() for line in lines], "runs": results}
         options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if failed:
+        sys.exit(f"failed, and are not in the table: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

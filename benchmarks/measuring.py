@@ -22,6 +22,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from gda._errors import first_line
+
 Run = Callable[[], Any]
 
 
@@ -61,10 +63,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each repetition of each; as many repetitions as fit the budget, within limits.
 
-    `prepare` comes before each and is not timed. Two rounds warm up. Every round begins with another name, so that none
-    always follows the same neighbour.
+    `prepare` comes before each and is not timed. Two rounds warm up; what fails in the first is left out, and said.
+    Every round begins with another name, so that none always follows the same neighbour.
     """
-    names, clock = list(runs), CLOCKS[options.clock]
+    clock = CLOCKS[options.clock]
 
     def seconds_of(name: str) -> float:
         prepare(name)
@@ -74,8 +76,17 @@ def interleaved(
         synchronize()
         return clock() - begun
 
-    for name in names:
-        seconds_of(name)
+    def does_run(name: str) -> bool:
+        try:
+            seconds_of(name)
+        except Exception as error:  # a backend or a compiler that cannot do it is no reason to lose all the others
+            tell(f"{name} is left out, it fails: {first_line(error)}")
+            return False
+        return True
+
+    names = [name for name in runs if does_run(name)]
+    if not names:
+        return {}
     round_seconds = sum(seconds_of(name) for name in names)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(min(most, max(least, round(options.budget / round_seconds)))):
@@ -103,9 +114,9 @@ def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
-def tell(case: str) -> None:
-    """Say what is being measured, to whoever waits."""
-    Console(stderr=True).print(f"[dim]{case}[/dim]", highlight=False)
+def tell(what: str) -> None:
+    """Say what is being done, to whoever waits."""
+    Console(stderr=True).print(what, style="dim", highlight=False, markup=False)
 
 
 def peak_allocated(run: Run) -> int:

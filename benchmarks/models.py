@@ -101,7 +101,8 @@ def compare(case: str, situations: dict[str, Situation], options: argparse.Names
         figure.bytes["step"] = peak_allocated(situation.run)
         if type(situation) is Prefill:
             figure.bytes["cache"] = cache_bytes(situation.run())
-        figure.bytes_ratio = {kind: nbytes / found[0].bytes[kind] for kind, nbytes in figure.bytes.items()}
+        if found[0].name == LLAMA:
+            figure.bytes_ratio = {kind: nbytes / found[0].bytes[kind] for kind, nbytes in figure.bytes.items()}
     return found
 
 
