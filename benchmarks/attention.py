@@ -94,8 +94,6 @@ def measure(
     """Figures of the layers of a group in each situation."""
     compiled, found = options.backend == "compiled", []
     layers = {name: build_layer(name, GROUPS[group][0], "sdpa" if compiled else options.backend) for name in names}
-    if options.backend == "flex_attention":
-        layers.pop(NAIVE, None)  # it reads no block masks
     for layer in layers.values():
         layer.to(device(), getattr(torch, options.dtype))
     calls = {name: torch.compile(layer) if compiled else layer for name, layer in layers.items()}
@@ -105,7 +103,7 @@ def measure(
         cases = {
             name: Case(layer, calls[name], tokens, context, batch, padding, options.cache)
             for name, layer in layers.items()
-            if name != NAIVE or batch * tokens * max(tokens, context) <= 1 << 25  # its maps would fill the memory
+            if name != NAIVE or naive_fits(tokens, context, batch, options.backend)
         }
         if NAIVE in cases and "GDA 3:1" in cases:
             check_equal(cases[NAIVE], cases["GDA 3:1"])
@@ -116,6 +114,11 @@ def measure(
         seconds = interleaved(runs, options, prepare=lambda name, cases=cases: cases[name].prepare())
         found += figures(case, seconds, (LLAMA, DIFFLLAMA))
     return found
+
+
+def naive_fits(tokens: int, context: int, batch: int, backend: str) -> bool:
+    """Whether the naive layer can be run: it reads no block masks of flex, and its maps must not fill the memory."""
+    return backend != "flex_attention" and batch * tokens * max(tokens, context) <= 1 << 25
 
 
 def check_equal(naive: Case, fast: Case) -> None:

@@ -274,8 +274,7 @@ class GDAAttention(nn.Module):
         """Queries, keys or values (B, T, heads, d), heads in the order of a dense projection's rows."""
         roles = self.num_roles.get(name)
         if roles is None:
-            output = getattr(self, f"{name}_proj")(hidden_states)
-            return output.view(*output.shape[:-1], -1, self.head_dim)
+            return getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
         base = getattr(self, f"{name}_base")(hidden_states)
         update = getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(hidden_states))
         base = base.unflatten(-1, (-1, 1, self.head_dim))  # (B, T, groups, 1, d)
@@ -356,7 +355,7 @@ class GDAAttention(nn.Module):
             _refuse_engine(kwargs, "has fewer noise heads than KV heads")
         output, maps = self.branch(self._repeat_noise(query), key, value, attention_mask, **kwargs)
         sizes = [self.num_signal_per_copy, 1]
-        signal, noise = output.unflatten(2, (-1, sum(sizes))).tensor_split(sizes[:1], dim=3)
+        signal, noise = output.unflatten(2, (-1, sum(sizes))).split(sizes, dim=3)
         return signal, noise, None if maps is None else maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
 
     def _repeat_noise(self, query: torch.Tensor) -> torch.Tensor:
