@@ -1,6 +1,7 @@
 """Pages in headless Chromium: what they show, and whatever they complain about."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,16 @@ def opened(path: Path, *, width: int = 1440, height: int = 1000, scheme: str = "
         page.wait_for_timeout(100)
         browser.close()
     assert complaints == []
+
+
+def expect_text(page: Any, selector: str, text: str | re.Pattern[str]) -> None:
+    """Waits until an element reads so.
+
+    Playwright's `wait_for_function` would not do: from its second question on it needs eval, which our pages forbid.
+    """
+    from playwright.sync_api import expect
+
+    expect(page.locator(selector)).to_have_text(text, timeout=60_000)
 
 
 def number(text: str) -> float:

@@ -20,7 +20,7 @@ from gda.eval.analysis import LayerAttention, attention_arrays, attention_statis
 from gda.eval.attention_maps import LEVELS, SIGNED_LEVELS, MapKind, MapPlan, group_maps, pack, pooled, unpack
 from gda.eval.attention_report import AttentionReport
 
-from .browser import Page, number, opened
+from .browser import Page, expect_text, number, opened
 from .commands import Command
 from .llamas import byte_tokenizer, llama_model, save_llama
 from .tiny import tiny_config, tiny_model, token_ids
@@ -362,12 +362,12 @@ def test_the_page_shows_the_numbers_and_answers_keys(report: AttentionReport, tm
         page.keyboard.press("Home")
         page.keyboard.press("ArrowLeft")
         page.keyboard.press("ArrowLeft")
-        page.wait_for_function("document.getElementById('place').textContent === 'Layer 0, group 0'")
+        expect_text(page, "#place", "Layer 0, group 0")
         page.keyboard.press("ArrowUp")
         assert place() == "Layer 0, group 0"
         page.keyboard.press("ArrowDown")
         page.keyboard.press("ArrowRight")
-        page.wait_for_function("document.getElementById('place').textContent === 'Layer 1, group 1'")
+        expect_text(page, "#place", "Layer 1, group 1")
         page.wait_for_selector(".panel canvas")
         page.keyboard.press("Shift+ArrowUp")  # the last row, at the first token
         page.keyboard.press("Shift+ArrowRight")
@@ -423,7 +423,7 @@ def test_pointing_at_maps_and_cells(report: AttentionReport, tmp_path: Path) -> 
     with opened(report.write_html(tmp_path / "report.html")) as page:
         box = page.locator("#navigator canvas").bounding_box()
         page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] - 6)
-        page.wait_for_function("document.getElementById('place').textContent === 'Layer 2, group 1'")
+        expect_text(page, "#place", "Layer 2, group 1")
         page.hover(".panel canvas", position={"x": 3, "y": 3})
         assert page.inner_text("#cursor").startswith("0 “")
         page.hover("#text span:nth-child(2)")
@@ -437,7 +437,7 @@ def test_light_dark_and_print(report: AttentionReport, tmp_path: Path) -> None:
     with opened(path) as page:
         light = page.evaluate(corner)
         page.emulate_media(color_scheme="dark")
-        page.wait_for_timeout(200)
+        page.evaluate("new Promise(requestAnimationFrame)")  # changes of media are told before it
         dark = page.evaluate(corner)
         assert sum(dark) < sum(light)
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -505,7 +505,7 @@ def test_forty_layers_of_eight_groups_and_512_tokens(tmp_path: Path) -> None:
     assert path.stat().st_size < 1.4 * 36_000_000
     with opened(path) as page:
         page.keyboard.press("End")
-        page.wait_for_function("document.getElementById('place').textContent.startsWith('Layer 39')")
+        expect_text(page, "#place", re.compile("^Layer 39"))
         page.hover(".panel canvas", position={"x": 5, "y": 100})
         assert re.match(r"\d+–\d+ “.*” looks at \d+–\d+ “", page.inner_text("#cursor"))
         assert "mean over 2 × 2 tokens" in page.inner_text("header")
