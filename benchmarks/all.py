@@ -3,6 +3,7 @@
     python benchmarks/all.py --quick                     # minutes: does it all run, and about how fast?
     python benchmarks/all.py --targets --out found.json  # half an hour: what docs/performance.md aims at
     python benchmarks/all.py --out found.json            # hours: every backend, dtype, length and batch
+    python benchmarks/all.py --out found.json --resume   # goes on with a run that was ended
 
 Each script runs in a process of its own and can be run by itself; benchmarks/README.md says what each measures.
 """
@@ -88,9 +89,9 @@ def commands(mode: str) -> list[str]:
             "startup.py --repeat 3",
         ]
     found = []
-    for dtype in ("float32", "bfloat16"):
-        for backend in ("eager", "sdpa", "flex_attention", "compiled"):
-            how = f"--dtype {dtype} --backend {backend}"
+    for backend in ("sdpa", "flex_attention", "compiled", "eager"):
+        for dtype in ("float32", "bfloat16"):
+            how = f"--backend {backend} --dtype {dtype} --keep-memory --budget 2"
             found.append(f"attention.py {how}")
             found.append(f"attention.py {how} --cache static --prefill")
             found.append(f"models.py {how} --batch 1 8 --padding none left")
@@ -133,6 +134,19 @@ def lines_of(benchmark: str, found: Any) -> Iterator[Line]:
             megabytes = f"{each['bytes'][kind] / 1e6:,.1f} MB"
             if name != "Llama":
                 yield Line(benchmark, case, name, megabytes, ratio, f"{kind} bytes × Llama")
+
+
+def lines_of_all(results: dict[str, Any]) -> list[Line]:
+    return [line for command, found in results.items() for line in lines_of(command.split(".py")[0], found)]
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    lines = lines_of_all(results)
+    runs = [{"command": command, "found": found} for command, found in results.items()]
+    report = {"targets": against_targets(lines), "figures": [line._asdict() for line in lines], "runs": runs}
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def show(lines: list[Line], console: Console) -> None:
@@ -181,29 +195,30 @@ def main() -> None:
     mode.add_argument("--quick", action="store_const", dest="mode", const="quick", default="full")
     mode.add_argument("--targets", action="store_const", dest="mode", const="targets")
     parser.add_argument("--only", nargs="+", metavar="SCRIPT", help="Of the scripts, such as attention.")
-    parser.add_argument("--out", type=Path, help="Where the JSON goes.")
+    parser.add_argument("--out", type=Path, help="Where the JSON goes, anew after each script.")
+    parser.add_argument("--resume", action="store_true", help="Keep what --out holds, and run the rest.")
     options = parser.parse_args()
+    if options.resume and not options.out:
+        parser.error("--resume goes on with the file of --out")
     console = Console()
     if not console.is_terminal:
         console.width = 180
-    results, lines, failed = [], [], []
+    kept = json.loads(options.out.read_text())["runs"] if options.resume and options.out.exists() else []
+    results, failed = {each["command"]: each["found"] for each in kept}, []
     for command in commands(options.mode):
-        benchmark = command.split(".py")[0]
-        if options.only and benchmark not in options.only:
+        if command in results or (options.only and command.split(".py")[0] not in options.only):
             continue
         found = run(command, console)
         if found is None:
             failed.append(command)
             continue
-        results.append({"command": command, "found": found})
-        lines += lines_of(benchmark, found)
+        results[command] = found
+        if options.out:
+            save(results, options.out)
+    lines = lines_of_all(results)
     show(lines, console)
-    targets = against_targets(lines)
-    if targets:
+    if targets := against_targets(lines):
         show_targets(targets, console)
-    if options.out:
-        report = {"targets": targets, "figures": [line._asdict() for line in lines], "runs": results}
-        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if failed:
         sys.exit(f"failed, and are not in the table: {'; '.join(failed)}")
 

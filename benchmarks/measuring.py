@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from rich.console import Console
@@ -58,10 +60,9 @@ def interleaved(
     runs: Mapping[str, Run],
     options: argparse.Namespace,
     prepare: Callable[[str], Any] = lambda name: None,
-    least: int = 5,
     most: int = 300,
 ) -> dict[str, list[float]]:
-    """Seconds of each repetition of each; as many repetitions as fit the budget, within limits.
+    """Seconds of each repetition of each; as many repetitions as fit the budget, but five, or three of long ones.
 
     `prepare` comes before each and is not timed. Two rounds warm up; what fails in the first is left out, and said.
     Every round begins with another name, so that none always follows the same neighbour.
@@ -88,6 +89,7 @@ def interleaved(
     if not names:
         return {}
     round_seconds = sum(seconds_of(name) for name in names)
+    least = 5 if round_seconds <= options.budget else 3
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(min(most, max(least, round(options.budget / round_seconds)))):
         first = repetition % len(names)
@@ -178,7 +180,15 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if options.keep_memory and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)  # glibc reads it at the start
     torch.set_num_threads(options.threads)
+    if not torch.cuda.is_available():
+        limit_memory()
     return options
+
+
+def limit_memory() -> None:
+    """Have what does not fit the memory fail, as it does on CUDA: else the kernel ends the process, figures and all."""
+    limit = psutil.virtual_memory().available * 9 // 10
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def add_options(parser: argparse.ArgumentParser, budget: float) -> None:

@@ -117,17 +117,18 @@ def measure(group: str, part: str, options: argparse.Namespace) -> list[Figure]:
         training = {name: Training(model, compiled, ids, bf16) for name, model in models.items()}
         return compare(f"{group}, training step of {options.train_batch} × {options.train}", dict(training), options)
     found = []
-    for length in options.prefill if part == "prefill" else options.decode:
-        for batch in options.batch:
+    prefill = part == "prefill"
+    for length in options.prefill if prefill else options.decode:
+        for batch in options.prefill_batch if prefill else options.batch:
             for padding in options.padding:
                 ids = torch.randint(shape.vocabulary, (batch, length), device=device())
                 mask = padding_mask(batch, length, padding)
-                situation = Prefill if part == "prefill" else Decode
+                situation = Prefill if prefill else Decode
                 situations = {
                     name: situation(model.eval().to(getattr(torch, options.dtype)), compiled, ids, mask, options.cache)
                     for name, model in models.items()
                 }
-                what = f"prefill of {length}" if part == "prefill" else f"decode at {length}"
+                what = f"prefill of {length}" if prefill else f"decode at {length}"
                 case = f"{group}, {what}, batch {batch}" + (", padded" if padding != "none" else "")
                 found += compare(case, dict(situations), options)
     return found
@@ -140,7 +141,8 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="sdpa")
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512, 2048], metavar="TOKENS")
     parser.add_argument("--decode", type=int, nargs="*", default=[512, 2048], metavar="CONTEXT")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="In decoding.")
+    parser.add_argument("--prefill-batch", type=int, nargs="+", default=[1])
     parser.add_argument("--cache", choices=CACHES, default="dynamic")
     parser.add_argument("--padding", nargs="+", choices=PADDINGS, default=["none"])
     parser.add_argument("--train", type=int, default=512, metavar="TOKENS", help="Of each row of a training step.")
