@@ -149,6 +149,14 @@ def save(results: dict[str, Any], path: Path) -> None:
     beside.replace(path)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The runs of a file that `save` wrote."""
+    try:
+        return {each["command"]: each["found"] for each in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+    except (ValueError, LookupError, TypeError):
+        sys.exit(f"{path}: not a file that --out wrote")
+
+
 def show(lines: list[Line], console: Console) -> None:
     table = Table(title="speed is the peer's time over the own: above 1 is faster")
     for column in Line._fields:
@@ -194,17 +202,18 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_const", dest="mode", const="quick", default="full")
     mode.add_argument("--targets", action="store_const", dest="mode", const="targets")
-    parser.add_argument("--only", nargs="+", metavar="SCRIPT", help="Of the scripts, such as attention.")
+    parser.add_argument("--only", nargs="+", choices=("attention", "models", "conversion", "startup"), metavar="SCRIPT")
     parser.add_argument("--out", type=Path, help="Where the JSON goes, anew after each script.")
     parser.add_argument("--resume", action="store_true", help="Keep what --out holds, and run the rest.")
     options = parser.parse_args()
     if options.resume and not options.out:
         parser.error("--resume goes on with the file of --out")
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out: {options.out.parent} is not a folder")
     console = Console()
     if not console.is_terminal:
         console.width = 180
-    kept = json.loads(options.out.read_text())["runs"] if options.resume and options.out.exists() else []
-    results, failed = {each["command"]: each["found"] for each in kept}, []
+    results, failed = read(options.out) if options.resume and options.out.exists() else {}, []
     for command in commands(options.mode):
         if command in results or (options.only and command.split(".py")[0] not in options.only):
             continue
