@@ -12,7 +12,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Line(NamedTuple):
     value: str
     ratio: float
     of: str  # what the ratio is of, and to which peer
+    runs: tuple[float, ...] = ()  # the ratio in each run, lowest first, where there were several
 
 
 class Target(NamedTuple):
@@ -82,8 +84,9 @@ def commands(mode: str) -> list[str]:
     if mode == "targets":
         return [
             "attention.py --targets --budget 10",
-            "attention.py --targets --keep-memory --budget 40",
-            "attention.py --targets --cache static --keep-memory",
+            # Where weights lie in memory is a matter of chance too, another in each process: so there are several.
+            *["attention.py --targets --keep-memory --budget 10"] * 5,
+            *["attention.py --targets --cache static --keep-memory"] * 5,
             "models.py --groups 32/8 16/4 --prefill 2048 --decode 2048 --keep-memory --budget 30",
             "conversion.py --gigabytes 0.3 2.6",
             "startup.py --repeat 3",
@@ -96,6 +99,10 @@ def commands(mode: str) -> list[str]:
             found.append(f"attention.py {how} --cache static --prefill")
             found.append(f"models.py {how} --batch 1 8 --padding none left")
     return [*found, "conversion.py --gigabytes 0.3 2.6 8", "startup.py"]
+
+
+def benchmark_of(command: str) -> str:
+    return command.split(".py")[0]
 
 
 def run(command: str, console: Console) -> Any:
@@ -136,23 +143,33 @@ def lines_of(benchmark: str, found: Any) -> Iterator[Line]:
                 yield Line(benchmark, case, name, megabytes, ratio, f"{kind} bytes × Llama")
 
 
-def lines_of_all(results: dict[str, Any]) -> list[Line]:
-    return [line for command, found in results.items() for line in lines_of(command.split(".py")[0], found)]
+def lines_of_all(runs: list[dict[str, Any]]) -> list[Line]:
+    """The lines of all runs; of what was run several times, that with the median ratio."""
+    alike: dict[tuple[str, ...], list[Line]] = {}
+    for each in runs:
+        for line in lines_of(benchmark_of(each["command"]), each["found"]):
+            alike.setdefault((line.benchmark, line.case, line.name, line.of), []).append(line)
+    found = []
+    for lines in alike.values():
+        lines.sort(key=lambda line: line.ratio)
+        ratios = tuple(line.ratio for line in lines) if len(lines) > 1 else ()
+        found.append(lines[(len(lines) - 1) // 2]._replace(runs=ratios))
+    return found
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    lines = lines_of_all(results)
-    runs = [{"command": command, "found": found} for command, found in results.items()]
+def save(runs: list[dict[str, Any]], path: Path) -> None:
+    lines = lines_of_all(runs)
     report = {"targets": against_targets(lines), "figures": [line._asdict() for line in lines], "runs": runs}
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> list[dict[str, Any]]:
     """The runs of a file that `save` wrote."""
     try:
-        return {each["command"]: each["found"] for each in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return [{"command": each["command"], "found": each["found"]} for each in runs]
     except (ValueError, LookupError, TypeError):
         sys.exit(f"{path}: not a file that --out wrote")
 
@@ -166,9 +183,13 @@ def show(lines: list[Line], console: Console) -> None:
         if before and line[:2] != before[:2]:
             table.add_section()
         shown = ("", "") if before and line[:2] == before[:2] else line[:2]
-        table.add_row(*shown, line.name, line.value, f"{line.ratio:.3f}", line.of)
+        table.add_row(*shown, line.name, line.value, f"{line.ratio:.3f}", line.of, spread(line.runs))
         before = line
     console.print(table)
+
+
+def spread(ratios: Sequence[float]) -> str:
+    return f"{len(ratios)}: {ratios[0]:.3f} to {ratios[-1]:.3f}" if ratios else ""
 
 
 def against_targets(lines: list[Line]) -> list[dict[str, Any]]:
@@ -178,6 +199,7 @@ def against_targets(lines: list[Line]) -> list[dict[str, Any]]:
             **target._asdict(),
             "case": line.case,
             "found": line.ratio,
+            "runs": line.runs,
             "met": round(line.ratio, 2) >= target.bound if target.at_least else round(line.ratio, 2) <= target.bound,
         }
         for target in TARGETS
@@ -188,12 +210,13 @@ def against_targets(lines: list[Line]) -> list[dict[str, Any]]:
 
 def show_targets(targets: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="targets")
-    for column in ("benchmark", "case", "name", "of", "bound", "found", "met"):
+    for column in ("benchmark", "case", "name", "of", "bound", "found", "met", "runs"):
         table.add_column(column, no_wrap=True)
     for each in targets:
         bound = f"{'≥' if each['at_least'] else '≤'} {each['bound']:.2f}"
         met = "yes" if each["met"] else "[bold]no[/bold]"
-        table.add_row(*(each[key] for key in ("benchmark", "case", "name", "of")), bound, f"{each['found']:.3f}", met)
+        named = (each[key] for key in ("benchmark", "case", "name", "of"))
+        table.add_row(*named, bound, f"{each['found']:.3f}", met, spread(each["runs"]))
     console.print(table)
 
 
@@ -213,18 +236,22 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 180
-    results, failed = read(options.out) if options.resume and options.out.exists() else {}, []
+    runs, failed = read(options.out) if options.resume and options.out.exists() else [], []
+    kept = Counter(each["command"] for each in runs)
     for command in commands(options.mode):
-        if command in results or (options.only and command.split(".py")[0] not in options.only):
+        if options.only and benchmark_of(command) not in options.only:
+            continue
+        if kept[command]:
+            kept[command] -= 1
             continue
         found = run(command, console)
         if found is None:
             failed.append(command)
             continue
-        results[command] = found
+        runs.append({"command": command, "found": found})
         if options.out:
-            save(results, options.out)
-    lines = lines_of_all(results)
+            save(runs, options.out)
+    lines = lines_of_all(runs)
     show(lines, console)
     if targets := against_targets(lines):
         show_targets(targets, console)
