@@ -235,7 +235,7 @@ def main() -> None:
         parser.error(f"--out: {options.out.parent} is not a folder")
     console = Console()
     if not console.is_terminal:
-        console.width = 180
+        console.width = 200
     runs, failed = read(options.out) if options.resume and options.out.exists() else [], []
     kept = Counter(each["command"] for each in runs)
     for command in commands(options.mode):
