@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from gda._files import read_json, write_json
+
 HERE = Path(__file__).parent
 
 
@@ -159,17 +161,14 @@ def lines_of_all(runs: list[dict[str, Any]]) -> list[Line]:
 
 def save(runs: list[dict[str, Any]], path: Path) -> None:
     lines = lines_of_all(runs)
-    report = {"targets": against_targets(lines), "figures": [line._asdict() for line in lines], "runs": runs}
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    figures = [line._asdict() for line in lines]
+    write_json(path, {"targets": against_targets(lines), "figures": figures, "runs": runs})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs of a file that `save` wrote."""
     try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        return [{"command": each["command"], "found": each["found"]} for each in runs]
+        return [{"command": each["command"], "found": each["found"]} for each in read_json(path)["runs"]]
     except (ValueError, LookupError, TypeError):
         sys.exit(f"{path}: not a file that --out wrote")
 
@@ -225,7 +224,7 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_const", dest="mode", const="quick", default="full")
     mode.add_argument("--targets", action="store_const", dest="mode", const="targets")
-    parser.add_argument("--only", nargs="+", choices=("attention", "models", "conversion", "startup"), metavar="SCRIPT")
+    parser.add_argument("--only", nargs="+", choices=("attention", "models", "conversion", "startup"))
     parser.add_argument("--out", type=Path, help="Where the JSON goes, anew after each script.")
     parser.add_argument("--resume", action="store_true", help="Keep what --out holds, and run the rest.")
     options = parser.parse_args()

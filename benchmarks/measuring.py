@@ -60,9 +60,8 @@ def interleaved(
     runs: Mapping[str, Run],
     options: argparse.Namespace,
     prepare: Callable[[str], Any] = lambda name: None,
-    most: int = 300,
 ) -> dict[str, list[float]]:
-    """Seconds of each repetition of each; as many repetitions as fit the budget, but five, or three of long ones.
+    """Seconds of each repetition of each; as many as fit the budget, from five, or three of long ones, to 300.
 
     `prepare` comes before each and is not timed. Two rounds warm up; what fails in the first is left out, and said.
     Every round begins with another name, so that none always follows the same neighbour.
@@ -91,7 +90,7 @@ def interleaved(
     round_seconds = sum(seconds_of(name) for name in names)
     least = 5 if round_seconds <= options.budget else 3
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(min(most, max(least, round(options.budget / round_seconds)))):
+    for repetition in range(min(300, max(least, round(options.budget / round_seconds)))):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
             seconds[name].append(seconds_of(name))

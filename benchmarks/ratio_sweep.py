@@ -14,7 +14,6 @@ plot are of what has finished, which they say. A run takes one thread: --jobs 2 
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from gda._files import read_json, write_json
 
 RATIOS: dict[str, tuple[int, int]] = {  # signal and noise heads
     "Transformer": (24, 0),
@@ -210,9 +211,7 @@ def run_one(name: str, seed: int, steps: int, batch: int, learning_rate: float, 
     }
     file = folder / "runs" / f"{_slug(name)}-{seed}.json"
     file.parent.mkdir(exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(result))
-    os.replace(beside, file)
+    write_json(file, result)
 
 
 def _training_rows(tokenizer: Any, text: Any, count: int, seed: int) -> list[dict[str, Any]]:
@@ -263,11 +262,11 @@ def sweep(arguments: argparse.Namespace) -> None:
     folder = arguments.out
     settings = {key: str(getattr(arguments, key)) for key in ("text", "held_out", "steps", "batch", "learning_rate")}
     told = folder / "settings.json"
-    if told.exists() and (before := json.loads(told.read_text())) != settings:
+    if told.exists() and (before := read_json(told)) != settings:
         sys.exit(f"{told} has {before}, not {settings}; choose another --out")
     if not told.exists():
         prepare(arguments.text, arguments.held_out, folder)
-        told.write_text(json.dumps(settings))
+        write_json(told, settings)
     wanted = [(name, seed) for seed in range(arguments.seeds) for name in RATIOS]
     missing = [each for each in wanted if not (folder / "runs" / f"{_slug(each[0])}-{each[1]}.json").exists()]
     running: list[subprocess.Popen[bytes]] = []
@@ -290,7 +289,7 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 def report(folder: Path, seeds: int) -> None:
     """The table, printed and in ratio_sweep.md, and the plot ratio_sweep.svg, of the runs that have finished."""
-    results = [json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))]
+    results = [read_json(file) for file in sorted((folder / "runs").glob("*.json"))]
     by_name = {name: [each for each in results if each["name"] == name] for name in RATIOS}
     baseline = {each["seed"]: each["loss"] for each in by_name["Transformer"]}
     lines = [

@@ -24,6 +24,8 @@ from processes import in_child
 from rich.console import Console
 from rich.table import Table
 
+from gda._files import read_json, write_json
+
 MODELS = ("source", "split")
 
 
@@ -169,11 +171,11 @@ def main() -> None:
     results = {}
     for name in MODELS:
         file = out / f"{name}.json"
-        held = json.loads(file.read_text()) if file.exists() else None
+        held = read_json(file) if file.exists() else None
         if held is None or held["settings"] != settings:
             result = in_child(train_one, name, options[name], options)
-            file.write_text(json.dumps(result | {"settings": settings}))
-            held = json.loads(file.read_text())
+            write_json(file, result | {"settings": settings})
+            held = read_json(file)
         results[name] = held
     report(results, arguments.json)
 
