@@ -73,9 +73,7 @@ def build(name: str, shape: Shape, backend: str = "sdpa") -> Any:
     model_class: Any = {LLAMA: LlamaForCausalLM, DIFFLLAMA: DiffLlamaForCausalLM}.get(name, GDAForCausalLM)
     torch.manual_seed(0)
     with torch.device(device()):
-        model = model_class._from_config(
-            config_of(name, shape), attn_implementation=backend, dtype=torch.bfloat16
-        )
+        model = model_class._from_config(config_of(name, shape), attn_implementation=backend, dtype=torch.bfloat16)
     return model.to(device(), torch.bfloat16).eval()
 
 

@@ -3,8 +3,8 @@
 The reference for logits and gradients is tests/naive.py: the equations loop by loop in float64, with the very weights
 that the model has after it was loaded in its dtype. The reference for text is the model's own argmax without a cache,
 prompt by prompt; every cache and every way of batching must repeat it. Weights are random and scaled so that logits lie
-far apart: in float32 all tokens must be equal. In bfloat16 a near tie may fall either way, and all that follows differs.
-So where a text first differs, the reference's logits of the two tokens must be within TIE standard deviations.
+far apart: in float32 all tokens must be equal. In bfloat16 a near tie may fall either way, and then all that follows
+differs. So where a text first differs, the reference's logits of the two tokens must be within TIE standard deviations.
 
 TF32 is off: float32 means float32.
 """
@@ -321,7 +321,7 @@ class Subject:
 
 
 def _paged_cache() -> Any:
-    """A small paged cache; without it transformers takes most of the GPU's memory. The page's name differs by release."""
+    """A small paged cache: by default transformers takes most of the GPU's memory. A page's name differs by release."""
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"

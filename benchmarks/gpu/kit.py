@@ -214,4 +214,3 @@ def capture(step: Callable[[], Any], warm_ups: int = 3, pool: Any = None) -> Cal
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         step()
     return graph.replay
-

@@ -18,8 +18,8 @@ PARTS = ("correctness", "speed", "sweep")
 Row = dict[str, Any]
 Lines = list[str]
 
-NO_FIGURES = """There are no figures from a GPU yet. `bash benchmarks/gpu.sh --out FOLDER` measures them on a machine that has
-one, and `python benchmarks/gpu/report.py FOLDER --write docs/performance.md` puts them here."""
+NO_FIGURES = """There are no figures from a GPU yet. `bash benchmarks/gpu.sh --out FOLDER` measures them on a machine
+that has one, and `python benchmarks/gpu/report.py FOLDER --write docs/performance.md` puts them here."""
 
 
 def read(folder: Path) -> dict[str, Row]:
@@ -66,8 +66,10 @@ def correctness(content: Row) -> Lines:
         else:
             result = ""
         excuses = unique(excuse(row) for row in own if excuse(row))
-        verdict = "failed" if any(row.get("ok") is False or row.get("error") for row in own) else "ok" if ran else "–"
-        lines.append((check, backend, dtype, f"{len(ran)} of {len(own)}", "; ".join([result] * bool(result) + excuses), verdict))
+        failed = any(row.get("ok") is False or row.get("error") for row in own)
+        found = "; ".join([result, *excuses] if result else excuses)
+        verdict = "failed" if failed else "ok" if ran else "–"
+        lines.append((check, backend, dtype, f"{len(ran)} of {len(own)}", found, verdict))
     return table(("check", "attention", "dtype", "configs", "worst", ""), lines)
 
 
@@ -139,16 +141,17 @@ def _interval(difference: Row | None) -> str:
 # ------------------------------------------------------------------------------------------------------------- section
 
 INTRODUCTIONS = {
-    "correctness": """Errors are ‖got − expected‖ / ‖expected‖ against a float64 reference on the CPU (`tests/naive.py`) of
-the same weights. Text is compared token by token with the model's own argmax without a cache. Where a text in bfloat16
-first differs, the two tokens' logits must be a near tie, less than 0.1 standard deviations apart. A line has the worst
-of all configs: shared, shared with fewer noise heads than KV heads, shared with tanh λ, paired with head norm.""",
-    "speed": """bfloat16, sdpa unless said otherwise. Speed is Llama's time over the own, so above 1 is faster; in brackets
-what counting allows (FLOPs for prefill and training, bytes for decoding); memory is the peak of one run relative to
-Llama's. Shared GDA keeps the Llama's 32 query heads and adds 8 noise heads; paired has 16 + 4 heads with values twice as
-wide, so its o_proj and KV cache have the Llama's size.""",
-    "sweep": """Key retrieval among distractors, tiny models from scratch, equal data, MLP widths set so that FLOPs agree.
-Differences to the Transformer are paired by seed, with 95 % t-intervals.""",
+    "correctness": """Errors are ‖got − expected‖ / ‖expected‖ against a float64 reference on the CPU (`tests/naive.py`)
+of the same weights. Text is compared token by token with the model's own argmax without a cache. Where a text in
+bfloat16 first differs, the two tokens' logits must be a near tie, less than 0.1 standard deviations apart. A line has
+the worst of all configs: shared, shared with fewer noise heads than KV heads, shared with tanh λ, paired with head
+norm.""",
+    "speed": """bfloat16, sdpa unless said otherwise. Speed is Llama's time over the own, so above 1 is faster; in
+brackets what counting allows (FLOPs for prefill and training, bytes for decoding); memory is the peak of one run
+relative to Llama's. Shared GDA keeps the Llama's 32 query heads and adds 8 noise heads; paired has 16 + 4 heads with
+values twice as wide, so its o_proj and KV cache have the Llama's size.""",
+    "sweep": """Key retrieval among distractors, tiny models from scratch, equal data, MLP widths set so that FLOPs
+agree. Differences to the Transformer are paired by seed, with 95 % t-intervals.""",
 }
 TITLES = {"correctness": "Correctness", "speed": "Speed and memory", "sweep": "Ratio of signal to noise heads"}
 TABLES: dict[str, Callable[[Row], Lines]] = {"correctness": correctness, "speed": speed, "sweep": sweep}

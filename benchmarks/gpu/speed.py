@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 PREFILLS = (2048, 8192, 32768)
 DECODES = ((8192, 1), (8192, 32), (32768, 1), (32768, 32))  # context, batch
-# Of a model, 32 sequences of 32,768 tokens fit the memory once (34 GB), and a DynamicCache that copies itself needs two.
+# A model's cache of 32 sequences of 32,768 tokens takes 34 GB, and a DynamicCache, copied in each step, twice that.
 MODEL_DECODES = DECODES[:3]
 GRAPHED = ((8192, 1), (8192, 32), (32768, 32))
 TRAINED = (2048, 8192)
@@ -75,6 +75,7 @@ class Subjects:
             contest.measure(self.seconds)
             for row in contest.rows(labels, LLAMA, limits):
                 self.part.add(row)
+
         self.part.attempt({**labels, "name": "(case)"}, measured, needs=3 * self.seconds)
         free_memory()
 

@@ -8,8 +8,8 @@ How the difficulty is chosen, before any GDA is trained: the Transformer alone i
 with two seeds of its own. The first whose mean accuracy lies in WANTED is taken; if there is none, the one closest to
 its middle. So there is room above and below the Transformer.
 
-How many steps a training has follows from the time that is left: a few steps of one block are timed, and STEPS says from
-how few to how many there may be, so that about BLOCKS blocks fit.
+How many steps a training has follows from the time that is left: a few steps of one block are timed, and there are as
+many, within STEPS, as let about BLOCKS blocks fit.
 
 What differs in FLOPs between variants goes into the width of the MLP, as in ratio_sweep.py.
 """
@@ -120,7 +120,8 @@ class Training:
         self.at = torch.zeros(1, dtype=torch.long, device=device())  # number of the step
         self.losses = torch.zeros(size.steps, device=device())
         self.places = question_places(difficulty, self.at.device)
-        self.mask = torch.ones(difficulty.length, difficulty.length, dtype=torch.bool, device=device()).tril()[None, None]
+        causal = torch.ones(difficulty.length, difficulty.length, dtype=torch.bool, device=device()).tril()
+        self.mask = causal[None, None]
         self.learning_rates = torch.tensor([self.schedule(step) for step in range(size.steps)], device=device())
         on_gpu = torch.cuda.is_available()
         self.learning_rate = torch.tensor(0.0, device=device())
