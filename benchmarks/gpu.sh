@@ -18,7 +18,8 @@ Runs this checkout on one GPU, with the python3, torch and transformers that are
   --smoke           tiny sizes, on a CPU too: does everything run? Its figures mean nothing
   --python PROGRAM  the Python that has torch (default: python3)
 
-Each part is a process of its own and saves its file after every row, so a crash or a kill loses little. Wheels in a
+Each part is a process of its own and saves its file after every row, so a crash or a kill loses little; what it
+prints is also in gpu_PART.log. Wheels in a
 folder .whl at the top of the checkout are unpacked into a temporary folder and used. A table of everything ends the
 output; `report.py DIR --write docs/performance.md` puts it into the documentation.
 HELP
@@ -62,15 +63,15 @@ failed=0
 part() { # name, seconds at most
   local seconds=$2
   [ "$(left)" -lt "$seconds" ] && seconds=$(left)
-  if [ "$seconds" -lt 15 ]; then
+  if [ "$seconds" -lt 30 ]; then
     echo "== $1: skipped, $seconds s are left"
     return
   fi
   local begun=$SECONDS
   echo "== $1: at most $seconds s"
-  # The part ends by itself; a case that hangs is ended 10 s later, so that the next part has its time.
-  timeout -k 5 $((seconds + 10)) "$python" "$root/benchmarks/gpu/$1.py" --out "$out" --budget "$seconds" $smoke ||
-    { echo "== $1: ended with exit code $?"; failed=1; }
+  # The part ends by itself, 12 s early for its imports; one that hangs is ended, so that the next has its time.
+  timeout -k 5 "$seconds" "$python" "$root/benchmarks/gpu/$1.py" --out "$out" --budget $((seconds - 12)) $smoke 2>&1 |
+    tee "$out/gpu_$1.log" || { echo "== $1: ended with exit code $?"; failed=1; }
   echo "== $1: $((SECONDS - begun)) s; $(left) s are left"
 }
 
@@ -79,7 +80,7 @@ if [ -n "$only" ]; then
 else
   part correctness 120
   part speed 210
-  part sweep $(($(left) - 12)) # so that the table is printed within the budget
+  part sweep $(($(left) - 8)) # so that the table is printed within the budget
 fi
 "$python" "$root/benchmarks/gpu/report.py" "$out"
 exit $failed

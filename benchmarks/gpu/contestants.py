@@ -74,7 +74,7 @@ def build(name: str, shape: Shape, backend: str = "sdpa") -> Any:
     torch.manual_seed(0)
     with torch.device(device()):
         model = model_class._from_config(config_of(name, shape), attn_implementation=backend, dtype=torch.bfloat16)
-    return model.to(device(), torch.bfloat16).eval()
+    return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ counting

@@ -395,7 +395,7 @@ def compiled_checks(part: Part, labels: Row, subject: Subject) -> None:
     part.attempt(
         {**labels, "check": "text, static cache, torch.compile reduce-overhead", "backend": "sdpa"},
         lambda: compared(subject.compiled(), expected, subject.dtype),
-        needs=15,
+        needs=25,
     )
     torch.compiler.reset()
     for padded in (False, True):

@@ -80,13 +80,16 @@ class Part:
         try:
             if self.left() < needs:
                 raise OutOfTime
+            self.content["running"] = " ".join(str(value) for value in labels.values())  # if the process is ended here
+            self.write()
             if (values := run()) is not None:
                 self.add({**labels, **values, "seconds": round(time.monotonic() - begun, 2)})
-            return
         except OutOfTime:
             self.add({**labels, "skipped": "out of time"})
         except Exception as error:  # whatever a backend or a compiler raises, the other cases are still worth a run
             self.add({**labels, "error": one_line(error)})
+        self.content.pop("running", None)
+        self.write()
         free_memory()
 
 
@@ -159,8 +162,9 @@ class Contest:
                 round_seconds += time.perf_counter() - begun
             except Exception as error:  # out of memory, or a kernel that is not there
                 self.errors[name] = one_line(error)
+            if name in self.errors:
                 del self.runs[name]
-                free_memory()
+                free_memory()  # only here, where the error no longer holds what its frames held
         names = list(self.runs)
         self.times = {name: [] for name in names}
         for repetition in range(max(5, min(most, round(seconds / max(round_seconds, 1e-4))))):

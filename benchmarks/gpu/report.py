@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 PARTS = ("correctness", "speed", "sweep")
@@ -157,6 +157,12 @@ TITLES = {"correctness": "Correctness", "speed": "Speed and memory", "sweep": "R
 TABLES: dict[str, Callable[[Row], Lines]] = {"correctness": correctness, "speed": speed, "sweep": sweep}
 
 
+def body(name: str, content: Row) -> Lines:
+    """The tables of a part, and what it was at if it was ended in the midst of it."""
+    ended = [f"Ended during: {content['running']}"] if "running" in content else []
+    return [*TABLES[name](content), *ended]
+
+
 def section(parts: dict[str, Row]) -> str:
     """Markdown of everything that was measured."""
     if not parts:
@@ -168,15 +174,20 @@ def section(parts: dict[str, Row]) -> str:
         "",
     ]
     for name, content in parts.items():
-        lines += [f"### {TITLES[name]}", "", INTRODUCTIONS[name], "", *TABLES[name](content), ""]
+        lines += [f"### {TITLES[name]}", "", INTRODUCTIONS[name], "", *body(name, content), ""]
     return "\n".join(lines).rstrip()
+
+
+def refuse(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(2)
 
 
 def write(document: Path, text: str) -> None:
     """Replace what is between the markers."""
     whole = document.read_text(encoding="utf-8")
     if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
-        sys.exit(f"{document}: needs one line {BEGIN} and, after it, one line {END}")
+        refuse(f"{document}: needs one line {BEGIN} and, after it, one line {END}")
     before, after = whole.split(BEGIN)[0], whole.split(END)[1]
     document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
@@ -185,7 +196,7 @@ def screen(parts: dict[str, Row]) -> str:
     """The same tables without the prose, for the end of a log."""
     lines: Lines = []
     for name, content in parts.items():
-        lines += ["", f"== {name} ({content['seconds']} s, {content['environment']['device']})", *TABLES[name](content)]
+        lines += ["", f"== {name} ({content['seconds']} s, {content['environment']['device']})", *body(name, content)]
     return "\n".join(lines)
 
 
@@ -199,7 +210,7 @@ def main() -> None:
         print(screen(parts))
         return
     if any(content["smoke"] for content in parts.values()):
-        sys.exit(f"{arguments.folder}: holds a --smoke run, whose figures mean nothing; run without --smoke")
+        refuse(f"{arguments.folder}: holds a --smoke run, whose figures mean nothing; run without --smoke")
     write(arguments.write, section(parts))
 
 

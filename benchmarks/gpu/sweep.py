@@ -17,6 +17,7 @@ What differs in FLOPs between variants goes into the width of the MLP, as in rat
 import argparse
 import dataclasses
 import math
+import os
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kit import Part, Row, capture, free_memory, one_line, parser_of
+from kit import OutOfTime, Part, Row, capture, free_memory, one_line, parser_of
 from measuring import device, synchronize
 from recall import VOCABULARY, Difficulty, question_places, rows
 from torch import Tensor
@@ -200,7 +201,7 @@ def block(part: Part, names: list[tuple[str, Difficulty, int]], size: Size) -> l
         if step % 100 == 0:
             synchronize()
             if part.left() <= 0:
-                raise TimeoutError("out of time in the midst of a block")
+                raise OutOfTime
     synchronize()
     for index, training in running.items():
         tests = rows(names[index][1], size.tests, torch.Generator(device()).manual_seed(1))
@@ -210,14 +211,17 @@ def block(part: Part, names: list[tuple[str, Difficulty, int]], size: Size) -> l
 
 def pace(part: Part, size: Size) -> int:
     """Steps of a training, a multiple of 100, such that BLOCKS blocks and the ladder fit the time that is left."""
-    timed = dataclasses.replace(size, steps=100)
     names = [(name, LADDER[2], -3) for name in VARIANTS]
-    block(part, names, timed)  # kernels are loaded now
-    begun = time.monotonic()
-    block(part, names, timed)
-    block_seconds_per_step = (time.monotonic() - begun) / timed.steps  # with what it takes to build and capture
-    fitting = part.left() / (BLOCKS + 1) / block_seconds_per_step
-    part.content["milliseconds_per_step_of_a_block"] = 1000 * block_seconds_per_step
+    seconds = []
+    for steps in (10, 50, 250):  # the first loads kernels
+        begun = time.monotonic()
+        block(part, names, dataclasses.replace(size, steps=steps))
+        seconds.append(time.monotonic() - begun)
+    step_seconds = max((seconds[2] - seconds[1]) / 200, 1e-4)
+    build_seconds = max(seconds[1] - 50 * step_seconds, 0.0)
+    fitting = (part.left() / (BLOCKS + 1) - build_seconds) / step_seconds
+    part.content["pace"] = {"build_seconds": build_seconds, "milliseconds_per_step_of_a_block": 1000 * step_seconds}
+    print(f"[{part.budget - part.left():6.1f}s] {part.content['pace']}, {fitting:.0f} steps fit", flush=True)
     return int(max(STEPS[0], min(STEPS[1], fitting)) // 100 * 100)
 
 
@@ -283,6 +287,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=100, help="Blocks at most.")
     options: argparse.Namespace = parser.parse_args()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as many streams as variants; read when CUDA starts
     torch.backends.cuda.matmul.allow_tf32 = True  # equal for all variants; a third of the time
     size = SMOKE if options.smoke else Size()
     part = Part("sweep", options)
@@ -302,6 +307,9 @@ def main() -> None:
             break
         try:
             found = block(part, [(name, difficulty, seed) for name in VARIANTS], size)
+        except OutOfTime:
+            part.add({"stage": "sweep", "seed": seed, "skipped": "out of time in the midst of a block"})
+            break
         except Exception as error:
             part.add({"stage": "sweep", "seed": seed, "error": one_line(error)})
             break
