@@ -9,7 +9,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from gda.modeling_gda.attention_gda import GrowthMask, LambdaAnneal
+from gda.modeling_gda.attention_gda import Fade
 
 from .llamalike import layer_windows
 from .recipes import meta_model
@@ -52,10 +52,8 @@ class LayerwiseModel:
         self._rotary = type(self.model.model.rotary_emb)(self.config).to(self.device)
         self._windows = layer_windows(self.config)
         for part in self.model.modules():
-            if isinstance(part, GrowthMask):  # no tensor of the checkpoint, but of its config
-                part.value = torch.tensor(config.growth_mask, device=self.device)
-            elif isinstance(part, LambdaAnneal):
-                part.value = torch.tensor(config.lambda_anneal, device=self.device)
+            if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
+                part.value = torch.tensor(getattr(config, part.field), device=self.device)
 
     def of_config(self, config: PreTrainedConfig) -> "LayerwiseModel":
         """A model of another configuration, with the same tensors where it asks for them."""
