@@ -12,6 +12,7 @@ TF32 is off: float32 means float32.
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import naive
@@ -325,14 +326,15 @@ def _paged_cache() -> Any:
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
-    return ContinuousBatchingConfig(**{page: 32, "num_blocks": 64, "max_batch_tokens": 128})
+    settings: dict[str, Any] = {page: 32, "num_blocks": 64, "max_batch_tokens": 128}
+    return ContinuousBatchingConfig(**settings)
 
 
-def compared(got: list[list[int]], expected: list[tuple[list[int], Tensor]], dtype: str) -> Row:
+def compare(way: Callable[[], list[list[int]]], expected: list[tuple[list[int], Tensor]], dtype: str) -> Row:
     """Share of equal tokens, and how far apart the reference's logits are where a text first differs."""
     equal = tokens = 0
     gap = 0.0
-    for text, (reference, logits) in zip(got, expected, strict=True):
+    for text, (reference, logits) in zip(way(), expected, strict=True):
         same = [a == b for a, b in zip(text, reference, strict=True)]
         equal, tokens = equal + sum(same), tokens + len(same)
         if not all(same):
@@ -360,12 +362,12 @@ def checks(part: Part, labels: Row, subject: Subject) -> None:
             if not available(backend):
                 part.add({**row, "skipped": "not installed"})
                 continue
-            part.attempt(row, lambda backend=backend, padded=padded: subject.logits(backend, padded))
+            part.attempt(row, partial(subject.logits, backend, padded))
     for backend, checkpointing in (("eager", False), ("sdpa", False), ("sdpa", True)):
         check = "gradients, checkpointing" if checkpointing else "gradients"
         part.attempt(
             {**labels, "check": check, "backend": backend},
-            lambda backend=backend, checkpointing=checkpointing: subject.gradients(backend, checkpointing),
+            partial(subject.gradients, backend, checkpointing),
         )
     expected = subject.uncached()
     ways: list[tuple[str, str, Callable[[], list[list[int]]]]] = [
@@ -381,12 +383,10 @@ def checks(part: Part, labels: Row, subject: Subject) -> None:
     ]  # fmt: skip
     for name in FLASH:
         if dtype != "float32" and available(name):
-            ways.append(("text, left-padded batch", name, lambda name=name: subject.left_padded(name)))
-            ways.append(("text, continuous batching", name, lambda name=name: subject.continuous(name)))
+            ways.append(("text, left-padded batch", name, partial(subject.left_padded, name)))
+            ways.append(("text, continuous batching", name, partial(subject.continuous, name)))
     for check, backend, way in ways:
-        part.attempt(
-            {**labels, "check": check, "backend": backend}, lambda way=way: compared(way(), expected, dtype)
-        )  # fmt: skip
+        part.attempt({**labels, "check": check, "backend": backend}, partial(compare, way, expected, dtype))
 
 
 def compiled_checks(part: Part, labels: Row, subject: Subject) -> None:
@@ -394,14 +394,14 @@ def compiled_checks(part: Part, labels: Row, subject: Subject) -> None:
     expected = subject.uncached()
     part.attempt(
         {**labels, "check": "text, static cache, torch.compile reduce-overhead", "backend": "sdpa"},
-        lambda: compared(subject.compiled(), expected, subject.dtype),
+        partial(compare, subject.compiled, expected, subject.dtype),
         needs=25,
     )
     torch.compiler.reset()
     for padded in (False, True):
         part.attempt(
             {**labels, "check": "logits, left-padded" if padded else "logits", "backend": "flex_attention"},
-            lambda padded=padded: subject.logits("flex_attention", padded),
+            partial(subject.logits, "flex_attention", padded),
             needs=10,
         )
     torch.compiler.reset()
