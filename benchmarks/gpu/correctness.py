@@ -17,6 +17,7 @@ from typing import Any
 
 import naive
 import torch
+from checked_models import CONFIGS, DTYPES, SHAPE, load, make_model, state_of
 from kit import Part, Row, capture, free_memory, parser_of
 from measuring import device, synchronize
 from torch import Tensor
@@ -25,41 +26,6 @@ from transformers import GenerationConfig, StaticCache
 from transformers.utils import is_flash_attn_2_available, logging
 from transformers.utils.import_utils import is_flash_attn_3_available
 
-from gda import GDAConfig, GDAForCausalLM
-
-SHAPE: Row = {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
-CONFIGS: dict[str, Row] = {
-    "shared 3:1": {"num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 2},
-    "paired 3:1, head norm": {
-        "num_attention_heads": 8,
-        "num_noise_heads": 2,
-        "num_key_value_heads": 4,
-        "kv_layout": "paired",
-        "head_norm": True,
-    },
-    "shared 4:1, 1 noise head for 2 KV heads": {
-        "num_attention_heads": 5,
-        "num_noise_heads": 1,
-        "num_key_value_heads": 2,
-    },
-    "shared 4:1, tanh λ": {
-        "num_attention_heads": 10,
-        "num_noise_heads": 2,
-        "num_key_value_heads": 2,
-        "lambda_type": "tanh",
-    },
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest relative error ‖got − expected‖ / ‖expected‖: far above rounding, far below what a wrong head would cause.
 LIMITS = {("logits", "float32"): 1e-4, ("logits", "bfloat16"): 3e-2}
 LIMITS |= {("gradients", "float32"): 1e-3, ("gradients", "bfloat16"): 1e-1}
@@ -78,36 +44,6 @@ class Sizes:
 
 
 # -------------------------------------------------------------------------------------------------------------- models
-
-
-def make_model(fields: Row, folder: str) -> None:
-    """Save a float32 model whose weights hide no error: rows, layers and norms all differ."""
-    torch.manual_seed(0)
-    model: Any = GDAForCausalLM(GDAConfig(**fields))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            if ".lambda_q" in name or ".lambda_k" in name:
-                parameter.copy_(0.1 * noise)
-            elif parameter.dim() == 1:
-                parameter.copy_(torch.linspace(0.7, 1.3, len(parameter)) + 0.1 * noise)
-            else:
-                scale = torch.linspace(0.7, 1.3, len(parameter)).unsqueeze(-1)
-                parameter.copy_(scale * noise / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(folder)
-
-
-def load(folder: str, dtype: str) -> Any:
-    """As users load it."""
-    model: Any = GDAForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="sdpa")
-    return model.to(device()).eval()
-
-
-def state_of(model: Any, gradients: bool = False) -> dict[str, Tensor]:
-    """The weights in float64 on the CPU."""
-    return {
-        name: weight.detach().cpu().double().requires_grad_(gradients) for name, weight in model.state_dict().items()
-    }
 
 
 def random_ids(*shape: int, seed: int = 0) -> Tensor:
@@ -313,10 +249,10 @@ class Subject:
         texts = []
         for prompt in self.prompts:
             prefill(prompt)
-            tokens = [token.item()]
+            tokens = [int(token.item())]
             for _ in range(self.sizes.new_tokens - 1):
                 run()
-                tokens.append(token.item())
+                tokens.append(int(token.item()))
             texts.append(tokens)
         return texts
 
