@@ -379,7 +379,7 @@ def check_warnings() -> None:
         with overheard() as heard:
             workload(FOLDERS / name / "model", ids_of(name))
         new = sorted(heard - theirs)
-        assert not new, f"{name}: {new[0]} ({len(new)} in all)"
+        assert not new, f"{name}: {' ∥ '.join(new)}"
 
 
 # --- continuous batching ----------------------------------------------------------------------------------------------

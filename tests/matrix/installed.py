@@ -29,9 +29,8 @@ def gda(*arguments: object) -> None:
         code = main_code(main)
     assert code == 0, f"exit code {code}; --verbose shows why"
     for warning in caught:
-        deprecated = issubclass(warning.category, FutureWarning | DeprecationWarning)
-        if deprecated and "transformers" in f"{warning.filename} {warning.message}":
-            raise AssertionError(f"{warning.category.__name__}: {warning.message}")
+        if issubclass(warning.category, FutureWarning | DeprecationWarning):
+            raise AssertionError(f"gda {arguments[0]}: {warning.category.__name__}: {warning.message}")
 
 
 def main_code(main: Callable[[], None]) -> int:
