@@ -362,7 +362,7 @@ def workload(folder: Path, ids: Tensor) -> None:
         model.save_pretrained(again)
         if (folder / "modeling_gda.py").exists():
             load(Path(again))
-    transformers.AutoTokenizer.from_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 def check_warnings() -> None:
@@ -385,15 +385,23 @@ def check_warnings() -> None:
 # --- continuous batching ----------------------------------------------------------------------------------------------
 
 
-def check_batching() -> None:
+def check_paged() -> None:
     """`generate_batch` over a paged cache gives each prompt the text it gets alone."""
-    if not hasattr(source_model("llama"), "generate_batch"):
-        raise Absent("no generate_batch")
+    compare_batched("llama", ["llama", "token", "motif"])
+
+
+def check_paged_windows() -> None:
+    """The same for models with full and sliding layers."""
+    compare_batched("qwen3", ["qwen3", "shared"])
+
+
+def compare_batched(like: str, names: list[str]) -> None:
+    """Check the models of those names, unless transformers' own model `like` is not served right either."""
     try:
-        batched(load(FOLDERS / "llama" / "source"), "llama")
+        batched(load(FOLDERS / like / "source"), like)
     except Exception as error:  # whatever it is, it is not our code
         raise Absent(f"the source too: {type(error).__name__}: {error}".splitlines()[0][:80]) from error
-    for name in ("llama", "shared", "token", "motif"):
+    for name in names:
         batched(load(FOLDERS / name / "model"), name)
 
 
@@ -432,7 +440,8 @@ CHECKS: Checks = {
     "save": check_save,
     "fewer layers": check_fewer_layers,
     "lost cache": check_lost_cache,
-    "paged": check_batching,
+    "paged": check_paged,
+    "paged windows": check_paged_windows,
 }
 
 if __name__ == "__main__":
