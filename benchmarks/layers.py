@@ -28,7 +28,9 @@ class NaiveDifferentialAttention(GDAAttention):
         attention_mask: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        query, key, value = (self._project(name, hidden_states).transpose(1, 2) for name in "qkv")
+        query, key, value = (
+            getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name in "qkv"
+        )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if (cache := others.get(CACHE_ARGUMENT)) is not None:
             key, value = cache.update(key, value, self.layer_idx)
