@@ -398,15 +398,17 @@ def check_paged_windows() -> None:
 def compare_batched(like: str, names: list[str]) -> None:
     """Check the models of those names, unless transformers' own model `like` is not served right either."""
     try:
-        batched(load(FOLDERS / like / "source"), like)
+        batched(FOLDERS / like / "source")
     except Exception as error:  # whatever it is, it is not our code
         raise Absent(f"the source too: {type(error).__name__}: {error}".splitlines()[0][:80]) from error
     for name in names:
-        batched(load(FOLDERS / name / "model"), name)
+        batched(FOLDERS / name / "model")
 
 
-def batched(model: Any, name: str) -> None:
-    prompts = [ids_of(name)[0, :11].tolist(), ids_of(name)[1, :5].tolist(), ids_of(name)[0, :17].tolist()]
+def batched(folder: Path) -> None:
+    model, alone = load(folder), load(folder)
+    ids = ids_of(folder.parent.name)
+    prompts = [ids[0, :11].tolist(), ids[1, :5].tolist(), ids[0, :17].tolist()]
     generation = transformers.GenerationConfig(
         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
     )
@@ -418,11 +420,11 @@ def batched(model: Any, name: str) -> None:
             **{page: 4, "num_blocks": 32, "max_batch_tokens": 16}
         )
     outputs = model.generate_batch(prompts, generation_config=generation, **settings)
-    assert len(outputs) == len(prompts), f"{name}: {len(outputs)} of {len(prompts)} prompts came back"
+    assert len(outputs) == len(prompts), f"{folder.parent.name}: {len(outputs)} of {len(prompts)} prompts came back"
     for prompt, output in zip(prompts, outputs.values(), strict=True):
-        assert not output.error, f"{name}: {output.error}"
-        wanted = greedy(gda_model(name), torch.tensor([prompt]), use_cache=False)[0, len(prompt) :].tolist()
-        assert output.generated_tokens == wanted, f"{name}: other tokens"
+        assert not output.error, f"{folder.parent.name}: {output.error}"
+        wanted = greedy(alone, torch.tensor([prompt]), use_cache=False)[0, len(prompt) :].tolist()
+        assert output.generated_tokens == wanted, f"{folder.parent.name}: other tokens"
 
 
 CHECKS: Checks = {
