@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
 
@@ -222,6 +223,7 @@ class GDAConfig(PretrainedConfig):
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         self.validate_architecture()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         # transformers 4 sets these itself, to its own defaults where they are not passed on.
         passed_on = {name: fields[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")}
         try:
@@ -352,8 +354,7 @@ class GDAConfig(PretrainedConfig):
             return float(self.lambda_init[layer_idx])
         return float(self.lambda_init)
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel plan. Columns of q_proj are cut between groups, so each rank holds whole groups."""
         attention = "layers.*.self_attn"
         plan = {f"{attention}.{name}": "colwise" for name in self._input_projections()}
@@ -373,7 +374,7 @@ class GDAConfig(PretrainedConfig):
     @property
     def base_model_fsdp_plan(self) -> dict[Any, str]:  # type: ignore[override]
         """FSDP2 plan. λ vectors are float32 in models of any dtype, and what FSDP2 gathers together has one dtype."""
-        plan = dict(PretrainedConfig.base_model_fsdp_plan)
+        plan = dict(getattr(PretrainedConfig, "base_model_fsdp_plan", None) or {})  # releases before 5.14 have none
         if self.lambda_type == "reparameterized":
             modules = [*self._input_projections(), "o_proj"] + ["subln"] * self.head_norm
             modules += ["q_norm", "k_norm"] * self.qk_norm
@@ -657,9 +658,11 @@ class GDAConfig(PretrainedConfig):
                 raise ValueError("rope_theta must be positive")
             return [[rope["rope_theta"] ** (-2 * j / self.head_dim) for j in range(self.head_dim // 2)]]
         compute = ROPE_INIT_FUNCTIONS[rope_type]
+        wanted = signature(compute).parameters.values()  # transformers 4 asks for a device
+        device = {each.name: None for each in wanted if each.name == "device" and each.default is each.empty}
         beyond = 2 * max(self.max_position_embeddings, rope.get("original_max_position_embeddings") or 1)
         with torch.device("cpu"):  # a model may be under construction on the meta device
-            return [compute(self, seq_len=length)[0].tolist() for length in (None, beyond)]
+            return [compute(self, **device, seq_len=length)[0].tolist() for length in (None, beyond)]
 
 
 # The type of each field, by its name.

@@ -431,9 +431,8 @@ def _attend_in_pairs(
             f"this rank holds {key.shape[1]} of {attention.config.num_key_value_heads} KV heads, which cuts a pair; "
             "GDAConfig.num_key_value_heads must be a multiple of twice the tensor-parallel size"
         )
-    if (paged_cache := kwargs.get("cache")) is not None:  # before transformers 5.24 each call would update it
-        key, value = paged_cache.update(key, value, layer_idx=attention.layer_idx, kwargs=kwargs)
-        kwargs["cache"] = _UpdatedCache()
+    if kwargs.get("cache") is not None:  # before transformers 5.24 each of the four calls would update it
+        key, value, kwargs["cache"] = _updated_once(kwargs["cache"], key, value, attention.layer_idx, kwargs)
     batch, _, length, _ = query.shape
     ratio = attention.num_signal_per_noise
     outputs, maps = [], []
@@ -467,11 +466,29 @@ def _refuse_engine(config: GDAConfig) -> None:
         )
 
 
+def _updated_once(
+    paged_cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, "_UpdatedCache"]:
+    """All keys and values (1, G, T_kv, d) of a paged cache after its update, and what stands in for it from then on."""
+    if "kwargs" in signature(paged_cache.update).parameters:
+        key, value = paged_cache.update(key, value, layer_idx=layer_idx, kwargs=kwargs)
+        return key, value, _UpdatedCache(tokens_first=False)
+    indices = {name: kwargs[name] for name in ("read_index", "write_index")}  # before transformers 5.19
+    updated = paged_cache.update(key, value, layer_idx=layer_idx, **indices)
+    key, value = (each.transpose(0, 1).unsqueeze(0) for each in updated)
+    return key, value, _UpdatedCache(tokens_first=True)
+
+
 class _UpdatedCache:
     """Stands in for a paged cache that has been updated already, for backends that insist on updating one."""
 
-    @staticmethod
-    def update(key_states: torch.Tensor, value_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def __init__(self, tokens_first: bool):
+        self.tokens_first = tokens_first
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Pair:
+        """Keys and values (1, G, T_kv, d) as they are, or (T_kv, G, d) where the release's caches return that."""
+        if self.tokens_first:
+            return key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         return key_states, value_states
 
 
