@@ -207,7 +207,7 @@ def gradients(model: Any, ids: Tensor) -> tuple[dict[str, Tensor], int]:
 
 def check_checkpointing() -> None:
     """Gradients are the same when activations are computed twice; and they are, once more in each layer."""
-    for name in ("llama", "qwen3", "token", "motif"):
+    for name in ("llama", "qwen3", "token", "fading", "motif"):
         model = load(FOLDERS / name / "model").train()
         plain, once = gradients(model, ids_of(name))
         model.gradient_checkpointing_enable()

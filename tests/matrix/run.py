@@ -67,10 +67,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--parts",
-        metavar="LIST",
+        nargs="+",
+        choices=[*TITLES],
         default=[*TITLES],
-        type=lambda text: [part for part in TITLES if part in text.split(",")],
-        help="bundled, installed or both (default: both)",
+        help="the code saved beside the weights, the installed package, or both (default: both)",
     )
     parser.add_argument(
         "--cache",
