@@ -108,6 +108,5 @@ class LayerwiseModel:
         window = self._windows[index]
         if window is None or window >= states.shape[1]:
             return None
-        return create_sliding_window_causal_mask(
-            config=self.config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=positions
-        )
+        # By position: transformers has renamed the fourth, the cache. There is none, nor is there padding.
+        return create_sliding_window_causal_mask(self.config, states, None, None, positions)
