@@ -148,7 +148,11 @@ class GGUFSource(Source):
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 model = AutoModelForCausalLM.from_pretrained(
-                    self.path.parent, gguf_file=self.path.name, config=self.config, dtype=torch.float32
+                    self.path.parent,
+                    gguf_file=self.path.name,
+                    config=self.config,
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
                 )
         except Exception as error:  # whatever a malformed file makes transformers raise
             raise ValueError(f"{self.path}: transformers cannot load it: {first_line(error)}") from None
