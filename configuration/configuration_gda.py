@@ -4,23 +4,28 @@
 """The configuration of Grouped Differential Attention models."""
 
 import copy
+import dataclasses
 import math
 import os
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from importlib import import_module
+from inspect import signature
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin
 
 import torch
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig  # transformers 4 knows no other spelling
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 KV_LAYOUTS = ("shared", "paired")
 LAMBDA_TYPES = ("reparameterized", "sigmoid", "tanh")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
+# What says of RoPE: in transformers 5 the first, in transformers 4 the others.
+ROPE_ARGUMENTS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 # Fields of a model under masked growth; None in every other.
 GROWTH_FIELDS = ("growth_mask", "masked_signal_heads", "masked_neurons", "masked_layers")
@@ -52,119 +57,10 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_gda.GDAForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_gda.GDAForTokenClassification",
 }
-MOTIF: dict[str, Any] = {
-    "kv_layout": "paired",
-    "lambda_init_offset": -1,
-    "head_norm": True,
-    "head_norm_eps": 1e-5,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "poly_norm",
-}
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
-# Known shapes. docs/family.md says where each comes from, and what of it is not known.
-PRESETS: dict[str, dict[str, Any]] = {
-    "motif-2-12.7b": {
-        **MOTIF,
-        **NO_TOKENS,
-        "vocab_size": 219520,
-        "hidden_size": 4096,
-        "intermediate_size": 16384,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_noise_heads": 8,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    },
-    "motif-2.6b": {
-        **MOTIF,
-        **NO_TOKENS,
-        "vocab_size": 219520,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "num_noise_heads": 8,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "max_position_embeddings": 16384,
-        "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
-    },
-    "diff-v1": {
-        **NO_TOKENS,
-        "vocab_size": 100288,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_noise_heads": 12,
-        "num_key_value_heads": 24,
-        "head_dim": 128,
-        "kv_layout": "paired",
-        "head_norm": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    },
-    "diff-v2": {
-        "num_attention_heads": 64,
-        "num_noise_heads": 32,
-        "lambda_type": "sigmoid",
-        "lambda_init": 0.0,
-    },
-    "diffllama": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_noise_heads": 16,
-        "num_key_value_heads": 32,
-        "head_dim": 64,
-        "kv_layout": "paired",
-        "head_norm": True,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    },
-    "llama-3-8b-expand": {"lambda_init": 0.0},
-    "llama-3.2-1b-expand": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-        "lambda_init": 0.0,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-    "smollm2-135m-expand": {
-        **NO_TOKENS,
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 12,
-        "num_noise_heads": 3,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-        "lambda_init": 0.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-    },
-}
 # What follows from other fields. (PreTrainedConfig would set it, and fail with an AttributeError.)
 DERIVED = ("num_signal_heads", "signal_noise_ratio", "signal_group_size", "value_width", "factored_projections")
 # Of what else belongs to the class and is no field, what config.json may say.
-GIVEN_BESIDE_FIELDS = ("model_type", "name_or_path", "num_labels", "output_attentions", "rope_scaling", "torch_dtype")
+GIVEN_BESIDE_FIELDS = ("model_type", "name_or_path", "num_labels", "output_attentions", "torch_dtype")
 # What says of a model to transformers that it has parts that a GDA model has not.
 FOREIGN_PARTS = ("per_layer_config", "text_config", "decoder", "generator", "text_encoder", "mlp_layer_types")
 
@@ -178,8 +74,7 @@ MAX_NESTING = 20  # of lists and dicts; Python's own limit ends in a RecursionEr
 MAX_SHOWN = 200  # characters of a value, in a message
 
 
-@strict
-class GDAConfig(PreTrainedConfig):
+class GDAConfig(PretrainedConfig):
     r"""
     Configuration of a Grouped Differential Attention model (arXiv 2510.06949).
 
@@ -306,7 +201,7 @@ class GDAConfig(PreTrainedConfig):
     bos_token_id: int | None = 128000
     eos_token_id: int | list[int] | None = 128001
     tie_word_embeddings: bool = False
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: dict | None = None
     attention_bias: bool = False
     attention_out_bias: bool | None = None
     attention_dropout: int | float = 0.0
@@ -314,21 +209,46 @@ class GDAConfig(PreTrainedConfig):
     sliding_window: int | None = None
     layer_types: list[str] | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any):
+        rope = _one_rope(**{name: kwargs.pop(name, None) for name in ROPE_ARGUMENTS})
+        fields = {name: kwargs.pop(name, getattr(type(self), name)) for name in FIELDS} | {"rope_parameters": rope}
         for name, value in kwargs.items():
             self._refuse_argument(name, value)
-        undecided = "auto" in (self.dtype, kwargs.get("torch_dtype"))  # where there are no weights to decide
-        _require(not undecided, "dtype", "must name a floating-point type of torch", "auto")
-        for rope in (self.rope_parameters, kwargs.get("rope_scaling")):
-            self._refuse_nested_rope(rope)
+        for name, value in fields.items():
+            setattr(self, name, value)
         _require(_is_size(self.num_hidden_layers, MAX_LAYERS), *_size_rule(self, "num_hidden_layers", MAX_LAYERS))
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
-        super().__post_init__(**kwargs)
         self.validate_architecture()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+        # transformers 4 sets these itself, to its own defaults where they are not passed on.
+        passed_on = {name: fields[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")}
+        try:
+            super().__init__(**passed_on, **kwargs)
+        except Exception as error:  # each release has exceptions of its own
+            raise ValueError(f"GDAConfig: {_in_short(error.__cause__ or error)}") from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_value(name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of RoPE, where transformers 4 looks for it."""
+        return (self.rope_parameters or {}).get("rope_theta", self.default_theta)
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """RoPE's scaling, where transformers 4 looks for it: None where there is none."""
+        rope = {key: value for key, value in (self.rope_parameters or {}).items() if key != "rope_theta"}
+        return None if rope.get("rope_type", "default") == "default" else rope
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        self.rope_parameters = _one_rope(None, rope_scaling=value, rope_theta=self.rope_theta)
 
     def _refuse_argument(self, name: str, value: Any) -> None:
         """Raise ValueError for an argument that is no field and cannot be kept for whoever wants it in config.json."""
@@ -337,18 +257,16 @@ class GDAConfig(PreTrainedConfig):
         _require(name not in DERIVED, name, "follows from other fields and cannot be given", value)
         if resembled := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85):
             raise ValueError(f"GDAConfig has no field `{_named(name)}`; did you mean `{resembled[0]}`?")
-        of_the_class = hasattr(type(self), name) and name not in (*GIVEN_BESIDE_FIELDS, *FOREIGN_PARTS)
+        inherited = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+        of_the_class = hasattr(type(self), name) and name not in (*inherited, *GIVEN_BESIDE_FIELDS, *FOREIGN_PARTS)
         _require(not of_the_class, name, "belongs to the class, and cannot be given", value)
+        undecided = name in ("dtype", "torch_dtype") and value == "auto"  # where there are no weights to decide
+        _require(not undecided, "dtype", "must name a floating-point type of torch", value)
         _check_value(name, value)
-
-    @staticmethod
-    def _refuse_nested_rope(rope: Any) -> None:
-        nested = [key for key in LAYER_TYPES if isinstance(rope, dict) and key in rope]
-        _require(not nested, "rope_parameters", "must be one dict for layers of all types", rope)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a dictionary of fields, as config.json holds them: as `PreTrainedConfig.from_dict`.
+        """The config of a dictionary of fields, as config.json holds them: as `PretrainedConfig.from_dict`.
 
         Raises:
             ValueError: naming the field that cannot be as it is.
@@ -356,7 +274,7 @@ class GDAConfig(PreTrainedConfig):
         if not isinstance(config_dict, dict):
             raise ValueError(f"GDAConfig is made of a dictionary of fields; got {_shown(config_dict)}.")
         _require("self" not in config_dict, "self", "is no field", config_dict.get("self"))
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(_with_fewer_layers(config_dict, kwargs.get("num_hidden_layers")), **kwargs)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GDAConfig":
@@ -375,11 +293,15 @@ class GDAConfig(PreTrainedConfig):
             >>> GDAConfig.preset("motif-2-12.7b", num_hidden_layers=2).signal_noise_ratio
             4
         """
-        if name not in PRESETS:
-            resembling = get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
-            meant = f"did you mean {' or '.join(resembling)}?" if resembling else f"there are {', '.join(PRESETS)}"
+        try:
+            presets = import_module(".presets", __package__).PRESETS
+        except ModuleNotFoundError:
+            raise ImportError("presets belong to the package: pip install grouped-differential-attention") from None
+        if name not in presets:
+            resembling = get_close_matches(name.lower(), presets, n=3, cutoff=0.5)
+            meant = f"did you mean {' or '.join(resembling)}?" if resembling else f"there are {', '.join(presets)}"
             raise ValueError(f"GDAConfig has no preset {name!r}; {meant}")
-        return cls(**(copy.deepcopy(PRESETS[name]) | changes))
+        return cls(**(copy.deepcopy(presets[name]) | changes))
 
     @property
     def num_signal_heads(self) -> int:
@@ -432,17 +354,14 @@ class GDAConfig(PreTrainedConfig):
             return float(self.lambda_init[layer_idx])
         return float(self.lambda_init)
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel plan. Columns of q_proj are cut between groups, so each rank holds whole groups."""
         attention = "layers.*.self_attn"
         plan = {f"{attention}.{name}": "colwise" for name in self._input_projections()}
         plan[f"{attention}.o_proj"] = "rowwise"
-        plan |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
-        plan["layers.*.mlp.down_proj"] = "rowwise"
-        if self.hidden_act == "poly_norm":  # a norm over the MLP's whole width, so it is gathered before and cut after
-            plan |= {f"layers.*.mlp.{name}_proj": "colwise_gather_output" for name in ("gate", "up")}
-            plan["layers.*.mlp.down_proj"] = "rowwise_split_input"
+        if self.hidden_act != "poly_norm":  # a norm over the MLP's whole width, so it stays whole on every rank
+            plan |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
+            plan["layers.*.mlp.down_proj"] = "rowwise"
         # What follows is whole on every rank but sees only the rank's heads, so its gradient is summed over ranks.
         shared_by_heads = ["subln"] * self.head_norm + ["q_norm", "k_norm"] * self.qk_norm
         plan |= {f"{attention}.{name}": "replicated_with_grad_allreduce" for name in shared_by_heads}
@@ -455,7 +374,7 @@ class GDAConfig(PreTrainedConfig):
     @property
     def base_model_fsdp_plan(self) -> dict[Any, str]:  # type: ignore[override]
         """FSDP2 plan. λ vectors are float32 in models of any dtype, and what FSDP2 gathers together has one dtype."""
-        plan = dict(PreTrainedConfig.base_model_fsdp_plan)
+        plan = dict(getattr(PretrainedConfig, "base_model_fsdp_plan", None) or {})  # releases before 5.14 have none
         if self.lambda_type == "reparameterized":
             modules = [*self._input_projections(), "o_proj"] + ["subln"] * self.head_norm
             modules += ["q_norm", "k_norm"] * self.qk_norm
@@ -476,10 +395,16 @@ class GDAConfig(PreTrainedConfig):
             fields |= dict.fromkeys(ANNEAL_FIELDS)
         return fields
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json says: RoPE and dtype also in the words of transformers 4, which other readers know."""
+        fields = super().to_diff_dict()
+        fields |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
+        return fields | ({"torch_dtype": fields["dtype"]} if "dtype" in fields else {})
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, bundle_code: bool = True, **kwargs: Any
     ) -> None:
-        """Write config.json and, beside it, the code of the model: as `PreTrainedConfig.save_pretrained`.
+        """Write config.json and, beside it, the code of the model: as `PretrainedConfig.save_pretrained`.
 
         With `trust_remote_code=True` the folder then loads where this package is not installed. Saving a model comes
         here too, whatever became of its class on the way (FSDP2 swaps it for one of its own).
@@ -488,7 +413,7 @@ class GDAConfig(PreTrainedConfig):
             save_directory: The folder; made if it is not there.
             push_to_hub: Push the folder as well.
             bundle_code: Whether to write the code.
-            kwargs: As in `PreTrainedConfig.save_pretrained`.
+            kwargs: As in `PretrainedConfig.save_pretrained`.
         """
         if type(self) is GDAConfig:  # a class made from it has code of its own, which is not known here
             vars(self).pop("auto_map", None)
@@ -550,7 +475,6 @@ class GDAConfig(PreTrainedConfig):
             "must not be negative, and finite in float32",
             deviation,
         )
-        _require(not self.is_encoder_decoder, "is_encoder_decoder", "must be false", self.is_encoder_decoder)
         _require(
             self.pad_token_id is None or -self.vocab_size <= self.pad_token_id < self.vocab_size,
             "pad_token_id",
@@ -704,8 +628,8 @@ class GDAConfig(PreTrainedConfig):
 
     def _validate_rope(self) -> None:
         _require(self.head_dim % 2 == 0, "head_dim", "must be even for rotary embeddings", self.head_dim)
-        rope = self.rope_parameters or {}
-        rope_type = rope.get("rope_type", "default")
+        rope = _one_rope(self.rope_parameters)  # it may have been changed since the config was made
+        rope_type = rope["rope_type"]
         _require(rope_type in ROPE_TYPES, "rope_parameters", f"rope_type must be one of {ROPE_TYPES}", rope_type)
         partial = rope.get("partial_rotary_factor", 1.0)
         if rope_type == "proportional":
@@ -714,9 +638,8 @@ class GDAConfig(PreTrainedConfig):
         else:
             rule = "partial_rotary_factor must be 1.0 except with rope_type `proportional`"
             _require(partial == 1.0, "rope_parameters", rule, partial)
-        self._refuse_nested_rope(rope)
         try:
-            self.validate_rope()
+            getattr(self, "validate_rope", lambda: None)()  # transformers 4 has none
             frequencies = self._rope_frequencies(str(rope_type))
         except Exception as error:  # whatever transformers' functions make of values that they do not expect
             raise ValueError(f"GDAConfig.rope_parameters: {_in_short(error)} (got {_shown(rope)})") from None
@@ -735,9 +658,53 @@ class GDAConfig(PreTrainedConfig):
                 raise ValueError("rope_theta must be positive")
             return [[rope["rope_theta"] ** (-2 * j / self.head_dim) for j in range(self.head_dim // 2)]]
         compute = ROPE_INIT_FUNCTIONS[rope_type]
+        wanted = signature(compute).parameters.values()  # transformers 4 asks for a device
+        device = {each.name: None for each in wanted if each.name == "device" and each.default is each.empty}
         beyond = 2 * max(self.max_position_embeddings, rope.get("original_max_position_embeddings") or 1)
         with torch.device("cpu"):  # a model may be under construction on the meta device
-            return [compute(self, seq_len=length)[0].tolist() for length in (None, beyond)]
+            return [compute(self, **device, seq_len=length)[0].tolist() for length in (None, beyond)]
+
+
+# The type of each field, by its name.
+FIELDS = {name: hint for name, hint in GDAConfig.__annotations__.items() if get_origin(hint) is not ClassVar}
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value is what the annotation of a field says; a truth value is no number."""
+    if isinstance(hint, UnionType):
+        return any(_is_of_type(value, each) for each in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of_type(each, get_args(hint)[0]) for each in value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _one_rope(
+    rope_parameters: Any, rope_scaling: Any = None, rope_theta: Any = None, partial_rotary_factor: Any = None
+) -> dict[str, Any]:
+    """RoPE in the words of transformers 5, from those or the words of transformers 4; both must say the same."""
+    for name, rope in (("rope_parameters", rope_parameters), ("rope_scaling", rope_scaling)):
+        _check_value(name, rope)
+        _require(rope is None or isinstance(rope, dict), name, "must be a dictionary", rope)
+        nested = [key for key in LAYER_TYPES if key in (rope or {})]
+        _require(not nested, name, "must be one dict for layers of all types", rope)
+    rope = dict(rope_scaling or {} if rope_parameters is None else rope_parameters)
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", GDAConfig.default_theta if rope_theta is None else rope_theta)
+    if partial_rotary_factor is not None:
+        rope.setdefault("partial_rotary_factor", partial_rotary_factor)
+    said = {"rope_theta": rope_theta} if rope_theta is not None else {}
+    said |= {("rope_type" if key == "type" else key): value for key, value in (rope_scaling or {}).items()}
+    differing = {key: value for key, value in said.items() if rope.get(key) != value}
+    _require(not differing, "rope_parameters", f"contradicts rope_theta or rope_scaling, which say {differing}", rope)
+    return rope
+
+
+def _with_fewer_layers(fields: dict[str, Any], num_layers: int | None) -> dict[str, Any]:
+    """The fields of a model's first layers: `from_pretrained(…, num_hidden_layers=1)` runs a part of a model."""
+    if num_layers is None or not isinstance(num_layers, int):
+        return fields
+    lists = {name: fields[name] for name in ("layer_types", "lambda_init") if isinstance(fields.get(name), list)}
+    return fields | {name: values[:num_layers] for name, values in lists.items()} | {"num_hidden_layers": num_layers}
 
 
 def _is_activation(name: str) -> bool:
@@ -813,6 +780,7 @@ def _maps_labels(value: Any) -> bool:
 VALUE_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda value: value is None, "must be null: a GDA model has no such parts") for name in FOREIGN_PARTS},
     **dict.fromkeys(("dtype", "torch_dtype"), (_names_a_dtype, "must name a floating-point type of torch")),
+    "is_encoder_decoder": (lambda value: not value, "must be false"),
     "id2label": (_maps_labels, "must map numbers to names"),
     "label2id": (lambda value: value is None or isinstance(value, dict), "must map names to numbers"),
     "num_labels": (
@@ -832,29 +800,12 @@ VALUE_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _check_value(name: str, value: Any) -> None:
     _require(not _nests_deeply(value), name, f"must not nest deeper than {MAX_NESTING} levels", value)
+    if name in FIELDS and not _is_of_type(value, FIELDS[name]):
+        expected = FIELDS[name].__name__ if isinstance(FIELDS[name], type) else FIELDS[name]
+        got = f"{type(value).__name__} (value: {_shown(value)})"
+        raise ValueError(f"GDAConfig.{name}: expected {expected}, got {got}")
     holds, rule = VALUE_RULES.get(name, (None, ""))
     _require(holds is None or holds(value), name, rule, value)
 
-
-def _set_field_or_value_error(config: GDAConfig, name: str, value: Any) -> None:
-    _check_value(name, value)
-    try:
-        _set_field(config, name, value)
-    except StrictDataclassError as error:
-        raise ValueError(f"GDAConfig.{name}: {_in_short(error.__cause__ or error)}") from None
-
-
-def _validate_or_value_error(config: GDAConfig) -> None:
-    try:
-        _validate(config)
-    except StrictDataclassError as error:
-        raise ValueError(f"GDAConfig: {_in_short(error.__cause__ or error)}") from None
-
-
-# `@strict` reports what it refuses by exceptions of its own that are no ValueErrors.
-_set_field = GDAConfig.__setattr__
-_validate = GDAConfig.validate  # type: ignore[attr-defined]
-GDAConfig.__setattr__ = _set_field_or_value_error  # type: ignore[method-assign, assignment]
-GDAConfig.validate = _validate_or_value_error  # type: ignore[attr-defined]
 
 __all__ = ["GDAConfig"]

@@ -115,7 +115,7 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
 
 def is_differential(module: Any) -> bool:
     """Whether an attention module is GDA's. (Remote code has classes of its own: names tell, not the class.)"""
-    return hasattr(module, "compute_lambda") and hasattr(module, "attend")
+    return hasattr(module, "compute_lambda") and hasattr(module, "split_maps")
 
 
 def _one_text(input_ids: torch.Tensor, first_row: int) -> torch.Tensor:
@@ -158,29 +158,27 @@ def _recording(module: Any, length: int, visit: Visit) -> Any:
 
 @contextmanager
 def _recording_differential(module: Any, length: int, visit: Visit) -> Iterator[None]:
-    """Listen to `compute_lambda` and `attend`, between which the layer's forward pass has all that is wanted."""
-    compute_lambda, attend = module.compute_lambda, module.attend
+    """Listen to `compute_lambda` and, after it, `split_maps`: between them they have all that is wanted."""
+    compute_lambda, split_maps = module.compute_lambda, module.split_maps
     lambdas: list[torch.Tensor] = []
 
     def listening_compute_lambda(*args: Any, **kwargs: Any) -> torch.Tensor:
         lambdas.append(compute_lambda(*args, **kwargs))
         return lambdas[-1]
 
-    def listening_attend(*args: Any, **kwargs: Any) -> Any:
-        signal_output, noise_output, maps = attend(*args, **kwargs)
+    def listening_split_maps(maps: Any) -> Any:
+        split = split_maps(maps)
+        signal, noise = (each[0].flatten(0, 1) for each in split)  # of (C, S/C, Q, T) and (C, 1, Q, T)
         lambda_ = lambdas.pop()  # (1,) or (1, Q, S)
-        if maps is None:
-            return signal_output, noise_output, maps
-        signal, noise = (of_branch[0].flatten(0, 1) for of_branch in maps)  # of (C, S/C, Q, T) and (C, 1, Q, T)
         lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
         visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
-        return signal_output, noise_output, maps
+        return split
 
-    module.compute_lambda, module.attend = listening_compute_lambda, listening_attend
+    module.compute_lambda, module.split_maps = listening_compute_lambda, listening_split_maps
     try:
         yield
     finally:
-        del module.compute_lambda, module.attend  # the class's own come to light again
+        del module.compute_lambda, module.split_maps  # the class's own come to light again
 
 
 @contextmanager

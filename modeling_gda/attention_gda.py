@@ -3,20 +3,34 @@
 # beside a model's weights, so that they load with transformers alone.
 """Grouped differential attention: two attention maps, subtracted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
-from transformers.utils.generic import maybe_autocast
+from transformers.models.qwen3.modeling_qwen3 import (
+    ALL_ATTENTION_FUNCTIONS,
+    Qwen3Attention,
+    Qwen3RMSNorm,
+    eager_attention_forward,
+)
 
 from .configuration_gda import GDAConfig
 
+# The name under which this release of transformers hands a layer its cache; 5.24 changed it.
+_cache_arguments = [
+    name for name, each in signature(Qwen3Attention.forward).parameters.items() if "Cache" in str(each.annotation)
+]
+CACHE_ARGUMENT = _cache_arguments[0] if _cache_arguments else "past_key_values"
 
-class GDARMSNormOfHead(LlamaRMSNorm):
+Pair = tuple[torch.Tensor, torch.Tensor]  # of signal and noise heads
+
+
+class GDARMSNormOfHead(nn.Module):
     """RMSNorm over the width of one head's output, scaled by 1 − λ_init (arXiv 2410.05258, equation 3).
 
     The name must hold "RMSNorm", by which transformers knows what to initialize, and must not end in it: serving
@@ -24,11 +38,13 @@ class GDARMSNormOfHead(LlamaRMSNorm):
     """
 
     def __init__(self, width: int, eps: float, scale: float):
-        super().__init__(width, eps=eps)
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
         self.scale = scale
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # One tensor of this size is made, where LlamaRMSNorm makes three.
+        # One tensor of this size is made, where Llama's norm makes three.
         wide = hidden_states.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
         weight = self.weight.float() * self.scale
@@ -86,7 +102,7 @@ class LambdaProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_signal_heads, hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+        with torch.autocast(hidden_states.device.type, enabled=False):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
 
@@ -125,10 +141,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RoPE of queries and keys (B, T, heads, d), cosines and sines (B, T, d): what `apply_rotary_pos_emb` computes.
+    """RoPE of queries and keys (B, T, heads, d), cosines and sines (B, T, d): transformers' `apply_rotary_pos_emb`.
 
-    Bit for bit, since a conversion starts equal to its Llama, but with two new tensors each instead of five: making a
-    large tensor costs more than what is computed in it.
+    It is equal bit for bit, since a conversion must equal its Llama, but makes two new tensors of each instead of five.
     """
     half = cos.shape[-1] // 2
     cos, signed = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
@@ -137,75 +152,6 @@ def rotate(
         return states.roll(half, dims=-1).mul_(signed).add_(states * cos)
 
     return rotated(query), rotated(key)
-
-
-class PackedQueries(nn.Module):
-    """What a backend is told of query heads that were packed: there is one for each KV head."""
-
-    num_key_value_groups = 1
-
-
-class AttentionBranch(nn.Module):
-    """One call of transformers' attention interface, for query heads that read the same number of KV heads each.
-
-    It has no parameters: it is the module that an attention backend asks about heads, causality and layer.
-    """
-
-    def __init__(self, config: GDAConfig, layer_idx: int, num_key_value_groups: int, attention: Any):
-        super().__init__()
-        self._attention = (attention,)  # in a tuple, so that it is no submodule of the branch
-        self.config = config
-        self.layer_idx = layer_idx
-        self.num_key_value_groups = num_key_value_groups
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = True
-        self.packed = PackedQueries()
-        sliding = config.layer_type(layer_idx) == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
-
-    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
-        """Itself and the query projection: flash attention casts float32 queries to the dtype of a Linear it finds."""
-        attention = self._attention[0]
-        yield from (self, *(attention.q_proj if self.config.qk_rank is None else attention.q_base).modules())
-
-    def forward(
-        self,
-        query: torch.Tensor,  # (B, H, T, d)
-        key: torch.Tensor,  # (B, H / num_key_value_groups, T_kv, d)
-        value: torch.Tensor,  # (B, H / num_key_value_groups, T_kv, d)
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return outputs (B, T, H, d) and, from the eager backend, attention maps (B, H, T, T_kv)."""
-        implementation = self.config._attn_implementation
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        batch, heads, length, width = query.shape
-        module: nn.Module = self
-        # The query heads that read a KV head become the rows of one query, so that a step of decoding reads keys and
-        # values once, not once for each of them. These backends know of a row only what its mask says.
-        packed = length == 1 and self.num_key_value_groups > 1 and implementation in ("eager", "sdpa")
-        if packed := packed and kwargs.get("cache") is None:  # no paged cache, which asks the module for more
-            rows = (batch, -1, self.num_key_value_groups)
-            module, query, kwargs = self.packed, query.reshape(*rows, width), kwargs | {"is_causal": False}
-            if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
-                attention_mask = attention_mask.reshape(*rows, -1)
-        output, maps = attention_interface(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        if packed:  # (B, H / G, G, d) and (B, G, H / G, T_kv)
-            output = output.transpose(1, 2)
-            maps = maps.reshape(batch, heads, 1, -1) if maps is not None else None
-        # Serving engines return outputs as (T, H · d), of one sequence.
-        output = output.reshape(batch, length, heads, -1)
-        return output, maps if implementation in ("eager", "paged|eager") else None
 
 
 class GDAAttention(nn.Module):
@@ -231,18 +177,26 @@ class GDAAttention(nn.Module):
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         super().__init__()
+        _refuse_engine(config)
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_type(layer_idx) == "sliding_attention" else None
         self.num_signal_per_noise = config.signal_noise_ratio
-        self.num_roles = config.factored_projections  # heads that share a base, of projections that have one
-        width = config.num_signal_heads * config.value_width
+        # In the shared layout a noise query may serve several KV heads: the call sees it once for each of them.
+        copies = config.num_key_value_heads // config.num_noise_heads if config.kv_layout == "shared" else 1
+        self.num_noise_copies = max(1, copies)
+        heads_in_call = config.num_signal_heads + config.num_noise_heads * self.num_noise_copies
+        self.num_key_value_groups = heads_in_call // config.num_key_value_heads
         self._add_projection("q", config.num_attention_heads)
         self._add_projection("k", config.num_key_value_heads)
         self._add_projection("v", config.num_key_value_heads)
+        width = config.num_signal_heads * config.value_width
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_out_bias))
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.lambda_init = config.layer_lambda_init(layer_idx)
         self.lambda_activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}.get(config.lambda_type)
         if self.lambda_activation is None:
@@ -253,74 +207,105 @@ class GDAAttention(nn.Module):
         self.subln: GDARMSNormOfHead | None = None
         if config.head_norm:
             self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
-        has_new_heads = config.masked_signal_heads is not None and not config.is_new_layer(layer_idx)
-        self.growth_mask = GrowthMask(config) if has_new_heads else None
+        is_new = config.is_new_layer(layer_idx)
+        self.layer_mask = GrowthMask(config) if is_new else None
+        self.growth_mask = GrowthMask(config) if config.masked_signal_heads is not None and not is_new else None
         self.lambda_anneal = None if config.lambda_anneal is None else LambdaAnneal(config)
-        self._build_branches()
 
     def _add_projection(self, name: str, num_heads: int) -> None:
         """`q_proj`, or `q_base`, `q_down` and `q_up` where queries are a base and updates; `k` and `v` likewise."""
         config, rank = self.config, self.config.qk_rank
-        if rank is None or name not in self.num_roles:
+        if rank is None or name not in config.factored_projections:
             width = num_heads * self.head_dim
             setattr(self, f"{name}_proj", nn.Linear(config.hidden_size, width, bias=config.attention_bias))
             return
-        groups = num_heads // self.num_roles[name]
+        groups = num_heads // config.factored_projections[name]
         setattr(self, f"{name}_base", SharedBase(config.hidden_size, groups * self.head_dim, bias=False))
         setattr(self, f"{name}_down", nn.Linear(config.hidden_size, num_heads * rank, bias=False))
         setattr(self, f"{name}_up", HeadwiseUp(rank, num_heads, self.head_dim, bias=config.attention_bias))
+        setattr(self, f"{name}_proj", partial(self._project_by_factors, name))
 
-    def _project(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Queries, keys or values (B, T, heads, d), heads in the order of a dense projection's rows."""
-        roles = self.num_roles.get(name)
-        if roles is None:
-            return getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
+    def _project_by_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Queries or keys (B, T, heads · d), heads in the order of a dense projection's rows."""
         base = getattr(self, f"{name}_base")(hidden_states)
         update = getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(hidden_states))
         base = base.unflatten(-1, (-1, 1, self.head_dim))  # (B, T, groups, 1, d)
-        return (base + update.unflatten(-1, (-1, roles, self.head_dim))).flatten(-3, -2)
-
-    def _build_branches(self) -> None:
-        config = self.config
-        # A noise query may serve several KV heads: the call sees it once for each of them.
-        self.num_noise_copies = max(1, config.num_key_value_heads // config.num_noise_heads)
-        self.num_signal_per_copy = self.num_signal_per_noise // self.num_noise_copies
-        heads_in_call = config.num_signal_heads + config.num_noise_heads * self.num_noise_copies
-        self.branch = AttentionBranch(config, self.layer_idx, heads_in_call // config.num_key_value_heads, self)
+        roles = self.config.factored_projections[name]
+        return (base + update.unflatten(-1, (-1, roles, self.head_dim))).flatten(-3)
 
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, T, hidden)
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output (B, T, hidden) and, from eager if asked for, the differential maps (B, S, T, T_kv)."""
-        query, key = self._project("q", hidden_states), self._project("k", hidden_states)
-        value = self._project("v", hidden_states).transpose(1, 2)  # (B, G, T, d)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = (each.transpose(1, 2) for each in rotate(query, key, *position_embeddings))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        # The projections and the one call of the interface are written as in Llama, since vLLM reads this source.
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape))
+        key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape))
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
+        query_states, key_states = rotate(query_states, key_states, *position_embeddings)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
+        key_states, value_states = self._update_cache(key_states, value_states, kwargs)
         lambda_ = self.compute_lambda(hidden_states)
-        signal, noise, maps = self.attend(query, key, value, attention_mask, **kwargs)
+
+        attention_interface: Callable = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attention_interface = self.in_calls(attention_interface)
+        outputs, maps = attention_interface(
+            self,
+            self.repeat_noise(query_states),
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        # Serving engines return the outputs of one sequence as (T, H · d).
+        signal, noise = self.split_outputs(outputs, hidden_states.shape[:-1])
         # Eager always has maps at hand; their difference is made for those who ask for it. The output is then made from
         # the difference, so that it has a gradient. (A paged cache keeps the values to itself.)
         difference = None
-        if maps is not None and (kwargs.get("output_attentions") or self.config.output_attentions):
-            difference = self.subtract_maps(*maps, lambda_)
+        if maps is not None and self.config._attn_implementation in ("eager", "paged|eager"):
+            signal_maps, noise_maps = self.split_maps(maps)
+            if kwargs.get("output_attentions") or self.config.output_attentions:
+                difference = self.subtract_maps(signal_maps, noise_maps, lambda_)
         if difference is not None and kwargs.get("cache") is None:
-            output = self.apply_maps(difference, value)
+            output = self.apply_maps(difference, value_states)
         else:
             output = self.subtract(signal, noise, lambda_)
         if self.subln is not None:
             output = self.subln(output)
         if self.growth_mask is not None:
             output = self._masked(output, self.growth_mask)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), difference
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+        return output if self.layer_mask is None else output * self.layer_mask.value, difference
+
+    def _update_cache(self, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> Pair:
+        """Put keys and values (B, G, T, d) into the cache, if there is one, and return all that it holds.
+
+        Raises:
+            TypeError: if something of `kwargs` is a cache, and this release hands it over in a way unknown here.
+        """
+        cache = kwargs.pop(CACHE_ARGUMENT, None)
+        for name, argument in kwargs.items():
+            paged = name == "cache" and not isinstance(argument, Cache)  # before 5.24 the interface updates it
+            if not paged and (isinstance(argument, Cache) or type(argument).__name__.endswith("Cache")):
+                raise TypeError(
+                    f"GDAAttention was given a {type(argument).__name__} as `{name}`, which it would not use: in "
+                    f"transformers {transformers.__version__} the cache is expected as `{CACHE_ARGUMENT}`; update the "
+                    "model's code, or use an older transformers"
+                )
+        if cache is None:
+            return key, value
+        # Releases before 5.4 read cache_position from the last argument, 5.24 and later those of a paged cache.
+        return cache.update(key, value, self.layer_idx, kwargs)
 
     def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """λ in float32 whatever the model's dtype: (1,), or (B, T, S) where it depends on the token."""
@@ -342,23 +327,11 @@ class GDAAttention(nn.Module):
         mask = growth_mask(torch.arange(size, device=output.device) >= size - new)
         return output.flatten(2, 3).unflatten(2, (-1, size)) * mask.unsqueeze(-1).to(output.dtype)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """Return signal (B, T, C, S/C, d), noise (B, T, C, 1, d) and their maps, C = noise heads the call sees."""
-        if self.num_noise_copies > 1:
-            _refuse_engine(kwargs, "has fewer noise heads than KV heads")
-        output, maps = self.branch(self._repeat_noise(query), key, value, attention_mask, **kwargs)
-        sizes = [self.num_signal_per_copy, 1]
-        signal, noise = output.unflatten(2, (-1, sum(sizes))).split(sizes, dim=3)
-        return signal, noise, None if maps is None else maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
+    def in_calls(self, attention_interface: Callable) -> Callable:
+        """What calls the interface as often as the layout needs: here it is one call over all query heads."""
+        return attention_interface
 
-    def _repeat_noise(self, query: torch.Tensor) -> torch.Tensor:
+    def repeat_noise(self, query: torch.Tensor) -> torch.Tensor:
         """(B, H, T, d): ``[s1 s2 s3 s4 n]`` becomes ``[s1 s2 n s3 s4 n]`` where a noise query serves two KV heads."""
         if self.num_noise_copies == 1:
             return query
@@ -366,6 +339,18 @@ class GDAAttention(nn.Module):
         signal = signal.unflatten(2, (self.num_noise_copies, -1))  # (B, N, copies, S / (N · copies), T, d)
         noise = noise.unsqueeze(2).expand(-1, -1, self.num_noise_copies, -1, -1, -1)
         return torch.cat((signal, noise), dim=3).flatten(1, 3)
+
+    def split_outputs(self, outputs: torch.Tensor, batch_and_length: torch.Size) -> Pair:
+        """Signal (B, T, C, S/C, d) and noise (B, T, C, 1, d) of one call's outputs, C = noise heads in the call."""
+        sizes = [self.num_signal_per_noise // self.num_noise_copies, 1]
+        signal, noise = outputs.reshape(*batch_and_length, -1, sum(sizes), self.head_dim).split(sizes, dim=3)
+        return signal, noise
+
+    def split_maps(self, maps: torch.Tensor) -> Pair:
+        """Signal (B, C, S/C, T, T_kv) and noise (B, C, 1, T, T_kv) of one call's maps."""
+        sizes = [self.num_signal_per_noise // self.num_noise_copies, 1]
+        signal, noise = maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
+        return signal, noise
 
     @staticmethod
     def subtract(signal: torch.Tensor, noise: torch.Tensor, lambda_: torch.Tensor) -> torch.Tensor:
@@ -402,83 +387,108 @@ class GDAPairedAttention(GDAAttention):
                                 └── v2 ──┘
     """
 
-    def _build_branches(self) -> None:
-        pairs = self.config.num_key_value_heads // 2
-        self.signal_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_signal_heads // pairs, self)
-        self.noise_branch = AttentionBranch(self.config, self.layer_idx, self.config.num_noise_heads // pairs, self)
+    def in_calls(self, attention_interface: Callable) -> Callable:
+        """Four calls of the interface, whose outputs and maps come as pairs of signal and noise."""
+        return partial(_attend_in_pairs, attention_interface)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """Return signal (B, T, N, r, 2d), noise (B, T, N, 1, 2d) and their maps."""
-        _refuse_engine(kwargs, 'has kv_layout="paired"')
-        if key.shape[1] % 2:
-            raise ValueError(
-                f"this rank holds {key.shape[1]} of {self.config.num_key_value_heads} KV heads, which cuts a pair; "
-                "GDAConfig.num_key_value_heads must be a multiple of twice the tensor-parallel size"
-            )
-        if (paged_cache := kwargs.get("cache")) is not None:
-            # Continuous batching updates its cache inside the attention call. Four calls must update it once.
-            key, value = paged_cache.update(key, value, layer_idx=self.layer_idx, kwargs=kwargs)
-            kwargs["cache"] = _UpdatedCache()
-        ratio = self.num_signal_per_noise
-        signal_query, noise_query = query.unflatten(1, (-1, ratio + 1)).split([ratio, 1], dim=2)
-        signal, signal_maps = self._attend_slabs(
-            self.signal_branch, signal_query.flatten(1, 2), key[:, 0::2], value, attention_mask, kwargs, member=0
-        )
-        noise, noise_maps = self._attend_slabs(
-            self.noise_branch, noise_query.flatten(1, 2), key[:, 1::2], value, attention_mask, kwargs, member=1
-        )
-        maps = None
-        if signal_maps is not None and noise_maps is not None:
-            maps = signal_maps.unflatten(1, (-1, ratio)), noise_maps.unsqueeze(2)
-        return signal.unflatten(2, (-1, ratio)), noise.unsqueeze(3), maps
+    def split_outputs(self, outputs: Pair, batch_and_length: torch.Size) -> Pair:  # type: ignore[override]
+        """Signal (B, T, N, r, 2d) and noise (B, T, N, 1, 2d)."""
+        return outputs
+
+    def split_maps(self, maps: Pair) -> Pair:  # type: ignore[override]
+        """Signal (B, N, r, T, T_kv) and noise (B, N, 1, T, T_kv)."""
+        return maps
 
     @staticmethod
     def apply_maps(maps: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Maps (B, S, T, T_kv) and slabs (B, G, T_kv, d) → outputs (B, T, G/2, 2S/G, 2d)."""
         return GDAAttention.apply_maps(maps, torch.cat((value[:, 0::2], value[:, 1::2]), dim=-1))
 
-    @staticmethod
-    def _attend_slabs(
-        branch: AttentionBranch,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-        member: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs (B, T, heads, 2d) of `query` over both value slabs, and its maps."""
+
+class _HeadsOfAttention:
+    """The attention module, as a backend is to see it that gets a part of its heads."""
+
+    def __init__(self, attention: GDAAttention, num_key_value_groups: int):
+        self._attention = attention
+        self.num_key_value_groups = num_key_value_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+
+def _attend_in_pairs(
+    attention_interface: Callable,
+    attention: GDAAttention,
+    query: torch.Tensor,  # (B, H, T, d)
+    key: torch.Tensor,  # (B, G, T_kv, d)
+    value: torch.Tensor,  # (B, G, T_kv, d)
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[Pair, Pair | None]:
+    """Signal (B, T, N, r, 2d) and noise (B, T, N, 1, 2d), and their maps (B, N, r or 1, T, T_kv) where there are any."""
+    if key.shape[1] % 2:
+        raise ValueError(
+            f"this rank holds {key.shape[1]} of {attention.config.num_key_value_heads} KV heads, which cuts a pair; "
+            "GDAConfig.num_key_value_heads must be a multiple of twice the tensor-parallel size"
+        )
+    if kwargs.get("cache") is not None:  # before transformers 5.24 each of the four calls would update it
+        key, value, kwargs["cache"] = _updated_once(kwargs["cache"], key, value, attention.layer_idx, kwargs)
+    batch, _, length, _ = query.shape
+    ratio = attention.num_signal_per_noise
+    outputs, maps = [], []
+    for member, heads in enumerate(query.unflatten(1, (-1, ratio + 1)).split([ratio, 1], dim=2)):
+        size = heads.shape[2]
+        heads = heads.flatten(1, 2)
+        module = _HeadsOfAttention(attention, heads.shape[1] // (key.shape[1] // 2))
         halves = []
         for slab in (0, 1):
             caches = {}
             if "k_cache" in kwargs:  # block tables: backends read these, (blocks, block size, G, d), for key and value
                 caches = {"k_cache": kwargs["k_cache"][:, :, member::2], "v_cache": kwargs["v_cache"][:, :, slab::2]}
-            output, maps = branch(query, key, value[:, slab::2], attention_mask, **(kwargs | caches))
-            halves.append(output)
-        return torch.cat(halves, dim=-1), maps
+            output, map_ = attention_interface(
+                module, heads, key[:, member::2], value[:, slab::2], attention_mask, **(kwargs | caches)
+            )
+            halves.append(output.reshape(batch, length, -1, size, attention.head_dim))
+        outputs.append(torch.cat(halves, dim=-1))
+        maps.append(None if map_ is None else map_.unflatten(1, (-1, size)))
+    return (outputs[0], outputs[1]), None if maps[0] is None else (maps[0], maps[1])
 
 
-def _refuse_engine(kwargs: dict[str, Any], reason: str) -> None:
+def _refuse_engine(config: GDAConfig) -> None:
     """vLLM and SGLang hand over one attention with its KV cache for each layer, of `num_attention_heads` heads."""
-    if "attention_instances" in kwargs:
+    engine = str(config._attn_implementation)
+    paired, fewer = config.kv_layout == "paired", config.num_noise_heads < config.num_key_value_heads
+    if engine.startswith(("vllm", "sglang")) and (paired or fewer):
+        reason = 'kv_layout="paired"' if paired else "fewer noise heads than KV heads"
         raise ValueError(
-            f"a serving engine gives a layer one attention call over its query heads, and this model {reason}; "
-            "transformers itself can serve it"
+            f"{engine} gives a layer one attention call over num_attention_heads query heads, and this model has "
+            f"{reason}; serve it with transformers (`gda serve`)"
         )
+
+
+def _updated_once(
+    paged_cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, "_UpdatedCache"]:
+    """All keys and values (1, G, T_kv, d) of a paged cache after its update, and what stands in for it from then on."""
+    if "kwargs" in signature(paged_cache.update).parameters:
+        key, value = paged_cache.update(key, value, layer_idx=layer_idx, kwargs=kwargs)
+        return key, value, _UpdatedCache(tokens_first=False)
+    indices = {name: kwargs[name] for name in ("read_index", "write_index")}  # before transformers 5.19
+    updated = paged_cache.update(key, value, layer_idx=layer_idx, **indices)
+    key, value = (each.transpose(0, 1).unsqueeze(0) for each in updated)
+    return key, value, _UpdatedCache(tokens_first=True)
 
 
 class _UpdatedCache:
     """Stands in for a paged cache that has been updated already, for backends that insist on updating one."""
 
-    @staticmethod
-    def update(key_states: torch.Tensor, value_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def __init__(self, tokens_first: bool):
+        self.tokens_first = tokens_first
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Pair:
+        """Keys and values (1, G, T_kv, d) as they are, or (T_kv, G, d) where the release's caches return that."""
+        if self.tokens_first:
+            return key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         return key_states, value_states
 
 

@@ -3,28 +3,28 @@
 # beside a model's weights, so that they load with transformers alone.
 """Grouped Differential Attention models: the decoder, the language model and the classification heads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING, AutoModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3PreTrainedModel,
+    Qwen3RMSNorm,
+)
 
 from .attention_gda import (
     ATTENTION_CLASSES,
@@ -37,10 +37,10 @@ from .attention_gda import (
 )
 from .configuration_gda import GDAConfig
 
-MASK_FUNCTIONS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
+try:
+    from transformers import initialization as init  # leaves alone what a checkpoint has filled
+except ImportError:  # transformers 4
+    from torch.nn import init
 
 
 class PolyNorm(nn.Module):
@@ -64,22 +64,20 @@ class PolyNorm(nn.Module):
         return z.mean(-1, keepdim=True) if mask is None else (z * mask).mean(-1, keepdim=True) / mask.mean()
 
 
-class GDAMLP(nn.Module):
-    """Llama's gated MLP, with PolyNorm among its activations."""
+ACT2FN.setdefault("poly_norm", PolyNorm)  # by this name Llama's MLP finds it
+
+
+class GDAGrowingMLP(LlamaMLP):
+    """Llama's MLP while it grows: the outputs of new neurons, or of all in a new layer, are masked."""
 
     def __init__(self, config: GDAConfig, layer_idx: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = PolyNorm() if config.hidden_act == "poly_norm" else ACT2FN[config.hidden_act]
-        self.config = config
-        has_new_neurons = config.masked_neurons is not None and not config.is_new_layer(layer_idx)
-        self.growth_mask = GrowthMask(config) if has_new_neurons else None
+        super().__init__(config)
+        self.growth_mask = GrowthMask(config)
+        self.is_new = config.is_new_layer(layer_idx)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.growth_mask is None:  # in one expression: a name would keep the gate in memory
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if self.is_new:
+            return super().forward(x) * self.growth_mask.value
         gate, up = self.gate_proj(x), self.up_proj(x)
         assert self.config.masked_neurons is not None  # there would be no mask
         first_new = self.config.intermediate_size - self.config.masked_neurons
@@ -96,71 +94,49 @@ class GDAMLP(nn.Module):
         return torch.arange(first, first + width, device=up.device)
 
 
-class GDADecoderLayer(GradientCheckpointingLayer):
+class GDADecoderLayer(Qwen3DecoderLayer):
     """Attention and MLP, each after an RMSNorm and added to the residual stream."""
 
     def __init__(self, config: GDAConfig, layer_idx: int):
-        super().__init__()
+        GradientCheckpointingLayer.__init__(self)
         self.self_attn = ATTENTION_CLASSES[config.kv_layout](config, layer_idx)
-        self.mlp = GDAMLP(config, layer_idx)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.growth_mask = GrowthMask(config) if config.is_new_layer(layer_idx) else None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,  # (B, T, hidden)
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        # In one expression: a name would keep what attention gives in memory during the MLP.
-        hidden_states = hidden_states + self._masked(
-            self.self_attn(
-                self.input_layernorm(hidden_states),
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )[0]
-        )
-        return hidden_states + self._masked(self.mlp(self.post_attention_layernorm(hidden_states)))
-
-    def _masked(self, branch: torch.Tensor) -> torch.Tensor:
-        """What a branch adds to the residual stream: all of it, except in a layer that is new."""
-        return branch if self.growth_mask is None else branch * self.growth_mask.value
+        grows = config.masked_neurons is not None or config.is_new_layer(layer_idx)
+        self.mlp = GDAGrowingMLP(config, layer_idx) if grows else LlamaMLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_type = config.layer_type(layer_idx)  # transformers before 5.4 reads it
 
 
-class GDAPreTrainedModel(PreTrainedModel):
+@contextmanager
+def _without_layers(config: GDAConfig) -> Iterator[None]:
+    """For the initializers of Qwen3, which would build layers of their own."""
+    num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = num_layers
+
+
+class GDAPreTrainedModel(Qwen3PreTrainedModel):
     """What transformers must know of a GDA model to initialize, load, place and record it."""
 
-    config: GDAConfig
+    config: GDAConfig  # type: ignore[assignment]
     config_class = GDAConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["GDADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _supports_attention_backend = True
-    _can_record_outputs = {
-        "hidden_states": GDADecoderLayer,
-        "attentions": GDAAttention,
-    }
+    _can_record_outputs = {"hidden_states": GDADecoderLayer, "attentions": GDAAttention}
 
     def __init__(self, config: GDAConfig, *args: Any, **kwargs: Any):
-        config.validate_architecture()  # a field may have been changed since the config was made
         super().__init__(config, *args, **kwargs)
         if type(config) not in MODEL_MAPPING:  # the code was loaded from a model's folder, without our package
             AutoModel.register(type(config), GDAModel)
         self.model_tags = ["grouped-differential-attention", "gda"]  # for the card of a model that is pushed
-        reparameterized = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
-        self._keep_in_fp32_modules_strict = (
-            reparameterized if config.lambda_type == "reparameterized" else ["lambda_proj"]
-        )
+
+    def post_init(self) -> None:
+        super().post_init()
+        by_token = self.config.lambda_type != "reparameterized"
+        names = ["lambda_proj"] if by_token else ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
+        self._keep_in_fp32_modules_strict = set(names)
+        getattr(self, "dtype_plan", {}).update(dict.fromkeys(names, torch.float32))  # releases before 5.4 read this
 
     @torch.no_grad()
     def set_growth_mask(self, value: float) -> None:
@@ -243,142 +219,36 @@ class GDAPreTrainedModel(PreTrainedModel):
                 init.normal_(vector, mean=0.0, std=0.1)  # arXiv 2410.05258, as in its authors' code
 
 
-class GDAModel(GDAPreTrainedModel):
-    """The GDA decoder without a head: token ids in, hidden states out."""
+class GDAModel(GDAPreTrainedModel, Qwen3Model):
+    """
+    The GDA decoder without a head: token ids in, hidden states out. Arguments are those of `Qwen3Model.forward`.
+
+    With `output_attentions=True` and the eager backend, `attentions` holds for each layer the *differential* maps
+    (B, S, T, T_kv) of the S signal heads, signal − λ · noise: rows sum to 1 − λ and entries may be negative.
+
+    Raises:
+        ValueError: if a field of the config was changed to what cannot be.
+    """
 
     def __init__(self, config: GDAConfig):
-        super().__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        config.validate_architecture()  # a field may have been changed since the config was made
+        with _without_layers(config):
+            super().__init__(config)
         self.layers = nn.ModuleList(GDADecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]
-        self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict[str, Any] | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """
-        Run the decoder. Arguments are those of `LlamaModel.forward`.
 
-        With `output_attentions=True` and the eager backend, `attentions` holds for each layer the *differential* maps
-        (B, S, T, T_kv) of the S signal heads, signal − λ · noise: rows sum to 1 − λ and entries may be negative.
-
-        Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("GDAModel takes exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-
-        masks = self._attention_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=masks[self.config.layer_type(index)],
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _attention_masks(
-        self,
-        attention_mask: torch.Tensor | dict[str, Any] | None,
-        inputs_embeds: torch.Tensor,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor,
-    ) -> dict[str, Any]:
-        """One mask for each type of layer there is; `generate` hands them in ready-made."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        return {
-            layer_type: MASK_FUNCTIONS[layer_type](
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            for layer_type in dict.fromkeys(self.config.layer_types or [])
-        }
-
-
-class GDAForCausalLM(GDAPreTrainedModel, GenerationMixin):
-    """A GDA decoder with a language-modelling head."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+class GDAForCausalLM(GDAPreTrainedModel, Qwen3ForCausalLM):
+    """
+    A GDA decoder with a language-modelling head. Arguments and outputs are those of `Qwen3ForCausalLM.forward`:
+    `labels` (B, T) are token ids, −100 where no loss is wanted. For `attentions`, see `GDAModel`.
+    """
 
     def __init__(self, config: GDAConfig):
-        super().__init__(config)
+        with _without_layers(config):
+            super().__init__(config)
         self.model = GDAModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """
-        Run the model. Arguments and outputs are those of `LlamaForCausalLM.forward`: `labels` (B, T) are token ids,
-        −100 where no loss is wanted; `logits` are (B, T, vocab_size). For `attentions`, see `GDAModel.forward`.
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        assert hidden_states is not None
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 class GDAForSequenceClassification(GenericForSequenceClassification, GDAPreTrainedModel):
