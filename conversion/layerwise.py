@@ -157,5 +157,9 @@ class LayerwiseModel:
         if window is None or window >= states.shape[1]:
             return None
         return create_sliding_window_causal_mask(
-            config=self.config, inputs_embeds=states, attention_mask=None, past_key_values=None, position_ids=positions
+            config=self.config,
+            inputs_embeds=states,
+            attention_mask=None,
+            position_ids=positions,
+            **{CACHE_ARGUMENT: None},
         )
