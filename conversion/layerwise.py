@@ -156,10 +156,7 @@ class LayerwiseModel:
         window = self._windows[index]
         if window is None or window >= states.shape[1]:
             return None
+        no_cache: dict[str, Any] = {CACHE_ARGUMENT: None}
         return create_sliding_window_causal_mask(
-            config=self.config,
-            inputs_embeds=states,
-            attention_mask=None,
-            position_ids=positions,
-            **{CACHE_ARGUMENT: None},
+            config=self.config, inputs_embeds=states, attention_mask=None, position_ids=positions, **no_cache
         )
