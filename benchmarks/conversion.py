@@ -7,8 +7,8 @@ A repetition runs `cp -r` and, in a process of its own, a conversion without ver
 are medians, of the ratios to the copy of the same repetition too. Start-up is what a model of 2 MB takes: that
 process converts one first, which imports everything, and what a second takes is subtracted. Each begins in the same
 state: what was written before is removed, nothing waits for the disk, and the source is in the page cache. Workers
-are files written at once. Neither cp nor a conversion waits for the disk; "on disk" is the time until all has got
-there. Where cp shares blocks instead of copying them (reflinks of Btrfs or XFS) the comparison says nothing.
+are files written at once. A conversion waits for the disk and cp does not; "on disk" is the time until all has got
+there, of both. Where cp shares blocks instead of copying them (reflinks of Btrfs or XFS) the comparison says nothing.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Bytes that are copied from file to file without being held in memory."""
+"""Bytes of a file: copied to another without being held in memory, or read into memory, never mapped.
+
+A mapped file that is cut short, or whose disk fails, kills the process that looks at it; a read fails with an error.
+"""
 
 import contextlib
 import os
@@ -28,6 +31,21 @@ class FileRange:
         """
         with self._opened() as descriptor:
             yield from self._chunks(descriptor, 0)
+
+    def read_into(self, buffer: memoryview, name: str) -> None:
+        """Fill `buffer`, of `nbytes` bytes, with the bytes of what is called `name`.
+
+        Raises:
+            ValueError: naming the file and `name`, if it cannot be read or has changed.
+        """
+        done = 0
+        try:
+            with self._opened() as descriptor:
+                while done < self.nbytes:
+                    done += self._read_at(descriptor, buffer[done : done + MOST_AT_ONCE], done)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{self.path}: {name} cannot be read: {reason}") from None
 
     def append_to(self, file: BinaryIO) -> None:
         """Write the bytes at the end of a file that is open for buffered writing.
@@ -68,16 +86,20 @@ class FileRange:
     def _chunks(self, descriptor: int, done: int) -> Iterator[memoryview]:
         view = memoryview(bytearray(CHUNK))
         while done < self.nbytes:
-            piece = view[: min(CHUNK, self.nbytes - done)]
-            try:
-                size = os.preadv(descriptor, [piece], self.offset + done)
-            except OSError as error:
-                error.filename = str(self.path)
-                raise
-            if not size:
-                raise ValueError(f"{self.path} ends before its header says; it has been cut while it was read")
-            yield piece[:size]
+            size = self._read_at(descriptor, view[: min(CHUNK, self.nbytes - done)], done)
+            yield view[:size]
             done += size
+
+    def _read_at(self, descriptor: int, piece: memoryview, done: int) -> int:
+        """Fill `piece`, or its beginning, with what follows the first `done` bytes; return how many bytes it was."""
+        try:
+            size = os.preadv(descriptor, [piece], self.offset + done)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        if not size:
+            raise ValueError(f"{self.path} ends before its header says; it has been cut while it was read")
+        return size
 
 
 def stamp_of(file: int | Path) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -19,6 +20,7 @@ from transformers import (
 from gda._errors import first_line
 from gda._screen import quiet_transformers
 
+from .file_range import FileRange, stamp_of
 from .llamalike import head_dim
 from .recipes import meta_model
 from .safetensors_io import TensorSpec
@@ -58,6 +60,7 @@ class GGUFSource(Source):
         self.name = path.name
         self.revision = None
         self.weight_files = [path]
+        self._stamp = stamp_of(path)
         try:
             self._reader = GGUFReader(path)
             self._require_layers()
@@ -138,9 +141,11 @@ class GGUFSource(Source):
         from gguf import dequantize
 
         tensor = self._tensors[name]
-        weights = dequantize(tensor.data, tensor.tensor_type)
+        data = np.empty_like(tensor.data, subok=False)  # read, since what the reader maps cannot fail with an error
+        stored = FileRange(self.path, int(tensor.data_offset), data.nbytes, self._stamp)
+        stored.read_into(data.reshape(-1).view(np.uint8).data, f"tensor {tensor.name}")
+        weights = dequantize(data, tensor.tensor_type)
         processed = self._processor.process(weights=weights, name=tensor.name, tensor_key_mapping={})
-        # A copy, since an unquantized tensor is still the file's read-only memory.
         return torch.tensor(processed.weights, dtype=torch.float32)
 
     def load(self) -> PreTrainedModel:
@@ -148,7 +153,11 @@ class GGUFSource(Source):
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 model = AutoModelForCausalLM.from_pretrained(
-                    self.path.parent, gguf_file=self.path.name, config=self.config, dtype=torch.float32
+                    self.path.parent,
+                    gguf_file=self.path.name,
+                    config=self.config,
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
                 )
         except Exception as error:  # whatever a malformed file makes transformers raise
             raise ValueError(f"{self.path}: transformers cannot load it: {first_line(error)}") from None

@@ -1,12 +1,15 @@
 """Running a language model with one of its layers in memory."""
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
 from torch.func import functional_call
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from gda.modeling_gda.attention_gda import Fade
@@ -16,6 +19,9 @@ from .recipes import meta_model
 
 # What a model may take of the memory that is free.
 SHARE_OF_MEMORY = 1 / 4
+
+# What `generate` of the installed transformers calls the cache that it hands to a model: "cache" since 5.24.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def memory_to_use() -> float:
@@ -45,11 +51,11 @@ class LayerwiseModel:
         read: Callable[[str], torch.Tensor],
         device: torch.device | str = "cpu",
     ):
-        self.model = meta_model(config)
+        self.model = meta_model(config).eval()  # a source may have dropout
         self.config = self.model.config
         self.device = torch.device(device)
         self._read = read
-        self._rotary = type(self.model.model.rotary_emb)(self.config).to(self.device)
+        self._rotary = self._new_rotary()
         self._windows = layer_windows(self.config)
         for part in self.model.modules():
             if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
@@ -89,6 +95,21 @@ class LayerwiseModel:
         }
         return functional_call(self.layer(index), dict(tensors), (states,), inputs)
 
+    def decode(
+        self, index: int, tensors: Mapping[str, torch.Tensor], states: torch.Tensor, prefill: int
+    ) -> torch.Tensor:
+        """Layer `index` as `generate` runs it: hidden states (B, T, hidden) → (B, T, hidden).
+
+        The first `prefill` positions go in at once, the others one by one, and the cache carries keys and values from
+        step to step. The model's own forward makes masks and positions and hands the cache on to the layer.
+        """
+        model = self._around(index)
+        parameters = {f"{layer_prefix(0)}{name}": tensor for name, tensor in tensors.items()}
+        inputs = {"use_cache": True, CACHE_ARGUMENT: DynamicCache(config=model.config)}
+        steps = (states[:, :prefill], *states[:, prefill:].split(1, dim=1))
+        outputs = [functional_call(model, parameters, (), inputs | {"inputs_embeds": step}).logits for step in steps]
+        return torch.cat(outputs, dim=1)
+
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The last norm and the head, as a function of hidden states (…, hidden) → logits (…, vocabulary)."""
         norm = {name: self._tensor(f"model.norm.{name}") for name in self.model.model.norm.state_dict()}
@@ -99,6 +120,31 @@ class LayerwiseModel:
             return torch.nn.functional.linear(functional_call(self.model.model.norm, norm, (states,)), weight)
 
         return logits
+
+    def _around(self, index: int) -> PreTrainedModel:
+        """The model with layer `index` as its only one, and with hidden states in the place of its logits."""
+        model, layer = self._bare, copy.deepcopy(self.layer(index))
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = 0  # where the cache keeps the keys and values of the first layer
+        model.model.layers = torch.nn.ModuleList([layer])
+        model.model.rotary_emb = self._new_rotary()  # a dynamic one remembers how long its sequences have been
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = [self.config.layer_types[index]]
+        return model
+
+    @functools.cached_property
+    def _bare(self) -> PreTrainedModel:
+        """The model without what comes before and after its layers. Its config is its own, not that of the layers."""
+        model = copy.deepcopy(self.model)
+        model.config = model.model.config = copy.deepcopy(self.config)
+        model.config.num_hidden_layers = 1
+        model.config.return_dict, model.config.output_hidden_states = True, False
+        model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
+        return model
+
+    def _new_rotary(self) -> torch.nn.Module:
+        return type(self.model.model.rotary_emb)(self.config).to(self.device)
 
     def _tensor(self, name: str) -> torch.Tensor:
         return self._read(name).to(self.device, torch.float32)

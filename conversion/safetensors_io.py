@@ -44,8 +44,8 @@ class SafetensorsReader:
     """The tensors of a folder of safetensors files, by name.
 
     Files are chosen as transformers chooses them: `model.safetensors`, else the shards named by
-    `model.safetensors.index.json`. Opening reads and checks every header; a tensor is mapped when it is read and
-    unmapped when it is dropped, so memory is that of the tensors in use.
+    `model.safetensors.index.json`. Opening reads and checks every header; a tensor is read when it is asked for, so
+    memory is that of the tensors in use.
 
     Raises:
         FileNotFoundError: if there are no weights, or a shard is missing.
@@ -113,18 +113,15 @@ class SafetensorsReader:
             raise ValueError(f"{path} is damaged: {first_line(error)}") from None
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, mapped from its file.
+        """The tensor `name`, in memory of its own.
 
         Raises:
             KeyError: if there is none of that name.
-            ValueError: if its file cannot be read any more.
+            ValueError: naming file and tensor, if the file cannot be read any more or has changed.
         """
-        path = self.folder / self._files[name]
-        try:
-            with safe_open(path, framework="pt") as opened:
-                return opened.get_tensor(name)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read: {first_line(error)}") from None
+        tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        self._ranges[name].read_into(_memory_of(tensor), f"tensor {name}")
+        return tensor
 
     def stored(self, name: str) -> FileRange:
         """Where the tensor `name` lies.
@@ -187,7 +184,12 @@ def _bytes_of(tensor: torch.Tensor | FileRange, spec: TensorSpec, name: str) -> 
         return tensor
     if TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
         raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {spec}")
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return _memory_of(tensor.contiguous())
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _hash(digest: "hashlib._Hash", data: memoryview | FileRange) -> None:

@@ -1,6 +1,7 @@
 """Where a conversion reads from: a folder of safetensors, a repository of the Hub, or a GGUF file."""
 
 import contextlib
+import copy
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -83,6 +84,8 @@ class Source(ABC):
     def load(self) -> PreTrainedModel:
         """The whole model in float32, loaded by transformers, with outputs in their usual form.
 
+        Attention is sdpa, which runs everywhere, whatever the config names.
+
         Raises:
             ValueError: if transformers cannot load it.
         """
@@ -162,8 +165,12 @@ class FolderSource(Source):
         return self._reader.stored(name)
 
     def load(self) -> PreTrainedModel:
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = "sdpa"  # as an argument it would give way to a config.json that names another
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, config=config, dtype=torch.float32, trust_remote_code=False
+            )
         except Exception as error:  # whatever a malformed file makes transformers raise
             raise ValueError(f"{self.folder}: transformers cannot load it: {first_line(error)}") from None
         model.config.return_dict, model.config.output_hidden_states = True, False

@@ -1,7 +1,10 @@
-"""Tensors that pass unchanged are copied from file to file: every byte, wherever they lie; errors name the file."""
+"""Tensors that pass unchanged are copied from file to file, others are read into memory: every byte, wherever they lie;
+errors name the file."""
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import gda
 from gda.conversion.file_range import CHUNK, FileRange, stamp_of
 from gda.conversion.safetensors_io import SafetensorsReader
 
+from .commands import Command
 from .llamas import files_of, save_llama
 
 SIZE = 2 * CHUNK + 12_345
@@ -139,3 +143,92 @@ def test_where_tensors_lie(tmp_path: Path) -> None:
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         wanted = tensor.view(-1).view(torch.uint8).numpy().tobytes()
         assert b"".join(map(bytes, reader.stored(name).chunks())) == wanted
+
+
+# ------------------------------------------------------------------------------------------------ tensors in memory
+
+COMPUTED = "model.layers.1.self_attn.q_proj.weight"
+
+# The shard of a tensor that is computed is cut when its reading begins, or when its bytes are asked for.
+CUT = """
+import os, sys
+from pathlib import Path
+moment, tensor, source, out = sys.argv[1:]
+from gda.cli import main
+from gda.conversion.file_range import FileRange
+from gda.conversion.safetensors_io import SafetensorsReader
+stored = SafetensorsReader(Path(source)).stored(tensor)
+read, preadv = FileRange.read_into, os.preadv
+
+def read_and_cut(self, buffer, name):
+    if name == f"tensor {tensor}" and moment == "before":
+        os.truncate(stored.path, stored.offset + 8)
+    read(self, buffer, name)
+
+def cut(descriptor, buffers, offset):
+    if offset == stored.offset and moment == "while":
+        os.truncate(stored.path, stored.offset + 8)
+    return preadv(descriptor, buffers, offset)
+
+FileRange.read_into, os.preadv = read_and_cut, cut
+sys.argv = ["gda", "convert", source, out, "--no-verify"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("moment", "reason"), [("before", "has changed"), ("while", "ends before its header says")])
+def test_a_file_that_is_cut_while_a_tensor_is_computed_is_one_line(moment: str, reason: str, tmp_path: Path) -> None:
+    """Exit code 2, naming file and tensor, in a process that a mapped file would kill with SIGBUS."""
+    source = save_llama(tmp_path / "llama", max_shard_size="20KB")
+    shard = SafetensorsReader(source).stored(COMPUTED).path
+    command = [sys.executable, "-c", CUT, moment, COMPUTED, source, tmp_path / "gda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done
+    [line] = done.stderr.splitlines()
+    assert f"{shard}: tensor {COMPUTED} cannot be read" in line
+    assert reason in line
+    assert not (tmp_path / "gda").exists()
+
+
+def test_a_bad_sector_under_a_tensor_is_one_line(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, naming file and tensor."""
+    source = save_llama(tmp_path / "llama", max_shard_size="20KB")
+    stored, preadv = SafetensorsReader(source).stored(COMPUTED), os.preadv
+
+    def bad_sector(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if os.path.samestat(os.fstat(descriptor), stored.path.stat()) and offset == stored.offset:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", bad_sector)
+    outcome = command("convert", source, tmp_path / "gda", "--no-verify")
+    assert (outcome.code, outcome.error) == (
+        2,
+        f"gda: {stored.path}: tensor {COMPUTED} cannot be read: Input/output error\n",
+    )
+    assert not (tmp_path / "gda").exists()
+
+
+@pytest.mark.parametrize("most", [1, 1000, None])
+def test_tensors_are_read_whole_however_little_comes_at_once(
+    most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what the library reads: every dtype, no elements and no dimensions included."""
+    tensors = {
+        "a": torch.randn(30, 50).bfloat16(),
+        "b": torch.randn(7, dtype=torch.float64),
+        "c": torch.randn(3, 2, 2).half(),
+        "empty": torch.empty(0, 2),
+        "scalar": torch.tensor(3.5),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    preadv = os.preadv
+    if most is not None:
+        monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:most]], at))
+    reader = SafetensorsReader(tmp_path)
+    for name, tensor in tensors.items():
+        read = reader.read(name)
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor), name

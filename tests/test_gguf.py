@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import gda
+from gda.conversion.gguf_source import GGUFSource
 
 from .llamas import MERGES, SPECIAL_TOKENS, VOCAB_SIZE, byte_tokenizer, llama_model
 from .tiny import relative_error
@@ -240,6 +241,15 @@ def test_a_truncated_gguf_is_an_error_of_one_line(kept: int, tmp_path: Path) -> 
         gda.convert(path, tmp_path / "gda")
     assert len(str(refused.value)) < 500
     assert os.listdir(tmp_path) == ["tiny.gguf"]
+
+
+def test_a_gguf_that_is_cut_while_it_is_converted_is_an_error_of_one_line(tmp_path: Path) -> None:
+    """It names file and tensor, where the mapped file would kill the process."""
+    path = write_gguf(tmp_path / "model.gguf", llama_model(**SHAPE))
+    source = GGUFSource(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"model\.gguf: tensor token_embd\.weight cannot be read"):
+        source.read("model.embed_tokens.weight")
 
 
 def test_a_gguf_with_a_tensor_missing_or_of_another_shape(tmp_path: Path) -> None:

@@ -1,13 +1,22 @@
 """The folder that a training run lives in until it is done: whole checkpoints, torn ones, and what the run was."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gda._files import StagedFolder, check_places, partial_of, read_json, refuse_existing, remove, write_json
+from gda._files import (
+    StagedFolder,
+    check_places,
+    partial_of,
+    read_json,
+    refuse_existing,
+    remove,
+    sync,
+    sync_tree,
+    write_json,
+)
 
 from .settings import TrainSettings, option
 
@@ -151,6 +160,7 @@ class RunFolder:
         From the moment that the report is written the result is whole: killed later, a run that resumes only tidies up.
         """
         if self.report is None:
+            sync_tree(self.path)  # the report says that the model is there
             write_json(self.path / TRAINING_FILE, read_json(self.path / TRAINING_FILE) | {"report": report} | made)
         for checkpoint in checkpoints(self.path, whole=False):
             remove(checkpoint)
@@ -212,12 +222,11 @@ def mark_whole(checkpoint: Path, dtypes: Mapping[str, str]) -> None:
         checkpoint: The folder, with all that belongs in it.
         dtypes: By parameter, the dtype that the model had before it was trained in float32.
     """
+    sync_tree(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
     write_json(checkpoint / CHECKPOINT_FILE, {"files": sizes, "dtypes": dict(dtypes)})
+    sync(checkpoint.parent)
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all. A leaf module: it imports nothing of the project."""
+"""Files that appear whole or not at all, also after a power failure. A leaf: it imports nothing of the project."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -37,12 +38,18 @@ def in_background(function: Callable[[], T]) -> "Future[T]":
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path` for writing; rename it to `path` when the block ends, remove it if it fails."""
+    """Open a file beside `path` for writing; rename it to `path` when the block ends, remove it if it fails.
+
+    Its bytes are on the disk before it is renamed, and its name is when this returns.
+    """
     beside = path.with_name(f".{path.name}.tmp")
     try:
         with open(beside, "wb", opener=_open_no_link) as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
+        sync(path.parent)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a failed write does not say of what
@@ -53,6 +60,33 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
 def _open_no_link(path: str, flags: int) -> int:
     """In a folder that others may write to, a link in that place would have its target overwritten."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def sync(path: Path) -> None:
+    """Return when the bytes of a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: naming it, if they cannot be put there.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP):
+            return  # a file system that has this for files alone
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` for all files and folders in a folder, and for itself."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not (file := Path(place, name)).is_symlink():
+                sync(file)
+        sync(Path(place))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,8 +120,9 @@ def partial_of(out: Path) -> Path:
 class StagedFolder:
     """A folder that is filled beside its place and renamed into it, so that the place is empty or whole.
 
-    `folder` is ``.OUT.partial`` beside OUT. `finish` renames it to OUT, `discard` removes it and the parents made for
-    it. A killed process leaves it behind, for another to go on from. While it is open, a second process is refused.
+    `folder` is ``.OUT.partial`` beside OUT. `finish` puts all that it holds on the disk and renames it to OUT, so that
+    this is true after a power failure as well; `discard` removes it and the parents made for it. A killed process
+    leaves it behind, for another to go on from. While it is open, a second process is refused.
 
     Args:
         out: The place. Its missing parents are made.
@@ -133,11 +168,13 @@ class StagedFolder:
             os.close(descriptor)  # another process finished between the opening and the lock: this is its OUT now
 
     def finish(self) -> None:
-        """Rename the folder to its place.
+        """Put what the folder holds on the disk, and rename the folder to its place.
 
         Raises:
             FileExistsError: if something has appeared there meanwhile, and may not be replaced.
+            OSError: naming a file that cannot be put on the disk.
         """
+        sync_tree(self.folder)
         refuse_existing(self.out, self._overwrite)
         replaced = self.out.with_name(f".{self.out.name}.replaced")
         if os.path.lexists(self.out):
@@ -149,6 +186,8 @@ class StagedFolder:
             if replaced.exists():
                 os.rename(replaced, self.out)
             raise
+        for holder in dict.fromkeys((self.out.parent, *(made.parent for made in self._made_parents))):
+            sync(holder)
         os.close(self._lock)
         with contextlib.suppress(OSError):  # the new folder is in place; an old one that resists does not undo that
             remove(replaced)

@@ -219,7 +219,7 @@ def verify(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a converted model with its source; exit 1 if it does not compute the same."""
+    """Compare a converted model with its source; exit 1 if logits or greedy text with a cache are not the same."""
     from gda.conversion.verify import VerificationFailed
     from gda.conversion.verify import verify as run
 
@@ -941,7 +941,9 @@ def _print_verification(report: Any) -> None:
     if report.method == "tensors":
         typer.echo(f"{done} tensor by tensor, nothing was run: {len(report.different_tensors)} differ")
         return
-    greedy = "" if report.greedy_match is None else f", same greedy text {100 * report.greedy_match:.0f} %"
+    greedy = f", same greedy text {100 * report.greedy_match:.0f} %"
+    if report.greedy_ties:
+        greedy += f" and {100 * report.greedy_ties:.0f} % up to a tie"
     limit = "no limit" if report.threshold is None else f"limit {report.threshold:.0e}"
     typer.echo(
         f"{done} ({report.method}, {report.tokens} tokens of {report.prompts}): |Δlogit| max {report.max_abs:.2e}, "
