@@ -29,7 +29,9 @@ class NaiveDifferentialAttention(GDAAttention):
         past_key_values: Any = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        query, key, value = (self._project(name, hidden_states).transpose(1, 2) for name in "qkv")
+        query, key, value = (
+            getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name in "qkv"
+        )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

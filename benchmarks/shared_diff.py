@@ -56,7 +56,7 @@ class Projections(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> None:
         for attention in self.layers:
             for name in self.names:
-                attention._project(name, hidden)
+                getattr(attention, f"{name}_proj")(hidden)
 
     def numel(self) -> int:
         """Their parameters."""

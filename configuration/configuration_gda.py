@@ -4,11 +4,13 @@
 """The configuration of Grouped Differential Attention models."""
 
 import copy
+import dataclasses
 import math
 import os
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
 
@@ -21,6 +23,9 @@ KV_LAYOUTS = ("shared", "paired")
 LAMBDA_TYPES = ("reparameterized", "sigmoid", "tanh")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+
+# What says of RoPE: in transformers 5 the first, in transformers 4 the others.
+ROPE_ARGUMENTS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 # Fields of a model under masked growth; None in every other.
 GROWTH_FIELDS = ("growth_mask", "masked_signal_heads", "masked_neurons", "masked_layers")
@@ -205,7 +210,7 @@ class GDAConfig(PretrainedConfig):
     layer_types: list[str] | None = None
 
     def __init__(self, **kwargs: Any):
-        rope = _one_rope(**{name: kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta")})
+        rope = _one_rope(**{name: kwargs.pop(name, None) for name in ROPE_ARGUMENTS})
         fields = {name: kwargs.pop(name, getattr(type(self), name)) for name in FIELDS} | {"rope_parameters": rope}
         for name, value in kwargs.items():
             self._refuse_argument(name, value)
@@ -217,13 +222,14 @@ class GDAConfig(PretrainedConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
+        self.validate_architecture()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         # transformers 4 sets these itself, to its own defaults where they are not passed on.
         passed_on = {name: fields[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")}
         try:
             super().__init__(**passed_on, **kwargs)
         except Exception as error:  # each release has exceptions of its own
             raise ValueError(f"GDAConfig: {_in_short(error.__cause__ or error)}") from error
-        self.validate_architecture()
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_value(name, value)
@@ -242,7 +248,7 @@ class GDAConfig(PretrainedConfig):
 
     @rope_scaling.setter
     def rope_scaling(self, value: dict[str, Any] | None) -> None:
-        self.rope_parameters = _one_rope(None, value, self.rope_theta)
+        self.rope_parameters = _one_rope(None, rope_scaling=value, rope_theta=self.rope_theta)
 
     def _refuse_argument(self, name: str, value: Any) -> None:
         """Raise ValueError for an argument that is no field and cannot be kept for whoever wants it in config.json."""
@@ -251,7 +257,7 @@ class GDAConfig(PretrainedConfig):
         _require(name not in DERIVED, name, "follows from other fields and cannot be given", value)
         if resembled := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85):
             raise ValueError(f"GDAConfig has no field `{_named(name)}`; did you mean `{resembled[0]}`?")
-        inherited = getattr(type(self), "__dataclass_fields__", {})  # of newer releases: fields of every config
+        inherited = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
         of_the_class = hasattr(type(self), name) and name not in (*inherited, *GIVEN_BESIDE_FIELDS, *FOREIGN_PARTS)
         _require(not of_the_class, name, "belongs to the class, and cannot be given", value)
         undecided = name in ("dtype", "torch_dtype") and value == "auto"  # where there are no weights to decide
@@ -348,8 +354,7 @@ class GDAConfig(PretrainedConfig):
             return float(self.lambda_init[layer_idx])
         return float(self.lambda_init)
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor-parallel plan. Columns of q_proj are cut between groups, so each rank holds whole groups."""
         attention = "layers.*.self_attn"
         plan = {f"{attention}.{name}": "colwise" for name in self._input_projections()}
@@ -369,7 +374,7 @@ class GDAConfig(PretrainedConfig):
     @property
     def base_model_fsdp_plan(self) -> dict[Any, str]:  # type: ignore[override]
         """FSDP2 plan. λ vectors are float32 in models of any dtype, and what FSDP2 gathers together has one dtype."""
-        plan = dict(PretrainedConfig.base_model_fsdp_plan)
+        plan = dict(getattr(PretrainedConfig, "base_model_fsdp_plan", None) or {})  # releases before 5.14 have none
         if self.lambda_type == "reparameterized":
             modules = [*self._input_projections(), "o_proj"] + ["subln"] * self.head_norm
             modules += ["q_norm", "k_norm"] * self.qk_norm
@@ -470,7 +475,6 @@ class GDAConfig(PretrainedConfig):
             "must not be negative, and finite in float32",
             deviation,
         )
-        _require(not self.is_encoder_decoder, "is_encoder_decoder", "must be false", self.is_encoder_decoder)
         _require(
             self.pad_token_id is None or -self.vocab_size <= self.pad_token_id < self.vocab_size,
             "pad_token_id",
@@ -624,7 +628,7 @@ class GDAConfig(PretrainedConfig):
 
     def _validate_rope(self) -> None:
         _require(self.head_dim % 2 == 0, "head_dim", "must be even for rotary embeddings", self.head_dim)
-        rope = _one_rope(self.rope_parameters, None, None)  # it may have been changed since the config was made
+        rope = _one_rope(self.rope_parameters)  # it may have been changed since the config was made
         rope_type = rope["rope_type"]
         _require(rope_type in ROPE_TYPES, "rope_parameters", f"rope_type must be one of {ROPE_TYPES}", rope_type)
         partial = rope.get("partial_rotary_factor", 1.0)
@@ -654,9 +658,11 @@ class GDAConfig(PretrainedConfig):
                 raise ValueError("rope_theta must be positive")
             return [[rope["rope_theta"] ** (-2 * j / self.head_dim) for j in range(self.head_dim // 2)]]
         compute = ROPE_INIT_FUNCTIONS[rope_type]
+        wanted = signature(compute).parameters.values()  # transformers 4 asks for a device
+        device = {each.name: None for each in wanted if each.name == "device" and each.default is each.empty}
         beyond = 2 * max(self.max_position_embeddings, rope.get("original_max_position_embeddings") or 1)
         with torch.device("cpu"):  # a model may be under construction on the meta device
-            return [compute(self, seq_len=length)[0].tolist() for length in (None, beyond)]
+            return [compute(self, **device, seq_len=length)[0].tolist() for length in (None, beyond)]
 
 
 # The type of each field, by its name.
@@ -672,7 +678,9 @@ def _is_of_type(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
-def _one_rope(rope_parameters: Any, rope_scaling: Any, rope_theta: Any) -> dict[str, Any]:
+def _one_rope(
+    rope_parameters: Any, rope_scaling: Any = None, rope_theta: Any = None, partial_rotary_factor: Any = None
+) -> dict[str, Any]:
     """RoPE in the words of transformers 5, from those or the words of transformers 4; both must say the same."""
     for name, rope in (("rope_parameters", rope_parameters), ("rope_scaling", rope_scaling)):
         _check_value(name, rope)
@@ -682,6 +690,8 @@ def _one_rope(rope_parameters: Any, rope_scaling: Any, rope_theta: Any) -> dict[
     rope = dict(rope_scaling or {} if rope_parameters is None else rope_parameters)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", GDAConfig.default_theta if rope_theta is None else rope_theta)
+    if partial_rotary_factor is not None:
+        rope.setdefault("partial_rotary_factor", partial_rotary_factor)
     said = {"rope_theta": rope_theta} if rope_theta is not None else {}
     said |= {("rope_type" if key == "type" else key): value for key, value in (rope_scaling or {}).items()}
     differing = {key: value for key, value in said.items() if rope.get(key) != value}
@@ -770,6 +780,7 @@ def _maps_labels(value: Any) -> bool:
 VALUE_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda value: value is None, "must be null: a GDA model has no such parts") for name in FOREIGN_PARTS},
     **dict.fromkeys(("dtype", "torch_dtype"), (_names_a_dtype, "must name a floating-point type of torch")),
+    "is_encoder_decoder": (lambda value: not value, "must be false"),
     "id2label": (_maps_labels, "must map numbers to names"),
     "label2id": (lambda value: value is None or isinstance(value, dict), "must map names to numbers"),
     "num_labels": (

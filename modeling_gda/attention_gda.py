@@ -16,7 +16,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
     ALL_ATTENTION_FUNCTIONS,
     Qwen3Attention,
     Qwen3RMSNorm,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
@@ -139,6 +138,22 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE of queries and keys (B, T, heads, d), cosines and sines (B, T, d): transformers' `apply_rotary_pos_emb`.
+
+    It is equal bit for bit, since a conversion must equal its Llama, but makes two new tensors of each instead of five.
+    """
+    half = cos.shape[-1] // 2
+    cos, signed = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
+
+    def rotated(states: torch.Tensor) -> torch.Tensor:
+        return states.roll(half, dims=-1).mul_(signed).add_(states * cos)
+
+    return rotated(query), rotated(key)
+
+
 class GDAAttention(nn.Module):
     r"""
     Grouped differential attention (arXiv 2510.06949) over keys and values that signal and noise heads share.
@@ -228,12 +243,12 @@ class GDAAttention(nn.Module):
         """Return the output (B, T, hidden) and, from eager if asked for, the differential maps (B, S, T, T_kv)."""
         # The projections and the one call of the interface are written as in Llama, since vLLM reads this source.
         hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
-        key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
+        query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape))
+        key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape))
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
-        cos, sin = position_embeddings
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        query_states, key_states = rotate(query_states, key_states, *position_embeddings)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
         key_states, value_states = self._update_cache(key_states, value_states, kwargs)
         lambda_ = self.compute_lambda(hidden_states)
 
@@ -416,9 +431,8 @@ def _attend_in_pairs(
             f"this rank holds {key.shape[1]} of {attention.config.num_key_value_heads} KV heads, which cuts a pair; "
             "GDAConfig.num_key_value_heads must be a multiple of twice the tensor-parallel size"
         )
-    if (paged_cache := kwargs.get("cache")) is not None:  # before transformers 5.24 each call would update it
-        key, value = paged_cache.update(key, value, layer_idx=attention.layer_idx, kwargs=kwargs)
-        kwargs["cache"] = _UpdatedCache()
+    if kwargs.get("cache") is not None:  # before transformers 5.24 each of the four calls would update it
+        key, value, kwargs["cache"] = _updated_once(kwargs["cache"], key, value, attention.layer_idx, kwargs)
     batch, _, length, _ = query.shape
     ratio = attention.num_signal_per_noise
     outputs, maps = [], []
@@ -452,11 +466,29 @@ def _refuse_engine(config: GDAConfig) -> None:
         )
 
 
+def _updated_once(
+    paged_cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, "_UpdatedCache"]:
+    """All keys and values (1, G, T_kv, d) of a paged cache after its update, and what stands in for it from then on."""
+    if "kwargs" in signature(paged_cache.update).parameters:
+        key, value = paged_cache.update(key, value, layer_idx=layer_idx, kwargs=kwargs)
+        return key, value, _UpdatedCache(tokens_first=False)
+    indices = {name: kwargs[name] for name in ("read_index", "write_index")}  # before transformers 5.19
+    updated = paged_cache.update(key, value, layer_idx=layer_idx, **indices)
+    key, value = (each.transpose(0, 1).unsqueeze(0) for each in updated)
+    return key, value, _UpdatedCache(tokens_first=True)
+
+
 class _UpdatedCache:
     """Stands in for a paged cache that has been updated already, for backends that insist on updating one."""
 
-    @staticmethod
-    def update(key_states: torch.Tensor, value_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def __init__(self, tokens_first: bool):
+        self.tokens_first = tokens_first
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Pair:
+        """Keys and values (1, G, T_kv, d) as they are, or (T_kv, G, d) where the release's caches return that."""
+        if self.tokens_first:
+            return key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         return key_states, value_states
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gda
 from gda import GDAConfig
 from gda._demo import find_demo_model
-from gda.configuration.configuration_gda import PRESETS
+from gda.configuration.presets import PRESETS
 from gda.conversion.diff import diff_v1_fields, diff_v2_fields
 from gda.conversion.expand import expanded_config
 from gda.conversion.motif import mapped_config, read_motif_config

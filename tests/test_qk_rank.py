@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from gda import GDAConfig, GDAForCausalLM
 from gda.conversion.recipes import meta_model
-from gda.modeling_gda.attention_gda import AttentionBranch
 
 from . import naive
 from .test_attention_against_naive import PATHS, heads
@@ -166,9 +165,9 @@ def test_queries_and_keys_start_as_large_as_dense_ones(rank: int, kv_layout: str
     attention = GDAForCausalLM(tiny_config(qk_rank=rank, **fields)).model.layers[0].self_attn
     dense = GDAForCausalLM(tiny_config(**fields)).model.layers[0].self_attn
     for name in "qk":
-        ours, theirs = (each._project(name, hidden) for each in (attention, dense))
+        ours, theirs = (getattr(each, f"{name}_proj")(hidden) for each in (attention, dense))
         assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.25 if rank == 1 else 0.1)
-    queries = attention._project("q", hidden).flatten(0, 1).unflatten(1, (4, 4))  # (T, groups, roles, d)
+    queries = attention.q_proj(hidden).flatten(0, 1).unflatten(1, (4, 4, 64))  # (T, groups, roles, d)
     of_one_group = torch.nn.functional.cosine_similarity(queries[:, :, 0], queries[:, :, 3], dim=-1).mean()
     of_two_groups = torch.nn.functional.cosine_similarity(queries[:, 0, 0], queries[:, 1, 0], dim=-1).mean()
     assert of_one_group.item() == pytest.approx(0.5, abs=0.25 if rank == 1 else 0.1)
@@ -284,12 +283,10 @@ def test_compiles_in_one_graph(kv_layout: str) -> None:
 
 @BOTH_LAYOUTS
 def test_flash_attention_finds_a_dtype(kv_layout: str) -> None:
-    """What it asks of a branch for float32 queries: the dtype of the first Linear among its modules."""
+    """For float32 queries it asks for the dtype of the first Linear among the attention's modules."""
     model = tiny_model(qk_rank=3, kv_layout=kv_layout).to(torch.bfloat16)
-    branches = [module for module in model.modules() if isinstance(module, AttentionBranch)]
-    assert branches
-    for branch in branches:
-        linear = next(module for module in branch.modules() if isinstance(module, torch.nn.Linear))
+    for layer in model.model.layers:
+        linear = next(module for module in layer.self_attn.modules() if isinstance(module, torch.nn.Linear))
         assert linear.weight.dtype == torch.bfloat16
 
 

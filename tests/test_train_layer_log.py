@@ -68,12 +68,12 @@ def by_hand(model: Any, ids: Tensor) -> list[dict[str, float]]:
             attention = layer.self_attn
             heard: list[Any] = []
 
-            def attend(*args: Any, attention: Any = attention, heard: list[Any] = heard, **kwargs: Any) -> Any:
-                heard.append(type(attention).attend(attention, *args, **kwargs))
+            def split_outputs(*args: Any, attention: Any = attention, heard: list[Any] = heard) -> Any:
+                heard.append(type(attention).split_outputs(attention, *args))
                 return heard[-1]
 
-            attention.attend = attend
-            stack.callback(delattr, attention, "attend")
+            attention.split_outputs = split_outputs
+            stack.callback(delattr, attention, "split_outputs")
             hook = attention.register_forward_pre_hook(
                 lambda module, args, kwargs, heard=heard: heard.append(module.compute_lambda(args[0])), with_kwargs=True
             )
@@ -81,7 +81,7 @@ def by_hand(model: Any, ids: Tensor) -> list[dict[str, float]]:
             calls.append(heard)
         model(ids)
     found = []
-    for index, (lambda_, (signal, noise, _)) in enumerate(calls):
+    for index, (lambda_, (signal, noise)) in enumerate(calls):
         attention = model.model.layers[index].self_attn
         batch, length, copies, size, width = signal.shape
         whole = torch.zeros(batch, length, copies * size, width, dtype=torch.float64)

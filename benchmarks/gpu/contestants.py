@@ -1,0 +1,107 @@
+"""What is compared in the speed part: Llama, GDA and DiffLlama of one shape, and what counting says of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kit import Row
+from measuring import device
+from torch import nn
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from gda import GDAConfig, GDAForCausalLM
+
+LLAMA, DIFFLLAMA = "Llama", "DiffLlama"
+SHARED, TANH, PAIRED = "GDA 4:1 shared", "GDA 4:1 shared, tanh λ", "GDA 4:1 paired, head norm"
+NAMES = (LLAMA, SHARED, TANH, PAIRED, DIFFLLAMA)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The Llama that the others are compared with."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    mlp: int
+    layers: int
+    vocabulary: int
+
+
+LAYER = Shape(heads=32, kv_heads=8, head_dim=128, hidden=4096, mlp=64, layers=1, vocabulary=64)  # Llama-3-8B
+MODEL = Shape(heads=32, kv_heads=8, head_dim=64, hidden=2048, mlp=8192, layers=16, vocabulary=128256)  # Llama-3.2-1B
+
+
+def heads_of(name: str, shape: Shape) -> tuple[int, int]:
+    """Signal and noise heads.
+
+    Shared: the Llama's heads all stay signal heads and a noise head is added to every four of them. Paired: values are
+    twice as wide, so half as many signal heads give an o_proj and a KV cache of the Llama's size.
+    """
+    signal = shape.heads // 2 if name == PAIRED else shape.heads
+    return signal, signal // 4
+
+
+def config_of(name: str, shape: Shape) -> Any:
+    fields: Row = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.mlp,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": 1 << 16,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if name in (LLAMA, DIFFLLAMA):
+        config_class: Any = LlamaConfig if name == LLAMA else DiffLlamaConfig
+        return config_class(**fields, num_attention_heads=shape.heads)
+    signal, noise = heads_of(name, shape)
+    fields |= {"num_attention_heads": signal + noise, "num_noise_heads": noise}
+    if name == TANH:
+        fields["lambda_type"] = "tanh"
+    if name == PAIRED:
+        fields |= {"kv_layout": "paired", "head_norm": True}
+    return GDAConfig(**fields)
+
+
+def build(name: str, shape: Shape, backend: str = "sdpa") -> Any:
+    """A bfloat16 model with random weights, made on the device."""
+    model_class: Any = {LLAMA: LlamaForCausalLM, DIFFLLAMA: DiffLlamaForCausalLM}.get(name, GDAForCausalLM)
+    torch.manual_seed(0)
+    with torch.device(device()):
+        model = model_class._from_config(config_of(name, shape), attn_implementation=backend, dtype=torch.bfloat16)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------ counting
+
+
+def forward_flops(name: str, module: nn.Module, shape: Shape, tokens: int, with_head: bool) -> float:
+    """Of the matrix products of a layer or a model: projections, and the causal half of the attention.
+
+    Every map is counted once and applied once to its values, as the equations say. A prefill needs the language-model
+    head for one token only, which is not counted; training needs it for all.
+    """
+    linear = sum(
+        each.in_features * each.out_features
+        for part, each in module.named_modules()
+        if isinstance(each, nn.Linear) and (with_head or "lm_head" not in part)
+    )
+    if name == LLAMA:
+        widths = shape.heads * 2
+    elif name == DIFFLLAMA:
+        widths = shape.heads * 3  # half of the heads are noise; values are twice as wide
+    else:
+        widths = sum(heads_of(name, shape)) * (3 if name == PAIRED else 2)
+    attention = shape.layers * widths * shape.head_dim * tokens / 2
+    return 2 * tokens * (linear + attention)
+
+
+def decode_bytes(module: nn.Module, shape: Shape, context: int, batch: int) -> float:
+    """Of weights, keys and values, each read once. Embeddings count once, as the tied head."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    return weights + 4 * shape.layers * shape.kv_heads * shape.head_dim * context * batch

@@ -1,0 +1,438 @@
+"""Does GDA compute the same on a GPU? Logits, gradients and greedy text against a float64 reference on the CPU.
+
+The reference for logits and gradients is tests/naive.py: the equations loop by loop in float64, with the very weights
+that the model has after it was loaded in its dtype. The reference for text is the model's own argmax without a cache,
+prompt by prompt; every cache and every way of batching must repeat it. Weights are random and scaled so that logits lie
+far apart: in float32 all tokens must be equal. In bfloat16 a near tie may fall either way, and then all that follows
+differs. So where a text first differs, the reference's logits of the two tokens must be within TIE standard deviations.
+
+TF32 is off: float32 means float32.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import naive
+import torch
+from kit import Part, Row, capture, free_memory, parser_of
+from measuring import device, synchronize
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, StaticCache
+from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils.import_utils import is_flash_attn_3_available
+
+from gda import GDAConfig, GDAForCausalLM
+
+SHAPE: Row = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+CONFIGS: dict[str, Row] = {
+    "shared 3:1": {"num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 2},
+    "paired 3:1, head norm": {
+        "num_attention_heads": 8,
+        "num_noise_heads": 2,
+        "num_key_value_heads": 4,
+        "kv_layout": "paired",
+        "head_norm": True,
+    },
+    "shared 4:1, 1 noise head for 2 KV heads": {
+        "num_attention_heads": 5,
+        "num_noise_heads": 1,
+        "num_key_value_heads": 2,
+    },
+    "shared 4:1, tanh λ": {
+        "num_attention_heads": 10,
+        "num_noise_heads": 2,
+        "num_key_value_heads": 2,
+        "lambda_type": "tanh",
+    },
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Largest relative error ‖got − expected‖ / ‖expected‖: far above rounding, far below what a wrong head would cause.
+LIMITS = {("logits", "float32"): 1e-4, ("logits", "bfloat16"): 3e-2}
+LIMITS |= {("gradients", "float32"): 1e-3, ("gradients", "bfloat16"): 1e-1}
+TIE = 0.1
+FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+
+
+class Sizes:
+    """Of the models and the sequences."""
+
+    def __init__(self, smoke: bool):
+        self.shape = SHAPE | ({"hidden_size": 64, "intermediate_size": 96, "head_dim": 16} if smoke else {})
+        self.rows, self.length, self.padding = (2, 24, 5) if smoke else (3, 160, 37)
+        self.gradient_length = min(64, self.length)
+        self.prompts, self.new_tokens = ((3, 9, 6), 6) if smoke else ((7, 61, 33), 48)
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def make_model(fields: Row, folder: str) -> None:
+    """Save a float32 model whose weights hide no error: rows, layers and norms all differ."""
+    torch.manual_seed(0)
+    model: Any = GDAForCausalLM(GDAConfig(**fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if ".lambda_q" in name or ".lambda_k" in name:
+                parameter.copy_(0.1 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(torch.linspace(0.7, 1.3, len(parameter)) + 0.1 * noise)
+            else:
+                scale = torch.linspace(0.7, 1.3, len(parameter)).unsqueeze(-1)
+                parameter.copy_(scale * noise / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(folder)
+
+
+def load(folder: str, dtype: str) -> Any:
+    """As users load it."""
+    model: Any = GDAForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    return model.to(device()).eval()
+
+
+def state_of(model: Any, gradients: bool = False) -> dict[str, Tensor]:
+    """The weights in float64 on the CPU."""
+    return {
+        name: weight.detach().cpu().double().requires_grad_(gradients) for name, weight in model.state_dict().items()
+    }
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """‖got − expected‖ / ‖expected‖; a NaN stays one."""
+    return ((got.detach().cpu().double() - expected).norm() / expected.norm()).item()
+
+
+def judged(kind: str, dtype: str, error: float, **more: Any) -> Row:
+    limit = LIMITS[kind, dtype]
+    return {"relative_error": error, "limit": limit, "ok": error <= limit, **more}
+
+
+# -------------------------------------------------------------------------------------------------- logits, gradients
+
+
+class Subject:
+    """One model in one dtype, with its references."""
+
+    def __init__(self, folder: str, dtype: str, sizes: Sizes):
+        self.dtype, self.sizes = dtype, sizes
+        self.model = load(folder, dtype)
+        self.config: Any = self.model.config
+        self.ids = random_ids(sizes.rows, sizes.length)
+        self.padding = torch.ones_like(self.ids)
+        self.padding[0, : sizes.padding] = 0  # on the left, of the first row
+        state = state_of(self.model)
+        self.expected = {False: naive.run(state, self.config, self.ids).logits}
+        self.expected[True] = naive.run(state, self.config, self.ids, self.padding).logits
+        self.prompts = [random_ids(1, length, seed=length) for length in sizes.prompts]
+
+    @torch.no_grad()
+    def logits(self, backend: str, padded: bool) -> Row:
+        """Error of the logits of real tokens."""
+        self.model.set_attn_implementation(backend)
+        mask = self.padding.to(device()) if padded else None
+        got = self.model(self.ids.to(device()), attention_mask=mask, use_cache=False).logits.cpu()
+        real = self.padding.bool() if padded else torch.ones_like(self.ids, dtype=torch.bool)
+        return judged("logits", self.dtype, relative_error(got[real], self.expected[padded][real]))
+
+    @functools.cached_property
+    def expected_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a next-token prediction on the first two rows, and its gradient for each weight."""
+        ids = self.ids[:2, : self.sizes.gradient_length]
+        state = state_of(self.model, gradients=True)
+        logits = naive.run(state, self.config, ids).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        return loss.detach(), {name: weight.grad for name, weight in state.items() if weight.grad is not None}
+
+    def gradients(self, backend: str, checkpointing: bool) -> Row:
+        """Error of the gradients; all must be finite.
+
+        In float32 that of the worst weight counts. In bfloat16 it is that of all gradients as one vector, since what a
+        scalar λ gets is a sum of large terms that nearly cancel.
+        """
+        ids = self.ids[:2, : self.sizes.gradient_length].to(device())
+        model = self.model.train()
+        model.set_attn_implementation(backend)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        try:
+            model.zero_grad(set_to_none=True)
+            loss = model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        finally:
+            model.gradient_checkpointing_disable()
+            model.eval()
+        got = {name: parameter.grad.cpu().double() for name, parameter in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        for name, gradient in got.items():
+            assert gradient.isfinite().all(), f"{name}: gradient is not finite"
+        expected_loss, expected = self.expected_gradients
+        errors = {name: relative_error(gradient, expected[name]) for name, gradient in got.items()}
+        worst = max(errors, key=lambda name: errors[name])
+        total = relative_error(
+            torch.cat([each.flatten() for each in got.values()]),
+            torch.cat([expected[name].flatten() for name in got]),
+        )
+        return judged(
+            "gradients",
+            self.dtype,
+            errors[worst] if self.dtype == "float32" else total,
+            worst=worst,
+            worst_error=errors[worst],
+            loss_error=relative_error(loss, expected_loss),
+        )
+
+    # ------------------------------------------------------------------------------------------------------- text
+
+    @torch.no_grad()
+    def uncached(self) -> list[tuple[list[int], Tensor]]:
+        """Greedy text of each prompt without a cache, and the logits of each token: the reference of all others."""
+        self.model.set_attn_implementation("sdpa")
+        texts = []
+        for prompt in self.prompts:
+            ids, logits = prompt.to(device()), []
+            for _ in range(self.sizes.new_tokens):
+                logits.append(self.model(ids, use_cache=False).logits[:, -1])
+                ids = torch.cat((ids, logits[-1].argmax(-1, keepdim=True)), dim=1)
+            texts.append((ids[0, prompt.shape[1] :].tolist(), torch.cat(logits).float().cpu()))
+        return texts
+
+    def generation_config(self, **more: Any) -> GenerationConfig:
+        tokens = self.sizes.new_tokens
+        return GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **more
+        )  # fmt: skip
+
+    def generated(self, backend: str = "sdpa", **settings: Any) -> list[list[int]]:
+        """`generate`, prompt by prompt."""
+        self.model.set_attn_implementation(backend)
+        texts = []
+        for prompt in self.prompts:
+            ids = prompt.to(device())
+            out = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=self.generation_config(**settings)
+            )
+            texts.append(out[0, ids.shape[1] :].tolist())
+        return texts
+
+    def left_padded(self, backend: str = "sdpa", **settings: Any) -> list[list[int]]:
+        """All prompts in one batch."""
+        self.model.set_attn_implementation(backend)
+        longest = max(prompt.shape[1] for prompt in self.prompts)
+        ids = torch.zeros(len(self.prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(self.prompts):
+            ids[row, longest - prompt.shape[1] :], mask[row, longest - prompt.shape[1] :] = prompt[0], 1
+        out = self.model.generate(
+            ids.to(device()),
+            attention_mask=mask.to(device()),
+            generation_config=self.generation_config(**settings),
+        )
+        return out[:, longest:].tolist()
+
+    def continuous(self, backend: str) -> list[list[int]]:
+        """Continuous batching over a paged cache."""
+        self.model.set_attn_implementation(backend)
+        try:
+            out = self.model.generate_batch(
+                [prompt[0].tolist() for prompt in self.prompts],
+                generation_config=GenerationConfig(
+                    max_new_tokens=self.sizes.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+                ),
+                continuous_batching_config=_paged_cache(),
+            )
+        finally:
+            self.model.set_attn_implementation("sdpa")
+        failed = [each.error for each in out.values() if each.error]
+        if failed or len(out) != len(self.prompts):
+            raise RuntimeError(f"generate_batch answered {len(out)} of {len(self.prompts)} requests: {failed[:1]}")
+        by_prompt = {tuple(each.prompt_ids): list(each.generated_tokens) for each in out.values()}
+        return [by_prompt[tuple(prompt[0].tolist())] for prompt in self.prompts]
+
+    @torch.no_grad()
+    def graphed(self) -> list[list[int]]:
+        """A decode step with a static cache, captured once in a CUDA graph and replayed for each token."""
+        return self._stepped(lambda step: capture(step))
+
+    @torch.no_grad()
+    def compiled(self) -> list[list[int]]:
+        """A decode step with a static cache, compiled; on a GPU `reduce-overhead`, with graphs of its own."""
+        settings: Row = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {"backend": "eager"}
+        call = torch.compile(self.model, **settings)
+
+        def prepared(step: Callable[[], None]) -> Callable[[], None]:
+            def marked() -> None:
+                torch.compiler.cudagraph_mark_step_begin()
+                step()
+
+            for _ in range(3):
+                marked()
+            return marked
+
+        return self._stepped(prepared, call)
+
+    def _stepped(self, prepare: Callable[[Any], Any], call: Any = None) -> list[list[int]]:
+        """Decode with a step that reads and writes the same tensors every time."""
+        self.model.set_attn_implementation("sdpa")
+        call = self.model if call is None else call
+        longest = max(prompt.shape[1] for prompt in self.prompts)
+        cache = StaticCache(config=self.config, max_cache_len=longest + self.sizes.new_tokens)
+        token = torch.zeros(1, 1, dtype=torch.long, device=device())
+        position = torch.zeros(1, 1, dtype=torch.long, device=device())
+
+        def step() -> None:
+            logits = call(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
+            token.copy_(logits[:, -1:].argmax(-1))
+            position.add_(1)
+
+        def prefill(prompt: Tensor) -> None:
+            cache.reset()
+            logits = self.model(prompt.to(device()), past_key_values=cache, use_cache=True).logits
+            token.copy_(logits[:, -1:].argmax(-1))
+            position.fill_(prompt.shape[1])
+
+        prefill(self.prompts[0])  # allocates the cache, which a capture must not do
+        run = prepare(step)
+        texts = []
+        for prompt in self.prompts:
+            prefill(prompt)
+            tokens = [token.item()]
+            for _ in range(self.sizes.new_tokens - 1):
+                run()
+                tokens.append(token.item())
+            texts.append(tokens)
+        return texts
+
+
+def _paged_cache() -> Any:
+    """A small paged cache: by default transformers takes most of the GPU's memory. A page's name differs by release."""
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    return ContinuousBatchingConfig(**{page: 32, "num_blocks": 64, "max_batch_tokens": 128})
+
+
+def compared(got: list[list[int]], expected: list[tuple[list[int], Tensor]], dtype: str) -> Row:
+    """Share of equal tokens, and how far apart the reference's logits are where a text first differs."""
+    equal = tokens = 0
+    gap = 0.0
+    for text, (reference, logits) in zip(got, expected, strict=True):
+        same = [a == b for a, b in zip(text, reference, strict=True)]
+        equal, tokens = equal + sum(same), tokens + len(same)
+        if not all(same):
+            at = same.index(False)
+            gap = max(gap, ((logits[at, reference[at]] - logits[at, text[at]]) / logits[at].std()).item())
+    ok = equal == tokens if dtype == "float32" else gap <= TIE
+    return {"equal_tokens": equal / tokens, "tokens": tokens, "gap": gap, "ok": ok}
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def available(backend: str) -> bool:
+    return backend not in FLASH or FLASH[backend]()
+
+
+def checks(part: Part, labels: Row, subject: Subject) -> None:
+    """The quick checks of one model in one dtype: whatever needs no compiler."""
+    dtype = subject.dtype
+    for backend in ("eager", "sdpa", *FLASH):
+        if backend in FLASH and dtype == "float32":
+            continue  # flash attention has no float32
+        for padded in (False, True):
+            row = {**labels, "check": "logits, left-padded" if padded else "logits", "backend": backend}
+            if not available(backend):
+                part.add({**row, "skipped": "not installed"})
+                continue
+            part.attempt(row, lambda backend=backend, padded=padded: subject.logits(backend, padded))
+    for backend, checkpointing in (("eager", False), ("sdpa", False), ("sdpa", True)):
+        check = "gradients, checkpointing" if checkpointing else "gradients"
+        part.attempt(
+            {**labels, "check": check, "backend": backend},
+            lambda backend=backend, checkpointing=checkpointing: subject.gradients(backend, checkpointing),
+        )
+    expected = subject.uncached()
+    ways: list[tuple[str, str, Callable[[], list[list[int]]]]] = [
+        ("text, dynamic cache", "eager", lambda: subject.generated("eager")),
+        ("text, dynamic cache", "sdpa", subject.generated),
+        ("text, static cache", "sdpa", lambda: subject.generated(cache_implementation="static", disable_compile=True)),
+        ("text, left-padded batch", "sdpa", subject.left_padded),
+        ("text, left-padded batch, static cache", "sdpa",
+         lambda: subject.left_padded(cache_implementation="static", disable_compile=True)),
+        ("text, CUDA graph of a decode step", "sdpa", subject.graphed),
+        ("text, continuous batching", "paged|eager", lambda: subject.continuous("paged|eager")),
+        ("text, continuous batching", "paged|sdpa", lambda: subject.continuous("paged|sdpa")),
+    ]  # fmt: skip
+    for name in FLASH:
+        if dtype != "float32" and available(name):
+            ways.append(("text, left-padded batch", name, lambda name=name: subject.left_padded(name)))
+            ways.append(("text, continuous batching", name, lambda name=name: subject.continuous(name)))
+    for check, backend, way in ways:
+        part.attempt(
+            {**labels, "check": check, "backend": backend}, lambda way=way: compared(way(), expected, dtype)
+        )  # fmt: skip
+
+
+def compiled_checks(part: Part, labels: Row, subject: Subject) -> None:
+    """What needs a compiler, tens of seconds each."""
+    expected = subject.uncached()
+    part.attempt(
+        {**labels, "check": "text, static cache, torch.compile reduce-overhead", "backend": "sdpa"},
+        lambda: compared(subject.compiled(), expected, subject.dtype),
+        needs=25,
+    )
+    torch.compiler.reset()
+    for padded in (False, True):
+        part.attempt(
+            {**labels, "check": "logits, left-padded" if padded else "logits", "backend": "flex_attention"},
+            lambda padded=padded: subject.logits("flex_attention", padded),
+            needs=10,
+        )
+    torch.compiler.reset()
+
+
+def subjects(folders: dict[str, str], wanted: list[tuple[str, str]], sizes: Sizes) -> Iterator[tuple[Row, Subject]]:
+    for config, dtype in wanted:
+        yield {"config": config, "dtype": dtype}, Subject(folders[config], dtype, sizes)
+        free_memory()
+        synchronize()
+
+
+def main() -> None:
+    options = parser_of(__doc__).parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    part, sizes = Part("correctness", options), Sizes(options.smoke)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {config: f"{scratch}/{number}" for number, config in enumerate(CONFIGS)}
+        for config, fields in CONFIGS.items():
+            make_model(sizes.shape | fields, folders[config])
+        every = [(config, dtype) for dtype in DTYPES for config in CONFIGS]
+        for labels, subject in subjects(folders, every, sizes):
+            checks(part, labels, subject)
+        shared, paired = list(CONFIGS)[:2]
+        slow = [(shared, "bfloat16"), (paired, "bfloat16"), (shared, "float32"), (paired, "float32")]
+        for labels, subject in subjects(folders, slow[:1] if options.smoke else slow, sizes):
+            compiled_checks(part, labels, subject)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""What the parts of the GPU run share: options, a JSON file that is whole after every row, a budget, timing.
+
+A part adds a row as soon as it is known, so a run that is cut off loses at most the row under way. A case that fails
+becomes a row with its error, and the part goes on.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from measuring import peak_allocated, synchronize
+
+Row = dict[str, Any]
+
+
+class OutOfTime(Exception):
+    """The part's budget is used up: what is left is skipped."""
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that every part has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the JSON file.")
+    parser.add_argument("--budget", type=float, default=120.0, help="Seconds until further cases are skipped.")
+    parser.add_argument("--smoke", action="store_true", help="Tiny sizes: does it run?")
+    return parser
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line that says something, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+class Part:
+    """The rows of one part, its file and its budget."""
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        self.started = time.monotonic()
+        self.budget = float(options.budget)
+        self.path: Path = options.out / f"gpu_{name}.json"
+        self.content: Row = {"environment": environment(), "smoke": options.smoke, "seconds": 0.0, "rows": []}
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.content["rows"]
+
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.budget - (time.monotonic() - self.started)
+
+    def write(self) -> None:
+        """Replace the file by one that holds all rows so far."""
+        self.content["seconds"] = round(time.monotonic() - self.started, 1)
+        beside = self.path.with_suffix(".partial")
+        beside.write_text(json.dumps(self.content, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(beside, self.path)
+
+    def add(self, row: Row) -> None:
+        """Add a row, save the file, print one line."""
+        self.rows.append(row)
+        self.write()
+        values = " ".join(f"{key}={_short(value)}" for key, value in row.items() if value is not None)
+        print(f"[{self.budget - self.left():6.1f}s] {values}", flush=True)
+
+    def attempt(self, labels: Row, run: Callable[[], Row | None], needs: float = 1.0) -> None:
+        """Add the row that `run` gives, or the reason why there is none. `needs`: seconds it takes at least."""
+        begun = time.monotonic()
+        try:
+            if self.left() < needs:
+                raise OutOfTime
+            self.content["running"] = " ".join(str(value) for value in labels.values())  # if the process is ended here
+            self.write()
+            if (values := run()) is not None:
+                self.add({**labels, **values, "seconds": round(time.monotonic() - begun, 2)})
+        except OutOfTime:
+            self.add({**labels, "skipped": "out of time"})
+        except Exception as error:  # whatever a backend or a compiler raises, the other cases are still worth a run
+            self.add({**labels, "error": one_line(error)})
+        self.content.pop("running", None)
+        self.write()
+        free_memory()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def environment() -> Row:
+    """What figures depend on beside the code."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.processor() or platform.machine()})",
+        "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if cuda else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def free_memory() -> None:
+    """Give back what the last case held, so that the next one does not fail for it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+def milliseconds(run: Callable[[], Any]) -> Callable[[], float]:
+    """Start one run; the function returned gives its time once the device has been waited for."""
+    if not torch.cuda.is_available():
+        begun = time.perf_counter()
+        run()
+        taken = 1000 * (time.perf_counter() - begun)
+        return lambda: taken
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    return lambda: start.elapsed_time(end)
+
+
+class Contest:
+    """Contestants of one case take turns: A B C, B C A, … What fails drops out with its error.
+
+    `runs` maps names to what is timed; `prepare` comes before each run and is not timed.
+    """
+
+    def __init__(self, runs: Mapping[str, Callable[[], Any]], prepare: Callable[[], Any] = lambda: None):
+        self.runs, self.prepare = dict(runs), prepare
+        self.errors: dict[str, str] = {}
+        self.peak: dict[str, int] = {}
+        self.times: dict[str, list[float]] = {}
+
+    def measure(self, seconds: float, most: int = 50) -> None:
+        """Warm up, then as many rounds as fit `seconds`, from 5 to `most`."""
+        round_seconds = 0.0
+        for name, run in list(self.runs.items()):
+            try:
+                self.prepare()
+                run()
+                self.prepare()
+                self.peak[name] = peak_allocated(run)  # not of the first run, which may allocate workspaces
+                self.prepare()
+                begun = time.perf_counter()
+                run()
+                synchronize()
+                round_seconds += time.perf_counter() - begun
+            except Exception as error:  # out of memory, or a kernel that is not there
+                self.errors[name] = one_line(error)
+            if name in self.errors:
+                del self.runs[name]
+                free_memory()  # only here, where the error no longer holds what its frames held
+        names = list(self.runs)
+        self.times = {name: [] for name in names}
+        for repetition in range(max(5, min(most, round(seconds / max(round_seconds, 1e-4))))):
+            first = repetition % max(len(names), 1)
+            taken = {}
+            for name in names[first:] + names[:first]:
+                self.prepare()
+                taken[name] = milliseconds(self.runs[name])
+            synchronize()
+            for name, read in taken.items():
+                self.times[name].append(read())
+
+    def rows(self, labels: Row, peer: str, floors: Mapping[str, float]) -> Iterable[Row]:
+        """A row for each contestant: median, spread, speed relative to the peer (above 1 is faster), peak memory."""
+        for name, times in self.times.items():
+            ordered = sorted(times)
+            row = {
+                **labels,
+                "name": name,
+                "ms": statistics.median(times),
+                "low": ordered[len(times) // 10],
+                "high": ordered[-1 - len(times) // 10],
+                "rounds": len(times),
+                "peak_mb": self.peak[name] / 1e6,
+                "limit": floors.get(name),
+            }
+            if peer in self.times:
+                row["speed"] = statistics.median(a / b for a, b in zip(self.times[peer], times, strict=True))
+            yield row
+        for name, error in self.errors.items():
+            yield {**labels, "name": name, "error": error}
+
+
+def capture(step: Callable[[], Any], warm_ups: int = 3, pool: Any = None) -> Callable[[], Any]:
+    """Run `step` `warm_ups` times, then capture it in a CUDA graph and return its replay. On a CPU: the step itself.
+
+    `step` must read its inputs from, and write its results to, tensors that stay. Graphs of one `pool` share the memory
+    of everything else: for steps that never run at the same time.
+    """
+    if not torch.cuda.is_available():
+        for _ in range(warm_ups):
+            step()
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_ups):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        step()
+    return graph.replay

@@ -1,0 +1,325 @@
+"""Key retrieval against the ratio of signal to noise heads: tiny models from scratch, equal data, about equal FLOPs.
+
+Models are a few layers deep, so a GPU is idle most of a training step. Hence all variants of one seed train at the same
+time: each captures its whole training step in a CUDA graph, and the graphs are replayed on a stream each. One seed is
+one block: its variants read the same rows in the same order, and it counts only when all of them have finished.
+
+How the difficulty is chosen, before any GDA is trained: the Transformer alone is trained on each difficulty of LADDER
+with two seeds of its own. The first whose mean accuracy lies in WANTED is taken; if there is none, the one closest to
+its middle. So there is room above and below the Transformer.
+
+How many steps a training has follows from the time that is left: a few steps of one block are timed, and there are as
+many, within STEPS, as let about BLOCKS blocks fit.
+
+What differs in FLOPs between variants goes into the width of the MLP, as in ratio_sweep.py.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kit import OutOfTime, Part, Row, capture, free_memory, one_line, parser_of
+from measuring import device, synchronize
+from recall import VOCABULARY, Difficulty, question_places, rows
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gda import GDAConfig, GDAForCausalLM
+
+TRANSFORMER = "Transformer"
+PAIRED: Row = {"kv_layout": "paired", "head_norm": True}
+# Signal heads, noise heads, fields of the config.
+VARIANTS: dict[str, tuple[int, int, Row]] = {
+    TRANSFORMER: (16, 0, {}),
+    "paired 1:1": (8, 8, PAIRED),
+    "paired 3:1": (12, 4, PAIRED),
+    "paired 4:1": (16, 4, PAIRED),
+    "paired 7:1": (14, 2, PAIRED),
+    "shared 1:1": (8, 8, {}),
+    "shared 3:1": (12, 4, {}),
+    "shared 4:1": (16, 4, {}),
+    "shared tanh 3:1": (12, 4, {"lambda_type": "tanh"}),
+    "shared tanh 4:1": (16, 4, {"lambda_type": "tanh"}),
+    "shared sigmoid 4:1": (16, 4, {"lambda_type": "sigmoid"}),
+}
+LADDER = (Difficulty(4, 8, 4), Difficulty(8, 16, 8), Difficulty(16, 32, 16), Difficulty(32, 64, 16))
+WANTED = (0.5, 0.9)
+STEPS, BLOCKS = (1000, 4000), 10
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model and its training."""
+
+    hidden: int = 128
+    layers: int = 2
+    head_dim: int = 16
+    kv_heads: int = 2
+    mlp: int = 512  # the Transformer's
+    steps: int = 2000  # pace() decides
+    batch: int = 64
+    learning_rate: float = 2e-3
+    tests: int = 1024  # rows
+
+
+SMOKE = Size(hidden=32, layers=1, mlp=512, steps=6, batch=4, tests=8)
+
+
+def flops(size: Size, signal: int, noise: int, fields: Row, mlp: int, length: int) -> int:
+    """Of the matrix products of a forward pass by token; half of the scores are masked."""
+    heads, value_width = signal + noise, size.head_dim * (2 if fields.get("kv_layout") == "paired" else 1)
+    queries_keys_values = size.hidden * size.head_dim * (heads + 2 * size.kv_heads)
+    output = signal * value_width * size.hidden
+    attention = heads * (size.head_dim + value_width) * length // 2
+    lambdas = size.hidden * signal if "lambda_type" in fields else 0
+    return 2 * size.layers * (queries_keys_values + output + lambdas + attention + 3 * size.hidden * mlp)
+
+
+def mlp_of(size: Size, name: str, length: int) -> int:
+    """The width of the MLP, a multiple of 8, that makes the FLOPs those of the Transformer."""
+    wanted = flops(size, *VARIANTS[TRANSFORMER], size.mlp, length)
+    return min(range(8, 4 * size.mlp, 8), key=lambda mlp: abs(flops(size, *VARIANTS[name], mlp, length) - wanted))
+
+
+def build(name: str, size: Size, length: int, seed: int) -> Any:
+    """An untrained model on the device."""
+    signal, noise, own_fields = VARIANTS[name]
+    fields: Row = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": size.hidden,
+        "intermediate_size": mlp_of(size, name, length),
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": signal + noise,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
+        "max_position_embeddings": length,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    torch.manual_seed(seed)
+    config: Any = GDAConfig(**fields, **own_fields, num_noise_heads=noise) if noise else LlamaConfig(**fields)
+    model_class: Any = GDAForCausalLM if noise else LlamaForCausalLM
+    return model_class._from_config(config, attn_implementation="sdpa").to(device())
+
+
+class Training:
+    """One model in training. `replay` makes one step, of which the first few have been made already."""
+
+    def __init__(self, name: str, size: Size, difficulty: Difficulty, seed: int, data: Tensor):
+        self.size, self.difficulty, self.data = size, difficulty, data  # data: (steps, batch, length)
+        self.model = build(name, size, difficulty.length, seed)
+        self.at = torch.zeros(1, dtype=torch.long, device=device())  # number of the step
+        self.losses = torch.zeros(size.steps, device=device())
+        self.places = question_places(difficulty, self.at.device)
+        causal = torch.ones(difficulty.length, difficulty.length, dtype=torch.bool, device=device()).tril()
+        self.mask = causal[None, None]
+        self.learning_rates = torch.tensor([self.schedule(step) for step in range(size.steps)], device=device())
+        on_gpu = torch.cuda.is_available()
+        self.learning_rate = torch.tensor(0.0, device=device())
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, capturable=on_gpu,
+            foreach=on_gpu,
+        )  # fmt: skip
+        self.stream = torch.cuda.Stream() if on_gpu else None
+        self.made = min(3, size.steps)
+        self.replay = capture(self.step, self.made)
+
+    def schedule(self, step: int) -> float:
+        """Linear warm-up over 5 % of the steps, then half a cosine down to a tenth."""
+        warm_up = max(1, self.size.steps // 20)
+        progress = max(0, step - warm_up) / max(1, self.size.steps - warm_up)
+        falling = 0.55 + 0.45 * math.cos(math.pi * progress)
+        return self.size.learning_rate * min(1.0, (step + 1) / warm_up) * falling
+
+    def answers(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch · questions, vocabulary) and the right values."""
+        # A 4D mask, since making one looks at the data, which a capture can't.
+        hidden = self.model.model(input_ids=ids, attention_mask=self.mask, use_cache=False).last_hidden_state
+        return self.model.lm_head(hidden[:, self.places]).flatten(0, 1), ids[:, self.places + 1].flatten()
+
+    def step(self) -> None:
+        """One training step; everything it needs to know is on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = cross_entropy(*self.answers(self.data.index_select(0, self.at)[0]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        self.learning_rate.copy_(self.learning_rates.index_select(0, self.at)[0])
+        self.optimizer.step()
+        self.losses.index_copy_(0, self.at, loss.detach().unsqueeze(0))
+        self.at.add_(1)
+
+    def train_step(self) -> None:
+        """Start the next step on this model's stream."""
+        if self.stream is None:
+            self.replay()
+            return
+        with torch.cuda.stream(self.stream):
+            self.replay()
+
+    @torch.no_grad()
+    def result(self, tests: Tensor) -> Row:
+        """Loss and accuracy on rows that were not trained on, and the mean loss of the training."""
+        logits, right = self.answers(tests)
+        return {
+            "accuracy": (logits.argmax(-1) == right).float().mean().item(),
+            "loss": cross_entropy(logits, right).item(),
+            "mean_training_loss": self.losses.mean().item(),
+        }
+
+
+def block(part: Part, names: list[tuple[str, Difficulty, int]], size: Size) -> list[Row]:
+    """Train all of these (variant, difficulty, seed) at the same time. Same difficulty and seed, same data."""
+    data: dict[tuple[Difficulty, int], Tensor] = {}
+    for _, difficulty, seed in names:
+        if (difficulty, seed) not in data:
+            generator = torch.Generator(device()).manual_seed(1000 + seed)
+            made = rows(difficulty, size.steps * size.batch, generator)
+            data[difficulty, seed] = made.view(size.steps, size.batch, -1)
+    found: list[Row] = []
+    running: dict[int, Training] = {}
+    for index, (name, difficulty, seed) in enumerate(names):
+        found.append({"name": name, "difficulty": str(difficulty), "seed": seed})
+        try:
+            running[index] = Training(name, size, difficulty, seed, data[difficulty, seed])
+        except Exception as error:  # one variant that cannot be captured must not cost the others
+            found[index]["error"] = one_line(error)
+            synchronize()
+    synchronize()
+    for step in range(min((training.made for training in running.values()), default=0), size.steps):
+        for training in running.values():
+            training.train_step()
+        if step % 100 == 0:
+            synchronize()
+            if part.left() <= 0:
+                raise OutOfTime
+    synchronize()
+    for index, training in running.items():
+        tests = rows(names[index][1], size.tests, torch.Generator(device()).manual_seed(1))
+        found[index] |= training.result(tests)
+    return found
+
+
+def pace(part: Part, size: Size) -> int:
+    """Steps of a training, a multiple of 100, such that BLOCKS blocks and the ladder fit the time that is left."""
+    names = [(name, LADDER[2], -3) for name in VARIANTS]
+    seconds = []
+    for steps in (10, 50, 250):  # the first loads kernels
+        begun = time.monotonic()
+        block(part, names, dataclasses.replace(size, steps=steps))
+        seconds.append(time.monotonic() - begun)
+    step_seconds = max((seconds[2] - seconds[1]) / 200, 1e-4)
+    build_seconds = max(seconds[1] - 50 * step_seconds, 0.0)
+    fitting = (part.left() / (BLOCKS + 1) - build_seconds) / step_seconds
+    part.content["pace"] = {"build_seconds": build_seconds, "milliseconds_per_step_of_a_block": 1000 * step_seconds}
+    print(f"[{part.budget - part.left():6.1f}s] {part.content['pace']}, {fitting:.0f} steps fit", flush=True)
+    return int(max(STEPS[0], min(STEPS[1], fitting)) // 100 * 100)
+
+
+def choose(part: Part, size: Size) -> Difficulty:
+    """Train the Transformer on each difficulty, and take one as said above."""
+    seeds = (-1, -2)
+    ladder = LADDER[:2] if part.content["smoke"] else LADDER
+    found = block(part, [(TRANSFORMER, difficulty, seed) for difficulty in ladder for seed in seeds], size)
+    for row in found:
+        part.add({"stage": "ladder", **row})
+    accuracy = {
+        each: statistics.fmean(row.get("accuracy", 0.0) for row in found if row["difficulty"] == str(each))
+        for each in ladder
+    }
+    inside = [each for each in ladder if WANTED[0] <= accuracy[each] <= WANTED[1]]
+    chosen = inside[0] if inside else min(ladder, key=lambda each: abs(accuracy[each] - statistics.fmean(WANTED)))
+    part.content["difficulty"] = {**dataclasses.asdict(chosen), "length": chosen.length, "rule": " ".join(
+        (__doc__ or "").split("\n\n")[2].split())}  # fmt: skip
+    part.write()
+    return chosen
+
+
+# Two-sided 95 % points of Student's t by degrees of freedom; beyond the table the next smaller one, which is wider.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 12: 2.179,
+       15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000}  # fmt: skip
+
+
+def interval(differences: list[float]) -> Row:
+    """Mean and half the width of its 95 % t-interval."""
+    freedom = len(differences) - 1
+    if freedom < 1:
+        return {"mean": statistics.fmean(differences), "half_width": None}
+    t = T95[max(each for each in T95 if each <= freedom)]
+    half = t * statistics.stdev(differences) / math.sqrt(len(differences))
+    return {"mean": statistics.fmean(differences), "half_width": half}
+
+
+def summary(found: list[Row], size: Size, length: int) -> list[Row]:
+    """For each variant: means, and differences to the Transformer of the same seed with 95 % t-intervals."""
+    runs = [row for row in found if row.get("stage") == "sweep" and "accuracy" in row]
+    peers = {row["seed"]: row for row in runs if row["name"] == TRANSFORMER}
+    lines = []
+    for name, (signal, noise, fields) in VARIANTS.items():
+        own = [row for row in runs if row["name"] == name and row["seed"] in peers]
+        if not own:
+            continue
+        mlp, of_peer = mlp_of(size, name, length), flops(size, *VARIANTS[TRANSFORMER], size.mlp, length)
+        line: Row = {
+            "name": name,
+            "seeds": len(own),
+            "mlp": mlp,
+            "flops": flops(size, signal, noise, fields, mlp, length) / of_peer,
+        }
+        for measure in ("accuracy", "loss", "mean_training_loss"):
+            line[measure] = statistics.fmean(row[measure] for row in own)
+            if noise:
+                line[f"{measure}_difference"] = interval([row[measure] - peers[row["seed"]][measure] for row in own])
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--seeds", type=int, default=100, help="Blocks at most.")
+    options: argparse.Namespace = parser.parse_args()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as many streams as variants; read when CUDA starts
+    torch.backends.cuda.matmul.allow_tf32 = True  # equal for all variants; a third of the time
+    size = SMOKE if options.smoke else Size()
+    part = Part("sweep", options)
+    try:
+        if not options.smoke:
+            size = dataclasses.replace(size, steps=pace(part, size))
+        part.content["size"] = dataclasses.asdict(size)
+        difficulty = choose(part, size)
+    except Exception as error:
+        part.add({"stage": "ladder", "error": one_line(error)})
+        sys.exit(1)
+    longest = 0.0
+    for seed in range(2 if options.smoke else options.seeds):
+        free_memory()
+        begun = time.monotonic()
+        if part.left() < 1.1 * longest:
+            break
+        try:
+            found = block(part, [(name, difficulty, seed) for name in VARIANTS], size)
+        except OutOfTime:
+            part.add({"stage": "sweep", "seed": seed, "skipped": "out of time in the midst of a block"})
+            break
+        except Exception as error:
+            part.add({"stage": "sweep", "seed": seed, "error": one_line(error)})
+            break
+        for row in found:
+            part.rows.append({"stage": "sweep", **row})
+        longest = max(longest, time.monotonic() - begun)
+        part.content["summary"] = summary(part.rows, size, difficulty.length)
+        part.write()
+        print(f"[{part.budget - part.left():6.1f}s] seed {seed} took {time.monotonic() - begun:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
