@@ -1,6 +1,6 @@
-"""Save the tiny models that `engines.py` gives to serving engines, and beside each what transformers computes with it.
+"""Save the tiny models that `run.py` gives to serving engines, and beside each what transformers computes with it.
 
-    python tests/upstream/engine_models.py FOLDER
+    python tests/upstream/engines/models.py FOLDER
 
 Every model is a folder as `save_pretrained` leaves it, code included, with `expected.json`: token ids, the logits at
 each position, and greedy continuations of a few prompts.
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from gda import GDAConfig, GDAForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tiny import make_asymmetric  # noqa: E402
 
 # A head is 32 wide, for the kernels of engines know no smaller one.
