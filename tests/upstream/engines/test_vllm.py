@@ -71,9 +71,7 @@ def build(folder: Path) -> tuple[VllmConfig, Any]:
         max_model_len=64,
         enforce_eager=True,
     )
-    config = VllmConfig(
-        model_config=model_config, device_config=DeviceConfig(device="cpu"), load_config=LoadConfig()
-    )
+    config = VllmConfig(model_config=model_config, device_config=DeviceConfig(device="cpu"), load_config=LoadConfig())
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
             init_distributed_environment(1, 0, f"file://{tempfile.mkdtemp()}/meeting", 0, backend="gloo")

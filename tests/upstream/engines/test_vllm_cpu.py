@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GDA, REFUSED, STOCK
+from models import GDA, NUM_NEW_TOKENS, REFUSED, STOCK
 from vllm import LLM, SamplingParams
 
 MODELS = Path(os.environ["GDA_ENGINE_MODELS"])
@@ -31,7 +31,7 @@ def generate(folder: Path, **options: Any) -> list[list[int]]:
         "enforce_eager": True,
     }
     llm = LLM(str(folder), **(settings | options))
-    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     del llm
