@@ -60,13 +60,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # there is no accelerator
 
 
-def build(folder: Path) -> tuple[VllmConfig, Any]:
+def build(folder: Path, dtype: str = "float32") -> tuple[VllmConfig, Any]:
     """vLLM's settings and its model for a folder, weights loaded."""
     model_config = ModelConfig(
         str(folder),
         model_impl="transformers",
         trust_remote_code=True,
-        dtype="float32",
+        dtype=dtype,
         skip_tokenizer_init=True,
         max_model_len=64,
         enforce_eager=True,
@@ -106,6 +106,17 @@ def test_recognizes_loads_and_computes(name: str, record_property: Record) -> No
     assert error <= 1e-5
     fusers = " + ".join(found["self_attn"] + found["mlp"]).replace("Fuser", "")
     record_property("row", f"{name} | {fusers}; loads; logits within {error:.0e} of transformers'")
+
+
+@pytest.mark.parametrize("name", ["shared", "sigmoid"])
+def test_keeps_lambda_in_float32(name: str, record_property: Record) -> None:
+    """In a model of bfloat16, as transformers does."""
+    _, model = build(MODELS / name, dtype="bfloat16")
+    lambdas = {name: parameter.dtype for name, parameter in model.named_parameters() if "lambda_" in name}
+    assert lambdas
+    assert set(lambdas.values()) == {torch.float32}
+    assert model.model.layers[0].self_attn.qkv_proj.weight.dtype == torch.bfloat16
+    record_property("row", f"{name}, bfloat16 | loads; λ stays in float32")
 
 
 @pytest.mark.parametrize("name", REFUSED)
