@@ -2,26 +2,22 @@
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
 from torch.func import functional_call
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from gda.modeling_gda.attention_gda import Fade
+from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, Fade
 
 from .llamalike import layer_windows
 from .recipes import meta_model
 
 # What a model may take of the memory that is free.
 SHARE_OF_MEMORY = 1 / 4
-
-# What `generate` of the installed transformers calls the cache that it hands to a model: "cache" since 5.24.
-CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def memory_to_use() -> float:
