@@ -29,7 +29,8 @@ class NaiveDifferentialAttention(GDAAttention):
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         query, key, value = (
-            getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name in "qkv"
+            getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for name in "qkv"
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if (cache := others.get(CACHE_ARGUMENT)) is not None:

@@ -172,6 +172,9 @@ class GDAAttention(nn.Module):
     With `qk_rank` the heads of a group share a base: q = W_base x + P_k (R_k x) (arXiv 2501.17900), in the same order.
     """
 
+    q_proj: Callable[[torch.Tensor], torch.Tensor]
+    k_proj: Callable[[torch.Tensor], torch.Tensor]
+    v_proj: Callable[[torch.Tensor], torch.Tensor]
     lambda_q1: nn.Parameter
     lambda_k1: nn.Parameter
     lambda_q2: nn.Parameter
@@ -427,7 +430,7 @@ def _attend_in_pairs(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[Pair, Pair | None]:
-    """Signal (B, T, N, r, 2d) and noise (B, T, N, 1, 2d), and their maps (B, N, r or 1, T, T_kv) where there are any."""
+    """Signal (B, T, N, r, 2d) and noise (B, T, N, 1, 2d), and their maps (B, N, r or 1, T, T_kv) or None."""
     if key.shape[1] % 2:
         raise ValueError(
             f"this rank holds {key.shape[1]} of {attention.config.num_key_value_heads} KV heads, which cuts a pair; "
@@ -452,8 +455,9 @@ def _attend_in_pairs(
             )
             halves.append(output.reshape(batch, length, -1, size, attention.head_dim))
         outputs.append(torch.cat(halves, dim=-1))
-        maps.append(None if map_ is None else map_.unflatten(1, (-1, size)))
-    return (outputs[0], outputs[1]), None if maps[0] is None else (maps[0], maps[1])
+        if map_ is not None:
+            maps.append(map_.unflatten(1, (-1, size)))
+    return (outputs[0], outputs[1]), (maps[0], maps[1]) if maps else None
 
 
 def _refuse_engine(config: GDAConfig) -> None:

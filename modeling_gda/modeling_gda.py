@@ -41,7 +41,7 @@ from .configuration_gda import GDAConfig
 try:
     from transformers import initialization as init  # leaves alone what a checkpoint has filled
 except ImportError:  # transformers 4
-    from torch.nn import init
+    from torch.nn import init  # type: ignore[no-redef]
 
 
 class PolyNorm(nn.Module):
@@ -90,7 +90,7 @@ class GDAGrowingMLP(LlamaMLP):
         """The numbers of the neurons in `up` (…, width): all, or the block that tensor parallelism left here."""
         total, width, first = self.config.intermediate_size, up.shape[-1], 0
         if width < total:
-            mesh = self.down_proj.weight.device_mesh  # type: ignore[attr-defined]
+            mesh = self.down_proj.weight.device_mesh
             first = mesh.get_local_rank(mesh.ndim - 1) * -(-total // mesh.size(mesh.ndim - 1))
         return torch.arange(first, first + width, device=up.device)
 
@@ -100,9 +100,9 @@ class GDADecoderLayer(Qwen3DecoderLayer):
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
-        self.self_attn = ATTENTION_CLASSES[config.kv_layout](config, layer_idx)
+        self.self_attn = ATTENTION_CLASSES[config.kv_layout](config, layer_idx)  # type: ignore[assignment]
         grows = config.masked_neurons is not None or config.is_new_layer(layer_idx)
-        self.mlp = GDAGrowingMLP(config, layer_idx) if grows else LlamaMLP(config)
+        self.mlp = GDAGrowingMLP(config, layer_idx) if grows else LlamaMLP(config)  # type: ignore[assignment]
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention_type = config.layer_type(layer_idx)  # transformers before 5.4 reads it
