@@ -51,6 +51,13 @@ def test_serves_as_transformers_generates(name: str, record_property: Record) ->
     record_property("row", f"{name} | loads; generates transformers' tokens")
 
 
+@pytest.mark.parametrize("name", ["shared", "tanh-and-norms"])
+def test_serves_compiled(name: str, record_property: Record) -> None:
+    """With torch.compile, as vLLM does unless told not to."""
+    assert generate(MODELS / name, enforce_eager=False) == expected(name)
+    record_property("row", f"{name}, compiled | loads; generates transformers' tokens")
+
+
 @pytest.mark.parametrize("name", ["shared", "head-norm"])
 def test_serves_on_two_ranks(name: str, record_property: Record) -> None:
     """Tensor parallelism by the model's plan: each rank has one of the two groups of heads."""
