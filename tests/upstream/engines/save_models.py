@@ -6,6 +6,7 @@ Every model is a folder as `save_pretrained` leaves it, code included, with `exp
 each position, and greedy continuations of a few prompts.
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -37,7 +38,14 @@ def expectation(model: PreTrainedModel) -> dict[str, Any]:
 
 def save(model: PreTrainedModel, folder: Path) -> None:
     make_asymmetric(model).save_pretrained(folder)
-    (folder / "expected.json").write_text(json.dumps(expectation(model)))
+    expected = expectation(model)
+    if getattr(model.config, "sliding_window", None):  # see test_sglang.py
+        config = copy.deepcopy(model.config)
+        config.sliding_window += 1
+        wider = type(model)(config).eval()
+        wider.load_state_dict(model.state_dict())
+        expected["tokens_of_wider_window"] = expectation(wider)["tokens"]
+    (folder / "expected.json").write_text(json.dumps(expected))
 
 
 def main(folder: Path) -> None:
