@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# A head is 32 wide, for the kernels of engines know no smaller one, and SGLang pads an MLP to a multiple of 32 on a CPU.
+# Heads are 32 wide, since the kernels of engines know no smaller ones. SGLang pads an MLP to a multiple of 32 on a CPU.
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
