@@ -111,11 +111,12 @@ class GDADecoderLayer(Qwen3DecoderLayer):
 @contextmanager
 def _without_layers(config: GDAConfig) -> Iterator[None]:
     """For the initializers of Qwen3, which would build layers of their own."""
-    num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    fields = vars(config)  # setting it as an attribute would shorten the lists of a value for each layer
+    num_layers, fields["num_hidden_layers"] = fields["num_hidden_layers"], 0
     try:
         yield
     finally:
-        config.num_hidden_layers = num_layers
+        fields["num_hidden_layers"] = num_layers
 
 
 class GDAPreTrainedModel(Qwen3PreTrainedModel):
