@@ -171,7 +171,7 @@ class GDAConfig(PretrainedConfig):
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         self.validate_architecture()
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        vars(self)["base_model_tp_plan"] = self._tensor_parallel_plan()
         # transformers 4 sets these to defaults of its own unless they are passed on.
         given = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
         passed_on = {name: fields[name] for name in given}
@@ -499,6 +499,3 @@ def _require(holds: bool, field: str, rule: str, value: object) -> None:
 
 def _in_one_line(error: BaseException) -> str:
     return f"{' '.join(str(error).split()):.400}"
-
-
-__all__ = ["GDAConfig"]

@@ -80,8 +80,7 @@ class GDAGrowingMLP(LlamaMLP):
         if self.is_new:
             return super().forward(x) * self.growth_mask.value
         gate, up = self.gate_proj(x), self.up_proj(x)
-        assert self.config.masked_neurons is not None  # there would be no mask
-        first_new = self.config.intermediate_size - self.config.masked_neurons
+        first_new = self.config.intermediate_size - (self.config.masked_neurons or 0)
         mask = self.growth_mask(self._neurons(up) >= first_new)
         gate = self.act_fn(gate, mask) if isinstance(self.act_fn, PolyNorm) else self.act_fn(gate)
         return self.down_proj(gate * up * mask.to(up.dtype))
@@ -150,9 +149,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
             ValueError: if the value is not from 0 to 1, or nothing of the model is masked.
         """
         if self.config.growth_mask is None:
-            raise ValueError(
-                "the model has no growth_mask: it has no masked heads, neurons or layers; `gda grow --masked` adds some"
-            )
+            raise ValueError("the model has no growth_mask: nothing of it is new; `gda grow --masked` adds new parts")
         if not 0 <= value <= 1:
             raise ValueError(f"the growth mask must be from 0 to 1, not {value!r}")
         self._set_fade(growth_mask=float(value))
@@ -256,13 +253,3 @@ class GDAForTokenClassification(GenericForTokenClassification, GDAPreTrainedMode
 
 class GDAForQuestionAnswering(GenericForQuestionAnswering, GDAPreTrainedModel):
     """A GDA decoder with a head for the start and the end of an answer span."""
-
-
-__all__ = [
-    "GDAForCausalLM",
-    "GDAForQuestionAnswering",
-    "GDAForSequenceClassification",
-    "GDAForTokenClassification",
-    "GDAModel",
-    "GDAPreTrainedModel",
-]
