@@ -20,6 +20,8 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from gda.modeling_gda.attention_gda import CACHE_ARGUMENT
+
 # What is compared, by the query heads / KV heads of the Llama. With 32 query heads there is no 4:1, and with 8 KV heads
 # and as few query heads no 7:1, so these have Llamas of their own.
 GROUPS = {
@@ -66,8 +68,8 @@ class Case:
             config=config,
             inputs_embeds=self.hidden,
             attention_mask=padding_mask(batch, context + tokens, padding),
-            past_key_values=self.cache,
             position_ids=position_ids,
+            **{CACHE_ARGUMENT: self.cache},
         )
 
     def prepare(self) -> None:
@@ -80,7 +82,7 @@ class Case:
             self.hidden,
             position_embeddings=self.position_embeddings,
             attention_mask=self.mask,
-            past_key_values=self.cache,
+            **{CACHE_ARGUMENT: self.cache},
         )[0]
 
 

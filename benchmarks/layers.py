@@ -10,7 +10,7 @@ from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from gda import GDAConfig, GDAForCausalLM
-from gda.modeling_gda.attention_gda import ATTENTION_CLASSES, GDAAttention
+from gda.modeling_gda.attention_gda import ATTENTION_CLASSES, CACHE_ARGUMENT, GDAAttention
 
 LLAMA, DIFFLLAMA, NAIVE = "Llama", "DiffLlama", "naive differential"
 
@@ -26,15 +26,14 @@ class NaiveDifferentialAttention(GDAAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[torch.Tensor, None]:
         query, key, value = (
             getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name in "qkv"
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if (cache := others.get(CACHE_ARGUMENT)) is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         per_noise = self.num_signal_per_noise
         signal_query, noise_query = query.unflatten(1, (-1, per_noise + 1)).split([per_noise, 1], dim=2)
         maps = [

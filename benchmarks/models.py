@@ -22,6 +22,8 @@ from layers import DIFFLLAMA, LLAMA, Shape, build_model
 from measuring import Figure, add_options, device, figures, interleaved, parse, peak_allocated, report, tell
 from transformers import DynamicCache
 
+from gda.modeling_gda.attention_gda import CACHE_ARGUMENT
+
 PARTS = ("prefill", "decode", "train")
 WIDE: dict[str, Any] = {"hidden": 2048, "mlp": 8192, "layers": 2, "vocabulary": 16384}
 DEEP: dict[str, Any] = {"hidden": 1024, "mlp": 2816, "layers": 6, "vocabulary": 16384}
@@ -55,7 +57,7 @@ class Prefill(Situation):
 
     @torch.inference_mode()
     def run(self) -> Any:
-        return self.call(**self.inputs).past_key_values
+        return self.call(**self.inputs)[CACHE_ARGUMENT]
 
 
 class Decode(Prefill):
@@ -65,7 +67,7 @@ class Decode(Prefill):
     def __init__(self, model: Any, compiled: bool, ids: torch.Tensor, mask: torch.Tensor | None, cache: str):
         super().__init__(model, compiled, ids[:, -1:], mask, cache)
         self.filled = FilledCache(cache, model.config, ids.shape[0], ids.shape[1] - 1, model.dtype)
-        self.inputs["past_key_values"] = self.filled.cache
+        self.inputs[CACHE_ARGUMENT] = self.filled.cache
         self.prepare = self.filled.rewind  # type: ignore[method-assign]
 
 

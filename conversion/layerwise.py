@@ -2,26 +2,22 @@
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
 from torch.func import functional_call
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from gda.modeling_gda.attention_gda import GrowthMask, LambdaAnneal
+from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, Fade
 
 from .llamalike import layer_windows
 from .recipes import meta_model
 
 # What a model may take of the memory that is free.
 SHARE_OF_MEMORY = 1 / 4
-
-# What `generate` of the installed transformers calls the cache that it hands to a model: "cache" since 5.24.
-CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def memory_to_use() -> float:
@@ -58,10 +54,8 @@ class LayerwiseModel:
         self._rotary = self._new_rotary()
         self._windows = layer_windows(self.config)
         for part in self.model.modules():
-            if isinstance(part, GrowthMask):  # no tensor of the checkpoint, but of its config
-                part.value = torch.tensor(config.growth_mask, device=self.device)
-            elif isinstance(part, LambdaAnneal):
-                part.value = torch.tensor(config.lambda_anneal, device=self.device)
+            if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
+                part.value = torch.tensor(getattr(config, part.field), device=self.device)
 
     def of_config(self, config: PreTrainedConfig) -> "LayerwiseModel":
         """A model of another configuration, with the same tensors where it asks for them."""
@@ -156,7 +150,5 @@ class LayerwiseModel:
         window = self._windows[index]
         if window is None or window >= states.shape[1]:
             return None
-        no_cache: dict[str, Any] = {CACHE_ARGUMENT: None}
-        return create_sliding_window_causal_mask(
-            config=self.config, inputs_embeds=states, attention_mask=None, position_ids=positions, **no_cache
-        )
+        # By position: transformers has renamed the fourth, the cache. There is none, nor is there padding.
+        return create_sliding_window_causal_mask(self.config, states, None, None, positions)

@@ -90,11 +90,11 @@ def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visi
         cache = None
         if first_row:
             cache = DynamicCache(config=model.config)
-            _decoder(model)(input_ids=ids[:, :first_row], past_key_values=cache, use_cache=True)
+            _decoder(model)(ids[:, :first_row], None, None, cache, use_cache=True)  # its name depends on the release
         with _eager(model), ExitStack() as recordings:
             for module in modules:
                 recordings.enter_context(_recording(module, ids.shape[1], counting))
-            _decoder(model)(input_ids=ids[:, first_row:], past_key_values=cache, use_cache=cache is not None)
+            _decoder(model)(ids[:, first_row:], None, None, cache, use_cache=cache is not None)
     if len(seen) != len(modules):
         raise ValueError(f"{type(model).__name__} gave the attention maps of {len(seen)} of its {len(modules)} layers")
 

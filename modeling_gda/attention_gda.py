@@ -4,6 +4,7 @@
 """Grouped differential attention: two attention maps, subtracted."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -51,38 +52,37 @@ class GDARMSNormOfHead(nn.Module):
         return (wide * weight).mul_(torch.rsqrt(mean_square + self.variance_epsilon)).to(hidden_states.dtype)
 
 
-class GrowthMask(nn.Module):
-    """What new parts are multiplied by while a model grows (Masked Structure Growth, arXiv 2305.02869): from 0 to 1.
+class Fade(nn.Module):
+    """A number of the config that rises from 0 to 1 in training; a tensor, so that compiled models read it anew."""
 
-    The value is a tensor, so that a compiled model is not compiled again whenever it changes; the config keeps it.
-    """
-
+    field: str
     value: torch.Tensor
 
     def __init__(self, config: GDAConfig):
         super().__init__()
-        assert config.growth_mask is not None  # the config sees to it wherever something is new
-        self.register_buffer("value", torch.tensor(config.growth_mask, dtype=torch.float32), persistent=False)
+        value = torch.tensor(getattr(config, self.field), dtype=torch.float32)
+        self.register_buffer("value", value, persistent=False)
+
+
+class GrowthMask(Fade):
+    """What new parts are multiplied by while a model grows (Masked Structure Growth, arXiv 2305.02869)."""
+
+    field = "growth_mask"
 
     def forward(self, is_new: torch.Tensor) -> torch.Tensor:
         """A factor for each part: the value where it is new, else 1."""
         return torch.where(is_new, self.value, 1.0)
 
 
-class LambdaAnneal(nn.Module):
-    """λ on its way from 0, over a target, to what is learned: (1 − a) · a · target + a · λ, with a from 0 to 1.
+class LambdaAnneal(Fade):
+    """λ on its way from 0, over a target, to what is learned: (1 − a) · a · target + a · λ, with a from 0 to 1."""
 
-    As a mask of growth, a is a tensor that compiled models read anew, and the config keeps it.
-    """
-
-    value: torch.Tensor
+    field = "lambda_anneal"
 
     def __init__(self, config: GDAConfig):
-        super().__init__()
-        assert config.lambda_anneal is not None  # there would be none of these
+        super().__init__(config)
         assert config.lambda_target is not None  # the config sees to it
         self.target = float(config.lambda_target)
-        self.register_buffer("value", torch.tensor(config.lambda_anneal, dtype=torch.float32), persistent=False)
 
     def forward(self, lambda_: torch.Tensor) -> torch.Tensor:
         """What is subtracted by, where the parameters say λ; of its shape."""
@@ -102,7 +102,9 @@ class LambdaProjection(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_signal_heads, hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
 

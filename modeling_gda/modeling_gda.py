@@ -28,6 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .attention_gda import (
     ATTENTION_CLASSES,
+    Fade,
     GDAAttention,
     GrowthMask,
     HeadwiseUp,
@@ -201,10 +202,8 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, LambdaProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, GrowthMask):
-            init.constant_(module.value, self.config.growth_mask or 0.0)
-        elif isinstance(module, LambdaAnneal):
-            init.constant_(module.value, self.config.lambda_anneal or 0.0)
+        elif isinstance(module, Fade):
+            init.constant_(module.value, getattr(self.config, module.field))
         # Base and update give half of a dense projection's variance each, so that queries start as large as its.
         # With the base alone signal and noise maps would start equal, and zero updates would hide one factor from the
         # gradient of the other; with updates alone the roles would share nothing.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -27,7 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from gda import GDAForCausalLM
-from gda.modeling_gda.attention_gda import GDAAttention
+from gda.modeling_gda import attention_gda
+from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, GDAAttention
 
 from . import naive
 from .tiny import relative_error, tiny_config, tiny_model, token_ids
@@ -440,6 +442,25 @@ def test_cache_is_as_large_as_a_llamas(fields: dict[str, Any], kind: str) -> Non
     assert sizes[0] == sizes[1]
     tokens = 16 if kind == "static" else PROMPT
     assert sum(sizes[0]) == config.num_hidden_layers * 2 * 2 * config.num_key_value_heads * tokens * config.head_dim * 4
+
+
+@each_layout
+def test_a_cache_that_would_not_be_used_is_refused(kv_layout: str) -> None:
+    """A cache by a name that transformers may give it one day is an error, not text without a memory."""
+    model = tiny_model(kv_layout=kv_layout)
+    cache = DynamicCache(config=model.config)
+    message = rf"a DynamicCache as `kv_store`.*transformers {transformers.__version__}.*`{CACHE_ARGUMENT}`"
+    with pytest.raises(TypeError, match=message):
+        model(token_ids(1, 5), kv_store=cache)
+    assert cache.get_seq_length() == 0
+
+
+@each_layout
+def test_generation_fails_once_the_cache_is_renamed(kv_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the release after the next rename: the layers are handed what the attention does not look for."""
+    monkeypatch.setattr(attention_gda, "CACHE_ARGUMENT", "kv_store")
+    with pytest.raises(TypeError, match=f"a DynamicCache as `{CACHE_ARGUMENT}`"):
+        tiny_model(kv_layout=kv_layout).generate(token_ids(1, PROMPT), max_new_tokens=2, do_sample=False)
 
 
 # --- generation -------------------------------------------------------------------------------------------------------

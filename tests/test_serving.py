@@ -1,8 +1,8 @@
 """Serving: transformers' own server on a converted model, and what vLLM and SGLang ask of a model they run.
 
-Neither engine is installed here. What they do to a model is done to it by a stand-in: an attention of the engine's own
-for each layer, with its KV cache, called with one sequence and answering (T, H · d); norms and linear layers exchanged
-by class name and by the plan; layers of other ranks left out.
+Neither engine is installed here (`tests/upstream/engines` runs them). What they do to a model is done to it by a
+stand-in: an attention of the engine's own for each layer, with its KV cache, called with one sequence and answering
+(T, H · d); norms and linear layers exchanged by class name and by the plan; layers of other ranks left out.
 """
 
 import copy
@@ -88,8 +88,9 @@ def engine_attention(
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers knows the attention "engine" while a test runs."""
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "engine", engine_attention)
+    """transformers knows the attentions of engines while a test runs."""
+    for name in ("engine", "vllm", "sglang"):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, engine_attention)
 
 
 def served(model: gda.GDAForCausalLM, ids: torch.Tensor, chunks: list[int]) -> tuple[torch.Tensor, int]:
@@ -123,6 +124,7 @@ def test_an_engine_computes_what_transformers_does(fields: dict[str, Any]) -> No
     assert relative_error(states, model.model(ids[None]).last_hidden_state[0]) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -130,10 +132,14 @@ def test_an_engine_computes_what_transformers_does(fields: dict[str, Any]) -> No
         ({"num_noise_heads": 1, "num_attention_heads": 5, "num_key_value_heads": 2}, "fewer noise heads"),
     ],
 )
-def test_what_an_engine_cannot_run_is_refused(fields: dict[str, Any], reason: str) -> None:
-    """A layer that would call its attention otherwise than the engine expects says so, and computes nothing wrong."""
-    with pytest.raises(ValueError, match=reason):
-        served(tiny_model(**fields), token_ids(4), [4])
+def test_what_an_engine_cannot_run_is_refused(fields: dict[str, Any], reason: str, name: str) -> None:
+    """When the engine loads the model, which is after it has named its attention in the config; in one line."""
+    config = tiny_config(**fields)
+    config._attn_implementation = name
+    with pytest.raises(ValueError, match=reason) as error:
+        gda.GDAModel(config)
+    assert "gda serve" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_class_says_that_it_can_be_served() -> None:
@@ -170,14 +176,13 @@ def test_the_plan_cuts_every_linear_layer_as_meant(fields: dict[str, Any]) -> No
     """An engine takes the first pattern that matches the beginning of a name, and a few styles."""
     model = tiny_model(**fields).model
     cut = {"q_proj", "q_base", "q_down", "k_proj", "v_proj", "gate_proj", "up_proj"}
-    gathered = {"gate_proj", "up_proj", "down_proj"} if fields.get("hidden_act") == "poly_norm" else set()
+    whole = {"gate_proj", "up_proj", "down_proj"} if fields.get("hidden_act") == "poly_norm" else set()
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        style = next(style for pattern, style in model.tp_plan.items() if re.match(pattern, name))
+        style = next((style for pattern, style in model.tp_plan.items() if re.match(pattern, name)), None)
         last = name.rsplit(".", 1)[-1]
-        if last not in gathered:
-            assert style == ("colwise" if last in cut else "rowwise"), name
+        assert style == (None if last in whole else "colwise" if last in cut else "rowwise"), name
 
 
 class OfAnotherRank(nn.Module):

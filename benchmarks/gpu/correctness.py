@@ -12,10 +12,12 @@ TF32 is off: float32 means float32.
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import naive
 import torch
+from checked_models import CONFIGS, DTYPES, SHAPE, load, make_model, state_of
 from kit import Part, Row, capture, free_memory, parser_of
 from measuring import device, synchronize
 from torch import Tensor
@@ -24,41 +26,6 @@ from transformers import GenerationConfig, StaticCache
 from transformers.utils import is_flash_attn_2_available, logging
 from transformers.utils.import_utils import is_flash_attn_3_available
 
-from gda import GDAConfig, GDAForCausalLM
-
-SHAPE: Row = {
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
-CONFIGS: dict[str, Row] = {
-    "shared 3:1": {"num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 2},
-    "paired 3:1, head norm": {
-        "num_attention_heads": 8,
-        "num_noise_heads": 2,
-        "num_key_value_heads": 4,
-        "kv_layout": "paired",
-        "head_norm": True,
-    },
-    "shared 4:1, 1 noise head for 2 KV heads": {
-        "num_attention_heads": 5,
-        "num_noise_heads": 1,
-        "num_key_value_heads": 2,
-    },
-    "shared 4:1, tanh λ": {
-        "num_attention_heads": 10,
-        "num_noise_heads": 2,
-        "num_key_value_heads": 2,
-        "lambda_type": "tanh",
-    },
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest relative error ‖got − expected‖ / ‖expected‖: far above rounding, far below what a wrong head would cause.
 LIMITS = {("logits", "float32"): 1e-4, ("logits", "bfloat16"): 3e-2}
 LIMITS |= {("gradients", "float32"): 1e-3, ("gradients", "bfloat16"): 1e-1}
@@ -77,36 +44,6 @@ class Sizes:
 
 
 # -------------------------------------------------------------------------------------------------------------- models
-
-
-def make_model(fields: Row, folder: str) -> None:
-    """Save a float32 model whose weights hide no error: rows, layers and norms all differ."""
-    torch.manual_seed(0)
-    model: Any = GDAForCausalLM(GDAConfig(**fields))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            if ".lambda_q" in name or ".lambda_k" in name:
-                parameter.copy_(0.1 * noise)
-            elif parameter.dim() == 1:
-                parameter.copy_(torch.linspace(0.7, 1.3, len(parameter)) + 0.1 * noise)
-            else:
-                scale = torch.linspace(0.7, 1.3, len(parameter)).unsqueeze(-1)
-                parameter.copy_(scale * noise / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(folder)
-
-
-def load(folder: str, dtype: str) -> Any:
-    """As users load it."""
-    model: Any = GDAForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="sdpa")
-    return model.to(device()).eval()
-
-
-def state_of(model: Any, gradients: bool = False) -> dict[str, Tensor]:
-    """The weights in float64 on the CPU."""
-    return {
-        name: weight.detach().cpu().double().requires_grad_(gradients) for name, weight in model.state_dict().items()
-    }
 
 
 def random_ids(*shape: int, seed: int = 0) -> Tensor:
@@ -312,10 +249,10 @@ class Subject:
         texts = []
         for prompt in self.prompts:
             prefill(prompt)
-            tokens = [token.item()]
+            tokens = [int(token.item())]
             for _ in range(self.sizes.new_tokens - 1):
                 run()
-                tokens.append(token.item())
+                tokens.append(int(token.item()))
             texts.append(tokens)
         return texts
 
@@ -325,14 +262,15 @@ def _paged_cache() -> Any:
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
-    return ContinuousBatchingConfig(**{page: 32, "num_blocks": 64, "max_batch_tokens": 128})
+    settings: dict[str, Any] = {page: 32, "num_blocks": 64, "max_batch_tokens": 128}
+    return ContinuousBatchingConfig(**settings)
 
 
-def compared(got: list[list[int]], expected: list[tuple[list[int], Tensor]], dtype: str) -> Row:
+def compare(way: Callable[[], list[list[int]]], expected: list[tuple[list[int], Tensor]], dtype: str) -> Row:
     """Share of equal tokens, and how far apart the reference's logits are where a text first differs."""
     equal = tokens = 0
     gap = 0.0
-    for text, (reference, logits) in zip(got, expected, strict=True):
+    for text, (reference, logits) in zip(way(), expected, strict=True):
         same = [a == b for a, b in zip(text, reference, strict=True)]
         equal, tokens = equal + sum(same), tokens + len(same)
         if not all(same):
@@ -360,12 +298,12 @@ def checks(part: Part, labels: Row, subject: Subject) -> None:
             if not available(backend):
                 part.add({**row, "skipped": "not installed"})
                 continue
-            part.attempt(row, lambda backend=backend, padded=padded: subject.logits(backend, padded))
+            part.attempt(row, partial(subject.logits, backend, padded))
     for backend, checkpointing in (("eager", False), ("sdpa", False), ("sdpa", True)):
         check = "gradients, checkpointing" if checkpointing else "gradients"
         part.attempt(
             {**labels, "check": check, "backend": backend},
-            lambda backend=backend, checkpointing=checkpointing: subject.gradients(backend, checkpointing),
+            partial(subject.gradients, backend, checkpointing),
         )
     expected = subject.uncached()
     ways: list[tuple[str, str, Callable[[], list[list[int]]]]] = [
@@ -381,12 +319,10 @@ def checks(part: Part, labels: Row, subject: Subject) -> None:
     ]  # fmt: skip
     for name in FLASH:
         if dtype != "float32" and available(name):
-            ways.append(("text, left-padded batch", name, lambda name=name: subject.left_padded(name)))
-            ways.append(("text, continuous batching", name, lambda name=name: subject.continuous(name)))
+            ways.append(("text, left-padded batch", name, partial(subject.left_padded, name)))
+            ways.append(("text, continuous batching", name, partial(subject.continuous, name)))
     for check, backend, way in ways:
-        part.attempt(
-            {**labels, "check": check, "backend": backend}, lambda way=way: compared(way(), expected, dtype)
-        )  # fmt: skip
+        part.attempt({**labels, "check": check, "backend": backend}, partial(compare, way, expected, dtype))
 
 
 def compiled_checks(part: Part, labels: Row, subject: Subject) -> None:
@@ -394,14 +330,14 @@ def compiled_checks(part: Part, labels: Row, subject: Subject) -> None:
     expected = subject.uncached()
     part.attempt(
         {**labels, "check": "text, static cache, torch.compile reduce-overhead", "backend": "sdpa"},
-        lambda: compared(subject.compiled(), expected, subject.dtype),
+        partial(compare, subject.compiled, expected, subject.dtype),
         needs=25,
     )
     torch.compiler.reset()
     for padded in (False, True):
         part.attempt(
             {**labels, "check": "logits, left-padded" if padded else "logits", "backend": "flex_attention"},
-            lambda padded=padded: subject.logits("flex_attention", padded),
+            partial(subject.logits, "flex_attention", padded),
             needs=10,
         )
     torch.compiler.reset()

@@ -77,6 +77,7 @@ class Part:
     def attempt(self, labels: Row, run: Callable[[], Row | None], needs: float = 1.0) -> None:
         """Add the row that `run` gives, or the reason why there is none. `needs`: seconds it takes at least."""
         begun = time.monotonic()
+        failed = True
         try:
             if self.left() < needs:
                 raise OutOfTime
@@ -84,13 +85,15 @@ class Part:
             self.write()
             if (values := run()) is not None:
                 self.add({**labels, **values, "seconds": round(time.monotonic() - begun, 2)})
+            failed = False
         except OutOfTime:
             self.add({**labels, "skipped": "out of time"})
         except Exception as error:  # whatever a backend or a compiler raises, the other cases are still worth a run
             self.add({**labels, "error": one_line(error)})
         self.content.pop("running", None)
         self.write()
-        free_memory()
+        if failed:
+            free_memory()  # only here, where no error holds what its frames held any more
 
 
 def _short(value: Any) -> str:

@@ -42,7 +42,11 @@ def unique(values: Iterable[Any]) -> list[Any]:
 
 def excuse(row: Row) -> str:
     """Why a row has no figure."""
-    return "out of memory" if "OutOfMemory" in row.get("error", "") else row.get("error") or row.get("skipped") or ""
+    return (
+        "out of memory"
+        if "OutOfMemory" in row.get("error", "")
+        else (row.get("error") or row.get("skipped") or "")[:120]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- correctness

@@ -11,6 +11,7 @@ forward and backward; of a model it is that and fused AdamW, all in bfloat16.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Subjects:
         self.part, self.kind, self.shape, self.seconds = part, kind, shape, seconds
         self.models: dict[str, Any] = {}
         for name in NAMES:
-            part.attempt({"kind": kind, "case": "build", "name": name}, lambda name=name: self._build(name))
+            part.attempt({"kind": kind, "case": "build", "name": name}, partial(self._build, name))
 
     def _build(self, name: str) -> Row:
         self.models[name] = build(name, self.shape)
@@ -200,7 +201,8 @@ def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
             for name, model in subjects.models.items():
 
                 def step(model: Any = model) -> Any:
-                    for layer in filled.cache.layers:  # in the graph: every replay appends at the same place
+                    layers: Any = filled.cache.layers
+                    for layer in layers:  # in the graph: every replay appends at the same place
                         layer.cumulative_length.fill_(context)
                     return model(ids, position_ids=position, past_key_values=filled.cache, use_cache=True)
 

