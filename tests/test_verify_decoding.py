@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 import gda
-from gda.conversion.layerwise import LayerwiseModel
+from gda.conversion.layerwise import CACHE_ARGUMENT, LayerwiseModel
 from gda.conversion.sources import FolderSource
 from gda.conversion.verify import VerificationFailed
 from gda.modeling_gda import attention_gda
-from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, GDAAttention
+from gda.modeling_gda.attention_gda import GDAAttention
 from gda.modeling_gda.modeling_gda import GDADecoderLayer, GDAModel
 
 from .commands import Command
