@@ -117,7 +117,8 @@ def run_tests(name: str, folders: list[Path], models: Path, work: Path, options:
     report = work / f"{name}.xml"
     python_path = os.pathsep.join([str(HERE), *map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | OFFLINE | ENGINES[name].environment
-    environment |= {"PYTHONPATH": python_path, "GDA_ENGINE_MODELS": str(models), "HF_HOME": str(work / "hub")}
+    environment |= {"PYTHONPATH": python_path, "GDA_ENGINE_MODELS": str(models)}
+    environment |= {"HF_HOME": str(work / "hub"), "VLLM_CACHE_ROOT": str(work / "vllm")}
     environment.setdefault("OMP_NUM_THREADS", "1")
     test_file = HERE / f"test_{name.replace('-', '_')}.py"
     command = [sys.executable, "-m", "pytest", str(test_file), f"--junit-xml={report}", "-p", "no:cacheprovider"]

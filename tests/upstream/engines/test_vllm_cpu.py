@@ -51,6 +51,20 @@ def test_serves_as_transformers_generates(name: str, record_property: Record) ->
     record_property("row", f"{name} | loads; generates transformers' tokens")
 
 
+@pytest.mark.parametrize("name", ["shared", "tanh-and-norms"])
+def test_serves_compiled(name: str, record_property: Record) -> None:
+    """With torch.compile, as vLLM does unless told not to."""
+    assert generate(MODELS / name, enforce_eager=False) == expected(name)
+    record_property("row", f"{name}, compiled | loads; generates transformers' tokens")
+
+
+@pytest.mark.parametrize("name", ["shared", "head-norm"])
+def test_serves_on_two_ranks(name: str, record_property: Record) -> None:
+    """Tensor parallelism by the model's plan: each rank has one of the two groups of heads."""
+    assert generate(MODELS / name, tensor_parallel_size=2) == expected(name)
+    record_property("row", f"{name}, two ranks | loads; generates transformers' tokens")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_when_loading_what_it_cannot_run(name: str, record_property: Record) -> None:
     with pytest.raises(ValueError, match="serve it with transformers") as error:
