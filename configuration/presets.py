@@ -1,5 +1,7 @@
 """Known shapes of GDA models. docs/family.md says where each number comes from, and which are guesses."""
 
+import copy
+from difflib import get_close_matches
 from typing import Any
 
 MOTIF: dict[str, Any] = {
@@ -110,3 +112,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     },
 }
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """The fields of a preset; the caller may change them.
+
+    Raises:
+        ValueError: for an unknown name, with those that resemble it.
+    """
+    if name not in PRESETS:
+        resembling = get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
+        meant = f"did you mean {' or '.join(resembling)}?" if resembling else f"there are {', '.join(PRESETS)}"
+        raise ValueError(f"GDAConfig has no preset {name!r}; {meant}")
+    return copy.deepcopy(PRESETS[name])

@@ -2,22 +2,33 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
 from torch.func import functional_call
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, Fade
+from gda.modeling_gda.attention_gda import Fade
 
 from .llamalike import layer_windows
 from .recipes import meta_model
 
 # What a model may take of the memory that is free.
 SHARE_OF_MEMORY = 1 / 4
+
+# What the installed transformers calls the cache that it hands to a model. A model that is verified is not asked.
+CACHE_ARGUMENT = next(
+    (
+        name
+        for name, argument in inspect.signature(LlamaForCausalLM.forward).parameters.items()
+        if "Cache" in str(argument.annotation)
+    ),
+    "cache",
+)
 
 
 def memory_to_use() -> float:

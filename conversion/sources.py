@@ -20,11 +20,11 @@ from transformers import (
 
 from gda._assets import ASSET_PATTERNS, copy_assets
 from gda._errors import first_line
-from gda._files import read_json, sha256
+from gda._files import sha256
 from gda._trainable import TRAINABLE_FILE
-from gda.configuration.configuration_gda import MAX_HEAD_DIM, MAX_LABELS, MAX_LAYERS, MAX_SIZE
 
 from . import motif
+from .config_file import read_config_file
 from .file_range import FileRange
 from .hub import check_downloaded, download
 from .llamalike import LLAMALIKES, refuse_unread
@@ -36,15 +36,6 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 MODEL_PATTERNS = (PROVENANCE_FILE, TRAINABLE_FILE, "config.json", *WEIGHT_PATTERNS, *ASSET_PATTERNS)
 
 CONVERTIBLE_TYPES = (*LLAMALIKES, "diffllama", motif.MODEL_TYPE)
-
-# Sizes, and far more of each than any model has. A config class may make a list of that length, a model a buffer.
-SIZES = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), MAX_SIZE),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), MAX_SIZE),
-    "num_hidden_layers": MAX_LAYERS,
-    "head_dim": MAX_HEAD_DIM,
-    "num_labels": MAX_LABELS,
-}
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -214,16 +205,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
         FileNotFoundError, ValueError: naming the file, if it is absent or cannot be a config.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a model folder holds one")
-    raw = read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    raw = read_config_file(folder)
+    if not isinstance(raw.get("model_type"), str):
         raise ValueError(f"{path} names no model_type")
     model_type = raw["model_type"].lower()  # "Motif" in some of its releases
     require_known_type(model_type, path)
-    for name, most in SIZES.items():
-        if isinstance(number := raw.get(name), int) and not 1 <= number <= most:
-            raise ValueError(f"{path} has {name}={number!r:.50}; it must be from 1 to {most}")
     if raw.get("quantization_config") is not None:
         raise ValueError(f"{path} has a quantization_config; dequantize the model and save it first")
     if model_type == motif.MODEL_TYPE:

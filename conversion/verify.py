@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import GenerationConfig, PreTrainedModel
 
-from gda._errors import CheckFailed
+from gda._errors import CheckFailed, first_line
 from gda._screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import ANNEAL_FIELDS, GROWTH_FIELDS, GDAConfig
 
@@ -153,6 +153,7 @@ def verify(
 
     Raises:
         FileNotFoundError, ValueError: for bad input.
+        CheckFailed: if the converted model refuses the cache that transformers hands it.
     """
     with quiet_transformers():
         folder = resolve_folder(out)
@@ -194,11 +195,14 @@ def verify_opened(
         )
     _require_same_windows(source, converted)
     kind, prompts = _prompt_ids(source)
-    with torch.inference_mode():
-        if method == "full":
-            differences, texts = _compare_whole(source, converted, prompts, console)
-        else:
-            differences, texts = _compare_by_layers(source, converted, prompts)
+    try:
+        with torch.inference_mode():
+            if method == "full":
+                differences, texts = _compare_whole(source, converted, prompts, console)
+            else:
+                differences, texts = _compare_by_layers(source, converted, prompts)
+    except TypeError as error:  # from a model that is handed a cache in a way it does not know
+        raise CheckFailed(f"verification failed: {first_line(error)}") from None
     return differences.report(method, kind, texts, threshold, lossless=lossless)
 
 

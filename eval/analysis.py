@@ -115,7 +115,7 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
 
 def is_differential(module: Any) -> bool:
     """Whether an attention module is GDA's. (Remote code has classes of its own: names tell, not the class.)"""
-    return hasattr(module, "compute_lambda") and hasattr(module, "split_maps")
+    return hasattr(module, "compute_lambda") and hasattr(module, "in_calls")
 
 
 def _one_text(input_ids: torch.Tensor, first_row: int) -> torch.Tensor:
@@ -158,27 +158,31 @@ def _recording(module: Any, length: int, visit: Visit) -> Any:
 
 @contextmanager
 def _recording_differential(module: Any, length: int, visit: Visit) -> Iterator[None]:
-    """Listen to `compute_lambda` and, after it, `split_maps`: between them they have all that is wanted."""
-    compute_lambda, split_maps = module.compute_lambda, module.split_maps
+    """Listen to `compute_lambda` and, after it, to the attention interface: they have all that is wanted."""
+    compute_lambda, in_calls = module.compute_lambda, module.in_calls
     lambdas: list[torch.Tensor] = []
 
     def listening_compute_lambda(*args: Any, **kwargs: Any) -> torch.Tensor:
         lambdas.append(compute_lambda(*args, **kwargs))
         return lambdas[-1]
 
-    def listening_split_maps(maps: Any) -> Any:
-        split = split_maps(maps)
-        signal, noise = (each[0].flatten(0, 1) for each in split)  # of (C, S/C, Q, T) and (C, 1, Q, T)
-        lambda_ = lambdas.pop()  # (1,) or (1, Q, S)
-        lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
-        visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
-        return split
+    def listening_in_calls(attention_interface: Any) -> Any:
+        def attend(*args: Any, **kwargs: Any) -> Any:
+            outputs, maps = in_calls(attention_interface)(*args, **kwargs)
+            lambda_ = lambdas.pop()  # (1,) or (1, Q, S)
+            if maps is not None:
+                signal, noise = (each[0].flatten(0, 1) for each in maps)  # of (C, S/C, Q, T) and (C, 1, Q, T)
+                lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
+                visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
+            return outputs, maps
 
-    module.compute_lambda, module.split_maps = listening_compute_lambda, listening_split_maps
+        return attend
+
+    module.compute_lambda, module.in_calls = listening_compute_lambda, listening_in_calls
     try:
         yield
     finally:
-        del module.compute_lambda, module.split_maps  # the class's own come to light again
+        del module.compute_lambda, module.in_calls  # the class's own come to light again
 
 
 @contextmanager

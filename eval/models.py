@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gda._errors import first_line
 from gda._files import in_background, sha256
 from gda._screen import quiet_transformers
+from gda.conversion.config_file import read_config_file
 from gda.conversion.sources import Source, open_source, resolve_folder
 
 from .harness import GDALM, check_tokenizer, default_device
@@ -87,7 +88,7 @@ def find_model(
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it has no tokenizer, or is not a model folder.
+        ValueError: if it has no tokenizer, is not a model folder, or its config.json cannot be a model's.
     """
     if str(model) == "":
         raise ValueError("the name of the model is empty; name a folder, a Hub id or a .gguf file")
@@ -100,8 +101,7 @@ def find_model(
         if Path(model).suffix == ".gguf":
             return _find_gguf(Path(model), given)
         folder = resolve_folder(model)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'} is missing; a model folder holds one")
+    read_config_file(folder)  # refuses a file that no config should be made of
     weights = tuple(sorted(folder.glob(WEIGHTS)))
     if not weights:
         raise FileNotFoundError(f"{folder} holds no weights ({WEIGHTS}; pickles are not read)")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.qwen3.modeling_qwen3 import (
     ALL_ATTENTION_FUNCTIONS,
@@ -23,12 +23,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from .configuration_gda import GDAConfig
 
 # The name under which this release of transformers hands a layer its cache; 5.24 changed it.
-_cache_arguments = [
-    name for name, each in signature(Qwen3Attention.forward).parameters.items() if "Cache" in str(each.annotation)
-]
-CACHE_ARGUMENT = _cache_arguments[0] if _cache_arguments else "past_key_values"
+_parameters = signature(Qwen3Attention.forward).parameters.values()
+CACHE_ARGUMENT = next((each.name for each in _parameters if "Cache" in str(each.annotation)), "cache")
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # of signal and noise heads
+Pair = tuple[Tensor, Tensor]  # of signal and noise heads
 
 
 class GDARMSNormOfHead(nn.Module):
@@ -44,7 +42,7 @@ class GDARMSNormOfHead(nn.Module):
         self.variance_epsilon = eps
         self.scale = scale
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         # One tensor of this size is made, where Llama's norm makes three.
         wide = hidden_states.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
@@ -56,7 +54,7 @@ class Fade(nn.Module):
     """A number of the config that rises from 0 to 1 in training; a tensor, so that compiled models read it anew."""
 
     field: str
-    value: torch.Tensor
+    value: Tensor
 
     def __init__(self, config: GDAConfig):
         super().__init__()
@@ -69,7 +67,7 @@ class GrowthMask(Fade):
 
     field = "growth_mask"
 
-    def forward(self, is_new: torch.Tensor) -> torch.Tensor:
+    def forward(self, is_new: Tensor) -> Tensor:
         """A factor for each part: the value where it is new, else 1."""
         return torch.where(is_new, self.value, 1.0)
 
@@ -81,10 +79,9 @@ class LambdaAnneal(Fade):
 
     def __init__(self, config: GDAConfig):
         super().__init__(config)
-        assert config.lambda_target is not None  # the config sees to it
-        self.target = float(config.lambda_target)
+        self.target = float(config.lambda_target or 0.0)
 
-    def forward(self, lambda_: torch.Tensor) -> torch.Tensor:
+    def forward(self, lambda_: Tensor) -> Tensor:
         """What is subtracted by, where the parameters say λ; of its shape."""
         value = self.value.float()
         return (1 - value) * value * self.target + value * lambda_
@@ -101,7 +98,7 @@ class LambdaProjection(nn.Module):
         self.in_features, self.out_features = hidden_size, num_signal_heads  # tensor parallelism asks
         self.weight = nn.Parameter(torch.empty(num_signal_heads, hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         device = hidden_states.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
@@ -125,7 +122,7 @@ class HeadwiseUp(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_heads * head_dim, rank))
         self.bias = nn.Parameter(torch.empty(num_heads * head_dim)) if bias else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         # Tensor parallelism cuts inputs and weight alike, between heads: each rank has what belongs together.
         inputs = _local(hidden_states).unflatten(-1, (-1, self.rank))  # (…, H, R)
         weight = _local(self.weight).unflatten(0, (-1, self.head_dim))  # (H, d, R)
@@ -135,14 +132,12 @@ class HeadwiseUp(nn.Module):
         return output.flatten(-2)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def _local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that may be distributed."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def rotate(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """RoPE of queries and keys (B, T, heads, d), cosines and sines (B, T, d): transformers' `apply_rotary_pos_emb`.
 
     It is equal bit for bit, since a conversion must equal its Llama, but makes two new tensors of each instead of five.
@@ -150,7 +145,7 @@ def rotate(
     half = cos.shape[-1] // 2
     cos, signed = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
 
-    def rotated(states: torch.Tensor) -> torch.Tensor:
+    def rotated(states: Tensor) -> Tensor:
         return states.roll(half, dims=-1).mul_(signed).add_(states * cos)
 
     return rotated(query), rotated(key)
@@ -172,9 +167,9 @@ class GDAAttention(nn.Module):
     With `qk_rank` the heads of a group share a base: q = W_base x + P_k (R_k x) (arXiv 2501.17900), in the same order.
     """
 
-    q_proj: Callable[[torch.Tensor], torch.Tensor]
-    k_proj: Callable[[torch.Tensor], torch.Tensor]
-    v_proj: Callable[[torch.Tensor], torch.Tensor]
+    q_proj: Callable[[Tensor], Tensor]
+    k_proj: Callable[[Tensor], Tensor]
+    v_proj: Callable[[Tensor], Tensor]
     lambda_q1: nn.Parameter
     lambda_k1: nn.Parameter
     lambda_q2: nn.Parameter
@@ -230,7 +225,7 @@ class GDAAttention(nn.Module):
         setattr(self, f"{name}_up", HeadwiseUp(rank, num_heads, self.head_dim, bias=config.attention_bias))
         setattr(self, f"{name}_proj", partial(self._project_by_factors, name))
 
-    def _project_by_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _project_by_factors(self, name: str, hidden_states: Tensor) -> Tensor:
         """Queries or keys (B, T, heads · d), heads in the order of a dense projection's rows."""
         base = getattr(self, f"{name}_base")(hidden_states)
         update = getattr(self, f"{name}_up")(getattr(self, f"{name}_down")(hidden_states))
@@ -240,11 +235,11 @@ class GDAAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,  # (B, T, hidden)
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        hidden_states: Tensor,  # (B, T, hidden)
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the output (B, T, hidden) and, from eager if asked for, the differential maps (B, S, T, T_kv)."""
         # The projections and the one call of the interface are written as in Llama, since vLLM reads this source.
         hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -261,9 +256,9 @@ class GDAAttention(nn.Module):
         if self.config._attn_implementation != "eager":
             attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         attention_interface = self.in_calls(attention_interface)
-        outputs, maps = attention_interface(
+        (signal, noise), maps = attention_interface(
             self,
-            self.repeat_noise(query_states),
+            query_states,
             key_states,
             value_states,
             attention_mask,
@@ -272,15 +267,11 @@ class GDAAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        # Serving engines return the outputs of one sequence as (T, H · d).
-        signal, noise = self.split_outputs(outputs, hidden_states.shape[:-1])
         # Eager always has maps at hand; their difference is made for those who ask for it. The output is then made from
         # the difference, so that it has a gradient. (A paged cache keeps the values to itself.)
         difference = None
-        if maps is not None and self.config._attn_implementation in ("eager", "paged|eager"):
-            signal_maps, noise_maps = self.split_maps(maps)
-            if kwargs.get("output_attentions") or self.config.output_attentions:
-                difference = self.subtract_maps(signal_maps, noise_maps, lambda_)
+        if maps is not None and (kwargs.get("output_attentions") or self.config.output_attentions):
+            difference = self.subtract_maps(maps[0], maps[1], lambda_)
         if difference is not None and kwargs.get("cache") is None:
             output = self.apply_maps(difference, value_states)
         else:
@@ -292,7 +283,7 @@ class GDAAttention(nn.Module):
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
         return output if self.layer_mask is None else output * self.layer_mask.value, difference
 
-    def _update_cache(self, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> Pair:
+    def _update_cache(self, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Pair:
         """Put keys and values (B, G, T, d) into the cache, if there is one, and return all that it holds.
 
         Raises:
@@ -312,12 +303,12 @@ class GDAAttention(nn.Module):
         # Releases before 5.4 read cache_position from the last argument, 5.24 and later those of a paged cache.
         return cache.update(key, value, self.layer_idx, kwargs)
 
-    def compute_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute_lambda(self, hidden_states: Tensor) -> Tensor:
         """λ in float32 whatever the model's dtype: (1,), or (B, T, S) where it depends on the token."""
         learned = self._learned_lambda(hidden_states)
         return learned if self.lambda_anneal is None else self.lambda_anneal(learned)
 
-    def _learned_lambda(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _learned_lambda(self, hidden_states: Tensor) -> Tensor:
         """λ as its parameters say."""
         if self.lambda_activation is not None:
             return self.lambda_activation(self.lambda_proj(hidden_states))
@@ -325,54 +316,32 @@ class GDAAttention(nn.Module):
         noise = (self.lambda_q2.float() * self.lambda_k2.float()).sum(dim=0, keepdim=True)
         return signal.exp() - noise.exp() + self.lambda_init
 
-    def _masked(self, output: torch.Tensor, growth_mask: GrowthMask) -> torch.Tensor:
+    def _masked(self, output: Tensor, growth_mask: GrowthMask) -> Tensor:
         """Outputs (B, T, …, width) of the signal heads, those of the new heads masked: (B, T, groups, size, width)."""
-        size, new = self.config.signal_group_size, self.config.masked_signal_heads
-        assert new is not None  # there would be no mask
+        size, new = self.config.signal_group_size, self.config.masked_signal_heads or 0
         mask = growth_mask(torch.arange(size, device=output.device) >= size - new)
         return output.flatten(2, 3).unflatten(2, (-1, size)) * mask.unsqueeze(-1).to(output.dtype)
 
     def in_calls(self, attention_interface: Callable) -> Callable:
-        """What calls the interface as often as the layout needs: here it is one call over all query heads."""
-        return attention_interface
-
-    def repeat_noise(self, query: torch.Tensor) -> torch.Tensor:
-        """(B, H, T, d): ``[s1 s2 s3 s4 n]`` becomes ``[s1 s2 n s3 s4 n]`` where a noise query serves two KV heads."""
-        if self.num_noise_copies == 1:
-            return query
-        signal, noise = query.unflatten(1, (-1, self.num_signal_per_noise + 1)).split([self.num_signal_per_noise, 1], 2)
-        signal = signal.unflatten(2, (self.num_noise_copies, -1))  # (B, N, copies, S / (N · copies), T, d)
-        noise = noise.unsqueeze(2).expand(-1, -1, self.num_noise_copies, -1, -1, -1)
-        return torch.cat((signal, noise), dim=3).flatten(1, 3)
-
-    def split_outputs(self, outputs: torch.Tensor, batch_and_length: torch.Size) -> Pair:
-        """Signal (B, T, C, S/C, d) and noise (B, T, C, 1, d) of one call's outputs, C = noise heads in the call."""
-        sizes = [self.num_signal_per_noise // self.num_noise_copies, 1]
-        signal, noise = outputs.reshape(*batch_and_length, -1, sum(sizes), self.head_dim).split(sizes, dim=3)
-        return signal, noise
-
-    def split_maps(self, maps: torch.Tensor) -> Pair:
-        """Signal (B, C, S/C, T, T_kv) and noise (B, C, 1, T, T_kv) of one call's maps."""
-        sizes = [self.num_signal_per_noise // self.num_noise_copies, 1]
-        signal, noise = maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
-        return signal, noise
+        """The interface, called as often as the layout needs; outputs and maps come as pairs of signal and noise."""
+        return partial(_attend_at_once, attention_interface)
 
     @staticmethod
-    def subtract(signal: torch.Tensor, noise: torch.Tensor, lambda_: torch.Tensor) -> torch.Tensor:
+    def subtract(signal: Tensor, noise: Tensor, lambda_: Tensor) -> Tensor:
         """signal − λ · noise in float32, in the signal's dtype: (B, T, C, S/C, width)."""
         if lambda_.dim() > 1:  # (B, T, S) → (B, T, C, S/C, 1)
             lambda_ = lambda_.unflatten(-1, signal.shape[2:4]).unsqueeze(-1)
         return torch.addcmul(signal, lambda_, noise, value=-1).to(signal.dtype)
 
     @staticmethod
-    def subtract_maps(signal: torch.Tensor, noise: torch.Tensor, lambda_: torch.Tensor) -> torch.Tensor:
+    def subtract_maps(signal: Tensor, noise: Tensor, lambda_: Tensor) -> Tensor:
         """Maps (B, C, S/C, T, T_kv) and (B, C, 1, T, T_kv) → differential maps (B, S, T, T_kv)."""
         if lambda_.dim() > 1:  # (B, T, S) → (B, C, S/C, T, 1)
             lambda_ = lambda_.transpose(1, 2).unflatten(1, signal.shape[1:3]).unsqueeze(-1)
         return (signal - lambda_ * noise).to(signal.dtype).flatten(1, 2)
 
     @staticmethod
-    def apply_maps(maps: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def apply_maps(maps: Tensor, value: Tensor) -> Tensor:
         """Maps (B, S, T, T_kv) and values (B, G, T_kv, width) → outputs (B, T, G, S/G, width)."""
         grouped = maps.unflatten(1, (value.shape[1], -1))  # (B, G, S/G, T, T_kv)
         return (grouped @ value.unsqueeze(2)).permute(0, 3, 1, 2, 4)
@@ -393,21 +362,45 @@ class GDAPairedAttention(GDAAttention):
     """
 
     def in_calls(self, attention_interface: Callable) -> Callable:
-        """Four calls of the interface, whose outputs and maps come as pairs of signal and noise."""
+        """Four calls: of signal and noise heads, over each slab of the values."""
         return partial(_attend_in_pairs, attention_interface)
 
-    def split_outputs(self, outputs: Pair, batch_and_length: torch.Size) -> Pair:  # type: ignore[override]
-        """Signal (B, T, N, r, 2d) and noise (B, T, N, 1, 2d)."""
-        return outputs
-
-    def split_maps(self, maps: Pair) -> Pair:  # type: ignore[override]
-        """Signal (B, N, r, T, T_kv) and noise (B, N, 1, T, T_kv)."""
-        return maps
-
     @staticmethod
-    def apply_maps(maps: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def apply_maps(maps: Tensor, value: Tensor) -> Tensor:
         """Maps (B, S, T, T_kv) and slabs (B, G, T_kv, d) → outputs (B, T, G/2, 2S/G, 2d)."""
         return GDAAttention.apply_maps(maps, torch.cat((value[:, 0::2], value[:, 1::2]), dim=-1))
+
+
+def _attend_at_once(
+    attention_interface: Callable,
+    attention: GDAAttention,
+    query: Tensor,  # (B, H, T, d)
+    key: Tensor,  # (B, G, T_kv, d)
+    value: Tensor,  # (B, G, T_kv, d)
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Pair, Pair | None]:
+    """Signal (B, T, C, S/C, d), noise (B, T, C, 1, d), C = noise heads in the call; maps (B, C, S/C or 1, T, T_kv)."""
+    ratio, copies = attention.num_signal_per_noise, attention.num_noise_copies
+    batch, _, length, width = query.shape
+    if copies > 1:  # [s1 s2 s3 s4 n] becomes [s1 s2 n s3 s4 n]
+        signal, noise = query.unflatten(1, (-1, ratio + 1)).split([ratio, 1], dim=2)
+        signal = signal.unflatten(2, (copies, -1))  # (B, N, copies, S / (N · copies), T, d)
+        noise = noise.unsqueeze(2).expand(-1, -1, copies, -1, -1, -1)
+        query = torch.cat((signal, noise), dim=3).flatten(1, 3)
+    output, maps = attention_interface(attention, query, key, value, attention_mask, **kwargs)
+    sizes = [ratio // copies, 1]
+    # Serving engines return the outputs of one sequence as (T, H · d).
+    signal, noise = output.reshape(batch, length, -1, sum(sizes), width).split(sizes, dim=3)
+    if not _draws_maps(attention, maps):
+        return (signal, noise), None
+    signal_maps, noise_maps = maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
+    return (signal, noise), (signal_maps, noise_maps)
+
+
+def _draws_maps(attention: GDAAttention, maps: Tensor | None) -> bool:
+    """Whether those are attention maps; flex attention returns something else in their place."""
+    return maps is not None and attention.config._attn_implementation in ("eager", "paged|eager")
 
 
 class _HeadsOfAttention:
@@ -424,10 +417,10 @@ class _HeadsOfAttention:
 def _attend_in_pairs(
     attention_interface: Callable,
     attention: GDAAttention,
-    query: torch.Tensor,  # (B, H, T, d)
-    key: torch.Tensor,  # (B, G, T_kv, d)
-    value: torch.Tensor,  # (B, G, T_kv, d)
-    attention_mask: torch.Tensor | None,
+    query: Tensor,  # (B, H, T, d)
+    key: Tensor,  # (B, G, T_kv, d)
+    value: Tensor,  # (B, G, T_kv, d)
+    attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Pair, Pair | None]:
     """Signal (B, T, N, r, 2d) and noise (B, T, N, 1, 2d), and their maps (B, N, r or 1, T, T_kv) or None."""
@@ -455,7 +448,7 @@ def _attend_in_pairs(
             )
             halves.append(output.reshape(batch, length, -1, size, attention.head_dim))
         outputs.append(torch.cat(halves, dim=-1))
-        if map_ is not None:
+        if _draws_maps(attention, map_):
             maps.append(map_.unflatten(1, (-1, size)))
     return (outputs[0], outputs[1]), (maps[0], maps[1]) if maps else None
 
@@ -473,8 +466,8 @@ def _refuse_engine(config: GDAConfig) -> None:
 
 
 def _updated_once(
-    paged_cache: Any, key: torch.Tensor, value: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, "_UpdatedCache"]:
+    paged_cache: Any, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, "_UpdatedCache"]:
     """All keys and values (1, G, T_kv, d) of a paged cache after its update, and what stands in for it from then on."""
     if "kwargs" in signature(paged_cache.update).parameters:
         key, value = paged_cache.update(key, value, layer_idx=layer_idx, kwargs=kwargs)
@@ -491,7 +484,7 @@ class _UpdatedCache:
     def __init__(self, tokens_first: bool):
         self.tokens_first = tokens_first
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Pair:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Pair:
         """Keys and values (1, G, T_kv, d) as they are, or (T_kv, G, d) where the release's caches return that."""
         if self.tokens_first:
             return key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)

@@ -80,8 +80,7 @@ class GDAGrowingMLP(LlamaMLP):
         if self.is_new:
             return super().forward(x) * self.growth_mask.value
         gate, up = self.gate_proj(x), self.up_proj(x)
-        assert self.config.masked_neurons is not None  # there would be no mask
-        first_new = self.config.intermediate_size - self.config.masked_neurons
+        first_new = self.config.intermediate_size - (self.config.masked_neurons or 0)
         mask = self.growth_mask(self._neurons(up) >= first_new)
         gate = self.act_fn(gate, mask) if isinstance(self.act_fn, PolyNorm) else self.act_fn(gate)
         return self.down_proj(gate * up * mask.to(up.dtype))
@@ -111,11 +110,12 @@ class GDADecoderLayer(Qwen3DecoderLayer):
 @contextmanager
 def _without_layers(config: GDAConfig) -> Iterator[None]:
     """For the initializers of Qwen3, which would build layers of their own."""
-    num_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    fields = vars(config)  # setting it as an attribute would shorten the lists of a value for each layer
+    num_layers, fields["num_hidden_layers"] = fields["num_hidden_layers"], 0
     try:
         yield
     finally:
-        config.num_hidden_layers = num_layers
+        fields["num_hidden_layers"] = num_layers
 
 
 class GDAPreTrainedModel(Qwen3PreTrainedModel):
@@ -139,44 +139,30 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         self._keep_in_fp32_modules_strict = set(names)
         getattr(self, "dtype_plan", {}).update(dict.fromkeys(names, torch.float32))  # releases before 5.4 read this
 
-    @torch.no_grad()
     def set_growth_mask(self, value: float) -> None:
         """Set what the outputs of new heads, neurons and layers are multiplied by (arXiv 2305.02869).
 
-        At 0 the model computes what it computed before it grew. At 1 new parts are like all others, and a saved model
-        says no more of them. `GrowthMaskCallback` raises it from step to step of a Trainer.
-
-        Args:
-            value: From 0 to 1.
+        At 0 the model computes what it computed before it grew; at 1 new parts are like all others, and a saved model
+        no longer mentions them. `GrowthMaskCallback` raises it from step to step of a Trainer.
 
         Raises:
-            ValueError: if the value is another, or nothing of the model is masked.
+            ValueError: if the value is not from 0 to 1, or nothing of the model is masked.
         """
         if self.config.growth_mask is None:
-            raise ValueError(
-                "the model has no growth_mask: it has no masked heads, neurons or layers; `gda grow --masked` adds some"
-            )
+            raise ValueError("the model has no growth_mask: nothing of it is new; `gda grow --masked` adds new parts")
         if not 0 <= value <= 1:
             raise ValueError(f"the growth mask must be from 0 to 1, not {value!r}")
-        for module in self.modules():
-            if isinstance(module, GrowthMask):
-                module.value.fill_(value)
-            elif (config := getattr(module, "config", None)) is not None:  # a classifier's body has one of its own
-                config.growth_mask = float(value)
+        self._set_fade(growth_mask=float(value))
 
-    @torch.no_grad()
     def set_lambda_anneal(self, value: float, target: float | None = None) -> None:
-        """Set how far λ has come on its way from 0, over a target, to what is learned.
+        """Set the progress a of annealing λ: layers subtract with (1 − a) · a · target + a · λ.
 
-        At a the layers subtract by (1 − a) · a · target + a · λ: at 0 by nothing, at 1 by the λ of their parameters.
-        A saved model then says no more of it. `LambdaAnnealCallback` raises it from step to step of a Trainer.
-
-        Args:
-            value: a, from 0 to 1.
-            target: Begins to anneal, or changes what is annealed over; else it stays.
+        At 0 nothing is subtracted; at 1 λ is that of the parameters, and a saved model no longer mentions the target.
+        `LambdaAnnealCallback` raises it from step to step of a Trainer. A target begins to anneal, or replaces the one
+        there is.
 
         Raises:
-            ValueError: if the value is another, the target is no number, or there is none.
+            ValueError: if the value is not from 0 to 1, the target is not finite, or there is none.
         """
         target = self.config.lambda_target if target is None else float(target)
         if target is None:
@@ -185,14 +171,21 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
             raise ValueError(f"λ must have come from 0 to 1 of its way, not {value!r}")
         if not abs(target) < torch.finfo(torch.float32).max:
             raise ValueError(f"the target of λ must be finite in float32, not {target!r}")
+        self._set_fade(lambda_anneal=float(value), lambda_target=target)
         for module in self.modules():
-            if (config := getattr(module, "config", None)) is not None:  # a classifier's body has one of its own
-                config.lambda_anneal, config.lambda_target = float(value), target
-            if isinstance(module, GDAAttention):
-                if module.lambda_anneal is None:
-                    module.lambda_anneal = LambdaAnneal(module.config).to(module.o_proj.weight.device)
-                module.lambda_anneal.target = target
-                module.lambda_anneal.value.fill_(value)
+            if isinstance(module, GDAAttention) and module.lambda_anneal is None:
+                module.lambda_anneal = LambdaAnneal(module.config).to(module.o_proj.weight.device)
+            elif isinstance(module, LambdaAnneal):
+                module.target = target
+
+    @torch.no_grad()
+    def _set_fade(self, **fields: float) -> None:
+        """Set fields of the config, of which a classifier's body has one of its own, and the tensors that follow."""
+        for module in self.modules():
+            if isinstance(module, Fade) and module.field in fields:
+                module.value.fill_(fields[module.field])
+            elif (config := getattr(module, "config", None)) is not None:
+                vars(config).update(fields)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -260,13 +253,3 @@ class GDAForTokenClassification(GenericForTokenClassification, GDAPreTrainedMode
 
 class GDAForQuestionAnswering(GenericForQuestionAnswering, GDAPreTrainedModel):
     """A GDA decoder with a head for the start and the end of an answer span."""
-
-
-__all__ = [
-    "GDAForCausalLM",
-    "GDAForQuestionAnswering",
-    "GDAForSequenceClassification",
-    "GDAForTokenClassification",
-    "GDAModel",
-    "GDAPreTrainedModel",
-]

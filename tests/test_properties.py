@@ -29,6 +29,7 @@ from transformers.activations import ACT2FN
 
 import gda
 from gda import GDAConfig, GDAForCausalLM
+from gda.conversion.config_file import check_fields
 
 from .llamas import save_llama
 from .test_configuration import OWN_FIELDS, possible_fields
@@ -365,6 +366,7 @@ def test_any_value_of_any_field_is_taken_or_refused_by_name(changes: dict[str, A
     """Whatever JSON holds: a config whose model can be built, and that JSON gives back; or a ValueError of a field."""
     fields = json.loads(tiny_config().to_json_string()) | changes
     try:
+        check_fields(fields, Path("config.json"))
         config = GDAConfig.from_dict(fields)
     except ValueError as error:
         says_well(error, {*GDA_FIELDS, *changes})

@@ -68,12 +68,15 @@ def by_hand(model: Any, ids: Tensor) -> list[dict[str, float]]:
             attention = layer.self_attn
             heard: list[Any] = []
 
-            def split_outputs(*args: Any, attention: Any = attention, heard: list[Any] = heard) -> Any:
-                heard.append(type(attention).split_outputs(attention, *args))
-                return heard[-1]
+            def in_calls(interface: Any, attention: Any = attention, heard: list[Any] = heard) -> Any:
+                def attend(*args: Any, **kwargs: Any) -> Any:
+                    heard.append(type(attention).in_calls(attention, interface)(*args, **kwargs)[0])
+                    return heard[-1], None
 
-            attention.split_outputs = split_outputs
-            stack.callback(delattr, attention, "split_outputs")
+                return attend
+
+            attention.in_calls = in_calls
+            stack.callback(delattr, attention, "in_calls")
             hook = attention.register_forward_pre_hook(
                 lambda module, args, kwargs, heard=heard: heard.append(module.compute_lambda(args[0])), with_kwargs=True
             )

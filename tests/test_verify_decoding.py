@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 import gda
-from gda.conversion.layerwise import LayerwiseModel
+from gda.conversion.layerwise import CACHE_ARGUMENT, LayerwiseModel
 from gda.conversion.sources import FolderSource
 from gda.conversion.verify import VerificationFailed
-from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, GDAAttention
+from gda.modeling_gda import attention_gda
+from gda.modeling_gda.attention_gda import GDAAttention
 from gda.modeling_gda.modeling_gda import GDADecoderLayer, GDAModel
 
 from .commands import Command
@@ -88,6 +89,19 @@ def test_convert_and_verify_end_with_1_and_one_line(
         assert "greedy text with a cache is the source's for only 0 % of the prompts" in line
         assert "use another release of transformers" in line
     assert not (tmp_path / "again").exists()
+
+
+@METHOD
+def test_a_model_that_refuses_the_cache_ends_with_1_and_one_line(
+    method: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later transformers may hand it over under a name that the model does not know: its TypeError is the line."""
+    source, out = converted(tmp_path)
+    monkeypatch.setattr(attention_gda, "CACHE_ARGUMENT", "renamed")
+    outcome = command("verify", source, out, "--method", method)
+    assert outcome.code == 1
+    [line] = outcome.error.splitlines()
+    assert line.startswith("gda: verification failed: GDAAttention was given a DynamicCache")
 
 
 def with_twin_tokens(tmp_path: Path, difference: float) -> tuple[Path, Path]:

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from gda._assets import copy_assets
 from gda._errors import first_line
-from gda._files import read_json
 from gda._trainable import TRAINABLE_FILE
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.config_file import read_config_file
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
 from .run_folder import dtypes_before, stamps
@@ -24,12 +24,9 @@ def read_config(folder: Path) -> GDAConfig:
         FileNotFoundError, ValueError: naming the file and the field, if it is another model or none.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a model folder holds one")
-    raw = read_json(path)
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type != "gda":
-        raise ValueError(f"{path} has model_type {model_type!r}; `gda convert` makes a GDA model of a Llama")
+    raw = read_config_file(folder)
+    if (model_type := raw.get("model_type")) != "gda":
+        raise ValueError(f"{path} has model_type {model_type!r:.200}; `gda convert` makes a GDA model of a Llama")
     if (kinds := raw.get("architectures") or ["GDAForCausalLM"]) != ["GDAForCausalLM"]:
         raise ValueError(f"{path} describes {kinds}, no language model; architectures must be ['GDAForCausalLM']")
     if raw.get("quantization_config") is not None:

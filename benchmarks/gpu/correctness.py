@@ -26,6 +26,8 @@ from transformers import GenerationConfig, StaticCache
 from transformers.utils import is_flash_attn_2_available, logging
 from transformers.utils.import_utils import is_flash_attn_3_available
 
+from gda.modeling_gda.attention_gda import CACHE_ARGUMENT
+
 # Largest relative error ‖got − expected‖ / ‖expected‖: far above rounding, far below what a wrong head would cause.
 LIMITS = {("logits", "float32"): 1e-4, ("logits", "bfloat16"): 3e-2}
 LIMITS |= {("gradients", "float32"): 1e-3, ("gradients", "bfloat16"): 1e-1}
@@ -234,13 +236,13 @@ class Subject:
         position = torch.zeros(1, 1, dtype=torch.long, device=device())
 
         def step() -> None:
-            logits = call(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
+            logits = call(input_ids=token, position_ids=position, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
             token.copy_(logits[:, -1:].argmax(-1))
             position.add_(1)
 
         def prefill(prompt: Tensor) -> None:
             cache.reset()
-            logits = self.model(prompt.to(device()), past_key_values=cache, use_cache=True).logits
+            logits = self.model(prompt.to(device()), **{CACHE_ARGUMENT: cache}, use_cache=True).logits
             token.copy_(logits[:, -1:].argmax(-1))
             position.fill_(prompt.shape[1])
 

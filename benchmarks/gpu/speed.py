@@ -22,6 +22,8 @@ from measuring import device
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from gda.modeling_gda.attention_gda import CACHE_ARGUMENT
+
 PREFILLS = (2048, 8192, 32768)
 DECODES = ((8192, 1), (8192, 32), (32768, 1), (32768, 32))  # context, batch
 # A model's cache of 32 sequences of 32,768 tokens takes 34 GB, and a DynamicCache, copied in each step, twice that.
@@ -107,7 +109,7 @@ def layer_call(subjects: Subjects, name: str, hidden: torch.Tensor, position: in
     rotation = model.model.rotary_emb(hidden, position_ids=positions)
 
     def run() -> Any:
-        return layer(hidden, position_embeddings=rotation, attention_mask=None, past_key_values=cache)[0]
+        return layer(hidden, position_embeddings=rotation, attention_mask=None, **{CACHE_ARGUMENT: cache})[0]
 
     return run
 
@@ -170,7 +172,9 @@ def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
         def run(name: str) -> Callable[[], Any]:
             model = subjects.models[name]
             return torch.inference_mode()(
-                lambda: model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+                lambda: model(
+                    ids, **{CACHE_ARGUMENT: DynamicCache(config=model.config)}, use_cache=True, logits_to_keep=1
+                )
             )
 
         subjects.contest(f"prefill of {tokens:,}", {name: run(name) for name in subjects.models},
@@ -184,7 +188,7 @@ def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
         def run(name: str) -> Callable[[], Any]:
             model = subjects.models[name]
             return torch.inference_mode()(
-                lambda: model(ids, position_ids=position, past_key_values=filled.cache, use_cache=True)
+                lambda: model(ids, position_ids=position, **{CACHE_ARGUMENT: filled.cache}, use_cache=True)
             )
 
         case = f"decode at {context:,}, batch {batch}, eager"
@@ -204,7 +208,7 @@ def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
                     layers: Any = filled.cache.layers
                     for layer in layers:  # in the graph: every replay appends at the same place
                         layer.cumulative_length.fill_(context)
-                    return model(ids, position_ids=position, past_key_values=filled.cache, use_cache=True)
+                    return model(ids, position_ids=position, **{CACHE_ARGUMENT: filled.cache}, use_cache=True)
 
                 free_memory()
                 try:
@@ -255,9 +259,7 @@ def flex_case(subjects: Subjects, tokens: int) -> None:
         model, layer = subjects.models[name], subjects.module(name)
         model.set_attn_implementation("flex_attention")
         rotation = model.model.rotary_emb(hidden, position_ids=positions)
-        mask = create_causal_mask(
-            config=model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-        )
+        mask = create_causal_mask(model.config, hidden, None, None, positions)
 
         def run(layer: Any = layer, rotation: Any = rotation, mask: Any = mask) -> Any:
             return layer(hidden, position_embeddings=rotation, attention_mask=mask)[0]
