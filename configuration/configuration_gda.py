@@ -196,6 +196,10 @@ class GDAConfig(PretrainedConfig):
         """The base of RoPE, where transformers 4 looks for it."""
         return (self.rope_parameters or {}).get("rope_theta", self.default_theta)
 
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters = (self.rope_parameters or {}) | {"rope_theta": value}
+
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
         """RoPE's scaling, where transformers 4 looks for it: None where there is none."""

@@ -152,6 +152,15 @@ def test_the_class_says_that_it_can_be_served() -> None:
     assert all(getattr(module, "is_causal", True) for module in model.modules())
 
 
+def test_an_engine_may_set_what_it_reads_of_the_config() -> None:
+    """vLLM assigns `rope_theta`; transformers up to 5.20, of a tied model, its plan."""
+    config = tiny_config()
+    config.rope_theta = 77.0
+    assert config.rope_parameters["rope_theta"] == config.rope_theta == 77.0
+    config.base_model_tp_plan = {**config.base_model_tp_plan, "embed_tokens": "embedding_rowwise"}
+    assert "embed_tokens" in config.base_model_tp_plan
+
+
 @each_served
 @torch.no_grad()
 def test_norms_may_be_exchanged_by_their_name(fields: dict[str, Any]) -> None:
