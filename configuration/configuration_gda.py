@@ -478,7 +478,7 @@ def _one_rope(
         possible = rope is None or (isinstance(rope, dict) and not any(key in rope for key in LAYER_TYPES))
         _require(possible, name, "must be one dictionary for layers of all types", rope)
     rope = dict(rope_scaling or {} if rope_parameters is None else rope_parameters)
-    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", GDAConfig.default_theta if rope_theta is None else rope_theta)
     if partial_rotary_factor is not None:
         rope.setdefault("partial_rotary_factor", partial_rotary_factor)
