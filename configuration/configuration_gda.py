@@ -96,7 +96,7 @@ class GDAConfig(PretrainedConfig):
         attention_out_bias: Whether `o_proj` has a bias. `None`: as `attention_bias`. (In Qwen2 only the others do.)
         attention_dropout: Must be 0: the equations define no dropout for the difference of two attention maps.
         sliding_window: Number of keys that a sliding layer sees, as in Mistral. With a window of 1, pass
-            `use_cache=False`: the caches of transformers 5.23 keep too many keys.
+            `use_cache=False`: the caches of transformers keep too many keys.
         layer_types: `"full_attention"` or `"sliding_attention"` per layer. `None`: all sliding if there is a window.
 
     Raises:
@@ -163,15 +163,17 @@ class GDAConfig(PretrainedConfig):
             _require(name not in DERIVED, name, "follows from other fields and cannot be given", value)
             if meant := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.84):
                 raise ValueError(f"GDAConfig has no field `{name}`; did you mean `{meant[0]}`?")
+        undecided = "auto" in (kwargs.get("dtype"), kwargs.get("torch_dtype"))  # where there are no weights to decide
+        _require(not undecided, "dtype", "must name a floating-point type of torch", "auto")
         for name, value in fields.items():
             setattr(self, name, value)
+        _require(self.num_hidden_layers <= 10_000, "num_hidden_layers", "must be at most 10000", self.num_hidden_layers)
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         self.validate_architecture()
-        vars(self)["base_model_tp_plan"] = self._tensor_parallel_plan()
         # transformers 4 sets these to defaults of its own unless they are passed on.
         given = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
         passed_on = {name: fields[name] for name in given}
@@ -190,6 +192,10 @@ class GDAConfig(PretrainedConfig):
             for per_layer in ("layer_types", "lambda_init"):
                 if isinstance(values := vars(self).get(per_layer), list):
                     super().__setattr__(per_layer, values[:value])
+            if new_layers := vars(self).get("masked_layers"):
+                super().__setattr__("masked_layers", [layer for layer in new_layers if layer < value] or None)
+            if self.growth_mask is not None and not any(getattr(self, part) for part in GROWTH_FIELDS[1:]):
+                super().__setattr__("growth_mask", None)
 
     @property
     def rope_theta(self) -> float:
@@ -214,7 +220,7 @@ class GDAConfig(PretrainedConfig):
     def preset(cls, name: str, **changes: Any) -> "GDAConfig":
         """The configuration of a known shape, with `changes` to its fields.
 
-        `gda.configuration.presets` lists the names: Motif and DIFF models, and what expansion makes of some Llamas.
+        presets.py lists the names: Motif and DIFF models, and what expansion makes of some Llamas.
         docs/family.md gives the source of each number and says which are guesses.
 
         Raises:
@@ -344,6 +350,9 @@ class GDAConfig(PretrainedConfig):
             for holds, field, rule in rules():  # one after the other: a rule may rely on those before it
                 _require(holds, field, rule, getattr(self, field))
         self._validate_rope()
+        # transformers up to 5.20 adds the embeddings of a tied model to the plan
+        added = {name: way for name, way in vars(self).get("base_model_tp_plan", {}).items() if "layers." not in name}
+        vars(self)["base_model_tp_plan"] = self._tensor_parallel_plan() | added
 
     def _value_rules(self) -> Rules:
         for name in SIZES:

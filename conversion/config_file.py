@@ -30,7 +30,15 @@ BOUNDS = {
 # Fields that tell transformers of parts that a GDA model does not have.
 FOREIGN_PARTS = ("per_layer_config", "text_config", "decoder", "generator", "text_encoder", "mlp_layer_types")
 # Names that a config.json may hold although they are attributes of the class and no fields.
-ALLOWED_ATTRIBUTES = ("model_type", "name_or_path", "num_labels", "output_attentions", "torch_dtype", *ROPE_ARGUMENTS)
+ALLOWED_ATTRIBUTES = (
+    "_attn_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+    *ROPE_ARGUMENTS,
+)
 
 
 def _names_a_dtype(value: Any) -> bool:

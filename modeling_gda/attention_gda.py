@@ -26,7 +26,11 @@ from .configuration_gda import GDAConfig
 _parameters = signature(Qwen3Attention.forward).parameters.values()
 CACHE_ARGUMENT = next((each.name for each in _parameters if "Cache" in str(each.annotation)), "cache")
 
-Pair = tuple[Tensor, Tensor]  # of signal and noise heads
+Pair = tuple[Tensor, Tensor]  # signal and noise heads, or keys and values
+
+
+class UnusedCacheError(TypeError):
+    """A cache was handed over under a name that is not known here; decoding without it would give other text."""
 
 
 class GDARMSNormOfHead(nn.Module):
@@ -223,7 +227,17 @@ class GDAAttention(nn.Module):
         setattr(self, f"{name}_base", SharedBase(config.hidden_size, groups * self.head_dim, bias=False))
         setattr(self, f"{name}_down", nn.Linear(config.hidden_size, num_heads * rank, bias=False))
         setattr(self, f"{name}_up", HeadwiseUp(rank, num_heads, self.head_dim, bias=config.attention_bias))
-        setattr(self, f"{name}_proj", partial(self._project_by_factors, name))
+        self._bind_factored_projections()
+
+    def _bind_factored_projections(self) -> None:
+        """Functions in the place of `q_proj` and, with paired keys, `k_proj`."""
+        for name in self.config.factored_projections:
+            setattr(self, f"{name}_proj", partial(self._project_by_factors, name))
+
+    def _replicate_for_data_parallel(self) -> "GDAAttention":
+        replica = super()._replicate_for_data_parallel()
+        replica._bind_factored_projections()  # to its own weights
+        return replica
 
     def _project_by_factors(self, name: str, hidden_states: Tensor) -> Tensor:
         """Queries or keys (B, T, heads · d), heads in the order of a dense projection's rows."""
@@ -287,13 +301,13 @@ class GDAAttention(nn.Module):
         """Put keys and values (B, G, T, d) into the cache, if there is one, and return all that it holds.
 
         Raises:
-            TypeError: if something of `kwargs` is a cache, and this release hands it over in a way unknown here.
+            UnusedCacheError: if something of `kwargs` is a cache that this release hands over in an unknown way.
         """
         cache = kwargs.pop(CACHE_ARGUMENT, None)
         for name, argument in kwargs.items():
             paged = name == "cache" and not isinstance(argument, Cache)  # before 5.24 the interface updates it
             if not paged and (isinstance(argument, Cache) or type(argument).__name__.endswith("Cache")):
-                raise TypeError(
+                raise UnusedCacheError(
                     f"GDAAttention was given a {type(argument).__name__} as `{name}`, which it would not use: in "
                     f"transformers {transformers.__version__} the cache is expected as `{CACHE_ARGUMENT}`; update the "
                     "model's code, or use an older transformers"
@@ -388,19 +402,49 @@ def _attend_at_once(
         signal = signal.unflatten(2, (copies, -1))  # (B, N, copies, S / (N · copies), T, d)
         noise = noise.unsqueeze(2).expand(-1, -1, copies, -1, -1, -1)
         query = torch.cat((signal, noise), dim=3).flatten(1, 3)
-    output, maps = attention_interface(attention, query, key, value, attention_mask, **kwargs)
+    output, maps = _attend(attention_interface, attention, query, key, value, attention_mask, **kwargs)
     sizes = [ratio // copies, 1]
     # Serving engines return the outputs of one sequence as (T, H · d).
     signal, noise = output.reshape(batch, length, -1, sum(sizes), width).split(sizes, dim=3)
-    if not _draws_maps(attention, maps):
+    if maps is None:
         return (signal, noise), None
     signal_maps, noise_maps = maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
     return (signal, noise), (signal_maps, noise_maps)
 
 
-def _draws_maps(attention: GDAAttention, maps: Tensor | None) -> bool:
-    """Whether those are attention maps; flex attention returns something else in their place."""
-    return maps is not None and attention.config._attn_implementation in ("eager", "paged|eager")
+def _attend(
+    attention_interface: Callable,
+    module: Any,
+    query: Tensor,  # (B, H, T, d)
+    key: Tensor,  # (B, G, T_kv, d)
+    value: Tensor,  # (B, G, T_kv, d)
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One call of the interface: outputs (B, T, H, d) and, from eager, maps (B, H, T, T_kv).
+
+    In a step of decoding the query heads of a KV head become rows of one query, so that keys and values are read once
+    and not once for each. The backends that this is done for know of a row only what its mask says.
+    """
+    groups, implementation = module.num_key_value_groups, module.config._attn_implementation
+    packs = query.shape[2] == 1 and groups > 1 and implementation in ("eager", "sdpa")
+    packs = packs and kwargs.get("cache") is None  # a paged cache asks the module for more
+    batch, heads, _, width = query.shape
+    if packs:
+        module, query, kwargs = (
+            _HeadsOfAttention(module, 1),
+            query.reshape(batch, -1, groups, width),
+            kwargs | {"is_causal": False},
+        )
+        if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
+            attention_mask = attention_mask.reshape(batch, -1, groups, attention_mask.shape[-1])
+    output, maps = attention_interface(module, query, key, value, attention_mask, **kwargs)
+    if implementation not in ("eager", "paged|eager"):
+        maps = None  # flex attention returns something else in their place
+    if packs:  # (B, H / G, G, d) and (B, G, H / G, T_kv)
+        output = output.transpose(1, 2).reshape(batch, 1, heads, width)
+        maps = None if maps is None else maps.reshape(batch, heads, 1, -1)
+    return output, maps
 
 
 class _HeadsOfAttention:
@@ -443,8 +487,9 @@ def _attend_in_pairs(
             caches = {}
             if "k_cache" in kwargs:  # block tables: backends read these, (blocks, block size, G, d), for key and value
                 caches = {"k_cache": kwargs["k_cache"][:, :, member::2], "v_cache": kwargs["v_cache"][:, :, slab::2]}
-            output, map_ = attention_interface(
-                module, heads, key[:, member::2], value[:, slab::2], attention_mask, **(kwargs | caches)
+            keys, values = key[:, member::2], value[:, slab::2]
+            output, map_ = _attend(
+                attention_interface, module, heads, keys, values, attention_mask, **(kwargs | caches)
             )
             halves.append(output.reshape(batch, length, -1, size, attention.head_dim))
         outputs.append(torch.cat(halves, dim=-1))

@@ -133,6 +133,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         self.model_tags = ["grouped-differential-attention", "gda"]  # for the card of a model that is pushed
 
     def post_init(self) -> None:
+        self._no_split_modules = ["GDADecoderLayer"]  # and not what was replaced
         super().post_init()
         by_token = self.config.lambda_type != "reparameterized"
         names = ["lambda_proj"] if by_token else ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
@@ -237,9 +238,10 @@ class GDAForCausalLM(GDAPreTrainedModel, Qwen3ForCausalLM):
     """
 
     def __init__(self, config: GDAConfig):
-        with _without_layers(config):
+        with torch.device("meta"), _without_layers(config):  # its body and head are replaced
             super().__init__(config)
         self.model = GDAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 

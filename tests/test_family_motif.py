@@ -225,7 +225,7 @@ def test_scaled_rope_there_and_back(tmp_path: Path) -> None:
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "k_ratio": ({"k_ratio": 2}, "k_ratio=2"),
     "odd heads": ({"num_attention_heads": 5, "num_noise_heads": ...}, "num_attention_heads=5 is odd"),
-    "no heads": ({"num_attention_heads": 0, "num_noise_heads": ...}, "num_attention_heads=0"),
+    "no heads": ({"num_attention_heads": 0, "num_noise_heads": ...}, "num_attention_heads must be from 1"),
     "no width": ({"hidden_size": ...}, "has no hidden_size"),
     "null": ({"num_key_value_heads": None}, "has no num_key_value_heads"),
     "a string": ({"num_noise_heads": "two"}, "num_noise_heads"),

@@ -117,7 +117,7 @@ def ranks_agree(tensors: dict[str, torch.Tensor]) -> bool:
 
 def query_rows(model: PreTrainedModel) -> torch.Tensor:
     attention = model.model.layers[0].self_attn
-    return (attention.q_proj if hasattr(attention, "q_proj") else attention.q_up).weight
+    return (attention.q_up if hasattr(attention, "q_up") else attention.q_proj).weight
 
 
 def generated(model: PreTrainedModel) -> torch.Tensor:

@@ -78,7 +78,8 @@ def by_hand(model: Any, ids: Tensor) -> list[dict[str, float]]:
             attention.in_calls = in_calls
             stack.callback(delattr, attention, "in_calls")
             hook = attention.register_forward_pre_hook(
-                lambda module, args, kwargs, heard=heard: heard.append(module.compute_lambda(args[0])), with_kwargs=True
+                lambda module, _, kwargs, heard=heard: heard.append(module.compute_lambda(kwargs["hidden_states"])),
+                with_kwargs=True,
             )
             stack.callback(hook.remove)
             calls.append(heard)

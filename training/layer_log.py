@@ -1,4 +1,4 @@
-"""What each layer does while a model is trained: λ, both branches, what is subtracted, and gradients."""
+"""What each layer does while a model is trained: λ, signal and noise outputs, what is subtracted, and gradients."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ class LayerLog(TrainerCallback):
     A line with "layers" has for each layer
 
     - `lambda`: the mean of what is subtracted by, over tokens and heads;
-    - `signal_norm`, `noise_norm`: root mean square of what the branches give, before the subtraction;
+    - `signal_norm`, `noise_norm`: root mean square of signal and noise outputs, before the subtraction;
     - `subtracted`: |W (λ o_noise)|² / |W (o_signal − λ o_noise)|², as a split reports it: the energy of what is
       subtracted in the layer's output, relative to that of the difference. W is the output projection; masks of growth
       count, and the norm of heads, which follows, does not;

@@ -34,7 +34,7 @@ def choose(text: str) -> list[str]:
     """
     pinned = re.search(r"^transformers==(\S+)", CONSTRAINTS.read_text(), re.MULTILINE)
     assert pinned is not None
-    names = {"lowest": LOWEST, "sglang": SGLANG, "pinned": pinned[1], "newest": NEWEST}
+    names = {"lowest": LOWEST, "package": LOWEST_INSTALLED, "sglang": SGLANG, "pinned": pinned[1], "newest": NEWEST}
     words = [*RELEASES] if text == "all" else [word.strip() for word in text.split(",")]
     chosen = {names.get(word, word) for word in words}
     for word in chosen:

@@ -62,8 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--releases",
         metavar="LIST",
-        default="lowest,sglang,pinned,newest",
-        help="version numbers, lowest, sglang, pinned or newest, separated by commas, or all (default: %(default)s)",
+        default="lowest,package,sglang,pinned,newest",
+        help="version numbers, lowest, package, sglang, pinned or newest, separated by commas, or all (default: %(default)s)",
     )
     parser.add_argument(
         "--parts",

@@ -49,7 +49,7 @@ class StandIn(ModuleType):
     """A module, and a package, that has whatever is imported from it."""
 
     __path__: list[str] = []
-    __version__ = "3.5.0"  # triton's is compared
+    __version__: str = "3.5.0"  # triton's is compared
 
     def __getattr__(self, name: str) -> Any:
         return getattr(Anything(), name)
