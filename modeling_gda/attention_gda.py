@@ -493,7 +493,7 @@ def _attend_in_pairs(
             )
             halves.append(output.reshape(batch, length, -1, size, attention.head_dim))
         outputs.append(torch.cat(halves, dim=-1))
-        if _draws_maps(attention, map_):
+        if map_ is not None:
             maps.append(map_.unflatten(1, (-1, size)))
     return (outputs[0], outputs[1]), (maps[0], maps[1]) if maps else None
 

@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
         "--releases",
         metavar="LIST",
         default="lowest,package,sglang,pinned,newest",
-        help="version numbers, lowest, package, sglang, pinned or newest, separated by commas, or all (default: %(default)s)",
+        help="version numbers or names of them, separated by commas, or all (default: %(default)s)",
     )
     parser.add_argument(
         "--parts",
