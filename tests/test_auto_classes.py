@@ -321,3 +321,30 @@ def test_a_dtype_may_be_left_to_the_weights(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path, dtype="auto").dtype == "auto"
     with pytest.raises(ValueError, match=r"GDAConfig\.dtype .* got 'auto'"):
         tiny_config(dtype="auto")
+
+
+FIRST_LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "lists": {
+        "lambda_init": [0.1, 0.2, 0.3],
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "a new layer": {"growth_mask": 0.5, "masked_layers": [1]},
+}
+
+
+@pytest.mark.parametrize("fields", FIRST_LAYERS.values(), ids=FIRST_LAYERS)
+@torch.no_grad()
+def test_the_first_layers_of_a_model(fields: dict[str, Any], tmp_path: Path) -> None:
+    """`num_hidden_layers=1` loads the first layer alone; a model that is cut by hand can be saved and loaded again."""
+    model, ids = tiny_model(num_hidden_layers=3, **fields), token_ids(2, 9)
+    model.save_pretrained(tmp_path / "whole")
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1).eval()
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    expected = naive.run(model.state_dict(), model.config, ids).logits
+    assert relative_error(first(ids).logits, expected) <= 1e-5
+    model.save_pretrained(tmp_path / "cut")
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
+    assert torch.equal(cut(ids).logits, first(ids).logits)

@@ -299,3 +299,19 @@ def test_bfloat16_autocast(kv_layout: str) -> None:
     loss.backward()
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
+
+
+@BOTH_LAYOUTS
+def test_a_replica_projects_with_its_own_factors(kv_layout: str) -> None:
+    """`nn.DataParallel` copies modules, and what stands for q_proj must multiply with the copy's weights."""
+    attention = tiny_model(qk_rank=3, kv_layout=kv_layout).model.layers[0].self_attn
+    replica = attention._replicate_for_data_parallel()
+    hidden = torch.randn(1, 5, attention.config.hidden_size)
+    projections = ("q_proj",) if kv_layout == "shared" else ("q_proj", "k_proj")
+    before = [getattr(attention, name)(hidden) for name in projections]
+    for name in projections:
+        setattr(replica, f"{name[0]}_base", None)
+        with pytest.raises(TypeError):
+            getattr(replica, name)(hidden)
+    for name, expected in zip(projections, before, strict=True):
+        assert torch.equal(getattr(attention, name)(hidden), expected)
