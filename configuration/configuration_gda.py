@@ -38,6 +38,7 @@ OWN_FIELDS += ("head_norm", "head_norm_eps", "qk_norm", "qk_rank", "attention_ou
 # Properties that follow from the fields.
 DERIVED = ("num_signal_heads", "signal_noise_ratio", "signal_group_size", "value_width", "factored_projections")
 
+MAX_LAYERS = 10_000  # lists of a value for each layer are made of this number
 FLOAT32_MAX = torch.finfo(torch.float32).max
 Rules = Iterator[tuple[bool, str, str]]  # whether a rule holds, the field that it is about, and the rule in words
 
@@ -167,10 +168,11 @@ class GDAConfig(PretrainedConfig):
         _require(not undecided, "dtype", "must name a floating-point type of torch", "auto")
         for name, value in fields.items():
             setattr(self, name, value)
-        _require(self.num_hidden_layers <= 10_000, "num_hidden_layers", "must be at most 10000", self.num_hidden_layers)
+        layers = self.num_hidden_layers
+        _require(layers <= MAX_LAYERS, "num_hidden_layers", f"must be at most {MAX_LAYERS}", layers)
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
+            self.layer_types = [kind] * layers
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         self.validate_architecture()

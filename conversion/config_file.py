@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gda._files import read_json
-from gda.configuration.configuration_gda import ROPE_ARGUMENTS, GDAConfig
+from gda.configuration.configuration_gda import MAX_LAYERS, ROPE_ARGUMENTS, GDAConfig
 
 MAX_SIZE = 2**30
 MAX_NESTING = 20  # levels of lists and dictionaries; Python's own limit ends in a RecursionError
@@ -21,7 +21,7 @@ MAX_NESTING = 20  # levels of lists and dictionaries; Python's own limit ends in
 BOUNDS = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), (1, MAX_SIZE)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (1, 16_384)),
-    "num_hidden_layers": (1, 10_000),
+    "num_hidden_layers": (1, MAX_LAYERS),
     "head_dim": (1, 65_536),
     "sliding_window": (0, MAX_SIZE),
     "num_labels": (1, 100_000),  # transformers copies the map of labels each time that it shows a config

@@ -23,8 +23,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from .configuration_gda import GDAConfig
 
 # The name under which this release of transformers hands a layer its cache; 5.24 changed it.
-_parameters = signature(Qwen3Attention.forward).parameters.values()
-CACHE_ARGUMENT = next((each.name for each in _parameters if "Cache" in str(each.annotation)), "cache")
+CACHE_ARGUMENT = next(
+    (each.name for each in signature(Qwen3Attention.forward).parameters.values() if "Cache" in str(each.annotation)),
+    "cache",
+)
 
 Pair = tuple[Tensor, Tensor]  # signal and noise heads, or keys and values
 
@@ -197,6 +199,7 @@ class GDAAttention(nn.Module):
         self._add_projection("q", config.num_attention_heads)
         self._add_projection("k", config.num_key_value_heads)
         self._add_projection("v", config.num_key_value_heads)
+        self._bind_factored_projections()
         width = config.num_signal_heads * config.value_width
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bool(config.attention_out_bias))
         self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
@@ -227,7 +230,6 @@ class GDAAttention(nn.Module):
         setattr(self, f"{name}_base", SharedBase(config.hidden_size, groups * self.head_dim, bias=False))
         setattr(self, f"{name}_down", nn.Linear(config.hidden_size, num_heads * rank, bias=False))
         setattr(self, f"{name}_up", HeadwiseUp(rank, num_heads, self.head_dim, bias=config.attention_bias))
-        self._bind_factored_projections()
 
     def _bind_factored_projections(self) -> None:
         """Functions in the place of `q_proj` and, with paired keys, `k_proj`."""
@@ -448,7 +450,7 @@ def _attend(
 
 
 class _HeadsOfAttention:
-    """The attention module, as a backend is to see it that gets a part of its heads."""
+    """What a backend sees of the attention module when it gets a part of its heads."""
 
     def __init__(self, attention: GDAAttention, num_key_value_groups: int):
         self._attention = attention
