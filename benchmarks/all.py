@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from gda._files import read_json, write_json
+from gda.common.files import read_json, write_json
 
 HERE = Path(__file__).parent
 

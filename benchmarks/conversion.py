@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from gda._files import sha256
+from gda.common.files import sha256
 from gda.conversion.convert import convert
-from gda.conversion.recipes import Recipe, checkpoint_specs, generator_for
-from gda.conversion.safetensors_io import TensorSpec
-from gda.conversion.stream import shards_of, write_weights
+from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, generator_for
+from gda.conversion.tensors.safetensors_io import TensorSpec
+from gda.conversion.writing.stream import shards_of, write_weights
 
 
 def llama_config(gigabytes: float = 0.0, hidden_size: int = 2048) -> LlamaConfig:

@@ -24,7 +24,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from gda._errors import first_line
+from gda.common.errors import first_line
 
 Run = Callable[[], Any]
 

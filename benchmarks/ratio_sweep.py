@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gda._files import read_json, write_json
+from gda.common.files import read_json, write_json
 
 RATIOS: dict[str, tuple[int, int]] = {  # signal and noise heads
     "Transformer": (24, 0),
@@ -92,7 +92,7 @@ def prepare(text: Path | None, held_out: Path | None, folder: Path) -> None:
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from gda._text import python_documentation, read_text
+    from gda.common.text import python_documentation, read_text
 
     read = read_text(text, "--text")[1] if text else python_documentation()
     if held_out:

@@ -24,7 +24,7 @@ from processes import in_child
 from rich.console import Console
 from rich.table import Table
 
-from gda._files import read_json, write_json
+from gda.common.files import read_json, write_json
 
 MODELS = ("source", "split")
 
@@ -35,11 +35,11 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
     import gda  # noqa: F401
-    from gda._screen import quiet_transformers
-    from gda.training.data import collate, open_windows
+    from gda.common.screen import quiet_transformers
+    from gda.training.callbacks.guards import peak_memory
+    from gda.training.callbacks.layer_log import LayerLog
+    from gda.training.data.sequences import collate, open_windows
     from gda.training.distillation import Distillation
-    from gda.training.guards import peak_memory
-    from gda.training.layer_log import LayerLog
     from gda.training.parameters import choose_what_learns, count_learning
     from gda.training.trainer import GDATrainer
 
@@ -117,7 +117,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
 
 def loss_of(model: Any, ids: Any, context: int) -> float:
     """Nats a token."""
-    from gda._perplexity import perplexity
+    from gda.common.perplexity import perplexity
 
     model.eval()
     return math.log(perplexity(model, ids.to(model.device), context=context))

@@ -33,14 +33,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gda import GDAForCausalLM, convert
-from gda._perplexity import perplexity
-from gda._screen import quiet_transformers
-from gda._text import python_documentation
-from gda.conversion.layerwise import LayerwiseModel
-from gda.conversion.sources import Source, open_source
+from gda.common.perplexity import perplexity
+from gda.common.screen import quiet_transformers
+from gda.common.text import python_documentation
+from gda.conversion.modes.split import LAMBDAS, split_config, split_recipes
+from gda.conversion.sources.source import Source, open_source
 from gda.conversion.split.calibration import read_calibration
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
-from gda.conversion.split.layout import LAMBDAS, split_config, split_recipes
+from gda.conversion.tensors.layerwise import LayerwiseModel
 
 BATCH = 4
 NAIVE_LAMBDA = 0.1

@@ -6,21 +6,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gda._files import check_places, refuse_existing
-from gda._screen import quiet_transformers
-
-from .choices import noise_heads_of, refuse_calibration, refuse_choices, require_type
-from .factor import factored_config, factored_recipes, is_exact
-from .hub import check_name, require_token
-from .new_parts import new_by_conversion
-from .notes import notes_on, rank_notes
-from .plan import mode_of, planned_config, planned_recipes
-from .provenance import DTYPES, Settings
-from .push import PushReport, push
-from .recipes import is_lossless
-from .sources import open_source
-from .split.split import Splitter
-from .write_model import ConvertReport, planned_report, write_model
+from gda.common.files import check_places, refuse_existing
+from gda.common.screen import quiet_transformers
+from gda.conversion.modes.choices import noise_heads_of, refuse_calibration, refuse_choices, require_type
+from gda.conversion.modes.low_rank import factored_config, factored_recipes, is_exact
+from gda.conversion.modes.notes import notes_on, rank_notes
+from gda.conversion.modes.plan import mode_of, planned_config, planned_recipes
+from gda.conversion.push import PushReport, push
+from gda.conversion.sources.hub import check_name, require_token
+from gda.conversion.sources.source import open_source
+from gda.conversion.split.splitter import Splitter
+from gda.conversion.tensors.new_parameters import new_by_conversion
+from gda.conversion.tensors.recipes import is_lossless
+from gda.conversion.writing.provenance import DTYPES, Settings
+from gda.conversion.writing.write_model import ConvertReport, planned_report, write_model
 
 
 def convert(

@@ -12,18 +12,17 @@ from typing import Any
 
 from rich.console import Console
 
-from gda._files import check_places, refuse_existing
-from gda._screen import quiet_transformers
+from gda.common.files import check_places, refuse_existing
+from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
-
-from . import diffllama, motif
-from .expand import drop_noise_rows
-from .llamalike import LLAMALIKES, require_target, target_config
-from .recipes import Recipe, checkpoint_specs, copied
-from .safetensors_io import TensorSpec
-from .sources import Source, open_source
-from .staging import staged_model
-from .stream import write_checkpoint
+from gda.conversion.families import diffllama, motif
+from gda.conversion.families.llamalike import LLAMALIKES, require_target, target_config
+from gda.conversion.modes.expand import drop_noise_rows
+from gda.conversion.sources.source import Source, open_source
+from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
+from gda.conversion.tensors.safetensors_io import TensorSpec
+from gda.conversion.writing.staging import staged_model
+from gda.conversion.writing.stream import write_checkpoint
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gda._files import check_places, refuse_existing
-from gda._screen import quiet_transformers
+from gda.common.files import check_places, refuse_existing
+from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
-
-from .factor import PARTS, dense_config, folded, same_config
-from .provenance import DTYPES, Settings
-from .recipes import Recipe, checkpoint_specs, copied, is_lossless
-from .safetensors_io import TensorSpec
-from .sources import Source, open_source
-from .write_model import ConvertReport, planned_report, write_model
+from gda.conversion.modes.low_rank import PARTS, dense_config, folded, same_config
+from gda.conversion.sources.source import Source, open_source
+from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied, is_lossless
+from gda.conversion.tensors.safetensors_io import TensorSpec
+from gda.conversion.writing.provenance import DTYPES, Settings
+from gda.conversion.writing.write_model import ConvertReport, planned_report, write_model
 
 
 def fold(

@@ -6,21 +6,29 @@ from typing import Any
 
 from rich.console import Console
 
-from gda._files import check_places, refuse_existing
-from gda._screen import quiet_transformers
-from gda._trainable import Trainable
+from gda.common.files import check_places, refuse_existing
+from gda.common.screen import quiet_transformers
+from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
-
-from .choices import noise_heads_of, refuse_choices
-from .factor import dense_config
-from .growth import DEFAULT_NOISE, Draft, Growth, grown, layers_to_copy, planned, trainable, whole
-from .headmap import head_map
-from .notes import notes_on
-from .plan import mode_of
-from .provenance import DTYPES, Settings
-from .recipes import checkpoint_specs, is_lossless
-from .sources import CONVERTIBLE_TYPES, Source, open_source
-from .write_model import ConvertReport, planned_report, write_model
+from gda.conversion.growth.operators import (
+    DEFAULT_NOISE,
+    Draft,
+    Growth,
+    grown,
+    layers_to_copy,
+    planned,
+    trainable,
+    whole,
+)
+from gda.conversion.modes.choices import noise_heads_of, refuse_choices
+from gda.conversion.modes.low_rank import dense_config
+from gda.conversion.modes.notes import notes_on
+from gda.conversion.modes.plan import mode_of
+from gda.conversion.sources.source import CONVERTIBLE_TYPES, Source, open_source
+from gda.conversion.tensors.recipes import checkpoint_specs, is_lossless
+from gda.conversion.writing.headmap import head_map
+from gda.conversion.writing.provenance import DTYPES, Settings
+from gda.conversion.writing.write_model import ConvertReport, planned_report, write_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +110,7 @@ def grow(
     which sums to zero over each set of replicas, exactly, in the dtype of the weights: no logit changes.
 
     Tensors are streamed, `out` appears only when it is whole and verified, as with `convert`. It holds trainable.json:
-    which parameters are new (`gda._trainable.Trainable`).
+    which parameters are new (`gda.common.trainable.Trainable`).
 
     Args:
         model: Folder, Hub id or `.gguf` file: a GDA model, or one that `convert` takes, which is converted on the way.

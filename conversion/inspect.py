@@ -5,15 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gda._files import read_json
-from gda._screen import quiet_transformers
+from gda.common.files import read_json
+from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
-
-from .export import layer_lambdas
-from .factor import dense_config
-from .headmap import head_map
-from .recipes import checkpoint_specs
-from .sources import PROVENANCE_FILE, FolderSource, open_source
+from gda.conversion.export import layer_lambdas
+from gda.conversion.modes.low_rank import dense_config
+from gda.conversion.sources.source import PROVENANCE_FILE, FolderSource, open_source
+from gda.conversion.tensors.recipes import checkpoint_specs
+from gda.conversion.writing.headmap import head_map
 
 PARTS = {
     "embedding": r"embed_tokens\.",

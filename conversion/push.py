@@ -15,16 +15,15 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from rich.console import Console
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from gda._assets import LICENCE_PATTERNS
-from gda._files import read_json, write_text
-from gda._screen import quiet_transformers, shows_progress
+from gda.common.assets import LICENCE_PATTERNS
+from gda.common.files import read_json, write_text
+from gda.common.screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
+from gda.conversion.sources.hub import check_name, hub_errors
+from gda.conversion.sources.source import MODEL_PATTERNS, PROVENANCE_FILE, FolderSource, read_config
+from gda.conversion.tensors.safetensors_io import INDEX_FILE
+from gda.conversion.writing.card import CARD_FILE, model_card
 from gda.modeling_gda.modeling_gda import GDAModel
-
-from .card import CARD_FILE, model_card
-from .hub import check_name, hub_errors
-from .safetensors_io import INDEX_FILE
-from .sources import MODEL_PATTERNS, PROVENANCE_FILE, FolderSource, read_config
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")

@@ -13,19 +13,18 @@ from rich.console import Console
 from rich.progress import track
 from transformers import GenerationConfig, PreTrainedModel
 
-from gda._errors import CheckFailed, first_line
-from gda._screen import quiet_transformers, shows_progress
+from gda.common.errors import CheckFailed, first_line
+from gda.common.screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import ANNEAL_FIELDS, GROWTH_FIELDS, GDAConfig
+from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
+from gda.conversion.growth.operators import planned_growth
+from gda.conversion.modes.plan import mode_of, planned_config, planned_recipes
+from gda.conversion.sources.source import PROVENANCE_FILE, FolderSource, Source, open_source, resolve_folder
+from gda.conversion.tensors.layerwise import LayerwiseModel, memory_to_use
+from gda.conversion.tensors.recipes import Recipe
+from gda.conversion.writing.provenance import Settings, read_settings
+from gda.conversion.writing.stream import different_tensors
 from gda.modeling_gda.attention_gda import UnusedCacheError
-
-from .growth import planned_growth
-from .layerwise import LayerwiseModel, memory_to_use
-from .llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
-from .plan import mode_of, planned_config, planned_recipes
-from .provenance import Settings, read_settings
-from .recipes import Recipe
-from .sources import PROVENANCE_FILE, FolderSource, Source, open_source, resolve_folder
-from .stream import different_tensors
 
 LOSSLESS_THRESHOLD = 1e-5
 GREEDY_TOKENS = 16

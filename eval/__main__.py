@@ -6,9 +6,9 @@ All options are lm-eval's, and one more: `--dataset_root DIR` reads the data of 
 import argparse
 import sys
 
-from . import harness  # noqa: F401 - registers the model type, and says so if lm-eval is missing
-from .find_tasks import TaskManagerWithOurs
-from .local_data import data_from
+import gda.eval.lm_eval.harness  # noqa: F401 - registers the model type, and says so if lm-eval is missing
+from gda.eval.lm_eval.find_tasks import TaskManagerWithOurs
+from gda.eval.lm_eval.local_data import data_from
 
 
 def main() -> None:

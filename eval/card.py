@@ -10,10 +10,9 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
-from gda._files import write_text
-
-from .compare import Row
-from .run import EvalReport
+from gda.common.files import write_text
+from gda.eval.compare import Row
+from gda.eval.run import EvalReport
 
 TASK_TYPE = "text-generation"
 SOURCE = "lm-evaluation-harness"

@@ -11,15 +11,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gda._screen import shows_progress
-
-from .card import read_card
-from .card import update_card as write_card
-from .evaluate import split_names
-from .harness import ShownPrompt
-from .models import quiet_lm_eval
-from .report import tables, to_json, write_report
-from .run import EvalReport, Setting, run
+from gda.common.screen import shows_progress
+from gda.eval.card import read_card
+from gda.eval.card import update_card as write_card
+from gda.eval.evaluate import split_names
+from gda.eval.lm_eval.harness import ShownPrompt
+from gda.eval.models import quiet_lm_eval
+from gda.eval.report import tables, to_json, write_report
+from gda.eval.run import EvalReport, Setting, run
 
 WIDTH_OF_FILES = 160  # where nobody's screen breaks a line
 

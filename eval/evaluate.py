@@ -13,11 +13,10 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-from gda._errors import first_line
-
-from .find_tasks import load_tasks
-from .harness import GDALM
-from .models import find_model, quiet_lm_eval
+from gda.common.errors import first_line
+from gda.eval.lm_eval.find_tasks import load_tasks
+from gda.eval.lm_eval.harness import GDALM
+from gda.eval.models import find_model, quiet_lm_eval
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

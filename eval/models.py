@@ -17,13 +17,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gda._errors import first_line
-from gda._files import in_background, sha256
-from gda._screen import quiet_transformers
-from gda.conversion.config_file import read_config_file
-from gda.conversion.sources import Source, open_source, resolve_folder
-
-from .harness import GDALM, check_tokenizer, default_device
+from gda.common.errors import first_line
+from gda.common.files import in_background, sha256
+from gda.common.screen import quiet_transformers
+from gda.conversion.sources.config_file import read_config_file
+from gda.conversion.sources.source import Source, open_source, resolve_folder
+from gda.eval.lm_eval.harness import GDALM, check_tokenizer, default_device
 
 WEIGHTS = "*.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")

@@ -9,11 +9,10 @@ from lm_eval.utils import handle_non_serializable
 from rich.table import Table
 from rich.text import Text
 
-from gda._files import write_text
-from gda._html import page
-
-from .compare import Row
-from .run import EvalReport, Outcome
+from gda.common.files import write_text
+from gda.common.html import page
+from gda.eval.compare import Row
+from gda.eval.run import EvalReport, Outcome
 
 WITHIN = {True: "yes", False: "NO", None: ""}
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.html"

@@ -12,16 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from gda._perplexity import TextPerplexity, text_perplexity
-from gda._screen import shows_progress
 from gda._version import __version__
-
-from .compare import Row, rows_of
-from .diagnostics import DiagnosticsReport, diagnose, prompts_by_metadata
-from .evaluate import check_settings, notes, run_tasks
-from .find_tasks import load_tasks
-from .harness import GDALM, ShownPrompt
-from .models import Candidate, find_model
+from gda.common.perplexity import TextPerplexity, text_perplexity
+from gda.common.screen import shows_progress
+from gda.eval.attention.diagnostics import DiagnosticsReport, diagnose, prompts_by_metadata
+from gda.eval.compare import Row, rows_of
+from gda.eval.evaluate import check_settings, notes, run_tasks
+from gda.eval.lm_eval.find_tasks import load_tasks
+from gda.eval.lm_eval.harness import GDALM, ShownPrompt
+from gda.eval.models import Candidate, find_model
 
 DEFAULT_CONTEXT = 512  # tokens
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")

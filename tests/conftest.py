@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
-from .commands import Command, Outcome
-from .hub_server import TOKEN, Hub
+from .support.commands import Command, Outcome
+from .support.hub_server import TOKEN, Hub
 
 HUB = Hub()
 HF_HOME = tempfile.TemporaryDirectory(prefix="gda-tests-hf-")

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from .anneal import LambdaAnnealCallback
-from .distillation import Distillation
-from .growth import GrowthMaskCallback
-from .layer_log import LayerLog
-from .parameters import choose_what_learns, merged, optimizer_groups
-from .settings import TrainSettings
-from .trainer import GDATrainer
+from gda.training.anneal import LambdaAnnealCallback
+from gda.training.callbacks.layer_log import LayerLog
+from gda.training.distillation import Distillation
+from gda.training.growth import GrowthMaskCallback
+from gda.training.parameters import choose_what_learns, merged, optimizer_groups
+from gda.training.settings import TrainSettings
+from gda.training.trainer import GDATrainer
 
 __all__ = [
     "Distillation",

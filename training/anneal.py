@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from .rising import RisingCallback
+from gda.training.rising import RisingCallback
 
 
 class LambdaAnnealCallback(RisingCallback):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .rising import RisingCallback
+from gda.training.rising import RisingCallback
 
 
 class GrowthMaskCallback(RisingCallback):

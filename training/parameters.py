@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gda._trainable import Trainable
+from gda.common.trainable import Trainable
 from gda.modeling_gda.attention_gda import HeadwiseUp
 
 if TYPE_CHECKING:

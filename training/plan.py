@@ -10,16 +10,15 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
 from gda.configuration.configuration_gda import GDAConfig
-
-from .anneal import LambdaAnnealCallback
-from .data import Windows, open_windows
-from .distillation import Distillation
-from .growth import GrowthMaskCallback
-from .model_folder import load, read_config, read_tokenizer
-from .parameters import choose_what_learns, count_learning
-from .precision import launcher_wants_bfloat16
-from .processes import Processes, on_cpu
-from .settings import TrainSettings
+from gda.training.anneal import LambdaAnnealCallback
+from gda.training.data.sequences import Windows, open_windows
+from gda.training.distillation import Distillation
+from gda.training.growth import GrowthMaskCallback
+from gda.training.parameters import choose_what_learns, count_learning
+from gda.training.precision import launcher_wants_bfloat16
+from gda.training.runs.model_folder import load, read_config, read_tokenizer
+from gda.training.runs.processes import Processes, on_cpu
+from gda.training.settings import TrainSettings
 
 CONTEXT = 512
 # By default, how many losses are told of on the way, and how many checkpoints and measurements are made.

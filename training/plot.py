@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gda._files import write_text
-from gda._html import page
-
-from .run_folder import LOG_FILE
+from gda.common.files import write_text
+from gda.common.html import page
+from gda.training.runs.run_folder import LOG_FILE
 
 PAGE_FILE = "training.html"
 TEMPLATES = Path(__file__).parent / "templates"

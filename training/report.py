@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gda._numbers import exponential, finite
+from gda.common.numbers import exponential, finite
 from gda.conversion.push import PushReport
 
 

@@ -23,28 +23,27 @@ from transformers import (
 )
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from gda._errors import CheckFailed, first_line
-from gda._files import check_places, partial_of, refuse_existing
-from gda._numbers import finite
-from gda._screen import quiet_transformers
 from gda._version import __version__
-from gda.conversion.hub import check_name, require_token
+from gda.common.errors import CheckFailed, first_line
+from gda.common.files import check_places, partial_of, refuse_existing
+from gda.common.numbers import finite
+from gda.common.screen import quiet_transformers
 from gda.conversion.push import PushReport, push
-from gda.conversion.sources import resolve_folder
+from gda.conversion.sources.hub import check_name, require_token
+from gda.conversion.sources.source import resolve_folder
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
-
-from .data import collate
-from .guards import Interrupts, NotFinite, Shown, Stops, Watched, WholeCheckpoints, peak_memory
-from .layer_log import LayerLog
-from .model_folder import model_stamps, read_config, save
-from .parameters import is_adapted, merged, merged_state
-from .plan import Plan, arguments_of, context_of, make_plan, steps_of_a_pass
-from .processes import Processes
-from .report import TrainReport
-from .resuming import Resumed, require_state
-from .run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, begun_run, stamps, step_of
-from .settings import TrainSettings
-from .trainer import GDATrainer
+from gda.training.callbacks.guards import Interrupts, NotFinite, Shown, Stops, Watched, WholeCheckpoints, peak_memory
+from gda.training.callbacks.layer_log import LayerLog
+from gda.training.data.sequences import collate
+from gda.training.parameters import is_adapted, merged, merged_state
+from gda.training.plan import Plan, arguments_of, context_of, make_plan, steps_of_a_pass
+from gda.training.report import TrainReport
+from gda.training.runs.model_folder import model_stamps, read_config, save
+from gda.training.runs.processes import Processes
+from gda.training.runs.resuming import Resumed, require_state
+from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, begun_run, stamps, step_of
+from gda.training.settings import TrainSettings
+from gda.training.trainer import GDATrainer
 
 # What torch and safetensors say when the disk is full, or a quota: they raise no OSError.
 NOT_WRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write failed|I/O error|os error (27|28|122)")
@@ -403,7 +402,7 @@ def _versions() -> dict[str, str]:
 
 
 def _draw(out: Path) -> None:
-    from .plot import plot
+    from gda.training.plot import plot
 
     plot(out)
 

@@ -16,12 +16,11 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
-from gda._numbers import exponential
-
-from .distillation import NO_LABEL, Distillation, Parts
-from .layer_log import LayerLog, for_reporters
-from .parameters import is_adapted, merged_state, optimizer_groups, partly_frozen
-from .precision import keep_sums_wide
+from gda.common.numbers import exponential
+from gda.training.callbacks.layer_log import LayerLog, for_reporters
+from gda.training.distillation import NO_LABEL, Distillation, Parts
+from gda.training.parameters import is_adapted, merged_state, optimizer_groups, partly_frozen
+from gda.training.precision import keep_sums_wide
 
 # What a checkpoint of LoRA holds beside the plain model: all that learns, by its name in PEFT's model.
 LEARNED_FILE = "learned.safetensors"

@@ -145,11 +145,11 @@ def _interval(difference: Row | None) -> str:
 # ------------------------------------------------------------------------------------------------------------- section
 
 INTRODUCTIONS = {
-    "correctness": """Errors are ‖got − expected‖ / ‖expected‖ against a float64 reference on the CPU (`tests/naive.py`)
-of the same weights. Text is compared token by token with the model's own argmax without a cache. Where a text in
-bfloat16 first differs, the two tokens' logits must be a near tie, less than 0.1 standard deviations apart. A line has
-the worst of all configs: shared, shared with fewer noise heads than KV heads, shared with tanh λ, paired with head
-norm.""",
+    "correctness": """Errors are ‖got − expected‖ / ‖expected‖ against a float64 reference on the CPU
+(`tests/support/naive.py`) of the same weights. Text is compared token by token with the model's own argmax without a
+cache. Where a text in bfloat16 first differs, the two tokens' logits must be a near tie, less than 0.1 standard
+deviations apart. A line has the worst of all configs: shared, shared with fewer noise heads than KV heads, shared with
+tanh λ, paired with head norm.""",
     "speed": """bfloat16, sdpa unless said otherwise. Speed is Llama's time over the own, so above 1 is faster; in
 brackets what counting allows (FLOPs for prefill and training, bytes for decoding); memory is the peak of one run
 relative to Llama's. Shared GDA keeps the Llama's 32 query heads and adds 8 noise heads; paired has 16 + 4 heads with

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gda._text import python_documentation, read_text
+from gda.common.text import python_documentation, read_text
 
 CONTEXT = 512
 DEFAULT_TOKENS = 65536

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from ..layerwise import LayerwiseModel
-from .work import Work
+from gda.conversion.split.work import Work
+from gda.conversion.tensors.layerwise import LayerwiseModel
 
 BATCH = 4  # windows in a step
 # Adam's step relative to the root mean square of the weights of a tensor, so that it does not depend on their scale.

@@ -8,12 +8,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
-
-from ..layerwise import LayerwiseModel, layer_prefix
-from .heads import Moments, Split, split_layer, undivided_error
-from .layout import reordered
-from .merge import Merge, Statistics, merge_layer
-from .work import Work
+from gda.conversion.modes.split import reordered
+from gda.conversion.split.heads import Moments, Split, split_layer, undivided_error
+from gda.conversion.split.merge import Merge, Statistics, merge_layer
+from gda.conversion.split.work import Work
+from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 
 BATCH = 4  # windows that a layer reads at a time
 MOST_TOKENS = 32768  # that moments are taken of: more change nothing

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .merge import Merge
+from gda.conversion.split.merge import Merge
 
 RIDGE = 1e-6  # relative to the mean of the diagonal; from 1e-6 to 1e-3 it makes no difference
 

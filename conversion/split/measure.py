@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..layerwise import LayerwiseModel
+from gda.conversion.tensors.layerwise import LayerwiseModel
 
 BATCH = 4  # windows at a time
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from gda._files import read_json, remove, write_json
-
-from ..safetensors_io import TensorSpec, file_order, write_safetensors
+from gda.common.files import read_json, remove, write_json
+from gda.conversion.tensors.safetensors_io import TensorSpec, file_order, write_safetensors
 
 FINGERPRINT_FILE = "begun.json"
 

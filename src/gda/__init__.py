@@ -13,7 +13,7 @@ from gda._imports import when_imported
 from gda._version import __version__
 
 if TYPE_CHECKING:
-    from gda._demo import demo
+    from gda.commands.demo import demo
     from gda.configuration.configuration_gda import GDAConfig
     from gda.conversion.convert import convert
     from gda.conversion.export import export
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gda.conversion.inspect import inspect
     from gda.conversion.push import push
     from gda.conversion.verify import verify
-    from gda.eval.attention_report import attention
+    from gda.eval.attention.report import attention
     from gda.eval.evaluate import evaluate
     from gda.modeling_gda.modeling_gda import (
         GDAForCausalLM,
@@ -43,9 +43,9 @@ _HOMES = {
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.push": ["push"],
         "gda.conversion.verify": ["verify"],
-        "gda.eval.attention_report": ["attention"],
+        "gda.eval.attention.report": ["attention"],
         "gda.eval.evaluate": ["evaluate"],
-        "gda._demo": ["demo"],
+        "gda.commands.demo": ["demo"],
         "gda.configuration.configuration_gda": ["GDAConfig"],
         "gda.modeling_gda.modeling_gda": [
             "GDAForCausalLM",

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gda._errors import CheckFailed
 from gda._version import __version__
+from gda.common.errors import CheckFailed
 
 app = typer.Typer(
     help="Grouped Differential Attention: convert checkpoints, check, train, evaluate, look into, push and serve them.",
@@ -715,7 +715,7 @@ def serve(
     from transformers.cli.transformers import app as transformers_app
 
     from gda.configuration.configuration_gda import GDAConfig
-    from gda.conversion.sources import read_config, resolve_folder
+    from gda.conversion.sources.source import read_config, resolve_folder
     from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
     name, _, revision = model.partition("@")
@@ -835,8 +835,8 @@ def attention(
 
     The page needs no network. Maps that are too many are averaged, and the page says how; numbers never are.
     """
-    from gda.eval.attention_report import attention as run
-    from gda.eval.attention_report import check_outs
+    from gda.eval.attention.report import attention as run
+    from gda.eval.attention.report import check_outs
 
     check_outs(out, png, as_json=as_json, file=file, overwrite=overwrite)
     report = run(
@@ -869,7 +869,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Convert SmolLM2-135M-Instruct to 3:1 GDA, verify it, and let both generate."""
-    from gda._demo import demo as run
+    from gda.commands.demo import demo as run
 
     report = run(out, source=source, overwrite=overwrite, console=progress_console if as_json else Console())
     if as_json:

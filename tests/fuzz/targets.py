@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 import gda
-from gda.conversion import stream
+from gda.conversion.writing import stream
 
-from ..llamas import llama_model, save_llama
-from ..relatives import save_motif
-from ..splitting import save_text
-from ..test_gguf import SHAPE, write_gguf
+from ..conversion.test_gguf import SHAPE, write_gguf
+from ..support.llamas import llama_model, save_llama
+from ..support.relatives import save_motif
+from ..support.splitting import save_text
 
 STEPS: dict[str, Any] = {"steps": 2, "batch_size": 2, "context": 16, "save_every": 1, "keep": 2}
 TEXT = "".join(f"{i} times {i} is {i * i}. " for i in range(60))
@@ -128,7 +128,7 @@ def _train(folder: Path, model: str = "gda", *, data: str = "text.txt", **option
 
 def _begin_a_run(folder: Path) -> None:
     """What a training run leaves that is killed after its first checkpoint, and one that is killed at its end."""
-    from gda._files import StagedFolder
+    from gda.common.files import StagedFolder
 
     finish = StagedFolder.finish
 
@@ -140,7 +140,7 @@ def _begin_a_run(folder: Path) -> None:
         if not (folder / "begun-run").exists():
             shutil.copytree(folder / ".out.partial", folder / "begun-run")
 
-    from gda.training import guards
+    from gda.training.callbacks import guards
 
     marked = guards.mark_whole
     StagedFolder.finish, guards.mark_whole = interrupt, copy_and_go_on

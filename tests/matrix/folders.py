@@ -1,7 +1,7 @@
 """The models that every release is given, saved or converted once by the installed package.
 
 Each has a folder: `model` is the GDA model, `source` what it was converted from, if it was. `expected.safetensors`
-holds token ids, and what a model without a source computes from them by `tests/naive.py`.
+holds token ids, and what a model without a source computes from them by `tests/support/naive.py`.
 """
 
 import json
@@ -27,9 +27,9 @@ from transformers import (
 import gda
 from gda import GDAConfig, GDAForCausalLM
 
-from .. import naive
-from ..llamas import VOCAB_SIZE, byte_tokenizer
-from ..tiny import make_asymmetric, tiny_model
+from ..support import naive
+from ..support.llamas import VOCAB_SIZE, byte_tokenizer
+from ..support.tiny import make_asymmetric, tiny_model
 
 LENGTH, NEW_TOKENS = 40, 8  # the text is longer than every window, and than llama3's first context
 WINDOW = 6

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from gda import GDAConfig, GDAForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
 from tiny import make_asymmetric
 
 

@@ -1,0 +1,237 @@
+"""Motif-2-12.7B and Motif-2.6B: checkpoints whose tensors are a paired GDA's, name for name and row for row.
+
+Only the config speaks another language. transformers has no class for it, and the code in a Motif's folder is never
+run, so config.json is read here.
+
+    Motif                      GDA
+    num_noise_heads            the same; where it is absent, signal and noise are as many (Motif-2.6B)
+    attn_rms_norm_eps          head_norm_eps, with head_norm
+    use_bias                   attention_bias and mlp_bias
+    λ_init by layer            the depth schedule with lambda_init_offset −1
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from gda.common.errors import first_line
+from gda.common.files import write_json
+from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.families.refusals import require_fields, require_schedule
+from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
+from gda.conversion.tensors.safetensors_io import TensorSpec
+
+MODEL_TYPE = "motif"
+LAMBDA_INIT_OFFSET = -1
+
+# Fields without which nothing can be built, and what is taken for others that config.json may lack.
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+ASSUMED = {"rms_norm_eps": 1e-6, "attn_rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "poly_norm"}
+# Fields of Motif-3, whose attention and MLP are others.
+OF_ANOTHER_MOTIF = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "num_experts", "n_routed_experts")
+
+# Fields that mean the same in a Motif and in GDA.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+)
+
+
+@strict
+class MotifConfig(PreTrainedConfig):
+    """A Motif's config.json. `assumed` names the fields that it lacks and that were filled in."""
+
+    model_type: ClassVar[str] = MODEL_TYPE
+
+    vocab_size: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    num_noise_heads: int | None = None
+    k_ratio: int | float = 1
+    head_dim: int | None = None
+    hidden_act: str = "poly_norm"
+    max_position_embeddings: int = 8192
+    initializer_range: int | float = 0.02
+    rms_norm_eps: int | float = 1e-6
+    attn_rms_norm_eps: int | float = 1e-5
+    use_bias: bool = False
+    use_cache: bool = True
+    attention_dropout: int | float = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    layer_types: list[str] | None = None
+    assumed: list[str] | None = None
+
+
+def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
+    """The config that the JSON object `raw` of the file `path` holds.
+
+    Raises:
+        ValueError: naming file and field, for what is absent, impossible or not done here.
+    """
+    for name in OF_ANOTHER_MOTIF:
+        if raw.get(name) is not None:
+            raise ValueError(
+                f"{path} has {name}, as Motif-3 does; of the Motifs, Motif-2 and Motif-2.6B can be converted"
+            )
+    for name in REQUIRED:
+        if raw.get(name) is None:
+            raise ValueError(f"{path} has no {name}, which a Motif's config names")
+    assumed = [name for name in ASSUMED if raw.get(name) is None]
+    if raw.get("rope_parameters") is not None and "rope_theta" in assumed:
+        assumed.remove("rope_theta")
+    fields = {
+        name: value for name, value in raw.items() if value is not None and name not in ("model_type", "auto_map")
+    }
+    fields |= {name: ASSUMED[name] for name in assumed} | {"assumed": assumed}
+    try:
+        config = MotifConfig(**fields)
+    except Exception as error:  # whatever a malformed file makes the config class raise
+        raise ValueError(f"{path} is not a valid configuration: {first_line(error)}") from None
+    _refuse_what_is_not_done(config, path)
+    if config.num_noise_heads is None:
+        config.num_noise_heads = config.num_attention_heads // 2
+    if config.head_dim is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    try:
+        mapped_config(config, None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def _refuse_what_is_not_done(config: MotifConfig, path: Path) -> None:
+    if config.k_ratio != 1:
+        raise ValueError(
+            f"{path} has k_ratio={config.k_ratio}: several signal keys for each noise key, which GDA's pairs of one "
+            "and one do not hold; only k_ratio=1 can be converted"
+        )
+    if config.num_attention_heads < 1:
+        raise ValueError(f"{path} has num_attention_heads={config.num_attention_heads}; it must be at least 1")
+    if config.num_noise_heads is None and config.num_attention_heads % 2:
+        raise ValueError(
+            f"{path} has no num_noise_heads, so half of the query heads are noise, but num_attention_heads="
+            f"{config.num_attention_heads} is odd"
+        )
+    if config.use_sliding_window and config.sliding_window is not None:
+        raise ValueError(f"{path} has use_sliding_window; which layers of a Motif slide is not known here")
+    if set(config.layer_types or ()) - {"full_attention"}:
+        raise ValueError(f"{path} has layer_types={config.layer_types}; only full attention is known of a Motif")
+
+
+def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDAConfig:
+    """The GDA configuration of a Motif."""
+    return GDAConfig(
+        **{name: getattr(source, name) for name in SHARED_FIELDS},
+        head_dim=source.head_dim,
+        num_noise_heads=source.num_noise_heads,
+        kv_layout="paired",
+        lambda_type="reparameterized",
+        lambda_init=None,
+        lambda_init_offset=LAMBDA_INIT_OFFSET,
+        head_norm=True,
+        head_norm_eps=source.attn_rms_norm_eps,
+        attention_bias=source.use_bias,
+        mlp_bias=source.use_bias,
+        dtype=dtype or source.dtype,
+        architectures=["GDAForCausalLM"],
+    )
+
+
+def mapped_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
+    """Every tensor is the source's of the same name; λ is never narrowed."""
+    return {
+        name: copied(name, source[name], dtype if dtype is None or ".lambda_" not in name else torch.float32)
+        for name in checkpoint_specs(config)
+    }
+
+
+def source_specs(config: PreTrainedConfig) -> dict[str, TensorSpec]:
+    """The tensors that a Motif of that config holds."""
+    return checkpoint_specs(mapped_config(config, None))
+
+
+def notes(config: PreTrainedConfig) -> list[str]:
+    """What of a Motif's config was guessed, or is left out."""
+    told = [f"config.json names no {name}; {ASSUMED[name]} is assumed" for name in config.assumed or []]
+    if config.sliding_window is not None:
+        told.append(f"sliding_window={config.sliding_window} is left out, since use_sliding_window is not set")
+    return told
+
+
+def require_exportable(config: GDAConfig) -> None:
+    """Raise ValueError naming the field or the layer, if a Motif cannot compute what `config` says."""
+    wanted = {
+        "kv_layout": "paired",
+        "lambda_type": "reparameterized",
+        "head_norm": True,
+        "qk_norm": False,
+        "qk_rank": None,
+        "sliding_window": None,
+        "attention_out_bias": config.attention_bias,  # one field, use_bias, says all three
+        "mlp_bias": config.attention_bias,
+    }
+    require_fields(config, "a Motif", wanted)
+    require_schedule(config, "a Motif", LAMBDA_INIT_OFFSET)
+
+
+def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec]) -> dict[str, Recipe]:
+    """Every tensor is the model's of the same name."""
+    return mapped_recipes(config, source, None)
+
+
+def write_exported_config(config: GDAConfig, folder: Path) -> None:
+    """Write `folder`/config.json as Motif's own code reads it, which knows RoPE by its older names."""
+    rope = dict(config.rope_parameters or {})
+    theta = rope.pop("rope_theta")
+    written = {
+        "architectures": ["MotifForCausalLM"],
+        "model_type": "Motif",
+        **{name: getattr(config, name) for name in SHARED_FIELDS if name != "rope_parameters"},
+        "head_dim": config.head_dim,
+        "num_noise_heads": config.num_noise_heads,
+        "k_ratio": 1,
+        "attn_rms_norm_eps": config.head_norm_eps,
+        "use_bias": config.attention_bias,
+        "attention_dropout": 0.0,
+        "rope_theta": theta,
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+    }
+    if config.signal_noise_ratio == 1 and config.num_attention_heads * config.head_dim == config.hidden_size:
+        del written["num_noise_heads"]  # Motif-2.6B's code does not know the field, and takes half of the heads
+    write_json(folder / "config.json", written)

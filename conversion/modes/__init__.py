@@ -1,0 +1,1 @@
+"""Conversion modes: how each output tensor is computed."""

@@ -1,0 +1,181 @@
+"""GGUF files as a source: tensors are dequantized to float32 one at a time."""
+
+import contextlib
+import functools
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gda.common.errors import first_line
+from gda.common.screen import quiet_transformers
+from gda.conversion.families.llamalike import head_dim
+from gda.conversion.sources.source import Source, read_tokenizer, require_known_type
+from gda.conversion.tensors.file_range import FileRange, stamp_of
+from gda.conversion.tensors.recipes import meta_model
+from gda.conversion.tensors.safetensors_io import TensorSpec
+
+# Metadata that changes what a model computes and that transformers does not read, and the value that changes nothing.
+# Names follow that of the architecture. llama.cpp calls a Mistral's "llama", and runs it without its window.
+UNREAD_METADATA = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "expert_count": 0,
+    "attention.sliding_window": 0,
+}
+HEAD_WIDTHS = ("attention.key_length", "attention.value_length")
+
+
+class GGUFSource(Source):
+    """A GGUF file of a Llama, Mistral, Qwen2 or Qwen3.
+
+    Names, the order of q and k rows, config and tokenizer are translated by transformers' own tables.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ImportError: if the package `gguf` is.
+        ValueError: for a damaged file, another architecture, or contents that transformers would drop silently.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+        self.path = path
+        self.name = path.name
+        self.revision = None
+        self.weight_files = [path]
+        self._stamp = stamp_of(path)
+        try:
+            self._reader = GGUFReader(path)
+            self._require_layers()
+            self.config = self._read_config()
+        except Exception as error:  # a damaged file can make the reader raise anything
+            raise ValueError(f"{path} is not a GGUF file of a model that can be read: {first_line(error)}") from None
+        require_known_type(self.config.model_type, path)
+        self._refuse_unread_contents()
+        self._tensors = self._tensors_by_name()
+        self.specs = {
+            name: TensorSpec(tuple(int(size) for size in reversed(tensor.shape)), torch.float32)
+            for name, tensor in self._tensors.items()
+        }
+        self._check_tensors(path)
+
+    def _require_layers(self) -> None:
+        """A number of layers is what others make lists and tables of; no more can be than there are tensors."""
+        layers = self._metadata("block_count")
+        if not isinstance(layers, int) or layers > len(self._reader.tensors):
+            raise ValueError(
+                f"{self._architecture}.block_count is {layers}, but it holds {len(self._reader.tensors)} tensors"
+            )
+
+    def _read_config(self) -> PreTrainedConfig:
+        with quiet_transformers():
+            read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
+        config = type(read)(**fields)  # what is read carries attributes that no saved config should have
+        config.dtype = torch.float32
+        return config
+
+    def _refuse_unread_contents(self) -> None:
+        for key, harmless in UNREAD_METADATA.items():
+            if self._metadata(key) not in (None, harmless):
+                raise ValueError(
+                    f"{self.path}: {self._architecture}.{key} is not read by transformers; "
+                    "convert from the safetensors model"
+                )
+        for key in HEAD_WIDTHS:
+            if self._metadata(key) not in (None, head_dim(self.config)):
+                raise ValueError(
+                    f"{self.path}: {self._architecture}.{key} is {self._metadata(key)}, but transformers reads a "
+                    f"head_dim of {head_dim(self.config)}; convert from the safetensors model"
+                )
+
+    @property
+    def _architecture(self) -> str:
+        """llama.cpp's name for the type of model: that of its tensors' order, and of its metadata."""
+        return self._reader.fields["general.architecture"].contents()
+
+    def _metadata(self, key: str) -> Any:
+        field = self._reader.fields.get(f"{self._architecture}.{key}")
+        return None if field is None else field.contents()
+
+    def _tensors_by_name(self) -> dict[str, Any]:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+        processor_class = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
+        self._processor = processor_class(config=self.config.to_dict())
+        try:
+            names = get_gguf_hf_weights_map(meta_model(self.config), self._processor)
+        except NotImplementedError:  # a file whose general.name is "mistral", to which transformers gives that type
+            raise ValueError(
+                f"{self.path}: transformers has no table of the tensors of a {self.config.model_type} in GGUF; "
+                "convert from the safetensors model"
+            ) from None
+        tensors = {}
+        for tensor in self._reader.tensors:
+            if tensor.name not in names:
+                raise ValueError(
+                    f"{self.path}: tensor {tensor.name} has no counterpart in transformers' {self.config.model_type}; "
+                    "convert from the safetensors model"
+                )
+            tensors[names[tensor.name]] = tensor
+        return tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        from gguf import dequantize
+
+        tensor = self._tensors[name]
+        data = np.empty_like(tensor.data, subok=False)  # read, since what the reader maps cannot fail with an error
+        stored = FileRange(self.path, int(tensor.data_offset), data.nbytes, self._stamp)
+        stored.read_into(data.reshape(-1).view(np.uint8).data, f"tensor {tensor.name}")
+        weights = dequantize(data, tensor.tensor_type)
+        processed = self._processor.process(weights=weights, name=tensor.name, tensor_key_mapping={})
+        return torch.tensor(processed.weights, dtype=torch.float32)
+
+    def load(self) -> PreTrainedModel:
+        # By transformers' own reader, so that a verification does not rest on ours. Its progress bar has no switch.
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path.parent,
+                    gguf_file=self.path.name,
+                    config=self.config,
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
+                )
+        except Exception as error:  # whatever a malformed file makes transformers raise
+            raise ValueError(f"{self.path}: transformers cannot load it: {first_line(error)}") from None
+        return model.eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        with quiet_transformers():
+            return read_tokenizer(self.path.parent, gguf_file=self.path.name)
+
+    def copy_assets(self, folder: Path) -> None:
+        if (tokenizer := self.tokenizer()) is not None:
+            tokenizer.save_pretrained(folder)
+        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+
+    def card_data(self) -> dict[str, Any]:
+        fields = {"license": "general.license", "language": "general.languages"}
+        found = {key: self._reader.fields.get(field) for key, field in fields.items()}
+        return {key: field.contents() for key, field in found.items() if field is not None}

@@ -1,0 +1,1 @@
+"""Tensors of checkpoints: how they are read, made and written."""

@@ -1,0 +1,164 @@
+"""Running a language model with one of its layers in memory."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import get_max_memory
+from torch.func import functional_call
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_sliding_window_causal_mask
+
+from gda.conversion.families.llamalike import layer_windows
+from gda.conversion.tensors.recipes import meta_model
+from gda.modeling_gda.attention_gda import Fade
+
+# What a model may take of the memory that is free.
+SHARE_OF_MEMORY = 1 / 4
+
+# What the installed transformers calls the cache that it hands to a model. A model that is verified is not asked.
+CACHE_ARGUMENT = next(
+    (
+        name
+        for name, argument in inspect.signature(LlamaForCausalLM.forward).parameters.items()
+        if "Cache" in str(argument.annotation)
+    ),
+    "cache",
+)
+
+
+def memory_to_use() -> float:
+    """Bytes that may be filled with what could as well be read again."""
+    return get_max_memory()["cpu"] * SHARE_OF_MEMORY
+
+
+def layer_prefix(index: int) -> str:
+    """What the names of a layer's tensors begin with."""
+    return f"model.layers.{index}."
+
+
+class LayerwiseModel:
+    """A causal language model whose tensors are read when a layer is run, in float32, and dropped after it.
+
+    Sequences are whole and without padding.
+
+    Args:
+        config: Its configuration.
+        read: Gives the tensor of a name.
+        device: Where it computes.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        read: Callable[[str], torch.Tensor],
+        device: torch.device | str = "cpu",
+    ):
+        self.model = meta_model(config).eval()  # a source may have dropout
+        self.config = self.model.config
+        self.device = torch.device(device)
+        self._read = read
+        self._rotary = self._new_rotary()
+        self._windows = layer_windows(self.config)
+        for part in self.model.modules():
+            if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
+                part.value = torch.tensor(getattr(config, part.field), device=self.device)
+
+    def of_config(self, config: PreTrainedConfig) -> "LayerwiseModel":
+        """A model of another configuration, with the same tensors where it asks for them."""
+        return LayerwiseModel(config, self._read, self.device)
+
+    @property
+    def num_layers(self) -> int:
+        """Its layers."""
+        return len(self._windows)
+
+    def layer(self, index: int) -> Any:
+        """The module of layer `index`, on the meta device: for hooks, and for its shapes."""
+        return self.model.model.layers[index]
+
+    def tensors(self, index: int, without: str | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of layer `index` by their names in it, but for those that begin with `without`."""
+        names = [name for name in self.layer(index).state_dict() if without is None or not name.startswith(without)]
+        return {name: self._tensor(layer_prefix(index) + name) for name in names}
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B, T) → hidden states (B, T, hidden)."""
+        # The rows that are asked for, and no copy of the others in another dtype.
+        rows = torch.nn.functional.embedding(ids, self._read("model.embed_tokens.weight"))
+        return rows.to(self.device, torch.float32)
+
+    def run(self, index: int, tensors: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        """Layer `index`, with those tensors: hidden states (B, T, hidden) → (B, T, hidden)."""
+        positions = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
+        inputs = {
+            "attention_mask": self._mask(index, states, positions),
+            "position_ids": positions,
+            "position_embeddings": self._rotary(states, positions),
+        }
+        return functional_call(self.layer(index), dict(tensors), (states,), inputs)
+
+    def decode(
+        self, index: int, tensors: Mapping[str, torch.Tensor], states: torch.Tensor, prefill: int
+    ) -> torch.Tensor:
+        """Layer `index` as `generate` runs it: hidden states (B, T, hidden) → (B, T, hidden).
+
+        The first `prefill` positions go in at once, the others one by one, and the cache carries keys and values from
+        step to step. The model's own forward makes masks and positions and hands the cache on to the layer.
+        """
+        model = self._around(index)
+        parameters = {f"{layer_prefix(0)}{name}": tensor for name, tensor in tensors.items()}
+        inputs = {"use_cache": True, CACHE_ARGUMENT: DynamicCache(config=model.config)}
+        steps = (states[:, :prefill], *states[:, prefill:].split(1, dim=1))
+        outputs = [functional_call(model, parameters, (), inputs | {"inputs_embeds": step}).logits for step in steps]
+        return torch.cat(outputs, dim=1)
+
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The last norm and the head, as a function of hidden states (…, hidden) → logits (…, vocabulary)."""
+        norm = {name: self._tensor(f"model.norm.{name}") for name in self.model.model.norm.state_dict()}
+        tied = self.config.tie_word_embeddings
+        weight = self._tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+
+        def logits(states: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(functional_call(self.model.model.norm, norm, (states,)), weight)
+
+        return logits
+
+    def _around(self, index: int) -> PreTrainedModel:
+        """The model with layer `index` as its only one, and with hidden states in the place of its logits."""
+        model, layer = self._bare, copy.deepcopy(self.layer(index))
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = 0  # where the cache keeps the keys and values of the first layer
+        model.model.layers = torch.nn.ModuleList([layer])
+        model.model.rotary_emb = self._new_rotary()  # a dynamic one remembers how long its sequences have been
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = [self.config.layer_types[index]]
+        return model
+
+    @functools.cached_property
+    def _bare(self) -> PreTrainedModel:
+        """The model without what comes before and after its layers. Its config is its own, not that of the layers."""
+        model = copy.deepcopy(self.model)
+        model.config = model.model.config = copy.deepcopy(self.config)
+        model.config.num_hidden_layers = 1
+        model.config.return_dict, model.config.output_hidden_states = True, False
+        model.model.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
+        return model
+
+    def _new_rotary(self) -> torch.nn.Module:
+        return type(self.model.model.rotary_emb)(self.config).to(self.device)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return self._read(name).to(self.device, torch.float32)
+
+    def _mask(self, index: int, states: torch.Tensor, positions: torch.Tensor) -> Any:
+        """What a layer may see; None is causal, as sdpa takes it."""
+        window = self._windows[index]
+        if window is None or window >= states.shape[1]:
+            return None
+        # By position: transformers has renamed the fourth, the cache. There is none, nor is there padding.
+        return create_sliding_window_causal_mask(self.config, states, None, None, positions)

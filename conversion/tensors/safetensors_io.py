@@ -1,0 +1,215 @@
+"""Safetensors checkpoints as streams: one tensor in memory, whatever the size of a shard."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gda.common.errors import first_line
+from gda.common.files import read_json, written_beside
+from gda.conversion.tensors.file_range import FileRange, stamp_of
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# In the order in which safetensors lays tensors out in a file: widest first, bfloat16 before float16.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that may not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class SafetensorsReader:
+    """The tensors of a folder of safetensors files, by name.
+
+    Files are chosen as transformers chooses them: `model.safetensors`, else the shards named by
+    `model.safetensors.index.json`. Opening reads and checks every header; a tensor is read when it is asked for, so
+    memory is that of the tensors in use.
+
+    Raises:
+        FileNotFoundError: if there are no weights, or a shard is missing.
+        ValueError: for weights that are pickles, an index that is not one or points out of the folder, a truncated
+            or contradictory file, a tensor of a dtype that is not a float.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.specs: dict[str, TensorSpec] = {}
+        self._files: dict[str, str] = {}
+        self._ranges: dict[str, FileRange] = {}
+        indexed = self._indexed_names()
+        for file in sorted(set(indexed.values())) if indexed else [WEIGHTS_FILE]:
+            self._read_header(file)
+        for name, file in (indexed or {}).items():
+            if self._files.get(name) != file:
+                raise ValueError(f"{folder / INDEX_FILE} places tensor {name} in {file}, which does not hold it")
+        if indexed and (unlisted := sorted(set(self._files) - set(indexed))):
+            raise ValueError(
+                f"{folder / self._files[unlisted[0]]} holds {unlisted[0]}, which {INDEX_FILE} does not list"
+            )
+        self.files = sorted(set(self._files.values()))
+
+    def _indexed_names(self) -> dict[str, str] | None:
+        if (self.folder / WEIGHTS_FILE).is_file():
+            return None
+        index_path = self.folder / INDEX_FILE
+        if not index_path.is_file():
+            pickles = sorted(path.name for path in self.folder.glob("*.bin")) + sorted(
+                path.name for path in self.folder.glob("*.pt*")
+            )
+            if pickles:
+                raise ValueError(
+                    f"{self.folder / pickles[0]} is a pickle, which can run code when read; "
+                    "save the model as safetensors first"
+                )
+            raise FileNotFoundError(f"{self.folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+        index = read_json(index_path)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
+            raise ValueError(f"{index_path} lacks metadata or a weight_map of tensor names to files")
+        for name, file in names.items():
+            if not isinstance(file, str) or file != Path(file).name or "\\" in file or file in ("", ".", ".."):
+                raise ValueError(f"{index_path} places tensor {name} in {file!r}, which is not a file of this folder")
+        return names
+
+    def _read_header(self, file: str) -> None:
+        path = self.folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, though {INDEX_FILE} names it")
+        try:
+            stamp = stamp_of(path)
+            with safe_open(path, framework="pt") as opened:
+                ranges = _ranges(path, stamp)
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    tensor = opened.get_slice(name)
+                    dtype = DTYPES.get(tensor.get_dtype())
+                    if dtype is None:
+                        raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, not one of {list(DTYPES)}")
+                    self.specs[name] = TensorSpec(tuple(tensor.get_shape()), dtype)
+                    self._files[name] = file
+                    self._ranges[name] = ranges[name]
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, in memory of its own.
+
+        Raises:
+            KeyError: if there is none of that name.
+            ValueError: naming file and tensor, if the file cannot be read any more or has changed.
+        """
+        tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        self._ranges[name].read_into(_memory_of(tensor), f"tensor {name}")
+        return tensor
+
+    def stored(self, name: str) -> FileRange:
+        """Where the tensor `name` lies.
+
+        Raises:
+            KeyError: if there is none of that name.
+        """
+        return self._ranges[name]
+
+
+def _ranges(path: Path, stamp: tuple[int, int]) -> dict[str, FileRange]:
+    """Where the tensors of a file lie whose header safetensors has found sound."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: FileRange(path, 8 + length + begin, end - begin, stamp)
+        for name, (begin, end) in ((name, entry["data_offsets"]) for name, entry in header.items())
+    }
+
+
+def write_safetensors(
+    path: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor | FileRange]]
+) -> str:
+    """Write a safetensors file tensor by tensor, beside its place, byte for byte as `safetensors.torch.save_file`.
+
+    Args:
+        path: The file to make.
+        specs: Shape and dtype of every tensor.
+        tensors: The tensors themselves, or where their bytes lie in another such file, in the order of
+            `file_order(specs)`; each may be dropped once written.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        ValueError: if a tensor is not of its spec.
+    """
+    header = _header(specs)
+    digest = hashlib.sha256(header)
+    hashed: Future[None] | None = None
+    with ThreadPoolExecutor(max_workers=1) as hasher, written_beside(path) as file:
+        file.write(header)
+        for name, tensor in tensors:
+            data = _bytes_of(tensor, specs[name], f"{path}: {name}")
+            if hashed is not None:
+                hashed.result()  # one tensor is hashed while the next is written, so two are in memory
+            hashed = hasher.submit(_hash, digest, data)
+            data.append_to(file) if isinstance(data, FileRange) else file.write(data)
+        if hashed is not None:
+            hashed.result()
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor | FileRange, spec: TensorSpec, name: str) -> memoryview | FileRange:
+    if isinstance(tensor, FileRange):
+        if tensor.nbytes != spec.nbytes:
+            raise ValueError(f"{name} is {tensor.nbytes} bytes, not {spec}")
+        return tensor
+    if TensorSpec(tuple(tensor.shape), tensor.dtype) != spec:
+        raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {spec}")
+    return _memory_of(tensor.contiguous())
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _hash(digest: "hashlib._Hash", data: memoryview | FileRange) -> None:
+    for chunk in data.chunks() if isinstance(data, FileRange) else (data,):
+        digest.update(chunk)
+
+
+def file_order(specs: dict[str, TensorSpec]) -> list[str]:
+    """The names in the order in which safetensors lays them out in one file."""
+    widths = list(DTYPES.values())
+    return sorted(specs, key=lambda name: (widths.index(specs[name].dtype), name))
+
+
+def _header(specs: dict[str, TensorSpec]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in file_order(specs):
+        spec = specs[name]
+        end = offset + spec.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

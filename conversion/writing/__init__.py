@@ -1,0 +1,1 @@
+"""Writing the folder of a converted model."""

@@ -1,0 +1,234 @@
+"""Writing a checkpoint as a stream: shard after shard, tensor after tensor, resumable from the shards that are done."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from huggingface_hub.serialization._base import parse_size_to_int
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from gda._version import __version__
+from gda.common.files import read_json, remove, sha256, write_json, write_text
+from gda.common.screen import shows_progress
+from gda.conversion.sources.source import Source
+from gda.conversion.tensors.file_range import FileRange
+from gda.conversion.tensors.recipes import Recipe
+from gda.conversion.tensors.safetensors_io import INDEX_FILE, SafetensorsReader, file_order, write_safetensors
+
+MANIFEST_FILE = "manifest.json"
+FILENAME_PATTERN = "model{suffix}.safetensors"
+
+
+def shards_of(recipes: dict[str, Recipe], max_shard_size: str | int) -> dict[str, list[str]]:
+    """Tensor names by file: files and order are those of `save_pretrained` with that `max_shard_size`.
+
+    Raises:
+        ValueError: if `max_shard_size` is not a positive size such as "5GB".
+    """
+    size = _parsed_size(max_shard_size)
+    split = split_state_dict_into_shards_factory(
+        {name: recipe.spec for name, recipe in recipes.items()},
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern=FILENAME_PATTERN,
+        max_shard_size=size,
+    )
+    return split.filename_to_tensors
+
+
+def _parsed_size(size: str | int) -> int:
+    try:
+        parsed = parse_size_to_int(size) if isinstance(size, str) else size
+    except (ValueError, OverflowError):
+        parsed = 0
+    if type(parsed) is not int or parsed < 1:
+        raise ValueError(f"--max-shard-size {size!r} is not a size such as 5GB or 400MB")
+    return parsed
+
+
+def write_checkpoint(
+    folder: Path,
+    recipes: dict[str, Recipe],
+    source: Source,
+    *,
+    max_shard_size: str | int,
+    settings: dict[str, object],
+    keep: Container[str] = (),
+    workers: int = 1,
+    console: Console | None = None,
+) -> dict[str, str]:
+    """Write the weights into `folder`, going on from the shards that an earlier process finished with like settings.
+
+    Args:
+        folder: Where to; its manifest tells which shards are finished, and their SHA-256.
+        recipes: How each tensor is made, in the order of the index.
+        source: What the recipes read.
+        max_shard_size: As in `save_pretrained`.
+        settings: What the bytes depend on, apart from the source.
+        keep: What else in the folder stays; all that is not known there is removed.
+        workers: How many shards are written at once.
+        console: Where progress is shown; nowhere if None.
+
+    Returns:
+        SHA-256 of each file of weights.
+
+    Raises:
+        ValueError: if what is in the folder was made with other settings or of another source.
+    """
+    shards = shards_of(recipes, max_shard_size)
+    fingerprint = _fingerprint(source, settings, shards)
+    manifest = _open_manifest(folder, fingerprint)
+    intact = {file: digest for file, digest in manifest.items() if _is_intact(folder / file, digest)}
+    for path in folder.iterdir():
+        if path.name not in intact and path.name != MANIFEST_FILE and path.name not in keep:
+            remove(path)
+
+    def remember(file: str, digest: str) -> None:
+        intact[file] = digest
+        write_json(folder / MANIFEST_FILE, {"fingerprint": fingerprint, "finished": intact})
+
+    def made(name: str) -> torch.Tensor | FileRange:
+        recipe, stored = recipes[name], None
+        if (original := recipe.copy_of) is not None and source.specs[original] == recipe.spec:
+            stored = source.stored(original)
+        return recipe(source.read) if stored is None else stored
+
+    write_weights(folder, recipes, shards, made, intact=intact, finished=remember, workers=workers, console=console)
+    return {file: intact[file] for file in shards}
+
+
+def write_weights(
+    folder: Path,
+    recipes: dict[str, Recipe],
+    shards: dict[str, list[str]],
+    made: Callable[[str], torch.Tensor | FileRange],
+    *,
+    intact: Container[str] = (),
+    finished: Callable[[str, str], None] = lambda file, digest: None,
+    workers: int = 1,
+    console: Console | None = None,
+) -> None:
+    """Write each shard that is not `intact`, calling `finished(file, SHA-256)` after each, and the index.
+
+    `made(name)` gives a tensor, or where its bytes lie; with several `workers`, threads call it.
+    """
+    total, stop = sum(recipe.spec.nbytes for recipe in recipes.values()), threading.Event()
+    with _progress(console) as progress:
+        task = progress.add_task("writing", total=total)
+
+        def in_turn(names: list[str]) -> Iterator[tuple[str, torch.Tensor | FileRange]]:
+            for name in names:
+                if stop.is_set():
+                    raise CancelledError
+                yield name, made(name)
+                progress.update(task, advance=recipes[name].spec.nbytes)
+
+        def write(file: str) -> str:
+            specs = {name: recipes[name].spec for name in shards[file]}
+            return write_safetensors(folder / file, specs, in_turn(file_order(specs)))
+
+        for file in shards:
+            if file in intact:
+                progress.update(task, advance=sum(recipes[name].spec.nbytes for name in shards[file]))
+        missing = [file for file in shards if file not in intact]
+        _write_all(missing, write, finished, workers, stop)
+    if len(shards) > 1:
+        _write_index(folder, recipes, shards)
+
+
+def _write_all(
+    files: list[str],
+    write: Callable[[str], str],
+    finished: Callable[[str, str], None],
+    workers: int,
+    stop: threading.Event,
+) -> None:
+    """Call `finished(file, write(file))` for each; `stop` is set when what is still being written is not wanted."""
+    if workers == 1:  # in this thread, so that what is on the disk at any moment does not depend on chance
+        for file in files:
+            finished(file, write(file))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        writing = {pool.submit(write, file): file for file in files}
+        try:
+            for future in as_completed(writing):
+                finished(writing[future], future.result())
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not shows_progress(console),
+        transient=True,
+    )
+
+
+def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, list[str]]) -> str:
+    """What a half-finished conversion must have in common with the one that goes on with it."""
+    identity = [
+        __version__,
+        torch.__version__,
+        source.name,
+        source.revision,
+        source.file_stamps(),
+        source.config.to_dict() | {"_name_or_path": None},  # as it was spelled: relative or absolute, it is the same
+        settings,
+        shards,
+    ]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _open_manifest(folder: Path, fingerprint: str) -> dict[str, str]:
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return {}
+    manifest = read_json(path)
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("fingerprint") != fingerprint
+        or not isinstance(manifest.get("finished"), dict)
+    ):
+        raise ValueError(
+            f"{folder} was begun with another source or other settings; run again without --resume to start afresh"
+        )
+    return dict(manifest["finished"])
+
+
+def _is_intact(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def _write_index(folder: Path, recipes: dict[str, Recipe], shards: dict[str, list[str]]) -> None:
+    index = {
+        "metadata": {
+            "total_parameters": sum(recipe.spec.numel for recipe in recipes.values()),
+            "total_size": sum(recipe.spec.nbytes for recipe in recipes.values()),
+        },
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def different_tensors(folder: Path, recipes: dict[str, Recipe], source: Source) -> list[str]:
+    """Names of the tensors in `folder` that are not, bit for bit, what the recipes make of the source."""
+    written = SafetensorsReader(folder)
+    if missing := sorted(set(recipes) ^ set(written.specs)):
+        return missing
+    return [
+        name
+        for name, recipe in recipes.items()
+        if written.specs[name] != recipe.spec or not torch.equal(written.read(name), recipe(source.read))
+    ]

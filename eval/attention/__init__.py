@@ -1,0 +1,1 @@
+"""Attention maps: analysis, report and diagnostics."""

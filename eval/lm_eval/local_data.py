@@ -1,0 +1,129 @@
+"""Where the tasks of lm-eval get their data: local files instead of the Hub, and nothing else is replaced."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+from huggingface_hub.utils import logging as hub_logging
+
+from gda.common.errors import first_line
+
+SUFFIXES = (".jsonl", ".parquet")
+FILE_FORMATS = (
+    "arrow",
+    "csv",
+    "json",
+    "pandas",
+    "parquet",
+    "text",
+    "xml",
+)  # a task that names one brings its own files
+
+
+class LocalSplits(datasets.DatasetDict):
+    """The splits of a dataset in a folder; asking for another names the file that is missing."""
+
+    folder: Path
+
+    def __missing__(self, split: str) -> Any:
+        raise FileNotFoundError(f"{self.folder / split}{SUFFIXES[0]} (or {SUFFIXES[1]}) is missing")
+
+
+@contextlib.contextmanager
+def data_from(root: str | Path | None) -> Iterator[list[Path]]:
+    """While it is open, tasks that are built read their data from `root`.
+
+    A dataset is `root`/dataset_path/dataset_name/split.jsonl, or .parquet. With None the tasks read what they always
+    read, and an error says what could not be had. It gives the folders that were read, which grows.
+
+    Raises:
+        FileNotFoundError: if `root` is no folder.
+    """
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"--dataset-root {root} is not a folder")
+    original = datasets.load_dataset
+    read: list[Path] = []
+
+    def load_dataset(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if root is not None and path not in FILE_FORMATS:
+            read.append(Path(root) / path / (name or ""))
+            return load_local(Path(root), path, name, kwargs.get("split"))
+        try:
+            with _quiet_hub():
+                return original(path, name, *args, **kwargs)
+        except Exception as error:  # datasets has no common error for "not there and not to be had"
+            dataset = path if name is None else f"{path} ({name})"
+            raise FileNotFoundError(
+                f"its dataset {dataset} is not at hand: {first_line(error)}; "
+                f"with its files in DIR/{path}/{name or ''}{'/' if name else ''}SPLIT.jsonl, pass --dataset-root DIR"
+            ) from None
+
+    datasets.load_dataset = load_dataset  # what lm-eval calls, by this name
+    try:
+        yield read
+    finally:
+        datasets.load_dataset = original
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence each of the tries to reach the Hub: that none succeeded is said once."""
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
+
+
+def load_local(root: Path, path: str, name: str | None, split: str | None = None) -> Any:
+    """The dataset `path`, configuration `name`, from its folder under `root`.
+
+    Raises:
+        FileNotFoundError: naming the file that is missing.
+        ValueError: naming the file that is empty or damaged.
+    """
+    folder = root / path / (name or "")
+    if name is None and not _files(folder) and _files(folder / "default"):
+        folder = folder / "default"
+    files = _files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no files of data; put SPLIT{SUFFIXES[0]} or SPLIT{SUFFIXES[1]} there")
+    splits = LocalSplits({file.stem: _read(file) for file in files})
+    splits.folder = folder
+    return splits if split is None else splits[split]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*")) if path.suffix in SUFFIXES] if folder.is_dir() else []
+
+
+def _read(path: Path) -> datasets.Dataset:
+    """The rows of a file, in memory: datasets' own readers keep copies in the home folder."""
+    try:
+        dataset = datasets.Dataset(pyarrow.parquet.read_table(path)) if path.suffix == ".parquet" else _read_jsonl(path)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
+    if not len(dataset):
+        raise ValueError(f"{path} is empty")
+    return dataset
+
+
+def _read_jsonl(path: Path) -> datasets.Dataset:
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{path}, line {number}, is not a JSON object")
+    names = dict.fromkeys(name for row in rows for name in row)  # from_list knows those of the first row only
+    return datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])

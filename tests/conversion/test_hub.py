@@ -1,0 +1,477 @@
+"""Push and pull over HTTP, by the real clients, to a Hub on this machine; and all that can go wrong on the way."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gda
+
+from ..conftest import HF_HOME
+from ..support.commands import Command
+from ..support.hub_server import READER, Blob, Fault, Hub, Refusal
+from ..support.llamas import CHAT_TEMPLATE, files_of, save_llama, tensors_of
+from ..support.tiny import tiny_config, tiny_model, token_ids
+
+CODE = {"configuration_gda.py", "modeling_gda.py", "attention_gda.py"}
+SHARDS = "20KB"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A converted Llama in several shards, with tokenizer and chat template."""
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "llama-gda", max_shard_size=SHARDS, verify=False)
+    return tmp_path / "llama-gda"
+
+
+def put(hub: Hub, repo: str, folder: Path) -> str:
+    """Have `hub` hold a folder, as if it had been pushed; return the commit."""
+    files = {path: Blob(data, path.endswith(".safetensors")) for path, data in files_of(folder).items()}
+    huggingface_hub.create_repo(repo)
+    return hub.repos[repo].commit("main", "all of it", files)
+
+
+# ---------------------------------------------------------------------------------------------------- there and back
+
+
+@torch.no_grad()
+def test_a_model_in_memory_goes_there_and_comes_back(hub: Hub) -> None:
+    """`push_to_hub` and `from_pretrained` by id: the same logits, from shards, with the code in the repository."""
+    model = tiny_model(head_norm=True, lambda_type="sigmoid")
+    model.push_to_hub("me/tiny", max_shard_size=SHARDS)
+    held = hub.files("me/tiny")
+    assert set(held) >= CODE | {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert sum(path.endswith(".safetensors") for path in held) > 1
+    assert "gda" in huggingface_hub.ModelCard(held["README.md"].decode()).data.tags
+    pulled = AutoModelForCausalLM.from_pretrained("me/tiny").eval()
+    assert type(pulled) is gda.GDAForCausalLM
+    ids = token_ids(2, 9)
+    assert torch.equal(pulled(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_revisions_hold_different_models(hub: Hub) -> None:
+    """What was pushed to a branch is got from it, and from its commit."""
+    first, second = tiny_model(seed=1), tiny_model(seed=2)
+    first.push_to_hub("me/tiny")
+    huggingface_hub.create_branch("me/tiny", branch="v2")
+    second.push_to_hub("me/tiny", revision="v2")
+    ids = token_ids(1, 7)
+    for revision, model in {"main": first, "v2": second, hub.repos["me/tiny"].branches["v2"]: second}.items():
+        pulled = AutoModelForCausalLM.from_pretrained("me/tiny", revision=revision).eval()
+        assert torch.equal(pulled(ids).logits, model(ids).logits), revision
+
+
+def test_gda_push_sends_every_file_as_it_is(folder: Path, hub: Hub, command: Command) -> None:
+    """The repository holds the folder byte for byte; tokenizer and chat template come back from it."""
+    outcome = command("push", folder, "me/llama-gda", "--json")
+    assert outcome.code == 0, outcome.error
+    told = json.loads(outcome.out)
+    held = hub.files("me/llama-gda")
+    del held[".gitattributes"]
+    assert held == files_of(folder)
+    assert told["files"] == sorted(held)
+    assert told["nbytes"] == sum(map(len, held.values()))
+    assert told["commit"] == hub.repos["me/llama-gda"].branches["main"]
+    assert told["url"] == f"{hub.url}/me/llama-gda"
+    tokenizer = AutoTokenizer.from_pretrained("me/llama-gda")
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    text = "the chat, ünd anderes"
+    assert tokenizer(text) == AutoTokenizer.from_pretrained(folder)(text)
+
+
+def test_a_second_push_sends_no_weights(folder: Path, hub: Hub, command: Command) -> None:
+    """The Hub has them by their hashes: nothing is put twice."""
+    assert command("push", folder, "me/x").code == 0
+    puts = hub.asked("^PUT")
+    assert puts == len(list(folder.glob("*.safetensors")))
+    again = command("push", folder, "me/x")
+    assert again.code == 0
+    assert hub.asked("^PUT") == puts
+    assert "has all of this already" in again.out
+
+
+@torch.no_grad()
+def test_files_of_an_earlier_model_are_removed(folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
+    """Weights in one file, a chat template: they would be loaded with the new shards. What is of no model stays."""
+    gda.convert(save_llama(tmp_path / "other", seed=5), tmp_path / "single", verify=False)
+    assert command("push", tmp_path / "single", "me/x").code == 0
+    theirs = {"NOTES.md": b"notes", "LICENSE": b"a licence", "adapter_model.safetensors": b"an adapter"}
+    stale = {"chat_template.json": b"{}", "additional_chat_templates/old.jinja": b"old"}
+    for path, content in (theirs | stale).items():
+        huggingface_hub.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id="me/x")
+    outcome = command("push", folder, "me/x", "--json")
+    assert outcome.code == 0, outcome.error
+    assert json.loads(outcome.out)["removed"] == sorted([*stale, "model.safetensors"])
+    held = hub.files("me/x")
+    assert not {"model.safetensors", *stale} & set(held)
+    assert theirs.items() <= held.items()
+    pulled, pushed = (AutoModelForCausalLM.from_pretrained(place).eval() for place in ("me/x", folder))
+    ids = token_ids(1, 5)
+    assert torch.equal(pulled(ids).logits, pushed(ids).logits)
+
+
+def test_a_branch_is_made_and_main_stays(folder: Path, hub: Hub, command: Command) -> None:
+    """`--revision` makes the branch; the first branch holds nothing of it."""
+    outcome = command("push", folder, "me/x", "--revision", "v2", "--message", "the second")
+    assert outcome.code == 0, outcome.error
+    assert f"{hub.url}/me/x/tree/v2" in outcome.out
+    assert set(hub.files("me/x")) == {".gitattributes"}
+    assert "config.json" in hub.files("me/x", "v2")
+
+
+@pytest.mark.parametrize(("option", "private"), [("--private", True), ("--public", False)])
+def test_a_repository_is_made_private_or_public(
+    option: str, private: bool, folder: Path, hub: Hub, command: Command
+) -> None:
+    """As asked."""
+    assert command("push", folder, "me/x", option).code == 0
+    assert hub.repos["me/x"].private is private
+
+
+def test_convert_pushes_what_it_made(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """`gda convert … --push-to-hub`, from a Llama on the Hub: the card names it and its licence."""
+    llama = save_llama(tmp_path / "llama", max_shard_size=SHARDS)
+    (llama / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en, de]\n---\nA Llama.\n")
+    (llama / "pytorch_model.bin").write_bytes(b"a pickle")
+    (llama / "modeling_llama.py").write_text("raise SystemExit")
+    commit = put(hub, "some-one/llama", llama)
+    out = tmp_path / "gda"
+    outcome = command("convert", "some-one/llama", out, "--push-to-hub", "me/llama-gda", "--private")
+    assert outcome.code == 0, outcome.error
+    assert outcome.out.splitlines()[-1].startswith(f"{hub.url}/me/llama-gda: commit ")
+    assert not hub.asked(r"resolve/.*(\.bin|\.py)$")
+    held = hub.files("me/llama-gda")
+    del held[".gitattributes"]
+    assert held == files_of(out)
+    assert hub.repos["me/llama-gda"].private
+    source = json.loads(held["conversion.json"])["source"]
+    assert (source["name"], source["revision"]) == ("some-one/llama", commit)
+    data = huggingface_hub.ModelCard.load("me/llama-gda").data.to_dict()
+    assert data["base_model"] == "some-one/llama"
+    assert data["base_model_relation"] == "finetune"
+    assert (data["license"], data["language"]) == ("llama3.2", ["en", "de"])
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation"
+    assert gda.verify("some-one/llama", "me/llama-gda").relative <= 1e-5
+
+
+def test_what_a_folder_lacks_is_in_the_commit_and_not_in_the_folder(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """A folder without card and code, as a trainer may leave: both are made for the commit."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "trained")
+    for name in CODE:
+        (tmp_path / "trained" / name).unlink()
+    before = files_of(tmp_path / "trained")
+    assert command("push", tmp_path / "trained", "me/trained").code == 0
+    assert files_of(tmp_path / "trained") == before
+    held = hub.files("me/trained")
+    assert set(held) >= CODE | {"README.md"}
+    card = huggingface_hub.ModelCard(held["README.md"].decode())
+    assert card.text.strip().startswith("# trained with Grouped Differential Attention")
+    assert "query heads  s s s n  s s s n" in card.text
+    assert "trust_remote_code=True" in card.text
+
+
+def test_without_code_there_is_none_and_no_mention_of_it(folder: Path, hub: Hub, command: Command) -> None:
+    """`--no-bundle-code`, over a push with code: no file of it, no auto_map, no word in the card; and back again."""
+    assert command("push", folder, "me/x").code == 0
+    outcome = command("push", folder, "me/x", "--no-bundle-code")
+    assert outcome.code == 0
+    assert "is no part of a model" not in outcome.out
+    held = hub.files("me/x")
+    assert b"trust_remote_code" not in held["README.md"]
+    assert not [path for path in held if path.endswith(".py")]
+    pushed, kept = json.loads(held["config.json"]), json.loads((folder / "config.json").read_text())
+    del kept["auto_map"]
+    assert pushed == kept
+    assert command("push", folder, "me/x").code == 0
+    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
+
+
+def test_what_is_no_part_of_a_model_is_left_out_and_named(folder: Path, hub: Hub, command: Command) -> None:
+    """Pickles, checkpoints of a trainer and somebody's scripts stay here."""
+    (folder / "optimizer.pt").write_bytes(b"a pickle")
+    (folder / "train.py").write_text("print('mine')")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"old")
+    outcome = command("push", folder, "me/x")
+    assert outcome.code == 0, outcome.error
+    notes = [line for line in outcome.out.splitlines() if line.startswith("note:")]
+    assert [note.split()[1] for note in notes] == ["checkpoint-5", "optimizer.pt", "train.py"]
+    assert not {"optimizer.pt", "train.py", "checkpoint-5/model.safetensors"} & set(hub.files("me/x"))
+
+
+def test_numbers_of_other_weights_are_not_sent(folder: Path, hub: Hub, command: Command) -> None:
+    """Weights that were trained after the conversion: its hashes and its verification do not speak of them."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    model.save_pretrained(folder, max_shard_size=SHARDS)
+    assert "Verification" in (folder / "README.md").read_text()
+    outcome = command("push", folder, "me/x")
+    assert outcome.code == 0, outcome.error
+    assert "note: conversion.json describes other weights" in outcome.out
+    held = hub.files("me/x")
+    assert "conversion.json" not in held
+    assert b"Verification" not in held["README.md"]
+
+
+def test_a_card_that_is_there_is_kept(folder: Path, hub: Hub, command: Command) -> None:
+    """A folder without one does not put a made one over somebody's own."""
+    huggingface_hub.create_repo("me/x")
+    theirs = b"---\nlicense: mit\n---\nMine.\n"
+    huggingface_hub.upload_file(path_or_fileobj=theirs, path_in_repo="README.md", repo_id="me/x")
+    (folder / "README.md").unlink()
+    assert command("push", folder, "me/x").code == 0
+    assert hub.files("me/x")["README.md"] == theirs
+
+
+def test_a_language_that_yaml_takes_for_a_truth_value(tmp_path: Path, hub: Hub) -> None:
+    """Norwegian stays Norwegian."""
+    llama = save_llama(tmp_path / "llama")
+    (llama / "README.md").write_text("---\nlanguage: [no, en]\n---\n")
+    gda.convert(llama, tmp_path / "gda", verify=False)
+    assert huggingface_hub.ModelCard.load(tmp_path / "gda" / "README.md").data.language == ["no", "en"]
+
+
+@pytest.mark.parametrize(("noise_heads", "runs"), [(1, False), (2, True)])
+def test_the_card_names_the_engines_that_can_run_it(noise_heads: int, runs: bool, tmp_path: Path) -> None:
+    """vLLM where it can, and never a command that fails."""
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", noise_heads=noise_heads, verify=False)
+    card = (tmp_path / "gda" / "README.md").read_text()
+    assert ("vllm serve" in card) is runs
+    assert "gda serve" in card
+    assert "transformers serve" not in card
+
+
+def test_a_dry_run_asks_the_hub_nothing(folder: Path, hub: Hub, command: Command) -> None:
+    """It lists what would be sent, and needs no token."""
+    outcome = command("push", folder, "me/x", "--dry-run")
+    assert outcome.code == 0, outcome.error
+    assert "model.safetensors.index.json" in outcome.out.splitlines()
+    assert "nothing was" in outcome.out
+    assert hub.log == []
+
+
+# ---------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def refused(command: Command, *arguments: object) -> str:
+    """The one line that a refused command prints."""
+    outcome = command(*arguments)
+    assert outcome.code == 2, (outcome.out, outcome.error)
+    assert outcome.error.count("\n") == 1, outcome.error
+    return outcome.error
+
+
+def test_a_push_without_a_token(folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says how to log in."""
+    monkeypatch.delenv("HF_TOKEN")
+    error = refused(command, "push", folder, "me/x")
+    assert "hf auth login" in error
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("token", [READER, "hf_nonsense"])
+def test_a_push_with_a_token_that_may_not(
+    token: str, folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what to do, and does not print the token."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    error = refused(command, "push", folder, "me/x")
+    assert "me/x" in error
+    assert "hf auth login" in error
+    assert token not in error
+
+
+@pytest.mark.parametrize("token", ["", READER])
+def test_convert_asks_for_the_token_before_the_work(
+    token: str, tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody converts for an hour to hear then that he is not logged in, or may not write."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    source = save_llama(tmp_path / "llama")
+    error = refused(command, "convert", source, tmp_path / "gda", "--push-to-hub", "me/x")
+    assert "hf auth login" in error
+    assert not (tmp_path / "gda").exists()
+
+
+def test_convert_with_private_and_no_repository(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """An option without effect is a mistake."""
+    assert "--push-to-hub" in refused(command, "convert", save_llama(tmp_path / "llama"), tmp_path / "gda", "--private")
+
+
+def test_a_push_that_fails_after_a_conversion_says_how_to_go_on(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """The model is there; only the push is to be done again."""
+    hub.faults.append(Fault("POST .*/commit/main", refuse=Refusal(400, "not today")))
+    out = tmp_path / "gda"
+    error = refused(command, "convert", save_llama(tmp_path / "llama"), out, "--push-to-hub", "me/x")
+    assert "not today" in error
+    assert f"gda push {out} me/x" in error
+    assert command("push", out, "me/x").code == 0
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "me/x y", "me/..", "-x"])
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_a_push_to_a_name_that_cannot_be(
+    name: str, option: list[str], folder: Path, hub: Hub, command: Command, tmp_path: Path
+) -> None:
+    """It is named, before anything is asked; a conversion that ends in a push does not begin."""
+    assert name in refused(command, "push", *option, "--", folder, name)
+    out = tmp_path / "out"
+    assert name in refused(command, "convert", tmp_path / "llama", out, f"--push-to-hub={name}", *option)
+    assert not out.exists()
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("revision", ["", "a b", "/x"])
+def test_a_push_to_a_branch_that_cannot_be(revision: str, folder: Path, hub: Hub, command: Command) -> None:
+    """It is named."""
+    assert "--revision" in refused(command, "push", folder, "me/x", "--revision", revision)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize(("there", "asked"), [("--public", "--private"), ("--private", "--public")])
+def test_what_is_to_be_private_is_not_published(
+    there: str, asked: str, folder: Path, hub: Hub, command: Command
+) -> None:
+    """A repository that is there keeps its kind, so a push that asks for the other kind does not happen."""
+    assert command("push", folder, "me/x", there).code == 0
+    (folder / "generation_config.json").write_text("{}")
+    assert f"is {there[2:]}" in refused(command, "push", folder, "me/x", asked)
+    assert hub.files("me/x")["generation_config.json"] != b"{}"
+
+
+def test_an_interrupted_upload_goes_on(folder: Path, hub: Hub, command: Command) -> None:
+    """What was sent before the connection broke is not sent again, and the model is whole in the end."""
+    hub.faults.append(Fault("PUT /lfs/", refuse=Refusal(413, "the line is bad")))
+    error = refused(command, "push", folder, "me/x")
+    assert "the line is bad" in error
+    assert "the same command goes on" in error
+    assert "config.json" not in hub.files("me/x")  # nothing half of it can be seen
+    sent = len(hub.lfs)
+    assert command("push", folder, "me/x").code == 0
+    shards = len(list(folder.glob("*.safetensors")))
+    assert hub.asked("^PUT") == shards + 1
+    assert sent < shards == len(hub.lfs)
+    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
+
+
+@pytest.mark.slow
+def test_a_killed_push_goes_on(folder: Path, hub: Hub, command: Command) -> None:
+    """SIGKILL while weights are under way: the repository holds no model until the push is done again."""
+    process = subprocess.Popen([sys.executable, "-m", "gda.cli", "push", folder, "me/x"])
+    hub.faults.append(Fault("PUT /lfs/", kill=process))
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert set(hub.files("me/x")) == {".gitattributes"}
+    assert command("push", folder, "me/x").code == 0
+    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
+
+
+def test_weights_that_arrive_damaged_are_refused(folder: Path, hub: Hub, command: Command) -> None:
+    """The Hub finds another hash than was announced: the push fails, nothing is committed."""
+    hub.faults.append(Fault("PUT /lfs/", damage=0))
+    assert "SHA-256" in refused(command, "push", folder, "me/x")
+    assert set(hub.files("me/x")) == {".gitattributes"}
+
+
+def test_an_interrupted_download_goes_on(tmp_path: Path, hub: Hub) -> None:
+    """The connection breaks in the middle of the weights: the rest is asked for by range, and the result is right."""
+    llama = save_llama(tmp_path / "llama")
+    put(hub, "some-one/llama", llama)
+    hub.faults.append(Fault(r"GET .*/model\.safetensors", cut_after=5000))
+    gda.convert("some-one/llama", tmp_path / "gda", verify=False)
+    assert hub.asked(r"GET .*/model\.safetensors") == 2
+    gda.convert(llama, tmp_path / "directly", verify=False)
+    for name, tensor in tensors_of(tmp_path / "directly").items():
+        assert torch.equal(tensors_of(tmp_path / "gda")[name], tensor), name
+
+
+def test_a_download_that_stopped_is_taken_up_by_the_next_run(
+    tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub goes away for good in the middle; the next run goes on where the first one stopped."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    put(hub, "some-one/llama", save_llama(tmp_path / "llama"))
+    hub.faults += [Fault(r"GET .*/model\.safetensors", cut_after=cut) for cut in (5000, *[0] * 9)]
+    error = refused(command, "convert", "some-one/llama", tmp_path / "gda")
+    assert "some-one/llama" in error
+    hub.faults.clear()
+    assert command("convert", "some-one/llama", tmp_path / "gda").code == 0
+
+
+def test_a_download_with_a_wrong_hash_is_refused(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """One bit differs from what the Hub announced: no model, and the file to remove is named."""
+    put(hub, "some-one/llama", save_llama(tmp_path / "llama"))
+    hub.faults.append(Fault(r"GET .*/model\.safetensors", damage=-1))
+    error = refused(command, "convert", "some-one/llama", tmp_path / "gda", "--no-verify")
+    assert "SHA-256" in error
+    assert not (tmp_path / "gda").exists()
+    damaged = error.split("remove ")[1].strip()
+    assert HF_HOME.name in damaged
+    Path(damaged).unlink()
+    assert command("convert", "some-one/llama", tmp_path / "gda").code == 0
+
+
+def test_a_revision_that_is_not_there(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """It is named, by our command and by transformers."""
+    put(hub, "some-one/llama", save_llama(tmp_path / "llama"))
+    error = refused(command, "convert", "some-one/llama", tmp_path / "gda", "--revision", "v9")
+    assert "some-one/llama@v9" in error
+    tiny_model().push_to_hub("me/tiny")
+    with pytest.raises(OSError, match="v9"):
+        AutoModelForCausalLM.from_pretrained("me/tiny", revision="v9")
+
+
+def test_a_repository_that_is_not_there(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """It may be private: the remedy is said."""
+    error = refused(command, "convert", "some-one/nothing", tmp_path / "gda")
+    assert "some-one/nothing is not on the Hub" in error
+    assert "hf auth login" in error
+
+
+def test_a_private_repository_and_no_token(
+    folder: Path, tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it were not there, with the remedy; with the token it is got."""
+    assert command("push", folder, "me/x", "--private").code == 0
+    monkeypatch.delenv("HF_TOKEN")
+    assert "hf auth login" in refused(command, "inspect", "me/x")
+    monkeypatch.undo()
+
+
+def test_a_hub_that_is_away(folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at the address: one line, not a traceback."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    error = refused(command, "push", folder, "me/x")
+    assert "connection" in error.lower()
+    assert "the same command goes on" in error
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["nothing", "a llama", "a shard is missing", "a file", "an adapter", "a classifier", "a broken conversion.json"],
+)
+def test_a_push_of_no_whole_gda_model(what: str, folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
+    """It is refused before anything is sent."""
+    place = {"nothing": tmp_path / "none", "a llama": tmp_path / "llama", "a file": folder / "config.json"}
+    if what == "a shard is missing":
+        next(folder.glob("*.safetensors")).unlink()
+    elif what == "an adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    elif what == "a classifier":
+        gda.GDAForSequenceClassification(tiny_config()).save_pretrained(folder)
+    elif what == "a broken conversion.json":
+        (folder / "conversion.json").write_text("[]")
+    error = refused(command, "push", place.get(what, folder), "me/x")
+    assert ("conversion.json" if "broken" in what else str(place.get(what, folder))) in error
+    assert hub.log == []

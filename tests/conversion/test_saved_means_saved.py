@@ -1,0 +1,145 @@
+"""Saved means saved: what a command writes is on the disk before it is renamed into place."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gda
+from gda.common.files import sync, write_text
+from gda.training.runs.run_folder import CHECKPOINT_FILE, mark_whole
+
+from ..support.commands import Command
+from ..support.llamas import save_llama
+from ..support.splitting import save_text
+
+
+class Disk:
+    """What was asked of the file system, in order: ("sync", inode, size, time of change), ("rename", from, to)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self._synced)
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, self._renamed(getattr(os, name)))
+
+    def _synced(self, descriptor: int) -> None:
+        self._fsync(descriptor)
+        self.calls.append(("sync", *state(os.fstat(descriptor))))
+
+    def _renamed(self, rename: Callable[..., None]) -> Callable[..., None]:
+        def renamed(source: Any, target: Any, **options: Any) -> None:
+            rename(source, target, **options)
+            self.calls.append(("rename", Path(source).name, Path(target).name))
+
+        return renamed
+
+    def place_of(self, call: tuple[Any, ...]) -> int:
+        """The number of the last such call."""
+        return max(number for number, made in enumerate(self.calls) if made == call)
+
+
+def state(status: os.stat_result) -> tuple[int, int, int]:
+    """What a file is and when it was changed; of a folder, what it is."""
+    if stat.S_ISDIR(status.st_mode):
+        return status.st_ino, 0, 0
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A Llama in shards, GDA models with dense and with factored projections, and a text."""
+    save_llama(tmp_path / "llama", max_shard_size="20KB")
+    gda.convert(tmp_path / "llama", tmp_path / "gda", verify=False, max_shard_size="20KB")
+    gda.convert(tmp_path / "llama", tmp_path / "factored", verify=False, qk_rank=2)
+    save_text(tmp_path / "text.txt", 3000)
+    return tmp_path
+
+
+TRAINED: dict[str, Any] = {"steps": 2, "batch_size": 1, "context": 16, "save_every": 1}
+MAKERS: dict[str, Callable[[Path, Path], object]] = {
+    "convert": lambda sources, out: gda.convert(sources / "llama", out, verify=False, max_shard_size="20KB"),
+    "grow": lambda sources, out: gda.grow(sources / "gda", out, signal=2, verify=False),
+    "fold": lambda sources, out: gda.fold(sources / "factored", out, verify=False),
+    "export": lambda sources, out: gda.export(sources / "gda", out, format="llama"),
+    "train": lambda sources, out: gda.train(sources / "gda", out, data=sources / "text.txt", **TRAINED),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_all_is_on_the_disk_before_out_has_its_name(name: str, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file as it is in OUT, and each folder; the name of OUT, and those of the parents made for it, after."""
+    out = sources / "made" / "deep" / "out"
+    disk = Disk(monkeypatch)
+    MAKERS[name](sources, out)
+    renamed = disk.place_of(("rename", ".out.partial", "out"))
+    held = [out, *out.rglob("*")]
+    assert len(held) > 3
+    for path in held:
+        assert disk.calls.index(("sync", *state(path.stat()))) < renamed, path
+    for parent in (out.parent, out.parent.parent, sources):
+        assert disk.place_of(("sync", *state(parent.stat()))) > renamed, parent
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, the renaming, the folder."""
+    disk = Disk(monkeypatch)
+    write_text(tmp_path / "file", "text")
+    file, folder = state((tmp_path / "file").stat()), state(tmp_path.stat())
+    assert disk.calls == [("sync", *file), ("rename", ".file.tmp", "file"), ("sync", *folder)]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files and folders, then the file that says so, then its own name."""
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "inner").mkdir(parents=True)
+    for file in (checkpoint / "a", checkpoint / "inner" / "b"):
+        file.write_text("text")
+    disk = Disk(monkeypatch)
+    mark_whole(checkpoint, {})
+    marked = disk.place_of(("rename", f".{CHECKPOINT_FILE}.tmp", CHECKPOINT_FILE))
+    for path in (checkpoint, checkpoint / "a", checkpoint / "inner", checkpoint / "inner" / "b"):
+        assert disk.calls.index(("sync", *state(path.stat()))) < marked, path
+    assert disk.place_of(("sync", *state(tmp_path.stat()))) > marked
+
+
+@pytest.mark.parametrize("moment", [1, 5, 12])
+def test_a_disk_that_does_not_take_a_file_is_one_line(
+    moment: int, sources: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is still to be written may fail at fsync alone: exit code 2, the file named, no OUT."""
+    real, left = os.fsync, moment
+
+    def fails(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    outcome = command("convert", sources / "llama", sources / "out", "--no-verify")
+    assert left <= 0
+    assert outcome.code == 2
+    [line] = outcome.error.splitlines()
+    assert "Input/output error" in line
+    assert ".out.partial" in line
+    assert not (sources / "out").exists()
+
+
+def test_a_file_system_that_syncs_no_folders_is_put_up_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some over networks say EINVAL of a folder; of a file that is an error."""
+
+    def refuses(_: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", refuses)
+    sync(tmp_path)
+    with pytest.raises(OSError, match="file"):
+        sync(tmp_path / "file")

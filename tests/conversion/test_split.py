@@ -1,0 +1,547 @@
+"""A Llama's own heads divided into signal and noise: what stays, what is fitted, what is trained, and what is told."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM
+
+import gda
+from gda.common.perplexity import perplexity
+from gda.conversion.split import distill, fit
+from gda.conversion.split import splitter as split_module
+from gda.conversion.split.distill import ATTENTION, BETAS, Distillation, Plan
+from gda.conversion.split.heads import RIDGE, Moments
+from gda.conversion.split.work import Work
+from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
+from gda.conversion.verify import VerificationFailed
+
+from ..support.commands import Command
+from ..support.llamas import VARIANTS, byte_tokenizer, files_of, llama_model, save_llama, tensors_of
+from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, load, order_of, save_text, split, windows_of
+from ..support.tiny import relative_error
+from .test_sources_llamalike import save_source
+
+__all__ = ["brief"]
+pytestmark = pytest.mark.usefixtures("brief")
+
+# By name: a Llama, and how it is split.
+SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gqa 4/2, 1:1": ({}, {}),
+    "mqa 4/1, 3:1": (VARIANTS["mqa"], {}),
+    "mqa 4/1, 1:1": (VARIANTS["mqa"], {"ratio": "1:1"}),
+    "9/3, 2:1": (VARIANTS["odd heads 9/3"], {}),
+    "8/2, 3:1": ({"num_attention_heads": 8, "hidden_size": 64}, {"ratio": 3}),
+    "8/2, 1:1": ({"num_attention_heads": 8, "hidden_size": 64}, {"noise_heads": 4}),
+    "attention_bias": (VARIANTS["attention_bias"], {}),
+    "mlp_bias": (VARIANTS["mlp_bias"], {}),
+    "tied": (VARIANTS["tied"], {}),
+    "head_dim": (VARIANTS["head_dim"], {}),
+    "llama3 rope": (VARIANTS["llama3"], {}),
+    "bf16, shards": (VARIANTS["shards"], {}),
+}
+each_split = pytest.mark.parametrize("name", SPLITS)
+
+
+def save_variant(folder: Path, name: str) -> Path:
+    return save_llama(folder, **SPLITS[name][0])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 4 query heads over 2 KV heads, beside a text; not to be changed."""
+    folder = tmp_path_factory.mktemp("sources")
+    save_text(folder / "text.txt")
+    return save_llama(folder / "llama")
+
+
+def mean_kl(source: Any, result: Any, ids: Tensor) -> float:
+    """KL(source ‖ result) in nats a token."""
+    with torch.no_grad():
+        expected, found = (model(ids, use_cache=False).logits.log_softmax(-1) for model in (source, result))
+    return kl_div(found, expected, reduction="none", log_target=True).sum(-1).mean().item()
+
+
+# -------------------------------------------------------------------------------------------------- the closed form
+
+
+@each_split
+def test_every_row_is_the_source_s(name: str, tmp_path: Path) -> None:
+    """Where nothing was trained, q, k and v, and biases, are rows of the source, bit for bit, in its dtype.
+
+    Rows of q are those that the report names; MLP, norms, embeddings and all else but o_proj and λ is untouched.
+    """
+    source = save_variant(tmp_path / "llama", name)
+    report = split(source, tmp_path / "gda", **SPLITS[name][1])
+    expected, got = tensors_of(source), tensors_of(tmp_path / "gda")
+    head_dim, noise = report.config.head_dim, report.config.num_noise_heads
+    for key, tensor in got.items():
+        if ".lambda_" in key or key.endswith(".o_proj.weight"):
+            continue
+        wanted = expected.pop(key)
+        if ".q_proj." in key:
+            order = order_of(report.split.layers[int(key.split(".")[2])], noise)
+            assert sorted(order) == list(range(report.config.num_attention_heads))
+            wanted = torch.cat([wanted[head * head_dim : (head + 1) * head_dim] for head in order])
+        assert tensor.dtype == wanted.dtype, key
+        assert torch.equal(tensor, wanted), key
+    assert all(key.endswith(".o_proj.weight") for key in expected)
+
+
+@each_split
+def test_the_output_projection_is_a_least_squares_fit(name: str, tmp_path: Path) -> None:
+    """By lstsq in float64 on what transformers' own Llama gives for the calibration text; so are the errors."""
+    source = save_variant(tmp_path / "llama", name)
+    report = split(source, tmp_path / "gda", dtype="float32", **SPLITS[name][1])
+    fitted, _ = windows_of(source, tmp_path / "text.txt")
+    seen = captured(load(source).double(), lambda layer: layer.self_attn.o_proj, fitted)
+    weights = tensors_of(source)
+    for index, ((heads, output), layer) in enumerate(zip(seen, report.split.layers, strict=True)):
+        of = heads.unflatten(1, (-1, report.config.head_dim))
+        signal = torch.tensor(layer.signal_heads)
+        noise = torch.tensor(layer.noise_heads).repeat_interleave(len(signal) // len(layer.noise_heads))
+        features = (of[:, signal] - layer.lambda_ * of[:, noise]).flatten(1)
+        target = output - weights.get(f"{layer_prefix(index)}self_attn.o_proj.bias", torch.zeros(1)).double()
+        # With a ridge: rows that ask every weight to be 0, so weakly that the error does not tell.
+        ridge = math.sqrt(RIDGE * features.square().sum(0).mean()) * torch.eye(features.shape[1], dtype=torch.float64)
+        asked = torch.cat([target, torch.zeros(len(ridge), target.shape[1], dtype=torch.float64)])
+        weight = torch.linalg.lstsq(torch.cat([features, ridge]), asked).solution.T
+        written = tensors_of(tmp_path / "gda")[f"{layer_prefix(index)}self_attn.o_proj.weight"]
+        assert ((written - weight).norm() / weight.norm()).item() < 1e-4
+        best = torch.linalg.lstsq(features, target).solution
+        left = (target - features @ best).square().sum() / target.square().sum()
+        assert layer.error_after == pytest.approx(left.item(), rel=1e-3)
+        old = weights[f"{layer_prefix(index)}self_attn.o_proj.weight"].double()
+        kept = old.unflatten(1, (-1, report.config.head_dim))[:, signal].flatten(1)
+        left = (target - features @ kept.T).square().sum() / target.square().sum()
+        assert layer.error_before == pytest.approx(left.item(), rel=1e-3)
+
+
+def test_moments_are_taken_in_float64_of_a_narrow_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The activations of a bfloat16 source are float32, and their moments float64."""
+    seen = []
+    right = fit.split_layer
+
+    def watched(moments: Moments, output: Tensor, **options: Any) -> Any:
+        seen.append({moments.heads.dtype, moments.cross.dtype, moments.target.dtype})
+        return right(moments, output, **options)
+
+    monkeypatch.setattr(fit, "split_layer", watched)
+    split(save_llama(tmp_path / "llama", dtype=torch.bfloat16), tmp_path / "gda")
+    assert seen == [{torch.float64}] * 2
+
+
+# ------------------------------------------------------------------------------------------------ a genuine GDA model
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+@pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh", "sigmoid"])
+def test_the_result_loads_and_is_what_the_report_says(
+    lambda_type: str, effort: str, llama: Path, tmp_path: Path
+) -> None:
+    """λ, perplexities, and what the subtraction contributes, measured again on the loaded model."""
+    report = split(llama, tmp_path / "gda", effort=effort, lambda_type=lambda_type).split
+    fitted, held_out = windows_of(llama, llama.parent / "text.txt")
+    assert (report.tokens, report.held_out_tokens) == (fitted.numel(), held_out.numel())
+    assert report.steps == {"fast": 0, "default": STEPS}[effort]
+    model = load(tmp_path / "gda")
+    assert isinstance(model, gda.GDAForCausalLM)
+    ids = held_out.flatten()
+    assert report.perplexity_source == pytest.approx(perplexity(load(llama), ids, context=CONTEXT), rel=1e-4)
+    assert report.perplexity == pytest.approx(perplexity(model, ids, context=CONTEXT), rel=1e-4)
+    assert (report.perplexity_closed_form == report.perplexity) == (effort == "fast")
+    entering = captured(model, lambda layer: layer.input_layernorm, held_out)
+    features = captured(model, lambda layer: layer.self_attn.o_proj, held_out)
+    for index, layer in enumerate(report.layers):
+        attention = model.model.layers[index].self_attn
+        states = entering[index][1].view(*held_out.shape, -1)
+        with torch.no_grad():
+            lambda_ = attention.compute_lambda(states)
+        assert layer.lambda_ == pytest.approx(lambda_.mean().item(), rel=1e-4, abs=1e-6)
+        got = features[index][0] @ attention.o_proj.weight.T
+        assert 0 <= layer.subtracted < 1
+        if lambda_type != "reparameterized":
+            continue
+        # Without the subtraction the same features lack nothing but λ o_noise.
+        subtract = attention.subtract
+        attention.subtract = lambda signal, noise, lambda_, of=subtract: of(signal, noise, torch.zeros_like(lambda_))
+        undivided = (
+            captured(model, lambda layer: layer.self_attn.o_proj, held_out)[index][0] @ attention.o_proj.weight.T
+        )
+        del attention.subtract
+        share = (undivided - got).square().sum() / got.square().sum()
+        assert layer.subtracted == pytest.approx(share.item(), rel=1e-3)
+
+
+def test_lambda_init_of_the_config_is_that_of_the_report(llama: Path, tmp_path: Path) -> None:
+    """After the closed form λ is λ_init in each layer, of the λ that are tried; it is not 0."""
+    report = split(llama, tmp_path / "gda")
+    lambdas = json.loads((tmp_path / "gda" / "config.json").read_text())["lambda_init"]
+    assert len(lambdas) == 2
+    assert [layer.lambda_ for layer in report.split.layers] == pytest.approx(lambdas, abs=1e-6)
+    assert gda.inspect(tmp_path / "gda").lambdas == pytest.approx(lambdas, abs=1e-6)
+    assert all(lambda_ > 0 for lambda_ in lambdas)
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+@pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh", "sigmoid"])
+def test_the_result_can_learn(lambda_type: str, effort: str, llama: Path, tmp_path: Path) -> None:
+    """Every λ parameter has a gradient; so does every noise row, at once or, where λ is 0 yet, after one step."""
+    report = split(llama, tmp_path / "gda", effort=effort, lambda_type=lambda_type)
+    model = load(tmp_path / "gda").train()
+    _, held_out = windows_of(llama, llama.parent / "text.txt")
+
+    def gradients() -> None:
+        model.zero_grad()
+        logits = model(held_out, use_cache=False).logits
+        cross_entropy(logits[:, :-1].flatten(0, 1), held_out[:, 1:].flatten()).backward()
+
+    gradients()
+    for name, parameter in model.named_parameters():
+        if ".lambda_" in name:
+            assert parameter.grad.abs().max() > 0, name
+            assert (parameter.grad != 0).float().mean() > 0.9, name
+    if lambda_type == "tanh" and effort == "fast":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".lambda_" in name:
+                    parameter -= 0.1 * parameter.grad
+        gradients()
+    for layer in model.model.layers:
+        rows = layer.self_attn.q_proj.weight.grad.unflatten(0, (report.config.num_noise_heads, -1, 8))
+        assert (rows[:, -1].norm(dim=-1) > 0).all()
+        assert (rows[:, :-1].norm(dim=-1) > 0).all()
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_comes_closer_to_the_source_and_changes_attention_alone(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL to the source falls on the text that is trained on and on text that is not."""
+    monkeypatch.setattr(split_module, "EFFORTS", {"fast": 0, "default": 30})
+    monkeypatch.setattr(distill, "RELATIVE_LEARNING_RATE", 0.02)
+    split(llama, tmp_path / "fast")
+    report = split(llama, tmp_path / "gda", effort="default")
+    source, closed_form, trained = load(llama), load(tmp_path / "fast"), load(tmp_path / "gda")
+    for windows in windows_of(llama, llama.parent / "text.txt"):
+        assert mean_kl(source, trained, windows) < 0.97 * mean_kl(source, closed_form, windows)
+    before, after = tensors_of(tmp_path / "fast"), tensors_of(tmp_path / "gda")
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (".self_attn." not in name), name
+    assert report.config.lambda_init == gda.GDAConfig.from_pretrained(tmp_path / "fast").lambda_init
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mlp_bias", "tied", "qwen3", "mistral"])
+@pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
+def test_gradients_layer_by_layer_are_those_of_the_whole_model(lambda_type: str, variant: str, tmp_path: Path) -> None:
+    """One step against autograd through all of `GDAForCausalLM`, for every tensor of every attention."""
+    if variant in VARIANTS:
+        source = save_llama(tmp_path / "source", **VARIANTS[variant])
+    else:
+        options = {"qwen3": {"head_dim": 8}, "mistral": {"sliding_window": 6}}[variant]
+        source = save_source(tmp_path / "source", variant, **options)
+    split(source, tmp_path / "gda", lambda_type=lambda_type, noise_heads=2)
+    fitted, _ = windows_of(source, tmp_path / "text.txt")
+    teacher, student = load(source), load(tmp_path / "gda")
+    tensors = student.state_dict()
+    with torch.no_grad():
+        wanted = []
+        hook = teacher.model.norm.register_forward_hook(lambda _module, inputs, _output: wanted.append(inputs[0]))
+        expected = teacher(fitted[:4], use_cache=False).logits.log_softmax(-1)
+        hook.remove()
+
+    def of_layer(layer: int) -> dict[str, Tensor]:
+        prefix = layer_prefix(layer)
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix + ATTENTION)}
+
+    streamed = Distillation(
+        LayerwiseModel(student.config, lambda name: tensors[name]), of_layer, Work(tmp_path / "work", {})
+    )
+    plan = Plan(1, 0, mixed_precision=False)
+    assert sorted(plan.batch(0, 4).tolist()) == [0, 1, 2, 3]
+    (loss,) = streamed.train(plan, fitted[:4], wanted[0])
+
+    found = student(fitted[:4], use_cache=False).logits.log_softmax(-1)
+    whole = kl_div(found, expected, reduction="sum", log_target=True) / fitted[:4].numel()
+    whole.backward()
+    assert loss == pytest.approx(whole.item(), rel=1e-5)
+    for layer, means in enumerate(streamed.means):
+        attention = dict(student.model.layers[layer].self_attn.named_parameters(prefix="self_attn"))
+        assert set(means) == set(attention)
+        for name, mean in means.items():
+            gradient = mean / (1 - BETAS[0])  # after a first step
+            if lambda_type == "tanh" and name.endswith(("q_norm.weight", "lambda_proj.weight")):
+                assert attention[name].grad.abs().max() > 0
+            assert relative_error(gradient, attention[name].grad) < 1e-5, (layer, name)
+
+
+def test_an_update_is_adam_s(llama: Path, tmp_path: Path) -> None:
+    """Weights after three steps are those of torch.optim.Adam with the same gradients and rates."""
+    split(llama, tmp_path / "gda")
+    tensors = load(tmp_path / "gda").state_dict()
+    fitted, _ = windows_of(llama, llama.parent / "text.txt")
+    work = Work(tmp_path / "work", {})
+
+    def of_layer(layer: int) -> dict[str, Tensor]:
+        prefix = layer_prefix(layer)
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix + ATTENTION)}
+
+    distillation = Distillation(LayerwiseModel(load(tmp_path / "gda").config, tensors.__getitem__), of_layer, work)
+    name = "self_attn.o_proj.weight"
+    ours = distillation.weights[0][name]
+    theirs = torch.nn.Parameter(ours.clone())
+    adam = torch.optim.Adam([theirs], betas=BETAS, eps=1e-12)
+    plan = Plan(3, 0, mixed_precision=False)
+    gradients: list[Tensor] = []
+    before = torch.zeros_like(ours)
+    states = torch.randn(len(fitted), CONTEXT, 32, generator=torch.Generator().manual_seed(0))
+    for step, _ in enumerate(distillation.train(plan, fitted, states)):
+        mean = distillation.means[0][name]
+        gradients.append((mean - BETAS[0] * before) / (1 - BETAS[0]))
+        before = mean.clone()
+        size = tensors[layer_prefix(0) + name].square().mean().sqrt().item()
+        adam.param_groups[0]["lr"] = distill.RELATIVE_LEARNING_RATE * size * plan.rate(step)
+        theirs.grad = gradients[-1]
+        adam.step()
+    assert len(gradients) == 3
+    assert relative_error(ours, theirs.detach()) < 1e-5
+
+
+def test_every_window_is_read_once_before_one_is_read_again() -> None:
+    """Whatever the number of windows; the order depends on the seed."""
+    for windows in (1, 2, 4, 5, 7, 40):
+        plan = Plan(30, 0, mixed_precision=False)
+        drawn = torch.cat([plan.batch(step, windows) for step in range(30)])
+        for epoch in drawn[: len(drawn) // windows * windows].view(-1, windows):
+            assert sorted(epoch.tolist()) == list(range(windows))
+    assert plan.batch(0, 40).tolist() != Plan(30, 1, mixed_precision=False).batch(0, 40).tolist()
+    assert plan.rate(0) > 0
+    assert max(map(plan.rate, range(30))) <= 1
+    assert plan.rate(29) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("mistral", {"sliding_window": 6}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("qwen3", {"head_dim": 8}),
+        ("qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True, "dtype": torch.bfloat16}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_mistral_and_qwen(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Perplexity of the source is that of transformers' own class, in windows and beyond; the result's is as told."""
+    source = save_source(tmp_path / "source", model_type, **changes)
+    report = split(source, tmp_path / "gda", effort="default", dtype="float32", verify=True)
+    _, held_out = windows_of(source, tmp_path / "text.txt")
+    ids = held_out.flatten()
+    assert report.split.perplexity_source == pytest.approx(perplexity(load(source), ids, context=CONTEXT), rel=1e-4)
+    result = load(tmp_path / "gda")
+    assert report.split.perplexity == pytest.approx(perplexity(result, ids, context=CONTEXT), rel=1e-4)
+    assert all(layer.error_after < layer.error_before for layer in report.split.layers)
+    assert report.verification.passed
+
+
+@pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
+def test_gguf(quantization: str, tmp_path: Path) -> None:
+    """A file gives the split that the Llama which transformers reads from it gives."""
+    gguf = pytest.importorskip("gguf")
+    from .test_gguf import SHAPE, write_gguf
+
+    kind = None if quantization == "F32" else gguf.GGMLQuantizationType[quantization]
+    file = write_gguf(tmp_path / "model.gguf", llama_model(**SHAPE), quantization=kind)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    same_model = llama_model(**SHAPE)
+    same_model.load_state_dict(read.state_dict())
+    same_model.save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    report = split(file, tmp_path / "gda", effort="default", dtype="float32")
+    same = split(tmp_path / "llama", tmp_path / "same", effort="default", dtype="float32")
+    assert report.split.perplexity_source == pytest.approx(same.split.perplexity_source, rel=1e-5)
+    assert [layer.noise_heads for layer in report.split.layers] == [layer.noise_heads for layer in same.split.layers]
+    expected, got = tensors_of(tmp_path / "same"), tensors_of(tmp_path / "gda")
+    assert set(expected) == set(got)
+    for name, tensor in expected.items():
+        assert relative_error(got[name], tensor) < 1e-3, name
+
+
+def test_a_narrow_source_keeps_its_dtype_and_nearly_its_perplexity(tmp_path: Path) -> None:
+    """The report's perplexity is that before rounding; what is written differs by no more than rounding does."""
+    source = save_llama(tmp_path / "llama", dtype=torch.bfloat16, max_shard_size="20KB")
+    report = split(source, tmp_path / "gda", effort="default", max_shard_size="20KB")
+    assert report.num_files > 1
+    tensors = tensors_of(tmp_path / "gda")
+    narrow = {name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16}
+    assert set(tensors) - narrow == {name for name in tensors if ".lambda_" in name}
+    _, held_out = windows_of(source, tmp_path / "text.txt")
+    measured = perplexity(load(tmp_path / "gda"), held_out.flatten(), context=CONTEXT)
+    assert report.split.perplexity == pytest.approx(measured, rel=0.02)
+
+
+def test_two_conversions_with_one_seed_give_equal_bytes_and_another_seed_does_not(llama: Path, tmp_path: Path) -> None:
+    """Every file, trained too; the seed is that of λ vectors and of the order of training."""
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        split(llama, tmp_path / name, effort="default", seed=seed)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    one, other = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other")
+    for name in one:
+        assert torch.equal(one[name], other[name]) == (".self_attn." not in name), name
+
+
+def test_more_tokens_than_the_text_has_and_jsonl(llama: Path, tmp_path: Path) -> None:
+    """All of the text is read; texts of JSONL have a blank line between them, whatever characters they hold."""
+    texts = [llama.parent.joinpath("text.txt").read_text()[at : at + 900] for at in range(0, 9000, 900)]
+    texts[3] += "\u2028\x85\u2029 and on"
+    lines = "\n".join(json.dumps({"id": 1, "text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines + "\n\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\ufeff" + "\n\n".join(texts), encoding="utf-8")
+    reports = [
+        split(llama, tmp_path / f"gda{index}", calibration=tmp_path / name, calibration_tokens=10**6).split
+        for index, name in enumerate(["a.jsonl", "a.txt", "b.txt"])
+    ]
+    assert reports[0].calibration == "a.jsonl"
+    assert len({report.sha256 for report in reports}) == 1
+    assert len({report.perplexity for report in reports}) == 1
+    count = len(byte_tokenizer()("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids)
+    assert reports[0].tokens + reports[0].held_out_tokens == count // CONTEXT * CONTEXT
+
+
+# ------------------------------------------------------------------------------------- what is told, and other commands
+
+
+@pytest.fixture(scope="module")
+def divided(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A finished split with its report; not to be changed."""
+    out = tmp_path_factory.mktemp("divided") / "gda"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_module, "EFFORTS", {"default": STEPS})
+        patch.setattr(split_module, "_multiplies_bfloat16", lambda device: False)
+        report = split(llama, out, effort="default", verify=True)
+    return out, report
+
+
+def test_conversion_json_holds_the_report(divided: tuple[Path, Any]) -> None:
+    """As it is returned; and the conversion is not said to be lossless."""
+    out, report = divided
+    made = json.loads((out / "conversion.json").read_text())
+    assert made["split"] == report.split.to_dict() == report.to_dict()["split"]
+    assert made["settings"]["mode"] == "split"
+    assert made["settings"]["lossless"] is False
+    how = made["tensors"]["model.layers.0.self_attn.o_proj.weight"]["how"]
+    assert "solved" in how
+    assert "trained" in how
+    assert made["tensors"]["model.norm.weight"]["how"] == "copied"
+    assert not (out / "work").exists()
+    assert [note for note in report.notes if "not lossless" in note]
+    assert math.isfinite(report.split.perplexity)
+
+
+def test_the_card_says_that_it_is_lossy_and_what_was_chosen(divided: tuple[Path, Any]) -> None:
+    """Perplexities, and a row of the table for each layer."""
+    out, report = divided
+    card = (out / "README.md").read_text()
+    assert "**This is lossy**" in card
+    assert f"{report.split.perplexity:.3f}" in card
+    assert f"{report.split.perplexity_source:.3f}" in card
+    assert f"for {STEPS} steps" in card
+    for index, layer in enumerate(report.split.layers):
+        heads = ", ".join(map(str, layer.noise_heads))
+        row = f"| {index} | {heads} | {layer.lambda_:.3f} | {layer.error_before:.3f}, {layer.error_after:.3f} |"
+        assert f"{row} {layer.subtracted:.3f} |" in card
+
+
+@pytest.mark.parametrize("method", ["auto", "full", "layers"])
+def test_verify_runs_both_and_has_no_limit(method: str, llama: Path, divided: tuple[Path, Any]) -> None:
+    """The difference is told; a threshold that is asked for is kept."""
+    report = gda.verify(llama, divided[0], method=method)
+    assert report.passed
+    assert report.threshold is None
+    assert report.relative is not None
+    assert report.relative > 1e-3
+    assert not gda.verify(llama, divided[0], method=method, threshold=1e-5).passed
+
+
+def test_what_a_split_model_cannot_do_is_refused(llama: Path, divided: tuple[Path, Any], tmp_path: Path) -> None:
+    """Bits cannot be compared; and there is no Llama that it is."""
+    with pytest.raises(ValueError, match="fits depend on the machine; use full or layers"):
+        gda.verify(llama, divided[0], method="tensors")
+    with pytest.raises(ValueError, match="layer 0"):
+        gda.export(divided[0], tmp_path / "back", format="llama")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_that_is_not_finite_is_no_result(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification has no limit for a split, but for what is no number."""
+    right = fit.split_layer
+
+    def broken(moments: Moments, output: Tensor, **options: Any) -> Any:
+        split = right(moments, output, **options)
+        split.output[0, 0] = math.nan
+        return split
+
+    monkeypatch.setattr(fit, "split_layer", broken)
+    with pytest.raises(VerificationFailed):
+        split(llama, tmp_path / "gda", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp_path: Path, command: Command) -> None:
+    """The commands on a split model, and what the split itself prints."""
+    out, report = divided
+    shown = command("inspect", out)
+    assert shown.code == 0
+    assert report.to_dict()["head_map"] in shown.out
+    pushed = command("push", out, "me/split", "--dry-run")
+    assert pushed.code == 0
+    assert "model.safetensors" in pushed.out
+    told = command(
+        *("convert", llama, tmp_path / "gda", "--mode", "split", "--effort", "default"),
+        *("--calibration", llama.parent / "text.txt", "--calibration-tokens", TOKENS),
+    )
+    assert told.code == 0, told
+    assert told.error == ""
+    assert "note: heads are divided, which is not lossless" in told.out
+    assert f"lossy: perplexity on {report.split.held_out_tokens:,} tokens of text.txt" in told.out
+    for value in (report.split.perplexity_source, report.split.perplexity_closed_form, report.split.perplexity):
+        assert f"{value:.3f}" in told.out
+    assert files_of(tmp_path / "gda") == files_of(out)
+
+
+def test_json_and_dry_run(llama: Path, tmp_path: Path, command: Command) -> None:
+    """--json gives what Python returns, and nothing else; --dry-run checks the text and writes nothing."""
+    text = llama.parent / "text.txt"
+    arguments = ("convert", llama, tmp_path / "gda", "--mode", "split", "--effort", "fast", "--calibration", text)
+    dry = command(*arguments, "--dry-run", "--json")
+    assert dry.code == 0
+    assert json.loads(dry.out)["split"] is None
+    assert list(tmp_path.iterdir()) == []
+    shown = command(*arguments, "--dry-run")
+    assert shown.code == 0
+    assert "nothing was (--dry-run)" in shown.out
+    done = command(*arguments, "--json", "--no-verify")
+    assert done.code == 0
+    told = json.loads(done.out)
+    assert (told["num_signal_heads"], told["num_noise_heads"]) == (2, 2)
+    assert told["split"] == json.loads((tmp_path / "gda" / "conversion.json").read_text())["split"]
+
+
+def test_without_a_text_python_s_documentation_is_read_and_named(llama: Path, tmp_path: Path) -> None:
+    """On the screen it is, by the name of the calibration."""
+    report = split(llama, tmp_path / "gda", calibration=None)
+    assert report.split.calibration == "the documentation of Python"
+    assert "the documentation of Python" in (tmp_path / "gda" / "README.md").read_text()

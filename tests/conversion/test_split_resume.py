@@ -1,0 +1,361 @@
+"""A split that is killed, interrupted or out of space goes on from what is done, and OUT is absent or whole.
+
+Processes are killed for real, as in test_convert_crash_safety.
+"""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gda.conversion.split import fit
+from gda.conversion.split import splitter as split_module
+from gda.conversion.split.distill import Distillation
+from gda.conversion.writing import write_model as write_module
+
+from ..support.children import ENDED, in_child
+from ..support.commands import Command
+from ..support.llamas import files_of, save_llama
+from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, save_text, split
+from .test_convert_crash_safety import killed_at
+
+__all__ = ["brief"]
+pytestmark = pytest.mark.usefixtures("brief")
+
+LAYERS = 3
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A Llama of three layers, beside a text."""
+    (tmp_path / "place").mkdir()
+    save_text(tmp_path / "text.txt")
+    return save_llama(tmp_path / "llama", num_hidden_layers=LAYERS)
+
+
+@pytest.fixture
+def expected(llama: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The files of a split that nothing happened to."""
+    trained(llama, tmp_path / "place" / "gda")
+    files = files_of(tmp_path / "place" / "gda")
+    shutil.rmtree(tmp_path / "place" / "gda")
+    return files
+
+
+def trained(llama: Path, out: Path, **options: Any) -> Any:
+    return split(llama, out, **({"effort": "default", "calibration": llama.parent / "text.txt"} | options))
+
+
+def after(times: int, right: Callable[..., Any], happens: Callable[[], object]) -> Callable[..., Any]:
+    """`right`, before whose call number `times` + 1 something happens."""
+    called = 0
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        nonlocal called
+        called += 1
+        if called == times + 1:
+            happens()
+        return right(*arguments, **options)
+
+    return function
+
+
+def kill_me() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Where a run may be stopped: in which function, how many times it is called in all.
+STAGES: dict[str, tuple[Any, str, int]] = {
+    "dividing": (fit, "_fit_layer", LAYERS),
+    "training": (Distillation, "_train_on", STEPS),
+    "verifying": (write_module, "write_provenance", 1),
+}
+each_stop = pytest.mark.parametrize(
+    ("stage", "done"), [("dividing", 1), ("dividing", 2), ("training", 0), ("training", 2), ("verifying", 0)]
+)
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count calls of each stage from now on."""
+    counts = dict.fromkeys(STAGES, 0)
+
+    def counted(stage: str, of: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*arguments: Any, **options: Any) -> Any:
+            counts[stage] += 1
+            return of(*arguments, **options)
+
+        return function
+
+    for stage, (owner, name, _) in STAGES.items():
+        monkeypatch.setattr(owner, name, counted(stage, getattr(owner, name)))
+    return counts
+
+
+def expected_calls(stage: str, done: int) -> dict[str, int]:
+    """What is left to do when a run was stopped in that stage."""
+    at = list(STAGES).index(stage)
+    return {
+        name: 0 if index < at else total - done if index == at else total
+        for index, (name, (_, _, total)) in enumerate(STAGES.items())
+    }
+
+
+@each_stop
+def test_killed_and_resumed_is_the_same_model_and_nothing_is_done_twice(
+    stage: str,
+    done: int,
+    llama: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers that are divided and steps that are saved stay; the files are those of an unbroken run."""
+    out = tmp_path / "place" / "gda"
+    owner, name, _ = STAGES[stage]
+
+    def killed() -> None:
+        setattr(owner, name, after(done, getattr(owner, name), kill_me))
+        trained(llama, out)
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert os.listdir(tmp_path / "place") == [".gda.partial"]
+    counts = calls_of(monkeypatch)
+    trained(llama, out, resume=True)
+    assert counts == expected_calls(stage, done)
+    assert files_of(out) == expected
+    assert os.listdir(tmp_path / "place") == ["gda"]
+
+
+@each_stop
+def test_ctrl_c_keeps_the_work(
+    stage: str,
+    done: int,
+    llama: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
+) -> None:
+    """Exit 130, a line that names --resume, no OUT; and --resume goes on."""
+    out = tmp_path / "place" / "gda"
+    owner, name, _ = STAGES[stage]
+    arguments = (
+        *("convert", llama, out, "--mode", "split", "--effort", "default", "--no-verify"),
+        *("--calibration", tmp_path / "text.txt", "--calibration-tokens", TOKENS),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, after(done, getattr(owner, name), lambda: signal.raise_signal(signal.SIGINT)))
+        outcome = command(*arguments)
+    assert outcome.code == 130
+    assert "--resume" in outcome.error
+    assert "Traceback" not in outcome.error
+    assert os.listdir(tmp_path / "place") == [".gda.partial"]
+    counts = calls_of(monkeypatch)
+    assert command(*arguments, "--resume").code == 0
+    assert counts == expected_calls(stage, done)
+    assert files_of(out) == expected
+
+
+def test_killed_at_any_moment_between_files(llama: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """At every few changes of the file system: OUT is absent or whole, and `work` is never in it."""
+    place = tmp_path / "place"
+    out = place / "gda"
+    moment, absent = 1, 0
+    while killed_at(moment, place, lambda: trained(llama, out)):
+        if out.exists():
+            assert files_of(out) == expected, moment
+        else:
+            absent += 1
+            assert in_child(lambda: trained(llama, out, resume=True)) == ENDED, moment
+            assert files_of(out) == expected, moment
+        assert set(os.listdir(place)) <= {"gda", ".gda.lock"}, moment
+        shutil.rmtree(place)
+        place.mkdir()
+        moment += 23
+    assert files_of(out) == expected
+    assert absent >= 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"effort": "best"},
+        {"lambda_type": "tanh"},
+        {"calibration_tokens": TOKENS - 200},
+        {"calibration": "other.txt"},
+        {"source": "other"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_setting_is_refused_and_keeps_the_work(
+    change: dict[str, Any],
+    llama: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line that names the remedy; with the right settings the work goes on."""
+    out = tmp_path / "place" / "gda"
+    with monkeypatch.context() as patch:
+        owner, name, _ = STAGES["training"]
+        patch.setattr(owner, name, after(2, getattr(owner, name), lambda: signal.raise_signal(signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            trained(llama, out)
+    options = dict(change)
+    other = llama
+    if "source" in options:
+        other = save_llama(tmp_path / options.pop("source"), seed=1, num_hidden_layers=LAYERS)
+    if "calibration" in options:
+        options["calibration"] = save_text(tmp_path / options["calibration"], 11_000)
+    with pytest.raises(ValueError, match="another source, text or setting; run again without --resume"):
+        trained(other, out, resume=True, **options)
+    assert not out.exists()
+    counts = calls_of(monkeypatch)
+    trained(llama, out, resume=True)
+    assert counts == expected_calls("training", 2)
+    assert files_of(out) == expected
+
+
+def test_without_resume_nothing_of_a_killed_run_is_used(
+    llama: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other settings before it, too."""
+    out = tmp_path / "place" / "gda"
+    owner, name, _ = STAGES["training"]
+
+    def killed() -> None:
+        setattr(owner, name, after(2, getattr(owner, name), kill_me))
+        trained(llama, out, seed=1)
+
+    assert in_child(killed) == -signal.SIGKILL
+    counts = calls_of(monkeypatch)
+    trained(llama, out)
+    assert counts == {stage: total for stage, (_, _, total) in STAGES.items()}
+    assert files_of(out) == expected
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\0"])
+def test_damaged_work_is_an_error_in_one_line(content: str, llama: Path, tmp_path: Path, command: Command) -> None:
+    """Whatever a crash left of the file that says whose work it is."""
+    work = tmp_path / "place" / ".gda.partial" / "work"
+    work.mkdir(parents=True)
+    (work / "begun.json").write_text(content)
+    outcome = command(
+        *("convert", llama, tmp_path / "place" / "gda", "--mode", "split", "--effort", "fast", "--resume"),
+        *("--calibration", tmp_path / "text.txt"),
+    )
+    assert outcome.code == 2
+    assert len(outcome.error.splitlines()) == 1
+    assert ".gda.partial" in outcome.error
+    assert not (tmp_path / "place" / "gda").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- disk full
+
+
+@pytest.mark.parametrize("limit", [1_000, 20_000, 150_000])
+def test_a_full_disk_is_an_error_that_names_the_file(limit: int, llama: Path, tmp_path: Path) -> None:
+    """The kernel refuses larger files (as a quota would); memory that is mapped to no block would kill the process."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            trained(llama, tmp_path / "place" / "gda")
+        except OSError as error:
+            os._exit(error.errno or 1 if ".gda.partial" in str(error) else 99)
+
+    assert in_child(limited) == errno.EFBIG
+    assert os.listdir(tmp_path / "place") == []
+
+
+def test_room_that_runs_out_while_training(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """Exit 2, one line, nothing left."""
+    from gda.conversion.split import work
+
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+    monkeypatch.setattr(work, "write_safetensors", after(LAYERS, work.write_safetensors, full))
+    outcome = command(
+        *("convert", llama, tmp_path / "place" / "gda", "--mode", "split", "--effort", "default"),
+        *("--calibration", tmp_path / "text.txt", "--calibration-tokens", TOKENS),
+    )
+    assert outcome.code == 2
+    assert len(outcome.error.splitlines()) == 1
+    assert "No space left" in outcome.error
+    assert os.listdir(tmp_path / "place") == []
+
+
+def test_a_failure_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is no number, in the middle of training."""
+    monkeypatch.setattr(Distillation, "_train_on", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match="loss that is not finite"):
+        trained(llama, tmp_path / "place" / "gda")
+    assert os.listdir(tmp_path / "place") == []
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_few_layers(tmp_path: Path) -> None:
+    """Of a Llama of 300 MB, trained too, in a process of its own that keeps no tensors it can read again.
+
+    What is mapped from files is not counted: the system gives it back when it needs the room.
+    """
+    save_text(tmp_path / "text.txt")
+    save_llama(
+        tmp_path / "llama",
+        num_hidden_layers=24,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    source = (tmp_path / "llama" / "model.safetensors").stat().st_size
+    assert source > 250e6
+    figures = tmp_path / "figures.json"
+
+    def measured() -> None:
+        split_module.memory_to_use = lambda: 0
+        split_module.EFFORTS = {"default": 1}
+        before = anonymous_memory()
+        most = [before]
+        real = Distillation._update, fit.split_layer
+
+        def update(*arguments: Any) -> None:
+            most.append(anonymous_memory())
+            real[0](*arguments)
+
+        def divided(*arguments: Any, **options: Any) -> Any:
+            most.append(anonymous_memory())
+            return real[1](*arguments, **options)
+
+        Distillation._update, fit.split_layer = update, divided  # type: ignore[method-assign]
+        trained(tmp_path / "llama", tmp_path / "gda", calibration_tokens=2 * CONTEXT)
+        figures.write_text(json.dumps({"before": before, "most": max(most)}))
+
+    assert in_child(measured) == ENDED
+    told = json.loads(figures.read_text())
+    grown = told["most"] - told["before"]
+    print(f"source {source / 1e6:.0f} MB, memory grew by {grown / 1e6:.0f} MB")
+    assert grown < source / 2  # both models and Adam would take more than three times the source
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that belong to no file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")

@@ -1,0 +1,189 @@
+"""Verification decodes: a lossless conversion must give its source's greedy text with a cache, in both methods."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import gda
+from gda.conversion.sources.source import FolderSource
+from gda.conversion.tensors.layerwise import CACHE_ARGUMENT, LayerwiseModel
+from gda.conversion.verify import VerificationFailed
+from gda.modeling_gda import attention_gda
+from gda.modeling_gda.attention_gda import GDAAttention
+from gda.modeling_gda.modeling_gda import GDADecoderLayer, GDAModel
+
+from ..support.commands import Command
+from ..support.llamas import VOCAB_SIZE, change_config, save_llama, tensors_of
+from ..support.tiny import relative_error, tiny_model, token_ids
+
+METHODS = ("full", "layers")
+METHOD = pytest.mark.parametrize("method", METHODS)
+
+
+def converted(tmp_path: Path, **options: Any) -> tuple[Path, Path]:
+    """A Llama with a tokenizer, and its conversion, not verified."""
+    source = save_llama(tmp_path / "llama")
+    gda.convert(source, tmp_path / "gda", verify=False, **options)
+    return source, tmp_path / "gda"
+
+
+def drop_cache(monkeypatch: pytest.MonkeyPatch, part: type) -> None:
+    """Let a part of the model ignore the cache it is handed, as a model does that knows it by another name."""
+    forward: Callable[..., Any] = part.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(forward)
+    def without(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **(kwargs | {name: None for name in (CACHE_ARGUMENT,) if name in kwargs}))
+
+    monkeypatch.setattr(part, "forward", without)
+
+
+@METHOD
+@pytest.mark.parametrize("part", [GDAAttention, GDADecoderLayer, GDAModel])
+def test_a_model_that_drops_its_cache_fails(
+    part: type, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits without a cache are the source's, and its greedy text is not."""
+    source, out = converted(tmp_path)
+    assert gda.verify(source, out, method=method).greedy_match == 1.0
+    drop_cache(monkeypatch, part)
+    report = gda.verify(source, out, method=method)
+    assert report.relative is not None
+    assert report.relative <= 1e-5
+    assert report.greedy_match is not None
+    assert report.greedy_match < 1
+    assert not report.passed
+
+
+@METHOD
+def test_a_fault_that_source_and_result_share_fails(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GDA source would drop its cache as well: its text is made without one."""
+    source = save_llama(tmp_path / "llama")
+    gda.convert(source, tmp_path / "gda", verify=False)
+    gda.grow(tmp_path / "gda", tmp_path / "grown", signal=2, verify=False)
+    assert gda.verify(tmp_path / "gda", tmp_path / "grown", method=method).passed
+    drop_cache(monkeypatch, GDAAttention)
+    report = gda.verify(tmp_path / "gda", tmp_path / "grown", method=method)
+    assert report.relative is not None
+    assert report.relative <= 1e-5
+    assert not report.passed
+
+
+def test_convert_and_verify_end_with_1_and_one_line(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line names the share of equal texts and what to do; there is no OUT."""
+    source, out = converted(tmp_path)
+    drop_cache(monkeypatch, GDAAttention)
+    for arguments in (("convert", source, tmp_path / "again"), ("verify", source, out)):
+        outcome = command(*arguments)
+        assert outcome.code == 1
+        [line] = outcome.error.splitlines()
+        assert "greedy text with a cache is the source's for only 0 % of the prompts" in line
+        assert "use another release of transformers" in line
+    assert not (tmp_path / "again").exists()
+
+
+@METHOD
+def test_a_model_that_refuses_the_cache_ends_with_1_and_one_line(
+    method: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later transformers may hand it over under a name that the model does not know: its TypeError is the line."""
+    source, out = converted(tmp_path)
+    monkeypatch.setattr(attention_gda, "CACHE_ARGUMENT", "renamed")
+    outcome = command("verify", source, out, "--method", method)
+    assert outcome.code == 1
+    [line] = outcome.error.splitlines()
+    assert line.startswith("gda: verification failed: GDAAttention was given a DynamicCache")
+
+
+def with_twin_tokens(tmp_path: Path, difference: float) -> tuple[Path, Path]:
+    """Each token of the source has a twin with the same logit, which in the result is larger by that share."""
+    source, out = converted(tmp_path)
+    for folder, factor in ((source, 1.0), (out, 1.0 + difference)):
+        tensors = tensors_of(folder)
+        half = tensors["lm_head.weight"][: VOCAB_SIZE // 2]
+        tensors["lm_head.weight"][VOCAB_SIZE // 2 : 2 * (VOCAB_SIZE // 2)] = factor * half
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return source, out
+
+
+@METHOD
+def test_a_tie_of_logits_is_excused(method: str, tmp_path: Path) -> None:
+    """Where rounding decides between two tokens, texts may part there; the report says how many did."""
+    source, out = with_twin_tokens(tmp_path, 2e-6)
+    report = gda.verify(source, out, method=method)
+    assert report.passed
+    assert report.greedy_match is not None
+    assert report.greedy_ties is not None
+    assert report.greedy_ties > 0
+    assert report.greedy_match + report.greedy_ties == 1
+
+
+@METHOD
+def test_tokens_that_are_further_apart_are_no_tie(method: str, tmp_path: Path) -> None:
+    """The second token of the source lies 1e-3 behind: text that has it is another, whatever the threshold."""
+    source, out = with_twin_tokens(tmp_path, 1e-3)
+    tensors = tensors_of(source)
+    tensors["lm_head.weight"][VOCAB_SIZE // 2 :] *= 1 - 1e-3
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = gda.verify(source, out, method=method, threshold=0.1)
+    assert report.relative is not None
+    assert report.relative < 0.1
+    assert not report.passed
+    with pytest.raises(VerificationFailed, match="greedy text"):
+        raise VerificationFailed(report)
+
+
+@METHOD
+def test_the_greedy_text_of_a_lossy_conversion_may_differ(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is reported."""
+    source, out = converted(tmp_path, dtype="bfloat16")
+    drop_cache(monkeypatch, GDAAttention)
+    report = gda.verify(source, out, method=method)
+    assert report.passed
+    assert report.greedy_match is not None
+    assert report.greedy_match < 1
+
+
+@METHOD
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_verification_is_sdpa_whatever_config_json_names(field: str, method: str, tmp_path: Path) -> None:
+    """Flash attention is not installed here; source and result are compared all the same."""
+    source = save_llama(tmp_path / "llama")
+    change_config(source, **{field: "flash_attention_2"})
+    assert gda.convert(source, tmp_path / "gda").verification is not None
+    change_config(tmp_path / "gda", attn_implementation="flash_attention_2")
+    assert gda.verify(source, tmp_path / "gda", method=method).passed
+
+
+def test_layers_of_a_source_run_without_its_dropout(tmp_path: Path) -> None:
+    """Verification layer by layer evaluates the source, as loading it whole does."""
+    source = save_llama(tmp_path / "llama", attention_dropout=0.5)
+    gda.convert(source, tmp_path / "gda", verify=False)
+    assert gda.verify(source, tmp_path / "gda", method="layers").passed
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_decoding_a_layer_with_a_cache_equals_running_it_without(windows: bool, tmp_path: Path) -> None:
+    """For each layer, a window that is shorter than the prefill included."""
+    kinds = ["sliding_attention", "full_attention"]
+    tiny_model(**({"sliding_window": 4, "layer_types": kinds} if windows else {})).save_pretrained(tmp_path / "gda")
+    source = FolderSource(tmp_path / "gda")
+    model = LayerwiseModel(source.config, source.read)
+    states = model.embed(token_ids(3, 12))
+    with torch.inference_mode():
+        for index in range(model.num_layers):
+            tensors = model.tensors(index)
+            expected = model.run(index, tensors, states)
+            assert relative_error(model.decode(index, tensors, states, 7), expected) < 1e-5
+            states = expected

@@ -1,0 +1,205 @@
+"""Where a model looks: against loops over characters and tokens, and what the report says."""
+
+import inspect
+import json
+import math
+from dataclasses import asdict, astuple
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gda import convert
+from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, diagnose, prompts_by_metadata
+from gda.eval.run import Setting
+from gda.eval.tasks import TASKS_FOLDER
+from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
+from gda.eval.tasks.settings import tokens_of
+
+from ..support.llamas import VOCAB_SIZE, byte_tokenizer, llama_model, save_llama
+from ..support.tiny import tiny_model
+
+LENGTH, NEEDLES = 400, 3
+
+
+def gda_model(**changes: Any) -> PreTrainedModel:
+    return tiny_model(**({"vocab_size": VOCAB_SIZE, "max_position_embeddings": 1024} | changes))
+
+
+def report_of(model: PreTrainedModel, **options: Any) -> DiagnosticsReport:
+    defaults = {"length": LENGTH, "needles": NEEDLES, "samples": 1, "depths": (0.0, 0.5)}
+    return diagnose(model, byte_tokenizer(), **(defaults | options))
+
+
+def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[float, float, float, float]:
+    """Shares of one layer's maps (H, T, T) for a prompt with its answer, token by token."""
+    encoded = tokenizer(prompt.text + prompt.target, return_offsets_mapping=True)
+    offsets, said = encoded["offset_mapping"], len(prompt.text)
+    rows = [index - 1 for index, (_, end) in enumerate(offsets) if end > said]
+    sums = [0.0] * 4
+    for head in maps.double():
+        for row in rows:
+            magnitudes = [abs(value) for value in head[row].tolist()]
+            total = sum(magnitudes)
+            for index, (magnitude, (start, end)) in enumerate(zip(magnitudes, offsets, strict=True)):
+                share = magnitude / total
+                sums[3] -= share * math.log(share) if share else 0.0
+                if index == 0:
+                    sums[2] += share
+                elif start < prompt.answer_end and end > prompt.answer_start:
+                    sums[0] += share
+                elif start < len(prompt.context):
+                    sums[1] += share
+    return tuple(value / len(maps) / len(rows) for value in sums)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kv_layout": "paired", "num_key_value_heads": 4, "lambda_type": "sigmoid"},
+        {"sliding_window": 50, "layer_types": ["full_attention", "sliding_attention"]},
+    ],
+    ids=["shared", "paired", "sliding"],
+)
+@pytest.mark.parametrize("queries", [1, 2])
+def test_shares_of_differences_are_those_of_the_loops(changes: dict[str, Any], queries: int) -> None:
+    model, tokenizer = gda_model(**changes), byte_tokenizer()
+    report = report_of(model, queries=queries)
+    model.set_attn_implementation("eager")
+    expected: list[list[tuple[float, ...]]] = []
+    for depth in (0.0, 0.5):
+        settings = NeedleSettings(LENGTH, depth, NEEDLES, queries, digits=7, samples=1, data_seed=0)
+        [prompt] = make_prompts(settings, tokens_of(tokenizer))
+        ids = tokenizer(prompt.text + prompt.target, return_tensors="pt").input_ids
+        with torch.no_grad():
+            maps = model(ids, output_attentions=True).attentions
+        expected.append([counted(of_layer[0], prompt, tokenizer) for of_layer in maps])
+    for layer, shares in enumerate(report.by_layer["difference"]):
+        assert_shares(shares, [of_depth[layer] for of_depth in expected])
+    for shares, of_depth in zip(report.by_depth["difference"], expected, strict=True):
+        assert_shares(shares, of_depth)
+
+
+def assert_shares(got: AttentionShares, expected: list[tuple[float, ...]]) -> None:
+    means = [sum(column) / len(expected) for column in zip(*expected, strict=True)]
+    assert [got.answer, got.noise_context, got.first_token, got.entropy] == pytest.approx(means, abs=1e-5)
+
+
+def test_a_llama_beside_its_twin() -> None:
+    llama = llama_model(max_position_embeddings=1024)
+    report = report_of(llama, baseline=llama)
+    assert list(report.by_layer) == list(report.by_depth) == ["signal", "baseline"]
+    assert report.by_layer["signal"] == report.by_layer["baseline"]
+    assert report.by_depth["signal"] == report.by_depth["baseline"]
+    assert report.lambdas == [None, None]
+    for shares in report.by_layer["signal"]:
+        assert 0 < shares.answer < 1
+        assert shares.answer + shares.noise_context + shares.first_token < 1
+
+
+def test_an_expanded_llama_looks_where_the_llama_looks(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "llama", max_position_embeddings=1024)
+    convert(folder, tmp_path / "gda")
+    llama, expanded = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "gda"))
+    report = report_of(expanded, baseline=llama)
+    assert report.lambdas == pytest.approx([0.0, 0.0], abs=1e-6)
+    for kind in ("signal", "difference"):
+        for got, expected in zip(report.by_layer[kind], report.by_layer["baseline"], strict=True):
+            assert astuple(got) == pytest.approx(astuple(expected), abs=1e-5)
+
+
+def test_lambda_is_the_layers() -> None:
+    assert report_of(gda_model()).lambdas == pytest.approx([0.3, 0.4])
+    token_dependent = report_of(gda_model(lambda_type="sigmoid")).lambdas
+    assert all(value is not None and 0 < value < 1 for value in token_dependent)
+
+
+def test_a_baseline_that_is_a_gda_model_of_more_layers() -> None:
+    deeper = gda_model(num_hidden_layers=3)
+    report = report_of(gda_model(), baseline=deeper)
+    assert report.by_layer["baseline"] == report_of(deeper).by_layer["difference"]
+    assert report.to_markdown().count("\n| 2 |  |  |  |  | 0.") == 1
+
+
+def test_a_seed_decides_the_prompts() -> None:
+    model = gda_model()
+    assert report_of(model, seed=3) == report_of(model, seed=3)
+    assert report_of(model, seed=3) != report_of(model, seed=4)
+
+
+def test_the_report_reads_as_json_markdown_and_tables() -> None:
+    report = report_of(gda_model(), baseline=llama_model(max_position_embeddings=1024))
+    fields = json.loads(json.dumps(report.to_dict()))
+    assert fields["by_layer"]["noise"][1]["entropy"] == report.by_layer["noise"][1].entropy
+    assert (fields["length"], fields["samples"], fields["depths"]) == (LENGTH, 1, [0.0, 0.5])
+    assert LENGTH - 120 < fields["tokens"] <= LENGTH
+    lines = report.to_markdown().splitlines()
+    of_difference = report.by_depth["difference"]
+    assert "| maps | 0 % | 50 % | mean |" in lines
+    mean = sum(shares.answer for shares in of_difference) / 2, sum(shares.noise_context for shares in of_difference) / 2
+    cells = [f"{shares.answer:.3f} / {shares.noise_context:.3f}" for shares in of_difference]
+    assert f"| difference | {cells[0]} | {cells[1]} | {mean[0]:.3f} / {mean[1]:.3f} |" in lines
+    assert "| layer | λ | signal | noise | difference | baseline |" in lines
+    first = report.by_layer["signal"][0]
+    shown = f"{first.answer:.3f} / {first.noise_context:.3f} / {first.first_token:.3f} / {first.entropy:.2f}"
+    assert any(line.startswith(f"| 0 | 0.3000 | {shown} |") for line in lines)
+    screen = Console(file=StringIO(), width=200)
+    for table in report.tables():
+        screen.print(table)
+    assert shown in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_defaults_are_the_tasks() -> None:
+    written = (TASKS_FOLDER / "_needles.yaml").read_text()
+    for name, value in asdict(DEFAULTS).items():
+        assert f"\n  {name}: {value}\n" in written
+    given = prompts_by_metadata({})
+    assert given == {name: inspect.signature(diagnose).parameters[name].default for name in given}
+
+
+def test_every_setting_of_the_retrieval_task_holds() -> None:
+    told = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "data_seed": 9}
+    given = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "seed": 9}
+    assert prompts_by_metadata(told | {"samples": 7}) == given | {"depths": (0.0, 0.25, 0.5, 0.75, 1.0), "samples": 2}
+    told |= {"depth": 1, "samples": 3}
+    report = diagnose(gda_model(), byte_tokenizer(), **prompts_by_metadata(told))
+    fields = report.to_dict()
+    assert fields == fields | given | {"depths": [1.0], "samples": 3}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"lenght": 300}, "did you mean `length`"),
+        ({"seed": 3}, "has no setting `seed`; it has length, depth, .*data_seed"),
+        ({"pairs": 3}, "has no setting `pairs`"),
+        ({"samples": 0}, "`samples`"),
+        ({"depth": 50}, "`depth`"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused_before_anything_runs(metadata: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Setting(diagnostics=True, metadata=metadata)
+
+
+def test_metadata_of_another_task_is_left_to_it() -> None:
+    Setting(tasks=["gda_mqar"], diagnostics=True, metadata={"pairs": 3})
+
+
+def test_what_cannot_be_diagnosed() -> None:
+    for options, said in (
+        ({"length": 50}, "`length` 50 is too short"),
+        ({"depths": (0.5, 1.5)}, "`depth`"),
+        ({"depths": ()}, "depths"),
+        ({"samples": 0}, "`samples`"),
+        ({"length": 2000}, "reads 1024; give a smaller length"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            report_of(gda_model(), **options)
+    with pytest.raises(ValueError, match="must have one tokenizer"):
+        report_of(gda_model(), baseline=gda_model(vocab_size=50))

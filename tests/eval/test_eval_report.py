@@ -1,0 +1,335 @@
+"""What `gda eval` tells: the comparison, JSON, Markdown, HTML and the model card."""
+
+import html
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+import gda
+from gda.common.files import sha256
+
+from ..support.browser import Page
+from ..support.commands import Command
+from ..support.evaluation import write_models
+from ..support.llamas import byte_tokenizer
+
+pytest.importorskip("lm_eval")
+from gda.eval.card import update_card
+from gda.eval.compare import rows_of
+from gda.eval.run import EvalReport, Setting, run
+
+BLIMP = "blimp_passive_1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama, `llama`, its expansion, `gda`, another model, `other`, and `data`; not to be changed."""
+    return write_models(tmp_path_factory.mktemp("report"), "other")
+
+
+# -------------------------------------------------------------------------------------------------------- comparison
+
+
+def results(scores: dict[str, float], values: dict[int, float] | None = None, name: str = "acc") -> dict[str, Any]:
+    """lm-eval's dictionary for a task `t`."""
+    samples = [{"doc_id": document, "filter": "none", name: value} for document, value in (values or {}).items()]
+    return {"results": {"t": {"alias": "t", "sample_len": 4, **scores}}, "samples": {"t": samples}}
+
+
+def test_differences_are_judged_document_by_document() -> None:
+    """Both models answered the same documents: the spread of the differences counts, not that of the scores."""
+    ours = {0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0}
+    theirs = {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0}
+    (row,) = rows_of(
+        results({"acc,none": 0.75, "acc_stderr,none": 0.25}, ours),
+        results({"acc,none": 0.5, "acc_stderr,none": 0.29}, theirs),
+    )
+    assert (row.score, row.baseline, row.difference) == (0.75, 0.5, 0.25)
+    assert row.difference_stderr == pytest.approx(0.5 / math.sqrt(4))  # of 0, 1, 0, 0
+    assert row.within is True
+
+
+def test_scores_that_are_no_means_are_judged_by_both_errors() -> None:
+    """A perplexity, and scores whose documents are not known."""
+    for values in ({}, {0: -3.0, 1: -4.0}):
+        ours = results({"word_perplexity,none": 20.0, "word_perplexity_stderr,none": 3.0}, values, "word_perplexity")
+        theirs = results({"word_perplexity,none": 31.0, "word_perplexity_stderr,none": 4.0}, values, "word_perplexity")
+        (row,) = rows_of(ours, theirs)
+        assert (row.difference, row.difference_stderr, row.within) == (-11.0, 5.0, False)
+
+
+def test_what_is_not_known_is_not_claimed() -> None:
+    """No standard error, no verdict, unless nothing differs; a metric that the baseline lacks stands alone."""
+    unknown = {"acc,none": 0.5, "acc_stderr,none": "N/A"}
+    assert rows_of(results(unknown), results({"acc,none": 0.4}))[0].within is None
+    assert rows_of(results(unknown), results(unknown))[0].within is True
+    (alone,) = rows_of(results({"acc,none": 0.5, "acc_stderr,none": 0.1}), results({}))
+    assert (alone.baseline, alone.difference, alone.within, alone.stderr) == (None, None, None, 0.1)
+    assert [row.label for row in rows_of(results({"exact_match,strict-match": 1.0}))] == ["exact_match strict-match"]
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_files_hold_what_was_found(folder: Path, tmp_path: Path, command: Command) -> None:
+    """lm-eval's own format, and under "gda" the baseline, settings, versions and hashes; a table in Markdown."""
+    outcome = command(
+        *("eval", folder / "other", "--baseline", folder / "gda", "--tasks", f"{BLIMP},gsm8k", "--limit", 4),
+        *("--dataset-root", folder / "data", "--num-fewshot", 1, "--batch-size", 2, "--json"),
+        *("--output", tmp_path / "a" / "b", "--html", "--seed", 3),
+    )
+    assert outcome.code == 0, outcome.error
+    written = json.loads((tmp_path / "a/b/results.json").read_text())
+    assert written == json.loads(outcome.out)
+    expected = gda.evaluate(
+        folder / "other", tasks=f"{BLIMP},gsm8k", dataset_root=folder / "data", limit=4, num_fewshot=1, seed=3
+    )
+    assert written["results"] == expected["results"]
+    assert written.keys() - {"gda"} == expected.keys() - {"samples"}
+    ours = written["gda"]
+    assert ours["sha256"] == {"model.safetensors": sha256(folder / "other/model.safetensors")}
+    assert ours["baseline"]["gda"]["sha256"] == {"model.safetensors": sha256(folder / "gda/model.safetensors")}
+    assert ours["versions"]["gda"] == gda.__version__
+    assert ours["notes"] == [f"{BLIMP}: --num-fewshot 1 was not taken; the definition fixes its number"]
+    assert f"note on other: {ours['notes'][0]}" in outcome.error
+    assert (ours["dtype"], ours["prompts"]) == ("float32", [])
+    assert (ours["settings"]["seed"], ours["settings"]["batch_size"]) == (3, "2")
+    by_task = {row["task"]: row for row in ours["comparison"]}
+    assert by_task[BLIMP]["score"] == expected["results"][BLIMP]["acc,none"]
+    assert by_task[BLIMP]["baseline"] == ours["baseline"]["results"][BLIMP]["acc,none"]
+    table = (tmp_path / "a/b/results.md").read_text().splitlines()
+    assert table[0] == "| task | metric | other | gda | difference | ≤ 2 stderr |"
+    assert table[2].startswith(f"| {BLIMP} | acc | {by_task[BLIMP]['score']:.4f} ± ")
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["report.html", "results.json", "results.md"]
+
+
+def test_the_screen_shows_the_table_and_prompts(folder: Path, command: Command) -> None:
+    """Names whole, scores with their errors, the verdict, and the prompts asked for; progress is elsewhere."""
+    outcome = command(
+        *("eval", folder / "gda", "--baseline", folder / "llama", "--tasks", BLIMP, "--limit", 6),
+        *("--dataset-root", folder / "data", "--show-prompts", 2),
+    )
+    assert outcome.code == 0, outcome.error
+    assert re.search(rf"{BLIMP} .* acc .* \+0\.0000 .* yes", outcome.out)
+    assert outcome.out.count("  prompt  ''\n          [0]\n") == 2
+    assert "scored  ' The cat thanked " in outcome.out
+    assert "running gda\nrunning llama\n" in outcome.error
+    assert "it/s" not in outcome.error  # nobody watches a bar
+
+
+def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Path, command: Command) -> None:
+    """Bars for each score, both colour schemes, no address, and a name that is markup stays text everywhere."""
+    name = "<b onload=alert(1)>[red]|`&"
+    named = copy_of(folder / "gda", tmp_path / name, None)
+    outcome = command(
+        *("eval", named, "--baseline", folder / "llama", "--tasks", BLIMP, "--dataset-root", folder / "data"),
+        *("--output", tmp_path / "out", "--html", "--show-prompts", 1),
+    )
+    assert outcome.code == 0, outcome.error
+    text = (tmp_path / "out/report.html").read_text()
+    page = Page(text)
+    assert page.addresses == []
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    assert html.escape(name) in text
+    assert "prefers-color-scheme: dark" in text
+    assert page.tags.count("rect") == 2 + 2  # two in the legend, two bars
+    markdown = (tmp_path / "out/results.md").read_text()
+    assert "<b" not in markdown
+    assert markdown.splitlines()[0].replace("\\|", "").count("|") == 7
+    assert name in outcome.out
+
+
+def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Path, command: Command) -> None:
+    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks hold for them."""
+    arguments = (
+        *("eval", folder / "gda", "--baseline", folder / "llama", "--diagnostics", "--output", tmp_path, "--html"),
+        *("--metadata", '{"length": 400, "depth": 0.5, "samples": 3, "digits": 5, "data_seed": 7}', "--seed", 3),
+    )
+    printed = command(*arguments)
+    assert printed.code == 0, printed.error
+    assert "noise" in printed.out
+    told = json.loads((tmp_path / "results.json").read_text())["gda"]
+    assert told["diagnostics"]["lambdas"] == [0.0, 0.0]
+    assert told["comparison"] == []
+    from gda.eval.attention.diagnostics import diagnose
+
+    ours, llama = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("gda", "llama"))
+    expected = diagnose(ours, byte_tokenizer(), baseline=llama, length=400, digits=5, depths=(0.5,), samples=3, seed=7)
+    assert told["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
+    assert expected.to_markdown().strip() in (tmp_path / "results.md").read_text()
+    assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()
+
+
+def test_two_models_of_one_name_are_told_apart(folder: Path, tmp_path: Path, command: Command) -> None:
+    """By their places, and a model against itself by its part."""
+    outcome = command(
+        *("eval", folder / "gda", "--baseline", folder / "gda", "--tasks", BLIMP, "--limit", 2, "--json"),
+        *("--dataset-root", folder / "data"),
+    )
+    told = json.loads(outcome.out)["gda"]
+    assert told["model"] == str(folder / "gda")
+    assert told["baseline"]["gda"]["model"] == f"{folder / 'gda'} (baseline)"
+
+
+# ------------------------------------------------------------------------------------------------------ model card
+
+
+def copy_of(folder: Path, place: Path, card: str | None) -> Path:
+    place.mkdir()
+    for file in folder.iterdir():
+        if file.name != "README.md":
+            (place / file.name).write_bytes(file.read_bytes())
+    if card is not None:
+        (place / "README.md").write_text(card, newline="")
+    return place
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> EvalReport:
+    """BLiMP on the model `gda`; not to be changed."""
+    setting = Setting([BLIMP], str(folder / "data"))
+    found = run(folder / "gda", setting=setting)
+    assert found is not None
+    return found
+
+
+def updated(model: Path, report: EvalReport) -> str:
+    return update_card(model, report).read_bytes().decode()
+
+
+CARD = """---
+license:   apache-2.0   # kept as it is
+model-index:
+- name: somebody's
+  results:
+  - task: {type: text-generation}
+    dataset: {type: x/y, name: Other task}
+    metrics:
+    - {type: acc, value: 0.25}
+tags: [a,   b]
+---
+
+# Title
+Words — and   more.
+"""
+
+
+def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Path, command: Command) -> None:
+    """Other results, other fields and the text stay; a second run changes nothing; a shorter run is another result."""
+    model = copy_of(folder / "gda", tmp_path / "m", CARD)
+    arguments = ("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--update-card")
+    texts = []
+    for options in ((), (), ("--limit", 4)):
+        outcome = command(*arguments, *options)
+        assert outcome.code == 0, outcome.error
+        texts.append((model / "README.md").read_text())
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("---\nlicense:   apache-2.0   # kept as it is\ntags: [a,   b]\nmodel-index:\n")
+    assert texts[0].endswith(CARD[CARD.index("---\n\n# Title") :])
+    card = ModelCard(texts[0])
+    assert {result.dataset_name for result in card.data.eval_results} == {"Other task", BLIMP}
+    (ours,) = (result for result in card.data.eval_results if result.dataset_name == BLIMP)
+    expected = gda.evaluate(model, tasks=BLIMP, dataset_root=folder / "data")["results"][BLIMP]["acc,none"]
+    assert (ours.metric_type, ours.metric_value, ours.dataset_type) == ("acc", expected, "nyu-mll/blimp")
+    assert (ours.dataset_config, ours.dataset_split, ours.dataset_args) == ("passive_1", "train", {"num_few_shot": 0})
+    assert texts[2].count(f"name: {BLIMP}") == 2
+    assert "limit: 4" in texts[2]
+
+
+@pytest.mark.parametrize("card", [None, "# Only a title\n", "---\n---\nText", CARD.replace("\n", "\r\n")])
+def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    """None, one without metadata, with empty metadata, with the line ends of Windows."""
+    model = copy_of(folder / "gda", tmp_path / "m", card)
+    text = updated(model, report)
+    assert updated(model, report) == text
+    assert BLIMP in {result.dataset_name for result in ModelCard(text).data.eval_results}
+    assert text.endswith((card or "# m\n").split("---")[-1].lstrip("\r\n"))
+
+
+COMMENTED = """---
+model-index:
+- name: x
+# of the first
+
+  results: []
+# of the tags
+
+tags: [a]
+---
+"""
+
+
+def test_only_the_index_is_replaced(folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    """A comment below it belongs to the next field."""
+    text = updated(copy_of(folder / "gda", tmp_path / "m", COMMENTED), report)
+    assert text.startswith("---\n# of the tags\n\ntags: [a]\nmodel-index:\n- name: x\n")
+
+
+def test_other_settings_make_another_result(report: EvalReport) -> None:
+    """Metadata, template, dtype and the limit of a group, whose documents lm-eval does not count."""
+    from gda.eval.card import _arguments
+
+    setting = replace(report.setting, limit=4, metadata={"length": 64}, apply_chat_template=True, dtype="bfloat16")
+    assert _arguments(replace(report, setting=setting), "a_group") == {
+        "limit": 4,
+        "dtype": "bfloat16",
+        "apply_chat_template": True,
+        "metadata": {"length": 64},
+    }
+
+
+def test_a_card_that_cannot_be_updated_costs_no_run(folder: Path, tmp_path: Path, command: Command) -> None:
+    """It is refused before anything is run."""
+    model = copy_of(folder / "gda", tmp_path / "m", "---\n- a\n---\n")
+    outcome = command("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--update-card")
+    assert outcome.code == 2
+    assert "its metadata is not valid" in outcome.error
+    assert "running" not in outcome.error
+
+
+def test_a_page_of_other_results_does_not_stay(report: EvalReport, tmp_path: Path) -> None:
+    """Prompts are in the JSON, numbers that are none are null."""
+    from gda.eval.report import to_json, write_report
+
+    write_report(report, tmp_path, with_html=True)
+    write_report(report, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
+    row = replace(report.rows[0], score=math.nan, stderr=math.inf)
+    told = json.loads(to_json(replace(report, rows=[row])), parse_constant=pytest.fail)
+    assert (told["gda"]["comparison"][0]["score"], told["gda"]["comparison"][0]["stderr"]) == (None, None)
+
+
+def test_a_context_that_the_model_does_not_take_is_told(folder: Path, tmp_path: Path) -> None:
+    """It has 512 positions."""
+    (tmp_path / "text.txt").write_text("The cat thanked the hen.")
+    found = run(folder / "gda", setting=Setting(perplexity=str(tmp_path / "text.txt"), context=600))
+    assert found is not None
+    assert found.model.notes == ["perplexity: the model takes 512 tokens at a time, not 600"]
+
+
+def test_the_card_of_a_conversion_stays_itself(folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    """Without the model-index it is the card that was there, byte for byte."""
+    before = (folder / "gda/README.md").read_text()
+    text = updated(copy_of(folder / "gda", tmp_path / "m", before), report)
+    front = text.split("---\n")[1]
+    added = front[front.index("model-index:") :]
+    assert text.replace(added, "") == before
+    assert yaml.safe_load(front)["model-index"][0]["name"] == "m"
+
+
+@pytest.mark.parametrize("card", ["---\n a: [\n---\n", "---\nmodel-index: 3\n---\n", "---\n- a\n---\n"])
+def test_a_card_that_is_not_valid_is_refused(card: str, folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    """It is named, and stays as it was."""
+    model = copy_of(folder / "gda", tmp_path / "m", card)
+    with pytest.raises(ValueError, match=r"README.md: its metadata is not valid"):
+        update_card(model, report)
+    assert (model / "README.md").read_text() == card

@@ -1,0 +1,242 @@
+"""Scores: what lm-eval reports of our models is what their logits say, however it is asked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gda
+
+from ..support.evaluation import SHARED_DATA, log_likelihood, write_models
+from ..support.llamas import byte_tokenizer
+
+pytest.importorskip("lm_eval")
+BLIMP = "blimp_passive_1"
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama, `llama`, its expansion, `gda`, a GDA model with a live λ, `live`, and `data`; not to be changed."""
+    return write_models(tmp_path_factory.mktemp("scores"), "live")
+
+
+def evaluate(folder: Path, model: str = "live", tasks: Any = BLIMP, **options: Any) -> dict[str, Any]:
+    return gda.evaluate(folder / model, tasks=tasks, dataset_root=folder / "data", **options)
+
+
+def answers(results: dict[str, Any], task: str = BLIMP) -> list[Any]:
+    """What the model answered to each request of a task: (log-likelihood, is greedy), or a text."""
+    return [answer for sample in results["samples"][task] for one in sample["resps"] for answer in one]
+
+
+def likelihoods(results: dict[str, Any], task: str = BLIMP) -> torch.Tensor:
+    return torch.tensor([float(answer[0]) for answer in answers(results, task)], dtype=torch.double)
+
+
+# ---------------------------------------------------------------------------------------------------- against logits
+
+
+@pytest.mark.parametrize("model", ["live", "gda", "llama"])
+def test_log_likelihoods_are_those_of_the_logits(model: str, folder: Path) -> None:
+    """An empty prompt is BOS; every choice's likelihood is summed token by token here."""
+    results = evaluate(folder, model)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / model)
+    tokenizer = AutoTokenizer.from_pretrained(folder / model)
+    expected, right = [], []
+    for sample in results["samples"][BLIMP]:
+        both = [
+            log_likelihood(loaded, tokenizer, "", f" {sample['doc'][name]}")
+            for name in ("sentence_good", "sentence_bad")
+        ]
+        expected += both
+        right.append(both[0] > both[1])
+    assert len(expected) == 20
+    torch.testing.assert_close(likelihoods(results), torch.tensor(expected).double(), atol=TOLERANCE, rtol=0)
+    assert results["results"][BLIMP]["acc,none"] == sum(right) / len(right)
+
+
+def test_examples_in_front_are_read(folder: Path) -> None:
+    """A task in a file of one's own, with two examples in front of each question, on local data."""
+    results = evaluate(folder, tasks=str(folder / "data" / "toy_sums.yaml"), batch_size=3)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "live")
+    expected = []
+    for sample in results["samples"]["toy_sums"]:
+        prompt = sample["arguments"][0][0]
+        assert prompt.count("Question: ") == 3
+        assert prompt.endswith(f"Question: {sample['doc']['question']}\nAnswer:")
+        expected += [log_likelihood(loaded, tokenizer, prompt, f" {word}") for word in ("one", "two", "three and more")]
+    found = likelihoods(results, "toy_sums")
+    torch.testing.assert_close(found, torch.tensor(expected).double(), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "batch_size"),
+    [("sdpa", 16), ("eager", 1), ("eager", 16), pytest.param("flex_attention", 16, marks=pytest.mark.slow)],
+)
+def test_backends_and_batch_sizes_agree(attention: str, batch_size: int, folder: Path) -> None:
+    """Padding to the longest of a batch, and the way attention is computed, change nothing."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "live", attn_implementation=attention)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "live")
+    flex = attention == "flex_attention"  # compiled anew for each shape: it gets one
+    tasks = [BLIMP] if flex else [BLIMP, str(folder / "data" / "toy_sums.yaml")]
+    options: dict[str, Any] = {"tasks": tasks, "dataset_root": folder / "data", "limit": 4 if flex else None}
+    found = gda.evaluate(loaded, tokenizer, batch_size=batch_size, **options)
+    expected = gda.evaluate(folder / "live", **options)
+    for task in found["results"]:
+        torch.testing.assert_close(likelihoods(found, task), likelihoods(expected, task), atol=TOLERANCE, rtol=0)
+        assert found["results"][task] == expected["results"][task]
+
+
+def test_an_expansion_scores_what_its_source_scores(folder: Path) -> None:
+    """Exactly: likelihoods, generated texts, and so every metric."""
+    tasks = [BLIMP, "gsm8k", "gda_copy_length_64"]
+    options = {"tasks": tasks, "batch_size": 4, "num_fewshot": 1, "limit": 4}
+    ours, source = evaluate(folder, "gda", **options), evaluate(folder, "llama", **options)
+    for task in tasks:
+        assert answers(ours, task) == answers(source, task)
+        assert ours["results"][task] == source["results"][task]
+    assert all(isinstance(answer, str) for answer in answers(ours, "gsm8k"))
+    assert ours["n-shot"]["gsm8k"] == 1
+
+
+@pytest.mark.slow
+def test_expanded_smollm2_scores_what_smollm2_scores(folder: Path, tmp_path: Path) -> None:
+    """Exactly, on BLiMP's own sentences where they are at hand."""
+    from gda.commands.demo import find_demo_model
+
+    try:
+        source = find_demo_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    gda.convert(source, tmp_path / "gda", verify=False)
+    data = SHARED_DATA if (SHARED_DATA / "nyu-mll").is_dir() else folder / "data"
+    options: dict[str, Any] = {"tasks": BLIMP, "dataset_root": data, "limit": 40, "batch_size": 16}
+    ours, theirs = gda.evaluate(tmp_path / "gda", **options), gda.evaluate(source, **options)
+    assert answers(ours) == answers(theirs)
+    assert ours["results"] == theirs["results"]
+    if data == SHARED_DATA:
+        assert ours["results"][BLIMP]["acc,none"] > 0.6  # a model that has learnt English
+
+
+# ------------------------------------------------------------------------------------------------------ ways to ask
+
+
+def run(*arguments: object, cwd: Path) -> str:
+    """Standard output of a Python program."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gda", "hf"])
+def test_the_command_line_of_lm_eval_gives_the_same(kind: str, folder: Path, tmp_path: Path) -> None:
+    """`python -m gda.eval run`, with our model type or lm-eval's own: same results, our tasks known."""
+    tasks = [BLIMP, "gda_copy_length_64"]
+    run(
+        *("-m", "gda.eval", "run", "--model", kind, "--model_args", f"pretrained={folder / 'live'}", "--device", "cpu"),
+        *("--tasks", ",".join(tasks), "--limit", 6, "--dataset_root", folder / "data", "--output_path", tmp_path),
+        cwd=tmp_path,
+    )
+    (written,) = tmp_path.rglob("results_*.json")
+    metrics = json.loads(written.read_text())["results"]
+    expected = evaluate(folder, tasks=tasks, limit=6)["results"]
+    for task in tasks:
+        assert {name: metrics[task][name] for name in expected[task]} == pytest.approx(expected[task])
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(folder: Path, tmp_path: Path) -> None:
+    """`accelerate launch` on CPUs: documents are shared out, and one process writes."""
+    tasks = [BLIMP, "gsm8k"]
+    printed = run(
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "gda.cli", "eval", folder / "live"),
+        *("--tasks", ",".join(tasks), "--dataset-root", folder / "data", "--batch-size", 4, "--num-fewshot", 1),
+        *("--limit", 5, "--baseline", folder / "gda", "--output", tmp_path / "out", "--json"),
+        cwd=tmp_path,
+    )
+    report = json.loads(printed)
+    assert report == json.loads((tmp_path / "out" / "results.json").read_text())
+    for name, metrics in (("live", report["results"]), ("gda", report["gda"]["baseline"]["results"])):
+        expected = evaluate(folder, name, tasks=tasks, batch_size=4, num_fewshot=1, limit=5)["results"]
+        for task in tasks:
+            assert {key: metrics[task][key] for key in expected[task]} == pytest.approx(expected[task])
+
+
+def test_later_versions_of_lm_eval_find_the_model_type() -> None:
+    """By the entry point that the distribution declares."""
+    import importlib.metadata
+
+    from lm_eval.api.registry import get_model
+
+    (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name="gda")
+    assert entry.load() is get_model("gda")
+
+
+def test_a_model_in_memory_is_left_as_it_was(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It gives what its folder gives; weights, mode and tokenizer do not change, and git is not asked."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
+    loaded.train()
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    tokenizer = byte_tokenizer()
+    capfd.readouterr()
+    found = gda.evaluate(loaded, tokenizer, tasks=[BLIMP], dataset_root=folder / "data", limit=0.5)
+    assert found["results"] == evaluate(folder, limit=5)["results"]
+    assert found["n-samples"][BLIMP] == {"original": 10, "effective": 5}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    assert "fatal" not in capfd.readouterr().err
+    assert loaded.training
+    assert tokenizer.pad_token is None
+    json.dumps(found["configs"])
+
+
+def test_a_seed_moves_the_examples_in_front(folder: Path) -> None:
+    """The same seed gives the same prompts, another one others."""
+    task = str(folder / "data" / "toy_sums.yaml")
+    prompts = [
+        [sample["arguments"][0][0] for sample in evaluate(folder, tasks=task, seed=seed)["samples"]["toy_sums"]]
+        for seed in (1, 1, 2)
+    ]
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_what_is_shown_is_what_the_model_got(folder: Path) -> None:
+    """Text and ids of the first requests of each task; what is too long is cut at its beginning, as lm-eval does."""
+    from gda.eval.run import Setting
+    from gda.eval.run import run as run_eval
+
+    setting = Setting([BLIMP, "gsm8k"], str(folder / "data"), limit=2, num_fewshot=7, show_prompts=1, batch_size=2)
+    report = run_eval(folder / "live", setting=setting)
+    assert report is not None
+    scored, generated = report.model.prompts
+    tokenizer = byte_tokenizer()
+    assert (scored.task, scored.prompt, scored.prompt_ids) == (BLIMP, "", [0])
+    assert scored.continuation == " The cat thanked panther." or scored.continuation.startswith(" The cat")
+    assert scored.continuation_ids == tokenizer(scored.continuation, add_special_tokens=False).input_ids
+    assert generated.prompt.count("Question:") == 8
+    assert generated.continuation is None
+    ids = tokenizer(generated.prompt).input_ids
+    assert generated.prompt_ids == ids[-(512 - 256) :]
+    assert (scored.cut, generated.cut) == (0, len(ids) - 256)
+    assert report.model.notes[0].startswith("gsm8k: 2 requests are longer than the 512 tokens")
+    assert report.model.notes[1].startswith("blimp_passive_1: --num-fewshot 7 was not taken")
+
+
+def test_a_chat_template_is_applied(folder: Path) -> None:
+    """The prompt is the template's, with the question in it."""
+    task = str(folder / "data" / "toy_sums.yaml")
+    found = evaluate(folder, tasks=task, apply_chat_template=True, limit=2)
+    prompt = found["samples"]["toy_sums"][0]["arguments"][0][0]
+    assert prompt.startswith("<|user|>Question: ")
+    assert prompt.count("<|user|>") == 3

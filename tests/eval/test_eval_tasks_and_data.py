@@ -1,0 +1,369 @@
+"""Tasks are found by name as lm-eval finds them, their data comes from where it was said, and bad input is one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gda
+
+from ..support.commands import Command
+from ..support.evaluation import pairs, write_data, write_jsonl
+from ..support.llamas import save_llama
+
+pytest.importorskip("lm_eval")
+BLIMP = "blimp_passive_1"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset root; not to be changed."""
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama; not to be changed."""
+    return save_llama(tmp_path_factory.mktemp("model") / "llama")
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.slow
+def test_names_mean_what_they_mean_to_lm_eval() -> None:
+    """A task, a group, a tag over several folders, a pattern: the same entries as in an index of everything."""
+    from lm_eval.tasks import TaskManager
+
+    from gda.eval.lm_eval.find_tasks import find_tasks
+
+    everything = TaskManager()
+    for name in ("gsm8k", "blimp", "leaderboard_bbh", "ai2_arc", "blimp_passive_*"):
+        manager, found = find_tasks([name])
+        assert found == (everything.match_tasks([name]) if "*" in name else [name])
+        for one in found:
+            entry, expected = manager.task_index[one], everything.task_index[one]
+            assert (entry.kind, entry.yaml_path, entry.tags) == (expected.kind, expected.yaml_path, expected.tags)
+            for member in (
+                (expected.cfg or {}).get("task") if isinstance((expected.cfg or {}).get("task"), list) else []
+            ):
+                if isinstance(member, str) and member in everything.task_index:
+                    assert manager.task_index[member].yaml_path == everything.task_index[member].yaml_path
+
+
+def test_a_name_does_not_cost_the_parsing_of_every_task() -> None:
+    """What is read for a task of one folder is that folder, and ours."""
+    from gda.eval.lm_eval.find_tasks import find_tasks
+
+    manager, _ = find_tasks([BLIMP])
+    assert len(manager.all_tasks) < 1000
+    assert "gda_copy" in manager.all_tasks
+    assert find_tasks(["gda_copy", "gda_copy"])[1] == ["gda_copy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("blimp_pasive_1", "blimp_passive_1"), ("gsm8", "gsm8k"), ("gda_nedles", "gda_needles")]
+)
+def test_an_unknown_task_gets_a_suggestion(name: str, meant: str) -> None:
+    """The names come from all of lm-eval's tasks and ours."""
+    from gda.eval.lm_eval.find_tasks import find_tasks
+
+    with pytest.raises(ValueError, match=rf"unknown task '{name}'; did you mean .*\b{meant}\b.*\?"):
+        find_tasks([name])
+
+
+def test_a_name_like_no_other_gets_none() -> None:
+    """Then it says how tasks are listed."""
+    from gda.eval.lm_eval.find_tasks import find_tasks
+
+    with pytest.raises(ValueError, match=r"unknown task 'qqqqxxxx'; .* lists them"):
+        find_tasks(["qqqqxxxx"])
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
+    """The task is lm-eval's own definition, on rows of our files; afterwards datasets is as it was."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    from gda.eval.lm_eval.find_tasks import find_tasks, load_tasks
+
+    original = datasets.load_dataset
+    blimp, gsm8k = load_tasks([BLIMP, "gsm8k"], dataset_root=data)
+    assert datasets.load_dataset is original
+    assert list(blimp.validation_docs()) == pairs()
+    assert len(list(gsm8k.test_docs())) == 2  # parquet
+    assert len(list(gsm8k.training_docs())) == 7
+    manager: TaskManager = find_tasks([BLIMP])[0]
+    definition = manager.task_index[BLIMP].cfg
+    assert definition is not None
+    for field in ("doc_to_choice", "doc_to_target", "output_type", "dataset_path", "dataset_name"):
+        assert blimp.get_config(field) == definition[field]
+
+
+def test_strings_stay_strings(tmp_path: Path) -> None:
+    """A date in JSON is a string, a file may end in blank lines, and `default` may be left out in a task."""
+    from gda.eval.lm_eval.local_data import load_local
+
+    write_jsonl(tmp_path / "d/default/test.jsonl", [{"day": "2018-01-22", "n": None}, {"day": "x", "n": [1]}])
+    with open(tmp_path / "d/default/test.jsonl", "a") as file:
+        file.write("\n\n")
+    assert load_local(tmp_path, "d", None)["test"].to_list() == [
+        {"day": "2018-01-22", "n": None},
+        {"day": "x", "n": [1]},
+    ]
+    assert load_local(tmp_path, "d", None, split="test").num_rows == 2
+
+
+def test_a_field_that_the_first_row_lacks_is_kept(tmp_path: Path) -> None:
+    """Every row has every field; what it does not hold is None."""
+    from gda.eval.lm_eval.local_data import load_local
+
+    write_jsonl(tmp_path / "d/test.jsonl", [{"a": 1}, {"a": 2, "b": "x"}])
+    assert load_local(tmp_path, "d", None)["test"].to_list() == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
+
+
+def test_an_error_in_a_group_names_its_task(data: Path) -> None:
+    """Of lm-eval's group `blimp` only one paradigm has data here."""
+    from gda.eval.lm_eval.find_tasks import load_tasks
+
+    with pytest.raises(FileNotFoundError, match=r"^task blimp_\w+: "):
+        load_tasks(["blimp"], dataset_root=data)
+
+
+def test_our_tasks_are_known_beside_those_of_a_folder(data: Path) -> None:
+    """As `--include_path` names it."""
+    from gda.eval.lm_eval.find_tasks import TaskManagerWithOurs
+
+    for given in (data, str(data), [data]):
+        known = TaskManagerWithOurs(include_path=given, include_defaults=False).all_tasks
+        assert {"toy_sums", "gda_needles"} <= set(known)
+
+
+def rewrite(name: str, text: str | None) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = root / name
+        path.unlink() if text is None else path.write_text(text)
+
+    return change
+
+
+TRAIN = "nyu-mll/blimp/passive_1/train.jsonl"
+SPOILT: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
+    "empty": (rewrite(TRAIN, ""), BLIMP, ["passive_1/train.jsonl is empty"]),
+    "blank lines": (rewrite(TRAIN, "\n\n"), BLIMP, ["passive_1/train.jsonl is empty"]),
+    "half a line": (rewrite(TRAIN, '{"a": 1}\n{"a": '), BLIMP, ["passive_1/train.jsonl", "line 2"]),
+    "no object": (rewrite(TRAIN, "[1]\n"), BLIMP, ["passive_1/train.jsonl, line 1", "not a JSON object"]),
+    "mixed types": (rewrite(TRAIN, '{"a": 1}\n{"a": "b"}\n'), BLIMP, ["passive_1/train.jsonl cannot be read"]),
+    "not text": (rewrite(TRAIN, "\0"), BLIMP, ["passive_1/train.jsonl"]),
+    "other columns": (rewrite(TRAIN, '{"a": 1}\n'), BLIMP, ["cannot be built from", "nyu-mll/blimp/passive_1"]),
+    "no such split": (
+        rewrite("openai/gsm8k/main/test.parquet", None),
+        "gsm8k",
+        ["main/test.jsonl (or .parquet) is missing"],
+    ),
+    "no parquet": (rewrite("openai/gsm8k/main/test.parquet", "x"), "gsm8k", ["main/test.parquet cannot be read"]),
+    "no such folder": (lambda root: shutil.rmtree(root / "openai"), "gsm8k", ["openai/gsm8k/main", "no files of data"]),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_data_is_one_line(case: str, data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """It names the task and the file."""
+    root = shutil.copytree(data, tmp_path / "data")
+    spoil, task, words = SPOILT[case]
+    spoil(root)
+    outcome = command("eval", model, "--tasks", task, "--dataset-root", root)
+    assert outcome.code == 2
+    last = outcome.error.strip().splitlines()[-1]
+    assert last.startswith(f"gda: task {task}")
+    for word in words:
+        assert word in last
+    assert "Traceback" not in outcome.error
+
+
+def test_a_task_that_needs_the_network_says_so(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: the task, its dataset, and where its files would have to be."""
+    import datasets
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'nyu-mll/blimp' on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    outcome = command("eval", model, "--tasks", BLIMP)
+    assert outcome.code == 2
+    last = outcome.error.strip().splitlines()[-1]
+    for word in (BLIMP, "nyu-mll/blimp (passive_1)", "--dataset-root DIR", "DIR/nyu-mll/blimp/passive_1/SPLIT.jsonl"):
+        assert word in last
+    assert datasets.load_dataset is offline
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "nothing to do": ([], "nothing to do: name --tasks"),
+    "unknown task": (["--tasks", "blimp_pasive_1"], "did you mean blimp_passive_1"),
+    "only commas": (["--tasks", ","], "--tasks names no task"),
+    "no such root": (["--tasks", BLIMP, "--dataset-root", "nowhere"], "--dataset-root nowhere is not a folder"),
+    "negative limit": (["--tasks", BLIMP, "--limit", "-1"], "--limit -1"),
+    "limit 0": (["--tasks", BLIMP, "--limit", "0"], "--limit 0"),
+    "negative shots": (["--tasks", BLIMP, "--num-fewshot", "-1"], "--num-fewshot -1"),
+    "batch size": (["--tasks", BLIMP, "--batch-size", "many"], "--batch-size many"),
+    "batch size autox": (["--tasks", BLIMP, "--batch-size", "autox"], "--batch-size autox"),
+    "endless limit": (["--tasks", BLIMP, "--limit", "inf"], "--limit inf"),
+    "broken limit": (["--tasks", BLIMP, "--limit", "2.7"], "--limit 2.7"),
+    "device": (["--tasks", BLIMP, "--device", "foo"], "--device foo is not there; there are cpu"),
+    "seed": (["--tasks", BLIMP, "--seed", "-1"], "--seed -1"),
+    "no output": (["--tasks", BLIMP, "--output", ""], "--output '' is not a folder"),
+    "output below a file": (["--tasks", BLIMP, "--output", f"{__file__}/x"], "--output"),
+    "context of nothing": (["--tasks", BLIMP, "--context", "64"], "--context and --stride are those of --perplexity"),
+    "dtype": (["--tasks", BLIMP, "--dtype", "int8"], "--dtype int8 is not one of auto"),
+    "metadata": (["--tasks", "gda_copy", "--metadata", "{"], "--metadata { is not JSON"),
+    "metadata list": (["--tasks", "gda_copy", "--metadata", "[1]"], "is not a JSON object"),
+    "setting of a task": (["--tasks", "gda_copy", "--metadata", '{"length": -1}'], "gda_copy"),
+    "baseline": (["--tasks", BLIMP, "--baseline", "nowhere/at/all"], "nowhere/at/all does not exist"),
+    "perplexity": (["--perplexity", "nowhere.txt"], "--perplexity nowhere.txt is not a file"),
+    "stride": (["--perplexity", __file__, "--stride", "600"], "--stride 600"),
+    "context": (["--perplexity", __file__, "--context", "0"], "--context 0"),
+    "prompts": (["--tasks", BLIMP, "--show-prompts", "-1"], "--show-prompts -1"),
+    "html": (["--tasks", BLIMP, "--html"], "--output"),
+    "output": (["--tasks", BLIMP, "--output", __file__], "is not a folder"),
+    "card": (["--perplexity", __file__, "--update-card"], "--update-card"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case: str, model: Path, command: Command) -> None:
+    """Exit 2, and the last line names the option or the remedy."""
+    arguments, word = BAD[case]
+    outcome = command("eval", model, *arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    last = outcome.error.strip().splitlines()[-1]
+    assert last.startswith("gda: ")
+    assert word in last
+    assert "Traceback" not in outcome.error
+
+
+def test_a_folder_that_is_no_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """No folder, no config, no weights, no tokenizer, weights that are none: exit 2 and one line."""
+    (tmp_path / "empty").mkdir()
+    broken = {
+        "absent": tmp_path / "absent",
+        "config.json is missing": tmp_path / "empty",
+        "no weights": shutil.copytree(model, tmp_path / "a", ignore=shutil.ignore_patterns("*.safetensors")),
+        "holds no tokenizer": shutil.copytree(model, tmp_path / "b", ignore=shutil.ignore_patterns("tokenizer*")),
+        "c cannot be loaded": shutil.copytree(model, tmp_path / "c"),
+    }
+    (tmp_path / "c" / "model.safetensors").write_bytes(b"\1")
+    for words, place in broken.items():
+        outcome = command("eval", place, "--tasks", BLIMP, "--dataset-root", data)
+        assert outcome.code == 2
+        assert words in outcome.error.strip().splitlines()[-1]
+        assert "Traceback" not in outcome.error
+
+
+def test_a_request_that_cannot_fit_is_one_line(data: Path, model: Path, command: Command) -> None:
+    """GSM8K wants 256 new tokens of a model that takes 128."""
+    outcome = command("eval", model, "--tasks", "gsm8k", "--dataset-root", data)
+    assert outcome.code == 2
+    assert "at most 128 tokens" in outcome.error.strip().splitlines()[-1]
+
+
+def test_a_model_in_memory_needs_its_tokenizer(model: Path) -> None:
+    """It says so."""
+    from ..support.llamas import llama_model
+
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        gda.evaluate(llama_model(), tasks=BLIMP)
+
+
+def test_a_chat_template_that_is_not_there(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """--apply-chat-template without a template: exit 2."""
+    folder = shutil.copytree(model, tmp_path / "plain", ignore=shutil.ignore_patterns("chat_template*"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    outcome = command("eval", folder, "--tasks", BLIMP, "--dataset-root", data, "--apply-chat-template")
+    assert outcome.code == 2
+    assert "no chat template" in outcome.error
+
+
+def test_a_bad_baseline_is_refused_before_the_model_runs(
+    data: Path, model: Path, tmp_path: Path, command: Command
+) -> None:
+    """One without a tokenizer, and one whose tokenizer has nothing to put in front of a text."""
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    unmarked = shutil.copytree(model, tmp_path / "unmarked")
+    settings = json.loads((unmarked / "tokenizer_config.json").read_text())
+    kept = {name: value for name, value in settings.items() if name not in ("bos_token", "eos_token")}
+    (unmarked / "tokenizer_config.json").write_text(json.dumps(kept))
+    for baseline, words in ((bare, "holds no tokenizer"), (unmarked, "of unmarked has neither BOS nor EOS")):
+        outcome = command("eval", model, "--baseline", baseline, "--tasks", BLIMP, "--dataset-root", data)
+        assert outcome.code == 2
+        assert words in outcome.error.strip().splitlines()[-1]
+        assert "running" not in outcome.error
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """transformers would make them up; lm-eval's own way of loading refuses them as well."""
+    from safetensors.torch import load_file, save_file
+
+    from gda.eval.lm_eval.harness import GDALM
+
+    folder = shutil.copytree(model, tmp_path / "lacking")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.wheight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    outcome = command("eval", folder, "--tasks", BLIMP, "--dataset-root", data)
+    assert outcome.code == 2
+    assert "has no model.norm.weight" in outcome.error.strip().splitlines()[-1]
+    with pytest.raises(ValueError, match=r"has no model\.norm\.weight"):
+        GDALM(str(folder), device="cpu")
+
+
+def test_numbers_that_are_none_are_no_scores(data: Path, model: Path, command: Command, tmp_path: Path) -> None:
+    """A model that gives NaN would always have chosen the first answer."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    outcome = command("eval", folder, "--tasks", BLIMP, "--dataset-root", data)
+    assert outcome.code == 2
+    assert f"task {BLIMP}: a log-likelihood is nan" in outcome.error.strip().splitlines()[-1]
+    text = tmp_path / "text.txt"
+    text.write_text("The cat thanked the hen.")
+    assert "--perplexity is nan" in command("eval", folder, "--perplexity", text).error
+
+
+@pytest.mark.parametrize("task", ["gda_needles_length_512", "gda_copy_length_256"])
+def test_a_prompt_of_ours_that_does_not_fit_is_refused(task: str, model: Path, command: Command) -> None:
+    """The model takes 128 tokens; what is asked for may be in what would go."""
+    outcome = command("eval", model, "--tasks", task, "--limit", 2)
+    assert outcome.code == 2
+    last = outcome.error.strip().splitlines()[-1]
+    assert last.startswith(f"gda: task {task}: a prompt of ")
+    assert "--metadata" in last
+
+
+@pytest.mark.slow
+def test_the_command_line_of_lm_eval_answers_in_one_line(data: Path, model: Path, tmp_path: Path) -> None:
+    """An empty file of data is no traceback there."""
+    import subprocess
+    import sys
+
+    root = shutil.copytree(data, tmp_path / "data")
+    (root / TRAIN).write_text("")
+    command = [sys.executable, "-m", "gda.eval", "run", "--model", "gda", "--model_args", f"pretrained={model}"]
+    command += ["--tasks", BLIMP, "--dataset_root", str(root), f"--include_path={data}"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert "train.jsonl is empty" in ran.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in ran.stderr

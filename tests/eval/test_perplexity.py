@@ -1,0 +1,120 @@
+"""Perplexity of a text: by token, word and byte, in windows, against a token-by-token sum."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gda.common.perplexity import perplexity, text_perplexity
+
+from ..support.commands import Command
+from ..support.llamas import byte_tokenizer, llama_model, save_llama
+
+TEXT = "The hen and the other hen, naïve as they are, sat in the theatre.\n" * 4
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """A tiny Llama; not to be changed."""
+    return llama_model()
+
+
+@torch.no_grad()
+def summed(model: PreTrainedModel, context: int, stride: int) -> float:
+    """Negative log-likelihood of TEXT after BOS, one token at a time.
+
+    Windows begin every `stride` tokens and hold `context`, the last as well; a token is predicted in the first window
+    that reaches it.
+    """
+    ids = [0, *byte_tokenizer()(TEXT, add_special_tokens=False).input_ids]
+    total = 0.0
+    for target in range(1, len(ids)):
+        begin = 0
+        while begin + context < target:
+            begin += stride
+        if begin + context >= len(ids) - 1:
+            begin = max(0, len(ids) - 1 - context)
+        logits = model(torch.tensor([ids[begin:target]])).logits[0, -1].double()
+        total -= (logits[ids[target]] - logits.logsumexp(0)).item()
+    return total
+
+
+@pytest.mark.parametrize(("context", "stride"), [(512, None), (32, None), (32, 8), (32, 31), (1, 1)])
+def test_every_token_is_counted_once(context: int, stride: int | None, model: PreTrainedModel) -> None:
+    """Also those at the edges of windows, and the first, which is predicted from BOS."""
+    found = text_perplexity(model, byte_tokenizer(), TEXT, context=context, stride=stride)
+    tokens = len(byte_tokenizer()(TEXT, add_special_tokens=False).input_ids)
+    assert (found.tokens, found.words, found.bytes) == (tokens, len(TEXT.split()), len(TEXT.encode()))
+    assert (found.context, found.stride) == (context, stride or context)
+    total = summed(model, context, stride or context)
+    for value, number in ((found.token, tokens), (found.word, found.words), (found.byte, found.bytes)):
+        assert math.log(value) == pytest.approx(total / number, rel=1e-5)
+
+
+def test_it_is_the_rolling_likelihood_of_lm_eval(model: PreTrainedModel) -> None:
+    """Where windows share nothing."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from gda.eval.lm_eval.harness import GDALM
+
+    lm = GDALM(model, tokenizer=byte_tokenizer(), max_length=32, progress=False)
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(TEXT,), idx=0)
+    (rolling,) = lm.loglikelihood_rolling([request])
+    found = text_perplexity(model, byte_tokenizer(), TEXT, context=32)
+    assert math.log(found.token) * found.tokens == pytest.approx(-rolling, rel=1e-5)
+
+
+def test_the_demo_s_perplexity_counts_no_first_tokens(model: PreTrainedModel) -> None:
+    """Windows without overlap, each of which predicts all of its tokens but one."""
+    ids = torch.tensor(byte_tokenizer()(TEXT, add_special_tokens=False).input_ids)
+    total, counted = 0.0, 0
+    with torch.no_grad():
+        for window in (ids[begin : begin + 32] for begin in range(0, len(ids), 32)):
+            if len(window) > 1:
+                scores = model(window.unsqueeze(0)).logits[0].double().log_softmax(-1)
+                total -= sum(scores[i, window[i + 1]].item() for i in range(len(window) - 1))
+                counted += len(window) - 1
+    assert perplexity(model, ids, context=32) == pytest.approx(math.exp(total / counted), rel=1e-5)
+    with pytest.raises(ValueError, match="at least two tokens"):
+        perplexity(model, ids[:1])
+
+
+@pytest.mark.parametrize(("text", "word"), [("", "empty"), (" \n", "empty"), ("<s>", "nothing else")])
+def test_a_text_without_tokens_is_refused(text: str, word: str, model: PreTrainedModel) -> None:
+    """Nothing to divide by."""
+    with pytest.raises(ValueError, match=word):
+        text_perplexity(model, byte_tokenizer(), text)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 33])
+def test_a_stride_that_skips_tokens_is_refused(stride: int, model: PreTrainedModel) -> None:
+    """It would leave some uncounted."""
+    with pytest.raises(ValueError, match=f"stride {stride} "):
+        text_perplexity(model, byte_tokenizer(), TEXT, context=32, stride=stride)
+
+
+def test_the_command_prints_it_with_context_and_stride(tmp_path: Path, command: Command) -> None:
+    """The numbers of the function, on the screen and as JSON; the context is no more than the model takes."""
+    pytest.importorskip("lm_eval")
+    folder = save_llama(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ("eval", folder, "--perplexity", tmp_path / "text.txt")
+    printed = command(*arguments, "--context", 32, "--stride", 16)
+    assert printed.code == 0, printed.error
+    expected = text_perplexity(
+        AutoModelForCausalLM.from_pretrained(folder), byte_tokenizer(), TEXT, context=32, stride=16
+    )
+    for word in (f"{expected.token:.4f}", f"{expected.byte:.4f}", " 32 ", " 16 ", f" {expected.tokens} "):
+        assert word in printed.out
+    told = json.loads(command(*arguments, "--json").out)["gda"]["perplexity"]
+    assert (told["context"], told["stride"]) == (128, 128)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    for name, word in (("empty.txt", "is empty"), ("latin.txt", "is not UTF-8")):
+        outcome = command("eval", folder, "--perplexity", tmp_path / name)
+        assert outcome.code == 2
+        assert f"{name} {word}" in outcome.error

@@ -1,0 +1,216 @@
+"""The distribution: what is packaged, what a wheel holds, and the rules that keep the rooms apart."""
+
+import ast
+import configparser
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import gda
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_PACKAGED = {"tests", "benchmarks", "docs", "build", "dist"}
+REMOTE_CODE = ["configuration", "modeling_gda"]
+BRIDGE = "configuration_gda.py"
+# Dependencies point one way: configuration ← modeling_gda ← conversion ← training, eval beside training, and
+# src/gda/commands on top. Every room may import src/gda/common, which imports no room.
+ABOVE_CONVERSION = {"training", "eval", "commands", "cli"}
+MAY_NOT_IMPORT = {
+    "configuration": {"modeling_gda", "conversion"} | ABOVE_CONVERSION,
+    "modeling_gda": {"conversion"} | ABOVE_CONVERSION,
+    "conversion": ABOVE_CONVERSION,
+    "training": {"eval", "commands", "cli"},
+    "eval": {"training", "commands", "cli"},
+    "src/gda/common": {"configuration", "modeling_gda", "conversion"} | ABOVE_CONVERSION,
+}
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def package_folders() -> dict[str, Path]:
+    """The folder of each package that setup.cfg lists, found as setuptools finds it."""
+    options = setup_cfg()["options"]
+    rooms = dict(line.split(" = ") for line in options["package_dir"].split("\n") if line)
+    folders = {}
+    for package in options["packages"].split():
+        room = max((room for room in rooms if f"{package}.".startswith(f"{room}.")), key=len)
+        folders[package] = ROOT / rooms[room] / package.removeprefix(room).strip(".").replace(".", "/")
+    return folders
+
+
+def repository_files() -> list[Path]:
+    """Files of the working tree that git tracks or would."""
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [path for name in names if name and (path := ROOT / name).is_file()]
+
+
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="lists the files of a git repository")
+
+
+def imports(path: Path) -> set[tuple[int, str]]:
+    """(level, module) of every import of a file, wherever it stands: (0, "gda.eval"), (1, "attention_gda")."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {(node.level, f"{node.module or ''}.{alias.name}".lstrip(".")) for alias in node.names}
+    return found
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """setup.cfg lists exactly the folders that hold modules: a wheel would leave others out without a word."""
+    folders = {
+        path.parent
+        for path in ROOT.rglob("*.py")
+        if not any(part in NOT_PACKAGED or part.startswith(".") for part in path.relative_to(ROOT).parts)
+        if path.parent != ROOT
+    }
+    listed = package_folders()
+    assert len(set(listed.values())) == len(listed)
+    assert set(listed.values()) == folders
+    assert ROOT / "src" / "gda" in folders
+    assert all(package == "gda" or package.startswith("gda.") for package in listed)
+
+
+@needs_git
+def test_the_version_stands_in_one_place() -> None:
+    """Only _version.py holds the number for code; setup.cfg reads it there, and metadata and citation agree."""
+    assignment = re.compile(r"^\s*(?:__version__|version)\s*=\s*[\"']?\d", re.MULTILINE)
+    holders = [path for path in repository_files() if path.suffix in {".py", ".cfg", ".toml"}]
+    holders = [path.relative_to(ROOT).as_posix() for path in holders if assignment.search(path.read_text("utf-8"))]
+    assert holders == ["src/gda/_version.py"]
+    assert setup_cfg()["metadata"]["version"] == "attr: gda._version.__version__"
+    assert importlib.metadata.version("grouped-differential-attention") == gda.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: *(\S+)$", citation, re.MULTILINE) == [gda.__version__]
+
+
+@needs_git
+def test_no_file_names_a_path_of_this_machine() -> None:
+    """Nothing in the repository points into the home or work folder of whoever wrote it."""
+    machine = re.compile(rb"(?<![\w.])/(?:work|root|home/\w+)/")
+    named = {
+        path.relative_to(ROOT).as_posix(): match.group()
+        for path in repository_files()
+        if (match := machine.search(path.read_bytes()))
+    }
+    assert named == {}
+    assert machine.search(b"see /" + b"root/venv")
+
+
+def test_remote_code_is_flat_and_its_names_are_unique() -> None:
+    """Saving copies the files of both folders into one: only the bridge may have its name twice."""
+    assert [path.name for path in (ROOT / "modeling_gda").rglob("*.py") if path.parent.name != "modeling_gda"] == []
+    names = Counter(path.name for room in REMOTE_CODE for path in (ROOT / room).glob("*.py"))
+    assert {name for name, count in names.items() if count > 1} == {BRIDGE, "__init__.py"}
+    tree = ast.parse((ROOT / "modeling_gda" / BRIDGE).read_text(encoding="utf-8"))
+    statements = [ast.unparse(node) for node in tree.body]
+    assert statements == ["from gda.configuration.configuration_gda import GDAConfig", "__all__ = ['GDAConfig']"]
+
+
+@pytest.mark.parametrize("room", REMOTE_CODE)
+def test_remote_code_imports_only_what_transformers_has(room: str) -> None:
+    """Files that travel with a checkpoint import their neighbours by one dot and, beside them, no new library."""
+    known = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
+    relative_import = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
+    for path in (ROOT / room).glob("*.py"):
+        found = imports(path)
+        assert {level for level, _ in found} <= {0, 1}, path.name
+        roots = {module.split(".")[0] for level, module in found if level == 0}
+        assert roots <= (known | {"gda"} if path.name in {BRIDGE, "__init__.py"} else known), path.name
+        # transformers finds the files to copy by this expression, in docstrings too.
+        neighbours = {module.split(".")[0] for level, module in found if level == 1}
+        assert set(relative_import.findall(path.read_text(encoding="utf-8"))) == neighbours, path.name
+
+
+@pytest.mark.parametrize("room", MAY_NOT_IMPORT)
+def test_dependencies_point_one_way(room: str) -> None:
+    """No room imports one that is built on it, not even inside a function."""
+    if not (ROOT / room).is_dir():
+        pytest.skip("not built yet")
+    paths = list((ROOT / room).rglob("*.py"))
+    assert paths
+    for path in paths:
+        modules = {module for level, module in imports(path) if level == 0}
+        forbidden = {
+            module for module in modules if module.startswith("gda.") and module.split(".")[1] in MAY_NOT_IMPORT[room]
+        }
+        assert forbidden == set(), path.name
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel, built from an sdist that was built from a copy of the tree, so that nothing stale can enter."""
+    for module in ("build", "setuptools"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist")
+    shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "tree")]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
+    """The wheel is the packages of setup.cfg with all of their modules, py.typed and templates, and nothing else."""
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    modules = {
+        f"{package.replace('.', '/')}/{path.name}"
+        for package, folder in package_folders().items()
+        for path in folder.glob("*.py")
+    }
+    data = {
+        f"gda/{path.relative_to(ROOT).as_posix()}"
+        for pattern in (
+            "*/templates/*",
+            "*/*/templates/*",
+            "eval/tasks/README.md",
+            "eval/tasks/definitions/*.yaml",
+            "training/configs/*.yaml",
+        )
+        for path in ROOT.glob(pattern)
+        if path.parts[len(ROOT.parts)] != "src"
+    } | {f"gda/common/templates/{path.name}" for path in ROOT.glob("src/gda/common/templates/*")}
+    assert "gda/modeling_gda/attention_gda.py" in modules
+    assert {"gda/eval/templates/report.html.jinja", "gda/training/configs/fsdp2.yaml"} <= data
+    assert held == modules | data | {"gda/py.typed"}
+    (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    assert f"\nVersion: {gda.__version__}\n" in wheel.read(metadata).decode()
+
+
+@pytest.mark.slow
+def test_a_model_runs_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Unpacked away from the repository, the wheel's own files make a model that AutoModel knows."""
+    wheel.extractall(tmp_path)
+    program = (
+        "import torch, gda, gda.modeling_gda.attention_gda as home\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "config = gda.GDAConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=2)\n"
+        "logits = AutoModelForCausalLM.from_config(config)(torch.tensor([[1, 2]])).logits\n"
+        "print(gda.__file__, home.__file__, tuple(logits.shape), sep='\\n')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    wanted = [str(tmp_path / "gda/__init__.py"), str(tmp_path / "gda/modeling_gda/attention_gda.py"), "(1, 2, 8)"]
+    assert ran.stdout.splitlines() == wanted

@@ -1,0 +1,179 @@
+"""LoRA beside λ: what learns, checkpoints that hold all of it, resuming, and the plain model that comes out."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+import gda
+from gda.training import LambdaAnnealCallback
+from gda.training.parameters import choose_what_learns, count_learning, merged, merged_state
+from gda.training.trainer import LEARNED_FILE, GDATrainer
+
+from ..support.llamas import save_llama
+from ..support.tiny import relative_error, tiny_model, token_ids
+
+peft = pytest.importorskip("peft")
+
+RANK = 2
+MODELS: dict[str, dict[str, Any]] = {
+    "gqa": {"attention_bias": True, "head_norm": True},
+    "paired, tanh": {"kv_layout": "paired", "num_key_value_heads": 4, "lambda_type": "tanh"},
+    "paired at a rank": {"kv_layout": "paired", "num_key_value_heads": 4, "qk_rank": 3, "attention_bias": True},
+    "tied": {"tie_word_embeddings": True, "lambda_type": "sigmoid"},
+}
+WHOLE = ("lambda_", "subln", "_up.")
+each_model = pytest.mark.parametrize("name", MODELS)
+DATA = [{"input_ids": ids, "labels": ids} for ids in token_ids(24, 8)]
+
+
+def model_of(name: str) -> Any:
+    return tiny_model(**MODELS[name] | {"use_cache": False})
+
+
+def adapted(name: str, folder: Path, seed: int = 0) -> Any:
+    return choose_what_learns(model_of(name), "lora", folder, RANK, seed=seed)
+
+
+def trainer(model: Any, folder: Path, callbacks: tuple[TrainerCallback, ...] = (), **options: Any) -> GDATrainer:
+    plain: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "seed": 5,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **plain | options)
+    return GDATrainer(
+        model,
+        arguments,
+        train_dataset=DATA,
+        lambda_learning_rate=0.05,
+        callbacks=[LambdaAnnealCallback(0.3, 5), *callbacks],
+    )
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(token_ids(2, 9)).logits
+
+
+@each_model
+def test_updates_of_the_projections_and_lambda_learn(name: str, tmp_path: Path) -> None:
+    """Each of them moves, all else keeps its bits; the count is theirs; at the start the model is what it was."""
+    model = adapted(name, tmp_path)
+    torch.testing.assert_close(logits(model.eval()), logits(model_of(name)))
+    before = {each: parameter.detach().clone() for each, parameter in model.named_parameters()}
+    trainer(model, tmp_path, save_strategy="no").train()
+    moved = {each for each, parameter in model.named_parameters() if not torch.equal(parameter, before[each])}
+    assert moved == {each for each in before if ".lora_" in each or any(part in each for part in WHOLE)}
+    assert count_learning(model) == sum(before[each].numel() for each in moved)
+    targets = {each.split(".")[-4] for each in moved if ".lora_A." in each}
+    rank = {"q_base", "q_down", "k_base", "k_down"} if "rank" in name else {"q_proj", "k_proj"}
+    assert targets == rank | {"v_proj", "o_proj"}
+
+
+def test_the_seed_is_its_own() -> None:
+    """The start follows from it, and the world's random numbers are not touched."""
+    models = [model_of("gqa") for _ in range(3)]
+    state = torch.get_rng_state()
+    made = [choose_what_learns(each, "lora", "", RANK, seed=seed) for each, seed in zip(models, (1, 1, 2), strict=True)]
+    a, b, c = (each.state_dict() for each in made)
+    assert torch.equal(torch.get_rng_state(), state)
+    differing = {each for each in a if not torch.equal(a[each], c[each])}
+    assert all(torch.equal(a[each], b[each]) for each in a)
+    assert differing
+    assert all(".lora_A." in each for each in differing)
+
+
+@each_model
+def test_what_comes_out_is_plain(name: str, tmp_path: Path) -> None:
+    """Merged, it is a GDA model with the adapted one's logits and the names of the one that went in."""
+    model = adapted(name, tmp_path)
+    made = trainer(model, tmp_path)
+    made.train()
+    wanted = logits(model.eval())
+    state = merged_state(model)
+    made.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / LEARNED_FILE).exists()
+    for folder in (tmp_path / "saved", tmp_path / "checkpoint-6"):
+        again, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values())
+        assert relative_error(logits(again), wanted) < 1e-5
+    plain = merged(model)
+    assert type(plain) is gda.GDAForCausalLM
+    assert plain.state_dict().keys() == state.keys() == model_of(name).state_dict().keys()
+    torch.testing.assert_close(plain.state_dict(), state)
+    assert relative_error(logits(plain), wanted) < 1e-5
+    assert merged(plain) is plain
+
+
+@each_model
+def test_a_resumed_run_equals_an_unbroken_one(name: str, tmp_path: Path) -> None:
+    """λ, annealing, updates and optimizer: bit for bit; the checkpoint on the way says how far λ has come."""
+    whole = adapted(name, tmp_path)
+    trainer(whole, tmp_path / "whole").train()
+    trainer(adapted(name, tmp_path), tmp_path / "run", (StopAt(3),)).train()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    assert json.loads((checkpoint / "config.json").read_text())["lambda_anneal"] == pytest.approx(0.6)
+    model = adapted(name, tmp_path, seed=9)  # whatever it begins with, the checkpoint has it
+    trainer(model, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+    wanted = whole.state_dict()
+    for each, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[each]), each
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    """Though embeddings have no gradient."""
+    models = []
+    for checkpointing in (False, True):
+        model = adapted("gqa", tmp_path)
+        trainer(model, tmp_path, save_strategy="no", gradient_checkpointing=checkpointing).train()
+        models.append(model.state_dict())
+    for each, tensor in models[0].items():
+        torch.testing.assert_close(models[1][each], tensor, msg=each)
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
+    """Without the file, or with another's."""
+    trainer(adapted("gqa", tmp_path), tmp_path / "run", (StopAt(3),)).train()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    with pytest.raises(ValueError, match="it differs in base_model"):
+        trainer(adapted("tied", tmp_path), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / LEARNED_FILE).unlink()
+    with pytest.raises(ValueError, match=f"{LEARNED_FILE} is missing"):
+        trainer(adapted("gqa", tmp_path), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_new_heads_wake(tmp_path: Path) -> None:
+    """From the exact start of an expansion, where λ is 0, LoRA brings λ and the noise queries to life."""
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gda", use_cache=False)
+    before = copy.deepcopy(model)
+    learner = choose_what_learns(model, "lora", tmp_path / "gda", RANK)
+    made = trainer(learner, tmp_path / "run", save_strategy="no")
+    made.train()
+    plain = merged(made.model)
+    for layer, old in zip(plain.model.layers, before.model.layers, strict=True):
+        assert layer.self_attn.compute_lambda(torch.zeros(1, 1, 32)).abs() > 1e-3
+        noise = slice(2 * 8, 3 * 8)  # of the first group of two signal heads
+        assert (layer.self_attn.q_proj.weight[noise] != old.self_attn.q_proj.weight[noise]).all()

@@ -1,0 +1,174 @@
+"""Training in several processes: what accelerate makes of the configurations, and that two compute what one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
+
+import gda
+from gda.common.trainable import Trainable
+from gda.training import accelerate_config
+
+from ..support.llamas import save_llama, tensors_of
+from ..support.tiny import tiny_model
+
+FOUR_MACHINES = ("--num_machines", "4", "--num_processes", "32", "--machine_rank", "2", "--main_process_ip", "10.0.0.1")
+LAUNCHES = {
+    "ddp": ("--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"),
+    "fsdp2": ("--config_file", str(accelerate_config("fsdp2"))),
+}
+# By the name of the result: what is trained, and how. Each by 8 windows a step.
+RUNS: dict[str, dict[str, Any]] = {
+    "all": {"model": "gda", "eval_data": "text.txt", "eval_every": 4},
+    "new": {"model": "grown", "train": "new", "weight_decay": 0.5},
+    "lora": {"model": "gda", "train": "lora", "lora_rank": 2},
+    "stream": {"model": "gda", "streaming": True},
+}
+COMMON = {"data": "text.txt", "context": 32, "steps": 6, "learning_rate": 1e-2, "log_every": 1, "save_every": 2}
+
+
+# -------------------------------------------------------------------------------------------------- the configurations
+
+
+def parsed(name: str) -> Any:
+    """What `accelerate launch` makes of a configuration on the third of four machines."""
+    arguments = ("--config_file", str(accelerate_config(name)), *FOUR_MACHINES, "-m", "gda.cli", "train")
+    args, config, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    assert (args.num_machines, args.machine_rank, args.main_process_ip) == (4, 2, "10.0.0.1")
+    args.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
+    return args
+
+
+def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate takes all of it: layers are sharded by themselves, computed twice, and saved whole."""
+    config = load_config_from_file(str(accelerate_config("fsdp2")))
+    assert (config.distributed_type, config.mixed_precision) == (DistributedType.FSDP, "bf16")
+    args = parsed("fsdp2")
+    assert args.use_fsdp
+    environment = prepare_multi_gpu_env(args)
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("4", "8", 2)
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        if name.startswith("FSDP_"):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.activation_checkpointing) == (2, True, True)
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    assert set(plugin.transformer_cls_names_to_wrap) == set(tiny_model()._no_split_modules)
+    plugin.set_auto_wrap_policy(tiny_model())  # raises where it does not know the class
+
+
+def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration that DeepSpeed would get; DeepSpeed itself is not asked."""
+    config = load_config_from_file(str(accelerate_config("zero3")))
+    assert (config.distributed_type, config.mixed_precision) == (DistributedType.DEEPSPEED, "bf16")
+    args = parsed("zero3")
+    assert args.use_deepspeed
+    command, environment = prepare_deepspeed_cmd_env(args)
+    assert command is None  # each machine is started by itself
+    for name, value in environment.items():
+        if name.startswith("ACCELERATE_DEEPSPEED_"):
+            monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    assert (plugin.zero_stage, plugin.zero3_init_flag, plugin.zero3_save_16bit_model) == (3, False, True)
+    assert plugin.hf_ds_config.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+
+
+def test_the_number_of_processes_must_be_told() -> None:
+    """A configuration that is shipped knows no machine."""
+    arguments = ("--config_file", str(accelerate_config("fsdp2")), "-m", "gda.cli")
+    with pytest.raises(ValueError, match="--num_processes"):
+        _validate_launch_command(launch_command_parser().parse_args(arguments))
+
+
+def test_another_configuration() -> None:
+    """The names are told."""
+    with pytest.raises(ValueError, match="'fsdp1', but fsdp2 and zero3"):
+        accelerate_config("fsdp1")
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, models, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("alone")
+    lines = (f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(200))
+    (folder / "text.txt").write_text("".join(lines))
+    gda.convert(save_llama(folder / "llama"), folder / "gda", verify=False)
+    gda.grow(folder / "gda", folder / "grown", signal=2, depth=3, verify=False)
+    for name in RUNS:
+        gda.train(**placed(folder, folder / name, name, batch_size=8))
+    return folder
+
+
+def placed(folder: Path, out: Path, name: str, **options: Any) -> dict[str, Any]:
+    """The arguments of `gda.train` for a run, as JSON-ready values."""
+    options = COMMON | RUNS[name] | options
+    paths = {key: str(folder / options[key]) for key in ("model", "data", "eval_data") if key in options}
+    return options | paths | {"out": str(out)}
+
+
+def launch(kind: str, runs: list[dict[str, Any]]) -> None:
+    """Start two processes by `accelerate launch`, and let them train."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHES[kind]]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", str(port)]
+    command += [str(Path(__file__).parents[1] / "support" / "in_processes.py"), json.dumps(runs)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_two_processes_train_as_one(kind: str, alone: Path, tmp_path: Path) -> None:
+    """With half of the batch each: the same losses, layers and model, also where the run is stopped and resumed."""
+    half = {"batch_size": 4}
+    runs = [placed(alone, tmp_path / "all", "all", **half, interrupt_at=5)]
+    runs += [placed(alone, tmp_path / name, name, **half, resume=name == "all") for name in RUNS]
+    launch(kind, runs)
+    for name in RUNS:
+        expected, got = tensors_of(alone / name), tensors_of(tmp_path / name)
+        assert got.keys() == expected.keys()
+        for tensor in expected:
+            torch.testing.assert_close(got[tensor], expected[tensor], rtol=0, atol=1e-5, msg=f"{name}: {tensor}")
+        for here, there in zip(log_of(tmp_path / name), log_of(alone / name), strict=True):
+            assert here.keys() == there.keys()
+            for key in ("loss", "eval_loss"):
+                assert here.get(key, 0) == pytest.approx(there.get(key, 0), abs=1e-5)
+            for layer, other in zip(here.get("layers", []), there.get("layers", []), strict=True):
+                assert layer == pytest.approx(other, rel=1e-3, abs=1e-6)
+    assert json.loads((tmp_path / "all" / "training.json").read_text())["report"]["resumed_from"] == 5
+    old_stays_bit_for_bit(alone / "grown", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(RUNS)
+
+
+def old_stays_bit_for_bit(grown: Path, trained: Path) -> None:
+    before, after, in_part = tensors_of(grown), tensors_of(trained), 0
+    for name, tensor in before.items():
+        new = Trainable.read(grown).new_entries(name, tensor)
+        old = torch.ones_like(tensor, dtype=torch.bool) if new is None else ~new
+        assert torch.equal(tensor[old], after[name][old]), name
+        in_part += bool(old.any()) and not bool(old.all())
+    assert in_part

@@ -1,0 +1,1 @@
+"""Training text and the token sequences made of it."""

@@ -1,0 +1,1 @@
+"""The folder, processes and checkpoints of a training run."""
