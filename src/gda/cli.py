@@ -1,7 +1,5 @@
 """The command `gda`. Nothing heavy is imported before a command runs."""
 
-import json
-import os
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -9,16 +7,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gda._version import __version__
+from gda.commands.app import app, is_main_process, print_json, progress_console
 from gda.common.errors import CheckFailed
 
-app = typer.Typer(
-    help="Grouped Differential Attention: convert checkpoints, check, train, evaluate, look into, push and serve them.",
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-progress_console = Console(stderr=True)
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
@@ -33,23 +24,6 @@ Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")]
 Verify = Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 400MB.")]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback(invoke_without_command=True)
-def _options(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 @app.command(
@@ -147,7 +121,7 @@ def convert(
         console=progress_console,
     )
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
     typer.echo(report.to_dict()["head_map"])
     _print_made(report, out)
@@ -186,7 +160,7 @@ def push(
         console=progress_console,
     )
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
     for name in report.left_out:
         typer.echo(f"note: {name} is no part of a model and is left out")
@@ -225,7 +199,7 @@ def verify(
 
     report = run(source, out, method=method, threshold=threshold, revision=revision, console=progress_console)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         _print_verification(report)
     if not report.passed:
@@ -243,7 +217,7 @@ def inspect(
 
     report = run(model, revision=revision)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
     typer.echo(f"{report.name}  {report.kv_layout} keys and values, head_dim {report.head_dim}, {report.dtype}\n")
     typer.echo(report.head_map)
@@ -283,7 +257,7 @@ def export(
         model, out, format=format, max_shard_size=max_shard_size, overwrite=overwrite, console=progress_console
     )
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
     for note in report.notes:
         typer.echo(f"note: {note}")
@@ -323,7 +297,7 @@ def fold(
         console=progress_console,
     )
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         _print_made(report, out)
 
@@ -411,7 +385,7 @@ def grow(
         console=progress_console,
     )
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
     told = report.to_dict()
     for when in ("before", "after"):
@@ -651,8 +625,8 @@ def train(
         dry_run=dry_run,
         console=progress_console,
     )
-    if _is_main_process():
-        _print_json(report.to_dict()) if as_json else _print_trained(report)
+    if is_main_process():
+        print_json(report.to_dict()) if as_json else _print_trained(report)
 
 
 def _draw_again(folder: str, plot: bool, data: list[str] | None, as_json: bool) -> None:
@@ -661,12 +635,7 @@ def _draw_again(folder: str, plot: bool, data: list[str] | None, as_json: bool) 
     from gda.training.plot import plot as draw
 
     page = draw(folder)
-    _print_json({"page": str(page)}) if as_json else typer.echo(page)
-
-
-def _is_main_process() -> bool:
-    """Of those that `accelerate launch` or torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"
+    print_json({"page": str(page)}) if as_json else typer.echo(page)
 
 
 def _figure(value: float | None, digits: int) -> str:
@@ -858,7 +827,7 @@ def attention(
     for path in wrote:
         typer.echo(f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB)", err=as_json)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
 
 
 @app.command(epilog="Examples:  gda demo  ·  gda demo --out smollm2-gda")
@@ -873,11 +842,7 @@ def demo(
 
     report = run(out, source=source, overwrite=overwrite, console=progress_console if as_json else Console())
     if as_json:
-        _print_json(report.to_dict())
-
-
-def _print_json(report: dict[str, Any]) -> None:
-    typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json(report.to_dict())
 
 
 def _print_made(report: Any, out: str) -> None:
@@ -972,7 +937,7 @@ def main() -> None:
     if code == INTERRUPTED:
         goes_on = {"convert": "; the same command with --resume goes on", "push": "; the same command goes on"}
         goes_on["fold"] = goes_on["grow"] = goes_on["train"] = goes_on["convert"]
-        if _is_main_process():
+        if is_main_process():
             typer.echo(f"gda: interrupted{goes_on.get(sys.argv[1], '')}", err=True)
     sys.exit(code or 0)
 
