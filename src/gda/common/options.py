@@ -96,13 +96,13 @@ def declared(options: type[Options]) -> Iterator[tuple[Field[Any], Any]]:
 
 def takes(
     options: type[Options],
-) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[..., R]]:
+) -> Callable[[Callable[Concatenate[Any, P], R]], Any]:
     """Decorate `function(options, …)` so that it is called with the fields of `options` as its arguments.
 
-    The result has their signature, and its docstring explains each.
+    The result has their signature, and its docstring explains each. Its attribute `run` is the function itself.
     """
 
-    def decorate(function: Callable[Concatenate[Any, P], R]) -> Callable[..., R]:
+    def decorate(function: Callable[Concatenate[Any, P], R]) -> Any:
         own = list(inspect.signature(function).parameters.values())[1:]
         public = inspect.Signature(
             [_parameter(each, hint) for each, hint in declared(options)] + own,
@@ -119,6 +119,7 @@ def takes(
             passed_on = {each.name: given.pop(each.name) for each in own if each.name in given}
             return function(options(*args, **given), **passed_on)  # type: ignore[call-arg]
 
+        call.run = function  # type: ignore[attr-defined]  # for a caller that has the options ready
         call.__signature__ = public  # type: ignore[attr-defined]
         call.__doc__ = _documented(function.__doc__ or "", options)
         return call
