@@ -111,7 +111,7 @@ def columns(output: torch.Tensor, split: Split, noise: int, d: int) -> torch.Ten
 def model_of(source: Source, splits: list[Split]) -> GDAForCausalLM:
     config = split_config(source.config, noise_heads=None, lambda_type="reparameterized", dtype=torch.float32)
     config.lambda_init = [split.lambda_ for split in splits]
-    recipes = split_recipes(config, source.specs, splits, merged=None, trained=None, seed=0, dtype=torch.float32)
+    recipes = split_recipes(config, source.specs, splits, trained=None, seed=0, dtype=torch.float32)
     model = GDAForCausalLM(config)
     model.load_state_dict({name: recipe(source.read) for name, recipe in recipes.items()}, strict=False)
     return model.eval()

@@ -38,7 +38,6 @@ def planned_config(
     noise_heads: int | None,
     lambda_type: str,
     dtype: str,
-    merge_kv: int | None = None,
 ) -> GDAConfig:
     """The configuration of the result.
 
@@ -50,9 +49,7 @@ def planned_config(
     if mode == "map":
         return DIFFERENTIAL_FAMILIES[source.config.model_type].config(source.config, DTYPES[dtype])
     if mode == "split":
-        return split_config(
-            source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype], merge_kv=merge_kv
-        )
+        return split_config(source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype])
     return expanded_config(source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype])
 
 
@@ -66,6 +63,6 @@ def planned_recipes(source: Source, config: GDAConfig, *, mode: str, seed: int, 
     if mode == "map":
         return DIFFERENTIAL_FAMILIES[source.config.model_type].recipes(config, source.specs, DTYPES[dtype])
     if mode == "split":
-        splits = drafts(config, source.config)
-        return split_recipes(config, source.specs, splits, merged=None, trained=None, seed=seed, dtype=DTYPES[dtype])
+        splits = drafts(config)
+        return split_recipes(config, source.specs, splits, trained=None, seed=seed, dtype=DTYPES[dtype])
     return expanded_recipes(config, source.specs, seed=seed, dtype=DTYPES[dtype])
