@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.modes.split import reordered
 from gda.conversion.split.heads import Moments, Split, split_layer, undivided_error
 from gda.conversion.split.merge import Merge, Statistics, merge_layer
+from gda.conversion.split.recipes import reordered
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 
