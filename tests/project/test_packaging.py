@@ -1,7 +1,6 @@
 """The distribution: what is packaged, what a wheel holds, and the rules that keep the rooms apart."""
 
 import ast
-import configparser
 import importlib.metadata
 import importlib.util
 import os
@@ -17,7 +16,8 @@ import pytest
 
 import gda
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..support.repository import ROOT, setup_cfg
+
 NOT_PACKAGED = {"tests", "benchmarks", "docs", "build", "dist"}
 REMOTE_CODE = ["configuration", "modeling_gda"]
 BRIDGE = "configuration_gda.py"
@@ -32,12 +32,6 @@ MAY_NOT_IMPORT = {
     "eval": {"training", "commands", "cli"},
     "src/gda/common": {"configuration", "modeling_gda", "conversion"} | ABOVE_CONVERSION,
 }
-
-
-def setup_cfg() -> configparser.ConfigParser:
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg", encoding="utf-8")
-    return parser
 
 
 def package_folders() -> dict[str, Path]:
@@ -70,6 +64,14 @@ def imports(path: Path) -> set[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             found |= {(node.level, f"{node.module or ''}.{alias.name}".lstrip(".")) for alias in node.names}
     return found
+
+
+def imported_test_file(path: Path, level: int, module: str) -> Path | None:
+    """The test file that an import in the file `path` loads, if it loads one."""
+    folder = path.parents[level - 1] if level else ROOT
+    parts = module.split(".")
+    paths = (folder.joinpath(*parts[:length]).with_suffix(".py") for length in range(1, len(parts) + 1))
+    return next((found for found in paths if found.name.startswith("test_") and found.is_file()), None)
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
@@ -151,6 +153,17 @@ def test_dependencies_point_one_way(room: str) -> None:
             module for module in modules if module.startswith("gda.") and module.split(".")[1] in MAY_NOT_IMPORT[room]
         }
         assert forbidden == set(), path.name
+
+
+def test_no_test_file_imports_another() -> None:
+    """What test files share is in tests/support."""
+    imported = {
+        f"{path.relative_to(ROOT)}: {found.relative_to(ROOT)}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for level, module in imports(path)
+        if (found := imported_test_file(path, level, module)) is not None
+    }
+    assert imported == set()
 
 
 @pytest.fixture(scope="module")
