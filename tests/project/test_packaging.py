@@ -10,6 +10,8 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,15 +57,46 @@ def repository_files() -> list[Path]:
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="lists the files of a git repository")
 
 
-def imports(path: Path) -> set[tuple[int, str]]:
-    """(level, module) of every import of a file, wherever it stands: (0, "gda.eval"), (1, "attention_gda")."""
+def imports(path: Path, *, on_load: bool = False) -> set[tuple[int, str]]:
+    """(level, module) of every import in a file: (0, "gda.eval"), (1, "attention_gda").
+
+    `on_load` leaves out those inside functions and under `if TYPE_CHECKING:`.
+    """
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in run_on_load(tree) if on_load else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {(0, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {(node.level, f"{node.module or ''}.{alias.name}".lstrip(".")) for alias in node.names}
     return found
+
+
+def run_on_load(parent: ast.AST) -> Iterator[ast.AST]:
+    """The parts of a file that run when it is imported."""
+    for node in ast.iter_child_nodes(parent):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from run_on_load(node)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """By module of the package, the modules of the package that are loaded with it."""
+    files = {
+        package if path.stem == "__init__" else f"{package}.{path.stem}": path
+        for package, folder in package_folders().items()
+        for path in folder.glob("*.py")
+    }
+    graph: dict[str, set[str]] = {module: set() for module in files}
+    for module, path in files.items():
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        for level, name in imports(path, on_load=True):
+            parents = package.split(".")
+            full = ".".join([*parents[: len(parents) - level + 1], name]) if level else name
+            # `from gda.eval import models` loads gda.eval.models, `from gda.eval.models import load` does too.
+            graph[module] |= {found for found in (full, full.rpartition(".")[0]) if found in files}
+    return graph
 
 
 def imported_test_file(path: Path, level: int, module: str) -> Path | None:
@@ -153,6 +186,14 @@ def test_dependencies_point_one_way(room: str) -> None:
             module for module in modules if module.startswith("gda.") and module.split(".")[1] in MAY_NOT_IMPORT[room]
         }
         assert forbidden == set(), path.name
+
+
+def test_modules_import_one_another_without_a_cycle() -> None:
+    """Python's sorter raises CycleError, which names the modules of a cycle."""
+    graph = import_graph()
+    assert graph["gda.conversion.sources.gguf"] >= {"gda.conversion.sources.source"}
+    assert graph["gda.modeling_gda.modeling_gda"] >= {"gda.modeling_gda.attention_gda"}
+    TopologicalSorter(graph).prepare()
 
 
 def test_no_test_file_imports_another() -> None:
