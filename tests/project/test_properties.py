@@ -1,7 +1,7 @@
 """Any configuration: a valid one makes a model that runs and is saved, loaded, converted and grown as it is; any other
 is a ValueError that names a field.
 
-    python -m pytest -m long tests/test_properties.py              thousands of configurations, others in each run
+    python -m pytest -m long tests/project/test_properties.py       thousands of configurations, others in each run
     GDA_PROPERTY_FACTOR=0.1 python -m pytest -m long tests/…       a tenth of them
 """
 
