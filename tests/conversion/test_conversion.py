@@ -26,6 +26,8 @@ from ..support.children import ENDED, in_child
 from ..support.llamas import VARIANTS, byte_tokenizer, change_config, files_of, llama_config, save_llama, tensors_of
 from ..support.tiny import relative_error
 
+pytestmark = pytest.mark.sampled
+
 # Noise heads for 8 query heads over 4 KV heads: fewer than the KV heads, as many, more.
 EIGHT_OVER_FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True}
 LAMBDA_VECTORS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")

@@ -19,6 +19,8 @@ from ..support.checkpoints import logits
 from ..support.llamas import VARIANTS, change_config, files_of, save_llama, tensors_of
 from ..support.tiny import set_lambda, tiny_config, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 
 def expanded(folder: Path, **options: Any) -> Path:
     """A tiny Llama in `folder`/llama, and its conversion, whose path is returned."""

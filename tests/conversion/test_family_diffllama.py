@@ -19,6 +19,8 @@ from ..support.llamas import change_config, tensors_of
 from ..support.relatives import save_diffllama
 from ..support.tiny import relative_error, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 TOLERANCE = 1e-5
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,8 @@ from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from ..support.commands import Command
 from ..support.llamas import files_of, save_llama
 
+pytestmark = pytest.mark.slow
+
 SIZE = 2 * CHUNK + 12_345
 Copy = Callable[..., int]
 

@@ -23,6 +23,8 @@ from ..support.llamas import change_config, save_llama, tensors_of
 from ..support.relatives import save_diffllama, save_motif
 from ..support.tiny import tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 ROUNDING = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 2},
@@ -164,6 +166,7 @@ def test_a_low_rank_folds_to_itself(lambda_type: str, layout: str, tmp_path: Pat
     assert after["qk_rank"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", [{}, {"attention_bias": True}, {"num_key_value_heads": 1}, {"head_dim": 16}], ids=str
 )
@@ -183,6 +186,7 @@ def test_a_llama_is_expanded_and_factored(variant: dict[str, Any], tmp_path: Pat
     assert report.verification.relative > ROUNDING
 
 
+@pytest.mark.slow
 @each_layout
 def test_errors_by_layer_are_those_of_the_files(layout: str, tmp_path: Path) -> None:
     """Reported, and kept in conversion.json, for queries and for paired keys: as computed here from the tensors."""
@@ -225,6 +229,7 @@ def test_parameters_are_counted_against_dense_ones(layout: str, tmp_path: Path) 
     assert gda.inspect(dense).qk_rank is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "lossless"), [("keep", False), ("float32", True)])
 def test_rounding_to_a_narrow_dtype_is_said(dtype: str, lossless: bool, tmp_path: Path) -> None:
     """In bfloat16 neither full rank nor fold is exact to 1e-5, and both say so; in float32 both are."""
@@ -391,6 +396,7 @@ def test_fold_refuses_what_it_means_nothing_for(kind: str, tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path, command: Command) -> None:
     """convert tells parameters against dense ones, the error of each layer, and that it is lossy; fold undoes it."""
     llama = save_llama(tmp_path / "llama")

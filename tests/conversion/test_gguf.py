@@ -20,6 +20,8 @@ from ..support.gguf_files import SHAPE, write_gguf
 from ..support.llamas import VOCAB_SIZE, byte_tokenizer, llama_model
 from ..support.tiny import relative_error
 
+pytestmark = pytest.mark.sampled
+
 gguf = pytest.importorskip("gguf")
 
 

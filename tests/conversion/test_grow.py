@@ -30,6 +30,8 @@ from ..support.llamas import VARIANTS, change_config, files_of, save_llama, tens
 from ..support.relatives import save_diffllama, save_motif
 from ..support.tiny import relative_error, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 TOLERANCE = 1e-5
 OPERATORS: dict[str, dict[str, Any]] = {
     "signal": {"signal": 3},
@@ -112,6 +114,7 @@ def test_a_grown_model_follows_the_equations(layout: str, growth: dict[str, Any]
     assert relative_error(got, wanted) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("growth", [{"signal": 3}, {"width": 3}, {"signal": 2, "depth": 4, "width": 2}], ids=str)
 def test_narrow_dtypes_are_exact_too(growth: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from ..support.llama_like import some_ids, source_model
 from ..support.llamas import byte_tokenizer, llama_model, save_llama, tensors_of
 from ..support.tiny import relative_error
 
+pytestmark = pytest.mark.slow
+
 TEXT = Path(gda.__file__).read_text() * 2  # some English, some code
 TOKENS = 1024
 

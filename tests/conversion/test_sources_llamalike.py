@@ -28,6 +28,8 @@ from ..support.llama_like import CLASSES, LENGTH, save_source, some_ids, source_
 from ..support.llamas import change_config, files_of, llama_config, tensors_of
 from ..support.tiny import relative_error, tiny_config, tiny_model
 
+pytestmark = pytest.mark.sampled
+
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6}
@@ -145,6 +147,7 @@ def test_verification_by_layers_and_by_tensors(variant: str, tmp_path: Path) -> 
     assert not gda.verify(source, tmp_path / "gda", method="layers").passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2, layer_types", "qwen3, layer_types", "qwen3"])
 def test_full_and_layers_give_the_same_numbers(variant: str, tmp_path: Path) -> None:
     """Run layer by layer, a window is a window: a model with other weights is as far away by both."""
@@ -346,6 +349,7 @@ def test_what_would_be_dropped_or_guessed_is_refused_in_one_line(what: str, tmp_
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_any_config_converts_or_is_refused(data: st.DataObject, sources: Path, tmp_path: Path) -> None:
@@ -495,6 +499,7 @@ def test_whole_numbers_where_transformers_wants_fractions(target: str) -> None:
 # ------------------------------------------------------------------------------------------- ranks, folds, the Hub
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2", "qwen3, layer_types"])
 def test_a_shared_base_of_full_rank_and_its_fold(variant: str, tmp_path: Path) -> None:
     """With `qk_rank` and folded again, verified by both ways of running: equal to the source, biases and norms too."""

@@ -30,7 +30,7 @@ from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, order_o
 from ..support.tiny import relative_error
 
 __all__ = ["brief"]
-pytestmark = pytest.mark.usefixtures("brief")
+pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("brief")]
 
 # By name: a Llama, and how it is split.
 SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -465,6 +465,7 @@ def test_the_card_says_that_it_is_lossy_and_what_was_chosen(divided: tuple[Path,
         assert f"{row} {layer.subtracted:.3f} |" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "full", "layers"])
 def test_verify_runs_both_and_has_no_limit(method: str, llama: Path, divided: tuple[Path, Any]) -> None:
     """The difference is told; a threshold that is asked for is kept."""

@@ -26,6 +26,8 @@ from ..support.commands import Command
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 ROUNDING = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa": {"num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 2},
@@ -272,6 +274,7 @@ def test_the_mask_is_saved_and_read(layout: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["growth_mask"] == 1 / 3
 
 
+@pytest.mark.slow
 def test_code_in_the_folder_masks_too(tmp_path: Path) -> None:
     """Where the package is absent, the files beside the weights mask, change the mask and save it."""
     model = grown_model(tiny_model(base_config(lambda_type="tanh")), mask=0.4)
@@ -350,6 +353,7 @@ def test_a_classifier_and_copies_follow_the_mask() -> None:
     assert not torch.equal(other(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_masked_as_the_model_is() -> None:
     """The mask is among the program's buffers."""
     model = grown_model(tiny_model(base_config(**EXTRAS)), mask=0.4)
@@ -370,6 +374,7 @@ def test_a_mask_is_from_0_to_1(value: float) -> None:
 # ---------------------------------------------------------------------------------------------------------- compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
 @pytest.mark.parametrize("train", [False, True])
 def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:

@@ -31,6 +31,8 @@ from ..fuzz.mutations import Edit, apply, mutate
 from ..fuzz.targets import TARGETS, make_workspace
 from ..support.children import PATIENCE, in_child
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("GDA_FUZZ_SEED", "0"))
 CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus.jsonl"
 SHORT, LONG = int(os.environ.get("GDA_FUZZ_CASES", "4")), int(os.environ.get("GDA_FUZZ_CASES", "150"))

@@ -36,6 +36,8 @@ from ..support.llama_like import CLASSES
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config
 
+pytestmark = pytest.mark.slow
+
 FACTOR = float(os.environ.get("GDA_PROPERTY_FACTOR", "1"))
 SECONDS = 20
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM)} | CLASSES
