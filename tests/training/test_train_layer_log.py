@@ -182,6 +182,7 @@ class Counter(GDATrainer):
         return listening
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
 def test_it_changes_nothing_and_listens_only_where_it_logs(precision: dict[str, Any], tmp_path: Path) -> None:
     """Weights after training are those without a log, bit for bit, under autocast too; 3 of 6 steps are listened to."""

@@ -129,6 +129,7 @@ def test_what_comes_out_is_plain(name: str, tmp_path: Path) -> None:
     assert merged(plain) is plain
 
 
+@pytest.mark.slow
 @each_model
 def test_a_resumed_run_equals_an_unbroken_one(name: str, tmp_path: Path) -> None:
     """λ, annealing, updates and optimizer: bit for bit; the checkpoint on the way says how far λ has come."""
