@@ -16,9 +16,9 @@ from gda.conversion.split.merge import cluster
 from gda.conversion.writing.write_model import ConvertReport
 
 from ..support.commands import Command
+from ..support.llama_like import some_ids, source_model
 from ..support.llamas import byte_tokenizer, llama_model, save_llama, tensors_of
 from ..support.tiny import relative_error
-from .test_sources_llamalike import some_ids, source_model
 
 TEXT = Path(gda.__file__).read_text() * 2  # some English, some code
 TOKENS = 1024
