@@ -12,9 +12,9 @@ from gda.conversion.modes.choices import noise_heads_of, refuse_calibration, ref
 from gda.conversion.modes.low_rank import factored_config, factored_recipes, is_exact
 from gda.conversion.modes.notes import notes_on, rank_notes
 from gda.conversion.modes.plan import mode_of, planned_config, planned_recipes
-from gda.conversion.push import PushReport, push
-from gda.conversion.sources.hub import check_name, require_token
-from gda.conversion.sources.source import open_source
+from gda.conversion.push import check_push, push_result
+from gda.conversion.sources.hub import require_token
+from gda.conversion.sources.open import open_source
 from gda.conversion.split.splitter import Splitter
 from gda.conversion.tensors.new_parameters import new_by_conversion
 from gda.conversion.tensors.recipes import is_lossless
@@ -30,7 +30,6 @@ def convert(
     noise_heads: int | None = None,
     ratio: str | int | None = None,
     lambda_type: str | None = None,
-    merge_kv: int | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int | None = None,
     effort: str | None = None,
@@ -68,8 +67,6 @@ def convert(
         noise_heads: Noise heads to add, or to split off; by default one for each KV head.
         ratio: Signal heads for each noise head, 4 or "4:1", instead of `noise_heads`.
         lambda_type: Of a Llama, Mistral or Qwen, "reparameterized" (the default) or "tanh"; for a split "sigmoid", too.
-        merge_kv: For a split, merge the KV heads of each layer to that many first, a divisor of their number: query
-            heads that have a KV head each come to share one. It is done in closed form, by calibration.
         calibration: For a split, the text that it is fitted to: a text file, or `.jsonl` with a field `text`. By
             default the documentation that comes with Python.
         calibration_tokens: For a split, how many tokens of it to read; 65,536 by default.
@@ -108,10 +105,7 @@ def convert(
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if type(workers) is not int or workers < 1:
         raise ValueError(f"--workers {workers!r} is not a number of files to write at once, which is 1 or more")
-    if private is not None and push_to_hub is None:
-        raise ValueError("--private and --public are about the repository of --push-to-hub, which is not given")
-    if push_to_hub is not None:
-        check_name(push_to_hub)
+    check_push(push_to_hub, private)
     refuse_existing(out, overwrite)
     with quiet_transformers():
         opened = open_source(source, revision)
@@ -120,17 +114,13 @@ def convert(
         if mode == "map":
             refuse_choices(opened, noise_heads=noise_heads, ratio=ratio, lambda_type=lambda_type)
         if mode != "split":
-            refuse_calibration(
-                merge_kv=merge_kv, calibration=calibration, calibration_tokens=calibration_tokens, effort=effort
-            )
+            refuse_calibration(calibration=calibration, calibration_tokens=calibration_tokens, effort=effort)
         elif qk_rank is not None:
             raise ValueError("--qk-rank goes with --mode split in two steps: split first, and then factor the result")
-        noise = noise_heads_of(opened.config, noise_heads, ratio, mode=mode, merge_kv=merge_kv)
+        noise = noise_heads_of(opened.config, noise_heads, ratio, mode=mode)
         lambda_type = lambda_type or "reparameterized"
         try:
-            config = planned_config(
-                opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype, merge_kv=merge_kv
-            )
+            config = planned_config(opened, mode=mode, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
         except ValueError as error:
             raise ValueError(f"{opened.name}: {error}") from None
         dense = recipes = planned_recipes(opened, config, mode=mode, seed=seed, dtype=dtype)
@@ -175,16 +165,11 @@ def convert(
             bundle_code=bundle_code,
             workers=workers,
             console=console,
-            trainable=new_by_conversion(config, mode=mode, merged=merge_kv is not None),
+            trainable=new_by_conversion(config, mode=mode),
             divide=None if splitter is None else partial(splitter.run, dtype=DTYPES[dtype], console=console),
         )
     if push_to_hub is None:
         return report
-    return replace(report, pushed=_push(out, push_to_hub, private, bundle_code, console))
-
-
-def _push(out: Path, repo: str, private: bool | None, bundle_code: bool, console: Console | None) -> PushReport:
-    try:
-        return push(out, repo, private=private, bundle_code=bundle_code, console=console)
-    except (ConnectionError, PermissionError, ValueError) as error:
-        raise type(error)(f"{error}; {out} is whole: `gda push {out} {repo}` goes on") from None
+    return replace(
+        report, pushed=push_result(out, push_to_hub, private=private, bundle_code=bundle_code, console=console)
+    )

@@ -3,9 +3,10 @@
 from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.families.registry import CONVERTIBLE_TYPES
 from gda.conversion.modes.expand import listed, possible_noise_heads
-from gda.conversion.modes.split import kv_heads_of, split_options
-from gda.conversion.sources.source import CONVERTIBLE_TYPES, Source
+from gda.conversion.modes.split import split_options
+from gda.conversion.sources.source import Source
 
 
 def require_type(source: Source, qk_rank: int | None) -> None:
@@ -50,7 +51,6 @@ def noise_heads_of(
     ratio: str | int | None,
     *,
     mode: str = "expand",
-    merge_kv: int | None = None,
 ) -> int | None:
     """The noise heads to add, or to split off, said by their number or by a ratio; None where neither says it.
 
@@ -67,7 +67,7 @@ def noise_heads_of(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if mode == "split":
         if heads % (int(signal) + 1):
-            possible = split_options(heads, kv_heads_of(config, merge_kv))
+            possible = split_options(heads, kv_heads)
             raise ValueError(f"--ratio {ratio} does not divide the {heads} query heads of the source; {possible}")
         return heads // (int(signal) + 1)
     if heads % int(signal):

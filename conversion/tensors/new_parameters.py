@@ -15,7 +15,6 @@ from gda.conversion.tensors.recipes import checkpoint_specs, meta_model
 
 LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
 SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
-MERGED = r"model\.layers\.\d+\.self_attn\.[qkv]_proj\..+"
 
 
 def trainable(
@@ -39,17 +38,15 @@ def trainable(
     return replace(unfinished, peft=_for_peft(config, unfinished))
 
 
-def new_by_conversion(config: GDAConfig, *, mode: str, merged: bool) -> Trainable | None:
+def new_by_conversion(config: GDAConfig, *, mode: str) -> Trainable | None:
     """What a conversion has added to its source: noise queries and λ; None if it has added nothing.
 
     Of a split, whose noise queries are the source's in another role, also the output projections, which were solved
-    anew; and with merged KV heads all projections.
+    anew.
     """
     if mode == "map":
         return None
-    whole = [LAMBDA]
-    if mode == "split":
-        whole += [SOLVED, MERGED] if merged else [SOLVED]
+    whole = [LAMBDA, SOLVED] if mode == "split" else [LAMBDA]
     kept = {kind: torch.ones(size, dtype=torch.bool) for kind, size in sizes(config).items()}
     is_signal = torch.ones(config.num_noise_heads, config.signal_noise_ratio + 1, dtype=torch.bool)
     is_signal[:, -1] = False

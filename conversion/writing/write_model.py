@@ -14,7 +14,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.modes.low_rank import layer_errors
 from gda.conversion.push import PushReport
 from gda.conversion.sources.source import Source
-from gda.conversion.split.splitter import Divided, SplitReport
+from gda.conversion.split.splitter import SplitReport, SplitResult
 from gda.conversion.tensors.recipes import Recipe
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opened
@@ -123,7 +123,7 @@ def write_model(
     console: Console | None,
     workers: int = 1,
     trainable: Trainable | None = None,
-    divide: Callable[[Path], Divided] | None = None,
+    divide: Callable[[Path], SplitResult] | None = None,
 ) -> Report:
     """Make the folder that `report` plans, verified and whole, and complete the report.
 

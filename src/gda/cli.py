@@ -32,7 +32,6 @@ ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5
     "  ·  gda convert Qwen/Qwen3-0.6B qwen-gda  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda"
     "  ·  gda convert ./llama-gda ./llama-shared --qk-rank 32"
     "  ·  gda convert ./llama ./llama-split --mode split --calibration text.txt"
-    "  ·  gda convert ./llama-mha ./llama-split --mode split --merge-kv 8"
 )
 def convert(
     source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
@@ -51,10 +50,6 @@ def convert(
     lambda_type: Annotated[
         str | None,
         typer.Option(help="Of new noise heads: reparameterized, the default, or tanh; for split sigmoid, too."),
-    ] = None,
-    merge_kv: Annotated[
-        int | None,
-        typer.Option(metavar="G", help="For split: merge KV heads to that many first, so that query heads share one."),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -101,7 +96,6 @@ def convert(
         noise_heads=noise_heads,
         ratio=ratio,
         lambda_type=lambda_type,
-        merge_kv=merge_kv,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         effort=effort,
@@ -684,7 +678,8 @@ def serve(
     from transformers.cli.transformers import app as transformers_app
 
     from gda.configuration.configuration_gda import GDAConfig
-    from gda.conversion.sources.source import read_config, resolve_folder
+    from gda.conversion.sources.open import resolve_folder
+    from gda.conversion.sources.readers import read_config
     from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
     name, _, revision = model.partition("@")
@@ -872,11 +867,6 @@ def _print_split(split: Any) -> None:
         f"{split.perplexity_source:.3f} of the source, {split.perplexity_closed_form:.3f} in closed form, "
         f"{split.perplexity:.3f} of the result ({split.perplexity / split.perplexity_source:.3f} times the source's)"
     )
-    if merged := [layer.merge.error for layer in split.layers if layer.merge is not None]:
-        typer.echo(
-            f"merged KV heads, before heads were divided: relative error of an attention's output "
-            f"{min(merged):.3f} to {max(merged):.3f}"
-        )
     typer.echo(
         f"λ from {min(lambdas):.3f} to {max(lambdas):.3f}; what is subtracted has {min(shares):.3f} to "
         f"{max(shares):.3f} of the energy of an attention's output; layer by layer in conversion.json"

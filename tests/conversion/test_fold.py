@@ -17,12 +17,11 @@ import gda
 from gda.conversion.modes.low_rank import factor, folded
 from gda.conversion.verify import VerificationFailed
 
-from ..modeling.test_qk_rank import HEADS
 from ..support.commands import Command
+from ..support.head_layouts import HEADS
 from ..support.llamas import change_config, save_llama, tensors_of
-from ..support.relatives import save_motif
+from ..support.relatives import save_diffllama, save_motif
 from ..support.tiny import tiny_model, token_ids
-from .test_family_diffllama import save_diffllama
 
 ROUNDING = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -24,13 +24,12 @@ from gda.conversion.growth.operators import Growth, layers_to_copy
 from gda.conversion.growth.replicate import split_exactly
 from gda.conversion.verify import VerificationFailed
 
-from ..modeling.test_qk_rank import HEADS
 from ..support import naive
 from ..support.commands import Command
+from ..support.head_layouts import HEADS
 from ..support.llamas import VARIANTS, change_config, files_of, save_llama, tensors_of
-from ..support.relatives import save_motif
+from ..support.relatives import save_diffllama, save_motif
 from ..support.tiny import relative_error, tiny_model, token_ids
-from .test_family_diffllama import save_diffllama
 
 TOLERANCE = 1e-5
 OPERATORS: dict[str, dict[str, Any]] = {

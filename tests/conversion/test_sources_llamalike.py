@@ -16,45 +16,19 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 import gda
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, source_fields, target_config
 
 from ..support.commands import Command
+from ..support.fuzzing import FUZZ, VALUES, converts_or_says_why
+from ..support.gguf_files import write_gguf
 from ..support.hub_server import Hub
-from ..support.llamas import VOCAB_SIZE, byte_tokenizer, change_config, files_of, llama_config, tensors_of
-from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model
-from .test_convert_bad_input import FUZZ, VALUES, converts_or_says_why
+from ..support.llama_like import CLASSES, LENGTH, save_source, some_ids, source_model
+from ..support.llamas import change_config, files_of, llama_config, tensors_of
+from ..support.tiny import relative_error, tiny_config, tiny_model
 
-LENGTH = 40  # of the sequences: longer than every window below
-CLASSES: dict[str, tuple[type, type]] = {
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-    "rms_norm_eps": 3e-6,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6}
@@ -104,30 +78,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def source_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A small model of that type whose rows, norms and biases are all different."""
-    config_class, model_class = CLASSES[model_type]
-    return make_asymmetric(model_class(config_class(**(SHAPE | changes))), seed)
-
-
-def save_source(
-    folder: Path,
-    model_type: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "5GB",
-    tokenizer: bool = True,
-    **changes: Any,
-) -> Path:
-    """Save such a model by transformers' own `save_pretrained`, with a tokenizer unless told not to."""
-    model = source_model(model_type, **changes).to(dtype)
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if tokenizer:
-        byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def save_variant(folder: Path, variant: str) -> Path:
     model_type, changes = VARIANTS[variant]
     return save_source(folder, model_type, **changes)
@@ -136,10 +86,6 @@ def save_variant(folder: Path, variant: str) -> Path:
 def load(folder: Path, dtype: torch.dtype | str = torch.float32, **options: Any) -> Any:
     """The model in a folder, in evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
-
-
-def some_ids(batch: int = 2, length: int = LENGTH) -> Tensor:
-    return torch.randint(2, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -595,8 +541,6 @@ def test_a_hub_id(model_type: str, hub: Hub, tmp_path: Path) -> None:
 def gguf_of(path: Path, model_type: str, *, architecture: str | None = None, **options: Any) -> Path:
     """A GGUF file of a small model of that type, as llama.cpp's converter writes it."""
     pytest.importorskip("gguf")
-    from .test_gguf import write_gguf
-
     shape = {"hidden_size": 64, "intermediate_size": 96}
     changes = options.pop("changes", {})
     model = source_model(model_type, **(shape | changes))

@@ -22,10 +22,11 @@ from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 from gda.conversion.verify import VerificationFailed
 
 from ..support.commands import Command
+from ..support.gguf_files import SHAPE, write_gguf
+from ..support.llama_like import save_source
 from ..support.llamas import VARIANTS, byte_tokenizer, files_of, llama_model, save_llama, tensors_of
 from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, load, order_of, save_text, split, windows_of
 from ..support.tiny import relative_error
-from .test_sources_llamalike import save_source
 
 __all__ = ["brief"]
 pytestmark = pytest.mark.usefixtures("brief")
@@ -360,8 +361,6 @@ def test_mistral_and_qwen(model_type: str, changes: dict[str, Any], tmp_path: Pa
 def test_gguf(quantization: str, tmp_path: Path) -> None:
     """A file gives the split that the Llama which transformers reads from it gives."""
     gguf = pytest.importorskip("gguf")
-    from .test_gguf import SHAPE, write_gguf
-
     kind = None if quantization == "F32" else gguf.GGMLQuantizationType[quantization]
     file = write_gguf(tmp_path / "model.gguf", llama_model(**SHAPE), quantization=kind)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)

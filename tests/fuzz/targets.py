@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import gda
 from gda.conversion.writing import stream
 
-from ..conversion.test_gguf import SHAPE, write_gguf
+from ..support.gguf_files import SHAPE, write_gguf
 from ..support.llamas import llama_model, save_llama
 from ..support.relatives import save_motif
 from ..support.splitting import save_text

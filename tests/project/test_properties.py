@@ -31,8 +31,8 @@ import gda
 from gda import GDAConfig, GDAForCausalLM
 from gda.conversion.sources.config_file import check_fields
 
-from ..configuration.test_configuration import OWN_FIELDS, possible_fields
-from ..conversion.test_sources_llamalike import CLASSES
+from ..support.config_fields import OWN_FIELDS, possible_fields
+from ..support.llama_like import CLASSES
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config
 

@@ -1,17 +1,23 @@
-"""Forked children: what must be killed, limited or watched is done in one, and none of them is waited for in vain."""
+"""Work in forked children, which can be killed at a chosen moment and are never waited for without a time limit."""
 
 import faulthandler
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 ENDED, FAILED = 0, 3
 PATIENCE = 300.0  # seconds, after which a child hangs
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+NO_DESCRIPTOR = -1  # inside of rmtree, paths are relative to the descriptor of a folder
 
 
 def in_child(work: Callable[[], object], *, seconds: float = PATIENCE, kill_after: float | None = None) -> int:
@@ -65,3 +71,39 @@ def wait_for(child: int, seconds: float = PATIENCE, kill_after: float | None = N
             os.waitpid(child, 0)
             raise AssertionError(f"a child has not ended after {seconds:.0f} s; standard error says where it was")
         time.sleep(min(0.02, 0.001 + passed / 50))
+
+
+def kill_me_at(moment: int, within: tuple[Path, ...]) -> None:
+    """Make this process kill itself just before its `moment`-th change of a file under one of the paths `within`."""
+    left = moment
+    beginnings = tuple(map(str, within))
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        changes = event in CHANGES or (event == "open" and len(arguments) > 2 and (arguments[2] or 0) & WRITING)
+        paths = [str(each) for each in arguments[:2] if isinstance(each, str | os.PathLike)]
+        in_rmtree = event in ("os.remove", "os.rmdir") and arguments[-1] != NO_DESCRIPTOR
+        if changes and (in_rmtree or any(path.startswith(beginnings) for path in paths)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def killed_at(moment: int, place: Path | tuple[Path, ...], work: Callable[[], object]) -> bool:
+    """Do `work` in a child that kills itself at that moment; return False if the work ended before.
+
+    Args:
+        moment: The number of the change of the file system, counted from 1, before which the child dies.
+        place: Only changes under this path, or these paths, are counted.
+        work: What to do.
+    """
+
+    def killed() -> None:
+        kill_me_at(moment, place if isinstance(place, tuple) else (place,))
+        work()
+
+    status = in_child(killed)
+    assert status in (ENDED, -signal.SIGKILL)
+    return status != ENDED

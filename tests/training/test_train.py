@@ -23,8 +23,7 @@ from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GROWTH_FIELDS
 from gda.training.report import TrainReport
 
-from ..conversion.test_convert_crash_safety import killed_at
-from ..support.children import in_child
+from ..support.children import in_child, killed_at
 from ..support.commands import Command
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
 
