@@ -100,6 +100,7 @@ def test_version(command: Command) -> None:
     assert command("--version") == Outcome(0, f"{gda.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_the_installed_command(models: Path) -> None:
     """The console script runs: version, and an error with its exit code, in one line."""
     done = subprocess.run([FOUND, "--version"], capture_output=True, text=True, check=True)

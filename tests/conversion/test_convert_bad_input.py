@@ -668,6 +668,7 @@ def test_an_index_without_metadata(shards: Path, tmp_path: Path, command: Comman
 FIELDS = sorted(set(AutoConfig.for_model("llama").to_dict()) | {"model_type", "dtype", "torch_dtype", "rope_scaling"})
 
 
+@pytest.mark.slow
 @FUZZ
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2))
 def test_any_config_converts_or_is_refused(changes: dict[str, Any], llamas: Path, tmp_path: Path) -> None:

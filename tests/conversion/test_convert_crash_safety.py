@@ -29,6 +29,8 @@ from gda.conversion.writing import write_model as write_module
 from ..support.children import ENDED, FAILED, in_child, killed_at
 from ..support.llamas import files_of, save_llama
 
+pytestmark = pytest.mark.slow
+
 SHARD_SIZE = "20KB"
 
 

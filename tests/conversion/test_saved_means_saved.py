@@ -17,6 +17,8 @@ from ..support.commands import Command
 from ..support.llamas import save_llama
 from ..support.splitting import save_text
 
+pytestmark = pytest.mark.slow
+
 
 class Disk:
     """What was asked of the file system, in order: ("sync", inode, size, time of change), ("rename", from, to)."""

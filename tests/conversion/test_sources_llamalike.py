@@ -12,15 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
 )
 
 import gda
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, source_fields, target_config
 
+from ..support.checkpoints import load, logits
 from ..support.commands import Command
 from ..support.fuzzing import FUZZ, VALUES, converts_or_says_why
 from ..support.gguf_files import write_gguf
@@ -28,6 +27,8 @@ from ..support.hub_server import Hub
 from ..support.llama_like import CLASSES, LENGTH, save_source, some_ids, source_model
 from ..support.llamas import change_config, files_of, llama_config, tensors_of
 from ..support.tiny import relative_error, tiny_config, tiny_model
+
+pytestmark = pytest.mark.sampled
 
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -81,16 +82,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_variant(folder: Path, variant: str) -> Path:
     model_type, changes = VARIANTS[variant]
     return save_source(folder, model_type, **changes)
-
-
-def load(folder: Path, dtype: torch.dtype | str = torch.float32, **options: Any) -> Any:
-    """The model in a folder, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
-    return model(ids, **inputs).logits
 
 
 # ------------------------------------------------------------------------------------------------------- lossless
@@ -156,6 +147,7 @@ def test_verification_by_layers_and_by_tensors(variant: str, tmp_path: Path) -> 
     assert not gda.verify(source, tmp_path / "gda", method="layers").passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2, layer_types", "qwen3, layer_types", "qwen3"])
 def test_full_and_layers_give_the_same_numbers(variant: str, tmp_path: Path) -> None:
     """Run layer by layer, a window is a window: a model with other weights is as far away by both."""
@@ -357,6 +349,7 @@ def test_what_would_be_dropped_or_guessed_is_refused_in_one_line(what: str, tmp_
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_any_config_converts_or_is_refused(data: st.DataObject, sources: Path, tmp_path: Path) -> None:
@@ -506,6 +499,7 @@ def test_whole_numbers_where_transformers_wants_fractions(target: str) -> None:
 # ------------------------------------------------------------------------------------------- ranks, folds, the Hub
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2", "qwen3, layer_types"])
 def test_a_shared_base_of_full_rank_and_its_fold(variant: str, tmp_path: Path) -> None:
     """With `qk_rank` and folded again, verified by both ways of running: equal to the source, biases and norms too."""

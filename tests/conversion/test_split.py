@@ -21,15 +21,16 @@ from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 from gda.conversion.verify import VerificationFailed
 
+from ..support.checkpoints import load
 from ..support.commands import Command
 from ..support.gguf_files import SHAPE, write_gguf
 from ..support.llama_like import save_source
 from ..support.llamas import VARIANTS, byte_tokenizer, files_of, llama_model, save_llama, tensors_of
-from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, load, order_of, save_text, split, windows_of
+from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, order_of, save_text, split, windows_of
 from ..support.tiny import relative_error
 
 __all__ = ["brief"]
-pytestmark = pytest.mark.usefixtures("brief")
+pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("brief")]
 
 # By name: a Llama, and how it is split.
 SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -464,6 +465,7 @@ def test_the_card_says_that_it_is_lossy_and_what_was_chosen(divided: tuple[Path,
         assert f"{row} {layer.subtracted:.3f} |" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "full", "layers"])
 def test_verify_runs_both_and_has_no_limit(method: str, llama: Path, divided: tuple[Path, Any]) -> None:
     """The difference is told; a threshold that is asked for is kept."""

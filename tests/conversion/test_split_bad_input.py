@@ -15,6 +15,8 @@ from ..support.commands import Command, Outcome, assert_refused
 from ..support.llamas import VARIANTS, save_llama
 from ..support.splitting import save_text
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -127,6 +127,7 @@ def test_last_rows_are_the_same_without_the_others(model: GDAForCausalLM, first_
             assert relative_error(of_part, of_whole) < 1e-5
 
 
+@pytest.mark.slow
 def test_one_layer_is_in_memory_at_a_time() -> None:
     alive: list[weakref.ref[Tensor]] = []
 

@@ -115,6 +115,7 @@ def test_arrays_of_a_llama() -> None:
     assert attention_arrays(model, ids, groups=3).num_groups == 1  # 4 heads are no three groups
 
 
+@pytest.mark.slow
 def test_a_report_keeps_one_layer_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the maps of a layer are drawn, those of the layers before are gone; a visitor is shown them all."""
     alive: list[weakref.ref[torch.Tensor]] = []

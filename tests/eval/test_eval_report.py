@@ -223,6 +223,7 @@ Words — and   more.
 """
 
 
+@pytest.mark.slow
 def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Path, command: Command) -> None:
     """Other results, other fields and the text stay; a second run changes nothing; a shorter run is another result."""
     model = copy_of(folder / "gda", tmp_path / "m", CARD)

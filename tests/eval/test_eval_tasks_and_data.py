@@ -14,6 +14,8 @@ from ..support.commands import Command
 from ..support.evaluation import pairs, write_data, write_jsonl
 from ..support.llamas import save_llama
 
+pytestmark = pytest.mark.sampled
+
 pytest.importorskip("lm_eval")
 BLIMP = "blimp_passive_1"
 
@@ -268,6 +270,7 @@ def test_a_folder_that_is_no_model(data: Path, model: Path, tmp_path: Path, comm
         assert "Traceback" not in outcome.error
 
 
+@pytest.mark.slow
 def test_a_request_that_cannot_fit_is_one_line(data: Path, model: Path, command: Command) -> None:
     """GSM8K wants 256 new tokens of a model that takes 128."""
     outcome = command("eval", model, "--tasks", "gsm8k", "--dataset-root", data)

@@ -406,6 +406,7 @@ class Reader(LM):
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_prompts_scores_one() -> None:
     results = simple_evaluate(Reader(), tasks=list(TASKS), task_manager=task_manager(samples=3), bootstrap_iters=0)
     assert set(results["results"]) == set(TASKS)
@@ -446,6 +447,7 @@ def test_metadata_reaches_the_data_and_a_sweep_keeps_its_own() -> None:
             assert document["context"].count("magic number") == 3
 
 
+@pytest.mark.slow
 def test_lm_eval_runs_every_task_on_a_model() -> None:
     model = llama_model(max_position_embeddings=2048)
     lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), backend="causal", batch_size=4, device="cpu")

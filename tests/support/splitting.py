@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import gda
 from gda.common.text import python_documentation
@@ -52,11 +52,6 @@ def order_of(layer: Any, noise_heads: int) -> list[int]:
     """The source's heads in the order of the result's rows, by the report on a layer."""
     signal = torch.tensor(layer.signal_heads).view(noise_heads, -1)
     return torch.cat([signal, torch.tensor(layer.noise_heads).unsqueeze(1)], dim=1).flatten().tolist()
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in a folder, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ from gda.training import accelerate_config
 from ..support.llamas import save_llama, tensors_of
 from ..support.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 FOUR_MACHINES = ("--num_machines", "4", "--num_processes", "32", "--machine_rank", "2", "--main_process_ip", "10.0.0.1")
 LAUNCHES = {
     "ddp": ("--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"),
