@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gda._version import __version__
 from gda.common.screen import shows_progress
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.modes.split import LAMBDAS, split_recipes
 from gda.conversion.sources.source import Source
 from gda.conversion.split.calibration import DEFAULT_TOKENS, read_calibration
 from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan
 from gda.conversion.split.fit import fit_layers, last_states
 from gda.conversion.split.heads import Split
 from gda.conversion.split.measure import Measurements, measure, perplexity
+from gda.conversion.split.recipes import LAMBDAS, split_recipes
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix, memory_to_use
 from gda.conversion.tensors.recipes import Recipe
