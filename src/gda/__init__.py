@@ -13,9 +13,9 @@ from gda._imports import when_imported
 from gda._version import __version__
 
 if TYPE_CHECKING:
-    from gda.commands.demo import demo
     from gda.configuration.configuration_gda import GDAConfig
     from gda.conversion.convert import convert
+    from gda.conversion.demo import demo
     from gda.conversion.export import export
     from gda.conversion.fold import fold
     from gda.conversion.grow import grow
@@ -37,6 +37,7 @@ _HOMES = {
     name: module
     for module, names in {
         "gda.conversion.convert": ["convert"],
+        "gda.conversion.demo": ["demo"],
         "gda.conversion.export": ["export"],
         "gda.conversion.fold": ["fold"],
         "gda.conversion.grow": ["grow"],
@@ -45,7 +46,6 @@ _HOMES = {
         "gda.conversion.verify": ["verify"],
         "gda.eval.attention.report": ["attention"],
         "gda.eval.evaluate": ["evaluate"],
-        "gda.commands.demo": ["demo"],
         "gda.configuration.configuration_gda": ["GDAConfig"],
         "gda.modeling_gda.modeling_gda": [
             "GDAForCausalLM",

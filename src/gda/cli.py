@@ -4,164 +4,29 @@ import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from gda.commands import convert, fold, grow  # noqa: F401 - registers the commands
+from gda.commands import (  # noqa: F401 - registers the commands, in the order of `gda --help`  # isort: skip
+    convert,
+    grow,
+    fold,
+    export,
+    verify,
+    inspect,
+    demo,
+    push,
+    serve,
+)
 from gda.commands.app import app, is_main_process, print_json, progress_console
-from gda.commands.written import print_verification, rank_summary
 from gda.common.errors import CheckFailed
 
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, for a Hub id.")]
 BundleCode = Annotated[
     bool, typer.Option(help="Put the model's code beside it: it then loads with trust_remote_code where gda is absent.")
 ]
 Private = Annotated[bool | None, typer.Option("--private/--public", help="What the repository must be.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
-Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")]
-Verify = Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")]
-ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 400MB.")]
-
-
-@app.command(
-    epilog="Examples:  gda push ./llama-gda me/llama-gda  ·  "
-    "gda push ./llama-gda me/llama-gda --private --revision v2  ·  gda push ./llama-gda me/llama-gda --dry-run"
-)
-def push(
-    folder: Annotated[str, typer.Argument(help="A folder with a GDA model.")],
-    repo: Annotated[str, typer.Argument(help="The repository on the Hub, owner/name; made if it is not there.")],
-    private: Private = None,
-    revision: Annotated[str, typer.Option(help="Branch to push to; made if it is not there.")] = "main",
-    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
-    bundle_code: BundleCode = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder, send nothing.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Push a GDA model to the Hub, in one commit, with a model card and the model's own code.
-
-    An interrupted push is taken up by the same command: weights that are there are not sent again.
-    """
-    from gda.conversion.push import push as run
-
-    report = run(
-        folder,
-        repo,
-        private=private,
-        revision=revision,
-        message=message,
-        bundle_code=bundle_code,
-        dry_run=dry_run,
-        console=progress_console,
-    )
-    if as_json:
-        print_json(report.to_dict())
-        return
-    for name in report.left_out:
-        typer.echo(f"note: {name} is no part of a model and is left out")
-    for note in report.notes:
-        typer.echo(f"note: {note}")
-    for name in report.removed:
-        typer.echo(f"note: {name} was of an earlier model there and is removed")
-    size = f"{len(report.files)} files, {report.nbytes / 1e6:,.1f} MB"
-    if dry_run:
-        typer.echo("\n".join(report.files))
-        typer.echo(f"{size}: would be pushed to {repo}; nothing was (--dry-run)")
-    else:
-        done = f"commit {report.commit}, {size}" if report.changed else f"it has all of this already, {size}"
-        typer.echo(f"{report.url}: {done}")
-
-
-@app.command(
-    epilog="Examples:  gda verify ./llama ./llama-gda  ·  gda verify ./llama ./llama-gda --method tensors --json"
-)
-def verify(
-    source: Annotated[str, typer.Argument(help="What it was made of: a folder, a Hub id or a .gguf file.")],
-    out: Annotated[str, typer.Argument(help="The converted model's folder.")],
-    method: Annotated[
-        str,
-        typer.Option(help="full: run both models; layers: run both, one layer in memory; tensors: compare bits; auto."),
-    ] = "auto",
-    threshold: Annotated[
-        float | None, typer.Option(help="Largest relative |Δlogit| that passes; 1e-5 where nothing was lossy.")
-    ] = None,
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """Compare a converted model with its source; exit 1 if logits or greedy text with a cache are not the same."""
-    from gda.conversion.verify import VerificationFailed
-    from gda.conversion.verify import verify as run
-
-    report = run(source, out, method=method, threshold=threshold, revision=revision, console=progress_console)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print_verification(report)
-    if not report.passed:
-        raise VerificationFailed(report)
-
-
-@app.command(epilog="Examples:  gda inspect ./llama-gda  ·  gda inspect me/llama-gda --json")
-def inspect(
-    model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """Show a model's heads, parameters by part, cache and λ, from its config and headers."""
-    from gda.conversion.inspect import inspect as run
-
-    report = run(model, revision=revision)
-    if as_json:
-        print_json(report.to_dict())
-        return
-    typer.echo(f"{report.name}  {report.kv_layout} keys and values, head_dim {report.head_dim}, {report.dtype}\n")
-    typer.echo(report.head_map)
-    table = Table("part", "parameters", "share")
-    for part, number in report.parameters.items():
-        if number:
-            table.add_row(part, f"{number:,}", f"{100 * number / report.num_parameters:.2f} %")
-    table.add_row("all", f"{report.num_parameters:,}", "")
-    Console().print(table)
-    if report.qk_rank is not None:
-        typer.echo(rank_summary(report.qk_rank, report.num_parameters, report.num_dense_parameters))
-    of_source = report.source_kv_cache_bytes_per_token
-    compared = "" if of_source is None else f" (its source: {of_source:,})"
-    typer.echo(f"KV cache: {report.kv_cache_bytes_per_token:,} bytes a token{compared}")
-    typer.echo(f"λ ({report.lambda_type}): {_lambda_summary(report.lambdas)}")
-
-
-@app.command(
-    epilog="Examples:  gda export ./llama-gda ./llama-again --format llama  ·  "
-    "gda export ./qwen-gda ./qwen-again --format qwen3  ·  gda export ./motif-gda ./motif-again --format motif"
-)
-def export(
-    model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
-    out: Annotated[str, typer.Argument(help="The folder to make.")],
-    format: Annotated[str, typer.Option(help="llama, mistral, qwen2, qwen3, motif or diffllama.")] = "llama",
-    max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Write a GDA model as the model it was, bit for bit.
-
-    A Motif or a DiffLlama takes λ along; a Llama, a Mistral or a Qwen is what the model is while its λ is 0.
-    """
-    from gda.conversion.export import export as run
-
-    report = run(
-        model, out, format=format, max_shard_size=max_shard_size, overwrite=overwrite, console=progress_console
-    )
-    if as_json:
-        print_json(report.to_dict())
-        return
-    for note in report.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"{out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
-
 
 DATA_PANEL, LEARN_PANEL, PACE_PANEL = "Data", "What learns", "Steps and rates"
 GDA_PANEL, TEACHER_PANEL, WATCH_PANEL = "λ", "A teacher", "Log, measurements and checkpoints"
@@ -431,36 +296,6 @@ def _print_trained(report: Any) -> None:
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Examples:  gda serve ./llama-gda  ·  gda serve me/llama-gda --port 8001 --dtype bfloat16  ·  "
-    "gda serve ./llama-gda --continuous-batching --attn-implementation sdpa",
-)
-def serve(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A GDA model: a folder or a Hub id.")],
-) -> None:
-    """Serve a model over HTTP as OpenAI does: `transformers serve`, with its options, knowing GDA models.
-
-    That command by itself finds model classes in transformers only, whatever code lies beside the weights.
-    Its options follow MODEL; `transformers serve --help` lists them.
-    """
-    import transformers
-    from transformers.cli.transformers import app as transformers_app
-
-    from gda.configuration.configuration_gda import GDAConfig
-    from gda.conversion.sources.open import resolve_folder
-    from gda.conversion.sources.readers import read_config
-    from gda.modeling_gda.modeling_gda import GDAForCausalLM
-
-    name, _, revision = model.partition("@")
-    config = read_config(resolve_folder(name, revision or None))
-    if not isinstance(config, GDAConfig) or config.architectures not in (None, ["GDAForCausalLM"]):
-        raise ValueError(f"{model} holds a {(config.architectures or [config.model_type])[0]}, no GDA language model")
-    transformers.GDAForCausalLM = GDAForCausalLM  # type: ignore[attr-defined]
-    transformers_app(["serve", model, *context.args])
-
-
-@app.command(
     name="eval",
     epilog="Examples:  gda eval ./llama-gda --baseline ./llama --tasks hellaswag,arc_easy --batch-size 16  ·  "
     "gda eval ./llama-gda --tasks gda_tasks --limit 48 --output results --html  ·  "
@@ -595,21 +430,6 @@ def attention(
         print_json(report.to_dict())
 
 
-@app.command(epilog="Examples:  gda demo  ·  gda demo --out smollm2-gda")
-def demo(
-    out: Annotated[str | None, typer.Option(help="Keep the converted model there.")] = None,
-    source: Annotated[str | None, typer.Option(help="Another Llama to demonstrate on.")] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Convert SmolLM2-135M-Instruct to 3:1 GDA, verify it, and let both generate."""
-    from gda.commands.demo import demo as run
-
-    report = run(out, source=source, overwrite=overwrite, console=progress_console if as_json else Console())
-    if as_json:
-        print_json(report.to_dict())
-
-
 def _layer_list(layers: str | None) -> list[int] | None:
     if layers is None:
         return None
@@ -617,15 +437,6 @@ def _layer_list(layers: str | None) -> list[int] | None:
         return [int(layer) for layer in layers.split(",")]
     except ValueError:
         raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None
-
-
-def _lambda_summary(lambdas: list[float | None]) -> str:
-    known = [value for value in lambdas if value is not None]
-    if not known:
-        return "depends on the token in every layer"
-    if len(known) == len(lambdas) and len(set(known)) == 1:
-        return f"{known[0]:.4g} in every layer"
-    return "  ".join("token" if value is None else f"{value:.4g}" for value in lambdas)
 
 
 def main() -> None:

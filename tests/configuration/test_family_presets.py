@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gda
 from gda import GDAConfig
-from gda.commands.demo import find_demo_model
 from gda.configuration.presets import PRESETS
+from gda.conversion.demo import find_demo_model
 from gda.conversion.families.motif import mapped_config, read_motif_config
 from gda.conversion.modes.expand import expanded_config
 

@@ -213,7 +213,7 @@ def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
 @needs_smollm2
 def test_a_pretrained_llama_says_the_same_as_gda(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct as 3:1 GDA: equal logits, the same text, and it knows the capital of France."""
-    from gda.commands.demo import find_demo_model
+    from gda.conversion.demo import find_demo_model
 
     path = Path(find_demo_model())
     report = gda.convert(path, tmp_path / "gda", verify=False)

@@ -678,7 +678,7 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 @needs_smollm2
 def test_smollm2_to_six_to_one_and_36_layers(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, expanded to 3:1 on the way, with twice the signal heads and 36 layers: the same text."""
-    from gda.commands.demo import find_demo_model
+    from gda.conversion.demo import find_demo_model
 
     report = gda.grow(find_demo_model(), tmp_path / "grown", signal=2, depth=36)
     assert report.copied_layers == [4, 9, 14, 19, 24, 29]

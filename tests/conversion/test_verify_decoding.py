@@ -88,7 +88,7 @@ def test_convert_and_verify_end_with_1_and_one_line(
         outcome = command(*arguments)
         assert outcome.code == 1
         [line] = outcome.error.splitlines()
-        assert "greedy text with a cache is the source's for only 0 % of the prompts" in line
+        assert "greedy text with a cache equals the source's for only 0 % of the prompts" in line
         assert "use another release of transformers" in line
     assert not (tmp_path / "again").exists()
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import gda
 from gda import GDAConfig, GDAForCausalLM, GDAForSequenceClassification
-from gda.commands.demo import find_demo_model
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GROWTH_FIELDS
+from gda.conversion.demo import find_demo_model
 from gda.training import GrowthMaskCallback
 
 from ..support import naive
