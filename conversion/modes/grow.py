@@ -16,13 +16,13 @@ from gda.conversion.growth.depth import copy_positions, deepen
 from gda.conversion.growth.growth import Growth
 from gda.conversion.growth.masked import mask_growth
 from gda.conversion.growth.replicate import replicate_signal, replicate_width
-from gda.conversion.modes.expand import expand
-from gda.conversion.modes.map import map_tensors
+from gda.conversion.modes.expand import plan as expand
+from gda.conversion.modes.map import plan as map_tensors
 from gda.conversion.options import GrowOptions
 from gda.conversion.sources.source import Source
 
 
-def grow(source: Source, options: GrowOptions) -> Conversion:
+def plan(source: Source, options: GrowOptions) -> Conversion:
     """Make a model deeper, then give it more signal heads, then make it wider; or mask all that is new.
 
     In this order, replicas in a copied layer, where o_proj is zero, have their own noise.

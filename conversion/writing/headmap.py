@@ -1,4 +1,4 @@
-"""The heads of a layer, drawn."""
+"""A drawing of the heads of a layer."""
 
 from gda.configuration.configuration_gda import GDAConfig
 
@@ -6,9 +6,9 @@ MAX_GROUPS_DRAWN = 4
 
 
 def head_map(config: GDAConfig) -> str:
-    r"""Draw which query heads read which KV heads: s a signal head, n a noise head.
+    r"""Draw which query heads read which KV heads; s is a signal head, n a noise head.
 
-    A column for each KV head, or pair of them; wide models are cut after a few columns.
+    Each KV head, or pair of them, has a column; wide models are cut after a few columns.
 
         KV heads     0        1        2
         query heads  s s s n  s s s n  s s s n     9 signal + 3 noise, 3:1

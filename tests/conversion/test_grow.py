@@ -18,7 +18,7 @@ from torch import Tensor
 import gda
 from gda import GDAForCausalLM
 from gda.common.trainable import Trainable
-from gda.conversion.growth.operators import Growth, layers_to_copy
+from gda.conversion.growth.growth import Growth
 from gda.conversion.growth.replicate import split_exactly
 from gda.conversion.verify import VerificationFailed
 
@@ -241,7 +241,7 @@ def test_a_single_lambda_init_stays_one(tmp_path: Path) -> None:
 )
 def test_copies_are_spread_evenly(layers: int, depth: int, copied: list[int]) -> None:
     """Also where the depth is no multiple, and where there are more copies than layers."""
-    assert layers_to_copy(layers, Growth(depth=depth)) == copied
+    assert Growth(depth=depth).copied_layers(layers) == copied
 
 
 numbers = st.floats(-60000, 60000) | st.floats(-1e-7, 1e-7)
@@ -498,7 +498,7 @@ def test_verify_knows_them(growth: dict[str, Any], tmp_path: Path) -> None:
 def test_growth_that_is_wrong_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification runs before OUT appears."""
     source = saved(tmp_path / "source")
-    monkeypatch.setattr("gda.conversion.growth.operators.reads", lambda name, axis, config: False)
+    monkeypatch.setattr("gda.conversion.growth.replicate.reads", lambda name, axis, config: False)
     with pytest.raises(VerificationFailed):
         gda.grow(source, tmp_path / "grown", width=2)
     assert os.listdir(tmp_path) == ["source"]
