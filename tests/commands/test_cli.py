@@ -143,6 +143,7 @@ def test_json_alone_on_standard_output(models: Path, tmp_path: Path, command: Co
     assert exported["sha256"] == gda.export(tmp_path / "gda", tmp_path / "again").sha256
 
 
+@pytest.mark.slow
 def test_progress_goes_to_standard_error(models: Path, tmp_path: Path) -> None:
     """In processes of their own, at a terminal of sorts: what is on standard output parses as JSON, nothing else is."""
     done = subprocess.run(

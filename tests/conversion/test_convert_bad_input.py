@@ -25,6 +25,8 @@ from ..support.commands import Command, assert_refused
 from ..support.fuzzing import FUZZ, SECONDS, VALUES, converts_or_says_why
 from ..support.llamas import VARIANTS, change_config, files_of, save_llama
 
+pytestmark = pytest.mark.sampled
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_2 = "model-00002-of-00004.safetensors"
 

@@ -54,6 +54,7 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
         assert relative_error(naive.run(model.state_dict(), model.config, ids).logits, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "layers", "tensors"])
 def test_every_method_of_verify(method: str, tmp_path: Path) -> None:
     """All three pass, on texts; and all three see a changed weight."""

@@ -152,6 +152,7 @@ def test_full_rank_and_fold_give_equal_logits(fields: dict[str, Any], tmp_path: 
             assert torch.equal(after[name], tensor), name
 
 
+@pytest.mark.slow
 @each_layout
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "sigmoid", "tanh"])
 def test_a_low_rank_folds_to_itself(lambda_type: str, layout: str, tmp_path: Path) -> None:
@@ -312,6 +313,7 @@ def test_an_interrupted_factorization_is_taken_up(tmp_path: Path, monkeypatch: p
     assert resumed.projection_errors == whole.projection_errors
 
 
+@pytest.mark.slow
 def test_verify_knows_them(tmp_path: Path) -> None:
     """Later, by running; comparing bits is refused with a reason."""
     dense = saved(tmp_path / "dense")
@@ -355,6 +357,7 @@ def test_what_means_nothing_for_a_gda_model(options: dict[str, Any], named: str,
     assert os.listdir(tmp_path) == ["dense"]
 
 
+@pytest.mark.slow
 def test_relatives(tmp_path: Path) -> None:
     """A DiffLlama is mapped and factored at once; a Motif, which cannot be run, in two steps, and is told so."""
     save_diffllama(tmp_path / "diffllama")

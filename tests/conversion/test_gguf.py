@@ -72,6 +72,7 @@ def test_config_tokenizer_and_licence_come_from_the_metadata(tmp_path: Path) -> 
     assert str(tmp_path) not in json.dumps(told) + json.dumps(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "layers", "tensors"])
 def test_a_gguf_conversion_verifies_by_every_method(method: str, tmp_path: Path) -> None:
     """verify reads the GGUF again, and notices a change in the result."""

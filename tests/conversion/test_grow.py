@@ -198,6 +198,7 @@ def test_width_tiles_whole_groups(tied: bool, layout: str, tmp_path: Path) -> No
             assert not torch.equal(blocks[0][0], blocks[1][0]), name
 
 
+@pytest.mark.slow
 def test_copied_layers_add_nothing(tmp_path: Path) -> None:
     """o_proj and down_proj are zero, weight and bias; all else of a copy is its original's, λ and window too."""
     windows = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -481,6 +482,7 @@ def test_relatives_grow_at_once(growth: dict[str, Any], tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- the machinery around it
 
 
+@pytest.mark.slow
 @each_operator
 def test_verify_knows_them(growth: dict[str, Any], tmp_path: Path) -> None:
     """By every method, later as well; and it fails where a tensor was changed."""

@@ -131,6 +131,7 @@ def test_a_window_decides(tmp_path: Path) -> None:
     assert relative_error(logits(load(tmp_path / "gda"), some_ids()), expected) > 1e-3
 
 
+@pytest.mark.slow
 @each_variant
 def test_verification_by_layers_and_by_tensors(variant: str, tmp_path: Path) -> None:
     """Both hold for what was converted, and neither for a change in the weights."""
@@ -263,6 +264,7 @@ def test_inspect_knows_the_cache_and_the_parts(tmp_path: Path) -> None:
     assert report.parameters["attention output"] == 2 * 32 * 32  # and no bias
 
 
+@pytest.mark.slow
 def test_configs_of_older_transformers_are_understood(tmp_path: Path) -> None:
     """Qwen2.5's own config.json: rope_theta, torch_dtype and use_mrope at top level, no layer_types."""
     source = save_source(tmp_path / "source", "qwen2")
@@ -517,6 +519,7 @@ def test_a_shared_base_of_full_rank_and_its_fold(variant: str, tmp_path: Path) -
         gda.export(tmp_path / "shared", tmp_path / "back", format=VARIANTS[variant][0])
 
 
+@pytest.mark.slow
 @each_type
 def test_a_hub_id(model_type: str, hub: Hub, tmp_path: Path) -> None:
     """From the Hub, at its commit, with a card that names the base model."""

@@ -333,6 +333,7 @@ def test_every_window_is_read_once_before_one_is_read_again() -> None:
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -358,6 +359,7 @@ def test_mistral_and_qwen(model_type: str, changes: dict[str, Any], tmp_path: Pa
     assert report.verification.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
 def test_gguf(quantization: str, tmp_path: Path) -> None:
     """A file gives the split that the Llama which transformers reads from it gives."""
@@ -501,6 +503,7 @@ def test_a_result_that_is_not_finite_is_no_result(llama: Path, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp_path: Path, command: Command) -> None:
     """The commands on a split model, and what the split itself prints."""
     out, report = divided

@@ -26,6 +26,8 @@ from gda.eval.card import update_card
 from gda.eval.compare import rows_of
 from gda.eval.run import EvalReport, Setting, run
 
+pytestmark = pytest.mark.sampled
+
 BLIMP = "blimp_passive_1"
 
 
@@ -169,6 +171,7 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_models_of_one_name_are_told_apart(folder: Path, tmp_path: Path, command: Command) -> None:
     """By their places, and a model against itself by its part."""
     outcome = command(
@@ -246,6 +249,7 @@ def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Pat
     assert "limit: 4" in texts[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", [None, "# Only a title\n", "---\n---\nText", CARD.replace("\n", "\r\n")])
 def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalReport, tmp_path: Path) -> None:
     """None, one without metadata, with empty metadata, with the line ends of Windows."""

@@ -66,6 +66,7 @@ def test_a_name_does_not_cost_the_parsing_of_every_task() -> None:
     assert find_tasks(["gda_copy", "gda_copy"])[1] == ["gda_copy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "meant"), [("blimp_pasive_1", "blimp_passive_1"), ("gsm8", "gsm8k"), ("gda_nedles", "gda_needles")]
 )
@@ -88,6 +89,7 @@ def test_a_name_like_no_other_gets_none() -> None:
 # -------------------------------------------------------------------------------------------------------------- data
 
 
+@pytest.mark.slow
 def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
     """The task is lm-eval's own definition, on rows of our files; afterwards datasets is as it was."""
     import datasets
@@ -252,6 +254,7 @@ def test_bad_input_is_one_line(case: str, model: Path, command: Command) -> None
     assert "Traceback" not in outcome.error
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
     """No folder, no config, no weights, no tokenizer, weights that are none: exit 2 and one line."""
     (tmp_path / "empty").mkdir()

@@ -23,6 +23,8 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+pytestmark = pytest.mark.sampled
+
 TASKS = (
     "gda_needles",
     *(f"gda_needles_depth_{depth}" for depth in (0, 25, 50, 75, 100)),

@@ -309,6 +309,7 @@ def test_at_1_a_saved_model_says_nothing_of_growth(tmp_path: Path) -> None:
     assert relative_error(logits(model), logits(plain)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["meta", "disk", "device map"])
 def test_however_it_is_loaded_the_mask_has_its_value(loaded: str, tmp_path: Path) -> None:
     """Empty models that are filled later, layers on disk, and `initialize_weights`."""
@@ -434,6 +435,7 @@ def small_grown_model(mask: float = 0.0) -> GDAForCausalLM:
     return grown_model(tiny_model(base_config(use_cache=False)), mask=mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "wanted"),
     [(0.0, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]), (0.5, [0.625, 0.75, 0.875, 1, 1, 1, 1, 1])],
@@ -456,6 +458,7 @@ def test_the_callback_raises_the_mask_by_optimizer_steps(
     assert torch.equal(logits(again), logits(model.eval()))
 
 
+@pytest.mark.slow
 def test_after_two_steps_every_new_parameter_has_moved(tmp_path: Path) -> None:
     """With the Trainer, from a mask of 0."""
     base = tiny_model(base_config(use_cache=False, **EXTRAS | {"tie_word_embeddings": False}))

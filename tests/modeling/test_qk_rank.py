@@ -15,6 +15,8 @@ from ..support import naive
 from ..support.head_layouts import HEADS, PATHS, heads
 from ..support.tiny import relative_error, tiny_config, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 TOLERANCE = 1e-5
 LENGTH = 11
 

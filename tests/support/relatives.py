@@ -83,7 +83,7 @@ def motif_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def random_state(
     shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Weights of which no two rows are alike: matrices scaled by row, norms around a ramp, λ vectors of moderate λ."""
+    """Random weights in which no two rows are alike: each row has a scale of its own, and each λ a moderate value."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():

@@ -27,6 +27,8 @@ from ..support.children import in_child, killed_at
 from ..support.commands import Command
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
 
+pytestmark = pytest.mark.sampled
+
 TEXT = "".join(f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(60))
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 4, "context": 32, "learning_rate": 1e-2, "save_every": 4}
 OPTIONS = ("--steps", 4, "--batch-size", 4, "--context", 32, "--learning-rate", 1e-2, "--save-every", 4)
@@ -83,6 +85,7 @@ def test_the_loss_falls_and_out_is_a_model(models: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_seed_makes_the_same_bytes(models: Path, tmp_path: Path) -> None:
     """And another one others."""
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -103,6 +106,7 @@ def test_once_through_the_data_by_default(models: Path, tmp_path: Path) -> None:
     assert report.tokens == report.data_tokens == windows * 128 <= len(ids)
 
 
+@pytest.mark.slow
 def test_bfloat16(models: Path, tmp_path: Path) -> None:
     """Dtypes stay, λ in float32; steps far below bfloat16's resolution add up, since weights are wide on the way."""
     gda.convert(models / "llama", tmp_path / "gda", dtype="bfloat16", verify=False)
@@ -118,6 +122,7 @@ def test_bfloat16(models: Path, tmp_path: Path) -> None:
     assert bool((before["model.norm.weight"] != after["model.norm.weight"])[large].any())
 
 
+@pytest.mark.slow
 def test_without_the_code(models: Path, tmp_path: Path, command: Command) -> None:
     """--no-bundle-code: no Python file, no auto_map, the same weights."""
     assert command("train", models / "gda", tmp_path / "with", "--data", models / "text.txt", *OPTIONS).code == 0
@@ -752,6 +757,7 @@ def test_a_full_disk(after: int, models: Path, tmp_path: Path, interrupt: Callab
 # ---------------------------------------------------------------------------------------------- rates and measurements
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "rates"),
     [
@@ -770,6 +776,7 @@ def test_schedules(options: dict[str, Any], rates: list[float], models: Path, tm
     assert [line["lambda_learning_rate"] / 1e-3 for line in logged] == pytest.approx(rates, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_measured_on_other_text(models: Path, tmp_path: Path, command: Command) -> None:
     """Before the first step, on the way and after the last: what the models themselves have, read from disk."""
     arguments = ("--data", models / "text.txt", "--eval-data", models / "text.txt", *OPTIONS, "--eval-every", 3)
@@ -783,6 +790,7 @@ def test_measured_on_other_text(models: Path, tmp_path: Path, command: Command) 
     assert f"perplexity {report.first_perplexity:.2f} before, {report.last_perplexity:.2f} after" in outcome.out
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_multiplying(models: Path, tmp_path: Path) -> None:
     """Other losses, nearly the same, and float32 weights; auto is float32 here, on a CPU."""
     gda.convert(models / "llama", tmp_path / "narrow", dtype="bfloat16", verify=False)

@@ -20,6 +20,8 @@ from gda.training import LambdaAnnealCallback
 from ..support import naive
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 TARGET = 0.7
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa": {},

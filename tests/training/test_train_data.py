@@ -20,6 +20,8 @@ from ..support.hub_server import Blob, Fault, Hub, Refusal, Repo
 from ..support.llamas import VOCAB_SIZE, byte_tokenizer
 from ..support.tiny import tiny_model
 
+pytestmark = pytest.mark.sampled
+
 TEXTS = [f"{i} times {i} is {i * i}.\nAnd the other way round?" for i in range(40)]
 CONTEXT = 16
 EOS = 1

@@ -18,6 +18,8 @@ from gda.training.trainer import GDATrainer
 from ..support.llamas import byte_tokenizer, save_llama
 from ..support.tiny import VOCAB_SIZE, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 W, T, H = 0.3, 2.5, 0.2
 WINDOWS = token_ids(8, 9)
 LABELS = WINDOWS.clone()

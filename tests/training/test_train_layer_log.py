@@ -23,6 +23,8 @@ from gda.training.trainer import GDATrainer
 from ..support.llamas import llama_model
 from ..support.tiny import VOCAB_SIZE, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "fewer noise than KV": {"num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 4},

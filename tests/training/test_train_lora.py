@@ -18,6 +18,8 @@ from gda.training.trainer import LEARNED_FILE, GDATrainer
 from ..support.llamas import save_llama
 from ..support.tiny import relative_error, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 peft = pytest.importorskip("peft")
 
 RANK = 2
