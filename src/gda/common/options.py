@@ -104,20 +104,25 @@ def takes(
 
     def decorate(function: Callable[Concatenate[Any, P], R]) -> Any:
         own = list(inspect.signature(function).parameters.values())[1:]
+        parameters = [*(_parameter(each, hint) for each, hint in declared(options)), *own]
         public = inspect.Signature(
-            [_parameter(each, hint) for each, hint in declared(options)] + own,
+            sorted(parameters, key=lambda each: each.kind),
             return_annotation=inspect.signature(function).return_annotation,
         )
         known = set(public.parameters)
+        rest = next((each.name for each in own if each.kind is inspect.Parameter.VAR_KEYWORD), None)
 
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> R:
-            for name in set(given) - known:
+            for name in set(given) - known if rest is None else ():
                 near = get_close_matches(name, known, n=1)
                 hint = f"; did you mean `{near[0]}`?" if near else ""
                 raise TypeError(f"{function.__name__}() has no argument `{name}`{hint}")
-            passed_on = {each.name: given.pop(each.name) for each in own if each.name in given}
-            return function(options(*args, **given), **passed_on)  # type: ignore[call-arg]
+            bound = public.bind(*args, **given).arguments
+            passed_on = {each.name: bound.pop(each.name) for each in own if each.name in bound}
+            if rest is not None:
+                passed_on |= passed_on.pop(rest, {})
+            return function(options(**bound), **passed_on)  # type: ignore[call-arg]
 
         call.run = function  # type: ignore[attr-defined]  # for a caller that has the options ready
         call.__signature__ = public  # type: ignore[attr-defined]

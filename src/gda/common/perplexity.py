@@ -1,9 +1,8 @@
-"""Perplexity of a text. A leaf module: it imports no room."""
+"""Perplexity: of token sequences, and of a whole text. A leaf module: it imports no room."""
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,11 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.numbers import exponential
 
 
+def negative_log_likelihood(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """−Σ ln p of token ids (T,) by logits (T, vocabulary), in nats."""
+    return cross_entropy(logits.float(), ids.to(logits.device), reduction="sum").item()
+
+
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, *, context: int = 512) -> float:
-    """exp of the mean negative log-likelihood of `ids` (T,), read in windows of `context` tokens without overlap.
+    """exp of the mean negative log-likelihood of `ids` (T,), read as sequences of `context` tokens.
 
-    The first token of each window is predicted from nothing and is not counted.
+    The first token of each sequence has nothing before it and does not count.
 
     Raises:
         ValueError: if there are fewer than two tokens.
@@ -24,25 +28,24 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, *, context: int = 512)
     if len(ids) < 2:
         raise ValueError("perplexity needs at least two tokens")
     total, counted = 0.0, 0
-    for window in ids.split(context):
-        if len(window) < 2:
-            continue
-        logits = model(window.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-        total += cross_entropy(logits, window[1:], reduction="sum").item()
-        counted += len(window) - 1
+    for sequence in ids.split(context):
+        if len(sequence) > 1:
+            logits = model(sequence.unsqueeze(0), use_cache=False).logits[0, :-1]
+            total += negative_log_likelihood(logits, sequence[1:])
+            counted += len(sequence) - 1
     return math.exp(total / counted)
 
 
 @dataclass(frozen=True)
 class TextPerplexity:
-    """Perplexity of a whole text: every token is counted once.
+    """Perplexity of a whole text. Every token counts once.
 
     Attributes:
-        token, word, byte: exp of the negative log-likelihood for each of them. Only the last two can be compared
-            between models of different tokenizers. Words are parted by white space.
-        tokens, words, bytes: How many there are.
+        token, word, byte: exp of the negative log-likelihood per token, word and byte. Models with different
+            tokenizers can be compared by word or byte only. Words are separated by white space.
+        tokens, words, bytes: Length of the text.
         context: Tokens that the model reads at a time.
-        stride: Tokens from one window to the next; what a window shares with the one before is read and not counted.
+        stride: Tokens between the starts of two contexts. Tokens in the overlap are read again and not counted again.
     """
 
     token: float
@@ -53,10 +56,6 @@ class TextPerplexity:
     bytes: int
     context: int
     stride: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON-ready values."""
-        return asdict(self)
 
 
 def text_perplexity(
@@ -70,35 +69,35 @@ def text_perplexity(
 ) -> TextPerplexity:
     """Perplexity of `text` by token, word and byte.
 
-    The first token is predicted from BOS, or EOS if the tokenizer has no BOS, so that none is left out. With
-    `stride` = `context`, the default, windows share nothing, except that the last begins early enough to be whole: it
-    is lm-eval's rolling log-likelihood.
+    The first token is predicted from BOS, or from EOS if the tokenizer has no BOS, so every token counts. With the
+    default stride this is lm-eval's rolling log-likelihood: contexts do not overlap, except that the last one begins
+    early enough to be as long as the others.
 
     Args:
         model: A language model.
         tokenizer: Its tokenizer.
-        text: What is read.
+        text: The text.
         context: Tokens that the model reads at a time.
-        stride: Tokens from one window to the next, at most `context`.
-        advance: Called with the tokens that are done and those in all.
+        stride: Tokens between the starts of two contexts, at most `context`. Default: `context`.
+        advance: Called with the number of tokens done and their total.
 
     Raises:
-        ValueError: for an empty text, or a context or stride that cannot be.
+        ValueError: for an empty text, or a context or stride out of range.
     """
     stride = context if stride is None else stride
     if not 0 < stride <= context:
-        raise ValueError(f"stride {stride} is not from 1 to the context of {context} tokens")
+        raise ValueError(f"stride {stride} is not between 1 and the context of {context} tokens")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not ids or not text.strip():
         raise ValueError("the text is empty")
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise ValueError("the tokenizer has neither a BOS nor an EOS token to begin with")
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token to begin the text with")
     sequence = torch.tensor(ids if ids[0] == first else [first, *ids], device=model.device)
-    total = _negative_log_likelihood(model, sequence, context, stride, advance)
     tokens, words, length = len(sequence) - 1, len(text.split()), len(text.encode())
     if not tokens:
-        raise ValueError("the text is a BOS token and nothing else")
+        raise ValueError("the text consists of a BOS token only")
+    total = _rolling_negative_log_likelihood(model, sequence, context, stride, advance)
     return TextPerplexity(
         token=exponential(total / tokens),
         word=exponential(total / words),
@@ -112,23 +111,23 @@ def text_perplexity(
 
 
 @torch.inference_mode()
-def _negative_log_likelihood(
+def _rolling_negative_log_likelihood(
     model: PreTrainedModel,
     sequence: torch.Tensor,
     context: int,
     stride: int,
     advance: Callable[[int, int], None] | None,
 ) -> float:
-    """Of every token of `sequence` (T,) but the first, in nats."""
+    """−Σ ln p of every token of `sequence` (T,) but the first, in nats."""
     total, done, last = 0.0, 0, len(sequence) - 1
-    begin = 0
+    start = 0
     while done < last:
-        end = min(begin + context, last)
+        end = min(start + context, last)
         if end == last:
-            begin = max(0, last - context)  # the last window is as long as the others
-        logits = model(sequence[begin:end].unsqueeze(0), use_cache=False).logits[0, done - begin :].float()
-        total += cross_entropy(logits, sequence[done + 1 : end + 1], reduction="sum").item()
-        done, begin = end, begin + stride
+            start = max(0, last - context)  # the last context is as long as the others
+        logits = model(sequence[start:end].unsqueeze(0), use_cache=False).logits[0, done - start :]
+        total += negative_log_likelihood(logits, sequence[done + 1 : end + 1])
+        done, start = end, start + stride
         if advance is not None:
             advance(done, last)
     return total
