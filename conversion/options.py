@@ -1,4 +1,4 @@
-"""Options of the commands that read and write checkpoints. Nothing heavy is imported here, so `--help` is fast."""
+"""Options of the commands that convert and grow. This file imports nothing heavy, so that `--help` is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,18 +6,19 @@ from typing import Literal
 
 from gda.common.options import Options, argument, option
 
-LAYOUT, NEW_HEADS, SPLIT = "Source and layout", "New heads", "Split"
+LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "New heads", "Split", "Growth"
 OUTPUT, HUB = "Output", "Hub"
 
 
 @dataclass(frozen=True)
 class WriteOptions(Options):
-    """What every command that writes a model's folder offers."""
+    """Options of every command that writes a model folder."""
 
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
         "keep", "Data type of the weights. λ is always float32.", panel=OUTPUT
     )
     max_shard_size: str | int = option("5GB", "Largest weight file, such as 5GB or 400MB.", panel=OUTPUT)
+    workers: int = option(1, "Number of weight files to write at once.", panel=OUTPUT, metavar="N")
     verify: bool = option(
         True, "Compare the result with its source before it appears.", panel=OUTPUT, flag="--verify/--no-verify"
     )
@@ -29,11 +30,79 @@ class WriteOptions(Options):
         panel=OUTPUT,
     )
     dry_run: bool = option(False, "Check everything, write nothing.", panel=OUTPUT)
-    revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel=HUB)
+    revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=HUB)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.workers) is not int or self.workers < 1:
+            raise ValueError(f"--workers {self.workers!r} is not a whole number from 1 on")
 
 
 @dataclass(frozen=True)
-class ConvertOptions(WriteOptions):
+class SplitOptions(WriteOptions):
+    """Options of `--mode split`."""
+
+    calibration: str | Path | None = option(
+        None,
+        "Text to fit the split to: a text file, or .jsonl with a field `text`. Default: Python's documentation.",
+        panel=SPLIT,
+        metavar="FILE",
+    )
+    calibration_tokens: int | None = option(
+        None, "Number of tokens to read from that text. Default: 65,536.", panel=SPLIT, metavar="N"
+    )
+    effort: Literal["fast", "default", "best"] | None = option(
+        None,
+        "fast solves heads, λ and output projections in closed form; default also trains the attention on the source's "
+        "predictions for 80 steps, best for 320 steps. Default: default.",
+        panel=SPLIT,
+    )
+
+
+@dataclass(frozen=True)
+class NewHeadOptions(WriteOptions):
+    """Options of the noise heads that a Llama, Mistral or Qwen gets."""
+
+    noise_heads: int | None = option(
+        None,
+        "Number of noise heads to add to a Llama, Mistral or Qwen, or to split off. Default: one for each KV head.",
+        panel=NEW_HEADS,
+        metavar="N",
+    )
+    ratio: str | int | None = option(
+        None, "Signal heads for each noise head, 4 or 4:1, instead of --noise-heads.", panel=NEW_HEADS, metavar="R"
+    )
+    lambda_type: Literal["reparameterized", "tanh", "sigmoid"] | None = option(
+        None,
+        "How λ is computed: reparameterized is one number per layer; tanh and sigmoid depend on the token. "
+        "sigmoid needs --mode split. Default: reparameterized.",
+        panel=NEW_HEADS,
+    )
+    seed: int = option(0, "Seed of the new weights.", panel=NEW_HEADS)
+
+
+@dataclass(frozen=True)
+class HubOptions(Options):
+    """Options of pushing the result to the Hub."""
+
+    push_to_hub: str | None = option(
+        None, "Push OUT to this repository, such as me/llama-gda.", panel=HUB, metavar="REPO"
+    )
+    private: bool | None = option(
+        None,
+        "Create that repository as private or public. Default: as your account creates repositories.",
+        panel=HUB,
+        flag="--private/--public",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.private is not None and self.push_to_hub is None:
+            raise ValueError("--private and --public need --push-to-hub: they say how to create its repository")
+
+
+@dataclass(frozen=True)
+class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
     """Options of `gda convert`."""
 
     source: str | Path = argument("Model to convert: a folder of safetensors, a Hub id or a .gguf file.")
@@ -44,3 +113,63 @@ class ConvertOptions(WriteOptions):
         "heads, which loses a little; map renames the tensors of a Motif or DiffLlama. Default: the lossless mode.",
         panel=LAYOUT,
     )
+    qk_rank: int | None = option(
+        None,
+        "Store queries, and paired keys, as a base that the heads of a group share and an update of this rank for "
+        "each head. SOURCE may then be a GDA model. Default: dense projections.",
+        panel=LAYOUT,
+        metavar="RANK",
+    )
+
+
+@dataclass(frozen=True)
+class GrowOptions(NewHeadOptions):
+    """Options of `gda grow`."""
+
+    model: str | Path = argument(
+        "Model to grow: a GDA model, or one that `gda convert` takes; a folder, a Hub id or a .gguf file."
+    )
+    out: str | Path = argument("Folder to create.")
+    signal: int | float | None = option(
+        None, "Replicas of each signal head: r:1 becomes M·r:1. Default: 1.", panel=GROWTH, metavar="M"
+    )
+    depth: int | None = option(
+        None,
+        "Number of layers of the result. The new layers are copies that add nothing yet. Default: as many as now.",
+        panel=GROWTH,
+        metavar="LAYERS",
+    )
+    layers: str | list[int] | None = option(
+        None,
+        "Layers to copy, such as 3,7,11, counted from 0; implies --depth. Default: evenly spread.",
+        panel=GROWTH,
+        metavar="LIST",
+    )
+    width: int | float | None = option(
+        None,
+        "Factor on the hidden size, the MLP and the numbers of heads. Default: 1.",
+        panel=GROWTH,
+        metavar="M",
+    )
+    masked: bool = option(
+        False,
+        "Start new heads, neurons and layers from random weights behind a mask of 0, which training raises to 1.",
+        panel=GROWTH,
+    )
+    mlp: int | float | None = option(
+        None, "Factor on the number of neurons, such as 1.5; needs --masked. Default: 1.", panel=GROWTH, metavar="M"
+    )
+    noise_std: float = option(
+        0.01,
+        "Standard deviation of the noise that tells replicas apart, relative to the weight's. It sums to zero over "
+        "the replicas, so no logit changes.",
+        panel=GROWTH,
+    )
+
+
+@dataclass(frozen=True)
+class FoldOptions(WriteOptions):
+    """Options of `gda fold`."""
+
+    model: str | Path = argument("GDA model with qk_rank: a folder or a Hub id.")
+    out: str | Path = argument("Folder to create.")

@@ -15,13 +15,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gda.common.errors import CheckFailed, first_line
 from gda.common.screen import quiet_transformers, shows_progress
-from gda.configuration.configuration_gda import ANNEAL_FIELDS, GROWTH_FIELDS, GDAConfig
+from gda.configuration.configuration_gda import ANNEAL_FIELDS, GROWTH_FIELDS
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
-from gda.conversion.growth.operators import planned_growth
-from gda.conversion.modes.plan import mode_of, planned_config, planned_recipes
-from gda.conversion.sources.source import PROVENANCE_FILE, FolderSource, Source, open_source, resolve_folder
+from gda.conversion.modes.registry import plan_again
+from gda.conversion.sources.folder import FolderSource
+from gda.conversion.sources.open import open_source, resolve_folder
+from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.layerwise import LayerwiseModel, memory_to_use
-from gda.conversion.tensors.recipes import Recipe
 from gda.conversion.writing.provenance import Settings, read_settings
 from gda.conversion.writing.stream import different_tensors
 from gda.modeling_gda.attention_gda import UnusedCacheError
@@ -389,19 +389,14 @@ def _require_same_windows(source: Source, converted: Source) -> None:
 def _compare_tensors(source: Source, converted: FolderSource, settings: Settings | None) -> VerifyReport:
     if settings is None:
         raise ValueError(f"--method tensors needs {PROVENANCE_FILE} in {converted.folder}: it says how they were made")
-    if settings.qk_rank is not None or settings.mode in ("fold", "split"):
-        raise ValueError(
-            "--method tensors compares bits, and those of products, factorizations and fits depend on the machine; "
-            "use full or layers"
-        )
-    config, recipes = _planned(source, settings)
+    planned = plan_again(source, settings)
     for name in COMPUTED_WITH:
-        if getattr(converted.config, name) != getattr(config, name):
+        if getattr(converted.config, name) != getattr(planned.config, name):
             raise ValueError(
                 f"{converted.folder}/config.json has {name}={getattr(converted.config, name)!r}, "
-                f"but {source.name} asks for {getattr(config, name)!r}"
+                f"but {source.name} asks for {getattr(planned.config, name)!r}"
             )
-    different = different_tensors(converted.folder, recipes, source)
+    different = different_tensors(converted.folder, planned.recipes, source)
     return VerifyReport(
         method="tensors",
         prompts="none",
@@ -418,19 +413,3 @@ def _compare_tensors(source: Source, converted: FolderSource, settings: Settings
         finite=True,
         passed=not different,
     )
-
-
-def _planned(source: Source, settings: Settings) -> tuple[GDAConfig, dict[str, Recipe]]:
-    """What a conversion of these settings makes of the source."""
-    if settings.growth is not None:
-        draft = planned_growth(source, settings)
-        return draft.config, draft.recipes
-    mode = mode_of(source.config, settings.mode)
-    config = planned_config(
-        source,
-        mode=mode,
-        noise_heads=settings.num_noise_heads,
-        lambda_type=settings.lambda_type,
-        dtype=settings.dtype,
-    )
-    return config, planned_recipes(source, config, mode=mode, seed=settings.seed, dtype=settings.dtype)

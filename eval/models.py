@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
 from gda.common.files import in_background, sha256
 from gda.common.screen import quiet_transformers
 from gda.conversion.sources.config_file import read_config_file
-from gda.conversion.sources.source import Source, open_source, resolve_folder
+from gda.conversion.sources.open import open_source, resolve_folder
+from gda.conversion.sources.readers import read_tokenizer
+from gda.conversion.sources.source import Source
 from gda.eval.device import choose_device
 from gda.eval.lm_eval.harness import GDALM, check_tokenizer
 from gda.eval.options import TaskOptions
 
 WEIGHTS = "*.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def find_model(
     """
     if str(model) == "":
         raise ValueError("the name of the model is empty; name a folder, a Hub id or a .gguf file")
-    given = _read_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else copy.deepcopy(tokenizer)
+    given = read_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else copy.deepcopy(tokenizer)
     if isinstance(model, torch.nn.Module):
         if given is None:
             raise ValueError("a model in memory needs its tokenizer: evaluate(model, tokenizer, tasks=…)")
@@ -95,23 +96,9 @@ def find_model(
         raise FileNotFoundError(f"{folder} holds no weights ({WEIGHTS}; pickle files are not read)")
     local = Path(model).is_dir()
     name = folder.resolve().name if local else str(model)
-    given = given or _read_tokenizer(str(folder))
+    given = given or read_tokenizer(folder)
     check_tokenizer(given, name)
     return Candidate(name, folder, given, None if local else folder.name, weights)
-
-
-def _read_tokenizer(place: str) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    if Path(place).is_dir() and not any((Path(place) / file).is_file() for file in TOKENIZER_FILES):
-        raise ValueError(f"{place} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(place)
-        except Exception as error:  # of many kinds, by what is wrong with the files
-            raise ValueError(f"the tokenizer of {place} cannot be loaded: {first_line(error)}") from None
 
 
 def _find_gguf(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Candidate:

@@ -30,7 +30,7 @@ from gda.common.numbers import finite
 from gda.common.screen import quiet_transformers
 from gda.conversion.push import PushReport, push
 from gda.conversion.sources.hub import check_name, require_token
-from gda.conversion.sources.source import resolve_folder
+from gda.conversion.sources.open import resolve_folder
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
 from gda.training.callbacks.guards import Interrupts, NotFinite, Shown, Stops, Watched, WholeCheckpoints, peak_memory
 from gda.training.callbacks.layer_log import LayerLog

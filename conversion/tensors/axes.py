@@ -1,13 +1,11 @@
-"""What the axes of each tensor count: the features that an operator replicates, and whether a tensor reads them.
-
-Growth speaks of features (a signal head's output, a channel of the residual stream); this table says where they are.
-"""
+"""What the axes of each tensor count. Growth adds features, such as a signal head's output or a channel of the residual
+stream; this table says which axes of which tensors hold them, and which tensors sum over them."""
 
 import re
 
 from gda.configuration.configuration_gda import GDAConfig
 
-# By the end of a tensor's name, what each of its axes counts; None where no operator changes it.
+# The kind of feature that each axis counts, by the end of the tensor's name; None where growth changes nothing.
 AXES: dict[str, tuple[str | None, ...]] = {
     "embed_tokens.weight": (None, "hidden"),
     "lm_head.weight": (None, "hidden"),
@@ -51,14 +49,14 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
-    """What the axes of the tensor `name` count."""
+    """The kinds of features that the axes of the tensor `name` count."""
     return next(axes for ending, axes in AXES.items() if name == ending or name.endswith("." + ending))
 
 
 def reads(name: str, axis: int, config: GDAConfig) -> bool:
-    """Whether the tensor sums over that axis, so that n equal features there count n-fold.
+    """Whether the tensor sums over that axis, so that n equal features there count n times.
 
-    With tied embeddings the head cannot be another matrix than the embedding, so the norm before it reads in its place.
+    Tied embeddings cannot be divided for the head alone, so the norm before the head is divided in its place.
     """
     if name == "model.norm.weight":
         return config.tie_word_embeddings
@@ -70,7 +68,7 @@ def reads(name: str, axis: int, config: GDAConfig) -> bool:
 
 
 def sizes(config: GDAConfig) -> dict[str, int]:
-    """How many features there are of each kind."""
+    """The number of features of each kind."""
     d, rank = config.head_dim, config.qk_rank or 0
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return {

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.text import read_text
-from gda.conversion.sources.source import open_source
+from gda.conversion.sources.open import open_source
 from gda.eval.attention.analysis import (
     AttentionArrays,
     LayerAttention,

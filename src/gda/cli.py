@@ -7,9 +7,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import gda.commands.attention
-import gda.commands.eval  # noqa: F401 - both register their command
+from gda.commands import attention, convert, eval, fold, grow  # noqa: F401 - registers the commands
 from gda.commands.app import app, is_main_process, print_json, progress_console
+from gda.commands.written import print_verification, rank_summary
 from gda.common.errors import CheckFailed
 
 INTERRUPTED = 130
@@ -26,109 +26,6 @@ Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")]
 Verify = Annotated[bool, typer.Option(help="Compare the result with the source before it appears.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a killed run finished.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5GB or 400MB.")]
-
-
-@app.command(
-    epilog="Examples:  gda convert meta-llama/Llama-3.2-1B llama-gda  ·  "
-    "gda convert ./llama ./llama-gda --ratio 4:1 --max-shard-size 2GB  ·  gda convert model.gguf model-gda --dry-run"
-    "  ·  gda convert Qwen/Qwen3-0.6B qwen-gda  ·  gda convert Motif-Technologies/Motif-2.6B motif-gda"
-    "  ·  gda convert ./llama-gda ./llama-shared --qk-rank 32"
-    "  ·  gda convert ./llama ./llama-split --mode split --calibration text.txt"
-    "  ·  gda convert ./llama-mha ./llama-split --mode split --merge-kv 8"
-)
-def convert(
-    source: Annotated[str, typer.Argument(help="A folder of safetensors, a Hub id or a .gguf file.")],
-    out: Annotated[str, typer.Argument(help="The folder to make.")],
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            help="expand: add noise heads to a Llama, Mistral or Qwen, lose nothing; split: make noise heads of some "
-            "that are there, which loses a little; map: a Motif or DiffLlama, as it is."
-        ),
-    ] = None,
-    noise_heads: Annotated[
-        int | None, typer.Option(help="Noise heads to add, or to split off; by default one a KV head.")
-    ] = None,
-    ratio: Annotated[str | None, typer.Option(help="Signal heads for each noise head, 4 or 4:1.")] = None,
-    lambda_type: Annotated[
-        str | None,
-        typer.Option(help="Of new noise heads: reparameterized, the default, or tanh; for split sigmoid, too."),
-    ] = None,
-    merge_kv: Annotated[
-        int | None,
-        typer.Option(metavar="G", help="For split: merge KV heads to that many first, so that query heads share one."),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="For split: text, or .jsonl with a field text; else Python's documentation."),
-    ] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(help="For split: tokens to read, 65536 by default.")] = None,
-    effort: Annotated[
-        str | None,
-        typer.Option(help="For split: fast, closed form alone; default, then trained a little; best, four times that."),
-    ] = None,
-    qk_rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Make queries, and paired keys, a shared base and updates of that rank; SOURCE may be a GDA."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
-    dtype: Dtype = "keep",
-    max_shard_size: ShardSize = "5GB",
-    workers: Annotated[int, typer.Option(metavar="N", help="Files of weights that are written at once.")] = 1,
-    revision: Revision = None,
-    verify: Verify = True,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    bundle_code: BundleCode = True,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Push OUT there when it is made.")] = None,
-    private: Private = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Convert a Llama, Mistral, Qwen2 or Qwen3 into a GDA model that computes exactly the same and can learn.
-
-    Every query head stays, as a signal head; noise heads are added, and λ starts at 0 with a live gradient.
-    A Motif or a DiffLlama is differential already: its tensors are mapped as they are.
-    With --mode split the heads of a Llama, Mistral or Qwen are divided, and fitted to its source: that loses a little.
-    OUT appears only when it is whole and verified.
-    """
-    from gda.conversion.convert import convert as run
-
-    report = run(
-        source,
-        out,
-        mode=mode,
-        noise_heads=noise_heads,
-        ratio=ratio,
-        lambda_type=lambda_type,
-        merge_kv=merge_kv,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        effort=effort,
-        qk_rank=qk_rank,
-        seed=seed,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        workers=workers,
-        revision=revision,
-        verify=verify,
-        resume=resume,
-        overwrite=overwrite,
-        bundle_code=bundle_code,
-        push_to_hub=push_to_hub,
-        private=private,
-        dry_run=dry_run,
-        console=progress_console,
-    )
-    if as_json:
-        print_json(report.to_dict())
-        return
-    typer.echo(report.to_dict()["head_map"])
-    _print_made(report, out)
-    if report.pushed is not None:
-        typer.echo(f"{report.pushed.url}: commit {report.pushed.commit}")
 
 
 @app.command(
@@ -203,7 +100,7 @@ def verify(
     if as_json:
         print_json(report.to_dict())
     else:
-        _print_verification(report)
+        print_verification(report)
     if not report.passed:
         raise VerificationFailed(report)
 
@@ -230,7 +127,7 @@ def inspect(
     table.add_row("all", f"{report.num_parameters:,}", "")
     Console().print(table)
     if report.qk_rank is not None:
-        typer.echo(_rank_summary(report.qk_rank, report.num_parameters, report.num_dense_parameters))
+        typer.echo(rank_summary(report.qk_rank, report.num_parameters, report.num_dense_parameters))
     of_source = report.source_kv_cache_bytes_per_token
     compared = "" if of_source is None else f" (its source: {of_source:,})"
     typer.echo(f"KV cache: {report.kv_cache_bytes_per_token:,} bytes a token{compared}")
@@ -264,141 +161,6 @@ def export(
     for note in report.notes:
         typer.echo(f"note: {note}")
     typer.echo(f"{out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
-
-
-@app.command(
-    epilog="Examples:  gda fold ./llama-shared ./llama-gda  ·  gda fold ./llama-shared ./llama-gda --dtype float32"
-)
-def fold(
-    model: Annotated[str, typer.Argument(help="A GDA model with qk_rank: a folder or a Hub id.")],
-    out: Annotated[str, typer.Argument(help="The folder to make.")],
-    dtype: Dtype = "keep",
-    max_shard_size: ShardSize = "5GB",
-    revision: Revision = None,
-    verify: Annotated[bool, typer.Option(help="Compare the result with the model before it appears.")] = True,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    bundle_code: BundleCode = True,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Multiply the shared bases and low-rank updates of a model out: a dense GDA model with equal logits."""
-    from gda.conversion.fold import fold as run
-
-    report = run(
-        model,
-        out,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        revision=revision,
-        verify=verify,
-        resume=resume,
-        overwrite=overwrite,
-        bundle_code=bundle_code,
-        dry_run=dry_run,
-        console=progress_console,
-    )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        _print_made(report, out)
-
-
-@app.command(
-    epilog="Examples:  gda grow ./llama-gda ./bigger --signal 2  ·  gda grow ./llama-gda ./bigger --depth 40  ·  "
-    "gda grow ./llama-gda ./bigger --signal 2 --layers 9,14,19,24,28,29  ·  gda grow ./llama ./bigger --width 2"
-    "  ·  gda grow ./llama-gda ./bigger --masked --signal 2 --mlp 1.5 --depth 36"
-)
-def grow(
-    model: Annotated[
-        str, typer.Argument(help="A GDA model, or one to convert on the way: a folder, a Hub id or a .gguf file.")
-    ],
-    out: Annotated[str, typer.Argument(help="The folder to make.")],
-    signal: Annotated[
-        float | None, typer.Option(metavar="M", help="Replicas of each signal head: r:1 becomes M·r:1.")
-    ] = None,
-    depth: Annotated[
-        int | None,
-        typer.Option(metavar="LAYERS", help="Layers of the result; the new ones are copies that add nothing."),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers to copy, from 0, parted by commas; by default spread evenly. Says the depth as well."
-        ),
-    ] = None,
-    width: Annotated[
-        float | None, typer.Option(metavar="M", help="Times the hidden size, the MLP's and the heads.")
-    ] = None,
-    masked: Annotated[
-        bool,
-        typer.Option("--masked", help="New heads, neurons and layers begin as in a new model, behind a mask of 0."),
-    ] = False,
-    mlp: Annotated[
-        float | None, typer.Option(metavar="M", help="With --masked: times the number of neurons, such as 1.5.")
-    ] = None,
-    noise_std: Annotated[
-        float, typer.Option(help="Noise that tells replicas apart and sums to zero, relative to the weight's.")
-    ] = 0.01,
-    noise_heads: Annotated[int | None, typer.Option(help="For a Llama: noise heads, as in gda convert.")] = None,
-    ratio: Annotated[str | None, typer.Option(help="For a Llama: the ratio before growth, as in gda convert.")] = None,
-    lambda_type: Annotated[str | None, typer.Option(help="For a Llama: reparameterized or tanh.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    dtype: Dtype = "keep",
-    max_shard_size: ShardSize = "5GB",
-    revision: Revision = None,
-    verify: Verify = True,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    bundle_code: BundleCode = True,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Grow a model: more signal heads, more layers, or wider; it computes what it did, and has more to learn with.
-
-    With --masked, what is new is no copy and hides behind a mask, which training raises from 0 to 1.
-
-    Operators may be combined. OUT holds trainable.json, which says what is new, for training that alone.
-    """
-    from gda.conversion.grow import grow as run
-
-    report = run(
-        model,
-        out,
-        signal=signal,
-        depth=depth,
-        layers=_layer_list(layers),
-        width=width,
-        masked=masked,
-        mlp=mlp,
-        noise_std=noise_std,
-        noise_heads=noise_heads,
-        ratio=ratio,
-        lambda_type=lambda_type,
-        seed=seed,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        revision=revision,
-        verify=verify,
-        resume=resume,
-        overwrite=overwrite,
-        bundle_code=bundle_code,
-        dry_run=dry_run,
-        console=progress_console,
-    )
-    if as_json:
-        print_json(report.to_dict())
-        return
-    told = report.to_dict()
-    for when in ("before", "after"):
-        suffix = "_before" if when == "before" else ""
-        size = f"hidden size {told[f'hidden_size{suffix}']:,}, {told[f'num_parameters{suffix}']:,} parameters"
-        typer.echo(f"{when}\n{told[f'head_map{suffix}']}, {size}\n")
-    if report.copied_layers:
-        made = "after layers" if masked else "layers copied:"
-        new = "new ones" if masked else "copies"
-        typer.echo(f"{made} {_listed(report.copied_layers)}; the {new} are {_listed(report.new_layers)}")
-    _print_made(report, out)
 
 
 DATA_PANEL, LEARN_PANEL, PACE_PANEL = "Data", "What learns", "Steps and rates"
@@ -686,7 +448,8 @@ def serve(
     from transformers.cli.transformers import app as transformers_app
 
     from gda.configuration.configuration_gda import GDAConfig
-    from gda.conversion.sources.source import read_config, resolve_folder
+    from gda.conversion.sources.open import resolve_folder
+    from gda.conversion.sources.readers import read_config
     from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
     name, _, revision = model.partition("@")
@@ -712,44 +475,6 @@ def demo(
         print_json(report.to_dict())
 
 
-def _print_made(report: Any, out: str) -> None:
-    for note in report.notes:
-        typer.echo(f"note: {note}")
-    size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.nbytes / 1e6:,.0f} MB, {report.num_files} file(s)"
-    if report.config.qk_rank is not None:
-        typer.echo(_rank_summary(report.config.qk_rank, report.num_parameters, report.num_dense_parameters))
-    if report.dry_run:
-        typer.echo(f"{size}: would be written to {out}; nothing was (--dry-run)")
-        return
-    if report.split is not None:
-        _print_split(report.split)
-    for projection, errors in report.projection_errors.items():
-        by_layer = "  ".join(f"{error:.2g}" for error in errors)
-        typer.echo(f"relative error of the {projection} weights, layer by layer: {by_layer}")
-    if report.verification is not None:
-        _print_verification(report.verification)
-    typer.echo(f"{out}: {size}")
-
-
-def _print_split(split: Any) -> None:
-    lambdas = [layer.lambda_ for layer in split.layers]
-    shares = [layer.subtracted for layer in split.layers]
-    typer.echo(
-        f"lossy: perplexity on {split.held_out_tokens:,} tokens of {split.calibration} that nothing was fitted to: "
-        f"{split.perplexity_source:.3f} of the source, {split.perplexity_closed_form:.3f} in closed form, "
-        f"{split.perplexity:.3f} of the result ({split.perplexity / split.perplexity_source:.3f} times the source's)"
-    )
-    if merged := [layer.merge.error for layer in split.layers if layer.merge is not None]:
-        typer.echo(
-            f"merged KV heads, before heads were divided: relative error of an attention's output "
-            f"{min(merged):.3f} to {max(merged):.3f}"
-        )
-    typer.echo(
-        f"λ from {min(lambdas):.3f} to {max(lambdas):.3f}; what is subtracted has {min(shares):.3f} to "
-        f"{max(shares):.3f} of the energy of an attention's output; layer by layer in conversion.json"
-    )
-
-
 def _layer_list(layers: str | None) -> list[int] | None:
     if layers is None:
         return None
@@ -757,31 +482,6 @@ def _layer_list(layers: str | None) -> list[int] | None:
         return [int(layer) for layer in layers.split(",")]
     except ValueError:
         raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _rank_summary(rank: int, parameters: int, dense: int) -> str:
-    change = 100 * (parameters / dense - 1)
-    return f"qk_rank {rank}: {parameters:,} parameters, {change:+.2f} % of the {dense:,} with dense projections"
-
-
-def _print_verification(report: Any) -> None:
-    done = "verified" if report.passed else "compared"
-    if report.method == "tensors":
-        typer.echo(f"{done} tensor by tensor, nothing was run: {len(report.different_tensors)} differ")
-        return
-    greedy = f", same greedy text {100 * report.greedy_match:.0f} %"
-    if report.greedy_ties:
-        greedy += f" and {100 * report.greedy_ties:.0f} % up to a tie"
-    limit = "no limit" if report.threshold is None else f"limit {report.threshold:.0e}"
-    typer.echo(
-        f"{done} ({report.method}, {report.tokens} tokens of {report.prompts}): |Δlogit| max {report.max_abs:.2e}, "
-        f"mean {report.mean_abs:.2e}, relative {report.relative:.2e} ({limit}); KL {report.kl:.2e}; "
-        f"same top token {100 * report.top1_agreement:.1f} %{greedy}"
-    )
 
 
 def _lambda_summary(lambdas: list[float | None]) -> str:

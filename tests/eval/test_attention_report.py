@@ -231,7 +231,7 @@ def test_what_was_reduced_is_told(folder: Path) -> None:
     )  # fmt: skip
     told = "\n".join(found.notes)
     for note in (
-        "of which the first 20 were read",
+        "; the first 20 were read",
         "mean over the 3 signal heads",
         "mean over 2 × 2 tokens",
         "2 of 3 layers",

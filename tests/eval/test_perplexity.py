@@ -83,7 +83,7 @@ def test_the_demo_s_perplexity_counts_no_first_tokens(model: PreTrainedModel) ->
         perplexity(model, ids[:1])
 
 
-@pytest.mark.parametrize(("text", "word"), [("", "empty"), (" \n", "empty"), ("<s>", "BOS token only")])
+@pytest.mark.parametrize(("text", "word"), [("", "empty"), (" \n", "empty"), ("<s>", "only a BOS token")])
 def test_a_text_without_tokens_is_refused(text: str, word: str, model: PreTrainedModel) -> None:
     """Nothing to divide by."""
     with pytest.raises(ValueError, match=word):

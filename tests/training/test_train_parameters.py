@@ -198,24 +198,22 @@ def test_what_an_expansion_adds_learns_and_nothing_else(conversion: str, bias: b
                 assert torch.equal(signal.flatten(0, 2), source[name])
 
 
-@pytest.mark.parametrize("merge_kv", [None, 1])
-def test_what_a_split_changes_is_what_is_new(merge_kv: int | None, tmp_path: Path) -> None:
-    """Noise rows, λ and the output projection; with merged KV heads all projections."""
+def test_what_a_split_changes_is_what_is_new(tmp_path: Path) -> None:
+    """Noise rows, λ and the output projection."""
     save_llama(tmp_path / "llama", num_attention_heads=8, num_key_value_heads=2, head_dim=4)
     (tmp_path / "text.txt").write_text("the one and the other, in and of itself, and then another of the same\n" * 60)
     options: dict[str, Any] = {"calibration": tmp_path / "text.txt", "calibration_tokens": 512, "effort": "fast"}
-    gda.convert(tmp_path / "llama", tmp_path / "gda", mode="split", merge_kv=merge_kv, verify=False, **options)
+    gda.convert(tmp_path / "llama", tmp_path / "gda", mode="split", verify=False, **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gda")
     new = Trainable.read(tmp_path / "gda")
     held = {name.split("self_attn.")[-1]: new.new_entries(name, each) for name, each in model.named_parameters()}
     found = {name: bool(each.all()) for name, each in held.items() if each is not None}
     wanted = {name: True for name in held if "lambda_" in name} | {
         "o_proj.weight": True,
-        "q_proj.weight": bool(merge_kv),
+        "q_proj.weight": False,
     }
-    assert found == wanted | ({"k_proj.weight": True, "v_proj.weight": True} if merge_kv else {})
-    if merge_kv is None:
-        rows: Tensor = held["q_proj.weight"]  # type: ignore[assignment]
-        by_head = rows.view(model.config.num_noise_heads, -1, 4 * 32).all(-1)
-        assert by_head[:, -1].all()
-        assert not by_head[:, :-1].any()
+    assert found == wanted
+    rows: Tensor = held["q_proj.weight"]  # type: ignore[assignment]
+    by_head = rows.view(model.config.num_noise_heads, -1, 4 * 32).all(-1)
+    assert by_head[:, -1].all()
+    assert not by_head[:, :-1].any()

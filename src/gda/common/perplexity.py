@@ -1,7 +1,6 @@
-"""Perplexity: of token sequences, and of a whole text. A leaf module: it imports no room."""
+"""Perplexity: of sequences of tokens, and of a whole text."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,41 +10,44 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.numbers import exponential
 
 
-def negative_log_likelihood(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    """−Σ ln p of token ids (T,) by logits (T, vocabulary), in nats."""
-    return cross_entropy(logits.float(), ids.to(logits.device), reduction="sum").item()
+def mean_perplexity(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """exp of the mean negative log-likelihood over sequences; infinity where that exceeds a float.
+
+    Args:
+        predictions: Logits (T, vocabulary) and ids (T,) of each sequence. The first token of a sequence, which is
+            predicted from nothing, is not counted.
+    """
+    total, counted = 0.0, 0
+    for logits, ids in predictions:
+        total += cross_entropy(logits[:-1].float(), ids[1:], reduction="sum").item()
+        counted += len(ids) - 1
+    return exponential(total / counted)
 
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, *, context: int = 512) -> float:
-    """exp of the mean negative log-likelihood of `ids` (T,), read as sequences of `context` tokens.
-
-    The first token of each sequence has nothing before it and does not count.
+    """Perplexity of `ids` (T,), read in sequences of `context` tokens without overlap, as `mean_perplexity`.
 
     Raises:
         ValueError: if there are fewer than two tokens.
     """
     if len(ids) < 2:
         raise ValueError("perplexity needs at least two tokens")
-    total, counted = 0.0, 0
-    for sequence in ids.split(context):
-        if len(sequence) > 1:
-            logits = model(sequence.unsqueeze(0), use_cache=False).logits[0, :-1]
-            total += negative_log_likelihood(logits, sequence[1:])
-            counted += len(sequence) - 1
-    return math.exp(total / counted)
+    sequences = ids.split(context)
+    return mean_perplexity((model(each.unsqueeze(0), use_cache=False).logits[0], each) for each in sequences)
 
 
 @dataclass(frozen=True)
 class TextPerplexity:
-    """Perplexity of a whole text. Every token counts once.
+    """Perplexity of a whole text: every token is counted once.
 
     Attributes:
-        token, word, byte: exp of the negative log-likelihood per token, word and byte. Models with different
-            tokenizers can be compared by word or byte only. Words are separated by white space.
-        tokens, words, bytes: Length of the text.
+        token, word, byte: exp of the negative log-likelihood per token, word and byte. Only the last two can be
+            compared between models with different tokenizers. Words are separated by white space.
+        tokens, words, bytes: Their numbers.
         context: Tokens that the model reads at a time.
-        stride: Tokens between the starts of two contexts. Tokens in the overlap are read again and not counted again.
+        stride: Tokens from the start of one sequence to the start of the next. Tokens that a sequence shares with the
+            one before are read but not counted again.
     """
 
     token: float
@@ -69,20 +71,20 @@ def text_perplexity(
 ) -> TextPerplexity:
     """Perplexity of `text` by token, word and byte.
 
-    The first token is predicted from BOS, or from EOS if the tokenizer has no BOS, so every token counts. With the
-    default stride this is lm-eval's rolling log-likelihood: contexts do not overlap, except that the last one begins
-    early enough to be as long as the others.
+    The first token is predicted from BOS, or from EOS if the tokenizer has no BOS, so every token is counted. With
+    `stride` = `context`, the default, sequences don't overlap, except that the last one starts early enough to be
+    complete: this is lm-eval's rolling log-likelihood.
 
     Args:
         model: A language model.
         tokenizer: Its tokenizer.
         text: The text.
         context: Tokens that the model reads at a time.
-        stride: Tokens between the starts of two contexts, at most `context`. Default: `context`.
-        advance: Called with the number of tokens done and their total.
+        stride: Tokens from the start of one sequence to the start of the next, at most `context`.
+        advance: Called with the number of tokens done and their total, for progress.
 
     Raises:
-        ValueError: for an empty text, or a context or stride out of range.
+        ValueError: for an empty text or an impossible stride.
     """
     stride = context if stride is None else stride
     if not 0 < stride <= context:
@@ -92,12 +94,12 @@ def text_perplexity(
         raise ValueError("the text is empty")
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise ValueError("the tokenizer has neither a BOS nor an EOS token to begin the text with")
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token to start with")
     sequence = torch.tensor(ids if ids[0] == first else [first, *ids], device=model.device)
+    total = _negative_log_likelihood(model, sequence, context, stride, advance)
     tokens, words, length = len(sequence) - 1, len(text.split()), len(text.encode())
     if not tokens:
-        raise ValueError("the text consists of a BOS token only")
-    total = _rolling_negative_log_likelihood(model, sequence, context, stride, advance)
+        raise ValueError("the text is only a BOS token")
     return TextPerplexity(
         token=exponential(total / tokens),
         word=exponential(total / words),
@@ -111,23 +113,23 @@ def text_perplexity(
 
 
 @torch.inference_mode()
-def _rolling_negative_log_likelihood(
+def _negative_log_likelihood(
     model: PreTrainedModel,
     sequence: torch.Tensor,
     context: int,
     stride: int,
     advance: Callable[[int, int], None] | None,
 ) -> float:
-    """−Σ ln p of every token of `sequence` (T,) but the first, in nats."""
+    """Sum over every token of `sequence` (T,) but the first, in nats."""
     total, done, last = 0.0, 0, len(sequence) - 1
-    start = 0
+    begin = 0
     while done < last:
-        end = min(start + context, last)
+        end = min(begin + context, last)
         if end == last:
-            start = max(0, last - context)  # the last context is as long as the others
-        logits = model(sequence[start:end].unsqueeze(0), use_cache=False).logits[0, done - start :]
-        total += negative_log_likelihood(logits, sequence[done + 1 : end + 1])
-        done, start = end, start + stride
+            begin = max(0, last - context)  # the last sequence is as long as the others
+        logits = model(sequence[begin:end].unsqueeze(0), use_cache=False).logits[0, done - begin :].float()
+        total += cross_entropy(logits, sequence[done + 1 : end + 1], reduction="sum").item()
+        done, begin = end, begin + stride
         if advance is not None:
             advance(done, last)
     return total
