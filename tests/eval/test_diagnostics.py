@@ -155,7 +155,7 @@ def test_the_report_reads_as_json_markdown_and_tables() -> None:
 
 
 def test_defaults_are_the_tasks() -> None:
-    written = (TASKS_FOLDER / "_needles.yaml").read_text()
+    written = (TASKS_FOLDER / "needles.yaml").read_text()
     for name, value in asdict(DEFAULTS).items():
         assert f"\n  {name}: {value}\n" in written
     given = prompts_by_metadata({})
