@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gda.conversion.inspect import inspect
     from gda.conversion.push import push
     from gda.conversion.verify import verify
-    from gda.eval.attention.report import attention
+    from gda.eval.attention.attention import attention
     from gda.eval.evaluate import evaluate
     from gda.modeling_gda.modeling_gda import (
         GDAForCausalLM,
@@ -44,7 +44,7 @@ _HOMES = {
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.push": ["push"],
         "gda.conversion.verify": ["verify"],
-        "gda.eval.attention.report": ["attention"],
+        "gda.eval.attention.attention": ["attention"],
         "gda.eval.evaluate": ["evaluate"],
         "gda.configuration.configuration_gda": ["GDAConfig"],
         "gda.modeling_gda.modeling_gda": [

@@ -12,6 +12,8 @@ from gda.commands import (  # noqa: F401 - registers the commands, in the order 
     export,
     verify,
     inspect,
+    eval,
+    attention,
     demo,
     push,
     serve,
@@ -293,150 +295,6 @@ def _print_trained(report: Any) -> None:
     typer.echo(f"{report.out}: {learning} trained")
     if report.pushed is not None:
         typer.echo(f"{report.pushed.url}: commit {report.pushed.commit}")
-
-
-@app.command(
-    name="eval",
-    epilog="Examples:  gda eval ./llama-gda --baseline ./llama --tasks hellaswag,arc_easy --batch-size 16  ·  "
-    "gda eval ./llama-gda --tasks gda_tasks --limit 48 --output results --html  ·  "
-    "gda eval ./llama-gda --tasks gsm8k --dataset-root ./data --apply-chat-template  ·  "
-    "gda eval ./llama-gda --perplexity text.txt --json",
-)
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder, a Hub id or a .gguf file.")],
-    tasks: Annotated[
-        str, typer.Option(help="Tasks, groups, tags or patterns of lm-eval or ours (gda_tasks), parted by commas.")
-    ] = "",
-    baseline: Annotated[str | None, typer.Option(help="Another model, to run under the same setting.")] = None,
-    dataset_root: Annotated[
-        str | None, typer.Option(help="Read data from DIR/dataset_path/dataset_name/split.jsonl or .parquet.")
-    ] = None,
-    perplexity: Annotated[str | None, typer.Option(help="A text file to measure the perplexity of.")] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens that the model reads at a time, for --perplexity; by default 512.")
-    ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between its windows; by default the context.")] = None,
-    diagnostics: Annotated[bool, typer.Option("--diagnostics", help="Look into the attention maps.")] = False,
-    limit: Annotated[float | None, typer.Option(help="Documents of each task; below 1, their share.")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Solved examples in front, instead of the task's number.")
-    ] = None,
-    batch_size: Annotated[str, typer.Option(help="Requests at a time, or auto.")] = "1",
-    device: Annotated[str | None, typer.Option(help="By default a GPU if there is one, else cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
-    ] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Of lm-eval's generators, which draw solved examples; by default its own seeds.")
-    ] = None,
-    metadata: Annotated[
-        str | None,
-        typer.Option(
-            help="JSON for generated tasks, --diagnostics too: length, depth, needles, samples, data_seed, …."
-        ),
-    ] = None,
-    show_prompts: Annotated[int, typer.Option(help="Print text and token ids of N requests of each task.")] = 0,
-    output: Annotated[str | None, typer.Option(help="A folder for results.json and results.md.")] = None,
-    html: Annotated[bool, typer.Option("--html", help="Write report.html there as well.")] = False,
-    update_card: Annotated[
-        bool, typer.Option("--update-card", help="Write the scores into the model folder's README.md.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Run tasks of lm-evaluation-harness on a model and, under the same setting, on its baseline.
-
-    Tasks may be official ones, on data of the Hub or of local files, or ours, which make their own data: gda_tasks
-    holds gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and gda_fewshot_by_arrangement.
-    """
-    from gda.eval.command import evaluate_command
-
-    evaluate_command(
-        model,
-        baseline,
-        tasks=tasks,
-        dataset_root=dataset_root,
-        perplexity=perplexity,
-        context=context,
-        stride=stride,
-        diagnostics=diagnostics,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        apply_chat_template=apply_chat_template,
-        seed=seed,
-        metadata=metadata,
-        show_prompts=show_prompts,
-        output=output,
-        html=html,
-        update_card=update_card,
-        as_json=as_json,
-        console=progress_console,
-    )
-
-
-@app.command(
-    epilog="Examples:  gda attention ./llama-gda --text 'The cat sat on the mat.' --out report.html  ·  "
-    "gda attention ./llama-gda --baseline ./llama --file text.txt --out report.html --png report.png  ·  "
-    "gda attention me/llama-gda --file text.txt --layers 11,12 --out layers.html --overwrite  ·  "
-    "gda attention ./llama-gda --text 'The cat sat.' --json"
-)
-def attention(
-    model: Annotated[str, typer.Argument(help="A folder, a Hub id or a .gguf file.")],
-    text: Annotated[str | None, typer.Option(help="The text to read.")] = None,
-    file: Annotated[str | None, typer.Option(help="Text, or .jsonl with a field text in each line.")] = None,
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="The page to write, HTML in one file.")] = None,
-    png: Annotated[str | None, typer.Option(metavar="FILE", help="A picture to write; needs matplotlib.")] = None,
-    baseline: Annotated[str | None, typer.Option(metavar="SOURCE", help="Another model, to set beside it.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to read of the text.")] = 512,
-    layers: Annotated[
-        str | None, typer.Option(help="Keep the maps of these layers only, parted by commas: they are finer then.")
-    ] = None,
-    map_megabytes: Annotated[float, typer.Option(help="Largest size of all maps, before compression.")] = 36.0,
-    device: Annotated[str | None, typer.Option(help="By default a GPU if there is one, else cpu.")] = None,
-    revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Look at a model's attention in one text: signal, noise and their difference, by layer, group and token.
-
-    The page needs no network. Maps that are too many are averaged, and the page says how; numbers never are.
-    """
-    from gda.eval.attention.report import attention as run
-    from gda.eval.attention.report import check_outs
-
-    check_outs(out, png, as_json=as_json, file=file, overwrite=overwrite)
-    report = run(
-        model,
-        text=text,
-        file=file,
-        baseline=baseline,
-        max_tokens=max_tokens,
-        layers=_layer_list(layers),
-        map_megabytes=map_megabytes,
-        device=device,
-        revision=revision,
-        console=progress_console,
-    )
-    wrote = [report.write_html(out, overwrite=overwrite)] if out is not None else []
-    wrote += [report.write_png(png, overwrite=overwrite)] if png is not None else []
-    for note in report.notes:
-        typer.echo(f"note: {note}", err=as_json)
-    for path in wrote:
-        typer.echo(f"wrote {path} ({path.stat().st_size / 1e6:,.1f} MB)", err=as_json)
-    if as_json:
-        print_json(report.to_dict())
-
-
-def _layer_list(layers: str | None) -> list[int] | None:
-    if layers is None:
-        return None
-    try:
-        return [int(layer) for layer in layers.split(",")]
-    except ValueError:
-        raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ from transformers import AutoConfig
 
 import gda
 from gda.conversion import logits
-from gda.conversion.verify import VerificationFailed
 
 from ..support.commands import Command, assert_refused
 from ..support.fuzzing import FUZZ, SECONDS, VALUES, converts_or_says_why
