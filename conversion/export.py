@@ -80,10 +80,9 @@ def export(
             raise ValueError(
                 f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
             )
-        if config.growth_mask is not None:
-            raise ValueError(f"{source.name} is in masked growth, which no format holds; train until its masks are 1")
-        if config.lambda_anneal is not None:
-            raise ValueError(f"{source.name} anneals λ, which no format holds; train until its lambda_anneal is 1")
+        if config.fade is not None:
+            what = "is in masked growth" if config.in_masked_growth else "is fading in λ"
+            raise ValueError(f"{source.name} {what}, which no format can express; train it until its fade is 1")
         try:
             target.check(source, config)
         except ValueError as error:

@@ -95,8 +95,8 @@ def grow(
       zero. Every layer keeps its λ_init and its kind of attention.
     - `width`: HyperCloning (arXiv 2409.12903). Hidden size, MLP and heads are tiled, head_dim stays.
     - `masked`: Masked Structure Growth (arXiv 2305.02869), by `signal`, `mlp` and `depth`. New heads, neurons and
-      layers are no replicas but begin as in a new model, behind a mask: it is 0 here, `gda.training.GrowthMaskCallback`
-      raises it while training, and at 1 it is gone. Weights that are masked by 0 have no gradient yet.
+      layers are no replicas: they start as in a new model and are faded in. Their fade is 0 in the grown model, where
+      they have no gradient, and `gda.training.FadeCallback` raises it to 1.
 
     Replicas would learn the same for ever; `noise_std` tells them apart. It is noise on the weights that read them,
     which sums to zero over each set of replicas, exactly, in the dtype of the weights: no logit changes.

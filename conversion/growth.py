@@ -100,8 +100,8 @@ def planned(source: Source, *, noise_heads: int | None, lambda_type: str, seed: 
     Raises:
         ValueError: for what cannot be, and for a model whose masked growth is under way.
     """
-    if getattr(source.config, "growth_mask", None) is not None:
-        raise ValueError(f"{source.name} is in masked growth; train it until its masks are 1, and grow it then")
+    if getattr(source.config, "in_masked_growth", False):
+        raise ValueError(f"{source.name} is in masked growth; train it until its fade is 1, then grow it")
     mode = mode_of(source.config, None)
     config = planned_config(source, mode=mode, noise_heads=noise_heads, lambda_type=lambda_type, dtype=dtype)
     return Draft.of(config, planned_recipes(source, config, mode=mode, seed=seed, dtype=dtype))
@@ -365,9 +365,11 @@ def masked(draft: Draft, growth: Growth, *, seed: int) -> Draft:
     The new layers are those that `deeper` has put into the draft as copies.
     """
     old = draft.config
+    if old.fade is not None:
+        raise ValueError(f"--masked: λ of the source is at fade {old.fade:g}, and new parts start at 0; train it to 1")
     config = copy.deepcopy(old)
     origins: dict[str, Tensor] = {}
-    config.growth_mask = 0.0
+    config.fade = 0.0
     config.masked_layers = draft.new_layers or None
     if growth.signal is not None:
         origins |= signal_features(old, growth.signal)

@@ -7,7 +7,7 @@ from typing import Any
 
 from gda._files import read_json
 from gda._screen import quiet_transformers
-from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
+from gda.configuration.configuration_gda import MASKED, GDAConfig
 
 from .export import layer_lambdas
 from .factor import dense_config
@@ -105,8 +105,15 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
         source_kv_cache_bytes_per_token=_source_cache(source.folder, dtype.itemsize),
         lambda_type=config.lambda_type,
         lambdas=layer_lambdas(source, config),
-        growth=None if config.growth_mask is None else {name: getattr(config, name) for name in GROWTH_FIELDS},
+        growth=_growth(config),
     )
+
+
+def _growth(config: GDAConfig) -> dict[str, Any] | None:
+    """The mask of masked growth and the parts that it masks; None outside masked growth."""
+    if not config.in_masked_growth:
+        return None
+    return {"growth_mask": config.fade} | {name: getattr(config, name) for name in MASKED}
 
 
 def _cache(shape: dict[str, Any], bytes_per_element: int) -> int:

@@ -66,7 +66,7 @@ class LayerwiseModel:
         self._windows = layer_windows(self.config)
         for part in self.model.modules():
             if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
-                part.value = torch.tensor(getattr(config, part.field), device=self.device)
+                part.value = torch.tensor(config.fade, device=self.device)
 
     def of_config(self, config: PreTrainedConfig) -> "LayerwiseModel":
         """A model of another configuration, with the same tensors where it asks for them."""

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from gda._errors import CheckFailed, first_line
 from gda._screen import quiet_transformers, shows_progress
-from gda.configuration.configuration_gda import ANNEAL_FIELDS, GROWTH_FIELDS, GDAConfig
+from gda.configuration.configuration_gda import FADED, GDAConfig
 from gda.modeling_gda.attention_gda import UnusedCacheError
 
 from .growth import planned_growth
@@ -47,8 +47,8 @@ COMPUTED_WITH = (
     "head_norm",
     "head_norm_eps",
     "qk_rank",
-    *GROWTH_FIELDS,
-    *ANNEAL_FIELDS,
+    "fade",
+    *FADED,
 )
 
 PROMPTS = (

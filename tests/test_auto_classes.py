@@ -330,7 +330,7 @@ FIRST_LAYERS: dict[str, dict[str, Any]] = {
         "sliding_window": 3,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "a new layer": {"growth_mask": 0.5, "masked_layers": [1]},
+    "a new layer": {"fade": 0.5, "masked_layers": [1]},
 }
 
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from .anneal import LambdaAnnealCallback
+from .callbacks.fading import FadeCallback
 from .distillation import Distillation
-from .growth import GrowthMaskCallback
 from .layer_log import LayerLog
 from .parameters import choose_what_learns, merged, optimizer_groups
 from .settings import TrainSettings
@@ -12,9 +11,8 @@ from .trainer import GDATrainer
 
 __all__ = [
     "Distillation",
+    "FadeCallback",
     "GDATrainer",
-    "GrowthMaskCallback",
-    "LambdaAnnealCallback",
     "LayerLog",
     "TrainSettings",
     "accelerate_config",

@@ -1,0 +1,1 @@
+"""Callbacks of transformers' Trainer for GDA models."""
