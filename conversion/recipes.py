@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
+
 from .safetensors_io import TensorSpec
 
 

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
-from transformers import PreTrainedModel
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -124,7 +123,7 @@ class FadeCallback(TrainerCallback, ExportableState):
         else:
             model.set_fade(config.fade or 0.0, lambda_target=self.lambda_target)
 
-    def _set_fade(self, model: PreTrainedModel, step: int) -> None:
+    def _set_fade(self, model: Any, step: int) -> None:
         # A model that was saved at 1 has no fade: it is an ordinary one.
         if model.config.fade not in (None, self.value(step)):
             model.set_fade(self.value(step))
