@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
 
 import torch
-from transformers import PretrainedConfig  # transformers 4 knows no PreTrainedConfig
+from transformers import PretrainedConfig, Qwen3Config  # transformers 4 knows no PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -32,8 +32,6 @@ FADED = (*MASKED, "lambda_target")  # what may be faded in; None in every other 
 # whoever passed it, and is kept in config.json.
 OWN_FIELDS: tuple[str, ...] = ("num_noise_heads", "kv_layout", "lambda_type", "lambda_init", "lambda_init_offset")
 OWN_FIELDS += ("head_norm", "head_norm_eps", "qk_norm", "qk_rank", "attention_out_bias", "fade", *FADED)
-# Properties that follow from the fields.
-DERIVED = ("num_signal_heads", "signal_noise_ratio", "signal_group_size", "value_width", "factored_projections")
 
 MAX_LAYERS = 10_000  # lists with a value per layer have this length
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -78,11 +76,9 @@ class GDAConfig(PretrainedConfig):
             `model.set_fade` changes it. At 1 all five are saved as `None`.
         masked_signal_heads: How many of each `signal_group_size` signal heads, the last ones, are new: their outputs
             are multiplied by `fade` after the head norm (masked growth, arXiv 2305.02869).
-        masked_neurons: How many of the neurons of each MLP, the last ones, are new. They are multiplied by `fade` after
-            the activation.
+        masked_neurons: How many neurons of each MLP, the last ones, are new: `fade` multiplies their activations.
         masked_layers: Indices of new layers, from 0. What they add to the residual stream is multiplied by `fade`.
         lambda_target: λ is faded in by way of this value: layers subtract with fade · λ + (1 − fade) · fade · target.
-        head_dim: Width of a query, key and value head, independent of `hidden_size`.
         hidden_act: As in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_bias: Whether the query, key and value projections have biases.
         attention_out_bias: Whether `o_proj` has a bias. `None`: as `attention_bias`.
@@ -103,11 +99,7 @@ class GDAConfig(PretrainedConfig):
     model_type: ClassVar[str] = "gda"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     default_theta: ClassVar[float] = 500000.0  # type: ignore[misc]
-    base_model_pp_plan: ClassVar[dict[str, Any]] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
+    base_model_pp_plan: ClassVar[dict[str, Any]] = Qwen3Config.base_model_pp_plan
 
     vocab_size: int = 128256
     hidden_size: int = 4096
@@ -152,7 +144,8 @@ class GDAConfig(PretrainedConfig):
         rope = _one_rope(**{name: kwargs.pop(name, None) for name in ROPE_ARGUMENTS})
         fields = {name: kwargs.pop(name, getattr(type(self), name)) for name in FIELDS} | {"rope_parameters": rope}
         for name, value in kwargs.items():
-            _require(name not in DERIVED, name, "follows from other fields and cannot be given", value)
+            read_only = getattr(getattr(type(self), name, None), "fset", name) is None
+            _require(not read_only, name, "follows from other fields and cannot be given", value)
             if meant := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.84):
                 raise ValueError(f"GDAConfig has no field `{name}`; did you mean `{meant[0]}`?")
         undecided = "auto" in (kwargs.get("dtype"), kwargs.get("torch_dtype"))  # where there are no weights to decide
@@ -243,11 +236,6 @@ class GDAConfig(PretrainedConfig):
             return {}
         queries = {"q": self.signal_noise_ratio + 1}
         return queries if self.kv_layout == "shared" else queries | {"k": 2}
-
-    @property
-    def in_masked_growth(self) -> bool:
-        """Whether new heads, neurons or layers are being faded in."""
-        return any(getattr(self, name) is not None for name in MASKED)
 
     def is_new_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` is new: it is faded in as a whole, and not its heads and neurons again."""
@@ -402,10 +390,8 @@ class GDAConfig(PretrainedConfig):
             return
         yield 0 <= self.fade <= 1, "fade", "must be from 0 to 1, or None"
         yield bool(given), "fade", f"must be None where nothing is faded in: none of {', '.join(FADED)} is given"
-        for name, whole in (
-            ("masked_signal_heads", self.signal_group_size),
-            ("masked_neurons", self.intermediate_size),
-        ):
+        wholes = {"masked_signal_heads": self.signal_group_size, "masked_neurons": self.intermediate_size}
+        for name, whole in wholes.items():
             rule = f"must be from 1 to {whole - 1} of {whole}: not all can be new" if whole > 1 else "must be None"
             yield name not in given or 1 <= getattr(self, name) < whole, name, rule
         if (new := self.masked_layers) is not None:

@@ -18,6 +18,7 @@ from gda.configuration.configuration_gda import GDAConfig
 
 from . import diffllama, motif
 from .expand import drop_noise_rows
+from .headmap import in_masked_growth
 from .llamalike import LLAMALIKES, require_target, target_config
 from .recipes import Recipe, checkpoint_specs, copied
 from .safetensors_io import TensorSpec
@@ -81,7 +82,7 @@ def export(
                 f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
             )
         if config.fade is not None:
-            what = "is in masked growth" if config.in_masked_growth else "is fading in λ"
+            what = "is in masked growth" if in_masked_growth(config) else "is fading in λ"
             raise ValueError(f"{source.name} {what}, which no format can express; train it until its fade is 1")
         try:
             target.check(source, config)

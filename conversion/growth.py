@@ -22,6 +22,7 @@ from gda.configuration.configuration_gda import GDAConfig
 
 from . import new_parts
 from .axes import LAYER, axes_of, reads, sizes
+from .headmap import in_masked_growth
 from .insert import NEW, drawn, inserted, neuron_features, signal_features
 from .plan import mode_of, planned_config, planned_recipes
 from .provenance import Settings
@@ -100,7 +101,7 @@ def planned(source: Source, *, noise_heads: int | None, lambda_type: str, seed: 
     Raises:
         ValueError: for what cannot be, and for a model whose masked growth is under way.
     """
-    if getattr(source.config, "in_masked_growth", False):
+    if in_masked_growth(source.config):
         raise ValueError(f"{source.name} is in masked growth; train it until its fade is 1, then grow it")
     mode = mode_of(source.config, None)
     config = planned_config(source, mode=mode, noise_heads=noise_heads, lambda_type=lambda_type, dtype=dtype)

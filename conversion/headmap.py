@@ -1,6 +1,8 @@
 """The heads of a layer, drawn."""
 
-from gda.configuration.configuration_gda import GDAConfig
+from transformers import PreTrainedConfig
+
+from gda.configuration.configuration_gda import MASKED, GDAConfig
 
 MAX_GROUPS_DRAWN = 4
 
@@ -26,6 +28,11 @@ def head_map(config: GDAConfig) -> str:
         "query heads  " + "  ".join(q.ljust(width) for q, width in zip(query_columns, widths, strict=False)) + more,
     ]
     return "\n".join(line.rstrip() for line in lines) + "\n\n" + summary + _fading(config)
+
+
+def in_masked_growth(config: PreTrainedConfig) -> bool:
+    """Whether new heads, neurons or layers of a GDA model are being faded in."""
+    return any(getattr(config, name, None) is not None for name in MASKED)
 
 
 def _fading(config: GDAConfig) -> str:

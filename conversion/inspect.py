@@ -11,7 +11,7 @@ from gda.configuration.configuration_gda import MASKED, GDAConfig
 
 from .export import layer_lambdas
 from .factor import dense_config
-from .headmap import head_map
+from .headmap import head_map, in_masked_growth
 from .recipes import checkpoint_specs
 from .sources import PROVENANCE_FILE, FolderSource, open_source
 
@@ -111,7 +111,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
 
 def _growth(config: GDAConfig) -> dict[str, Any] | None:
     """The mask of masked growth and the parts that it masks; None outside masked growth."""
-    if not config.in_masked_growth:
+    if not in_masked_growth(config):
         return None
     return {"growth_mask": config.fade} | {name: getattr(config, name) for name in MASKED}
 

@@ -13,12 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.models.qwen3.modeling_qwen3 import (
-    ALL_ATTENTION_FUNCTIONS,
-    Qwen3Attention,
-    Qwen3RMSNorm,
-    eager_attention_forward,
-)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, eager_attention_forward
 
 from .configuration_gda import GDAConfig
 
@@ -170,11 +166,7 @@ class GDAAttention(nn.Module):
     q_proj: Callable[[Tensor], Tensor]
     k_proj: Callable[[Tensor], Tensor]
     v_proj: Callable[[Tensor], Tensor]
-    lambda_q1: nn.Parameter
-    lambda_k1: nn.Parameter
-    lambda_q2: nn.Parameter
-    lambda_k2: nn.Parameter
-    fade: Fade | None
+    lambda_vectors = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")  # where λ is reparameterized
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         super().__init__()
@@ -202,7 +194,7 @@ class GDAAttention(nn.Module):
         self.lambda_init = config.layer_lambda_init(layer_idx)
         self.lambda_activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}.get(config.lambda_type)
         if self.lambda_activation is None:
-            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            for name in self.lambda_vectors:
                 setattr(self, name, nn.Parameter(torch.empty(self.head_dim)))
         else:
             self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads)
@@ -302,9 +294,8 @@ class GDAAttention(nn.Module):
             paged = name == "cache" and not isinstance(argument, Cache)  # before 5.24 the interface updates it
             if not paged and (isinstance(argument, Cache) or type(argument).__name__.endswith("Cache")):
                 raise UnusedCacheError(
-                    f"GDAAttention was given a {type(argument).__name__} as `{name}`, which it would not use: in "
-                    f"transformers {transformers.__version__} the cache is expected as `{CACHE_ARGUMENT}`; update the "
-                    "model's code, or use an older transformers"
+                    f"GDAAttention got a {type(argument).__name__} as `{name}`, and from transformers "
+                    f"{transformers.__version__} expects it as `{CACHE_ARGUMENT}`; update the model's code"
                 )
         if cache is None:
             return key, value
@@ -313,18 +304,15 @@ class GDAAttention(nn.Module):
 
     def compute_lambda(self, hidden_states: Tensor) -> Tensor:
         """λ in float32 whatever the model's dtype: (1,), or (B, T, S) where it depends on the token."""
-        learned = self._learned_lambda(hidden_states)
-        if self.fade is None or self.config.lambda_target is None:
-            return learned
-        fade = self.fade.value.float()
-        return (1 - fade) * fade * self.config.lambda_target + fade * learned
-
-    def _learned_lambda(self, hidden_states: Tensor) -> Tensor:
         if self.lambda_activation is not None:
-            return self.lambda_activation(self.lambda_proj(hidden_states))
-        signal = (self.lambda_q1.float() * self.lambda_k1.float()).sum(dim=0, keepdim=True)
-        noise = (self.lambda_q2.float() * self.lambda_k2.float()).sum(dim=0, keepdim=True)
-        return signal.exp() - noise.exp() + self.lambda_init
+            lambda_ = self.lambda_activation(self.lambda_proj(hidden_states))
+        else:
+            q1, k1, q2, k2 = (getattr(self, name).float() for name in self.lambda_vectors)
+            lambda_ = (q1 * k1).sum(0, keepdim=True).exp() - (q2 * k2).sum(0, keepdim=True).exp() + self.lambda_init
+        if self.fade is not None and self.config.lambda_target is not None:
+            fade = self.fade.value.float()
+            lambda_ = (1 - fade) * fade * self.config.lambda_target + fade * lambda_
+        return lambda_
 
     def mask_new_heads(self, output: Tensor) -> Tensor:
         """Multiply those of the outputs (B, T, …, width) by `fade` that are of new signal heads."""
@@ -388,8 +376,8 @@ class GDAPairedAttention(GDAAttention):
         if (cache := kwargs.pop("cache", None)) is not None:  # before transformers 5.24 each call would update it
             if self.config._attn_implementation == "paged|eager" or "kwargs" not in signature(cache.update).parameters:
                 raise ValueError(
-                    'continuous batching with kv_layout="paired" needs transformers 5.19 or later, and before 5.24 '
-                    f"sdpa or flash attention; this is {transformers.__version__}"
+                    'continuous batching of kv_layout="paired" needs transformers 5.24, or 5.19 with sdpa or flash '
+                    f"attention; this is {transformers.__version__}"
                 )
             key, value = cache.update(key, value, self.layer_idx, kwargs)
         batch, _, length, _ = query.shape
@@ -401,17 +389,10 @@ class GDAPairedAttention(GDAAttention):
             module = _HeadsOfAttention(self, heads.shape[1] // (key.shape[1] // 2))
             halves = []
             for slab in (0, 1):
-                caches = {}
-                if (
-                    "k_cache" in kwargs
-                ):  # block tables: (blocks, block size, G, d), which backends read for key and value
-                    caches["k_cache"], caches["v_cache"] = (
-                        kwargs["k_cache"][:, :, member::2],
-                        kwargs["v_cache"][:, :, slab::2],
-                    )
-                output, map_ = _call(
-                    interface, module, heads, key[:, member::2], value[:, slab::2], mask, **(kwargs | caches)
-                )
+                keys, values = key[:, member::2], value[:, slab::2]
+                starts = {"k_cache": member, "v_cache": slab}  # block tables (blocks, block size, G, d), where in use
+                caches = {name: kwargs[name][:, :, start::2] for name, start in starts.items() if name in kwargs}
+                output, map_ = _call(interface, module, heads, keys, values, mask, **(kwargs | caches))
                 halves.append(output.reshape(batch, length, -1, size, self.head_dim))
             outputs.append(torch.cat(halves, dim=-1))
             if map_ is not None:
@@ -468,10 +449,7 @@ def _refuse_engine(config: GDAConfig) -> None:
     paired, fewer = config.kv_layout == "paired", config.num_noise_heads < config.num_key_value_heads
     if engine.startswith(("vllm", "sglang")) and (paired or fewer):
         reason = 'kv_layout="paired"' if paired else "fewer noise heads than KV heads"
-        raise ValueError(
-            f"{engine} gives a layer one attention call over num_attention_heads query heads, and this model has "
-            f"{reason}; serve it with transformers (`gda serve`)"
-        )
+        raise ValueError(f"{engine} cannot run a model with {reason}; serve it with transformers (`gda serve`)")
 
 
 ATTENTION_CLASSES = {"shared": GDAAttention, "paired": GDAPairedAttention}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoModel
+from transformers import MODEL_MAPPING, AutoModel, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -18,13 +18,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    Qwen3PreTrainedModel,
-    Qwen3RMSNorm,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
 from .attention_gda import ATTENTION_CLASSES, Fade, GDAAttention, HeadwiseUp, LambdaProjection, SharedBase
 from .configuration_gda import GDAConfig
@@ -127,29 +121,23 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         self._no_split_modules = ["GDADecoderLayer"]  # without the class of the body that was replaced
         super().post_init()
         by_token = self.config.lambda_type != "reparameterized"
-        names = ["lambda_proj"] if by_token else ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
+        names = ("lambda_proj",) if by_token else GDAAttention.lambda_vectors
         self._keep_in_fp32_modules_strict = set(names)
         getattr(self, "dtype_plan", {}).update(dict.fromkeys(names, torch.float32))  # releases before 5.4 read this
 
     @torch.no_grad()
     def set_fade(self, value: float, lambda_target: float | None = None) -> None:
-        """Set how far what the config names is faded in: new heads, neurons and layers, or λ.
+        """Set how far new heads, neurons and layers, or λ, are faded in.
 
-        At 0 new parts have no effect, and with a `lambda_target` nothing is subtracted. At 1 the model is an ordinary
-        one, and is saved as such. `gda.training.FadeCallback` raises the value over the steps of a Trainer.
-
-        Args:
-            value: From 0 to 1.
-            lambda_target: Begin to fade λ in by way of this value, or change the value.
+        At 0 new parts have no effect, and with a `lambda_target`, which fades λ in by way of that value, nothing is
+        subtracted. At 1 the model is an ordinary one, and is saved as such.
 
         Raises:
             ValueError: if nothing is faded in, or a value is out of range.
         """
         target = self.config.lambda_target if lambda_target is None else float(lambda_target)
         if self.config.fade is None and target is None:
-            raise ValueError(
-                "nothing of this model is faded in: grow it with `gda grow --masked`, or give lambda_target"
-            )
+            raise ValueError("nothing is faded in: give lambda_target, or grow the model with `gda grow --masked`")
         if not 0 <= value <= 1:
             raise ValueError(f"fade must be from 0 to 1, not {value!r}")
         if target is not None and not abs(target) < torch.finfo(torch.float32).max:
@@ -172,7 +160,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         elif isinstance(module, LambdaProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Fade):
-            init.constant_(module.value, self.config.fade)
+            init.constant_(module.value, float(self.config.fade or 0.0))
         # Base and update contribute half of a dense projection's variance each. With the base alone, signal and noise
         # maps would start equal, and zero updates would hide one factor from the gradient of the other; with updates
         # alone, the roles would share nothing.
@@ -183,8 +171,8 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, GDAAttention) and self.config.lambda_type == "reparameterized":
-            for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
-                init.normal_(vector, mean=0.0, std=0.1)  # arXiv 2410.05258, as in its authors' code
+            for name in module.lambda_vectors:
+                init.normal_(getattr(module, name), mean=0.0, std=0.1)  # arXiv 2410.05258, as in its authors' code
 
 
 class GDAModel(GDAPreTrainedModel, Qwen3Model):

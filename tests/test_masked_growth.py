@@ -363,7 +363,7 @@ def test_a_mask_is_from_0_to_1(value: float) -> None:
     """And is there."""
     with pytest.raises(ValueError, match="from 0 to 1"):
         tiny_model(grown_config(base_config())).set_fade(value)
-    with pytest.raises(ValueError, match="nothing of this model is faded in"):
+    with pytest.raises(ValueError, match="nothing is faded in"):
         tiny_model().set_fade(0.5)
 
 
