@@ -2,19 +2,17 @@
 
 from pathlib import Path
 
-from gda.training.anneal import LambdaAnnealCallback
+from gda.training.callbacks.fading import FadeCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.distillation import Distillation
-from gda.training.growth import GrowthMaskCallback
 from gda.training.parameters import choose_what_learns, merged, optimizer_groups
 from gda.training.settings import TrainSettings
 from gda.training.trainer import GDATrainer
 
 __all__ = [
     "Distillation",
+    "FadeCallback",
     "GDATrainer",
-    "GrowthMaskCallback",
-    "LambdaAnnealCallback",
     "LayerLog",
     "TrainSettings",
     "accelerate_config",

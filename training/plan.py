@@ -10,10 +10,9 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.training.anneal import LambdaAnnealCallback
+from gda.training.callbacks.fading import FadeCallback
 from gda.training.data.sequences import Windows, open_windows
 from gda.training.distillation import Distillation
-from gda.training.growth import GrowthMaskCallback
 from gda.training.parameters import choose_what_learns, count_learning
 from gda.training.precision import launcher_wants_bfloat16
 from gda.training.runs.model_folder import load, read_config, read_tokenizer
@@ -73,15 +72,16 @@ class Plan:
         fast = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return fast and torch.bfloat16 in self.dtypes.values()
 
-    def rising(self) -> list[TrainerCallback]:
-        """What raises masks of growth and λ on its way, whether these settings begin that or an earlier run did."""
-        callbacks: list[TrainerCallback] = []
-        if self.config.growth_mask is not None:
-            callbacks.append(GrowthMaskCallback(num_steps=self.steps))
-        target = self.config.lambda_target if self.settings.lambda_target is None else self.settings.lambda_target
-        if target is not None:
-            callbacks.append(LambdaAnnealCallback(target, self.settings.lambda_anneal_steps or self.steps))
-        return callbacks
+    @property
+    def fade_steps(self) -> int:
+        """Steps over which new parts or λ are faded in."""
+        return self.settings.lambda_anneal_steps or self.steps
+
+    def fade_callbacks(self) -> list[TrainerCallback]:
+        """The callback that fades new parts or λ in, if these settings ask for it or an earlier run began it."""
+        if self.config.fade is None and self.settings.lambda_target is None:
+            return []
+        return [FadeCallback(self.fade_steps, self.settings.lambda_target)]
 
 
 def make_plan(
@@ -128,10 +128,9 @@ def make_plan(
             "λ would not be its own at the end"
         )
     notes = [*read.notes]
-    if config.growth_mask is not None:
-        notes.append(f"the growth mask rises from {config.growth_mask:g} to 1 over {steps} steps")
-    if config.lambda_anneal is not None and settings.lambda_target is None:
-        notes.append(f"λ was being annealed and goes on from {config.lambda_anneal:g} of its way, over {steps} steps")
+    if config.fade is not None:
+        over = settings.lambda_anneal_steps or steps
+        notes.append(f"the fade of the model rises from {config.fade:g} to 1 over {over} steps")
     return Plan(
         settings=settings,
         config=config,
@@ -161,10 +160,9 @@ def context_of(settings: TrainSettings, config: GDAConfig) -> int:
 
 def _require_same_target(settings: TrainSettings, config: GDAConfig) -> None:
     wanted, held = settings.lambda_target, config.lambda_target
-    if config.lambda_anneal is not None and wanted not in (None, held):
-        raise ValueError(
-            f"--lambda-target {wanted}: λ of the model is on its way over {held:g} and would jump; pass {held:g}"
-        )
+    if config.fade and wanted not in (None, held):
+        remedy = "omit the option" if held is None else f"pass {held:g}"
+        raise ValueError(f"--lambda-target {wanted}: the model is at fade {config.fade:g}, and λ would jump; {remedy}")
 
 
 def _steps(settings: TrainSettings, windows: int | None, processes: int) -> int:

@@ -25,7 +25,7 @@ CHARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "Gradient norm": (True, ("grad_norm",)),
     "Perplexity": (True, ("perplexity",)),
     "Tokens a second": (False, ("tokens_per_second",)),
-    "Masks": (False, ("growth_mask", "lambda_anneal")),
+    "Fade": (False, ("fade",)),
 }
 LAYER_CHARTS = {
     "lambda": "λ",

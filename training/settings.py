@@ -38,8 +38,8 @@ class TrainSettings:
         precision: What matrices are multiplied in. `auto` is bfloat16 for a bfloat16 model on an accelerator that has
             it, and where `accelerate launch` asks for it; else float32. Weights are float32 while they learn.
         gradient_checkpointing: Compute activations again for the gradients, instead of keeping them.
-        lambda_target: Anneal λ from 0 over this value to what is learned; see `LambdaAnnealCallback`.
-        lambda_anneal_steps: The steps that takes.
+        lambda_target: Fade λ in by way of this value; see `FadeCallback`.
+        lambda_anneal_steps: Steps over which λ is faded in.
         teacher: A model whose predictions and, with `hidden_weight`, hidden states are learned: a folder, a Hub id or a
             .gguf file; none by default.
         distill_weight: Share of the teacher's predictions in the loss; the rest is the text's.

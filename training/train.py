@@ -68,8 +68,8 @@ def train(
     """Train a GDA language model to predict text, by transformers' Trainer.
 
     Weights are float32 while they learn, whatever their dtype in `model`, which they have again in `out`; λ is float32
-    in both. If masked growth is under way in `model` its mask rises to 1 over the steps (`GrowthMaskCallback`), and in
-    `out` nothing is masked any more.
+    in both. If `model` is in masked growth, its new parts are faded in over the steps (`FadeCallback`), and `out` is an
+    ordinary model.
 
     Until it is done the run lives in ``.OUT.partial``, where its checkpoints are. Ctrl-C, or SIGTERM, lets it finish
     the step, write a checkpoint and raise KeyboardInterrupt; a second one stops it at once. `resume` goes on from the
@@ -330,7 +330,7 @@ def _train(plan: Plan, run: _Place, source: Path, processes: Processes, console:
     callbacks: list[TrainerCallback] = [
         WholeCheckpoints(run.path, source, dtypes, settings.keep, processes),
         shown,
-        *plan.rising(),
+        *plan.fade_callbacks(),
     ]
     interrupts = Interrupts(console if processes.is_main else None)
     trainer = _RunTrainer(

@@ -33,7 +33,7 @@ class GDATrainer(Trainer):
 
     - λ has a learning rate of its own; weight decay spares λ, norms, biases and what learns only in part.
     - With a teacher its predictions, and hidden states, are part of the loss. Evaluation measures the text alone.
-    - A line of the log has the parts of the loss, how far masked growth and λ's annealing have come, tokens a second
+    - A line of the log has the parts of the loss, how far new parts or λ are faded in, tokens a second
       and, with a `LayerLog`, the layers. What is measured in layers is left out where it could not be measured right:
       with DeepSpeed, the first FSDP and compiled models.
     - A checkpoint of a model of PEFT is a plain model, LoRA merged into it, and all that learns, λ as well, in a file
@@ -199,12 +199,8 @@ class GDATrainer(Trainer):
         self._parts = {}
         if tokens and seconds:
             more["tokens_per_second"] = tokens / seconds
-        config = self._learner.config
-        more |= {
-            name: getattr(config, name)
-            for name in ("growth_mask", "lambda_anneal")
-            if getattr(config, name, None) is not None
-        }
+        if (fade := getattr(self._learner.config, "fade", None)) is not None:
+            more["fade"] = fade
         return more
 
     def _entry(self, logs: dict[str, float]) -> dict[str, Any]:
@@ -221,7 +217,7 @@ class GDATrainer(Trainer):
         if self.args.include_num_input_tokens_seen != "no":
             entry["tokens"] = int(self.state.num_input_tokens_seen)
         names: tuple[str, ...] = ("loss", "learning_rate", "lambda_learning_rate", "grad_norm", "tokens_per_second")
-        names += ("cross_entropy", "kl", "hidden", "growth_mask", "lambda_anneal")
+        names += ("cross_entropy", "kl", "hidden", "fade")
         return entry | {name: float(logs[name]) for name in names if name in logs}
 
     def _report(self, layers: dict[str, float]) -> None:

@@ -635,7 +635,7 @@ def test_growth_that_cannot_be(options: dict[str, Any], named: str, tmp_path: Pa
 
 def test_masked_growth_under_way_is_finished_first(tmp_path: Path) -> None:
     """A model whose new parts are masked says so."""
-    source = saved(tmp_path / "source", growth_mask=0.5, masked_signal_heads=1)
+    source = saved(tmp_path / "source", fade=0.5, masked_signal_heads=1)
     with pytest.raises(ValueError, match="masked growth"):
         grow(source, tmp_path / "out", depth=4)
 

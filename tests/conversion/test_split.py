@@ -170,12 +170,11 @@ def test_the_result_loads_and_is_what_the_report_says(
         if lambda_type != "reparameterized":
             continue
         # Without the subtraction the same features lack nothing but λ o_noise.
-        subtract = attention.subtract
-        attention.subtract = lambda signal, noise, lambda_, of=subtract: of(signal, noise, torch.zeros_like(lambda_))
+        hook = attention.subtract.register_forward_pre_hook(lambda _, given: (*given[:2], torch.zeros_like(given[2])))
         undivided = (
             captured(model, lambda layer: layer.self_attn.o_proj, held_out)[index][0] @ attention.o_proj.weight.T
         )
-        del attention.subtract
+        hook.remove()
         share = (undivided - got).square().sum() / got.square().sum()
         assert layer.subtracted == pytest.approx(share.item(), rel=1e-3)
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import gda
 from gda.common.trainable import Trainable
-from gda.configuration.configuration_gda import GROWTH_FIELDS
+from gda.configuration.configuration_gda import MASKED
 from gda.training.report import TrainReport
 
 from ..support.children import in_child, killed_at
@@ -169,17 +169,17 @@ def test_only_new_goes_on_from_its_result(models: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("learner", ["new", "all"])
 def test_masked_growth_ends_without_masks(learner: str, models: Path, tmp_path: Path, command: Command) -> None:
     """The mask rises over the steps by itself, which is said; a plain model computes what OUT computes."""
-    assert json.loads((models / "masked" / "config.json").read_text())["growth_mask"] == 0
+    assert json.loads((models / "masked" / "config.json").read_text())["fade"] == 0
     outcome = command(
         *("train", models / "masked", tmp_path / "out", "--data", models / "text.txt", *OPTIONS),
         *("--train", learner),
     )
     assert outcome.code == 0, outcome
-    assert "growth mask rises from 0 to 1 over 4 steps" in outcome.out
+    assert "fade of the model rises from 0 to 1 over 4 steps" in outcome.out
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert [written[name] for name in GROWTH_FIELDS] == [None] * len(GROWTH_FIELDS)
+    assert [written[name] for name in ("fade", *MASKED)] == [None] * 4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert not [name for name, _ in model.named_modules() if "growth_mask" in name]
+    assert not [name for name, _ in model.named_modules() if "fade" in name]
     before, after = tensors_of(models / "masked"), tensors_of(tmp_path / "out")
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"]) == (learner == "new")
 
@@ -294,17 +294,17 @@ def test_annealing_goes_on(models: Path, tmp_path: Path) -> None:
     """A model that an earlier run left on the way ends as a plain one, without being asked to; that is said."""
     on_the_way = tmp_path / "on-the-way"
     shutil.copytree(models / "gda", on_the_way)
-    change_config(on_the_way, lambda_anneal=0.5, lambda_target=0.2)
+    change_config(on_the_way, fade=0.5, lambda_target=0.2)
     report = train(tmp_path, "on-the-way", tmp_path / "out", data=models / "text.txt")
-    assert any("goes on from 0.5" in note for note in report.notes)
+    assert any("fade of the model rises from 0.5" in note for note in report.notes)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (written["lambda_anneal"], written["lambda_target"]) == (None, None)
+    assert (written["fade"], written["lambda_target"]) == (None, None)
 
 
 def test_another_target_than_the_model_is_on_its_way_over(models: Path, tmp_path: Path, command: Command) -> None:
     """In terms of the command, and before anything is done: --dry-run says it as well."""
     shutil.copytree(models / "gda", tmp_path / "on-the-way")
-    change_config(tmp_path / "on-the-way", lambda_anneal=0.5, lambda_target=0.2)
+    change_config(tmp_path / "on-the-way", fade=0.5, lambda_target=0.2)
     arguments = ("train", tmp_path / "on-the-way", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
     options = ("--lambda-anneal-steps", 4, "--lambda-target")
     for more in ((), ("--dry-run",)):

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from gda import training
-from gda.training import LambdaAnnealCallback
+from gda.training import FadeCallback
 from gda.training.callbacks.layer_log import LayerLog, for_reporters
 from gda.training.distillation import Distillation
 from gda.training.parameters import choose_what_learns
@@ -70,15 +70,12 @@ def by_hand(model: Any, ids: Tensor) -> list[dict[str, float]]:
             attention = layer.self_attn
             heard: list[Any] = []
 
-            def in_calls(interface: Any, attention: Any = attention, heard: list[Any] = heard) -> Any:
-                def attend(*args: Any, **kwargs: Any) -> Any:
-                    heard.append(type(attention).in_calls(attention, interface)(*args, **kwargs)[0])
-                    return heard[-1], None
+            def attend(*args: Any, attention: Any = attention, heard: list[Any] = heard, **kwargs: Any) -> Any:
+                heard.append(type(attention).attend(attention, *args, **kwargs)[0])
+                return heard[-1], None
 
-                return attend
-
-            attention.in_calls = in_calls
-            stack.callback(delattr, attention, "in_calls")
+            attention.attend = attend
+            stack.callback(delattr, attention, "attend")
             hook = attention.register_forward_pre_hook(
                 lambda module, _, kwargs, heard=heard: heard.append(module.compute_lambda(kwargs["hidden_states"])),
                 with_kwargs=True,
@@ -155,11 +152,11 @@ def test_a_line_has_what_there_is(tmp_path: Path) -> None:
     taught = Distillation(tiny_model(seed=4), weight=0.5, hidden_weight=0.1)
     log = tmp_path / "full.jsonl"
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
-    options |= {"distillation": taught, "lambda_learning_rate": 0.1, "callbacks": [LambdaAnnealCallback(0.2, 4)]}
+    options |= {"distillation": taught, "lambda_learning_rate": 0.1, "callbacks": [FadeCallback(4, 0.2)]}
     made = trainer(model_of(), tmp_path, LayerLog(log), **options)
     made.train()
     first, second, evaluation = lines(log)
-    assert first["lambda_anneal"] == 0.25
+    assert first["fade"] == 0.25
     assert first["lambda_learning_rate"] == 10 * first["learning_rate"]
     assert second["loss"] == pytest.approx(0.5 * second["cross_entropy"] + 0.5 * second["kl"] + 0.1 * second["hidden"])
     assert evaluation == {
@@ -193,7 +190,7 @@ def test_it_changes_nothing_and_listens_only_where_it_logs(precision: dict[str, 
         made.train()
         assert made.listened == (0 if log is None else 3)
         models.append(model)
-        assert not [each for layer in model.model.layers for each in vars(layer.self_attn) if each == "subtract"]
+        assert not [layer for layer in model.model.layers if layer.self_attn.subtract._forward_hooks]
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [1, 4]
     for name, parameter in models[0].named_parameters():
         assert torch.equal(parameter, models[1].get_parameter(name)), name
@@ -215,16 +212,16 @@ def test_what_does_not_learn_has_no_gradient_norm(tmp_path: Path) -> None:
 
 def test_masks_and_lora_count(tmp_path: Path) -> None:
     """Masked heads write m times what they would; LoRA's update is part of the projection."""
-    growing = model_of(growth_mask=0.3, masked_signal_heads=1)
+    growing = model_of(fade=0.3, masked_signal_heads=1)
     expected = copy.deepcopy(growing)
     trainer(growing, tmp_path, LayerLog(tmp_path / "masked.jsonl")).train()
     (line,) = lines(tmp_path / "masked.jsonl")
-    assert line["growth_mask"] == 0.3
+    assert line["fade"] == 0.3
     with torch.no_grad():  # a mask on what o_proj reads is one on its columns
         for layer in expected.model.layers:
             columns = torch.tensor([1.0, 1.0, 0.3]).repeat(2).repeat_interleave(8)
             layer.self_attn.o_proj.weight.mul_(columns)
-            layer.self_attn.growth_mask = None
+            layer.self_attn.num_masked_heads = 0
     assert line["layers"][0]["subtracted"] == pytest.approx(by_hand(expected, WINDOWS)[0]["subtracted"], rel=1e-4)
 
     pytest.importorskip("peft")

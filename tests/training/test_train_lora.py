@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 import gda
-from gda.training import LambdaAnnealCallback
+from gda.training import FadeCallback
 from gda.training.parameters import choose_what_learns, count_learning, merged, merged_state
 from gda.training.trainer import LEARNED_FILE, GDATrainer
 
@@ -60,7 +60,7 @@ def trainer(model: Any, folder: Path, callbacks: tuple[TrainerCallback, ...] = (
         arguments,
         train_dataset=DATA,
         lambda_learning_rate=0.05,
-        callbacks=[LambdaAnnealCallback(0.3, 5), *callbacks],
+        callbacks=[FadeCallback(5, 0.3), *callbacks],
     )
 
 
@@ -136,7 +136,7 @@ def test_a_resumed_run_equals_an_unbroken_one(name: str, tmp_path: Path) -> None
     trainer(whole, tmp_path / "whole").train()
     trainer(adapted(name, tmp_path), tmp_path / "run", (StopAt(3),)).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
-    assert json.loads((checkpoint / "config.json").read_text())["lambda_anneal"] == pytest.approx(0.6)
+    assert json.loads((checkpoint / "config.json").read_text())["fade"] == pytest.approx(0.6)
     model = adapted(name, tmp_path, seed=9)  # whatever it begins with, the checkpoint has it
     trainer(model, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
     wanted = whole.state_dict()

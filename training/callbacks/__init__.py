@@ -1,1 +1,1 @@
-"""Trainer callbacks."""
+"""Callbacks of transformers' Trainer for GDA models."""

@@ -84,7 +84,7 @@ class LayerLog(TrainerCallback):
             self.sums = torch.zeros(len(attentions), len(MEASURES), device=attentions[0].o_proj.weight.device)
         with contextlib.ExitStack() as stack:
             for attention in attentions:
-                stack.enter_context(_heard(attention, self.sums[attention.layer_idx]))
+                stack.enter_context(_measuring(attention, self.sums[attention.layer_idx]))
             yield
 
     def read_gradients(self, model: nn.Module) -> None:
@@ -141,15 +141,14 @@ def for_reporters(layers: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _heard(attention: Any, sums: Tensor) -> Iterator[None]:
-    """While it is entered, what an attention subtracts is weighed; `sums` are those of its layer."""
-    subtract = attention.subtract
+def _measuring(attention: GDAAttention, sums: Tensor) -> Iterator[None]:
+    """Measure each subtraction of an attention, and add to `sums`, those of its layer."""
 
-    def weighed(signal: Tensor, noise: Tensor, lambda_: Tensor) -> Tensor:
-        difference = subtract(signal, noise, lambda_)
+    def measure(subtract: Any, inputs: tuple[Tensor, Tensor, Tensor], difference: Tensor) -> None:
+        signal, noise, lambda_ = inputs
         # Autocast would keep a narrow copy of the projection's weight, made here without a gradient, for its real use.
         with torch.no_grad(), torch.autocast(signal.device.type, enabled=False):
-            whole = subtract(signal.float(), noise.float(), lambda_)
+            whole = subtract.forward(signal.float(), noise.float(), lambda_)  # without this hook
             measured = (
                 torch.ones((), device=sums.device),
                 lambda_.float().mean(),
@@ -159,19 +158,18 @@ def _heard(attention: Any, sums: Tensor) -> Iterator[None]:
                 _energy(attention, whole),
             )
             sums.add_(torch.stack(measured), alpha=signal.shape[0] * signal.shape[1])
-        return difference
 
-    attention.subtract = weighed
+    hook = attention.subtract.register_forward_hook(measure)
     try:
         yield
     finally:
-        del attention.subtract  # the class's own comes to light again
+        hook.remove()
 
 
-def _energy(attention: Any, heads: Tensor) -> Tensor:
+def _energy(attention: GDAAttention, heads: Tensor) -> Tensor:
     """Mean square of what heads (B, T, C, S/C, width) write to the residual stream, without the projection's bias."""
-    if attention.growth_mask is not None:
-        heads = attention._masked(heads, attention.growth_mask)
+    if attention.num_masked_heads:
+        heads = attention.mask_new_heads(heads)
     project = attention.o_proj
     heads = heads.flatten(2).to(project.weight.dtype)
     return (project(heads) - project(torch.zeros_like(heads[:1, :1]))).float().square().mean()
