@@ -14,7 +14,7 @@ from gda.conversion.modes.notes import notes_on, rank_notes
 from gda.conversion.modes.plan import mode_of, planned_config, planned_recipes
 from gda.conversion.push import PushReport, push
 from gda.conversion.sources.hub import check_name, require_token
-from gda.conversion.sources.source import open_source
+from gda.conversion.sources.open import open_source
 from gda.conversion.split.splitter import Splitter
 from gda.conversion.tensors.new_parameters import new_by_conversion
 from gda.conversion.tensors.recipes import is_lossless

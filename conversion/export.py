@@ -18,7 +18,8 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import diffllama, motif
 from gda.conversion.families.llamalike import LLAMALIKES, require_target, target_config
 from gda.conversion.modes.expand import drop_noise_rows
-from gda.conversion.sources.source import Source, open_source
+from gda.conversion.sources.open import open_source
+from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
 from gda.conversion.writing.staging import staged_model
@@ -176,7 +177,7 @@ FORMATS = {
         notes=["Motif's own code is not written; put configuration_motif.py and modeling_motif.py beside it to run it"],
     ),
     "diffllama": Format(
-        check=diffllama.require_exportable,
+        check=lambda source, config: diffllama.require_exportable(config, source.read),
         recipes=diffllama.exported_recipes,
         write_config=lambda config, folder: diffllama.exported_config(config).save_pretrained(folder),
     ),

@@ -10,7 +10,8 @@ from gda.common.files import check_places, refuse_existing
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.modes.low_rank import PARTS, dense_config, folded, same_config
-from gda.conversion.sources.source import Source, open_source
+from gda.conversion.sources.open import open_source
+from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied, is_lossless
 from gda.conversion.tensors.safetensors_io import TensorSpec
 from gda.conversion.writing.provenance import DTYPES, Settings

@@ -10,6 +10,7 @@ from gda.common.files import check_places, refuse_existing
 from gda.common.screen import quiet_transformers
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.families.registry import CONVERTIBLE_TYPES
 from gda.conversion.growth.operators import (
     DEFAULT_NOISE,
     Draft,
@@ -24,7 +25,8 @@ from gda.conversion.modes.choices import noise_heads_of, refuse_choices
 from gda.conversion.modes.low_rank import dense_config
 from gda.conversion.modes.notes import notes_on
 from gda.conversion.modes.plan import mode_of
-from gda.conversion.sources.source import CONVERTIBLE_TYPES, Source, open_source
+from gda.conversion.sources.open import open_source
+from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import checkpoint_specs, is_lossless
 from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import DTYPES, Settings

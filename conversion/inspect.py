@@ -10,7 +10,9 @@ from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
 from gda.conversion.export import layer_lambdas
 from gda.conversion.modes.low_rank import dense_config
-from gda.conversion.sources.source import PROVENANCE_FILE, FolderSource, open_source
+from gda.conversion.sources.folder import FolderSource
+from gda.conversion.sources.open import open_source
+from gda.conversion.sources.source import PROVENANCE_FILE
 from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.writing.headmap import head_map
 

@@ -19,8 +19,11 @@ from gda.common.assets import LICENCE_PATTERNS
 from gda.common.files import read_json, write_text
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
+from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.hub import check_name, hub_errors
-from gda.conversion.sources.source import MODEL_PATTERNS, PROVENANCE_FILE, FolderSource, read_config
+from gda.conversion.sources.open import MODEL_PATTERNS
+from gda.conversion.sources.readers import read_config
+from gda.conversion.sources.source import PROVENANCE_FILE
 from gda.conversion.tensors.safetensors_io import INDEX_FILE
 from gda.conversion.writing.card import CARD_FILE, model_card
 from gda.modeling_gda.modeling_gda import GDAModel
@@ -123,6 +126,28 @@ def push(
         with hub_errors(repo, revision), _progress_bars(console):
             has_card = (folder / CARD_FILE).is_file()
             return _send(report, files, private, has_card, message or f"Upload {folder.resolve().name}")
+
+
+def check_push(repo: str | None, private: bool | None) -> None:
+    """Check `--push-to-hub` and `--private` before the work that ends in a push.
+
+    Raises:
+        ValueError: if `private` is given without `repo`, or the Hub doesn't allow that name.
+    """
+    if repo is not None:
+        check_name(repo)
+    elif private is not None:
+        raise ValueError("--private and --public are about the repository of --push-to-hub, which is not given")
+
+
+def push_result(
+    out: Path, repo: str, *, private: bool | None, bundle_code: bool, console: Console | None = None
+) -> PushReport:
+    """Push the finished result of another command, as `push` does; an error says how to push it later."""
+    try:
+        return push(out, repo, private=private, bundle_code=bundle_code, console=console)
+    except (ConnectionError, PermissionError, ValueError) as error:
+        raise type(error)(f"{error}; {out} is complete: push it with `gda push {out} {repo}`") from None
 
 
 def _open(folder: Path) -> FolderSource:

@@ -19,7 +19,9 @@ from gda.configuration.configuration_gda import ANNEAL_FIELDS, GROWTH_FIELDS, GD
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
 from gda.conversion.growth.operators import planned_growth
 from gda.conversion.modes.plan import mode_of, planned_config, planned_recipes
-from gda.conversion.sources.source import PROVENANCE_FILE, FolderSource, Source, open_source, resolve_folder
+from gda.conversion.sources.folder import FolderSource
+from gda.conversion.sources.open import open_source, resolve_folder
+from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.layerwise import LayerwiseModel, memory_to_use
 from gda.conversion.tensors.recipes import Recipe
 from gda.conversion.writing.provenance import Settings, read_settings

@@ -21,7 +21,8 @@ from gda.common.errors import first_line
 from gda.common.files import in_background, sha256
 from gda.common.screen import quiet_transformers
 from gda.conversion.sources.config_file import read_config_file
-from gda.conversion.sources.source import Source, open_source, resolve_folder
+from gda.conversion.sources.open import open_source, resolve_folder
+from gda.conversion.sources.source import Source
 from gda.eval.lm_eval.harness import GDALM, check_tokenizer, default_device
 
 WEIGHTS = "*.safetensors"

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from gda.conversion.sources.source import open_source
+from gda.conversion.sources.open import open_source
 
 CHUNK = 256  # tokens whose float32 probabilities are in memory
 NO_LABEL = -100  # a token that is not predicted, as everywhere in transformers

@@ -9,13 +9,14 @@ GDA         q heads    s0 n0 s1 n1 s2 n2 s3 n3         in groups [signal, noise]
             v heads    a0 b0 a1 b1
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers import DiffLlamaConfig, PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families.llamalike import SHARED_FIELDS
 from gda.conversion.families.refusals import require_fields, require_schedule
-from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
@@ -74,7 +75,7 @@ def notes(config: PreTrainedConfig) -> list[str]:
     return [f"lambda_std_dev={config.lambda_std_dev}, with which λ vectors are drawn for training, is left out"]
 
 
-def require_exportable(source: Source, config: GDAConfig) -> None:
+def require_exportable(config: GDAConfig, read: Callable[[str], torch.Tensor]) -> None:
     """Raise ValueError naming the field or the layer, if a DiffLlama cannot compute what the model computes."""
     wanted = {
         "kv_layout": "paired",
@@ -93,7 +94,7 @@ def require_exportable(source: Source, config: GDAConfig) -> None:
         raise ValueError("hidden_act='poly_norm' has no counterpart in a DiffLlama")
     require_schedule(config, "a DiffLlama", 0)
     for layer in range(config.num_hidden_layers):
-        if not torch.all(source.read(f"model.layers.{layer}.self_attn.subln.weight") == 1):
+        if not torch.all(read(f"model.layers.{layer}.self_attn.subln.weight") == 1):
             raise ValueError(
                 f"the head norm of layer {layer} has a trained weight (subln is not 1), and a DiffLlama's has none"
             )

@@ -3,9 +3,10 @@
 from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.families.registry import CONVERTIBLE_TYPES
 from gda.conversion.modes.expand import listed, possible_noise_heads
 from gda.conversion.modes.split import kv_heads_of, split_options
-from gda.conversion.sources.source import CONVERTIBLE_TYPES, Source
+from gda.conversion.sources.source import Source
 
 
 def require_type(source: Source, qk_rank: int | None) -> None:

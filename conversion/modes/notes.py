@@ -4,7 +4,7 @@ from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families.llamalike import LLAMALIKES, source_fields, unread_fields
-from gda.conversion.families.relatives import RELATIVES
+from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
 from gda.conversion.modes.low_rank import full_rank
 from gda.conversion.writing.provenance import Settings
 
@@ -20,8 +20,8 @@ def notes_on(config: PreTrainedConfig, settings: Settings, keeps_bits: bool) -> 
         notes.append(f"attention_dropout={config.attention_dropout} is left out: differential attention defines none")
     if config.model_type in LLAMALIKES and (unread := unread_fields(config)):
         notes.append(f"transformers' {type(config).__name__} knows no {', '.join(unread)}; left out")
-    if config.model_type in RELATIVES:
-        notes += RELATIVES[config.model_type].notes(config)
+    if config.model_type in DIFFERENTIAL_FAMILIES:
+        notes += DIFFERENTIAL_FAMILIES[config.model_type].notes(config)
     return notes
 
 

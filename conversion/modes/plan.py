@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.families.relatives import RELATIVES
+from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
 from gda.conversion.modes.expand import expanded_config, expanded_recipes
 from gda.conversion.modes.low_rank import same_config, same_recipes
 from gda.conversion.modes.split import drafts, split_config, split_recipes
@@ -22,7 +22,7 @@ def mode_of(config: PreTrainedConfig, mode: str | None) -> str:
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"--mode {mode} is not one of {', '.join(MODES)}")
-    is_differential = isinstance(config, GDAConfig) or config.model_type in RELATIVES
+    is_differential = isinstance(config, GDAConfig) or config.model_type in DIFFERENTIAL_FAMILIES
     fitting = ("map",) if is_differential else ("expand", "split")
     if mode is not None and mode not in fitting:
         reason = "has noise heads already" if is_differential else "has no noise heads to map"
@@ -48,7 +48,7 @@ def planned_config(
     if isinstance(source.config, GDAConfig):
         return same_config(source.config, DTYPES[dtype])
     if mode == "map":
-        return RELATIVES[source.config.model_type].config(source.config, DTYPES[dtype])
+        return DIFFERENTIAL_FAMILIES[source.config.model_type].config(source.config, DTYPES[dtype])
     if mode == "split":
         return split_config(
             source.config, noise_heads=noise_heads, lambda_type=lambda_type, dtype=DTYPES[dtype], merge_kv=merge_kv
@@ -64,7 +64,7 @@ def planned_recipes(source: Source, config: GDAConfig, *, mode: str, seed: int, 
     if isinstance(source.config, GDAConfig):
         return same_recipes(config, source.specs, DTYPES[dtype])
     if mode == "map":
-        return RELATIVES[source.config.model_type].recipes(config, source.specs, DTYPES[dtype])
+        return DIFFERENTIAL_FAMILIES[source.config.model_type].recipes(config, source.specs, DTYPES[dtype])
     if mode == "split":
         splits = drafts(config, source.config)
         return split_recipes(config, source.specs, splits, merged=None, trained=None, seed=seed, dtype=DTYPES[dtype])

@@ -20,7 +20,8 @@ from transformers import (
 from gda.common.errors import first_line
 from gda.common.screen import quiet_transformers
 from gda.conversion.families.llamalike import head_dim
-from gda.conversion.sources.source import Source, read_tokenizer, require_known_type
+from gda.conversion.sources.readers import find_tokenizer, require_known_type
+from gda.conversion.sources.source import Source
 from gda.conversion.tensors.file_range import FileRange, stamp_of
 from gda.conversion.tensors.recipes import meta_model
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -167,8 +168,7 @@ class GGUFSource(Source):
 
     @functools.cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        with quiet_transformers():
-            return read_tokenizer(self.path.parent, gguf_file=self.path.name)
+        return find_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def copy_assets(self, folder: Path) -> None:
         if (tokenizer := self.tokenizer()) is not None:

@@ -16,7 +16,7 @@ from gda._version import __version__
 from gda.common.files import refuse_existing, written_beside
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.text import read_text
-from gda.conversion.sources.source import open_source
+from gda.conversion.sources.open import open_source
 from gda.eval.attention.analysis import (
     AttentionArrays,
     LayerAttention,

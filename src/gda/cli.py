@@ -418,7 +418,8 @@ def serve(
     from transformers.cli.transformers import app as transformers_app
 
     from gda.configuration.configuration_gda import GDAConfig
-    from gda.conversion.sources.source import read_config, resolve_folder
+    from gda.conversion.sources.open import resolve_folder
+    from gda.conversion.sources.readers import read_config
     from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
     name, _, revision = model.partition("@")

@@ -286,7 +286,7 @@ def test_without_the_package_gguf_the_message_says_what_to_install(
 
 def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
     """Each tensor is transformers' own, dequantized, in float32, and does not alias the file."""
-    from gda.conversion.sources.source import open_source
+    from gda.conversion.sources.open import open_source
 
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), quantization=gguf.GGMLQuantizationType.Q8_0)
     source = open_source(path)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import gda
-from gda.conversion.sources.source import FolderSource
+from gda.conversion.sources.folder import FolderSource
 from gda.conversion.tensors.layerwise import CACHE_ARGUMENT, LayerwiseModel
 from gda.conversion.verify import VerificationFailed
 from gda.modeling_gda import attention_gda

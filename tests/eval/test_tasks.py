@@ -494,7 +494,7 @@ def test_with_a_chat_template_the_models_turn_has_begun(task: str, turn: str) ->
 @pytest.mark.slow
 def test_a_pretrained_model_finds_needles() -> None:
     from gda.commands.demo import find_demo_model
-    from gda.conversion.sources.source import open_source
+    from gda.conversion.sources.open import open_source
 
     try:
         source = open_source(find_demo_model())

