@@ -207,11 +207,13 @@ def _data(log: TrainingLog) -> dict[str, Any]:
     """The data of the page. Adds notes about thinning to `log`."""
     if (longest := max(map(len, log.curves.values()), default=0)) > MOST_POINTS:
         log.notes.append(
-            f"{longest:,} steps were logged; curves show the means of {MOST_POINTS // 2} intervals and, pale, the lowest "
-            "and highest value of each"
+            f"{longest:,} steps were logged; curves show the means of {MOST_POINTS // 2} intervals and, pale, the "
+            "lowest and highest value of each"
         )
     if (longest := max(map(len, log.layers.values()), default=0)) > MOST_COLUMNS:
-        log.notes.append(f"layers were measured in {longest:,} steps; their charts show the means of {MOST_COLUMNS} intervals")
+        log.notes.append(
+            f"layers were measured in {longest:,} steps; their charts show the means of {MOST_COLUMNS} intervals"
+        )
     charts = []
     for title, (logarithmic, names) in CHARTS.items():
         if series := [_series(name, log.curves[name]) for name in names if name in log.curves]:

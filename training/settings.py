@@ -104,7 +104,11 @@ class TrainSettings(Options):
         panel=TEACHER,
     )
     distill_weight: float = option(
-        0.5, "Weight of the teacher's predictions in the loss. The text has the rest.", panel=TEACHER, minimum=0, maximum=1
+        0.5,
+        "Weight of the teacher's predictions in the loss. The text has the rest.",
+        panel=TEACHER,
+        minimum=0,
+        maximum=1,
     )
     temperature: float = option(1.0, "Temperature of both models' predictions.", panel=TEACHER, above=0)
     hidden_weight: float = option(

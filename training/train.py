@@ -17,7 +17,7 @@ from gda._version import __version__
 from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers
-from gda.conversion.push import check_push, push_result
+from gda.conversion.push import PushReport, check_push, push_result
 from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.readers import read_gda_config
@@ -85,9 +85,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
         if options.plot:
             processes.on_main(lambda: _plot(out))
         if repo is not None:
-            hub = {"private": options.private, "bundle_code": options.bundle_code, "console": console}
-            pushed = processes.on_main(lambda: push_result(out, repo, **hub))
-            report = replace(report, pushed=pushed)
+            report = replace(report, pushed=processes.on_main(lambda: _push(options, repo, out, console)))
     return report
 
 
@@ -142,17 +140,13 @@ def _require_shared(folder: Path, processes: Processes) -> None:
 
 
 def _missing_space(out: Path, plan: Plan) -> str | None:
-    return missing_space(
-        out, num_parameters=plan.num_parameters, num_trained=plan.num_trained, keep=plan.settings.keep
-    )
+    return missing_space(out, num_parameters=plan.num_parameters, num_trained=plan.num_trained, keep=plan.settings.keep)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
-def _run(
-    options: TrainOptions, source: Path, out: Path, processes: Processes, console: Console | None
-) -> TrainReport:
+def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, console: Console | None) -> TrainReport:
     """Train in ``.OUT.partial``, which becomes OUT; on an error, say what is left of the run."""
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
@@ -291,3 +285,7 @@ def _plot(out: Path) -> None:
     from gda.training.plot import plot
 
     plot(out)
+
+
+def _push(options: TrainOptions, repo: str, out: Path, console: Console | None) -> PushReport:
+    return push_result(out, repo, private=options.private, bundle_code=options.bundle_code, console=console)

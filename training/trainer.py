@@ -38,7 +38,7 @@ class GDATrainer(Trainer):
     - λ can have its own learning rate. λ, norms, biases and partly trained parameters are not decayed.
     - With a teacher, the loss includes its predictions and hidden states. Evaluation measures the text alone.
     - The log also has the parts of the loss, the progress of fading in, tokens per second and, with a `LayerLog`,
-      measurements of the layers. These are omitted where they would be wrong: with DeepSpeed, FSDP1 and compiled models.
+      measurements of the layers. These are omitted with DeepSpeed, FSDP1 and compiled models, where they would be wrong.
     - A checkpoint of a PEFT model is a plain model with LoRA merged. All trained parameters are in a file beside it,
       from which training is resumed.
 
@@ -198,9 +198,7 @@ class GDATrainer(Trainer):
         self._loss_sums = {}
         if self.lambda_learning_rate is not None and "learning_rate" in logs:
             # Both rates are on the same schedule.
-            extra["lambda_learning_rate"] = (
-                logs["learning_rate"] * self.lambda_learning_rate / self.args.learning_rate
-            )
+            extra["lambda_learning_rate"] = logs["learning_rate"] * self.lambda_learning_rate / self.args.learning_rate
         if tokens and seconds:
             extra["tokens_per_second"] = tokens / seconds
         fading = {name: getattr(self._learner.config, name, None) for name in FADING_FIELDS}

@@ -195,9 +195,9 @@ def test_what_the_command_tells(models: Path, tmp_path: Path, command: Command) 
     assert report == expected | measured | {"out": str(tmp_path / "out")}
     assert all(value > 0 for value in measured.values())
     assert json.loads((tmp_path / "out" / "training.json").read_text())["report"].items() <= report.items()
-    assert f"loss {report['first_loss']:.4f} at first, {report['last_loss']:.4f} at last" in outcome.out
+    assert f"first loss {report['first_loss']:.4f}, last loss {report['last_loss']:.4f}" in outcome.out
     assert f"{report['num_trained']:,} of {report['num_parameters']:,} parameters trained" in outcome.out
-    assert "tokens a second, at most" in outcome.out
+    assert "tokens per second, at most" in outcome.out
     assert len([line for line in outcome.out.splitlines() if not line.startswith("note: ")]) == 3
 
 
@@ -209,13 +209,13 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "learning rate": (("--learning-rate", "nan"), "--learning-rate nan"),
     "no learning rate": (("--learning-rate", 0), "--learning-rate 0"),
     "seed": (("--seed", -1), "--seed -1"),
-    "temperature of nobody": (("--temperature", 2), "--temperature 2.0 needs a --teacher"),
-    "rank of nothing": (("--lora-rank", 4), "--lora-rank 4 needs --train lora"),
-    "two lengths": (("--epochs", 2, "--steps", 3), "--epochs 2.0 needs no --steps"),
+    "temperature of nobody": (("--temperature", 2), "--temperature 2.0 has no effect without --teacher"),
+    "rank of nothing": (("--lora-rank", 4), "--lora-rank 4 has no effect without --train lora"),
+    "two lengths": (("--epochs", 2, "--steps", 3), "--epochs 2.0 and --steps 3 both set the length"),
     "empty data": (("--data", ""), "--data is empty"),
     "empty eval data": (("--eval-data", ""), "--eval-data is empty"),
-    "no reporter": (("--report-to", "json"), "--report-to 'json' is no reporter"),
-    "a reporter's module": (("--report-to", "a.b"), "--report-to 'a.b' is no reporter"),
+    "no reporter": (("--report-to", "json"), "--report-to 'json' is not a reporter"),
+    "a reporter's module": (("--report-to", "a.b"), "--report-to 'a.b' is not a reporter"),
 }
 
 
@@ -237,7 +237,7 @@ def refused(outcome: Any, said: str, parent: Path, code: int = 2) -> None:
     ("name", "content", "said"),
     [
         ("none.txt", None, "--data"),
-        ("short.txt", b"the end", "less than a window of 32"),
+        ("short.txt", b"the end", "fewer than one sequence of 32"),
         ("empty.txt", b"", "empty.txt"),
         ("binary.txt", b"\xff\xfe\xfa", "UTF-8"),
         ("rows.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2"),
@@ -292,7 +292,7 @@ def test_annealing_goes_on(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "gda", on_the_way)
     change_config(on_the_way, lambda_anneal=0.5, lambda_target=0.2)
     report = train(tmp_path, "on-the-way", tmp_path / "out", data=models / "text.txt")
-    assert any("goes on from 0.5" in note for note in report.notes)
+    assert any("continues from 0.5" in note for note in report.notes)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["lambda_anneal"], written["lambda_target"]) == (None, None)
 
@@ -312,7 +312,7 @@ def test_a_model_is_refused_before_its_data_is_tokenized(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Much text takes hours, for a teacher that is none."""
-    monkeypatch.setattr("gda.training.plan.open_windows", lambda *_, **__: pytest.fail("the data was read"))
+    monkeypatch.setattr("gda.training.plan.open_sequences", lambda *_, **__: pytest.fail("the data was read"))
     with pytest.raises(ValueError, match="--teacher"):
         train(models, "grown", tmp_path / "out", teacher=models / "llama", hidden_weight=0.1)
 
@@ -507,7 +507,7 @@ def test_ctrl_c(
     monkeypatch.undo()
     resumed = command(*arguments, "--resume")
     assert resumed.code == 0
-    assert "from step 2 on" in resumed.out
+    assert "resumed from step 2" in resumed.out
     assert not (tmp_path / "out" / "mine").exists()
 
 
@@ -607,10 +607,10 @@ def test_only_the_same_run_is_resumed(
         assert files_of(tmp_path / ".out.partial") == kept
         return outcome.error
 
-    assert "holds step 2 of a run that did not end; --resume goes on with it, --overwrite begins anew" in said()
+    assert "holds step 2 of an unfinished run; continue it with --resume, or start anew with --overwrite" in said()
     told = said("--resume", "--learning-rate", 1e-3)
-    assert "begun with --learning-rate 0.01, and not with --learning-rate 0.001" in told
-    assert "begun with no --eval-data, and not with --eval-data" in said("--resume", "--eval-data", models / "text.txt")
+    assert "started with --learning-rate 0.01, not with --learning-rate 0.001" in told
+    assert "started with no --eval-data, not with --eval-data" in said("--resume", "--eval-data", models / "text.txt")
     os.utime(tmp_path / "text.txt", (1, 1))
     assert "text.txt of the data has changed" in said("--resume")
     os.utime(tmp_path / "gda" / "model.safetensors", (1, 1))
@@ -630,19 +630,18 @@ def test_a_dry_run_tells_of_what_is_in_the_way(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     begun, full = (note for note in short(models, "gda", tmp_path / "out", dry_run=True).notes if note not in quiet)
-    assert "holds step 3 of a run that did not end; --resume goes on with it" in begun
+    assert "holds step 3 of an unfinished run; continue it with --resume" in begun
     assert "make room" in full
     assert files_of(tmp_path) == before
 
 
 def test_a_report_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON knows no infinity: it is None there, and told as what it is."""
-    from gda.cli import _print_trained
-    from gda.training.report import TrainReport
+    from gda.commands.train import print_report
 
     numbers = {"steps": 1, "tokens": 8, "data_tokens": 8, "num_parameters": 3, "num_trained": 3}
     report = TrainReport(out=tmp_path, first_loss=1.0, last_loss=1.0, first_eval_loss=2.0, **numbers)
-    _print_trained(report)
+    print_report(report)
     assert "loss 2.0000 before, not finite after; perplexity 7.39 before, not finite after" in capsys.readouterr().out
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["last_perplexity"] is None
 
@@ -816,7 +815,7 @@ def test_a_rehearsal_writes_nothing(models: Path, tmp_path: Path, command: Comma
     rehearsed = json.loads(told.out)
     for name in ("steps", "tokens", "data_tokens", "num_parameters", "num_trained"):
         assert rehearsed[name] == getattr(report, name), name
-    assert "nothing was (--dry-run)" in command(*arguments, "--dry-run", "--overwrite").out
+    assert "nothing was written (--dry-run)" in command(*arguments, "--dry-run", "--overwrite").out
     assert (
         command(
             *arguments[:2], tmp_path / "other", *arguments[3:], "--train", "new", "--context", 500, "--dry-run"

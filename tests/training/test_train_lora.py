@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 import gda
 from gda.training import LambdaAnnealCallback
-from gda.training.parameters import choose_what_learns, count_learning, merged, merged_state
-from gda.training.trainer import LEARNED_FILE, GDATrainer
+from gda.training.lora import LEARNED_FILE, merged, merged_state
+from gda.training.parameters import choose_what_learns, count_learning
+from gda.training.trainer import GDATrainer
 
 from ..support.llamas import save_llama
 from ..support.tiny import relative_error, tiny_model, token_ids

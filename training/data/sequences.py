@@ -206,8 +206,8 @@ class SequenceCache:
                 raise
         while not self.index_file.is_file():
             time.sleep(0.05)
-        if (error := read_json(self.index_file).get("error")) is not None:
-            raise ValueError(error)
+        if (message := read_json(self.index_file).get("error")) is not None:
+            raise ValueError(message)
 
     def _fill(self, sources: list[DocumentSource], known: dict[str, Any] | None) -> dict[str, Any]:
         """Write the sequences, unless `known` describes the same ones; return what the index file says."""

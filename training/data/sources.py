@@ -1,7 +1,7 @@
 """Documents for training: text files, rows of data files and datasets on the Hub.
 
-Text and JSON Lines go through `gda.common.text`, as in all commands: it reads a document of any size in pieces and names
-the line of an error. Everything else is read by the `datasets` library.
+Text and JSON Lines go through `gda.common.text`, as in all commands: it reads a document of any size in pieces, and
+its errors name the line. Everything else is read by the `datasets` library.
 """
 
 import contextlib
