@@ -1,5 +1,6 @@
 """`gda train`: the loss falls, old weights stay where only new ones learn, masks go, and bad input is one line."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -7,6 +8,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -19,9 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import gda
+from gda.common.options import flag
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GROWTH_FIELDS
 from gda.training.report import TrainReport
+from gda.training.settings import TrainOptions
 
 from ..conversion.test_convert_crash_safety import killed_at
 from ..support.children import in_child
@@ -824,20 +829,23 @@ def test_a_rehearsal_writes_nothing(models: Path, tmp_path: Path, command: Comma
     )
 
 
-def test_the_command_has_every_setting() -> None:
-    """With the defaults of `TrainSettings`, each in a panel of --help."""
-    import dataclasses
-    import inspect
+def test_every_option_is_in_a_panel_of_the_help(command: Command) -> None:
+    """With its default: as a value, or in words where there is none."""
+    shown = " ".join(command("train", "--help").out.replace("│", " ").split())
+    for each in dataclasses.fields(TrainOptions):
+        if each.metadata["positional"]:
+            continue
+        assert each.metadata["panel"], each.name
+        assert flag(each.name) in shown, each.name
+        assert each.metadata["help"].split(".")[0].split("`")[0].rstrip() in shown, each.name
+        if each.default in (None, ()) and each.name not in ("data", "lambda_anneal_steps"):
+            assert "Default: " in each.metadata["help"], each.name
 
-    from gda import cli
-    from gda.training.settings import TrainSettings
 
-    parameters = inspect.signature(cli.train).parameters
-    for each in dataclasses.fields(TrainSettings):
-        default = parameters[each.name].default
-        expected = None if each.default in ((), dataclasses.MISSING) else each.default
-        assert default == expected, each.name
-        assert parameters[each.name].annotation.__metadata__[0].rich_help_panel, each.name
+def test_options_need_no_heavy_library() -> None:
+    """The options are imported for --help."""
+    code = "import sys, gda.training.settings; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_what_is_missing(models: Path, tmp_path: Path, command: Command) -> None:
