@@ -36,11 +36,11 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
 
     import gda  # noqa: F401
     from gda.common.screen import quiet_transformers
-    from gda.training.report import peak_memory
     from gda.training.callbacks.layer_log import LayerLog
     from gda.training.data.sequences import collate, open_sequences
     from gda.training.distillation import Distillation
     from gda.training.parameters import choose_what_learns, count_learning
+    from gda.training.report import peak_memory
     from gda.training.trainer import GDATrainer
 
     out, context = Path(options["out"]), options["context"]

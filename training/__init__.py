@@ -46,6 +46,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"gda.training.{_HOMES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
 def accelerate_config(name: str) -> Path:
     """The path of a configuration for `accelerate launch --config_file` that shards a model over processes.
 

@@ -200,14 +200,8 @@ def steps_per_epoch(settings: TrainSettings, sequences: int, processes: int) -> 
     return math.ceil(batches / settings.accumulation)
 
 
-def training_arguments(plan: Plan, folder: Path, *, resumes: bool) -> TrainingArguments:
-    """The Trainer's arguments for a plan.
-
-    Args:
-        plan: The plan.
-        folder: Where checkpoints are saved.
-        resumes: Whether the run continues from a checkpoint.
-    """
+def training_arguments(plan: Plan, folder: Path, *, resumes: bool, shows_progress: bool) -> TrainingArguments:
+    """The Trainer's arguments for a plan, with checkpoints in `folder`."""
     settings = plan.settings
     warmup = min(plan.steps, round(settings.warmup * plan.steps))
     decay = min(plan.steps - warmup, round(settings.decay * plan.steps))
@@ -241,7 +235,7 @@ def training_arguments(plan: Plan, folder: Path, *, resumes: bool) -> TrainingAr
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu(),
         ddp_find_unused_parameters=False,  # every trained parameter is used in each step
-        disable_tqdm=True,
+        disable_tqdm=not shows_progress,
         report_to=list(settings.report_to) or "none",
     )
     arguments.mixed_precision = "bf16" if plan.computes_in_bfloat16 else "no"  # not the launcher's

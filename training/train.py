@@ -16,14 +16,13 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from gda._version import __version__
 from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
-from gda.common.screen import quiet_transformers
+from gda.common.screen import quiet_transformers, shows_progress
 from gda.conversion.push import PushReport, check_push, push_result
 from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.readers import read_gda_config
 from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
-from gda.training.callbacks.progress import ProgressCallback
 from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
 from gda.training.data.sequences import collate
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
@@ -212,13 +211,9 @@ def _train(
         require_trainer_state(state.checkpoint)
     interrupts = InterruptHandler(console if processes.is_main else None)
     stop = StopCallback(interrupts, processes)
-    progress = ProgressCallback(console if processes.is_main else None)
-    trainer = _make_trainer(plan, state, source, processes, stop, progress)
-    try:
-        with interrupts.installed(), contextlib.redirect_stdout(sys.stderr):
-            trainer.train(resume_from_checkpoint=None if state.checkpoint is None else str(state.checkpoint))
-    finally:
-        progress.close()
+    trainer = _make_trainer(plan, state, source, processes, stop, shows_progress=shows_progress(console))
+    with interrupts.installed(), contextlib.redirect_stdout(sys.stderr):
+        trainer.train(resume_from_checkpoint=None if state.checkpoint is None else str(state.checkpoint))
     if stop.interrupted:
         raise KeyboardInterrupt
     report = _report(plan, trainer, state, out)
@@ -238,18 +233,19 @@ def _make_trainer(
     source: Path,
     processes: Processes,
     stop: StopCallback,
-    progress: ProgressCallback,
+    *,
+    shows_progress: bool,
 ) -> RunTrainer:
     settings = plan.settings
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
     checkpoints = CheckpointCallback(state.path, source, dtypes, settings.keep, processes)
     trainer = RunTrainer(
         plan.learner,
-        training_arguments(plan, state.path, resumes=state.checkpoint is not None),
+        training_arguments(plan, state.path, resumes=state.checkpoint is not None, shows_progress=shows_progress),
         train_dataset=plan.sequences.rows,
         eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
         data_collator=collate,
-        callbacks=[checkpoints, progress, *plan.fading()],
+        callbacks=[checkpoints, *plan.fading()],
         lambda_learning_rate=settings.lambda_learning_rate,
         distillation=plan.distillation,
         layer_log=LayerLog(state.path / LOG_FILE if processes.is_main else None),

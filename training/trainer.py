@@ -16,12 +16,12 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
 from gda.common.numbers import exponential
-from gda.training.callbacks.frozen_entries import FrozenEntriesCallback
 from gda.training.callbacks.layer_log import LayerLog, for_reporters
 from gda.training.callbacks.throughput import ThroughputCallback
 from gda.training.distillation import NO_LABEL, Distillation, DistillationLosses
 from gda.training.lora import is_adapted, load_learned, merged_state, save_learned
 from gda.training.parameters import optimizer_groups, partly_frozen
+from gda.training.sharding import FrozenEntriesCallback
 
 # Fields of the config that rise during training and that the log shows.
 FADING_FIELDS = ("growth_mask", "lambda_anneal")
@@ -38,7 +38,7 @@ class GDATrainer(Trainer):
     - λ can have its own learning rate. λ, norms, biases and partly trained parameters are not decayed.
     - With a teacher, the loss includes its predictions and hidden states. Evaluation measures the text alone.
     - The log also has the parts of the loss, the progress of fading in, tokens per second and, with a `LayerLog`,
-      measurements of the layers. These are omitted with DeepSpeed, FSDP1 and compiled models, where they would be wrong.
+      measurements of the layers. The latter are omitted with DeepSpeed, FSDP1 and compiled models.
     - A checkpoint of a PEFT model is a plain model with LoRA merged. All trained parameters are in a file beside it,
       from which training is resumed.
 

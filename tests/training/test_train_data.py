@@ -81,7 +81,9 @@ def test_documents_are_joined_and_cut(
     assert ids_of(sequences) == expected
     assert (sequences.count, sequences.tokens) == (len(expected), len(expected) * CONTEXT)
     total = sum(len(tokenizer(text).input_ids) + 1 for text in ["\n".join(TEXTS), TEXTS[0], *TEXTS, *TEXTS])
-    assert sequences.notes == (f"{total % CONTEXT} tokens at the end of the data do not fill a sequence and are dropped",)
+    assert sequences.notes == (
+        f"{total % CONTEXT} tokens at the end of the data do not fill a sequence and are dropped",
+    )
     batch = collate([sequences.rows[0], sequences.rows[2]])
     assert torch.equal(batch["input_ids"], torch.tensor([expected[0], expected[2]]))
     assert torch.equal(batch["labels"], batch["input_ids"])
@@ -154,7 +156,9 @@ def test_a_file_is_read_in_pieces(
     assert ids_of(opened(tmp_path / "a.txt")) == plain
 
 
-def test_memory_stays_bounded(opened: Callable[..., Sequences], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_stays_bounded(
+    opened: Callable[..., Sequences], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At most one batch is tokenized at once, and sequences are written as they come."""
     write_jsonl(tmp_path / "a.jsonl", TEXTS * 20)
     monkeypatch.setattr(packing, "BATCH_CHARACTERS", 200)
@@ -171,7 +175,9 @@ def test_memory_stays_bounded(opened: Callable[..., Sequences], tmp_path: Path, 
     assert sequences.rows.cache_files[0]["filename"].startswith(str(tmp_path))  # mapped, not in memory
 
 
-def test_windows_are_packed_once(opened: Callable[..., Sequences], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_packed_once(
+    opened: Callable[..., Sequences], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second start reads the file again; other data, another context or tokenizer packs anew."""
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     first = opened(path)
@@ -321,7 +327,9 @@ def test_a_dataset_that_is_not_there(case: str, words: Hub, opened: Callable[...
 
 def test_a_dataset_without_the_column(words: Hub, opened: Callable[..., Sequences]) -> None:
     """Also a column of numbers."""
-    refused(lambda: opened("me/words", text_field="body"), ValueError, "no column `body`", "columns n, text", "--text-field")
+    refused(
+        lambda: opened("me/words", text_field="body"), ValueError, "no column `body`", "columns n, text", "--text-field"
+    )
     refused(lambda: opened("me/words", text_field="n"), ValueError, "me/words: column `n` holds int64, not strings")
 
 
@@ -378,7 +386,9 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_cannot_be_read(name: str, streaming: bool, opened: Callable[..., Sequences], tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read(
+    name: str, streaming: bool, opened: Callable[..., Sequences], tmp_path: Path
+) -> None:
     """File, line and field are named; a stream reads its beginning before training starts."""
     file, content, said = FILES[name]
     (tmp_path / file).write_bytes(content)
@@ -393,7 +403,12 @@ def test_parquet_that_cannot_be_read(opened: Callable[..., Sequences], tmp_path:
     """Another column, numbers, null, damaged bytes."""
     path = tmp_path / "a.parquet"
     write_parquet(path, TEXTS, "body")
-    refused(lambda: opened(path), ValueError, "a.parquet has no column `text`; choose one of its columns n, body", "--text-field")
+    refused(
+        lambda: opened(path),
+        ValueError,
+        "a.parquet has no column `text`; choose one of its columns n, body",
+        "--text-field",
+    )
     refused(lambda: opened(path, text_field="n"), ValueError, "a.parquet", "column `n` holds int64")
     write_parquet(path, [*TEXTS[:4], None, *TEXTS])
     refused(lambda: opened(path), ValueError, "a.parquet, row 5", "null")

@@ -228,13 +228,13 @@ def test_teachers_that_cannot_be(tmp_path: Path) -> None:
         Distillation.load(str(tmp_path / "nowhere"), model, weight=W)
     cases = [
         ("vocab_size", model.config.vocab_size + 1, 0.0, ""),
-        ("num_hidden_layers", 2, 0.1, "; leave --hidden-weight away"),
-        ("hidden_size", 7, 0.1, "; leave --hidden-weight away"),
+        ("num_hidden_layers", 2, 0.1, "; omit --hidden-weight"),
+        ("hidden_size", 7, 0.1, "; omit --hidden-weight"),
     ]
     for name, value, hidden_weight, remedy in cases:
         other = copy.deepcopy(model)
         setattr(other.config, name, value)
-        with pytest.raises(ValueError, match=rf"has {name}=\d+, and the model has {value}{remedy}$"):
+        with pytest.raises(ValueError, match=rf"has {name}=\d+, but the model has {value}{remedy}$"):
             Distillation.load(llama, other, weight=W, hidden_weight=hidden_weight)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<one more>"])

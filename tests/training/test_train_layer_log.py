@@ -170,26 +170,26 @@ def test_a_line_has_what_there_is(tmp_path: Path) -> None:
 
 
 class Counter(GDATrainer):
-    """Counts the steps in which attention is listened to."""
+    """Counts the steps in which attention is measured to."""
 
-    listened = 0
+    measured = 0
 
-    def _listening(self) -> Any:
-        listening = super()._listening()
-        self.listened += not isinstance(listening, contextlib.nullcontext)
-        return listening
+    def _measuring_layers(self) -> Any:
+        measuring = super()._measuring_layers()
+        self.measured += not isinstance(measuring, contextlib.nullcontext)
+        return measuring
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
 def test_it_changes_nothing_and_listens_only_where_it_logs(precision: dict[str, Any], tmp_path: Path) -> None:
-    """Weights after training are those without a log, bit for bit, under autocast too; 3 of 6 steps are listened to."""
+    """Weights after training are those without a log, bit for bit, under autocast too; 3 of 6 steps are measured to."""
     models = []
     for log in (None, LayerLog(tmp_path / "log.jsonl")):
         model = model_of()
         options: dict[str, Any] = {"max_steps": 6, "logging_steps": 4, "logging_first_step": True}
         made: Any = trainer(model, tmp_path, log, kind=Counter, per_device_train_batch_size=4, **options | precision)
         made.train()
-        assert made.listened == (0 if log is None else 3)
+        assert made.measured == (0 if log is None else 3)
         models.append(model)
         assert not [each for layer in model.model.layers for each in vars(layer.self_attn) if each == "subtract"]
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [1, 4]

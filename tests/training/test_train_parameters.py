@@ -129,7 +129,7 @@ def test_attention_or_all(layout: str, what: str, tmp_path: Path) -> None:
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
     """By name; and `new` needs the file that says what is."""
-    with pytest.raises(ValueError, match="--train some is none of new, attention, all, lora"):
+    with pytest.raises(ValueError, match="--train some is not one of new, attention, all, lora"):
         choose_what_learns(model_of(), "some", tmp_path, 0)
     with pytest.raises(FileNotFoundError, match=r"trainable.json is missing"):
         choose_what_learns(model_of(), "new", tmp_path, 0)

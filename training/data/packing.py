@@ -22,11 +22,13 @@ class SequencePacker:
         tokenizer: The model's.
         context: Tokens per sequence.
         vocab_size: Embeddings of the model.
+        data: The names of the data, for errors.
     """
 
     tokenizer: PreTrainedTokenizerBase
     context: int
     vocab_size: int
+    data: str
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -50,6 +52,14 @@ class SequencePacker:
                 yield np.array(ids[:whole], dtype=np.int32).reshape(-1, self.context)
                 ids = ids[whole:]
         yield np.array(ids, dtype=np.int32).reshape(1, -1)
+
+    def require_a_sequence(self, tokens: int) -> None:
+        """Raise ValueError if the data has fewer tokens than one sequence."""
+        if tokens < self.context:
+            raise ValueError(
+                f"{self.data} has {tokens} tokens, fewer than one sequence of {self.context}; "
+                "lower --context or add text"
+            )
 
     def _tokenize(self, pieces: list[tuple[str, bool]]) -> Iterator[list[int]]:
         end = self.tokenizer.eos_token_id

@@ -92,33 +92,25 @@ def open_sequences(
         FileNotFoundError, ValueError, ConnectionError: naming the file or dataset, and the line or row where there is
             one.
     """
-    packer = SequencePacker(tokenizer, context, vocab_size)
+    packer = SequencePacker(tokenizer, context, vocab_size, ", ".join(map(str, names)))
     find = partial(find_sources, names, text_field, streaming=streaming, option=option)
-    data = ", ".join(map(str, names))
     if streaming:
-        return _stream(packer, find(), seed, data)
-    cache = SequenceCache(scratch / option.strip("-"), packer, data, text_field, console)
-    cache.fill_in_one_process(find)
-    return cache.open()
-
-
-def _require_a_sequence(tokens: int, context: int, data: str) -> None:
-    if tokens < context:
-        raise ValueError(
-            f"{data} has {tokens} tokens, fewer than one sequence of {context}; lower --context or add text"
-        )
+        return _stream(packer, find(), seed)
+    path, index = (scratch / f"{option.strip('-')}{ending}" for ending in (".arrow", ".json"))
+    _tokenize_in_one_process(index, lambda known: _write(path, packer, find(), known, console))
+    return _read(path, index, packer)
 
 
 # ------------------------------------------------------------------------------------------------------------ streaming
 
 
-def _stream(packer: SequencePacker, sources: list[DocumentSource], seed: int, data: str) -> Sequences:
+def _stream(packer: SequencePacker, sources: list[DocumentSource], seed: int) -> Sequences:
     tokens = 0
     for block in packer.blocks(sources):
         tokens += block.size
         if tokens >= packer.context:
             break
-    _require_a_sequence(tokens, packer.context, data)
+    packer.require_a_sequence(tokens)
     rows = _stream_of(_EndlessPasses(packer, sources, seed), packer.context)
     return Sequences(rows.with_format("torch"), None, None, packer.notes)
 
@@ -153,105 +145,81 @@ class _EndlessPasses:
                     yield {"input_ids": sequence}
 
 
-# --------------------------------------------------------------------------------------------------------- tokenized once
+# ------------------------------------------------------------------------------------------------------- tokenized once
 
 
-@dataclass(frozen=True)
-class SequenceCache:
-    """All sequences of some data, in an Arrow file.
+def _tokenize_in_one_process(index: Path, write: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Call `write` in the main process with the content of the index file, and save what it returns there.
 
-    They are written in blocks: `Dataset.from_generator` takes them one by one, which takes as long as tokenizing.
+    The other processes wait for the new index file, not at a barrier, which times out after minutes: a large dataset
+    takes hours to tokenize.
 
-    Attributes:
-        place: Path of the files, without an ending: `.arrow` holds the sequences, `.json` describes them.
-        packer: Makes the sequences.
-        data: The names of the data, for errors.
-        text_field: The field of a row that holds its text.
-        console: Where progress is shown.
+    Raises:
+        ValueError: in the others, if the main process fails.
     """
+    processes = Processes()
+    known: dict[str, Any] = {}
+    if processes.is_main:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        known = read_json(index) if index.is_file() else {}
+        remove(index)
+    processes.gather(None)  # from here on, an index file is a new one
+    if processes.is_main:
+        try:
+            write_json(index, write(known))
+        except BaseException as error:
+            write_json(index, {"error": first_line(error)})
+            raise
+    while not index.is_file():
+        time.sleep(0.05)
+    if (message := read_json(index).get("error")) is not None:
+        raise ValueError(message)
 
-    place: Path
-    packer: SequencePacker
-    data: str
-    text_field: str
-    console: Console | None
 
-    @property
-    def sequences_file(self) -> Path:
-        return self.place.with_suffix(".arrow")
+def _write(
+    path: Path, packer: SequencePacker, sources: list[DocumentSource], known: dict[str, Any], console: Console | None
+) -> dict[str, Any]:
+    """Write all sequences to an Arrow file, unless `known` describes the same ones; return the content of the index.
 
-    @property
-    def index_file(self) -> Path:
-        return self.place.with_suffix(".json")
+    They are written in blocks. `Dataset.from_generator` takes them one by one, which takes as long as tokenizing.
+    """
+    identity = _identity(packer, sources)
+    if known.get("identity") == identity and path.is_file():
+        return known
+    tokens, dropped = 0, 0
+    kind = pa.list_(pa.int32(), packer.context)
+    columns = (TextColumn("tokenizing"), TextColumn("{task.completed:,} tokens"), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, disable=not shows_progress(console), transient=True)
+    schema = pa.schema([("input_ids", kind)])
+    with bar, written_beside(path) as file, pa.ipc.new_stream(file, schema) as writer:
+        task = bar.add_task("", total=None)
+        for block in packer.blocks(sources):
+            if block.shape[1] < packer.context:
+                dropped = block.size
+                break
+            ids = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=kind)
+            writer.write_batch(pa.record_batch([ids], names=["input_ids"]))
+            tokens += block.size
+            bar.advance(task, block.size)
+        packer.require_a_sequence(tokens + dropped)
+    return {"identity": identity, "tokens": tokens, "dropped": dropped}
 
-    def fill_in_one_process(self, find: Callable[[], list[DocumentSource]]) -> None:
-        """Write the files in the main process, unless they are there. The others wait for the index file.
 
-        They do not wait at a barrier, which times out after minutes: a large dataset takes hours to tokenize.
+def _identity(packer: SequencePacker, sources: list[DocumentSource]) -> str:
+    """A digest of all that the sequences depend on."""
+    tokenizer = packer.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        *([source.identity for source in sources], packer.context, packer.vocab_size),
+        *(repr(tokenizer) if backend is None else backend.to_str(), tokenizer.eos_token_id),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-        Raises:
-            ValueError: in all processes, if one fails.
-        """
-        processes, known = Processes(), None
-        if processes.is_main:
-            self.place.parent.mkdir(parents=True, exist_ok=True)
-            known = read_json(self.index_file) if self.index_file.is_file() else None
-            remove(self.index_file)
-        processes.gather(None)  # from here on, an index file is a new one
-        if processes.is_main:
-            try:
-                write_json(self.index_file, self._fill(find(), known))
-            except BaseException as error:
-                write_json(self.index_file, {"error": first_line(error)})
-                raise
-        while not self.index_file.is_file():
-            time.sleep(0.05)
-        if (message := read_json(self.index_file).get("error")) is not None:
-            raise ValueError(message)
 
-    def _fill(self, sources: list[DocumentSource], known: dict[str, Any] | None) -> dict[str, Any]:
-        """Write the sequences, unless `known` describes the same ones; return what the index file says."""
-        identity = self._identity(sources)
-        if known is not None and known.get("identity") == identity and self.sequences_file.is_file():
-            return known
-        tokens, dropped = 0, 0
-        kind = pa.list_(pa.int32(), self.packer.context)
-        columns = (
-            TextColumn("tokenizing {task.description}"),
-            TextColumn("{task.completed:,} tokens"),
-            TimeElapsedColumn(),
-        )
-        bar = Progress(*columns, console=self.console, disable=not shows_progress(self.console), transient=True)
-        with bar, written_beside(self.sequences_file) as file:
-            task = bar.add_task(self.place.name, total=None)
-            with pa.ipc.new_stream(file, pa.schema([("input_ids", kind)])) as writer:
-                for block in self.packer.blocks(sources):
-                    if block.shape[1] < self.packer.context:
-                        dropped = block.size
-                        break
-                    ids = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=kind)
-                    writer.write_batch(pa.record_batch([ids], names=["input_ids"]))
-                    tokens += block.size
-                    bar.advance(task, block.size)
-            _require_a_sequence(tokens + dropped, self.packer.context, self.data)
-        return {"identity": identity, "tokens": tokens, "dropped": dropped}
-
-    def _identity(self, sources: list[DocumentSource]) -> str:
-        """A digest of all that the sequences depend on."""
-        tokenizer = self.packer.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        parts = [
-            [source.identity for source in sources],
-            [self.text_field, self.packer.context, self.packer.vocab_size],
-            [repr(tokenizer) if backend is None else backend.to_str(), tokenizer.eos_token_id],
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def open(self) -> Sequences:
-        """The sequences, memory-mapped."""
-        index = read_json(self.index_file)
-        rows = Dataset.from_file(str(self.sequences_file)).with_format("torch")
-        notes = list(self.packer.notes)
-        if index["dropped"]:
-            notes.append(f"{index['dropped']} tokens at the end of the data do not fill a sequence and are dropped")
-        return Sequences(rows, index["tokens"] // self.packer.context, index["tokens"], tuple(notes))
+def _read(path: Path, index: Path, packer: SequencePacker) -> Sequences:
+    described = read_json(index)
+    rows = Dataset.from_file(str(path)).with_format("torch")  # memory-mapped
+    notes = list(packer.notes)
+    if described["dropped"]:
+        notes.append(f"{described['dropped']} tokens at the end of the data do not fill a sequence and are dropped")
+    return Sequences(rows, described["tokens"] // packer.context, described["tokens"], tuple(notes))

@@ -4,7 +4,6 @@ Text and JSON Lines go through `gda.common.text`, as in all commands: it reads a
 its errors name the line. Everything else is read by the `datasets` library.
 """
 
-import contextlib
 import glob
 import logging
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from datasets import Value, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets import Value, disable_progress_bars
 except ImportError:
     raise ImportError(
         "training needs the package `datasets`; pip install 'grouped-differential-attention[train]'"
@@ -112,9 +111,9 @@ def _file_source(path: Path, text_field: str) -> DocumentSource:
         raise ValueError(f"{path} is empty")
     if path.suffix in BUILDERS:
         rows = _open_rows(path, text_field)
-        return DocumentSource(_stamp(path), partial(_row_documents, rows, str(path), text_field))
+        return DocumentSource([*_stamp(path), text_field], partial(_row_documents, rows, str(path), text_field))
     if path.suffix == ".jsonl":
-        return DocumentSource(_stamp(path), partial(_jsonl_documents, path, text_field))
+        return DocumentSource([*_stamp(path), text_field], partial(_jsonl_documents, path, text_field))
     return DocumentSource(_stamp(path), partial(_text_document, path))
 
 
@@ -156,9 +155,10 @@ def _hub_source(name: str, text_field: str, streaming: bool, option: str) -> Doc
     from datasets import load_dataset
 
     repository, config, split = [*name.split(":", 2), "", ""][:3]
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        with _progress_bars_on_a_terminal():
-            rows: Any = load_dataset(repository, config or None, split=split or "train", streaming=streaming)
+        rows: Any = load_dataset(repository, config or None, split=split or "train", streaming=streaming)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{option} {name} is neither a file nor a dataset on the Hub ({first_line(error)}); "
@@ -174,7 +174,7 @@ def _hub_source(name: str, text_field: str, streaming: bool, option: str) -> Doc
     rows = rows.select_columns(text_field)
     # A stream has no identity: nothing of it is kept. That of a download contains its revision.
     files = [] if streaming else [len(rows), *(_stamp(Path(each["filename"])) for each in rows.cache_files)]
-    return DocumentSource([name, *files], partial(_row_documents, rows, name, text_field))
+    return DocumentSource([name, text_field, *files], partial(_row_documents, rows, name, text_field))
 
 
 def _require_text(rows: Any, name: str, text_field: str) -> None:
@@ -212,16 +212,3 @@ def _row_documents(rows: Any, name: str, text_field: str) -> Iterator[tuple[str,
                 raise ValueError(f"{name}, row {row}: `{text_field}` holds {found}, not a string")
             if text:
                 yield text, True
-
-
-@contextlib.contextmanager
-def _progress_bars_on_a_terminal() -> Iterator[None]:
-    """Show the progress bars of `datasets` only on a terminal."""
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
