@@ -38,26 +38,12 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known before the first step.
-
-    Attributes:
-        settings: The settings of the run.
-        config: Config of the model.
-        learner: The model, or PEFT's model around it.
-        dtypes: By parameter, its data type before training.
-        sequences: The training data.
-        eval_sequences: The data for measurements, if there is any.
-        distillation: The teacher, if there is one.
-        steps: Optimizer steps.
-        num_parameters: Parameters of the model.
-        num_trained: Parameters that are trained.
-        notes: Remarks for the report.
-    """
+    """What is known before the first step."""
 
     settings: TrainSettings
     config: GDAConfig
-    learner: Any
-    dtypes: dict[str, torch.dtype]
+    learner: Any  # the model, or PEFT's model around it
+    dtypes: dict[str, torch.dtype]  # by parameter, before training
     sequences: Sequences
     eval_sequences: Sequences | None
     distillation: Distillation | None
@@ -92,14 +78,7 @@ def make_plan(
 ) -> Plan:
     """Load the model and the teacher, and tokenize the data.
 
-    Whatever can be refused is refused before the data is tokenized, which can take hours.
-
-    Args:
-        source: Folder of the model.
-        settings: The settings of the run.
-        processes: All processes, which make the same plan.
-        scratch: A folder for the tokenized data.
-        console: Where progress is shown.
+    Whatever can be refused is refused before the data is tokenized into `scratch`, which can take hours.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: naming what is wrong, and the remedy.
@@ -152,11 +131,7 @@ def make_plan(
 
 
 def context_of(settings: TrainSettings, config: GDAConfig) -> int:
-    """Tokens per sequence.
-
-    Raises:
-        ValueError: if the model reads fewer.
-    """
+    """Tokens per sequence, which must not be more than the model reads."""
     longest = config.max_position_embeddings
     if settings.context is not None and settings.context > longest:
         raise ValueError(f"--context {settings.context} is above {longest}, the model's max_position_embeddings")

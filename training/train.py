@@ -238,7 +238,7 @@ def _make_trainer(
 ) -> RunTrainer:
     settings = plan.settings
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
-    checkpoints = CheckpointCallback(state.path, source, dtypes, settings.keep, processes)
+    checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes)
     trainer = RunTrainer(
         plan.learner,
         training_arguments(plan, state.path, resumes=state.checkpoint is not None, shows_progress=shows_progress),

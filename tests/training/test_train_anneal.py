@@ -223,7 +223,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 
 class Recorder(LambdaAnnealCallback):
-    """Notes how far λ has come in each step."""
+    """Records the progress of annealing in each step."""
 
     def __init__(self, num_steps: int = 4, target: float = TARGET):
         super().__init__(target, num_steps)
@@ -235,7 +235,7 @@ class Recorder(LambdaAnnealCallback):
 
 
 class StopAt(TrainerCallback):
-    """Ends training after a step."""
+    """Stops training after a step."""
 
     def __init__(self, step: int):
         self.step = step

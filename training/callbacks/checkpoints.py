@@ -16,23 +16,22 @@ class CheckpointCallback(TrainerCallback):
     The Trainer's `save_total_limit` would remove them before the new one is complete.
 
     Args:
-        folder: The output folder of the Trainer.
         source: The folder of the model, for its tokenizer and licences.
         dtypes: By parameter, the data type that it had before training.
         keep: Number of checkpoints to keep.
-        processes: The processes that write into the folder.
+        processes: The processes that write checkpoints.
     """
 
-    def __init__(self, folder: Path, source: Path, dtypes: dict[str, str], keep: int, processes: Processes):
-        self.folder, self.source, self.dtypes = folder, source, dtypes
-        self.keep, self.processes = keep, processes
+    def __init__(self, source: Path, dtypes: dict[str, str], keep: int, processes: Processes):
+        self.source, self.dtypes, self.keep, self.processes = source, dtypes, keep, processes
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir))
+        checkpoint = folder / f"checkpoint-{state.global_step}"
 
         def complete() -> None:
             copy_companions(self.source, checkpoint)
             mark_complete(checkpoint, self.dtypes)
-            remove_older(self.folder, self.keep)
+            remove_older(folder, self.keep)
 
         self.processes.on_main(complete)  # begins when all processes have written their part

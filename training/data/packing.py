@@ -16,19 +16,12 @@ BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 1000
 
 @dataclass(frozen=True)
 class SequencePacker:
-    """Joins documents with the tokenizer's end-of-text token after each, and cuts the result into sequences.
-
-    Attributes:
-        tokenizer: The model's.
-        context: Tokens per sequence.
-        vocab_size: Embeddings of the model.
-        data: The names of the data, for errors.
-    """
+    """Joins documents with the tokenizer's end-of-text token after each, and cuts the result into sequences."""
 
     tokenizer: PreTrainedTokenizerBase
-    context: int
-    vocab_size: int
-    data: str
+    context: int  # tokens per sequence
+    vocab_size: int  # of the model
+    data: str  # its names, for errors
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -40,9 +40,7 @@ def step_of(checkpoint: Path) -> int:
 def mark_complete(checkpoint: Path, dtypes: Mapping[str, str]) -> None:
     """Write checkpoint.json, which says that all files are on the disk, and how large they are.
 
-    Args:
-        checkpoint: The folder, with all of its other files.
-        dtypes: By parameter, the data type that the model had before it was trained in float32.
+    `dtypes` are the data types that the parameters had before they were trained in float32.
     """
     sync_tree(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
@@ -103,11 +101,7 @@ def read_or_empty(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
-    """Report whatever goes wrong when a checkpoint is read in one line that names it.
-
-    Raises:
-        ValueError: naming the checkpoint and the remedy.
-    """
+    """Report whatever goes wrong when a checkpoint is read in one line that names it, and the remedy."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -120,11 +114,7 @@ def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
 
 
 def require_trainer_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose trainer_state.json is damaged or belongs to another step.
-
-    Raises:
-        ValueError: naming the checkpoint.
-    """
+    """Refuse a checkpoint whose trainer_state.json is damaged or belongs to another step."""
     with damage_reported(checkpoint):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         numbers = [state.epoch, state.max_steps, state.num_input_tokens_seen, state.total_flos]

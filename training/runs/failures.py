@@ -19,13 +19,9 @@ NOT_WRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write faile
 
 
 def explained(error: BaseException, last: Path | None, folder: Path, settings: TrainSettings) -> Exception | None:
-    """The error to raise instead of `error`; None if that one says enough.
+    """The error to raise instead of `error`, which ended the run in `folder`; None if that one says enough.
 
-    Args:
-        error: What ended the run.
-        last: The last complete checkpoint, if there is one.
-        folder: The folder of the run.
-        settings: The settings of the run.
+    `last` is the last complete checkpoint.
     """
     kept = "nothing was kept" if last is None else f"{last} holds step {step_of(last)}, the last good one"
     if isinstance(error, NotFiniteError):

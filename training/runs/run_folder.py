@@ -29,21 +29,13 @@ START_ANEW = "start anew with --overwrite"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a resumed run must have in common with the one that was interrupted.
-
-    Attributes:
-        settings: All settings.
-        model: Name, size and time of each file of the model.
-        teacher: The same for the teacher, if it is local.
-        data: The same for local data files.
-        processes: Number of processes, which share each batch.
-    """
+    """What a resumed run must have in common with the one that was interrupted."""
 
     settings: TrainSettings
-    model: list[list[Any]]
+    model: list[list[Any]]  # `stamps` of its files, as of those of the teacher and the data, where they are local
     teacher: list[list[Any]]
     data: list[list[Any]]
-    processes: int
+    processes: int  # they share each batch
 
     def to_dict(self) -> dict[str, Any]:
         """The identity as training.json stores it."""
@@ -93,17 +85,11 @@ def stamps(files: list[Path]) -> list[list[Any]]:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands when it is started, as all processes know it.
+    """Where a run stands when it is started, as all processes know it."""
 
-    Attributes:
-        path: The folder of the run.
-        checkpoint: The checkpoint to continue from; None at the beginning.
-        report: The report of a run that was trained but not yet renamed to OUT; otherwise None.
-    """
-
-    path: Path
-    checkpoint: Path | None
-    report: dict[str, Any] | None
+    path: Path  # the folder of the run
+    checkpoint: Path | None  # to continue from
+    report: dict[str, Any] | None  # of a run that was trained, but not yet renamed to OUT
 
 
 class RunFolder:
