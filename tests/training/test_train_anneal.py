@@ -224,7 +224,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 
 class Recorder(FadeCallback):
-    """Notes how far λ has come in each step."""
+    """Records the progress of annealing in each step."""
 
     def __init__(self, num_steps: int = 4, lambda_target: float = TARGET):
         super().__init__(num_steps, lambda_target)
@@ -236,7 +236,7 @@ class Recorder(FadeCallback):
 
 
 class StopAt(TrainerCallback):
-    """Ends training after a step."""
+    """Stops training after a step."""
 
     def __init__(self, step: int):
         self.step = step

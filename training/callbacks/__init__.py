@@ -1,1 +1,1 @@
-"""Callbacks of transformers' Trainer for GDA models."""
+"""Callbacks of the Trainer."""
