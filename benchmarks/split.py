@@ -36,10 +36,10 @@ from gda import GDAForCausalLM, convert
 from gda.common.perplexity import perplexity
 from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
-from gda.conversion.modes.split import LAMBDAS, split_config, split_recipes
 from gda.conversion.sources.source import Source, open_source
 from gda.conversion.split.calibration import read_calibration
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
+from gda.conversion.split.recipes import LAMBDAS, split_config, split_recipes
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
 BATCH = 4
@@ -110,7 +110,7 @@ def columns(output: torch.Tensor, split: Split, noise: int, d: int) -> torch.Ten
 def model_of(source: Source, splits: list[Split]) -> GDAForCausalLM:
     config = split_config(source.config, noise_heads=None, lambda_type="reparameterized", dtype=torch.float32)
     config.lambda_init = [split.lambda_ for split in splits]
-    recipes = split_recipes(config, source.specs, splits, merged=None, trained=None, seed=0, dtype=torch.float32)
+    recipes = split_recipes(config, source.specs, splits, trained=None, seed=0, dtype=torch.float32)
     model = GDAForCausalLM(config)
     model.load_state_dict({name: recipe(source.read) for name, recipe in recipes.items()}, strict=False)
     return model.eval()

@@ -1,61 +1,75 @@
-"""New features among old ones, and new layers, with weights as a new model has them: what grows behind a mask."""
+"""Masked Structure Growth (arXiv 2305.02869): new heads, neurons and layers with random weights, behind a mask of 0."""
 
-from collections.abc import Callable, Sequence
+import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.modes.expand import LAMBDA_VECTOR_STD
-
-NEW = -1
-
-
-def features(blocks: Sequence[int], width: int) -> Tensor:
-    """For each feature of these blocks of `width`, in their new order, the old one that it is; NEW for a new block."""
-    starts = torch.tensor(blocks).unsqueeze(1)
-    return torch.where(starts == NEW, NEW, starts * width + torch.arange(width)).flatten()
+from gda.conversion.conversion import Conversion
+from gda.conversion.growth.features import NEW, neuron_origins, signal_origins, still_kept
+from gda.conversion.growth.growth import Growth
+from gda.conversion.tensors.axes import LAYER, axes_of
+from gda.conversion.tensors.recipes import LAMBDA_VECTOR_STD, Recipe, checkpoint_specs, generator_for
+from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
-def signal_features(config: GDAConfig, times: int) -> dict[str, Tensor]:
-    """`times` as many signal heads: in each set that reads the same keys, values and noise, new ones after the old."""
-    size, ratio = config.signal_group_size, config.signal_noise_ratio
-    new = [NEW] * (times - 1) * size
-    signal: list[int] = []
-    queries: list[int] = []
-    for first in range(0, config.num_signal_heads, size):
-        heads = range(first, first + size)
-        signal += [*heads, *new]
-        queries += [*(head // ratio * (ratio + 1) + head % ratio for head in heads), *new]
-        if heads.stop % ratio == 0:  # the last set of a group: its noise head follows
-            queries.append(heads.stop // ratio * (ratio + 1) - 1)
-    kinds = {
-        "query": features(queries, config.head_dim),
-        "output": features(signal, config.value_width),
-        "signal": features(signal, 1),
-    }
-    return kinds if config.qk_rank is None else kinds | {"query rank": features(queries, config.qk_rank)}
+def mask_growth(model: Conversion, growth: Growth, *, new_layers: list[int], seed: int) -> Conversion:
+    """Add new signal heads and neurons, and make the copied `new_layers` new layers, all at a fade of 0.
 
-
-def neuron_features(old: int, new: int) -> Tensor:
-    """The neurons of an MLP, and new ones after them."""
-    return torch.cat((torch.arange(old), torch.full((new,), NEW)))
-
-
-def inserted(old: Tensor, axis: int, origin: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-    """The tensor with new features among the old ones of `axis`, as `origin` places them.
-
-    Args:
-        old: The tensor before.
-        axis: Which of its axes.
-        origin: As of `features`; old features keep their order.
-        draw: Makes the whole new tensor, of which the new features are kept.
+    Raises:
+        ValueError: if λ of the model is being faded in, whose fade is not 0.
     """
-    return draw().to(old.dtype).index_copy_(axis, torch.nonzero(origin != NEW).flatten(), old)
+    old = model.config
+    if old.fade is not None:
+        raise ValueError(f"--masked: λ of the source is at fade {old.fade:g}, and new parts start at 0; train it to 1")
+    config = copy.deepcopy(old)
+    origins: dict[str, Tensor] = {}
+    config.fade = 0.0
+    config.masked_layers = new_layers or None
+    if growth.signal is not None:
+        origins |= signal_origins(old, growth.signal, replicate=False)
+        config.num_attention_heads = growth.signal * old.num_signal_heads + old.num_noise_heads
+        config.masked_signal_heads = (growth.signal - 1) * old.signal_group_size
+    if growth.mlp is not None:
+        config.intermediate_size = growth.neurons(old.intermediate_size)
+        config.masked_neurons = config.intermediate_size - old.intermediate_size
+        origins |= neuron_origins(old.intermediate_size, config.masked_neurons)
+    config.validate_architecture()
+    shapes = {name: spec.shape for name, spec in checkpoint_specs(config).items()}
+    recipes = {
+        name: _masked_recipe(name, recipe, shapes[name], config, origins, seed)
+        for name, recipe in model.recipes.items()
+    }
+    return replace(model, config=config, recipes=recipes, kept=still_kept(dict(model.kept), origins))
 
 
-def drawn(name: str, shape: tuple[int, ...], config: GDAConfig, generator: torch.Generator) -> Tensor:
-    """The tensor `name` in float32 as a model of that configuration is initialized, by `GDAForCausalLM`."""
+def _masked_recipe(
+    name: str, recipe: Recipe, shape: tuple[int, ...], config: GDAConfig, origins: dict[str, Tensor], seed: int
+) -> Recipe:
+    spec = TensorSpec(shape, recipe.spec.dtype)
+
+    def draw() -> Tensor:
+        return _initialized(name, shape, config, generator_for(f"masked:{name}", seed))
+
+    if (layer := LAYER.fullmatch(name)) and config.is_new_layer(int(layer.group(1))):
+        return Recipe(spec, (), draw, "new layer, initialized as in a new model")
+    axis = next((axis for axis, kind in enumerate(axes_of(name)) if kind in origins), None)
+    if axis is None:
+        return recipe
+    kept = torch.nonzero(origins[str(axes_of(name)[axis])] != NEW).flatten()
+
+    def make(*tensors: Tensor) -> Tensor:
+        old = recipe.make(*tensors).to(spec.dtype)
+        return draw().to(spec.dtype).index_copy_(axis, kept, old)
+
+    what = "columns" if axis == 1 else "rows"
+    return Recipe(spec, recipe.sources, make, f"{recipe.how}; new {what} initialized as in a new model")
+
+
+def _initialized(name: str, shape: tuple[int, ...], config: GDAConfig, generator: torch.Generator) -> Tensor:
+    """The tensor `name` in float32, initialized as `GDAForCausalLM` initializes it."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if name.endswith(("norm.weight", "subln.weight")):
@@ -68,6 +82,6 @@ def drawn(name: str, shape: tuple[int, ...], config: GDAConfig, generator: torch
     elif name.endswith("_base.weight"):
         std /= 2**0.5
     elif name.endswith("_up.weight"):
-        assert config.qk_rank is not None  # there would be no such tensor
+        assert config.qk_rank is not None  # else there would be no such tensor
         std = (2 * config.qk_rank) ** -0.5
     return std * torch.randn(shape, generator=generator)

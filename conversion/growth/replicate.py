@@ -1,71 +1,137 @@
-"""Replicating features without changing what a model computes: writers repeat, readers share.
+"""Replicating features without changing what a model computes: tensors that write them repeat, readers share.
 
-A feature that becomes n equal ones is written n times, by n equal rows. What reads it must then not count it n-fold:
-its column W becomes n columns that sum to W (Net2Net, arXiv 1511.05641; HyperCloning, arXiv 2409.12903).
+A feature that becomes n equal ones is written by n equal rows. A tensor that reads it must not count it n times: its
+column W becomes n columns that sum to W (Net2Net, arXiv 1511.05641; HyperCloning, arXiv 2409.12903).
 
     before   y = W x                     after   y = W1 x1 + W2 x2,   x1 = x2 = x,   W1 + W2 = W
 
-With W1 = W2 the replicas would have equal gradients for ever. They differ by a little noise that sums to zero.
+With W1 = W2 the replicas would have equal gradients for ever, so they differ by a little noise that sums to zero.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# Rows are worked on in pieces of about that many elements in float64, so that memory does not grow with the tensor.
+from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.conversion import Conversion
+from gda.conversion.growth.features import occurrences, signal_origins, still_kept, width_origins
+from gda.conversion.tensors.axes import axes_of, reads
+from gda.conversion.tensors.recipes import Recipe, generator_for
+from gda.conversion.tensors.safetensors_io import TensorSpec
+
+# Rows are processed in pieces of about that many elements in float64, so that memory does not grow with the tensor.
 PIECE = 1 << 20
+WIDENED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_noise_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """How the features of one axis are replicated, all the same number of times or some not at all.
+    """How the features of one axis are replicated.
 
     Attributes:
-        count: Replicas of each feature that is replicated.
-        origin: For each new feature, the old one that it is a replica of.
+        origin: The old feature of each new one.
         copy: Which replica of that it is, from 0; the first counts as the old feature.
+        count: The largest number of replicas of a feature. Any feature has that many, or is not replicated.
     """
 
-    count: int
     origin: Tensor
     copy: Tensor
+    count: int
 
     @classmethod
-    def tiled(cls, size: int, count: int) -> "Replicas":
-        """The whole axis `count` times, one after the other."""
-        return cls(count, torch.arange(size).repeat(count), torch.arange(count).repeat_interleave(size))
-
-    @classmethod
-    def of_blocks(cls, blocks: list[int], width: int, count: int) -> "Replicas":
-        """Blocks of `width` features, each kept once (1) or replicated (`count`) next to itself, as `blocks` says."""
-        origin, copy = [], []
-        for block, times in enumerate(blocks):
-            for replica in range(times):
-                origin.append(block * width + torch.arange(width))
-                copy.append(torch.full((width,), replica))
-        return cls(count, torch.cat(origin), torch.cat(copy))
+    def of(cls, origin: Tensor) -> "Replicas":
+        """The replicas that these origins describe."""
+        copy = occurrences(origin)
+        return cls(origin, copy, int(copy.max()) + 1)
 
 
-def repeated(tensor: Tensor, axis: int, replicas: Replicas) -> Tensor:
-    """The tensor with each feature of `axis` repeated: for what writes them."""
-    return tensor.index_select(axis, replicas.origin)
+def replicate_signal(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
+    """Replicate each signal head (group-differentiated growth, arXiv 2510.06949); noise heads, keys and values stay."""
+    config = copy.deepcopy(model.config)
+    config.num_attention_heads = times * config.num_signal_heads + config.num_noise_heads
+    origins = signal_origins(model.config, times, replicate=True)
+    return _replicated(model, config, origins, noise_std=noise_std, key="signal", seed=seed)
+
+
+def replicate_width(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
+    """Tile hidden size, MLP and heads (HyperCloning, arXiv 2409.12903); head_dim stays."""
+    config = copy.deepcopy(model.config)
+    for name in WIDENED:
+        setattr(config, name, times * getattr(config, name))
+    origins = width_origins(model.config, times)
+    return _replicated(model, config, origins, noise_std=noise_std, key="width", seed=seed)
+
+
+def _replicated(
+    model: Conversion, config: GDAConfig, origins: dict[str, Tensor], *, noise_std: float, key: str, seed: int
+) -> Conversion:
+    """The model with these origins of its features. With the seed, `key` makes the noise of each operator its own."""
+    config.validate_architecture()
+    replicas = {kind: Replicas.of(origin) for kind, origin in origins.items()}
+
+    def noise(name: str, weight: Tensor) -> tuple[float, torch.Generator]:
+        spread = deviation(weight) or config.initializer_range  # a constant weight gets the noise of a new one
+        return noise_std * spread, generator_for(f"{key}:{name}", seed)
+
+    recipes = {
+        name: _replicated_recipe(name, recipe, model.config, replicas, noise) for name, recipe in model.recipes.items()
+    }
+    return replace(model, config=config, recipes=recipes, kept=still_kept(dict(model.kept), origins))
+
+
+def _replicated_recipe(
+    name: str,
+    recipe: Recipe,
+    config: GDAConfig,
+    replicas: dict[str, Replicas],
+    noise: Callable[[str, Tensor], tuple[float, torch.Generator]],
+) -> Recipe:
+    repeats: dict[int, Replicas] = {}
+    shares: dict[int, Replicas] = {}
+    for axis, kind in enumerate(axes_of(name)):
+        if kind in replicas:
+            (shares if reads(name, axis, config) else repeats)[axis] = replicas[kind]
+    if not repeats and not shares:
+        return recipe
+
+    def make(*tensors: Tensor) -> Tensor:
+        made = recipe.make(*tensors).to(recipe.spec.dtype)
+        if not shares:
+            for axis, rows in repeats.items():
+                made = made.index_select(axis, rows.origin)
+            return made
+        ((axis, columns),) = shares.items()  # a tensor reads its last axis and writes the one before
+        matrix = made if made.dim() == 2 else made[None]
+        return shared_out(matrix, repeats.get(axis - 1), columns, *noise(name, made)).view(shape)
+
+    shape = list(recipe.spec.shape)
+    how, axes = [recipe.how], ("rows", "columns")
+    for axis, each in repeats.items():
+        shape[axis] = len(each.origin)
+        how.append(f"{axes[axis]} × {each.count}")
+    for axis, each in shares.items():
+        shape[axis] = len(each.origin)
+        how.append(f"{axes[axis]} shared out to {each.count} replicas")
+    return Recipe(TensorSpec(tuple(shape), recipe.spec.dtype), recipe.sources, make, "; ".join(how))
 
 
 def shared_out(
     weight: Tensor, rows: Replicas | None, columns: Replicas, noise: float, generator: torch.Generator
 ) -> Tensor:
-    """Rows repeated, and each column shared out to its replicas so that they sum to it, for what reads them.
+    """Repeat the rows of a weight, and share each column out to its replicas so that they sum to it.
 
-    The sum is exact in the weight's own dtype, whatever the count; so is the model in a narrow one.
+    The sum is exact in the dtype of the weight, a narrow one too, for any number of replicas.
 
     Args:
         weight: (out, in).
-        rows: How rows are repeated, each with noise of its own; None leaves them.
-        columns: How columns are.
-        noise: Standard deviation of what the replicas of an entry differ by, before it is made to sum to zero. It is
-            less where an entry is so small that it could not be held exactly: no share becomes twice as large.
-        generator: Of the noise.
+        rows: How rows are repeated, each with its own noise; None keeps them.
+        columns: How columns are replicated.
+        noise: Standard deviation of the difference between replicas, before it is made to sum to zero. It is less
+            where an entry is too small to hold it exactly: no share becomes twice as large.
+        generator: Generator of the noise.
 
     Returns:
         (new out, new in) in the dtype of `weight`.
@@ -85,13 +151,13 @@ def shared_out(
 def split_exactly(weight: Tensor, count: int, noise: Tensor | None = None) -> Tensor:
     """`count` tensors near `weight` / `count` + `noise` that sum to `weight` exactly, in the dtype of `weight`.
 
-    All is done in whole multiples of the last binary digit that a share has, of which the weight itself is one. So the
-    dtype holds each share exactly, a narrow one too; noise that would take a share to more digits is made less.
+    Shares are whole multiples of the last binary digit of a share, as the weight itself is. So the dtype holds each
+    share exactly, even a narrow one; noise that would need more digits is reduced.
 
     Args:
         weight: Any shape.
-        count: Shares, from 1.
-        noise: (count, …); its mean over the shares is taken off it.
+        count: Number of shares, from 1.
+        noise: (count, …); its mean over the shares is subtracted.
 
     Returns:
         (count, …).
@@ -103,7 +169,7 @@ def split_exactly(weight: Tensor, count: int, noise: Tensor | None = None) -> Te
     size = (wide / count).abs()
     if noise is not None:
         noise = noise.to(wide.dtype)
-        noise = noise - noise.mean(dim=0)  # after widening: what is left of the sum goes to the last share
+        noise = noise - noise.mean(dim=0)  # after widening: the last share takes the remainder of the sum
         largest = noise.abs().amax(dim=0).clamp_min(torch.finfo(wide.dtype).tiny)
         size = torch.where(size == 0, largest, size)  # zero is a multiple of everything
     unit = torch.ldexp(torch.full_like(size, info.eps / 2), torch.frexp(size).exponent)
@@ -126,7 +192,7 @@ def split_exactly(weight: Tensor, count: int, noise: Tensor | None = None) -> Te
 
 
 def deviation(tensor: Tensor) -> float:
-    """Standard deviation over all entries, in pieces."""
+    """Standard deviation over all entries, computed in pieces."""
     flat = tensor.reshape(-1)
     number, total, squares = len(flat), 0.0, 0.0
     for piece in flat.split(PIECE):

@@ -5,10 +5,10 @@ r"""Llama, Mistral or Qwen → GDA without loss: noise heads join the query head
 
     GDA     q heads          0 1 2 3 n  4 5 6 7 n  …        signal rows copied; n = mean of its group + a little noise
             KV heads             0          1
-            λ                        0                      so the maps of n are there, and weigh nothing yet
+            λ                        0                      so the noise maps have no weight yet
 
-λ = 0 must not be a dead start. With all λ vectors zero, no λ vector and no noise row would ever get a gradient;
-with two equal pairs of vectors that are not zero, λ = exp(s) − exp(s) + 0 = 0 exactly and every λ vector has one.
+λ = 0 must not be a dead start. If all λ vectors were zero, neither they nor the noise rows would ever get a gradient.
+With two equal pairs of non-zero vectors, λ = exp(s) − exp(s) + 0 is exactly 0 and every λ vector has a gradient.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,63 @@ import torch
 from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
-from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied, generator_for
+from gda.conversion.modes.checks import SPLIT_ONLY, errors_named, losses, refuse, requested_noise_heads
+from gda.conversion.options import NewHeadOptions
+from gda.conversion.sources.source import Source
+from gda.conversion.tensors.recipes import (
+    DTYPES,
+    Recipe,
+    checkpoint_specs,
+    copied,
+    generator_for,
+    is_lossless,
+    lambda_recipe,
+)
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
-# Standard deviation of what is added to the mean query of a group, relative to that of the group's own rows.
+# Standard deviation of the noise on a group's mean query, relative to that of the group's own rows.
 NOISE_QUERY_JITTER = 0.05
-LAMBDA_VECTOR_STD = 0.1
+LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
+
+
+def plan(source: Source, options: NewHeadOptions) -> Conversion:
+    """Add noise heads to a Llama, Mistral or Qwen.
+
+    Raises:
+        ValueError: for options that do not apply, and for head counts or a λ type that cannot be.
+    """
+    refuse(options, SPLIT_ONLY, "is for --mode split; the other modes lose nothing to fit")
+    heads, dtype = source.config.num_attention_heads, DTYPES[options.dtype]
+    possible = listed(possible_noise_heads(heads, source.config.num_key_value_heads), heads)
+    noise = requested_noise_heads(
+        options, heads, counted_in_heads=False, possible=f"possible for --noise-heads: {possible}"
+    )
+    lambda_type = options.lambda_type or "reparameterized"
+    with errors_named(source):
+        config = expanded_config(source.config, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+    recipes = expanded_recipes(config, source.specs, seed=options.seed, dtype=dtype)
+    return Conversion(
+        mode="expand",
+        config=config,
+        recipes=recipes,
+        lossless=is_lossless(recipes, source.specs),
+        notes=losses(source, recipes, options.dtype),
+        kept={"query": signal_queries(config)},
+        new=(LAMBDA,),
+    )
+
+
+def signal_queries(config: GDAConfig) -> torch.Tensor:
+    """Which rows of q_proj are those of signal heads, as booleans."""
+    is_signal = torch.ones(config.num_noise_heads, config.signal_noise_ratio + 1, dtype=torch.bool)
+    is_signal[:, -1] = False
+    return is_signal.flatten().repeat_interleave(config.head_dim)
 
 
 def possible_noise_heads(signal_heads: int, kv_heads: int) -> list[int]:
-    """Every number of noise heads that can be added to `signal_heads` query heads over `kv_heads` KV heads."""
+    """The numbers of noise heads that can be added to `signal_heads` query heads over `kv_heads` KV heads."""
     return [
         noise
         for noise in range(1, signal_heads + 1)
@@ -37,17 +83,17 @@ def possible_noise_heads(signal_heads: int, kv_heads: int) -> list[int]:
 
 
 def listed(noise_heads: list[int], signal_heads: int) -> str:
-    """Numbers of noise heads with their ratios, for a message."""
+    """Numbers of noise heads with their ratios, for an error message."""
     return ", ".join(f"{noise} ({signal_heads // noise}:1)" for noise in noise_heads)
 
 
 def expanded_config(
     source: PreTrainedConfig, *, noise_heads: int | None, lambda_type: str, dtype: torch.dtype | None
 ) -> GDAConfig:
-    """The GDA configuration of `source` with `noise_heads` added (one for each KV head where None).
+    """The GDA configuration of `source` with `noise_heads` added; None adds one for each KV head.
 
     Raises:
-        ValueError: for a number of noise heads that is impossible (naming the possible ones) or a λ that is never 0.
+        ValueError: for an impossible number of noise heads, naming the possible ones, or a λ type that is never 0.
     """
     signal, kv_heads = source.num_attention_heads, source.num_key_value_heads
     noise = kv_heads if noise_heads is None else noise_heads
@@ -77,7 +123,7 @@ def expanded_config(
 def expanded_recipes(
     config: GDAConfig, source: dict[str, TensorSpec], *, seed: int, dtype: torch.dtype | None
 ) -> dict[str, Recipe]:
-    """How each tensor of the expanded checkpoint is made, in the order in which transformers saves them."""
+    """The recipes of the expanded checkpoint, in the order in which transformers saves its tensors."""
     recipes = {}
     for name, spec in checkpoint_specs(config).items():
         if ".lambda_" in name:
@@ -95,25 +141,12 @@ def expanded_recipes(
 def _with_noise_rows(
     query: torch.Tensor, *, config: GDAConfig, generator: Callable[[], torch.Generator]
 ) -> torch.Tensor:
-    """(S · d, …) → ((S + N) · d, …): after each group of r signal heads, the noise head that starts near their mean."""
+    """(S · d, …) → ((S + N) · d, …): after each group of r signal heads, a noise head near their mean."""
     groups = query.unflatten(0, (config.num_noise_heads, config.signal_noise_ratio, config.head_dim))
     wide = groups.float()
     jitter = torch.randn(wide[:, :1].shape, generator=generator())
     noise = wide.mean(dim=1, keepdim=True) + NOISE_QUERY_JITTER * wide.std() * jitter
     return torch.cat([groups, noise.to(query.dtype)], dim=1).flatten(0, 2)
-
-
-def lambda_recipe(name: str, spec: TensorSpec, seed: int) -> Recipe:
-    """How a tensor of λ begins, so that λ is λ_init, or what its function makes of 0, and has a gradient."""
-    if name.endswith(".lambda_proj.weight"):
-        return Recipe(spec, (), partial(torch.zeros, spec.shape), "zero, where tanh and sigmoid are steepest")
-    # lambda_q2 is drawn as lambda_q1 was, and k2 as k1, so that the two exponentials cancel exactly.
-    drawn_as = name[:-1] + "1"
-
-    def make() -> torch.Tensor:
-        return LAMBDA_VECTOR_STD * torch.randn(spec.shape, generator=generator_for(drawn_as, seed))
-
-    return Recipe(spec, (), make, f"N(0, {LAMBDA_VECTOR_STD}²), the same in both pairs")
 
 
 def drop_noise_rows(query: torch.Tensor, config: GDAConfig) -> torch.Tensor:

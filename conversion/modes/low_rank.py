@@ -1,64 +1,89 @@
-r"""Dense projections → a base that the roles of a group share, and an update of low rank for each (arXiv 2501.17900).
+r"""Dense projections → a base that the heads of a group share, and a low-rank update for each (arXiv 2501.17900).
 
     W_k ≈ B + P_k R_k        k = signal_1 … signal_r, noise        B, W_k (d, hidden), P_k (d, R), R_k (R, hidden)
 
-For a given B the best update is the truncated SVD of W_k − B. The best B depends on the updates in turn: with Q_k the
-projection onto what P_k leaves out, the error is Σ_k |Q_k (W_k − B)|², a least-squares problem in B. Solving the two in
-turn, from the mean of the roles on, never makes the error larger. Relative error of queries of SmolLM2-135M-Instruct,
-expanded to 3:1, mean of five layers (d = 64):
+For a given base B the best update is the truncated SVD of W_k − B. The best B depends on the updates in turn: with Q_k
+the projection onto what P_k does not span, the error is Σ_k |Q_k (W_k − B)|², a least-squares problem in B. Solving the
+two in turn, starting from the mean of the heads, never increases the error. Relative error of the queries of
+SmolLM2-135M-Instruct, expanded to 3:1, mean of five layers (d = 64):
 
     rank                                     8      16     32     48
-    mean of the roles and truncated SVD    0.526  0.426  0.276  0.153
+    mean of the heads and truncated SVD    0.526  0.426  0.276  0.153
     after 20 rounds                        0.470  0.336  0.143  0.009
 
-Updates of full rank, the smaller of d and hidden, are exact whatever B is. (With n roles, rank d − d/n is enough for a
-base that leaves nothing, which the rounds come near; there are as many parameters then as in dense projections.)
+Updates of full rank, the smaller of d and hidden, are exact for any B. (With n heads in a group, rank d − d/n is
+enough for the best base, and the rounds come close to it; there are then as many parameters as in dense projections.)
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied, is_lossless
+from gda.conversion.conversion import Conversion
+from gda.conversion.modes.checks import errors_named
+from gda.conversion.sources.source import Source
+from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, is_lossless
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 ROUNDS = 20
-# Directions that the projections Q_k hardly see are left to the updates: a base that follows them grows without bound.
+# Relative cutoff below which a direction is left to the updates: a base that followed it would grow without bound.
 CUTOFF = 1e-2
-# Smallest singular value, relative to the root mean square of a head's, that is shared out between P_k and R_k evenly.
-# Below it P_k keeps a size, for the gradient of R_k goes through it.
+# P_k and R_k share each singular value evenly, down to this size relative to a head's root mean square. Below it P_k
+# keeps that size, since the gradient of R_k passes through it.
 FLOOR = 1e-3
 PARTS = ("base", "down", "up")
 
 
-def same_config(config: GDAConfig, dtype: torch.dtype | None) -> GDAConfig:
-    """The configuration of a GDA model, in `dtype` if given."""
-    same = copy.deepcopy(config)
-    if dtype is not None:
-        same.dtype = dtype
-    return same
-
-
-def same_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
-    """Each tensor of a GDA model as it is, in `dtype` if given; λ keeps its own."""
-    names = checkpoint_specs(config)
-    return {name: copied(name, source[name], None if ".lambda_" in name else dtype) for name in names}
-
-
-def factored_config(dense: GDAConfig, rank: int) -> GDAConfig:
-    """The configuration of `dense` with projections of that rank.
+def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
+    """Factorize the queries, and the paired keys, of a planned conversion.
 
     Raises:
-        ValueError: for a rank that cannot be.
+        ValueError: for an impossible rank, a source that is factorized already, or one that cannot be run to compare it
+            with the result.
     """
-    config = copy.deepcopy(dense)
+    if dense.config.qk_rank is not None:
+        raise ValueError(f"{source.name} has qk_rank={dense.config.qk_rank} already; `gda fold` makes it dense first")
+    if not source.can_run:
+        raise ValueError(
+            f"--qk-rank: a {source.config.model_type} model cannot be run to compare it with the result; "
+            "convert it first, and then its GDA folder with --qk-rank"
+        )
+    config = copy.deepcopy(dense.config)
     config.qk_rank = rank
-    config.validate_architecture()
-    return config
+    with errors_named(source):
+        config.validate_architecture()
+    recipes = factored_recipes(config, dense.recipes)
+    factors = [recipe for name, recipe in recipes.items() if name not in dense.recipes]
+    wide = all(recipe.spec.dtype.itemsize >= 4 for recipe in factors)
+    exact = rank == full_rank(config) and wide and is_lossless(recipes, source.specs)
+    what = "queries and keys" if "k" in config.factored_projections else "queries"
+    notes = list(dense.notes)
+    if rank < full_rank(config):
+        notes.append(
+            f"qk_rank {rank} is below the full rank of {full_rank(config)}: {what} are approximated, "
+            "which is not lossless"
+        )
+    elif dense.lossless and not exact:
+        notes.append(f"base and updates of {what} are rounded to a narrow dtype, which is not lossless; use float32")
+    kept = dict(dense.kept)
+    if "query" in kept:
+        by_head = kept["query"].view(config.num_attention_heads, config.head_dim)
+        kept["query rank"] = by_head[:, :1].expand(-1, rank).flatten()
+    return replace(
+        dense,
+        config=config,
+        recipes=recipes,
+        lossless=exact,
+        notes=notes,
+        settings=dense.settings | {"qk_rank": rank},
+        kept=kept,
+        before=dense,
+    )
 
 
 def dense_config(config: GDAConfig) -> GDAConfig:
@@ -69,8 +94,21 @@ def dense_config(config: GDAConfig) -> GDAConfig:
 
 
 def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, Recipe]:
-    """How each tensor of the factored checkpoint is made, given the recipes of the dense one."""
-    factorizer = _Factorizer(config)
+    """The recipes of the factored checkpoint, given those of the dense one."""
+    last: dict[str, dict[str, Tensor]] = {}  # the three factors of a weight are written one after the other
+
+    def make(part: str, name: str, roles: int, *tensors: Tensor) -> Tensor:
+        factors = last.get(name)
+        if factors is None:
+            weight = dense[name].make(*tensors)
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{name} holds NaN or infinity and cannot be factorized; does the source?")
+            assert config.qk_rank is not None  # else there would be no such tensor
+            factors = factor(weight, roles=roles, head_dim=config.head_dim, rank=config.qk_rank)
+            last.clear()
+            last[name] = factors
+        return factors[part]
+
     recipes = {}
     for name, spec in checkpoint_specs(config).items():
         module, _, parameter = name.rpartition(".")
@@ -79,48 +117,38 @@ def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, R
             recipes[name] = dense[name]
             continue
         dense_name = f"{module.removesuffix(part)}proj.{parameter}"
-        made = dense[dense_name]
+        whole = dense[dense_name]
         if parameter == "bias":
-            recipes[name] = made
+            recipes[name] = whole
             continue
-        make = partial(factorizer.part, name=dense_name, dense=made, roles=config.factored_projections[projection])
-        how = f"{part} of {dense_name}, rank {config.qk_rank}, {ROUNDS} rounds; that one: {made.how}"
-        recipes[name] = Recipe(TensorSpec(spec.shape, made.spec.dtype), made.sources, partial(make, part), how)
+        how = f"{part} of {dense_name}, rank {config.qk_rank}, {ROUNDS} rounds; that one: {whole.how}"
+        made = partial(make, part, dense_name, config.factored_projections[projection])
+        recipes[name] = Recipe(TensorSpec(spec.shape, whole.spec.dtype), whole.sources, made, how)
     return recipes
 
 
-def is_exact(config: GDAConfig, recipes: dict[str, Recipe], source: dict[str, TensorSpec]) -> bool:
-    """Whether the factored model computes what the dense one does: nothing truncated, nothing rounded below float32."""
-    wide = all(recipe.spec.dtype.itemsize >= 4 for name, recipe in recipes.items() if _is_factor(name, config))
-    return config.qk_rank == full_rank(config) and wide and is_lossless(recipes, source)
-
-
 def full_rank(config: GDAConfig) -> int:
-    """The rank at which updates can be anything."""
+    """The rank at which updates can hold any weight."""
     return min(config.head_dim, config.hidden_size)
 
 
-def _is_factor(name: str, config: GDAConfig) -> bool:
-    return any(f".{projection}_{part}." in name for projection in config.factored_projections for part in PARTS)
-
-
 def factor(weight: Tensor, *, roles: int, head_dim: int, rank: int, rounds: int = ROUNDS) -> dict[str, Tensor]:
-    """Base, downs and ups of a dense weight, in float64.
+    """Factorize a dense weight in float64.
 
     Args:
         weight: (H · d, hidden), groups of `roles` heads.
-        roles: Heads that share a base.
+        roles: Number of heads that share a base.
         head_dim: d.
         rank: R, from 1 to the smaller of d and hidden.
-        rounds: Of updates and base in turn; with 1 the base is the mean of the roles.
+        rounds: Number of times that updates and base are solved; with 1 the base is the mean of the heads.
 
     Returns:
-        `base` (H / roles · d, hidden), `down` (H · R, hidden) and `up` (H · d, R), as `GDAConfig.qk_rank` has them.
+        `base` (H / roles · d, hidden), `down` (H · R, hidden) and `up` (H · d, R), as in `GDAConfig.qk_rank`.
     """
     dense = weight.double().unflatten(0, (-1, roles, head_dim))  # (groups, roles, d, hidden)
     basis = None
     if roles * head_dim < weight.shape[1]:
-        # Base and updates are combinations of a group's rows: all is done in coordinates of the space of these rows.
+        # Base and updates are combinations of a group's rows, so we work in coordinates of the space of these rows.
         basis, coordinates = torch.linalg.qr(dense.flatten(1, 2).mT)  # (groups, hidden, roles · d)
         dense = coordinates.mT.unflatten(1, (roles, head_dim))
     base = dense.mean(dim=1, keepdim=True)
@@ -139,14 +167,14 @@ def factor(weight: Tensor, *, roles: int, head_dim: int, rank: int, rounds: int 
 
 
 def _left_vectors(remainder: Tensor) -> Tensor:
-    """Left singular vectors (…, d, d) of (…, d, hidden), the largest last, each with its largest entry positive."""
+    """Left singular vectors (…, d, d) of (…, d, hidden), largest last, each with its largest entry positive."""
     _, vectors = torch.linalg.eigh(remainder @ remainder.mT)
     largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
     return vectors * largest.sign()
 
 
 def _correction(remainder: Tensor, rank: int) -> Tensor:
-    """What to add to the base, (groups, 1, d, hidden), for the best updates of the remainders (groups, roles, d, …)."""
+    """The correction (groups, 1, d, hidden) of the base that is best for remainders (groups, roles, d, hidden)."""
     left_out = _left_vectors(remainder)[..., :-rank]
     projection = left_out @ left_out.mT  # Q_k
     seen = projection.sum(dim=1, keepdim=True)
@@ -154,41 +182,21 @@ def _correction(remainder: Tensor, rank: int) -> Tensor:
 
 
 def folded(base: Tensor, down: Tensor, up: Tensor, *, roles: int, head_dim: int) -> Tensor:
-    """The dense weight (H · d, hidden) in float64: B + P_k R_k of each head. The inverse of `factor`."""
+    """The dense weight (H · d, hidden) in float64, B + P_k R_k for each head. The inverse of `factor`."""
     ups = up.double().unflatten(0, (-1, roles, head_dim))  # (groups, roles, d, R)
     downs = down.double().unflatten(0, (-1, roles, up.shape[1]))  # (groups, roles, R, hidden)
     bases = base.double().unflatten(0, (-1, 1, head_dim))  # (groups, 1, d, hidden)
     return (bases + ups @ downs).flatten(0, 2)
 
 
-class _Factorizer:
-    """Factors one weight at a time, and remembers the last: its three tensors are written one after the other."""
-
-    def __init__(self, config: GDAConfig):
-        self._config = config
-        self._name = ""
-        self._factors: dict[str, Tensor] = {}
-
-    def part(self, part: str, *tensors: Tensor, name: str, dense: Recipe, roles: int) -> Tensor:
-        if self._name != name:
-            weight = dense.make(*tensors)
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"{name} holds NaN or infinity, which no factors have; does the source?")
-            rank = self._config.qk_rank
-            assert rank is not None  # or there would be no such tensor
-            self._factors = factor(weight, roles=roles, head_dim=self._config.head_dim, rank=rank)
-            self._name = name
-        return self._factors[part]
-
-
 def layer_errors(
     config: GDAConfig, dense: dict[str, Recipe], read: Callable[[str], Tensor], written: Callable[[str], Tensor]
 ) -> dict[str, list[float]]:
-    """Relative error |W − (B + P_k R_k)| / |W| (Frobenius) by projection and layer, of the tensors as they are written.
+    """Relative error |W − (B + P_k R_k)| / |W| (Frobenius) of the written tensors, by projection and layer.
 
     Args:
-        config: Of the factored model.
-        dense: Recipes of the dense one.
+        config: Configuration of the factored model.
+        dense: Recipes of the dense model.
         read: Reads a tensor of the source.
         written: Reads a tensor of the factored checkpoint.
     """

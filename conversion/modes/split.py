@@ -1,200 +1,61 @@
-r"""Which head counts can be split, and how each tensor of the result is made.
+"""Llama, Mistral or Qwen → GDA with as many heads: some of its query heads become noise heads. This is lossy."""
 
-source  q heads          0 1 2 3   4 5 6 7   …          k, v, MLP, norms, embeddings: copied
-        KV heads            0         1
-
-GDA     q heads          0 2 3 1   4 5 6 7   …          rows of q in another order; in each group the last is noise
-        KV heads            0         1                 o: solved again, for the heads that are left
-        λ                     λ of the layer
-"""
-
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
-import torch
-from transformers import PreTrainedConfig
+from rich.console import Console
 
-from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.families.llamalike import source_fields
-from gda.conversion.modes.expand import lambda_recipe
-from gda.conversion.split.heads import Split
-from gda.conversion.split.merge import Merge
-from gda.conversion.tensors.axes import LAYER
-from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
-from gda.conversion.tensors.safetensors_io import TensorSpec
+from gda.conversion.conversion import Conversion
+from gda.conversion.modes.checks import errors_named, losses, requested_noise_heads
+from gda.conversion.modes.expand import LAMBDA, signal_queries
+from gda.conversion.options import ConvertOptions
+from gda.conversion.sources.source import Source
+from gda.conversion.split.recipes import drafts, split_config, split_options, split_recipes
+from gda.conversion.split.splitter import Splitter
+from gda.conversion.tensors.recipes import DTYPES
 
-# λ to try for a layer, by type. One that depends on the token begins where its projection is 0.
-LAMBDAS: dict[str, list[float]] = {"reparameterized": [0.1, 0.3], "tanh": [0.0], "sigmoid": [0.5]}
-# Projections whose tensors are those of the merged layer, where KV heads are merged.
-MERGED = ("q_proj", "k_proj", "v_proj")
+# The output projections, which are solved again.
+SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
 
 
-def possible_noise_heads(heads: int, kv_heads: int) -> list[int]:
-    """Every number of `heads` query heads over `kv_heads` KV heads that can become noise heads."""
-    in_group = heads // kv_heads
-    return [kv_heads * noise for noise in range(1, in_group) if in_group % noise == 0]
-
-
-def split_options(heads: int, kv_heads: int) -> str:
-    """What `--noise-heads` may be, for a message."""
-    possible = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible_noise_heads(heads, kv_heads))
-    if not possible:
-        merged = " or ".join(map(str, possible_merges(kv_heads)))
-        return (
-            f"with {heads} query heads over {kv_heads} KV heads none shares a KV head, as signal and noise must; "
-            f"{f'--merge-kv {merged} merges KV heads first, and ' if merged else ''}--mode expand adds noise heads"
-        )
-    return f"possible for --noise-heads: {possible}"
-
-
-def possible_merges(kv_heads: int) -> list[int]:
-    """Every number of KV heads that `kv_heads` of them can be merged to, in groups of equal size."""
-    return [groups for groups in range(1, kv_heads) if kv_heads % groups == 0]
-
-
-def kv_heads_of(source: PreTrainedConfig, merge_kv: int | None) -> int:
-    """The KV heads of the result, with the source's merged to `merge_kv`, or as they are.
+def plan(source: Source, options: ConvertOptions) -> Conversion:
+    """Divide the query heads of a source into signal and noise heads, and fit the result to the source.
 
     Raises:
-        ValueError: for a number that they cannot be merged to, naming those that can.
+        FileNotFoundError, ValueError: for options that do not apply, head counts that cannot be split, and a
+            calibration text that is missing or too short.
     """
-    kv_heads: int = source.num_key_value_heads
-    if merge_kv is None:
-        return kv_heads
-    if merge_kv not in possible_merges(kv_heads):
-        possible = ", ".join(map(str, possible_merges(kv_heads)))
-        remedy = f"possible: {possible}" if possible else "leave --merge-kv away"
-        raise ValueError(f"--merge-kv {merge_kv}: the source has {kv_heads} KV heads to merge; {remedy}")
-    return merge_kv
-
-
-def split_config(
-    source: PreTrainedConfig,
-    *,
-    noise_heads: int | None,
-    lambda_type: str,
-    dtype: torch.dtype | None,
-    merge_kv: int | None = None,
-) -> GDAConfig:
-    """The GDA configuration of `source` with `noise_heads` of its heads as noise heads (one for each KV head if None).
-
-    With `merge_kv` it has that many KV heads, each in place of as many of the source's. λ_init is that of a start; a
-    finished split has one for each layer.
-
-    Raises:
-        ValueError: for head counts that cannot be split, naming those that can, and for another λ type.
-    """
-    if lambda_type not in LAMBDAS:
-        raise ValueError(f"--lambda-type {lambda_type} is not one of {', '.join(LAMBDAS)}")
-    heads, kv_heads = source.num_attention_heads, kv_heads_of(source, merge_kv)
-    noise = kv_heads if noise_heads is None else noise_heads
-    if noise not in possible_noise_heads(heads, kv_heads):
-        raise ValueError(
-            f"--mode split: {noise} of {heads} query heads cannot become noise heads; {split_options(heads, kv_heads)}"
-        )
-    return GDAConfig(
-        **(source_fields(source) | {"num_key_value_heads": kv_heads}),
-        num_attention_heads=heads,
-        num_noise_heads=noise,
-        kv_layout="shared",
-        lambda_type=lambda_type,
-        lambda_init=LAMBDAS[lambda_type][0],
-        dtype=dtype or source.dtype,
-        architectures=["GDAForCausalLM"],
+    if options.qk_rank is not None:
+        raise ValueError("--qk-rank goes with --mode split in two steps: split first, then factorize the result")
+    heads, dtype = source.config.num_attention_heads, DTYPES[options.dtype]
+    possible = split_options(heads, source.config.num_key_value_heads)
+    noise = requested_noise_heads(options, heads, counted_in_heads=True, possible=possible)
+    lambda_type = options.lambda_type or "reparameterized"
+    with errors_named(source):
+        config = split_config(source.config, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+    splitter = Splitter(
+        source,
+        config,
+        calibration=options.calibration,
+        tokens=options.calibration_tokens,
+        effort=options.effort,
+        seed=options.seed,
+    )
+    recipes = split_recipes(config, source.specs, drafts(config), trained=None, seed=options.seed, dtype=dtype)
+    expected = [splitter.expected()] if options.dry_run else []
+    planned = Conversion(
+        mode="split",
+        config=config,
+        recipes=recipes,
+        lossless=False,
+        notes=["heads are divided, which is not lossless", *losses(source, recipes, options.dtype), *expected],
+        settings={"split": splitter.settings()},
+        kept={"query": signal_queries(config)},
+        new=(LAMBDA, SOLVED),
     )
 
+    def fit(folder: Path, console: Console | None) -> Conversion:
+        done = splitter.run(folder, dtype=dtype, console=console)
+        return replace(planned, config=done.config, recipes=done.recipes, split=done.report)
 
-def drafts(config: GDAConfig, source: PreTrainedConfig) -> list[Split]:
-    """For each layer a split that is not chosen yet, nor how KV heads are merged."""
-    order = list(range(config.num_attention_heads))
-    merge = None
-    if config.num_key_value_heads != source.num_key_value_heads:
-        merge = Merge([[] for _ in range(config.num_key_value_heads)], 0.0, 0.0, 0.0)
-    return [Split(order, 0.0, 0.0, 0.0, torch.empty(0), merge)] * config.num_hidden_layers
-
-
-def split_recipes(
-    config: GDAConfig,
-    source: dict[str, TensorSpec],
-    splits: Sequence[Split],
-    *,
-    merged: Callable[[int, str], torch.Tensor] | None,
-    trained: Callable[[int, str], torch.Tensor] | None,
-    seed: int,
-    dtype: torch.dtype | None,
-) -> dict[str, Recipe]:
-    """How each tensor of the result is made, in the order in which transformers saves them.
-
-    Args:
-        config: Of the result.
-        source: The source's tensors.
-        splits: How the heads of each layer are divided.
-        merged: Gives a tensor of q, k or v of a layer whose KV heads were merged, by its name there; None where there
-            is none yet.
-        trained: Gives a tensor of a layer, by its name there, that was trained after that; None if none was.
-        seed: Of the λ vectors.
-        dtype: Of the result; None to keep the source's.
-    """
-    recipes = {}
-    for name, spec in checkpoint_specs(config).items():
-        match = LAYER.fullmatch(name)
-        if match is None or not match.group(2).startswith("self_attn."):
-            recipes[name] = copied(name, source[name], dtype)
-            continue
-        layer, inner = int(match.group(1)), match.group(2)
-        split = splits[layer]
-        if split.merge is not None and inner.split(".")[1] in MERGED:
-            target = TensorSpec(spec.shape, dtype or source[name].dtype)
-            make = partial(_from_work, partial(_given, merged, layer, inner))
-            recipe = Recipe(target, (name,), make, _how_merged(inner, split))
-        else:
-            recipe = _attention_recipe(name, spec, config, source, split, seed, dtype)
-        if trained is not None:
-            make = partial(_from_work, partial(trained, layer, inner))
-            recipe = replace(recipe, make=make, how=f"{recipe.how}; then trained on the source's predictions")
-        recipes[name] = recipe
-    return recipes
-
-
-def _attention_recipe(
-    name: str,
-    spec: TensorSpec,
-    config: GDAConfig,
-    source: dict[str, TensorSpec],
-    split: Split,
-    seed: int,
-    dtype: torch.dtype | None,
-) -> Recipe:
-    if ".lambda_" in name:
-        return lambda_recipe(name, spec, seed)
-    if ".q_proj." in name:
-        target = TensorSpec(spec.shape, dtype or source[name].dtype)
-        make = partial(reordered, order=split.order, head_dim=config.head_dim)
-        return Recipe(target, (name,), make, f"rows of heads {split.order}, of which every last of a group is noise")
-    if name.endswith(".o_proj.weight"):
-        target = TensorSpec(spec.shape, dtype or source[name].dtype)
-        make = partial(_from_work, lambda: split.output)
-        return Recipe(target, (name,), make, "solved for the output that the source's gives, by calibration")
-    return copied(name, source[name], dtype)
-
-
-def _how_merged(inner: str, split: Split) -> str:
-    assert split.merge is not None
-    if ".q_proj." in inner:
-        return f"rows of heads {split.order}, of which every last of a group is noise, turned to the merged keys"
-    return f"KV heads {split.merge.groups} merged, group by group, by calibration"
-
-
-def _given(merged: Callable[[int, str], torch.Tensor] | None, layer: int, inner: str) -> torch.Tensor:
-    assert merged is not None
-    return merged(layer, inner)
-
-
-def _from_work(read: Callable[[], torch.Tensor], *_source: torch.Tensor) -> torch.Tensor:
-    return read()
-
-
-def reordered(query: torch.Tensor, *, order: list[int], head_dim: int) -> torch.Tensor:
-    """The rows (H · d, …) of heads, or entries of their biases, with the heads in that order."""
-    return query.unflatten(0, (-1, head_dim))[order].flatten(0, 1)
+    return replace(planned, work=fit)

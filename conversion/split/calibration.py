@@ -1,4 +1,4 @@
-"""Text that a split is fitted to, as windows of token ids."""
+"""The calibration text of a split, as sequences of token ids."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,33 +12,32 @@ from gda.common.text import python_documentation, read_text
 
 CONTEXT = 512
 DEFAULT_TOKENS = 65536
-# Of the windows, those that nothing is fitted to, by which the result is judged: a tenth, and at most this many.
-HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 16
+HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 16  # of the sequences, for judging the result
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a split reads.
+    """Text that a split is fitted to, and text that it is judged by.
 
     Attributes:
-        name: Of the file, or what the text is.
-        sha256: Of the text.
-        windows: Ids (windows, context) that are fitted to.
-        held_out: Ids (windows, context) from the end of the text, which are not.
+        name: The file's name, or a description of the text.
+        sha256: SHA-256 of the text.
+        sequences: Token ids (sequences, context) to fit to.
+        held_out: Token ids (sequences, context) from the end of the text, which nothing is fitted to.
     """
 
     name: str
     sha256: str
-    windows: torch.Tensor
+    sequences: torch.Tensor
     held_out: torch.Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """What there is to say of it, as JSON-ready values."""
+        """What conversion.json records, as JSON-ready values."""
         return {
             "calibration": self.name,
             "sha256": self.sha256,
-            "context": self.windows.shape[1],
-            "windows": len(self.windows),
+            "context": self.sequences.shape[1],
+            "windows": len(self.sequences),
             "held_out_windows": len(self.held_out),
         }
 
@@ -46,20 +45,20 @@ class Calibration:
 def read_calibration(
     path: str | Path | None, tokenizer: PreTrainedTokenizerBase | None, *, tokens: int, longest: int, vocab_size: int
 ) -> Calibration:
-    """Read a text, or Python's own documentation where `path` is None, and cut it into windows.
+    """Read a text and cut it into sequences.
 
     Args:
-        path: A text file, or `.jsonl` with a field `text` in each line.
-        tokenizer: The model's.
-        tokens: How many to read at most; as many whole windows as they fill.
-        longest: The longest sequence that the model was made for.
-        vocab_size: Of the model.
+        path: A text file, or a `.jsonl` file with a field `text` in each line. None: Python's own documentation.
+        tokenizer: The source's tokenizer.
+        tokens: Largest number of tokens to read; an incomplete last sequence is dropped.
+        longest: The longest sequence that the source supports.
+        vocab_size: The source's vocabulary size.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file, and the line where there is one.
+        FileNotFoundError, ValueError: naming the file, and the line if there is one.
     """
     if tokenizer is None:
-        raise ValueError("--mode split reads text, and the source has no tokenizer; --mode expand needs none")
+        raise ValueError("--mode split reads text, but the source has no tokenizer; --mode expand needs none")
     name, text = (
         ("the documentation of Python", python_documentation())
         if path is None
@@ -67,14 +66,16 @@ def read_calibration(
     )
     context = min(CONTEXT, longest)
     if tokens < 2 * context:
-        raise ValueError(f"--calibration-tokens {tokens} is below {2 * context}, two windows of {context} tokens")
+        raise ValueError(f"--calibration-tokens {tokens} is below {2 * context}, two sequences of {context} tokens")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:tokens]
     count = len(ids) // context
     if count < 2:
-        raise ValueError(f"{name} has {len(ids)} tokens; calibration needs {2 * context}, and thousands to be any good")
-    windows = torch.tensor(ids[: count * context]).view(count, context)
-    if int(windows.max()) >= vocab_size:
-        raise ValueError(f"the tokenizer gives ids up to {windows.max()}, and the model has {vocab_size} embeddings")
-    held_out = max(1, min(MOST_HELD_OUT, round(HELD_OUT_SHARE * count)))
+        raise ValueError(
+            f"{name} has {len(ids)} tokens; calibration needs at least {2 * context}, and thousands to work well"
+        )
+    sequences = torch.tensor(ids[: count * context]).view(count, context)
+    if int(sequences.max()) >= vocab_size:
+        raise ValueError(f"the tokenizer gives ids up to {sequences.max()}, but the model has {vocab_size} embeddings")
+    held_out = max(1, min(MAX_HELD_OUT, round(HELD_OUT_SHARE * count)))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Calibration(name, digest, windows[:-held_out].clone(), windows[-held_out:].clone())
+    return Calibration(name, digest, sequences[:-held_out].clone(), sequences[-held_out:].clone())

@@ -1,9 +1,8 @@
 """Training the attention of a split model on its source's predictions, with one layer in memory at a time.
 
-A step runs the layers forward, keeping what goes into each; compares the prediction for every token with the source's
-(KL divergence); and goes back through the layers, running each again to get the gradients of its own attention, which
-is then updated. MLP, norms and embeddings stay as they are. Weights in training and Adam's moments are files that are
-mapped into memory: what fits stays there.
+A step runs the layers forward and keeps the inputs of each; computes the KL divergence from the source's predictions;
+and goes back through the layers, running each again for the gradients of its attention, which is then updated. MLPs,
+norms and embeddings are frozen. Trained weights and Adam's moments are in mapped files.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,14 +14,14 @@ from torch.nn.functional import kl_div, log_softmax
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
-BATCH = 4  # windows in a step
-# Adam's step relative to the root mean square of the weights of a tensor, so that it does not depend on their scale.
+BATCH = 4  # sequences in a step
+# Size of Adam's step relative to the root mean square of a tensor's weights.
 RELATIVE_LEARNING_RATE = 0.0025
-SMALLEST_SCALE = 0.02  # of a tensor that is 0, such as a λ projection
+SMALLEST_SCALE = 0.02  # for a tensor of zeros, such as a λ projection
 BETAS = (0.9, 0.95)
 WARM_UP = 5  # steps
 CHUNK = 256  # tokens whose logits are in memory
-CHECKPOINTS = 10  # in all: what a killed run loses at most is a tenth
+CHECKPOINTS = 10  # in all: a killed run loses at most a tenth of the training
 
 ATTENTION = "self_attn."
 
@@ -32,8 +31,8 @@ class Plan:
     """How long to train, and in which order.
 
     Attributes:
-        steps: In all.
-        seed: Of the order.
+        steps: Number of steps.
+        seed: Seed of the order of sequences.
         mixed_precision: Multiply matrices in bfloat16.
     """
 
@@ -42,26 +41,26 @@ class Plan:
     mixed_precision: bool
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, relative to the largest: a short rise, and then a line to 0."""
+        """The learning rate of a step relative to its peak: linear warm-up, then linear decay to 0."""
         return min(1.0, (step + 1) / WARM_UP) * (1 - step / self.steps)
 
-    def batch(self, step: int, windows: int) -> torch.Tensor:
-        """Which windows a step reads: all of them once, in some order, before one is read again."""
-        size = min(BATCH, windows)
+    def batch(self, step: int, count: int) -> torch.Tensor:
+        """Which of `count` sequences a step reads: each once per epoch, in random order."""
+        size = min(BATCH, count)
         drawn = [step * size + offset for offset in range(size)]
-        return torch.stack([self._epoch(each // windows, windows)[each % windows] for each in drawn])
+        return torch.stack([self._epoch(each // count, count)[each % count] for each in drawn])
 
-    def _epoch(self, epoch: int, windows: int) -> torch.Tensor:
-        return torch.randperm(windows, generator=torch.Generator().manual_seed(self.seed + epoch))
+    def _epoch(self, epoch: int, count: int) -> torch.Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))
 
 
 class Distillation:
-    """The attention of a model in training.
+    """Trains the attention of a split model.
 
     Args:
         model: The split model.
-        start: The tensors of a layer's attention to begin with, by their names in the layer.
-        work: Where weights and moments lie.
+        start: Returns the initial attention tensors of a layer, by their names in the layer.
+        work: Where weights, moments and checkpoints are stored.
     """
 
     def __init__(self, model: LayerwiseModel, start: Callable[[int], dict[str, torch.Tensor]], work: Work):
@@ -87,20 +86,20 @@ class Distillation:
     def _allocated(self, kind: str, layer: int, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.work.allocate(f"{kind}-{layer}-{name}", *tensor.shape) for name, tensor in like.items()}
 
-    def train(self, plan: Plan, windows: torch.Tensor, last_states: torch.Tensor) -> Iterator[float]:
-        """Go on to the last step of the plan; after each, give its loss, in nats a token.
+    def train(self, plan: Plan, sequences: torch.Tensor, last_states: torch.Tensor) -> Iterator[float]:
+        """Train to the last step of the plan, and yield the loss of each step, in nats per token.
 
         Args:
-            plan: How long.
-            windows: Ids (windows, T).
-            last_states: What goes into the last norm of the source, (windows, T, hidden).
+            plan: Number of steps and order.
+            sequences: Token ids (sequences, T).
+            last_states: Inputs of the source's last norm, (sequences, T, hidden).
         """
         every = max(1, plan.steps // CHECKPOINTS)
         head = self.model.head()
         while self.step < plan.steps:
-            batch = plan.batch(self.step, len(windows))
+            batch = plan.batch(self.step, len(sequences))
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=plan.mixed_precision):
-                loss = self._train_on(windows[batch], last_states[batch], head, plan.rate(self.step))
+                loss = self._train_on(sequences[batch], last_states[batch], head, plan.rate(self.step))
             self.step += 1
             if self.step % every == 0 or self.step == plan.steps:
                 self._save_checkpoint()
@@ -124,7 +123,7 @@ class Distillation:
         return loss
 
     def tensors(self, layer: int) -> dict[str, torch.Tensor]:
-        """All tensors of a layer, as they are now."""
+        """All tensors of a layer, with the current attention."""
         frozen = self.model.tensors(layer, without=ATTENTION)
         return frozen | {name: weight.to(self.model.device) for name, weight in self._of(layer)}
 
@@ -133,7 +132,7 @@ class Distillation:
 
     @torch.no_grad()
     def _update(self, layer: int, name: str, gradient: torch.Tensor, rate: float) -> None:
-        """Adam (arXiv 1412.6980), with its moments where `work` has them."""
+        """One step of Adam (arXiv 1412.6980). torch's own keeps all moments in memory."""
         weight, mean, square = (each[layer][name] for each in (self.weights, self.means, self.squares))
         gradient = gradient.to(weight)
         mean.lerp_(gradient, 1 - BETAS[0])
@@ -172,7 +171,7 @@ def _scale(tensor: torch.Tensor) -> float:
 def _divergence(
     head: Callable[[torch.Tensor], torch.Tensor], wanted: torch.Tensor, got: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
-    """KL(source ‖ result) in nats a token, and its gradient by `got`; both are (B, T, hidden), before the last norm."""
+    """KL(source ‖ result) in nats per token, and its gradient for `got`; inputs of the last norm, (B, T, hidden)."""
     leaf = got.detach().requires_grad_()
     total = 0.0
     for source, result in zip(wanted.flatten(0, 1).split(CHUNK), leaf.flatten(0, 1).split(CHUNK), strict=True):

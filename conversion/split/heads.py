@@ -1,33 +1,31 @@
-r"""Which heads become noise heads, and the output projection that goes with them, in closed form.
+r"""Choosing noise heads, and solving for the output projection that goes with them, in closed form.
 
-Of a layer, o (H · d) are the outputs of its heads side by side, y (hidden) is what the source's attention makes of
-them, and f = P o are differential features: the rows of P are o_i − λ o_noise(i). With moments C = E[o oᵀ] and
-R = E[y oᵀ], the output projection that comes closest to y is
+For one layer, o (H · d) are the outputs of its heads side by side, y (hidden) is the output of the source's attention,
+and f = P o are differential features: the rows of P are o_i − λ o_noise(i). With moments C = E[o oᵀ] and R = E[y oᵀ],
+the output projection that comes closest to y is
 
-    W = R Pᵀ (P C Pᵀ + ε)⁻¹,    and leaves    E|y|² − 2 tr(W P Rᵀ) + tr(W P C Pᵀ Wᵀ).
+    W = R Pᵀ (P C Pᵀ + εI)⁻¹,    with error    E|y|² − 2 tr(W P Rᵀ) + tr(W P C Pᵀ Wᵀ).
 
-Nothing but C, R and E|y|² is kept of the activations. All of it is float64.
+Only C, R and E|y|² are kept of the activations, in float64.
 
-The heads of one KV group are chosen as if every head of the other groups were there: by the covariance of the group's
-outputs given the others', which the inverse of C holds. That leaves small systems, where whole ones would be too many.
+Heads are chosen KV group by KV group, as if every head of the other groups were kept: by the covariance of the group's
+outputs given the others', which follows from the inverse of C. So the systems to solve are small.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from gda.conversion.split.merge import Merge
-
-RIDGE = 1e-6  # relative to the mean of the diagonal; from 1e-6 to 1e-3 it makes no difference
+RIDGE = 1e-6  # relative to the mean of the diagonal; 1e-6 to 1e-3 give the same results
 
 
 class Moments:
-    """Second moments of the outputs of a layer's heads, and of what its attention makes of them.
+    """Second moments of the outputs of a layer's heads, and of the layer's attention.
 
     Args:
         width: H · d.
-        hidden: Width of the residual stream.
-        device: Where they are.
+        hidden: Hidden size.
+        device: Device of the moments.
     """
 
     def __init__(self, width: int, hidden: int, device: torch.device | str = "cpu"):
@@ -37,7 +35,7 @@ class Moments:
         self.target = torch.zeros((), **settings)  # E|y|²
 
     def add(self, heads: torch.Tensor, target: torch.Tensor) -> None:
-        """Add outputs of the heads (…, H · d) and what is to become of them (…, hidden)."""
+        """Add outputs of the heads (…, H · d) and the attention outputs to reproduce (…, hidden)."""
         o, y = heads.flatten(0, -2).double(), target.flatten(0, -2).double()
         self.heads += o.T @ o
         self.cross += y.T @ o
@@ -46,15 +44,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class Split:
-    """How the heads of a layer are divided.
+    """Which heads of a layer are signal and noise heads.
 
     Attributes:
         order: The source's heads in the order of the result's rows: groups of ``[signal_1 … signal_r, noise]``.
         lambda_: λ.
-        error_before: |y − W f|² / |y|² with the source's own columns of the signal heads.
-        error_after: The same with the columns that fit best.
-        output: These columns, (hidden, S · d).
-        merge: How KV heads were merged before; None if they were not.
+        error_before: |y − W f|² / |y|² with the source's output projection.
+        error_after: The same with the output projection that fits best.
+        output: The output projection that fits best, (hidden, S · d).
     """
 
     order: list[int]
@@ -62,7 +59,6 @@ class Split:
     error_before: float
     error_after: float
     output: torch.Tensor
-    merge: Merge | None = None
 
 
 def split_layer(
@@ -74,10 +70,10 @@ def split_layer(
     head_dim: int,
     lambdas: list[float],
 ) -> Split:
-    """Divide the heads of a layer so that what is lost is least, with the best λ of `lambdas`.
+    """Split the heads of a layer with the least error, over the λ in `lambdas`.
 
     Args:
-        moments: Of the layer.
+        moments: Moments of the layer.
         output: The source's output projection (hidden, H · d), for the error before the fit.
         num_noise_heads: N, a multiple of the number of KV heads.
         num_kv_heads: G.
@@ -109,13 +105,8 @@ def split_layer(
     return best
 
 
-def undivided_error(moments: Moments) -> float:
-    """|y − W o|² / |y|² with the output projection that fits best, and every head in its place."""
-    return _error(moments, moments.heads, moments.cross, _solved(moments.heads, moments.cross))
-
-
 def features(heads: int, noise_heads: int, head_dim: int, lambda_: float, order: list[int]) -> torch.Tensor:
-    """P, (S · d, H · d): differential features of the outputs of heads in the source's order."""
+    """P, (S · d, H · d): maps outputs of the heads, in the source's order, to differential features."""
     rows = torch.zeros(heads - noise_heads, heads, dtype=torch.float64)
     signal = 0
     for group in torch.tensor(order).view(noise_heads, -1).tolist():
@@ -133,12 +124,12 @@ def _ridge(matrix: torch.Tensor) -> torch.Tensor:
 def _best_order(
     covariance: torch.Tensor, gram: torch.Tensor, heads: int, noise_heads: int, head_dim: int, lambda_: float
 ) -> list[int]:
-    """The order of a group's heads that loses least: exchange two of different roles until no exchange helps.
+    """The order of a group's heads with the least error: swap two heads of different roles until no swap helps.
 
-    With one noise head every choice is an exchange away. With several the search may end early, and so it begins with
-    each of as many noise heads as there are slots, and the best end counts.
+    With one noise head, every choice is one swap away. With several, the search may end in a local minimum, so it is
+    started from several orders.
     """
-    slots = heads // noise_heads  # of a noise head and its signals; the noise head is the last
+    slots = heads // noise_heads  # a noise head, which is the last, and its signal heads
 
     def loss(order: list[int]) -> float:
         p = features(heads, noise_heads, head_dim, lambda_, order).to(covariance)
@@ -148,18 +139,18 @@ def _best_order(
         return -(solved * explained).sum().item()  # the part of the error that depends on the order
 
     def improved(order: list[int]) -> tuple[float, list[int]]:
-        least, goes_on = loss(order), True
-        while goes_on:
-            goes_on = False
+        least, improves = loss(order), True
+        while improves:
+            improves = False
             for one in range(heads):
                 for other in range(one + 1, heads):
                     same_role = one % slots != slots - 1 and other % slots != slots - 1
                     if same_role and one // slots == other // slots:
-                        continue  # signals of one noise head: their order is no matter
+                        continue  # signals of one noise head: their order makes no difference
                     tried = list(order)
                     tried[one], tried[other] = tried[other], tried[one]
                     if (lost := loss(tried)) < least * (1 + 1e-9 if least < 0 else 1 - 1e-9):
-                        order, least, goes_on = tried, lost, True
+                        order, least, improves = tried, lost, True
         return least, order
 
     starts = range(1 if noise_heads == 1 else slots)
@@ -174,7 +165,7 @@ def _sorted_signals(heads: list[int]) -> list[int]:
 def fitted(
     moments: Moments, output: torch.Tensor, order: list[int], noise_heads: int, head_dim: int, lambda_: float
 ) -> Split:
-    """The split of that order and λ, with the output projection that fits it best."""
+    """The split with this order and λ, and the output projection that fits it best."""
     p = features(len(order), noise_heads, head_dim, lambda_, order).to(moments.heads)
     covariance = p @ moments.heads @ p.T
     cross = moments.cross @ p.T
@@ -190,5 +181,5 @@ def _solved(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
 
 
 def _error(moments: Moments, covariance: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor) -> float:
-    left = moments.target - 2 * (weight * cross).sum() + ((weight @ covariance) * weight).sum()
-    return (left / moments.target.clamp(min=torch.finfo(torch.float64).tiny)).item()
+    remaining = moments.target - 2 * (weight * cross).sum() + ((weight @ covariance) * weight).sum()
+    return (remaining / moments.target.clamp(min=torch.finfo(torch.float64).tiny)).item()

@@ -1,11 +1,10 @@
-"""Dividing the heads of a Llama: closed form, training on the source's predictions, and what it cost."""
+"""Splitting the heads of a source: closed form, training on the source's predictions, and measuring the loss."""
 
 import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,37 +15,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gda._version import __version__
 from gda.common.screen import shows_progress
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.modes.split import LAMBDAS, split_recipes
 from gda.conversion.sources.source import Source
 from gda.conversion.split.calibration import DEFAULT_TOKENS, read_calibration
 from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan
-from gda.conversion.split.fit import fit_layers, last_states, merged_tensor, merges
+from gda.conversion.split.fit import fit_layers, last_states
 from gda.conversion.split.heads import Split
-from gda.conversion.split.measure import Measured, measure, perplexity
-from gda.conversion.split.merge import Merge
+from gda.conversion.split.measure import Measurements, measure, perplexity
+from gda.conversion.split.recipes import LAMBDAS, split_recipes
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix, memory_to_use
 from gda.conversion.tensors.recipes import Recipe
 
-# Steps of training after the closed form.
+# Training steps after the closed form.
 EFFORTS = {"fast": 0, "default": 80, "best": 320}
-# What it takes to divide the heads of a layer, and to train it for a step, in forward passes of a batch: as measured.
-DIVIDING, TRAINING = 1.3, 3.0
+# Measured cost of fitting a layer to a batch, and of a training step, in forward passes of that batch.
+FITTING_COST, TRAINING_COST = 1.3, 3.0
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SplitLayer:
-    """What became of the heads of a layer.
+    """The split of one layer.
 
     Attributes:
-        signal_heads, noise_heads: The source's heads that became them, in the order of the result.
-        lambda_: λ of the result; where it depends on the token, its mean over the held-out text.
+        signal_heads, noise_heads: The source's heads in these roles, in the order of the result.
+        lambda_: λ of the result; a token-dependent λ is averaged over the held-out text.
         error_before: |y − y'|² / |y|² of the attention's output, with the source's output projection.
         error_after: The same with the output projection that fits best.
-        subtracted: Of the result, |W (λ o_noise)|² / |W (o − λ o_noise)|²: what the subtraction contributes.
-        merge: How KV heads were merged before, and what that lost; None if they were not.
+        subtracted: |W (λ o_noise)|² / |W (o − λ o_noise)|² of the result: energy of the subtracted part.
     """
 
     signal_heads: list[int]
@@ -55,24 +52,23 @@ class SplitLayer:
     error_before: float
     error_after: float
     subtracted: float
-    merge: Merge | None = None
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """How heads were divided, and what it cost.
+    """How heads were split, and what it cost.
 
     Attributes:
-        calibration: Name of the text.
-        sha256: Of the text.
-        tokens: That were fitted to.
-        held_out_tokens: That were not, and that perplexities are of.
+        calibration: Name of the calibration text.
+        sha256: SHA-256 of the text.
+        tokens: Number of tokens fitted to.
+        held_out_tokens: Number of tokens not fitted to, on which perplexities are measured.
         effort: "fast", "default" or "best".
-        steps: Of training.
-        perplexity_source: Of the source.
-        perplexity_closed_form: After the closed form.
-        perplexity: Of the result.
-        layers: What became of each layer.
+        steps: Number of training steps.
+        perplexity_source: Perplexity of the source.
+        perplexity_closed_form: Perplexity after the closed form.
+        perplexity: Perplexity of the result.
+        layers: The split of each layer.
     """
 
     calibration: str
@@ -92,8 +88,8 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
-class Divided:
-    """A split that is done: the configuration, how each tensor is made, and the report."""
+class SplitResult:
+    """A finished split: the configuration, how each tensor is made, and the report."""
 
     config: GDAConfig
     recipes: dict[str, Recipe]
@@ -101,21 +97,21 @@ class Divided:
 
 
 class Splitter:
-    """Divides the heads of every layer of a source, and fits what is left to that.
+    """Splits the heads of every layer of a source, and fits the remaining attention to the source's.
 
-    Memory is that of a layer and its moments; activations and weights in training are files in `folder`. What is done
-    there already is not done again.
+    Memory holds one layer and its moments; activations and trained weights are files in the work folder. A resumed
+    run continues from there.
 
     Args:
         source: The source.
-        config: From `split_config`.
-        calibration: A text file, or `.jsonl` with a field `text`; None for the documentation of Python.
-        tokens: Of it to read, at most; None for `DEFAULT_TOKENS`.
-        effort: One of `EFFORTS`; None for "default".
-        seed: Of the λ vectors, and of the order of training.
+        config: Configuration from `split_config`.
+        calibration: A text file, or a `.jsonl` file with a field `text`. None: Python's documentation.
+        tokens: Largest number of tokens to read. None: `DEFAULT_TOKENS`.
+        effort: One of `EFFORTS`. None: "default".
+        seed: Seed of the λ vectors and of the order of training.
 
     Raises:
-        FileNotFoundError, ValueError: for a text that cannot be read or is too short, and for another effort.
+        FileNotFoundError, ValueError: for a text that cannot be read or is too short, and for an unknown effort.
     """
 
     def __init__(
@@ -144,42 +140,41 @@ class Splitter:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on, as JSON-ready values."""
-        merge_kv = self.config.num_key_value_heads if merges(self.source.config, self.config) else None
-        return {"effort": self.effort, "merge_kv": merge_kv, **self.calibration.to_dict()}
+        """The settings that the result depends on, as JSON-ready values."""
+        return {"effort": self.effort, **self.calibration.to_dict()}
 
     def expected(self) -> str:
-        """How long `run` will take on this machine, in words."""
+        """How long `run` takes on this machine, as a sentence."""
         minutes = max(1, round(self.minutes()))
         return f"--effort {self.effort} takes about {minutes} minute{'s' * (minutes > 1)} on this machine"
 
     @torch.no_grad()
     def minutes(self) -> float:
-        """About how long `run` will take, by the time that one layer takes on this machine."""
+        """Estimated minutes of `run`, from the time that one layer takes on this machine."""
         model = LayerwiseModel(self.source.config, self.source.read, self.device)
-        tensors, states = model.tensors(0), model.embed(self.calibration.windows[:BATCH])
-        for _ in range(2):  # the first warms up
+        tensors, states = model.tensors(0), model.embed(self.calibration.sequences[:BATCH])
+        for _ in range(2):  # the first run warms up
             begun = time.perf_counter()
             model.run(0, tensors, states)[..., 0].sum().item()
             forward = time.perf_counter() - begun
         head = model.config.vocab_size * model.config.hidden_size / sum(each.numel() for each in tensors.values())
-        batches = math.ceil((len(self.calibration.windows) + len(self.calibration.held_out)) / BATCH)
-        dividing = DIVIDING * batches * model.num_layers
-        training = TRAINING * self.steps * (model.num_layers + head)
-        return (dividing + training) * forward / 60
+        batches = math.ceil((len(self.calibration.sequences) + len(self.calibration.held_out)) / BATCH)
+        fitting = FITTING_COST * batches * model.num_layers
+        training = TRAINING_COST * self.steps * (model.num_layers + head)
+        return (fitting + training) * forward / 60
 
-    def run(self, folder: Path, *, dtype: torch.dtype | None, console: Console | None) -> Divided:
-        """Do what is left to do.
+    def run(self, folder: Path, *, dtype: torch.dtype | None, console: Console | None) -> SplitResult:
+        """Split the source, or continue an interrupted split.
 
         Args:
-            folder: A place for work; it must stay until the recipes have been used.
-            dtype: Of the result; None to keep the source's.
-            console: Where progress is shown; nowhere if None.
+            folder: Folder for working files; keep it until the recipes have been used.
+            dtype: Dtype of the result; None keeps the source's.
+            console: Where progress is shown; None shows nothing.
 
         Raises:
-            ValueError: if `folder` has work of another source, text or setting, or the source gives values that are
-                not finite.
-            OSError: if there is no room for the work.
+            ValueError: if `folder` has work with another source, text or setting, or the source gives values that
+                are not finite.
+            OSError: if the disk has no room for the work.
         """
         self.work = Work(folder, self._fingerprint())
         self.read = _Cache(self.source)
@@ -187,25 +182,25 @@ class Splitter:
         if console is not None and shows_progress(console):
             console.print(self.expected(), highlight=False)
         teacher = LayerwiseModel(self.source.config, self.read, self.device)
-        windows = torch.cat([self.calibration.windows, self.calibration.held_out])
+        sequences = torch.cat([self.calibration.sequences, self.calibration.held_out])
         with self.progress:
-            splits = self._divide(teacher, windows)
+            splits = self._fit(teacher, sequences)
             if self.config.lambda_type == "reparameterized":
                 self.config.lambda_init = [split.lambda_ for split in splits]
             student = LayerwiseModel(self.config, self.read, self.device)
-            states = last_states(teacher, windows, self.work)
+            states = last_states(teacher, sequences, self.work)
             held_out = self.calibration.held_out
             of_source = perplexity(teacher, held_out, states[-len(held_out) :])
             if not math.isfinite(of_source):
                 raise ValueError("the last norm or the head of the source gives values that are not finite")
-            begun = self._recipes(splits, None, torch.float32)
-            closed_form = measure(student, lambda layer: self._closed_form(student, begun, layer), held_out)
-            trained = self._train(student, begun, states) if self.steps else None
+            initial = self._recipes(splits, None, torch.float32)
+            closed_form = measure(student, lambda layer: self._closed_form(student, initial, layer), held_out)
+            trained = self._train(student, initial, states) if self.steps else None
             result = closed_form if trained is None else measure(student, trained.tensors, held_out)
         report = SplitReport(
             calibration=self.calibration.name,
             sha256=self.calibration.sha256,
-            tokens=self.calibration.windows.numel(),
+            tokens=self.calibration.sequences.numel(),
             held_out_tokens=self.calibration.held_out.numel(),
             effort=self.effort,
             steps=self.steps,
@@ -214,39 +209,38 @@ class Splitter:
             perplexity=result.perplexity,
             layers=self._layers(splits, result),
         )
-        return Divided(self.config, self._recipes(splits, trained, dtype), report)
+        return SplitResult(self.config, self._recipes(splits, trained, dtype), report)
 
-    def _divide(self, teacher: LayerwiseModel, windows: torch.Tensor) -> list[Split]:
-        what = "merging KV heads and dividing heads" if merges(teacher.config, self.config) else "dividing heads"
+    def _fit(self, teacher: LayerwiseModel, sequences: torch.Tensor) -> list[Split]:
         fits = fit_layers(
             teacher,
             self.config,
-            windows,
-            fitted=len(self.calibration.windows),
+            sequences,
+            fitted=len(self.calibration.sequences),
             lambdas=LAMBDAS[self.config.lambda_type],
             work=self.work,
         )
-        return list(self._watched(f"{what}, layer", fits, teacher.num_layers))
+        return list(self._with_progress("splitting heads, layer", fits, teacher.num_layers))
 
-    def _train(self, student: LayerwiseModel, begun: dict[str, Recipe], states: torch.Tensor) -> Distillation:
-        distillation = Distillation(student, lambda layer: self._attention(begun, layer), self.work)
+    def _train(self, student: LayerwiseModel, initial: dict[str, Recipe], states: torch.Tensor) -> Distillation:
+        distillation = Distillation(student, lambda layer: self._attention(initial, layer), self.work)
         plan = Plan(self.steps, self.seed, mixed_precision=_multiplies_bfloat16(self.device))
-        losses = distillation.train(plan, self.calibration.windows, states)
-        for loss in self._watched("training, step", losses, self.steps, distillation.step):
+        losses = distillation.train(plan, self.calibration.sequences, states)
+        for loss in self._with_progress("training, step", losses, self.steps, distillation.step):
             if not math.isfinite(loss):
-                raise ValueError("training gave a loss that is not finite; does the source hold NaN or infinity?")
+                raise ValueError("the training loss is not finite; does the source hold NaN or infinity?")
         return distillation
 
-    def _closed_form(self, student: LayerwiseModel, begun: dict[str, Recipe], layer: int) -> dict[str, torch.Tensor]:
+    def _closed_form(self, student: LayerwiseModel, initial: dict[str, Recipe], layer: int) -> dict[str, torch.Tensor]:
         """All tensors of a layer before training."""
         frozen = student.tensors(layer, without=ATTENTION)
-        return frozen | {name: each.to(self.device) for name, each in self._attention(begun, layer).items()}
+        return frozen | {name: each.to(self.device) for name, each in self._attention(initial, layer).items()}
 
-    def _attention(self, begun: dict[str, Recipe], layer: int) -> dict[str, torch.Tensor]:
+    def _attention(self, initial: dict[str, Recipe], layer: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer's attention before training, in float32."""
         prefix = layer_prefix(layer)
-        names = [name for name in begun if name.startswith(prefix + ATTENTION)]
-        return {name.removeprefix(prefix): begun[name](self.read) for name in names}
+        names = [name for name in initial if name.startswith(prefix + ATTENTION)]
+        return {name.removeprefix(prefix): initial[name](self.read) for name in names}
 
     def _recipes(
         self, splits: list[Split], trained: Distillation | None, dtype: torch.dtype | None
@@ -255,13 +249,12 @@ class Splitter:
             self.config,
             self.source.specs,
             splits,
-            merged=partial(merged_tensor, self.work),
             trained=None if trained is None else lambda layer, name: trained.weights[layer][name],
             seed=self.seed,
             dtype=dtype,
         )
 
-    def _layers(self, splits: list[Split], result: Measured) -> list[SplitLayer]:
+    def _layers(self, splits: list[Split], result: Measurements) -> list[SplitLayer]:
         layers = []
         for split, lambda_, subtracted in zip(splits, result.lambda_, result.subtracted, strict=True):
             groups = torch.tensor(split.order).view(self.config.num_noise_heads, -1)
@@ -273,13 +266,12 @@ class Splitter:
                     error_before=split.error_before,
                     error_after=split.error_after,
                     subtracted=subtracted,
-                    merge=split.merge,
                 )
             )
         return layers
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What work that is taken up must have in common with what began it."""
+        """What a resumed run must have in common with the interrupted one."""
         config = self.config
         return {
             "versions": [__version__, torch.__version__],
@@ -290,7 +282,7 @@ class Splitter:
             **self.settings(),
         }
 
-    def _watched(self, what: str, work: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
+    def _with_progress(self, what: str, work: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
         task = self.progress.add_task(what, total=total, completed=done)
         for each in work:
             self.progress.advance(task)
@@ -298,9 +290,9 @@ class Splitter:
 
 
 class _Cache:
-    """Tensors of a source, kept while they fill no more than a part of the memory that is free.
+    """Reads tensors of a source, and keeps them in memory as long as they fit into a share of it.
 
-    A layer is read at every step of training, and some sources have to dequantize what is read.
+    Training reads every layer in every step, and some sources have to dequantize what they read.
     """
 
     def __init__(self, source: Source):
@@ -319,7 +311,7 @@ class _Cache:
 
 
 def _multiplies_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is the faster way to multiply."""
+    """Whether the device multiplies bfloat16 faster than float32."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

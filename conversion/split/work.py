@@ -1,4 +1,4 @@
-"""The files of a split that is under way: what memory need not hold, and what a killed run goes on from."""
+"""The working files of a split: large tensors on disk, and the state that an interrupted run resumes from."""
 
 import math
 import os
@@ -15,17 +15,16 @@ FINGERPRINT_FILE = "begun.json"
 
 
 class Work:
-    """A folder of tensors.
+    """A folder of tensors that survives a killed process.
 
-    Those of `allocate` are memory that the system may write to disk; after a kill their contents are what they were.
-    Those of `save` appear whole or not at all.
+    `allocate` maps a file into memory. `save` writes tensors and facts atomically.
 
     Args:
-        folder: Made if it is not there.
-        fingerprint: What the work depends on: source, text and settings.
+        folder: The folder; created if it doesn't exist.
+        fingerprint: Source, text and settings that the work depends on, as JSON-ready values.
 
     Raises:
-        ValueError: if the folder holds the work of another fingerprint.
+        ValueError: if the folder holds work with another fingerprint.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
@@ -36,26 +35,26 @@ class Work:
             write_json(begun, fingerprint)
         elif read_json(begun) != fingerprint:
             raise ValueError(
-                f"{folder.parent} was begun with another source, text or setting; "
-                "run again without --resume to start afresh"
+                f"{folder.parent} was started with another source, text or setting; "
+                "run again without --resume to start over"
             )
 
     def allocate(self, name: str, *shape: int) -> torch.Tensor:
-        """Float32 memory of that shape, the same after a kill; zeros at first.
+        """A float32 tensor in a mapped file: zeros at first, later what it last held.
 
         Raises:
-            OSError: naming the file, if there is no room for it.
+            OSError: naming the file, if the disk has no room for it.
         """
         path, size = self.folder / f"{name}.bin", math.prod(shape)
         _reserve(path, size * torch.float32.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
     def has(self, name: str) -> bool:
-        """Whether something is saved under that name."""
+        """Whether facts are saved under this name."""
         return (self.folder / f"{name}.json").exists()
 
     def save(self, name: str, facts: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
-        """Save tensors, and then the facts, by which they count as saved."""
+        """Save tensors, and then facts. `has` is true once the facts are saved."""
         if tensors is not None:
             specs = {each: TensorSpec(tuple(tensor.shape), tensor.dtype) for each, tensor in tensors.items()}
             in_order = ((each, tensors[each].cpu()) for each in file_order(specs))
@@ -63,25 +62,25 @@ class Work:
         write_json(self.folder / f"{name}.json", facts)
 
     def facts(self, name: str) -> dict[str, Any]:
-        """The facts saved under that name."""
+        """The facts saved under this name."""
         facts: dict[str, Any] = read_json(self.folder / f"{name}.json")
         return facts
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors saved under that name."""
+        """The tensors saved under this name."""
         return load_file(self.folder / f"{name}.safetensors")
 
     def forget(self, name: str) -> None:
-        """Remove what is saved under that name, the facts first."""
+        """Remove the facts saved under this name, then the tensors."""
         for suffix in (".json", ".safetensors"):
             remove(self.folder / f"{name}{suffix}")
 
 
 def _reserve(path: Path, nbytes: int) -> None:
-    """Make the file that large, with all its blocks: a mapped file without them kills who writes to a full disk."""
+    """Allocate all blocks of the file: writing to a mapped file on a full disk would kill the process."""
     with open(path, "ab") as file:
         try:
-            if hasattr(os, "posix_fallocate"):  # macOS has none
+            if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, nbytes)
         except OSError as error:
             error.filename = str(path)

@@ -1,4 +1,4 @@
-"""Running a language model with one of its layers in memory."""
+"""Running a language model with one layer in memory at a time."""
 
 import copy
 import functools
@@ -16,10 +16,10 @@ from gda.conversion.families.llamalike import layer_windows
 from gda.conversion.tensors.recipes import meta_model
 from gda.modeling_gda.attention_gda import Fade
 
-# What a model may take of the memory that is free.
+# How much of the free memory a model may use.
 SHARE_OF_MEMORY = 1 / 4
 
-# What the installed transformers calls the cache that it hands to a model. A model that is verified is not asked.
+# The installed transformers' name for the cache argument, from its Llama class: ours is under test.
 CACHE_ARGUMENT = next(
     (
         name
@@ -31,24 +31,24 @@ CACHE_ARGUMENT = next(
 
 
 def memory_to_use() -> float:
-    """Bytes that may be filled with what could as well be read again."""
+    """Bytes of memory that may be used to keep what could be read again."""
     return get_max_memory()["cpu"] * SHARE_OF_MEMORY
 
 
 def layer_prefix(index: int) -> str:
-    """What the names of a layer's tensors begin with."""
+    """Prefix of the names of a layer's tensors."""
     return f"model.layers.{index}."
 
 
 class LayerwiseModel:
-    """A causal language model whose tensors are read when a layer is run, in float32, and dropped after it.
+    """A causal language model whose caller reads the tensors of a layer, in float32, before running it.
 
-    Sequences are whole and without padding.
+    Sequences are complete and have no padding.
 
     Args:
-        config: Its configuration.
-        read: Gives the tensor of a name.
-        device: Where it computes.
+        config: The model's configuration.
+        read: Returns the tensor with a given name.
+        device: Device to compute on.
     """
 
     def __init__(
@@ -65,34 +65,30 @@ class LayerwiseModel:
         self._windows = layer_windows(self.config)
         for part in self.model.modules():
             if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
-                part.value = torch.tensor(getattr(config, part.field), device=self.device)
-
-    def of_config(self, config: PreTrainedConfig) -> "LayerwiseModel":
-        """A model of another configuration, with the same tensors where it asks for them."""
-        return LayerwiseModel(config, self._read, self.device)
+                part.value = torch.tensor(config.fade, device=self.device)
 
     @property
     def num_layers(self) -> int:
-        """Its layers."""
+        """Number of layers."""
         return len(self._windows)
 
     def layer(self, index: int) -> Any:
-        """The module of layer `index`, on the meta device: for hooks, and for its shapes."""
+        """The module of layer `index`, on the meta device, for hooks and shapes."""
         return self.model.model.layers[index]
 
     def tensors(self, index: int, without: str | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of layer `index` by their names in it, but for those that begin with `without`."""
+        """The tensors of layer `index`, by their names in it, except those whose names start with `without`."""
         names = [name for name in self.layer(index).state_dict() if without is None or not name.startswith(without)]
         return {name: self._tensor(layer_prefix(index) + name) for name in names}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids (B, T) → hidden states (B, T, hidden)."""
-        # The rows that are asked for, and no copy of the others in another dtype.
+        # Look the rows up before casting, so that no copy of the whole matrix is made.
         rows = torch.nn.functional.embedding(ids, self._read("model.embed_tokens.weight"))
         return rows.to(self.device, torch.float32)
 
     def run(self, index: int, tensors: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-        """Layer `index`, with those tensors: hidden states (B, T, hidden) → (B, T, hidden)."""
+        """Run layer `index` with the given tensors: hidden states (B, T, hidden) → (B, T, hidden)."""
         positions = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
         inputs = {
             "attention_mask": self._mask(index, states, positions),
@@ -104,12 +100,12 @@ class LayerwiseModel:
     def decode(
         self, index: int, tensors: Mapping[str, torch.Tensor], states: torch.Tensor, prefill: int
     ) -> torch.Tensor:
-        """Layer `index` as `generate` runs it: hidden states (B, T, hidden) → (B, T, hidden).
+        """Run layer `index` with a cache, as `generate` does: hidden states (B, T, hidden) → (B, T, hidden).
 
-        The first `prefill` positions go in at once, the others one by one, and the cache carries keys and values from
-        step to step. The model's own forward makes masks and positions and hands the cache on to the layer.
+        The first `prefill` positions are one step, and each further position is another. The model's own forward
+        makes masks and positions and passes the cache to the layer.
         """
-        model = self._around(index)
+        model = self._model_of_one_layer(index)
         parameters = {f"{layer_prefix(0)}{name}": tensor for name, tensor in tensors.items()}
         inputs = {"use_cache": True, CACHE_ARGUMENT: DynamicCache(config=model.config)}
         steps = (states[:, :prefill], *states[:, prefill:].split(1, dim=1))
@@ -117,7 +113,7 @@ class LayerwiseModel:
         return torch.cat(outputs, dim=1)
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The last norm and the head, as a function of hidden states (…, hidden) → logits (…, vocabulary)."""
+        """Last norm and language-model head as a function: hidden states (…, hidden) → logits (…, vocabulary)."""
         norm = {name: self._tensor(f"model.norm.{name}") for name in self.model.model.norm.state_dict()}
         tied = self.config.tie_word_embeddings
         weight = self._tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
@@ -127,21 +123,21 @@ class LayerwiseModel:
 
         return logits
 
-    def _around(self, index: int) -> PreTrainedModel:
-        """The model with layer `index` as its only one, and with hidden states in the place of its logits."""
+    def _model_of_one_layer(self, index: int) -> PreTrainedModel:
+        """A model whose only layer is layer `index`; its "logits" are hidden states."""
         model, layer = self._bare, copy.deepcopy(self.layer(index))
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
-                part.layer_idx = 0  # where the cache keeps the keys and values of the first layer
+                part.layer_idx = 0  # the cache of a model with one layer has this entry only
         model.model.layers = torch.nn.ModuleList([layer])
-        model.model.rotary_emb = self._new_rotary()  # a dynamic one remembers how long its sequences have been
+        model.model.rotary_emb = self._new_rotary()  # dynamic RoPE remembers the longest sequence it has seen
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = [self.config.layer_types[index]]
         return model
 
     @functools.cached_property
     def _bare(self) -> PreTrainedModel:
-        """The model without what comes before and after its layers. Its config is its own, not that of the layers."""
+        """The model without embeddings, norm and head. Its config is separate from that of the layers."""
         model = copy.deepcopy(self.model)
         model.config = model.model.config = copy.deepcopy(self.config)
         model.config.num_hidden_layers = 1

@@ -1,72 +1,48 @@
-"""What of a model is new, by the features that its tensors count: the content of trainable.json."""
+"""The content of trainable.json: which parameters of a model are new, by the features that their axes count."""
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gda.common.trainable import NewParameters, Trainable, slices
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.tensors.axes import LAYER, axes_of, sizes
-from gda.conversion.tensors.recipes import checkpoint_specs, meta_model
-
-LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
-SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
-MERGED = r"model\.layers\.\d+\.self_attn\.[qkv]_proj\..+"
+from gda.conversion.tensors.axes import LAYER, axes_of
+from gda.conversion.tensors.recipes import meta_model
 
 
-def trainable(
-    config: GDAConfig, names: Iterable[str], *, kept: Mapping[str, Tensor], whole: Iterable[str] = ()
+def describe_new(
+    config: GDAConfig, names: Iterable[str], *, kept: Mapping[str, Tensor], new: Iterable[str] = ()
 ) -> Trainable:
-    """What is new in a model.
+    """Describe the new parameters of a model.
 
     Args:
-        config: Its config.
-        names: Its tensors.
-        kept: Which features are not new, as booleans, for each kind of feature that the axes of a tensor count.
-        whole: Patterns of the names of parameters that are new as a whole.
+        config: Configuration of the model.
+        names: Names of its tensors.
+        kept: Which features are not new, as booleans, by kind of feature; kinds that are absent have no new ones.
+        new: Patterns of the names of parameters that are new as a whole.
     """
-    parameters = [NewParameters(pattern, None) for pattern in whole]
+    parameters = [NewParameters(pattern, None) for pattern in new]
     for name in names:
-        of_axes = [":" if kind is None else slices(kept[kind].tolist()) for kind in axes_of(name)]
-        told = NewParameters(_in_any_layer(name), of_axes)
-        if any(each != ":" for each in of_axes) and told not in parameters:
-            parameters.append(told)
-    unfinished = Trainable(parameters, {})
-    return replace(unfinished, peft=_for_peft(config, unfinished))
+        axes = [":" if kind is None or kind not in kept else slices(kept[kind].tolist()) for kind in axes_of(name)]
+        partly_new = NewParameters(_in_every_layer(name), axes)
+        if any(axis != ":" for axis in axes) and partly_new not in parameters:
+            parameters.append(partly_new)
+    described = Trainable(parameters, {})
+    return replace(described, peft=_peft_arguments(config, described))
 
 
-def new_by_conversion(config: GDAConfig, *, mode: str, merged: bool) -> Trainable | None:
-    """What a conversion has added to its source: noise queries and λ; None if it has added nothing.
-
-    Of a split, whose noise queries are the source's in another role, also the output projections, which were solved
-    anew; and with merged KV heads all projections.
-    """
-    if mode == "map":
-        return None
-    whole = [LAMBDA]
-    if mode == "split":
-        whole += [SOLVED, MERGED] if merged else [SOLVED]
-    kept = {kind: torch.ones(size, dtype=torch.bool) for kind, size in sizes(config).items()}
-    is_signal = torch.ones(config.num_noise_heads, config.signal_noise_ratio + 1, dtype=torch.bool)
-    is_signal[:, -1] = False
-    for kind in ("query", "query rank"):
-        kept[kind] = is_signal.flatten().repeat_interleave(sizes(config)[kind] // config.num_attention_heads)
-    return trainable(config, checkpoint_specs(config), kept=kept, whole=whole)
-
-
-def _in_any_layer(name: str) -> str:
-    """A pattern for a parameter in the layer of `name` and every other."""
+def _in_every_layer(name: str) -> str:
+    """A pattern that matches the parameter `name` in its layer and in every other layer."""
     if (match := LAYER.fullmatch(name)) is None:
         return re.escape(name)
     return rf"model\.layers\.\d+\.{re.escape(match.group(2))}"
 
 
-def _for_peft(config: GDAConfig, new: Trainable) -> dict[str, Any]:
-    """Modules that hold something new: those that LoRA adapts, and those that it can only save as they are trained."""
+def _peft_arguments(config: GDAConfig, new: Trainable) -> dict[str, Any]:
+    """The modules with new parameters: those that LoRA can adapt, and those that it can only train and save whole."""
     adapted: list[str] = []
     saved: list[str] = []
     for name, module in meta_model(config).named_modules():

@@ -4,16 +4,29 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
 from gda.conversion.tensors.safetensors_io import TensorSpec
+
+# The choices of --dtype; "keep" keeps the source's.
+DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAMBDA_VECTOR_STD = 0.1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One output tensor: what it will be, which source tensors it needs, how it is made of them, and that in words."""
+    """How to make one tensor of the result.
+
+    Attributes:
+        spec: Its shape and dtype.
+        sources: Names of the source tensors that it needs.
+        make: Makes it from these tensors.
+        how: The same in words, for conversion.json.
+    """
 
     spec: TensorSpec
     sources: tuple[str, ...]
@@ -21,17 +34,17 @@ class Recipe:
     how: str
 
     def __call__(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """Make the tensor, reading its sources by `read`."""
+        """Make the tensor; `read` reads a source tensor by its name."""
         return self.make(*(read(name) for name in self.sources)).to(self.spec.dtype)
 
     @property
     def copy_of(self) -> str | None:
-        """The source tensor that this one is, but perhaps for its dtype; None if it is made of some."""
+        """Name of the source tensor that this is a copy of, perhaps in another dtype; None if it is computed."""
         return self.sources[0] if self.make is _identity else None
 
 
 def copied(name: str, source: TensorSpec, dtype: torch.dtype | None) -> Recipe:
-    """The source's tensor of that name, in `dtype` if given, else as it is."""
+    """A copy of the source tensor `name`, in `dtype` if given."""
     spec = TensorSpec(source.shape, dtype or source.dtype)
     how = "copied" if spec.dtype == source.dtype else f"cast from {_short(source.dtype)} to {_short(spec.dtype)}"
     return Recipe(spec, (name,), _identity, how)
@@ -45,8 +58,21 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def lambda_recipe(name: str, spec: TensorSpec, seed: int) -> Recipe:
+    """A λ tensor such that λ is λ_init, or its function of 0, and has a gradient."""
+    if name.endswith(".lambda_proj.weight"):
+        return Recipe(spec, (), partial(torch.zeros, spec.shape), "zero, where tanh and sigmoid are steepest")
+    # lambda_q2 equals lambda_q1, and k2 equals k1, so that the two exponentials cancel exactly.
+    drawn_as = name[:-1] + "1"
+
+    def make() -> torch.Tensor:
+        return LAMBDA_VECTOR_STD * torch.randn(spec.shape, generator=generator_for(drawn_as, seed))
+
+    return Recipe(spec, (), make, f"N(0, {LAMBDA_VECTOR_STD}²), the same in both pairs")
+
+
 def is_lossless(recipes: dict[str, Recipe], source: dict[str, TensorSpec]) -> bool:
-    """Whether every tensor keeps all bits of what it is made of: no dtype on the way holds less than the one before."""
+    """Whether no tensor is cast to a dtype that cannot hold its sources exactly."""
     return all(
         torch.promote_types(source[name].dtype, recipe.spec.dtype) == recipe.spec.dtype
         for recipe in recipes.values()
@@ -55,13 +81,13 @@ def is_lossless(recipes: dict[str, Recipe], source: dict[str, TensorSpec]) -> bo
 
 
 def generator_for(name: str, seed: int) -> torch.Generator:
-    """A random generator that depends on the tensor's name and the seed alone, not on the order of the work."""
+    """A random generator that depends only on the tensor's name and the seed, not on the order of the work."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal language model of `config` in float32, with shapes and no memory. `config` stays as it is."""
+    """The causal language model of `config` on the meta device in float32. `config` is not modified."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
 
@@ -69,7 +95,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 def checkpoint_specs(config: PreTrainedConfig) -> dict[str, TensorSpec]:
     """The tensors of a checkpoint of `config`'s causal language model, in the order in which transformers saves them.
 
-    A tied head is left out, as in a saved checkpoint.
+    As in a saved checkpoint, a tied head is absent.
     """
     model = meta_model(config)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()

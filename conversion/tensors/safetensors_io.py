@@ -1,4 +1,4 @@
-"""Safetensors checkpoints as streams: one tensor in memory, whatever the size of a shard."""
+"""Reading and writing safetensors checkpoints tensor by tensor: no shard has to fit in memory."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from gda.conversion.tensors.file_range import FileRange, stamp_of
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# In the order in which safetensors lays tensors out in a file: widest first, bfloat16 before float16.
+# In the order in which safetensors stores tensors: widest dtype first, bfloat16 before float16.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor that may not be in memory."""
+    """Shape and dtype of a tensor, which need not be in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -42,14 +42,13 @@ class TensorSpec:
 class SafetensorsReader:
     """The tensors of a folder of safetensors files, by name.
 
-    Files are chosen as transformers chooses them: `model.safetensors`, else the shards named by
-    `model.safetensors.index.json`. Opening reads and checks every header; a tensor is read when it is asked for, so
-    memory is that of the tensors in use.
+    The files are those that transformers reads: `model.safetensors`, else the shards that
+    `model.safetensors.index.json` names. Opening reads and checks every header; tensors are read on request.
 
     Raises:
         FileNotFoundError: if there are no weights, or a shard is missing.
-        ValueError: for weights that are pickles, an index that is not one or points out of the folder, a truncated
-            or contradictory file, a tensor of a dtype that is not a float.
+        ValueError: for pickled weights, a malformed index or one that points out of the folder, a truncated or
+            contradictory file, and a tensor whose dtype is not a float.
     """
 
     def __init__(self, folder: Path):
@@ -112,27 +111,27 @@ class SafetensorsReader:
             raise ValueError(f"{path} is damaged: {first_line(error)}") from None
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, in memory of its own.
+        """Read the tensor `name` into new memory.
 
         Raises:
-            KeyError: if there is none of that name.
-            ValueError: naming file and tensor, if the file cannot be read any more or has changed.
+            KeyError: if there is no such tensor.
+            ValueError: naming file and tensor, if the file can no longer be read or has changed.
         """
         tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
         self._ranges[name].read_into(_memory_of(tensor), f"tensor {name}")
         return tensor
 
     def stored(self, name: str) -> FileRange:
-        """Where the tensor `name` lies.
+        """The bytes of the tensor `name` in its file.
 
         Raises:
-            KeyError: if there is none of that name.
+            KeyError: if there is no such tensor.
         """
         return self._ranges[name]
 
 
 def _ranges(path: Path, stamp: tuple[int, int]) -> dict[str, FileRange]:
-    """Where the tensors of a file lie whose header safetensors has found sound."""
+    """The byte range of each tensor in a file whose header safetensors has already checked."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -146,19 +145,20 @@ def _ranges(path: Path, stamp: tuple[int, int]) -> dict[str, FileRange]:
 def write_safetensors(
     path: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor | FileRange]]
 ) -> str:
-    """Write a safetensors file tensor by tensor, beside its place, byte for byte as `safetensors.torch.save_file`.
+    """Write a safetensors file tensor by tensor, with the same bytes as `safetensors.torch.save_file`.
+
+    The file appears when it is complete.
 
     Args:
-        path: The file to make.
+        path: The file to create.
         specs: Shape and dtype of every tensor.
-        tensors: The tensors themselves, or where their bytes lie in another such file, in the order of
-            `file_order(specs)`; each may be dropped once written.
+        tensors: The tensors, or their bytes in another safetensors file, in the order of `file_order(specs)`.
 
     Returns:
         The file's SHA-256.
 
     Raises:
-        ValueError: if a tensor is not of its spec.
+        ValueError: if a tensor has another shape or dtype than its spec.
     """
     header = _header(specs)
     digest = hashlib.sha256(header)
@@ -170,7 +170,8 @@ def write_safetensors(
             if hashed is not None:
                 hashed.result()  # one tensor is hashed while the next is written, so two are in memory
             hashed = hasher.submit(_hash, digest, data)
-            data.append_to(file) if isinstance(data, FileRange) else file.write(data)
+            for chunk in _chunks(data):
+                file.write(chunk)
         if hashed is not None:
             hashed.result()
     return digest.hexdigest()
@@ -192,12 +193,16 @@ def _memory_of(tensor: torch.Tensor) -> memoryview:
 
 
 def _hash(digest: "hashlib._Hash", data: memoryview | FileRange) -> None:
-    for chunk in data.chunks() if isinstance(data, FileRange) else (data,):
+    for chunk in _chunks(data):
         digest.update(chunk)
 
 
+def _chunks(data: memoryview | FileRange) -> Iterable[memoryview]:
+    return data.chunks() if isinstance(data, FileRange) else (data,)
+
+
 def file_order(specs: dict[str, TensorSpec]) -> list[str]:
-    """The names in the order in which safetensors lays them out in one file."""
+    """The names in the order in which safetensors stores them in one file."""
     widths = list(DTYPES.values())
     return sorted(specs, key=lambda name: (widths.index(specs[name].dtype), name))
 

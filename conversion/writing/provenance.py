@@ -1,27 +1,30 @@
-"""What a converted checkpoint says of its own making: conversion.json."""
+"""conversion.json: what a converted checkpoint was made from, with which settings, and how each tensor was made."""
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gda._version import __version__
 from gda.common.files import read_json, write_json
+from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim
+from gda.conversion.options import WriteOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
-from gda.conversion.tensors.recipes import Recipe
-
-DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from gda.conversion.tensors.recipes import DTYPES
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a conversion was asked for: what the output's bytes depend on, beside the source and our version.
+    """The settings that the bytes of the result depend on, apart from the source and our version.
 
-    `lossless` says whether the result must compute what its source computes. Where a model is grown, noise heads and λ
-    type are those before it grew, and `growth` holds the fields of `Growth`. `split` says what heads were split by.
+    Attributes:
+        mode, dtype, seed, max_shard_size: As the command was given them.
+        num_noise_heads, lambda_type: Of the result, or of the model that it was before it grew.
+        lossless: Whether the result must compute what its source computes.
+        qk_rank: Rank of the factorization, if the conversion did one.
+        growth: The fields of `Growth`, if the model grew.
+        split: How the split was fitted, if heads were split.
     """
 
     mode: str
@@ -35,25 +38,34 @@ class Settings:
     growth: dict[str, Any] | None = None
     split: dict[str, Any] | None = None
 
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The dtype asked for; None to keep the source's."""
-        return DTYPES[self.dtype]
+    @classmethod
+    def of(cls, conversion: Conversion, options: WriteOptions) -> "Settings":
+        """The settings of a planned conversion."""
+        heads = (conversion.before or conversion).config
+        return cls(
+            mode=conversion.mode,
+            dtype=options.dtype,
+            seed=getattr(options, "seed", 0),  # folding draws nothing and has none
+            max_shard_size=options.max_shard_size,
+            num_noise_heads=heads.num_noise_heads,
+            lambda_type=heads.lambda_type,
+            lossless=conversion.lossless,
+            **conversion.settings,
+        )
 
 
 def write_provenance(
     folder: Path,
     *,
+    conversion: Conversion,
     settings: Settings,
     source: Source,
     source_hashes: dict[str, str],
-    recipes: dict[str, Recipe],
     files: dict[str, str],
     projection_errors: dict[str, list[float]],
-    split: dict[str, Any] | None,
     verification: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write conversion.json, and return it: source and its hashes, settings, versions, and what each tensor came from.
+    """Write conversion.json and return its content.
 
     It holds no date and no path, so that the same conversion gives the same bytes on any machine.
     """
@@ -74,9 +86,11 @@ def write_provenance(
         "settings": asdict(settings),
         "sha256": files,
         "projection_errors": projection_errors,
-        "split": split,
+        "split": None if conversion.split is None else conversion.split.to_dict(),
         "verification": verification,
-        "tensors": {name: {"from": list(recipe.sources), "how": recipe.how} for name, recipe in recipes.items()},
+        "tensors": {
+            name: {"from": list(recipe.sources), "how": recipe.how} for name, recipe in conversion.recipes.items()
+        },
     }
     write_json(folder / PROVENANCE_FILE, made)
     return made
@@ -86,14 +100,14 @@ def read_settings(folder: Path) -> Settings | None:
     """The settings in `folder`/conversion.json; None if there is no such file.
 
     Raises:
-        ValueError: if there is one and it is not ours.
+        ValueError: if the file is not one of ours.
     """
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         return None
     try:
         settings = Settings(**read_json(path)["settings"])
-        settings.torch_dtype  # noqa: B018 - a dtype that there is
+        DTYPES[settings.dtype]
     except (KeyError, TypeError):
         raise ValueError(f"{path} does not hold the settings of a conversion; remove it") from None
     return settings

@@ -1,21 +1,20 @@
-"""Writing the folder of a converted model: weights, configuration, assets, checks, provenance and card."""
+"""Writing the folder of a converted model: weights, configuration, tokenizer, checks, provenance and card."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from gda.common.files import in_background, remove, write_text
-from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.modes.low_rank import layer_errors
+from gda.conversion.conversion import Conversion
+from gda.conversion.modes.low_rank import dense_config, layer_errors
+from gda.conversion.options import WriteOptions
 from gda.conversion.push import PushReport
 from gda.conversion.sources.source import Source
-from gda.conversion.split.splitter import Divided, SplitReport
-from gda.conversion.tensors.recipes import Recipe
+from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opened
 from gda.conversion.writing.card import CARD_FILE, model_card
@@ -24,7 +23,10 @@ from gda.conversion.writing.provenance import Settings, write_provenance
 from gda.conversion.writing.staging import staged_model
 from gda.conversion.writing.stream import shards_of, write_checkpoint
 
-WORK_FOLDER = "work"  # within the folder that is being filled; none of it is in the result
+if TYPE_CHECKING:  # only splits load it
+    from gda.conversion.split.splitter import SplitReport
+
+WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class ConvertReport:
         out: The folder.
         config: The GDA configuration.
         num_tensors, num_parameters, nbytes, num_files: Size of the result.
-        num_dense_parameters: What it would have with dense projections; the same where they are.
-        projection_errors: With `qk_rank`, relative error of the weight (Frobenius) for each layer, by projection, "q"
-            and where keys are paired "k"; empty for a dry run.
-        notes: What of the source is not in the result.
-        split: How heads were divided, and what it cost; None if they were not, and for a dry run.
-        sha256: By file of weights; empty for a dry run.
+        num_dense_parameters: Number of parameters with dense projections, for a result with `qk_rank`.
+        projection_errors: With `qk_rank`, relative error of the weight (Frobenius) for each layer, by projection: "q",
+            and "k" where keys are paired. Empty for a dry run.
+        notes: What is lost, assumed or left out.
+        split: How heads were divided, and what it cost; None for other modes and for a dry run.
+        sha256: Hash of each weight file; empty for a dry run.
         verification: The report of `verify`; None if it was not asked for.
         pushed: The report of `push`; None if it was not asked for.
         dry_run: Whether nothing was written.
@@ -55,7 +57,7 @@ class ConvertReport:
     num_dense_parameters: int
     projection_errors: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    split: SplitReport | None = None
+    split: "SplitReport | None" = None
     sha256: dict[str, str] = field(default_factory=dict)
     verification: VerifyReport | None = None
     pushed: PushReport | None = None
@@ -64,14 +66,13 @@ class ConvertReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         sizes = ("num_tensors", "num_parameters", "nbytes", "num_files", "num_dense_parameters")
-        report = {name: getattr(self, name) for name in sizes}
         return {
             "out": str(self.out),
             "dry_run": self.dry_run,
             "head_map": head_map(self.config),
             "num_signal_heads": self.config.num_signal_heads,
             "num_noise_heads": self.config.num_noise_heads,
-            **report,
+            **{name: getattr(self, name) for name in sizes},
             "qk_rank": self.config.qk_rank,
             "projection_errors": self.projection_errors,
             "notes": self.notes,
@@ -82,107 +83,98 @@ class ConvertReport:
         }
 
 
-Report = TypeVar("Report", bound=ConvertReport)
-
-
-def planned_report(
-    out: Path,
-    config: GDAConfig,
-    recipes: dict[str, Recipe],
-    dense: dict[str, Recipe],
-    *,
-    settings: Settings,
-    notes: list[str],
-    dry_run: bool,
-) -> ConvertReport:
-    """What can be said of a model before it is made. `dense` are the recipes of the same with dense projections."""
-    return ConvertReport(
-        out=out,
-        config=config,
-        num_tensors=len(recipes),
-        num_parameters=sum(recipe.spec.numel for recipe in recipes.values()),
-        nbytes=sum(recipe.spec.nbytes for recipe in recipes.values()),
-        num_files=len(shards_of(recipes, settings.max_shard_size)),
-        num_dense_parameters=sum(recipe.spec.numel for recipe in dense.values()),
-        notes=notes,
-        dry_run=dry_run,
-    )
-
-
 def write_model(
-    report: Report,
-    source: Source,
-    settings: Settings,
-    recipes: dict[str, Recipe],
-    *,
-    dense: dict[str, Recipe] | None,
-    verify: bool,
-    resume: bool,
-    overwrite: bool,
-    bundle_code: bool,
-    console: Console | None,
-    workers: int = 1,
-    trainable: Trainable | None = None,
-    divide: Callable[[Path], Divided] | None = None,
-) -> Report:
-    """Make the folder that `report` plans, verified and whole, and complete the report.
-
-    `dense` are the recipes that were factored on the way, if any; `trainable` is written beside the weights, if given;
-    `divide` splits heads, in a folder for its work, and says what the plan could not know.
+    conversion: Conversion, source: Source, out: Path, options: WriteOptions, *, console: Console | None = None
+) -> ConvertReport:
+    """Write a planned conversion to the folder `out`, which appears only when it is whole and verified.
 
     Raises:
         FileExistsError, ValueError, OSError: as `convert`.
         VerificationFailed: as `convert`.
     """
-    with staged_model(report.out, overwrite=overwrite, resumable=True, resume=resume) as folder:
-        _require_space(folder, report, resume)
+    report = _planned_report(conversion, out, options)
+    if options.dry_run:
+        return report
+    with staged_model(out, overwrite=options.overwrite, resumable=True, resume=options.resume) as folder:
+        _require_space(folder, report, options.resume)
         source_hashes = in_background(source.hashes)
-        if divide is not None:
-            divided = divide(folder / WORK_FOLDER)
-            recipes = divided.recipes
-            report = replace(report, config=divided.config, split=divided.report)
-        split = None if report.split is None else report.split.to_dict()
+        if conversion.work is not None:
+            conversion = conversion.work(folder / WORK_FOLDER, console)
+        settings = Settings.of(conversion, options)
+        split = None if conversion.split is None else conversion.split.to_dict()
         files = write_checkpoint(
             folder,
-            recipes,
+            conversion.recipes,
             source,
-            max_shard_size=settings.max_shard_size,
+            max_shard_size=options.max_shard_size,
             settings=asdict(settings) | {"divided": split},
             keep=(WORK_FOLDER,),
-            workers=workers,
+            workers=options.workers,
             console=console,
         )
-        report.config.save_pretrained(folder, bundle_code=bundle_code)
+        conversion.config.save_pretrained(folder, bundle_code=options.bundle_code)
         source.copy_assets(folder)
-        if trainable is not None:
-            trainable.write(folder)
-        errors = {}
-        if dense is not None:
-            errors = layer_errors(report.config, dense, source.read, SafetensorsReader(folder).read)
-        verification = None
-        if verify:
-            verification = verify_opened(source, folder, settings=settings, console=console)
-            if not verification.passed:
-                raise VerificationFailed(verification)
+        if (new_parameters := conversion.new_parameters) is not None:
+            new_parameters.write(folder)
+        errors = _projection_errors(conversion, source, folder)
+        verification = _verified(source, folder, settings, console) if options.verify else None
         made = write_provenance(
             folder,
+            conversion=conversion,
             settings=settings,
             source=source,
             source_hashes=source_hashes.result(),
-            recipes=recipes,
             files=files,
             projection_errors=errors,
-            split=split,
             verification=None if verification is None else verification.to_dict(),
         )
-        card = model_card(report.config, name=report.out.name, made=made, has_code=bundle_code)
+        card = model_card(conversion.config, name=out.name, made=made, has_code=options.bundle_code)
         write_text(folder / CARD_FILE, card)
-        _remove_work(folder)  # not before: a run that is killed while it verifies would have to train again
-    return replace(report, sha256=files, verification=verification, projection_errors=errors)
+        _remove_work(folder)  # last: a run that is interrupted while it verifies would have to fit again
+    return replace(
+        report,
+        config=conversion.config,
+        split=conversion.split,
+        sha256=files,
+        verification=verification,
+        projection_errors=errors,
+    )
+
+
+def _planned_report(conversion: Conversion, out: Path, options: WriteOptions) -> ConvertReport:
+    dense = conversion.num_parameters
+    if conversion.config.qk_rank is not None:
+        dense = sum(spec.numel for spec in checkpoint_specs(dense_config(conversion.config)).values())
+    return ConvertReport(
+        out=out,
+        config=conversion.config,
+        num_tensors=len(conversion.recipes),
+        num_parameters=conversion.num_parameters,
+        nbytes=conversion.nbytes,
+        num_files=len(shards_of(conversion.recipes, options.max_shard_size)),
+        num_dense_parameters=dense,
+        notes=conversion.notes,
+        dry_run=options.dry_run,
+    )
+
+
+def _projection_errors(conversion: Conversion, source: Source, folder: Path) -> dict[str, list[float]]:
+    """The errors of the projections that this conversion factorized."""
+    before = conversion.before
+    if before is None or before.config.qk_rank is not None:
+        return {}
+    return layer_errors(conversion.config, before.recipes, source.read, SafetensorsReader(folder).read)
+
+
+def _verified(source: Source, folder: Path, settings: Settings, console: Console | None) -> VerifyReport:
+    verification = verify_opened(source, folder, settings=settings, console=console)
+    if not verification.passed:
+        raise VerificationFailed(verification)
+    return verification
 
 
 def _remove_work(folder: Path) -> None:
-    """Remove what a split left; first its name, since half of it would be taken for the whole by a run that resumes."""
+    """Remove the work folder. It is renamed first, so that no later run takes half of it for the whole."""
     if (work := folder / WORK_FOLDER).exists():
         done = work.with_name(f"{WORK_FOLDER}.done")
         work.rename(done)

@@ -76,9 +76,10 @@ def test_every_command_is_listed_and_tested_here(command: Command) -> None:
 
 @pytest.mark.parametrize("name", ["", "convert"])
 def test_help_imports_nothing_heavy(name: str) -> None:
-    """In a process of its own: neither transformers nor torch, and nothing of ours that needs them."""
+    """In a process that was started as `gda`: neither transformers nor torch, and nothing of ours that needs them."""
     script = (
         "import sys\n"
+        "sys.argv[0] = 'gda'\n"
         "from gda.cli import main\n"
         "try:\n"
         "    main()\n"

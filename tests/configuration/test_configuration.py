@@ -33,11 +33,10 @@ NO_DEFAULT: dict[str, Any] = {
     "head_norm_eps": 0.5,
     "qk_norm": True,
     "qk_rank": 2,
-    "growth_mask": 0.25,
+    "fade": 0.25,
     "masked_signal_heads": 1,
     "masked_neurons": 7,
     "masked_layers": [1],
-    "lambda_anneal": 0.75,
     "lambda_target": 0.2,
     "hidden_act": "poly_norm",
     "max_position_embeddings": 99,
@@ -206,32 +205,33 @@ BROKEN_RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"layer_types": ["full_attention"]}, "layer_types", "one type for each of the 2 layers"),
     ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types", "may hold only"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window", "must be given"),
-    ({"growth_mask": 0.5}, "growth_mask", "nothing new"),
-    ({"growth_mask": 1.5, "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
-    ({"growth_mask": -0.5, "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
-    ({"growth_mask": float("nan"), "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
+    ({"fade": 0.5}, "fade", "nothing is faded in"),
+    ({"fade": 1.5, "masked_neurons": 1}, "fade", "from 0 to 1"),
+    ({"fade": -0.5, "masked_neurons": 1}, "fade", "from 0 to 1"),
+    ({"fade": float("nan"), "masked_neurons": 1}, "fade", "from 0 to 1"),
+    ({"fade": 1.5, "lambda_target": 0.2}, "fade", "from 0 to 1"),
+    ({"fade": float("nan"), "lambda_target": 0.2}, "fade", "from 0 to 1"),
+    ({"fade": "half"}, "fade", "expected"),
     *(
-        ({name: value}, name, "must be None where growth_mask is")
-        for name, value in (("masked_signal_heads", 1), ("masked_neurons", 1), ("masked_layers", [1]))
+        ({name: value}, name, "must be None where fade is")
+        for name, value in (
+            ("masked_signal_heads", 1),
+            ("masked_neurons", 1),
+            ("masked_layers", [1]),
+            ("lambda_target", 0.2),
+        )
     ),
-    *(({"growth_mask": 0, "masked_signal_heads": value}, "masked_signal_heads", "from 1 to 2") for value in (0, -1, 3)),
-    *(({"growth_mask": 0, "masked_neurons": value}, "masked_neurons", "from 1 to 39") for value in (0, -1, 40)),
+    *(({"fade": 0, "masked_signal_heads": value}, "masked_signal_heads", "from 1 to 2") for value in (0, -1, 3)),
+    *(({"fade": 0, "masked_neurons": value}, "masked_neurons", "from 1 to 39") for value in (0, -1, 40)),
     *(
-        ({"growth_mask": 0, "masked_layers": value}, "masked_layers", "some, not all, of the 2 layers")
+        ({"fade": 0, "masked_layers": value}, "masked_layers", "some, not all, of the 2 layers")
         for value in ([], [0, 1], [1, 1])
     ),
-    *(({"growth_mask": 0, "masked_layers": value}, "masked_layers", "from 0 to 1") for value in ([2], [-1])),
-    (
-        {"growth_mask": 0, "masked_signal_heads": 1, "num_attention_heads": 4},
-        "masked_signal_heads",
-        "must be None",
-    ),
-    ({"growth_mask": "half"}, "growth_mask", "expected"),
-    ({"lambda_anneal": 1.5, "lambda_target": 0.2}, "lambda_anneal", "from 0 to 1"),
-    ({"lambda_anneal": float("nan"), "lambda_target": 0.2}, "lambda_anneal", "from 0 to 1"),
-    ({"lambda_anneal": 0.5}, "lambda_target", "must be given"),
-    ({"lambda_anneal": 0.5, "lambda_target": float("inf")}, "lambda_target", "finite"),
-    ({"lambda_target": 0.2}, "lambda_target", "must be None where lambda_anneal is"),
+    *(({"fade": 0, "masked_layers": value}, "masked_layers", "from 0 to 1") for value in ([2], [-1])),
+    ({"fade": 0, "masked_signal_heads": 1, "num_attention_heads": 4}, "masked_signal_heads", "must be None"),
+    ({"fade": 0.5, "lambda_target": float("inf")}, "lambda_target", "finite"),
+    ({"growth_mask": 0.5, "lambda_anneal": 0.25, "masked_neurons": 1, "lambda_target": 0.2}, "fade", "is one value"),
+    ({"growth_mask": 0.5}, "fade", "nothing is faded in"),
     ({"head_dim": 7}, "head_dim", "even for rotary embeddings"),
     ({"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters", "rope_type must be one of"),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters", "factor"),
@@ -285,9 +285,9 @@ TYPOS = {
     "head_norms_eps": "head_norm_eps",
     "qknorm": "qk_norm",
     "attention_output_bias": "attention_out_bias",
-    "grow_mask": "growth_mask",
+    "fades": "fade",
     "mask_neurons": "masked_neurons",
-    "lambda_aneal": "lambda_anneal",
+    "lamda_target": "lambda_target",
 }
 
 
@@ -302,6 +302,25 @@ def test_other_arguments_are_kept() -> None:
     """An argument that resembles none of our fields is somebody else's and is written to config.json."""
     config = tiny_config(source_of_data="a tool")
     assert json.loads(config.to_json_string())["source_of_data"] == "a tool"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"growth_mask": 0.5, "masked_neurons": 7}, {"fade": 0.5, "masked_neurons": 7}),
+        ({"growth_mask": 0, "masked_layers": [1], "lambda_anneal": None}, {"fade": 0, "masked_layers": [1]}),
+        ({"lambda_anneal": 0.25, "lambda_target": 0.1, "growth_mask": None}, {"fade": 0.25, "lambda_target": 0.1}),
+        (
+            {"lambda_anneal": 0.5, "lambda_target": 0.1, "growth_mask": 0.5, "masked_neurons": 7},
+            {"fade": 0.5, "lambda_target": 0.1, "masked_neurons": 7},
+        ),
+        ({"growth_mask": None, "lambda_anneal": None}, {}),
+    ],
+    ids=str,
+)
+def test_the_names_before_fade(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """`growth_mask` and `lambda_anneal` of a config saved earlier are read as `fade`."""
+    assert GDAConfig.from_dict(tiny_config().to_dict() | old).to_dict() == tiny_config(**new).to_dict()
 
 
 @pytest.mark.parametrize("model_class", [GDAModel, GDAForCausalLM])

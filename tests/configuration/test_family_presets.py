@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gda
 from gda import GDAConfig
-from gda.commands.demo import find_demo_model
 from gda.configuration.presets import PRESETS
-from gda.conversion.families.diff_transformer import diff_v1_fields, diff_v2_fields
+from gda.conversion.demo import find_demo_model
 from gda.conversion.families.motif import mapped_config, read_motif_config
 from gda.conversion.modes.expand import expanded_config
 
@@ -127,12 +126,44 @@ def test_the_table_of_the_family_names_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("diff-v1", diff_v1_fields(embed_dim=3072, num_heads=12)),
-        ("diff-v2", diff_v2_fields(d_model=4096, num_heads=32, num_kv_heads=8, head_dim=128)),
+        (  # embed_dim=3072, num_heads=12: pairs of query heads, each with a pair of keys
+            "diff-v1",
+            {
+                "hidden_size": 3072,
+                "num_attention_heads": 24,
+                "num_noise_heads": 12,
+                "num_key_value_heads": 24,
+                "head_dim": 128,
+                "kv_layout": "paired",
+                "lambda_type": "reparameterized",
+                "lambda_init": None,
+                "lambda_init_offset": 0,
+                "head_norm": True,
+                "head_norm_eps": 1e-5,
+                "qk_norm": False,
+                "qk_rank": None,
+            },
+        ),
+        (  # d_model=4096, num_heads=32 after the subtraction, num_kv_heads=8, head_dim=128
+            "diff-v2",
+            {
+                "hidden_size": 4096,
+                "num_attention_heads": 64,
+                "num_noise_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "kv_layout": "shared",
+                "lambda_type": "sigmoid",
+                "lambda_init": 0.0,
+                "head_norm": False,
+                "qk_norm": False,
+                "qk_rank": None,
+            },
+        ),
     ],
 )
 def test_presets_of_diff_are_what_its_arguments_make(name: str, fields: dict[str, Any]) -> None:
-    """In the counting of Microsoft's modules, whose num_heads are pairs in V1 and differences in V2."""
+    """The modules of Microsoft's repository count pairs of heads in V1 and differences in V2."""
     preset = GDAConfig.preset(name)
     assert {field: getattr(preset, field) for field in fields} == fields
 

@@ -633,7 +633,7 @@ def test_full_and_layer_by_layer_agree_on_the_numbers(tmp_path: Path) -> None:
 
 def test_the_reported_numbers_are_those_of_the_definition(tmp_path: Path) -> None:
     """max, mean, KL and agreement recomputed here from both models' logits on the same prompts."""
-    from gda.conversion.verify import PROMPTS
+    from gda.conversion.logits import PROMPTS
 
     source = save_llama(tmp_path / "llama")
     convert(source, tmp_path / "gda", dtype="bfloat16")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import gda
-from gda.conversion import verify as verify_module
+from gda.conversion import logits
 
 from ..support.commands import Command, assert_refused
 from ..support.fuzzing import FUZZ, SECONDS, VALUES, converts_or_says_why
@@ -34,8 +34,8 @@ SHARD_2 = "model-00002-of-00004.safetensors"
 def offline_and_brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test asks the Hub for anything, and verification, which is not what is tested here, is short."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(verify_module, "GREEDY_TOKENS", 2)
-    monkeypatch.setattr(verify_module, "PROMPTS", verify_module.PROMPTS[:2])
+    monkeypatch.setattr(logits, "GREEDY_TOKENS", 2)
+    monkeypatch.setattr(logits, "PROMPTS", logits.PROMPTS[:2])
 
 
 @pytest.fixture(scope="module")

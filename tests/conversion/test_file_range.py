@@ -1,11 +1,9 @@
-"""Tensors that pass unchanged are copied from file to file, others are read into memory: every byte, wherever they lie;
-errors name the file."""
+"""Tensors are read from their files byte for byte, in chunks or into memory; errors name the file."""
 
 import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from ..support.llamas import files_of, save_llama
 pytestmark = pytest.mark.slow
 
 SIZE = 2 * CHUNK + 12_345
-Copy = Callable[..., int]
 
 
 @pytest.fixture
@@ -38,103 +35,52 @@ def file_range(tmp_path: Path, offset: int = 7, nbytes: int = SIZE) -> FileRange
     return FileRange(tmp_path / "source", offset, nbytes, stamp_of(tmp_path / "source"))
 
 
-def unable(*_: Any) -> int:
-    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-
-def nothing(*_: Any) -> int:
-    return 0
-
-
-def in_small_pieces(source: int, to: int, size: int, *offsets: int) -> int:
-    return os.pwrite(to, os.pread(source, min(size, 1000), offsets[0]), offsets[1])
-
-
-def failing_half_way(source: int, to: int, size: int, *offsets: int) -> int:
-    if offsets[0] > SIZE // 2:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-    return in_small_pieces(source, to, size, *offsets)
-
-
-def named(copy: object) -> str:
-    return getattr(copy, "__name__", "as it is")
-
-
-@pytest.mark.parametrize("copy", [None, unable, nothing, in_small_pieces, failing_half_way], ids=named)
 @pytest.mark.parametrize("nbytes", [SIZE, CHUNK, 1, 0])
-def test_every_byte_is_copied(
-    copy: Copy | None, nbytes: int, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After what was written before it, by the kernel or without it; and what follows comes after it."""
-    if copy is not None:
-        monkeypatch.setattr(os, "copy_file_range", copy)
-    copied = file_range(tmp_path, nbytes=nbytes)
-    with open(tmp_path / "out", "wb") as file:
-        file.write(b"before")
-        copied.append_to(file)
-        file.write(b"between")
-        copied.append_to(file)
-        file.write(b"after")
-    wanted = content[7 : 7 + nbytes]
-    assert (tmp_path / "out").read_bytes() == b"before" + wanted + b"between" + wanted + b"after"
-    assert b"".join(map(bytes, copied.chunks())) == wanted
-
-
-def test_where_the_system_has_no_such_call(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python has it on Linux only."""
-    monkeypatch.delattr(os, "copy_file_range")
-    with open(tmp_path / "out", "wb") as file:
-        file_range(tmp_path).append_to(file)
-    assert (tmp_path / "out").read_bytes() == content[7 : 7 + SIZE]
+def test_every_byte_is_read(nbytes: int, content: bytes, tmp_path: Path) -> None:
+    """In chunks, and into memory."""
+    stored = file_range(tmp_path, nbytes=nbytes)
+    assert b"".join(map(bytes, stored.chunks())) == content[7 : 7 + nbytes]
+    memory = bytearray(nbytes)
+    stored.read_into(memoryview(memory), "all of it")
+    assert memory == content[7 : 7 + nbytes]
 
 
 @pytest.mark.parametrize("cut", [0, SIZE // 2])
 def test_a_file_that_changed_is_refused_by_name(cut: int, content: bytes, tmp_path: Path) -> None:
     """Whether it was cut or written anew since its header was read."""
-    copied = file_range(tmp_path)
+    stored = file_range(tmp_path)
     (tmp_path / "source").write_bytes(content[:cut] if cut else bytes(len(content)))
     os.utime(tmp_path / "source", ns=(1, 1))
-    with open(tmp_path / "out", "wb") as file, pytest.raises(ValueError, match="source has changed"):
-        copied.append_to(file)
     with pytest.raises(ValueError, match="source has changed"):
-        list(copied.chunks())
+        list(stored.chunks())
 
 
 def test_a_file_that_ends_too_early_is_named(content: bytes, tmp_path: Path) -> None:
     """Also if it is cut between the opening and the reading, which no stamp tells."""
-    beyond = file_range(tmp_path, offset=200)
-    with open(tmp_path / "out", "wb") as file, pytest.raises(ValueError, match="source ends before"):
-        beyond.append_to(file)
+    with pytest.raises(ValueError, match="source ends before"):
+        list(file_range(tmp_path, offset=200).chunks())
 
 
-def test_an_error_names_the_file_that_is_to_blame(
-    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel's own error, which does not say which of two files it was, is found again by reading and writing."""
+def test_an_error_names_the_file(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's own error does not say which file it was."""
 
     def bad_sector(*_: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "copy_file_range", bad_sector)
     monkeypatch.setattr(os, "preadv", bad_sector)
-    with open(tmp_path / "out", "wb") as file, pytest.raises(OSError, match="source"):
-        file_range(tmp_path).append_to(file)
+    with pytest.raises(OSError, match="source"):
+        list(file_range(tmp_path).chunks())
 
 
-@pytest.mark.parametrize("copy", [unable, nothing, in_small_pieces], ids=named)
-def test_a_conversion_has_the_same_bytes_without_the_kernels_help(
-    copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_conversion_has_the_same_bytes_when_every_tensor_is_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On any file system, in several files, and when every tensor is read into memory."""
+    """In several files."""
     source = save_llama(tmp_path / "llama", dtype=torch.bfloat16, max_shard_size="20KB")
     gda.convert(source, tmp_path / "a" / "gda", max_shard_size="20KB")
-    expected = files_of(tmp_path / "a" / "gda")
-    monkeypatch.setattr(os, "copy_file_range", copy)
-    gda.convert(source, tmp_path / "b" / "gda", max_shard_size="20KB")
-    assert files_of(tmp_path / "b" / "gda") == expected
     monkeypatch.setattr(SafetensorsReader, "stored", lambda self, name: None)
-    gda.convert(source, tmp_path / "c" / "gda", max_shard_size="20KB")
-    assert files_of(tmp_path / "c" / "gda") == expected
+    gda.convert(source, tmp_path / "b" / "gda", max_shard_size="20KB")
+    assert files_of(tmp_path / "b" / "gda") == files_of(tmp_path / "a" / "gda")
 
 
 def test_where_tensors_lie(tmp_path: Path) -> None:

@@ -441,7 +441,7 @@ def test_fold_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
 @needs_smollm2
 def test_smollm2_at_a_low_rank_and_folded(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, expanded and factored at rank 32: fewer parameters, errors as measured, fold exact."""
-    from gda.commands.demo import find_demo_model
+    from gda.conversion.demo import find_demo_model
 
     report = gda.convert(find_demo_model(), tmp_path / "shared", qk_rank=32)
     assert report.num_parameters < report.num_dense_parameters

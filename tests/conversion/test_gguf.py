@@ -193,7 +193,7 @@ def test_without_the_package_gguf_the_message_says_what_to_install(
 
 def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
     """Each tensor is transformers' own, dequantized, in float32, and does not alias the file."""
-    from gda.conversion.sources.source import open_source
+    from gda.conversion.sources.open import open_source
 
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), quantization=gguf.GGMLQuantizationType.Q8_0)
     source = open_source(path)
@@ -214,7 +214,7 @@ def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
 @needs_smollm2
 def test_a_pretrained_llama_says_the_same_as_gda(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct as 3:1 GDA: equal logits, the same text, and it knows the capital of France."""
-    from gda.commands.demo import find_demo_model
+    from gda.conversion.demo import find_demo_model
 
     path = Path(find_demo_model())
     report = gda.convert(path, tmp_path / "gda", verify=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 import gda
 from gda import GDAForCausalLM
 from gda.common.trainable import Trainable
-from gda.conversion.growth.operators import Growth, layers_to_copy
+from gda.conversion.growth.growth import Growth
 from gda.conversion.growth.replicate import split_exactly
 from gda.conversion.verify import VerificationFailed
 
@@ -242,7 +242,7 @@ def test_a_single_lambda_init_stays_one(tmp_path: Path) -> None:
 )
 def test_copies_are_spread_evenly(layers: int, depth: int, copied: list[int]) -> None:
     """Also where the depth is no multiple, and where there are more copies than layers."""
-    assert layers_to_copy(layers, Growth(depth=depth)) == copied
+    assert Growth(depth=depth).copied_layers(layers) == copied
 
 
 numbers = st.floats(-60000, 60000) | st.floats(-1e-7, 1e-7)
@@ -500,7 +500,7 @@ def test_verify_knows_them(growth: dict[str, Any], tmp_path: Path) -> None:
 def test_growth_that_is_wrong_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification runs before OUT appears."""
     source = saved(tmp_path / "source")
-    monkeypatch.setattr("gda.conversion.growth.operators.reads", lambda name, axis, config: False)
+    monkeypatch.setattr("gda.conversion.growth.replicate.reads", lambda name, axis, config: False)
     with pytest.raises(VerificationFailed):
         gda.grow(source, tmp_path / "grown", width=2)
     assert os.listdir(tmp_path) == ["source"]
@@ -635,7 +635,7 @@ def test_growth_that_cannot_be(options: dict[str, Any], named: str, tmp_path: Pa
 
 def test_masked_growth_under_way_is_finished_first(tmp_path: Path) -> None:
     """A model whose new parts are masked says so."""
-    source = saved(tmp_path / "source", growth_mask=0.5, masked_signal_heads=1)
+    source = saved(tmp_path / "source", fade=0.5, masked_signal_heads=1)
     with pytest.raises(ValueError, match="masked growth"):
         grow(source, tmp_path / "out", depth=4)
 
@@ -680,7 +680,7 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 @needs_smollm2
 def test_smollm2_to_six_to_one_and_36_layers(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, expanded to 3:1 on the way, with twice the signal heads and 36 layers: the same text."""
-    from gda.commands.demo import find_demo_model
+    from gda.conversion.demo import find_demo_model
 
     report = gda.grow(find_demo_model(), tmp_path / "grown", signal=2, depth=36)
     assert report.copied_layers == [4, 9, 14, 19, 24, 29]

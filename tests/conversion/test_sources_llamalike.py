@@ -282,7 +282,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     change_config(source, logit_scale=0.5, rope_ratio=2)
     notes = "\n".join(gda.convert(source, tmp_path / "gda").notes)
     assert "attention_dropout=0.1 is left out" in notes
-    assert "Qwen3Config knows no logit_scale, rope_ratio; left out" in notes
+    assert "Qwen3Config has no logit_scale, rope_ratio; left out" in notes
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -170,12 +170,11 @@ def test_the_result_loads_and_is_what_the_report_says(
         if lambda_type != "reparameterized":
             continue
         # Without the subtraction the same features lack nothing but λ o_noise.
-        subtract = attention.subtract
-        attention.subtract = lambda signal, noise, lambda_, of=subtract: of(signal, noise, torch.zeros_like(lambda_))
+        hook = attention.subtract.register_forward_pre_hook(lambda _, given: (*given[:2], torch.zeros_like(given[2])))
         undivided = (
             captured(model, lambda layer: layer.self_attn.o_proj, held_out)[index][0] @ attention.o_proj.weight.T
         )
-        del attention.subtract
+        hook.remove()
         share = (undivided - got).square().sum() / got.square().sum()
         assert layer.subtracted == pytest.approx(share.item(), rel=1e-3)
 
@@ -520,7 +519,7 @@ def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp
     assert told.code == 0, told
     assert told.error == ""
     assert "note: heads are divided, which is not lossless" in told.out
-    assert f"lossy: perplexity on {report.split.held_out_tokens:,} tokens of text.txt" in told.out
+    assert f"lossy: perplexity on {report.split.held_out_tokens:,} held-out tokens of text.txt" in told.out
     for value in (report.split.perplexity_source, report.split.perplexity_closed_form, report.split.perplexity):
         assert f"{value:.3f}" in told.out
     assert files_of(tmp_path / "gda") == files_of(out)

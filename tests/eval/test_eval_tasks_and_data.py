@@ -82,7 +82,7 @@ def test_a_name_like_no_other_gets_none() -> None:
     """Then it says how tasks are listed."""
     from gda.eval.lm_eval.find_tasks import find_tasks
 
-    with pytest.raises(ValueError, match=r"unknown task 'qqqqxxxx'; .* lists them"):
+    with pytest.raises(ValueError, match=r"unknown task 'qqqqxxxx'; .* lists all tasks"):
         find_tasks(["qqqqxxxx"])
 
 
@@ -165,14 +165,14 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "no object": (rewrite(TRAIN, "[1]\n"), BLIMP, ["passive_1/train.jsonl, line 1", "not a JSON object"]),
     "mixed types": (rewrite(TRAIN, '{"a": 1}\n{"a": "b"}\n'), BLIMP, ["passive_1/train.jsonl cannot be read"]),
     "not text": (rewrite(TRAIN, "\0"), BLIMP, ["passive_1/train.jsonl"]),
-    "other columns": (rewrite(TRAIN, '{"a": 1}\n'), BLIMP, ["cannot be built from", "nyu-mll/blimp/passive_1"]),
+    "other columns": (rewrite(TRAIN, '{"a": 1}\n'), BLIMP, ["cannot be loaded from", "nyu-mll/blimp/passive_1"]),
     "no such split": (
         rewrite("openai/gsm8k/main/test.parquet", None),
         "gsm8k",
         ["main/test.jsonl (or .parquet) is missing"],
     ),
     "no parquet": (rewrite("openai/gsm8k/main/test.parquet", "x"), "gsm8k", ["main/test.parquet cannot be read"]),
-    "no such folder": (lambda root: shutil.rmtree(root / "openai"), "gsm8k", ["openai/gsm8k/main", "no files of data"]),
+    "no such folder": (lambda root: shutil.rmtree(root / "openai"), "gsm8k", ["openai/gsm8k/main", "no data files"]),
 }
 
 
@@ -221,12 +221,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "batch size autox": (["--tasks", BLIMP, "--batch-size", "autox"], "--batch-size autox"),
     "endless limit": (["--tasks", BLIMP, "--limit", "inf"], "--limit inf"),
     "broken limit": (["--tasks", BLIMP, "--limit", "2.7"], "--limit 2.7"),
-    "device": (["--tasks", BLIMP, "--device", "foo"], "--device foo is not there; there are cpu"),
+    "device": (["--tasks", BLIMP, "--device", "foo"], "--device foo does not exist; available devices: cpu"),
     "seed": (["--tasks", BLIMP, "--seed", "-1"], "--seed -1"),
     "no output": (["--tasks", BLIMP, "--output", ""], "--output '' is not a folder"),
     "output below a file": (["--tasks", BLIMP, "--output", f"{__file__}/x"], "--output"),
-    "context of nothing": (["--tasks", BLIMP, "--context", "64"], "--context and --stride are those of --perplexity"),
-    "dtype": (["--tasks", BLIMP, "--dtype", "int8"], "--dtype int8 is not one of auto"),
+    "context of nothing": (["--tasks", BLIMP, "--context", "64"], "--context and --stride belong to --perplexity"),
+    "dtype": (["--tasks", BLIMP, "--dtype", "int8"], "'int8' is not one of 'auto'"),
     "metadata": (["--tasks", "gda_copy", "--metadata", "{"], "--metadata { is not JSON"),
     "metadata list": (["--tasks", "gda_copy", "--metadata", "[1]"], "is not a JSON object"),
     "setting of a task": (["--tasks", "gda_copy", "--metadata", '{"length": -1}'], "gda_copy"),

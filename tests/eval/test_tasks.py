@@ -295,7 +295,7 @@ def test_a_seed_decides_everything() -> None:
 
 
 def test_a_seed_that_is_not_the_datas_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    settings._say_seed_is_another.cache_clear()
+    settings._warn_of_seed.cache_clear()
     task_manager(seed=3).load(["gda_mqar"])
     assert "`data_seed` does" in caplog.text
 
@@ -346,7 +346,7 @@ FEWSHOT_OF_SEED_0 = (
         ("gda_needles", {"tokenizer": "no/such/folder"}, "no/such/folder"),
         ("gda_mqar", {"pairs": True}, "`pairs`"),
         ("gda_mqar", {"data_seed": -1}, "`data_seed`"),
-        ("gda_copy", {"length": 9, "copied": 6}, "`length` 9 holds 9 words"),
+        ("gda_copy", {"length": 9, "copied": 6}, "`length` 9 holds 9 words, too few"),
         ("gda_fewshot", {"shots": 25}, "`shots`"),
         ("gda_fewshot", {"orders": 1}, "`orders`"),
         ("gda_fewshot", {"orders": 721}, "`orders`"),
@@ -497,8 +497,8 @@ def test_with_a_chat_template_the_models_turn_has_begun(task: str, turn: str) ->
 
 @pytest.mark.slow
 def test_a_pretrained_model_finds_needles() -> None:
-    from gda.commands.demo import find_demo_model
-    from gda.conversion.sources.source import open_source
+    from gda.conversion.demo import find_demo_model
+    from gda.conversion.sources.open import open_source
 
     try:
         source = open_source(find_demo_model())

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 NORMS = {"head_norm": True, "qk_norm": True}
 # Of the new neurons, 7 are on the first rank and 20 on the second.
-MASKED = {"growth_mask": 0.4, "masked_signal_heads": 1, "masked_neurons": 27}
+MASKED = {"fade": 0.4, "masked_signal_heads": 1, "masked_neurons": 27}
 LLAMA_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 

@@ -30,11 +30,10 @@ ANY_FIELDS = st.fixed_dictionaries(
         "lambda_init_offset": st.integers(-3, 3),
         "head_norm": st.booleans(),
         "qk_norm": st.booleans(),
-        "growth_mask": st.none() | st.integers(-1, 2) | st.floats(0, 1),
+        "fade": st.none() | st.integers(-1, 2) | st.floats(0, 1),
         "masked_signal_heads": st.none() | st.integers(-1, 4),
         "masked_neurons": st.none() | st.integers(-1, 12),
         "masked_layers": st.none() | st.lists(st.integers(-1, 3), max_size=3),
-        "lambda_anneal": st.none() | st.integers(-1, 2) | st.floats(0, 1),
         "lambda_target": st.none() | st.integers(-1, 2) | st.floats(),
         "hidden_act": st.sampled_from(["silu", "poly_norm"]),
         "tie_word_embeddings": st.booleans(),
@@ -52,20 +51,16 @@ def _groups_of_signal_heads(layout: str, noise: int, key_value: int) -> int:
 
 
 @st.composite
-def possible_growth(draw: st.DrawFn, neurons: int, layers: int, heads: int) -> dict[str, Any]:
-    """The fields of masked growth, or None for all of them. At least one part is not new."""
-    new = {
+def possible_fading(draw: st.DrawFn, neurons: int, layers: int, heads: int) -> dict[str, Any]:
+    """The fields of fading in, or None for all of them. Some heads, neurons and layers are not new."""
+    parts = {
         "masked_signal_heads": draw(st.none() | st.integers(1, heads - 1)) if heads > 1 else None,
         "masked_neurons": draw(st.none() | st.integers(1, neurons - 1)) if neurons > 1 else None,
         "masked_layers": draw(st.none() | st.just([layers - 1])) if layers > 1 else None,
+        "lambda_target": draw(st.none() | st.floats(-2, 2)),
     }
-    grows = any(value is not None for value in new.values())
-    return new | {"growth_mask": draw(st.floats(0, 1)) if grows else None}
-
-
-POSSIBLE_ANNEALING = st.fixed_dictionaries(
-    {"lambda_anneal": st.none(), "lambda_target": st.none()}
-) | st.fixed_dictionaries({"lambda_anneal": st.floats(0, 1), "lambda_target": st.floats(-2, 2)})
+    fades = any(value is not None for value in parts.values())
+    return parts | {"fade": draw(st.floats(0, 1)) if fades else None}
 
 
 @st.composite
@@ -96,8 +91,7 @@ def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
         "lambda_init": draw(
             st.none() | st.integers(-2, 2) | st.lists(st.integers(-2, 2), min_size=layers, max_size=layers)
         ),
-        **draw(possible_growth(neurons, layers, noise * ratio // _groups_of_signal_heads(layout, noise, key_value))),
-        **draw(POSSIBLE_ANNEALING),
+        **draw(possible_fading(neurons, layers, noise * ratio // _groups_of_signal_heads(layout, noise, key_value))),
         "sliding_window": draw(st.integers(1, 4)),
         "layer_types": draw(
             st.none()

@@ -1,9 +1,7 @@
-"""Perplexity of a text. A leaf module: it imports no room."""
+"""Perplexity: of sequences of tokens, and of a whole text."""
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,25 +10,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.numbers import exponential
 
 
+def mean_perplexity(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """exp of the mean negative log-likelihood over sequences; infinity where that exceeds a float.
+
+    Args:
+        predictions: Logits (T, vocabulary) and ids (T,) of each sequence. The first token of a sequence, which is
+            predicted from nothing, is not counted.
+    """
+    total, counted = 0.0, 0
+    for logits, ids in predictions:
+        total += cross_entropy(logits[:-1].float(), ids[1:], reduction="sum").item()
+        counted += len(ids) - 1
+    return exponential(total / counted)
+
+
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, *, context: int = 512) -> float:
-    """exp of the mean negative log-likelihood of `ids` (T,), read in windows of `context` tokens without overlap.
-
-    The first token of each window is predicted from nothing and is not counted.
+    """Perplexity of `ids` (T,), read in sequences of `context` tokens without overlap, as `mean_perplexity`.
 
     Raises:
         ValueError: if there are fewer than two tokens.
     """
     if len(ids) < 2:
         raise ValueError("perplexity needs at least two tokens")
-    total, counted = 0.0, 0
-    for window in ids.split(context):
-        if len(window) < 2:
-            continue
-        logits = model(window.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-        total += cross_entropy(logits, window[1:], reduction="sum").item()
-        counted += len(window) - 1
-    return math.exp(total / counted)
+    sequences = ids.split(context)
+    return mean_perplexity((model(each.unsqueeze(0), use_cache=False).logits[0], each) for each in sequences)
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,12 @@ class TextPerplexity:
     """Perplexity of a whole text: every token is counted once.
 
     Attributes:
-        token, word, byte: exp of the negative log-likelihood for each of them. Only the last two can be compared
-            between models of different tokenizers. Words are parted by white space.
-        tokens, words, bytes: How many there are.
+        token, word, byte: exp of the negative log-likelihood per token, word and byte. Only the last two can be
+            compared between models with different tokenizers. Words are separated by white space.
+        tokens, words, bytes: Their numbers.
         context: Tokens that the model reads at a time.
-        stride: Tokens from one window to the next; what a window shares with the one before is read and not counted.
+        stride: Tokens from the start of one sequence to the start of the next. Tokens that a sequence shares with the
+            one before are read but not counted again.
     """
 
     token: float
@@ -53,10 +58,6 @@ class TextPerplexity:
     bytes: int
     context: int
     stride: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON-ready values."""
-        return asdict(self)
 
 
 def text_perplexity(
@@ -70,35 +71,35 @@ def text_perplexity(
 ) -> TextPerplexity:
     """Perplexity of `text` by token, word and byte.
 
-    The first token is predicted from BOS, or EOS if the tokenizer has no BOS, so that none is left out. With
-    `stride` = `context`, the default, windows share nothing, except that the last begins early enough to be whole: it
-    is lm-eval's rolling log-likelihood.
+    The first token is predicted from BOS, or from EOS if the tokenizer has no BOS, so every token is counted. With
+    `stride` = `context`, the default, sequences don't overlap, except that the last one starts early enough to be
+    complete: this is lm-eval's rolling log-likelihood.
 
     Args:
         model: A language model.
         tokenizer: Its tokenizer.
-        text: What is read.
+        text: The text.
         context: Tokens that the model reads at a time.
-        stride: Tokens from one window to the next, at most `context`.
-        advance: Called with the tokens that are done and those in all.
+        stride: Tokens from the start of one sequence to the start of the next, at most `context`.
+        advance: Called with the number of tokens done and their total, for progress.
 
     Raises:
-        ValueError: for an empty text, or a context or stride that cannot be.
+        ValueError: for an empty text or an impossible stride.
     """
     stride = context if stride is None else stride
     if not 0 < stride <= context:
-        raise ValueError(f"stride {stride} is not from 1 to the context of {context} tokens")
+        raise ValueError(f"stride {stride} is not between 1 and the context of {context} tokens")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not ids or not text.strip():
         raise ValueError("the text is empty")
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise ValueError("the tokenizer has neither a BOS nor an EOS token to begin with")
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token to start with")
     sequence = torch.tensor(ids if ids[0] == first else [first, *ids], device=model.device)
     total = _negative_log_likelihood(model, sequence, context, stride, advance)
     tokens, words, length = len(sequence) - 1, len(text.split()), len(text.encode())
     if not tokens:
-        raise ValueError("the text is a BOS token and nothing else")
+        raise ValueError("the text is only a BOS token")
     return TextPerplexity(
         token=exponential(total / tokens),
         word=exponential(total / words),
@@ -119,13 +120,13 @@ def _negative_log_likelihood(
     stride: int,
     advance: Callable[[int, int], None] | None,
 ) -> float:
-    """Of every token of `sequence` (T,) but the first, in nats."""
+    """Sum over every token of `sequence` (T,) but the first, in nats."""
     total, done, last = 0.0, 0, len(sequence) - 1
     begin = 0
     while done < last:
         end = min(begin + context, last)
         if end == last:
-            begin = max(0, last - context)  # the last window is as long as the others
+            begin = max(0, last - context)  # the last sequence is as long as the others
         logits = model(sequence[begin:end].unsqueeze(0), use_cache=False).logits[0, done - begin :].float()
         total += cross_entropy(logits, sequence[done + 1 : end + 1], reduction="sum").item()
         done, begin = end, begin + stride

@@ -1,0 +1,69 @@
+"""What several modes check and report."""
+
+import contextlib
+from collections.abc import Iterator
+
+from gda.common.options import Options, flag
+from gda.conversion.families.llamalike import LLAMALIKES, unread_fields
+from gda.conversion.options import NewHeadOptions
+from gda.conversion.sources.source import Source
+from gda.conversion.tensors.recipes import Recipe, is_lossless
+
+SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
+NEW_HEADS_ONLY = ("noise_heads", "ratio", "lambda_type")
+
+
+def refuse(options: Options, names: tuple[str, ...], reason: str) -> None:
+    """Raise ValueError naming the first of these options that is given."""
+    for name in names:
+        if getattr(options, name, None) is not None:
+            raise ValueError(f"{flag(name)} {reason}")
+
+
+@contextlib.contextmanager
+def errors_named(source: Source) -> Iterator[None]:
+    """Put the name of the source before a ValueError about its configuration."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {error}") from None
+
+
+def requested_noise_heads(
+    options: NewHeadOptions, query_heads: int, *, counted_in_heads: bool, possible: str
+) -> int | None:
+    """The number of noise heads that --noise-heads or --ratio asks for; None if neither is given.
+
+    Args:
+        options: The options of the command.
+        query_heads: Query heads of the source.
+        counted_in_heads: Whether the noise heads are some of these, or are added to them.
+        possible: Completes an error message: the numbers that are possible.
+
+    Raises:
+        ValueError: for a ratio that is malformed or does not divide the heads, and if both options are given.
+    """
+    ratio = options.ratio
+    if ratio is None:
+        return options.noise_heads
+    if options.noise_heads is not None:
+        raise ValueError("--ratio and --noise-heads say the same in two ways; pass one of them")
+    signal, _, noise = str(ratio).partition(":")
+    if not signal.isdecimal() or noise not in ("", "1") or int(signal) < 1:
+        raise ValueError(f"--ratio {ratio} is not a ratio such as 4 or 4:1")
+    in_group = int(signal) + counted_in_heads
+    if query_heads % in_group:
+        raise ValueError(f"--ratio {ratio} does not divide the {query_heads} query heads of the source; {possible}")
+    return query_heads // in_group
+
+
+def losses(source: Source, recipes: dict[str, Recipe], dtype: str) -> list[str]:
+    """Notes on what a cast, or GDA itself, loses of a source."""
+    config, notes = source.config, []
+    if not is_lossless(recipes, source.specs):
+        notes.append(f"weights are cast to {dtype}, which is not lossless")
+    if config.attention_dropout:
+        notes.append(f"attention_dropout={config.attention_dropout} is left out: differential attention has no dropout")
+    if config.model_type in LLAMALIKES and (unread := unread_fields(config)):
+        notes.append(f"transformers' {type(config).__name__} has no {', '.join(unread)}; left out")
+    return notes

@@ -1,0 +1,57 @@
+"""A GDA model with a shared base and low-rank updates → the equal dense one: W_k = B + P_k R_k, multiplied out."""
+
+from functools import partial
+
+import torch
+
+from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.conversion import Conversion
+from gda.conversion.modes.low_rank import PARTS, dense_config, folded
+from gda.conversion.modes.map import same_config
+from gda.conversion.options import WriteOptions
+from gda.conversion.sources.source import Source
+from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, copied, is_lossless
+from gda.conversion.tensors.safetensors_io import TensorSpec
+
+
+def plan(source: Source, options: WriteOptions) -> Conversion:
+    """Multiply the factored projections of a GDA model out.
+
+    Raises:
+        ValueError: if its projections are dense already.
+    """
+    factored, dtype = source.config, DTYPES[options.dtype]
+    assert isinstance(factored, GDAConfig)
+    if factored.qk_rank is None:
+        raise ValueError(f"{source.name} has no qk_rank: its projections are dense, so there is nothing to fold")
+    recipes = folded_recipes(factored, source.specs, dtype)
+    products = [recipe for recipe in recipes.values() if len(recipe.sources) == len(PARTS)]
+    wide = all(recipe.spec.dtype.itemsize >= 4 for recipe in products)
+    lossless = wide and is_lossless(recipes, source.specs)
+    narrow = str(products[0].spec.dtype).removeprefix("torch.")
+    note = f"the folded weights are rounded to {narrow}, which is not lossless; --dtype float32 is"
+    return Conversion(
+        mode="fold",
+        config=same_config(dense_config(factored), dtype),
+        recipes=recipes,
+        lossless=lossless,
+        notes=[] if lossless else [note],
+    )
+
+
+def folded_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
+    """The recipes of the dense checkpoint, given the configuration and the tensors of the factored one."""
+    recipes = {}
+    for name, spec in checkpoint_specs(dense_config(config)).items():
+        projection = next((p for p in config.factored_projections if f".{p}_proj." in name), None)
+        if projection is None:
+            recipes[name] = copied(name, source[name], None if ".lambda_" in name else dtype)
+        elif name.endswith(".bias"):
+            bias = name.replace("_proj.bias", "_up.bias")
+            recipes[name] = copied(bias, source[bias], dtype)
+        else:
+            parts = tuple(name.replace("_proj.", f"_{part}.") for part in PARTS)
+            target = TensorSpec(spec.shape, dtype or source[parts[0]].dtype)
+            make = partial(folded, roles=config.factored_projections[projection], head_dim=config.head_dim)
+            recipes[name] = Recipe(target, parts, make, "of each head, the base of its group + up · down")
+    return recipes

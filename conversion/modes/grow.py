@@ -1,0 +1,51 @@
+"""A GDA model, or a model that becomes one on the way → a larger one that computes the same.
+
+Each operator takes a planned conversion and returns a larger one, whose recipes are made of its recipes. So operators
+follow one another, and the expansion of a Llama, without a copy on disk.
+
+    --depth    layers  0 1 2 3          →  0 1 1′ 2 3 3′        a copy adds nothing: its o_proj and down_proj are 0
+    --signal   heads   a b n  c d n     →  a a b b n  c c d d n   replicas beside their original; noise heads stay
+    --width    heads   a b n  c d n     →  a b n  c d n  a b n  c d n   KV heads, channels and neurons likewise
+"""
+
+from dataclasses import replace
+
+from gda.conversion.conversion import Conversion
+from gda.conversion.families.llamalike import LLAMALIKES
+from gda.conversion.growth.depth import copy_positions, deepen
+from gda.conversion.growth.growth import Growth
+from gda.conversion.growth.masked import mask_growth
+from gda.conversion.growth.replicate import replicate_signal, replicate_width
+from gda.conversion.modes.expand import plan as expand
+from gda.conversion.modes.map import plan as map_tensors
+from gda.conversion.options import GrowOptions
+from gda.conversion.sources.source import Source
+from gda.conversion.writing.headmap import in_masked_growth
+
+
+def plan(source: Source, options: GrowOptions) -> Conversion:
+    """Make a model deeper, then give it more signal heads, then make it wider; or mask all that is new.
+
+    In this order, replicas in a copied layer, where o_proj is zero, have their own noise.
+
+    Raises:
+        ValueError: for growth that cannot be, naming the option, and for a source whose masked growth is unfinished.
+    """
+    growth, seed = Growth.of(options), options.seed
+    if in_masked_growth(source.config):
+        raise ValueError(f"{source.name} is in masked growth; train it until its fade is 1, then grow it")
+    start = (expand if source.config.model_type in LLAMALIKES else map_tensors)(source, options)
+    layers = start.config.num_hidden_layers
+    copied = growth.copied_layers(layers)
+    model = deepen(start, copied) if copied else start
+    if growth.masked:
+        model = mask_growth(model, growth, new_layers=copy_positions(layers, copied), seed=seed)
+    elif growth.signal is not None:
+        model = replicate_signal(model, growth.signal, noise_std=growth.noise_std, seed=seed)
+    if growth.width is not None:
+        model = replicate_width(model, growth.width, noise_std=growth.noise_std, seed=seed)
+    notes = list(start.notes)
+    if growth.noise_std == 0 and (growth.signal or growth.width):
+        notes.append("--noise-std 0: replicas are equal and have equal gradients, so training will not tell them apart")
+    settings = {"growth": growth.to_dict()}
+    return replace(model.in_order(), mode="grow", notes=notes, settings=settings, before=start)

@@ -1,0 +1,91 @@
+"""The modes by name: what each converts, and how a conversion is planned, or planned again from conversion.json."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from gda.conversion.conversion import Conversion
+from gda.conversion.families.llamalike import LLAMALIKES
+from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
+from gda.conversion.options import ConvertOptions, FoldOptions, GrowOptions, WriteOptions
+from gda.conversion.sources.source import PROVENANCE_FILE, Source
+from gda.conversion.writing.provenance import Settings
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to make a GDA model of a source.
+
+    The function `plan(source, options)` of the file modes/NAME.py checks the options against the source and returns the
+    conversion.
+
+    Attributes:
+        options: The options of its command.
+        sources: The model types that it converts.
+        needs: Tells the user of another type what the mode needs.
+        repeatable: Whether its tensors have the same bits on any machine.
+    """
+
+    options: Callable[..., WriteOptions]
+    sources: Collection[str]
+    needs: str
+    repeatable: bool = True
+
+
+DIFFERENTIAL = (*DIFFERENTIAL_FAMILIES, "gda")
+
+NO_NOISE_HEADS = "needs a model without noise heads; use --mode map or omit --mode"
+NOISE_HEADS = "needs a model with noise heads; use --mode expand or split, or omit --mode"
+
+MODES = {
+    "expand": Mode(ConvertOptions, LLAMALIKES, f"--mode expand {NO_NOISE_HEADS}"),
+    "split": Mode(ConvertOptions, LLAMALIKES, f"--mode split {NO_NOISE_HEADS}", repeatable=False),
+    "map": Mode(ConvertOptions, DIFFERENTIAL, f"--mode map {NOISE_HEADS}"),
+    "grow": Mode(GrowOptions, (*LLAMALIKES, *DIFFERENTIAL), "it cannot grow"),
+    "fold": Mode(FoldOptions, ("gda",), "only a GDA model with qk_rank can be folded", repeatable=False),
+}
+
+
+def default_mode(source: Source) -> str:
+    """The first mode that converts the source; it is lossless."""
+    return next(name for name, mode in MODES.items() if source.config.model_type in mode.sources)
+
+
+def plan(name: str, source: Source, options: WriteOptions) -> Conversion:
+    """Plan a conversion by the mode `name`, with the options of its command.
+
+    Raises:
+        ValueError: for a source or options that the mode does not take.
+    """
+    mode, kind = MODES[name], source.config.model_type
+    if kind not in mode.sources:
+        raise ValueError(f"{source.name} is a {kind!r} model: {mode.needs}")
+    # Imported here, so that a conversion loads no other mode: split and growth are large.
+    conversion: Conversion = import_module(f"gda.conversion.modes.{name}").plan(source, options)
+    return conversion
+
+
+def plan_again(source: Source, settings: Settings) -> Conversion:
+    """Plan the conversion that the settings in conversion.json describe.
+
+    Raises:
+        ValueError: for settings that are not those of a conversion of this source, or whose tensors depend on the
+            machine.
+    """
+    mode = MODES.get(str(settings.mode))
+    if mode is None:
+        raise ValueError(f"{PROVENANCE_FILE} names the unknown mode {settings.mode!r}")
+    if not mode.repeatable or settings.qk_rank is not None:
+        raise ValueError(
+            "--method tensors compares bits, and the bits of products, factorizations and fits depend on the machine; "
+            "use full or layers"
+        )
+    given: dict[str, Any] = {"seed": settings.seed, "dtype": settings.dtype}
+    if source.config.model_type in LLAMALIKES:
+        given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
+    try:
+        options = mode.options(source.name, "", **given, **(settings.growth or {}))
+    except TypeError:
+        raise ValueError(f"{PROVENANCE_FILE} holds no growth that is known here: {settings.growth}") from None
+    return plan(settings.mode, source, options)

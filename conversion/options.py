@@ -1,0 +1,275 @@
+"""Options of the commands that convert, check and share models. Nothing heavy is imported, so `--help` is fast."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gda.common.options import Options, argument, option
+
+LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "New heads", "Split", "Growth"
+OUTPUT, HUB = "Output", "Hub"
+
+
+@dataclass(frozen=True)
+class ReplaceOptions(Options):
+    """Option of every command that writes a folder."""
+
+    overwrite: bool = option(False, "Replace OUT if it exists.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class ShardOptions(ReplaceOptions):
+    """Options of every command that writes weights."""
+
+    max_shard_size: str | int = option("5GB", "Largest weight file, such as 5GB or 400MB.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class BundleOptions(Options):
+    """Option of every command that writes or pushes a GDA model."""
+
+    bundle_code: bool = option(
+        True,
+        "Save the model's code beside the weights: they load with trust_remote_code where gda is not installed.",
+        panel=OUTPUT,
+    )
+
+
+@dataclass(frozen=True)
+class RevisionOptions(Options):
+    """Option of every command that reads a model which may be on the Hub."""
+
+    revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=HUB)
+
+
+@dataclass(frozen=True)
+class WriteOptions(ShardOptions, BundleOptions, RevisionOptions):
+    """Options of every command that writes a GDA model from another model."""
+
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
+        "keep", "Data type of the weights. λ is always float32.", panel=OUTPUT
+    )
+    workers: int = option(1, "Number of weight files to write at once.", panel=OUTPUT, metavar="N")
+    verify: bool = option(
+        True, "Compare the result with its source before it appears.", panel=OUTPUT, flag="--verify/--no-verify"
+    )
+    resume: bool = option(False, "Continue from the files that an interrupted run finished.", panel=OUTPUT)
+    dry_run: bool = option(False, "Check everything, write nothing.", panel=OUTPUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.workers) is not int or self.workers < 1:
+            raise ValueError(f"--workers {self.workers!r} is not a whole number from 1 on")
+
+
+@dataclass(frozen=True)
+class SplitOptions(WriteOptions):
+    """Options of `--mode split`."""
+
+    calibration: str | Path | None = option(
+        None,
+        "Text to fit the split to: a text file, or .jsonl with a field `text`. Default: Python's documentation.",
+        panel=SPLIT,
+        metavar="FILE",
+    )
+    calibration_tokens: int | None = option(
+        None, "Number of tokens to read from that text. Default: 65,536.", panel=SPLIT, metavar="N"
+    )
+    effort: Literal["fast", "default", "best"] | None = option(
+        None,
+        "fast solves heads, λ and output projections in closed form; default also trains the attention on the source's "
+        "predictions for 80 steps, best for 320 steps. Default: default.",
+        panel=SPLIT,
+    )
+
+
+@dataclass(frozen=True)
+class NewHeadOptions(WriteOptions):
+    """Options of the noise heads that a Llama, Mistral or Qwen gets."""
+
+    noise_heads: int | None = option(
+        None,
+        "Number of noise heads to add to a Llama, Mistral or Qwen, or to split off. Default: one for each KV head.",
+        panel=NEW_HEADS,
+        metavar="N",
+    )
+    ratio: str | int | None = option(
+        None, "Signal heads for each noise head, 4 or 4:1, instead of --noise-heads.", panel=NEW_HEADS, metavar="R"
+    )
+    lambda_type: Literal["reparameterized", "tanh", "sigmoid"] | None = option(
+        None,
+        "How λ is computed: reparameterized is one number per layer; tanh and sigmoid depend on the token. "
+        "sigmoid needs --mode split. Default: reparameterized.",
+        panel=NEW_HEADS,
+    )
+    seed: int = option(0, "Seed of the new weights.", panel=NEW_HEADS)
+
+
+@dataclass(frozen=True)
+class HubOptions(Options):
+    """Options of pushing the result to the Hub."""
+
+    push_to_hub: str | None = option(
+        None, "Push OUT to this repository, such as me/llama-gda.", panel=HUB, metavar="REPO"
+    )
+    private: bool | None = option(
+        None,
+        "Create that repository as private or public. Default: as your account creates repositories.",
+        panel=HUB,
+        flag="--private/--public",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.private is not None and self.push_to_hub is None:
+            raise ValueError("--private and --public need --push-to-hub: they say how to create its repository")
+
+
+@dataclass(frozen=True)
+class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
+    """Options of `gda convert`."""
+
+    source: str | Path = argument("Model to convert: a folder of safetensors, a Hub id or a .gguf file.")
+    out: str | Path = argument("Folder to create.")
+    mode: Literal["expand", "split", "map"] | None = option(
+        None,
+        "expand adds noise heads to a Llama, Mistral or Qwen and is lossless; split turns some of its heads into noise "
+        "heads, which loses a little; map renames the tensors of a Motif or DiffLlama. Default: the lossless mode.",
+        panel=LAYOUT,
+    )
+    qk_rank: int | None = option(
+        None,
+        "Store queries, and paired keys, as a base that the heads of a group share and an update of this rank for "
+        "each head. SOURCE may then be a GDA model. Default: dense projections.",
+        panel=LAYOUT,
+        metavar="RANK",
+    )
+
+
+@dataclass(frozen=True)
+class GrowOptions(NewHeadOptions):
+    """Options of `gda grow`."""
+
+    model: str | Path = argument(
+        "Model to grow: a GDA model, or one that `gda convert` takes; a folder, a Hub id or a .gguf file."
+    )
+    out: str | Path = argument("Folder to create.")
+    signal: int | float | None = option(
+        None, "Replicas of each signal head: r:1 becomes M·r:1. Default: 1.", panel=GROWTH, metavar="M"
+    )
+    depth: int | None = option(
+        None,
+        "Number of layers of the result. The new layers are copies that add nothing yet. Default: as many as now.",
+        panel=GROWTH,
+        metavar="LAYERS",
+    )
+    layers: str | list[int] | None = option(
+        None,
+        "Layers to copy, such as 3,7,11, counted from 0; implies --depth. Default: evenly spread.",
+        panel=GROWTH,
+        metavar="LIST",
+    )
+    width: int | float | None = option(
+        None,
+        "Factor on the hidden size, the MLP and the numbers of heads. Default: 1.",
+        panel=GROWTH,
+        metavar="M",
+    )
+    masked: bool = option(
+        False,
+        "Start new heads, neurons and layers from random weights behind a mask of 0, which training raises to 1.",
+        panel=GROWTH,
+    )
+    mlp: int | float | None = option(
+        None, "Factor on the number of neurons, such as 1.5; needs --masked. Default: 1.", panel=GROWTH, metavar="M"
+    )
+    noise_std: float = option(
+        0.01,
+        "Standard deviation of the noise that tells replicas apart, relative to the weight's. It sums to zero over "
+        "the replicas, so no logit changes.",
+        panel=GROWTH,
+    )
+
+
+@dataclass(frozen=True)
+class FoldOptions(WriteOptions):
+    """Options of `gda fold`."""
+
+    model: str | Path = argument("GDA model with qk_rank: a folder or a Hub id.")
+    out: str | Path = argument("Folder to create.")
+
+
+@dataclass(frozen=True)
+class ExportOptions(ShardOptions):
+    """Options of `gda export`."""
+
+    model: str | Path = argument("GDA model: a folder or a Hub id.")
+    out: str | Path = argument("Folder to create.")
+    format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama"] = option(
+        "llama", "Model type to write.", panel=LAYOUT
+    )
+
+
+@dataclass(frozen=True)
+class VerifyOptions(RevisionOptions):
+    """Options of `gda verify`."""
+
+    source: str | Path = argument("Model that OUT was converted from: a folder, a Hub id or a .gguf file.")
+    out: str | Path = argument("Folder or Hub id of the converted model.")
+    method: Literal["auto", "full", "layers", "tensors"] = option(
+        "auto",
+        "full runs both models; layers runs both with one layer in memory; tensors converts every tensor again and "
+        "compares bits; auto takes full if both models fit into a quarter of the free memory, else layers.",
+    )
+    threshold: float | None = option(
+        None,
+        "Largest relative |Δlogit| that passes. Default: 1e-5, or no limit after a lossy conversion.",
+        metavar="X",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None and not 0 <= self.threshold < math.inf:
+            raise ValueError(f"--threshold {self.threshold} is not a number from 0 on")
+
+
+@dataclass(frozen=True)
+class InspectOptions(RevisionOptions):
+    """Options of `gda inspect`."""
+
+    model: str | Path = argument("GDA model: a folder or a Hub id.")
+
+
+@dataclass(frozen=True)
+class PushOptions(BundleOptions):
+    """Options of `gda push`."""
+
+    folder: str | Path = argument("Folder of a GDA model.")
+    repo: str = argument("Repository on the Hub, owner/name or name; created if it doesn't exist.")
+    private: bool | None = option(
+        None,
+        "Require a private or a public repository, and create it as such. Default: as it is, or as your account "
+        "creates repositories.",
+        panel=HUB,
+        flag="--private/--public",
+    )
+    revision: str = option("main", "Branch to push to; created if it doesn't exist.", panel=HUB, metavar="BRANCH")
+    message: str | None = option(None, "Title of the commit. Default: Upload FOLDER.", panel=HUB)
+    dry_run: bool = option(False, "Check the folder and list its files; send nothing.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class ServeOptions(Options):
+    """Options of `gda serve`."""
+
+    model: str = argument("GDA model: a folder or a Hub id, with @REVISION if you like.")
+
+
+@dataclass(frozen=True)
+class DemoOptions(ReplaceOptions):
+    """Options of `gda demo`."""
+
+    source: str | Path | None = option(
+        None, "Another Llama to demonstrate on. Default: SmolLM2-135M-Instruct.", panel=LAYOUT
+    )

@@ -1,0 +1,78 @@
+"""A folder of safetensors as a source."""
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gda.common.assets import copy_assets
+from gda.common.errors import first_line
+from gda.conversion.sources.hub import check_downloaded
+from gda.conversion.sources.readers import find_tokenizer, read_config
+from gda.conversion.sources.source import Source
+from gda.conversion.tensors.file_range import FileRange
+from gda.conversion.tensors.safetensors_io import SafetensorsReader
+
+
+class FolderSource(Source):
+    """A folder with config.json and safetensors weights."""
+
+    def __init__(self, folder: Path, *, name: str | None = None, revision: str | None = None):
+        self.folder = folder
+        self.name = name or folder.resolve().name
+        self.revision = revision
+        self.config = read_config(folder)
+        self._reader = SafetensorsReader(folder)
+        self.specs = dict(self._reader.specs)
+        self.weight_files = [folder / file for file in self._reader.files]
+        self._check_tensors(folder)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._reader.read(name)
+
+    def stored(self, name: str) -> FileRange | None:
+        return self._reader.stored(name)
+
+    def load(self) -> PreTrainedModel:
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = "sdpa"  # as an argument, one that config.json names would override it
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, config=config, dtype=torch.float32, trust_remote_code=False
+            )
+        except Exception as error:  # a malformed file can make transformers raise anything
+            raise ValueError(f"{self.folder}: transformers cannot load it: {first_line(error)}") from None
+        model.config.return_dict, model.config.output_hidden_states = True, False
+        return model.eval()
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of weights.
+
+        Raises:
+            ValueError: if a file from the Hub has another SHA-256 than the Hub gave for it.
+        """
+        digests = super().hashes()
+        if self.revision is not None:
+            for file, digest in digests.items():
+                check_downloaded(self.folder / file, digest)
+        return digests
+
+    def copy_assets(self, folder: Path) -> None:
+        copy_assets(self.folder, folder)
+        if not (folder / "generation_config.json").exists():
+            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return find_tokenizer(self.folder)
+
+    def card_data(self) -> dict[str, Any]:
+        with contextlib.suppress(Exception):  # a conversion doesn't need the card: a broken one must not stop it
+            data = ModelCard.load(self.folder / "README.md").data.to_dict()
+            if isinstance(languages := data.get("language"), list):  # YAML reads Norwegian's `no` as false
+                data["language"] = ["no" if language is False else language for language in languages]
+            return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
+        return {}

@@ -1,0 +1,56 @@
+"""Opening what a user names: a folder, a Hub id or a GGUF file."""
+
+import re
+from pathlib import Path
+
+from gda.common.assets import ASSET_PATTERNS
+from gda.common.trainable import TRAINABLE_FILE
+from gda.conversion.sources.folder import FolderSource
+from gda.conversion.sources.gguf import GGUFSource
+from gda.conversion.sources.hub import download
+from gda.conversion.sources.source import PROVENANCE_FILE, Source
+
+# The files that a model folder consists of; the card is read, too.
+MODEL_PATTERNS = (
+    PROVENANCE_FILE,
+    TRAINABLE_FILE,
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *ASSET_PATTERNS,
+)
+
+
+def open_source(location: str | Path, revision: str | None = None) -> Source:
+    """Open a folder, a `.gguf` file, or a Hub id at `revision`.
+
+    Raises:
+        FileNotFoundError: if it is none of them.
+        ValueError: if it does not hold a checkpoint that can be converted.
+    """
+    path = Path(location)
+    if revision is not None and path.exists():
+        raise ValueError(f"--revision is for a Hub id, but {location} is a local path")
+    if path.suffix == ".gguf":
+        return GGUFSource(path)
+    if path.is_dir():
+        return FolderSource(path)
+    if path.exists():
+        raise ValueError(f"{path} is neither a model folder nor a .gguf file")
+    folder = resolve_folder(location, revision)
+    return FolderSource(folder, name=str(location), revision=folder.name)  # the Hub's cache names folders by commit
+
+
+def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
+    """The local folder of `location`: itself, or the Hub's cache after downloading what is missing.
+
+    Raises:
+        FileNotFoundError: if it is neither a folder nor a repository on the Hub.
+        PermissionError, ConnectionError: if the Hub cannot be reached or denies access.
+    """
+    path = Path(location)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(location)) or str(location).startswith("."):
+        raise FileNotFoundError(f"{location} does not exist")
+    return download(str(location), revision, [*MODEL_PATTERNS, "README.md"])

@@ -1,0 +1,144 @@
+r"""How each tensor of a split model is made: some query heads of each KV group become noise heads.
+
+source  q heads          0 1 2 3   4 5 6 7   …          k, v, MLP, norms, embeddings: copied
+        KV heads            0         1
+
+GDA     q heads          0 2 3 1   4 5 6 7   …          q: rows reordered; the last head of each group is the noise head
+        KV heads            0         1                 o: solved again for the heads that remain
+        λ                     λ of the layer
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedConfig
+
+from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.families.llamalike import source_fields
+from gda.conversion.split.heads import Split
+from gda.conversion.tensors.axes import LAYER
+from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied, lambda_recipe
+from gda.conversion.tensors.safetensors_io import TensorSpec
+
+# λ that the closed form tries for each layer, by type. A token-dependent λ starts where its projection is 0.
+LAMBDAS: dict[str, list[float]] = {"reparameterized": [0.1, 0.3], "tanh": [0.0], "sigmoid": [0.5]}
+
+
+def possible_noise_heads(heads: int, kv_heads: int) -> list[int]:
+    """How many of `heads` query heads over `kv_heads` KV heads can become noise heads."""
+    in_group = heads // kv_heads
+    return [kv_heads * noise for noise in range(1, in_group) if in_group % noise == 0]
+
+
+def split_options(heads: int, kv_heads: int) -> str:
+    """The values of `--noise-heads` that are possible, for an error message."""
+    possible = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible_noise_heads(heads, kv_heads))
+    if not possible:
+        return (
+            f"signal and noise heads share a KV head, but {heads} query heads over {kv_heads} KV heads share none; "
+            "--mode expand adds noise heads"
+        )
+    return f"possible for --noise-heads: {possible}"
+
+
+def split_config(
+    source: PreTrainedConfig, *, noise_heads: int | None, lambda_type: str, dtype: torch.dtype | None
+) -> GDAConfig:
+    """The GDA configuration of `source` with `noise_heads` of its heads as noise heads (None: one per KV head).
+
+    λ_init is that of the start; a finished split has one for each layer.
+
+    Raises:
+        ValueError: for head counts that cannot be split, naming those that can, and for an unknown λ type.
+    """
+    if lambda_type not in LAMBDAS:
+        raise ValueError(f"--lambda-type {lambda_type} is not one of {', '.join(LAMBDAS)}")
+    heads, kv_heads = source.num_attention_heads, source.num_key_value_heads
+    noise = kv_heads if noise_heads is None else noise_heads
+    if noise not in possible_noise_heads(heads, kv_heads):
+        raise ValueError(
+            f"--mode split: {noise} of {heads} query heads cannot become noise heads; {split_options(heads, kv_heads)}"
+        )
+    return GDAConfig(
+        **source_fields(source),
+        num_attention_heads=heads,
+        num_noise_heads=noise,
+        kv_layout="shared",
+        lambda_type=lambda_type,
+        lambda_init=LAMBDAS[lambda_type][0],
+        dtype=dtype or source.dtype,
+        architectures=["GDAForCausalLM"],
+    )
+
+
+def drafts(config: GDAConfig) -> list[Split]:
+    """A placeholder for each layer's split, before it is chosen."""
+    order = list(range(config.num_attention_heads))
+    return [Split(order, 0.0, 0.0, 0.0, torch.empty(0))] * config.num_hidden_layers
+
+
+def split_recipes(
+    config: GDAConfig,
+    source: dict[str, TensorSpec],
+    splits: Sequence[Split],
+    *,
+    trained: Callable[[int, str], torch.Tensor] | None,
+    seed: int,
+    dtype: torch.dtype | None,
+) -> dict[str, Recipe]:
+    """How each tensor of the result is made, in the order in which transformers saves them.
+
+    Args:
+        config: Configuration of the result.
+        source: The source's tensors.
+        splits: The split of each layer.
+        trained: Returns a trained attention tensor, given its layer and its name in the layer; None without training.
+        seed: Seed of the λ vectors.
+        dtype: Dtype of the result; None keeps the source's.
+    """
+    recipes = {}
+    for name, spec in checkpoint_specs(config).items():
+        match = LAYER.fullmatch(name)
+        if match is None or not match.group(2).startswith("self_attn."):
+            recipes[name] = copied(name, source[name], dtype)
+            continue
+        layer, inner = int(match.group(1)), match.group(2)
+        recipe = _attention_recipe(name, spec, config, source, splits[layer], seed, dtype)
+        if trained is not None:
+            make = partial(_ignoring_source, partial(trained, layer, inner))
+            recipe = replace(recipe, make=make, how=f"{recipe.how}; then trained on the source's predictions")
+        recipes[name] = recipe
+    return recipes
+
+
+def _attention_recipe(
+    name: str,
+    spec: TensorSpec,
+    config: GDAConfig,
+    source: dict[str, TensorSpec],
+    split: Split,
+    seed: int,
+    dtype: torch.dtype | None,
+) -> Recipe:
+    if ".lambda_" in name:
+        return lambda_recipe(name, spec, seed)
+    if ".q_proj." in name:
+        target = TensorSpec(spec.shape, dtype or source[name].dtype)
+        make = partial(reordered, order=split.order, head_dim=config.head_dim)
+        return Recipe(target, (name,), make, f"rows of heads {split.order}; the last head of each group is noise")
+    if name.endswith(".o_proj.weight"):
+        target = TensorSpec(spec.shape, dtype or source[name].dtype)
+        make = partial(_ignoring_source, lambda: split.output)
+        return Recipe(target, (name,), make, "solved to reproduce the source's attention output on calibration text")
+    return copied(name, source[name], dtype)
+
+
+def _ignoring_source(read: Callable[[], torch.Tensor], *_source: torch.Tensor) -> torch.Tensor:
+    return read()
+
+
+def reordered(query: torch.Tensor, *, order: list[int], head_dim: int) -> torch.Tensor:
+    """Put the heads of q_proj's weight or bias, rows (H · head_dim, …), into the given order."""
+    return query.unflatten(0, (-1, head_dim))[order].flatten(0, 1)

@@ -1,0 +1,133 @@
+"""The command-line application: how a command is made from its options, and what all commands share."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, Field
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from rich.console import Console
+
+from gda._version import __version__
+from gda.common.options import Options, choices, declared, flag, is_union
+
+
+class Group(StrEnum):
+    """The groups of commands in `gda --help`, in the order of use."""
+
+    CONVERT = "Convert and grow"
+    TRAIN = "Train"
+    EVALUATE = "Evaluate and look"
+    SHARE = "Share and serve"
+
+
+app = typer.Typer(
+    help="Grouped Differential Attention: convert, train, evaluate and serve differential language models.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+progress_console = Console(stderr=True)
+
+JSON = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", metavar="", rich_help_panel="Output")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def command(
+    options: type[Options], group: Group, *, name: str | None = None, examples: tuple[str, ...] = (), **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate `function(options, …)` so that it becomes the command `gda name`, by default of its own name.
+
+    The fields of `options` are the command's arguments and options; further parameters of the function, annotated for
+    Typer, exist on the command line alone. Its docstring is the text of `--help`.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function).parameters.values())[1:]
+        names = [each.name for each, _ in declared(options)]
+
+        def run(**given: Any) -> None:
+            values = {each: _plain(given.pop(each)) for each in names}
+            function(options(**values), **given)
+
+        run.__doc__ = function.__doc__
+        parameters = [_parameter(each, hint) for each, hint in declared(options)]
+        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+        run.__signature__ = inspect.Signature([*parameters, *keyword_only])  # type: ignore[attr-defined]
+        epilog = "\n".join(["Examples:", *(f"  {each}" for each in examples)]) if examples else None
+        app.command(name or function.__name__, rich_help_panel=group, epilog=epilog, **settings)(run)
+        return function
+
+    return decorate
+
+
+def _parameter(each: Field[Any], hint: Any) -> inspect.Parameter:
+    about, name = each.metadata, each.name.replace("_", "-")
+    default = inspect.Parameter.empty if each.default is MISSING else each.default
+    allowed = choices(hint)
+    if about["positional"]:
+        info = typer.Argument(help=about["help"], metavar=name.upper())
+    else:
+        is_switch = hint is bool and default is False
+        spelled = about["flag"] or (flag(each.name) if is_switch else None)
+        help = f"{about['help']} Choices: {', '.join(allowed)}." if allowed else about["help"]
+        metavar = "" if bool in (hint, *get_args(hint)) else about["metavar"] or (name.upper() if allowed else None)
+        flags = () if spelled is None else (spelled,)
+        info = typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=about["panel"])
+    if isinstance(default, tuple):
+        default = list(default) or None
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(each.name, kind, default=default, annotation=Annotated[_as_typed(hint), info])
+
+
+def _as_typed(hint: Any) -> Any:
+    """The type that Typer parses for a field: text for a path or a choice (`Options` checks it), a list for a tuple."""
+    if hint is Path or get_origin(hint) is Literal:
+        return str
+    if get_origin(hint) is tuple:
+        return list[_as_typed(get_args(hint)[0])] | None  # type: ignore[misc]
+    if is_union(hint):
+        kinds = list(dict.fromkeys(map(_as_typed, get_args(hint))))
+        if float in kinds and int in kinds:
+            kinds.remove(int)
+        if str in kinds and len(set(kinds) - {type(None)}) > 1:  # text says it all: a path, a number or a name
+            kinds = [each for each in kinds if each in (str, type(None))]
+        union: Any = kinds[0]
+        for each in kinds[1:]:
+            union = union | each
+        return union
+    return hint
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def print_json(report: dict[str, Any]) -> None:
+    """Print a report on standard output."""
+    typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the first of those that `accelerate launch` or torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"

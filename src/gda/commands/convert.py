@@ -1,0 +1,39 @@
+"""`gda convert`."""
+
+import typer
+
+from gda.commands.app import JSON, Group, command, print_json, progress_console
+from gda.commands.written import print_written
+from gda.conversion.options import ConvertOptions
+
+
+@command(
+    ConvertOptions,
+    Group.CONVERT,
+    examples=(
+        "gda convert meta-llama/Llama-3.2-1B llama-gda",
+        "gda convert ./llama ./llama-gda --ratio 4:1 --max-shard-size 2GB",
+        "gda convert model.gguf model-gda --dry-run",
+        "gda convert Motif-Technologies/Motif-2.6B motif-gda",
+        "gda convert ./llama ./llama-split --mode split --calibration text.txt",
+        "gda convert ./llama-gda ./llama-shared --qk-rank 32",
+    ),
+)
+def convert(options: ConvertOptions, as_json: JSON = False) -> None:
+    """Convert a Llama, Mistral, Qwen2 or Qwen3 to a GDA model that computes the same and can learn more.
+
+    By default every query head stays as a signal head, noise heads are added, and λ starts at 0 with a live gradient.
+    A Motif or a DiffLlama has noise heads already: its tensors are mapped as they are.
+    With --mode split, some heads of a Llama, Mistral or Qwen become noise heads, which loses a little.
+    OUT appears only when it is whole and verified.
+    """
+    from gda.conversion.convert import convert as function
+
+    report = function.run(options, console=progress_console)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    typer.echo(report.to_dict()["head_map"])
+    print_written(report)
+    if report.pushed is not None:
+        typer.echo(f"{report.pushed.url}: commit {report.pushed.commit}")

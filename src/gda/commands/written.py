@@ -1,0 +1,62 @@
+"""What commands that write a model print about it."""
+
+from typing import Any
+
+import typer
+
+
+def print_written(report: Any) -> None:
+    """Print notes, size, losses and verification of a `ConvertReport`."""
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.nbytes / 1e6:,.0f} MB, {report.num_files} file(s)"
+    if report.config.qk_rank is not None:
+        typer.echo(rank_summary(report.config.qk_rank, report.num_parameters, report.num_dense_parameters))
+    if report.dry_run:
+        typer.echo(f"{size}: would be written to {report.out}; nothing was (--dry-run)")
+        return
+    if report.split is not None:
+        _print_split(report.split)
+    for projection, errors in report.projection_errors.items():
+        by_layer = "  ".join(f"{error:.2g}" for error in errors)
+        typer.echo(f"relative error of the {projection} weights, layer by layer: {by_layer}")
+    if report.verification is not None:
+        print_verification(report.verification)
+    typer.echo(f"{report.out}: {size}")
+
+
+def _print_split(split: Any) -> None:
+    lambdas = [layer.lambda_ for layer in split.layers]
+    shares = [layer.subtracted for layer in split.layers]
+    typer.echo(
+        f"lossy: perplexity on {split.held_out_tokens:,} held-out tokens of {split.calibration}: "
+        f"{split.perplexity_source:.3f} of the source, {split.perplexity_closed_form:.3f} in closed form, "
+        f"{split.perplexity:.3f} of the result ({split.perplexity / split.perplexity_source:.3f} times the source's)"
+    )
+    typer.echo(
+        f"λ from {min(lambdas):.3f} to {max(lambdas):.3f}; the subtracted part has {min(shares):.3f} to "
+        f"{max(shares):.3f} of the energy of an attention output; conversion.json lists the layers"
+    )
+
+
+def rank_summary(rank: int, parameters: int, dense: int) -> str:
+    """One line on the size of a model with `qk_rank`, compared with dense projections."""
+    change = 100 * (parameters / dense - 1)
+    return f"qk_rank {rank}: {parameters:,} parameters, {change:+.2f} % of the {dense:,} with dense projections"
+
+
+def print_verification(report: Any) -> None:
+    """Print a `VerifyReport` on one line."""
+    done = "verified" if report.passed else "compared"
+    if report.method == "tensors":
+        typer.echo(f"{done} tensor by tensor, nothing was run: {len(report.different_tensors)} differ")
+        return
+    greedy = f", same greedy text {100 * report.greedy_match:.0f} %"
+    if report.greedy_ties:
+        greedy += f" and {100 * report.greedy_ties:.0f} % up to a tie"
+    limit = "no limit" if report.threshold is None else f"limit {report.threshold:.0e}"
+    typer.echo(
+        f"{done} ({report.method}, {report.tokens} tokens of {report.prompts}): |Δlogit| max {report.max_abs:.2e}, "
+        f"mean {report.mean_abs:.2e}, relative {report.relative:.2e} ({limit}); KL {report.kl:.2e}; "
+        f"same top token {100 * report.top1_agreement:.1f} %{greedy}"
+    )

@@ -1,0 +1,179 @@
+"""Options, each declared once: a dataclass gives a Python function its arguments and a command its command line.
+
+@dataclass(frozen=True)
+class GreetOptions(Options):
+    name: str = argument("Whom to greet.")
+    times: int = option(1, "How often.", panel="Output")
+
+@takes(GreetOptions)
+def greet(options: GreetOptions, *, console: Console | None = None) -> Report: ...
+
+greet("Ada", times=3)        # and, by gda.commands.app.command, `gda greet Ada --times 3`
+"""
+
+import functools
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from types import UnionType
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def argument(help: str, *, default: Any = MISSING) -> Any:
+    """A field that is positional on the command line and in Python."""
+    return field(default=default, metadata={"help": help, "positional": True})
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    panel: str | None = None,
+    metavar: str | None = None,
+    flag: str | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field that is an option on the command line and a keyword argument in Python.
+
+    Args:
+        default: Its default value.
+        help: One or two sentences for `--help` and for the docstring.
+        panel: The panel of `--help` that lists it.
+        metavar: What `--help` calls its value, if not the type's name.
+        flag: How the command line spells it, if not as the field with dashes, such as "--private/--public".
+        minimum, maximum: The smallest and the largest number allowed.
+        above: The number must be greater than this one.
+    """
+    limits = {"minimum": minimum, "maximum": maximum, "above": above}
+    return field(
+        default=default,
+        kw_only=True,
+        metadata={"help": help, "positional": False, "panel": panel, "metavar": metavar, "flag": flag} | limits,
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of the options of one command.
+
+    Raises:
+        ValueError: if a field with a fixed set of choices has another value, or a number is outside its limits.
+    """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for each in fields(self):
+            allowed, value = choices(hints[each.name]), getattr(self, each.name)
+            if allowed and value is not None and value not in allowed:
+                raise ValueError(f"{flag(each.name)} {value} is not one of {', '.join(map(str, allowed))}")
+            if value is not None:
+                _check_limits(each, value)
+
+
+def _check_limits(each: Field[Any], value: Any) -> None:
+    minimum, maximum, above = (each.metadata.get(name) for name in ("minimum", "maximum", "above"))
+    if (minimum, maximum, above) == (None, None, None):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"{flag(each.name)} {value} is not a finite number")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{flag(each.name)} {value} is below {minimum}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{flag(each.name)} {value} is above {maximum}")
+    if above is not None and value <= above:
+        raise ValueError(f"{flag(each.name)} {value} is not above {above}")
+
+
+def flag(name: str) -> str:
+    """How the command line spells the field `name`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def is_union(hint: Any) -> bool:
+    """Whether a type hint is a union, written as `A | B` or as Optional."""
+    return get_origin(hint) in (Union, UnionType)
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a type hint such as `Literal["a", "b"] | None` allows; empty if it is no choice."""
+    if is_union(hint):
+        return next(filter(None, map(choices, get_args(hint))), ())
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def declared(options: type[Options]) -> Iterator[tuple[Field[Any], Any]]:
+    """The declared fields, each with its type hint: positional ones first, and a class's own before its bases'."""
+    hints = get_type_hints(options)
+    age = {
+        name: age
+        for age, base in enumerate(reversed(options.__mro__))
+        for name in vars(base).get("__annotations__", {})
+    }
+    own = [each for each in fields(options) if "help" in each.metadata]
+    for each in sorted(own, key=lambda each: (not each.metadata["positional"], -age[each.name])):
+        yield each, hints[each.name]
+
+
+def takes(
+    options: type[Options],
+) -> Callable[[Callable[Concatenate[Any, P], R]], Any]:
+    """Decorate `function(options, …)` so that it is called with the fields of `options` as its arguments.
+
+    The result has their signature, and its docstring explains each. Its attribute `run` is the function itself.
+    """
+
+    def decorate(function: Callable[Concatenate[Any, P], R]) -> Any:
+        own = list(inspect.signature(function).parameters.values())[1:]
+        parameters = [*(_parameter(each, hint) for each, hint in declared(options)), *own]
+        public = inspect.Signature(
+            sorted(parameters, key=lambda each: each.kind),
+            return_annotation=inspect.signature(function).return_annotation,
+        )
+        known = set(public.parameters)
+        rest = next((each.name for each in own if each.kind is inspect.Parameter.VAR_KEYWORD), None)
+
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> R:
+            for name in set(given) - known if rest is None else ():
+                near = get_close_matches(name, known, n=1)
+                hint = f"; did you mean `{near[0]}`?" if near else ""
+                raise TypeError(f"{function.__name__}() has no argument `{name}`{hint}")
+            bound = public.bind(*args, **given).arguments
+            passed_on = {each.name: bound.pop(each.name) for each in own if each.name in bound}
+            if rest is not None:
+                passed_on |= passed_on.pop(rest, {})
+            return function(options(**bound), **passed_on)  # type: ignore[call-arg]
+
+        call.run = function  # type: ignore[attr-defined]  # for a caller that has the options ready
+        call.__signature__ = public  # type: ignore[attr-defined]
+        call.__doc__ = _documented(function.__doc__ or "", options)
+        return call
+
+    return decorate
+
+
+def _parameter(each: Field[Any], hint: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if each.metadata["positional"] else inspect.Parameter.KEYWORD_ONLY
+    default = inspect.Parameter.empty if each.default is MISSING else each.default
+    return inspect.Parameter(each.name, kind, default=default, annotation=hint)
+
+
+def _documented(doc: str, options: type[Options]) -> str:
+    """The docstring with a line for each option at the place of its line "Args:"."""
+    doc = inspect.cleandoc(doc)
+    lines = [
+        textwrap.fill(f"{each.name}: {each.metadata['help']}", 116, initial_indent="    ", subsequent_indent=" " * 8)
+        for each, _ in declared(options)
+    ]
+    before, found, after = doc.partition("\nArgs:\n")
+    if not found:
+        return "\n".join([doc, "", "Args:", *lines])
+    return f"{before}{found}{chr(10).join(lines)}\n{after}"
