@@ -4,6 +4,7 @@ A Llama, Mistral or Qwen can hold an expanded model while its λ is still 0. Mot
 kept.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,6 +115,35 @@ def _require_llamalike(source: Source, config: GDAConfig, model_type: str) -> No
             )
 
 
+def _require_motif(source: Source, config: GDAConfig) -> None:
+    _require_fields(config, "a Motif", motif.required_fields(config))
+    _require_schedule(config, "a Motif", motif.LAMBDA_INIT_OFFSET)
+
+
+def _require_diffllama(source: Source, config: GDAConfig) -> None:
+    _require_fields(config, "a DiffLlama", diffllama.required_fields(config))
+    _require_schedule(config, "a DiffLlama", diffllama.LAMBDA_INIT_OFFSET)
+    diffllama.require_plain_norms(config, source.read)
+
+
+def _require_fields(config: GDAConfig, target: str, required: dict[str, Any]) -> None:
+    """Raise ValueError naming the first field with another value than `target` requires."""
+    for name, value in required.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name}={getattr(config, name)!r} has no counterpart in {target}")
+
+
+def _require_schedule(config: GDAConfig, target: str, offset: int) -> None:
+    """Raise ValueError naming the first layer whose λ_init is not 0.8 − 0.6 · exp(−0.3 · (layer + `offset`))."""
+    for layer in range(config.num_hidden_layers):
+        scheduled = 0.8 - 0.6 * math.exp(-0.3 * (layer + offset))
+        if not math.isclose(config.layer_lambda_init(layer), scheduled, rel_tol=1e-12, abs_tol=1e-12):
+            raise ValueError(
+                f"λ_init of layer {layer} is {config.layer_lambda_init(layer):.6g}, but the code of {target} "
+                f"computes {scheduled:.6g} there (lambda_init_offset {offset})"
+            )
+
+
 def layer_lambdas(source: Source, config: GDAConfig) -> list[float | None]:
     """λ of each layer; None where it depends on the token."""
     return [_layer_lambda(source, config, layer) for layer in range(config.num_hidden_layers)]
@@ -171,13 +201,13 @@ def _llamalike_format(model_type: str) -> Format:
 FORMATS = {
     **{model_type: _llamalike_format(model_type) for model_type in LLAMALIKES},
     "motif": Format(
-        check=lambda source, config: motif.require_exportable(config),
+        check=_require_motif,
         recipes=motif.exported_recipes,
         write_config=motif.write_exported_config,
         notes=["Motif's own code is not written; to run it, add configuration_motif.py and modeling_motif.py"],
     ),
     "diffllama": Format(
-        check=lambda source, config: diffllama.require_exportable(config, source.read),
+        check=_require_diffllama,
         recipes=diffllama.exported_recipes,
         write_config=lambda config, folder: diffllama.exported_config(config).save_pretrained(folder),
     ),

@@ -218,9 +218,7 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
         raise ValueError(f"{repo} exists and is {kind}; change that on its page, or choose another name")
     held = [file.rfilename for file in before.siblings or []]
     if CARD_FILE in held and not has_card:
-        files = {
-            name: path for name, path in files.items() if name != CARD_FILE
-        }  # a generated card must not replace it
+        files = {name: path for name, path in files.items() if name != CARD_FILE}  # keep the edited card
     removed = _stale_files(held, files)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, str(path)) for name, path in files.items()

@@ -19,7 +19,7 @@ from gda.modeling_gda.attention_gda import Fade
 # How much of the free memory a model may use.
 SHARE_OF_MEMORY = 1 / 4
 
-# The installed transformers' name for the cache argument, taken from a model of its own: ours is under test.
+# The installed transformers' name for the cache argument, from its Llama class: ours is under test.
 CACHE_ARGUMENT = next(
     (
         name

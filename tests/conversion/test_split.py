@@ -516,7 +516,7 @@ def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp
     assert told.code == 0, told
     assert told.error == ""
     assert "note: heads are divided, which is not lossless" in told.out
-    assert f"lossy: perplexity on {report.split.held_out_tokens:,} tokens of text.txt" in told.out
+    assert f"lossy: perplexity on {report.split.held_out_tokens:,} held-out tokens of text.txt" in told.out
     for value in (report.split.perplexity_source, report.split.perplexity_closed_form, report.split.perplexity):
         assert f"{value:.3f}" in told.out
     assert files_of(tmp_path / "gda") == files_of(out)

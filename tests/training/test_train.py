@@ -847,7 +847,7 @@ def test_what_is_missing(models: Path, tmp_path: Path, command: Command) -> None
     refused(command("train", models / "gda", tmp_path / "out"), "--data is missing", tmp_path)
     arguments = ("train", models / "gda", tmp_path / "out", "--data", models / "text.txt")
     refused(command(*arguments, "--private"), "--push-to-hub", tmp_path)
-    refused(command(*arguments, "--push-to-hub", "a b"), "no name of a repository", tmp_path)
+    refused(command(*arguments, "--push-to-hub", "a b"), "not a valid repository name", tmp_path)
     refused(command(*arguments, "--revision", "main"), "--revision is for a Hub id", tmp_path)
     refused(command(*arguments, "--lambda-target", 0.1), "go together", tmp_path)
     refused(command(*arguments, "--lambda-target", 0.1, "--lambda-anneal-steps", 10**6), "above the", tmp_path)
