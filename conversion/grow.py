@@ -69,8 +69,8 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
       Every layer keeps its λ_init and its kind of attention.
     - `width`: HyperCloning (arXiv 2409.12903). Hidden size, MLP and heads are tiled; head_dim stays.
     - `masked`: Masked Structure Growth (arXiv 2305.02869), with `signal`, `mlp` and `depth`. New heads, neurons and
-      layers start from random weights behind a mask. The mask is 0 in the result; `gda.training.GrowthMaskCallback`
-      raises it during training, and at 1 it is gone. Weights behind a mask of 0 have no gradient yet.
+      layers start from random weights and are faded in. Their fade is 0 in the result, where they have no gradient;
+      `gda.training.FadeCallback` raises it to 1 during training.
 
     Equal replicas would stay equal for ever, so `noise_std` adds noise to the weights that read them. It sums to zero
     over each set of replicas, exactly, in the dtype of the weights: no logit changes.

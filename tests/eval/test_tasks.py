@@ -23,6 +23,8 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+pytestmark = pytest.mark.sampled
+
 TASKS = (
     "gda_needles",
     *(f"gda_needles_depth_{depth}" for depth in (0, 25, 50, 75, 100)),
@@ -293,7 +295,7 @@ def test_a_seed_decides_everything() -> None:
 
 
 def test_a_seed_that_is_not_the_datas_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    settings._say_seed_is_another.cache_clear()
+    settings._warn_of_seed.cache_clear()
     task_manager(seed=3).load(["gda_mqar"])
     assert "`data_seed` does" in caplog.text
 
@@ -344,7 +346,7 @@ FEWSHOT_OF_SEED_0 = (
         ("gda_needles", {"tokenizer": "no/such/folder"}, "no/such/folder"),
         ("gda_mqar", {"pairs": True}, "`pairs`"),
         ("gda_mqar", {"data_seed": -1}, "`data_seed`"),
-        ("gda_copy", {"length": 9, "copied": 6}, "`length` 9 holds 9 words"),
+        ("gda_copy", {"length": 9, "copied": 6}, "`length` 9 holds 9 words, too few"),
         ("gda_fewshot", {"shots": 25}, "`shots`"),
         ("gda_fewshot", {"orders": 1}, "`orders`"),
         ("gda_fewshot", {"orders": 721}, "`orders`"),
@@ -406,6 +408,7 @@ class Reader(LM):
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_prompts_scores_one() -> None:
     results = simple_evaluate(Reader(), tasks=list(TASKS), task_manager=task_manager(samples=3), bootstrap_iters=0)
     assert set(results["results"]) == set(TASKS)
@@ -446,6 +449,7 @@ def test_metadata_reaches_the_data_and_a_sweep_keeps_its_own() -> None:
             assert document["context"].count("magic number") == 3
 
 
+@pytest.mark.slow
 def test_lm_eval_runs_every_task_on_a_model() -> None:
     model = llama_model(max_position_embeddings=2048)
     lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), backend="causal", batch_size=4, device="cpu")

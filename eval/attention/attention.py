@@ -1,0 +1,236 @@
+"""`gda.attention`: read a model's attention in one text, and the baseline's beside it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gda.common.options import takes
+from gda.common.screen import quiet_transformers, shows_progress
+from gda.common.text import read_text
+from gda.conversion.sources.open import open_source
+from gda.eval.attention.analysis import (
+    AttentionArrays,
+    LayerAttention,
+    attention_arrays,
+    attention_modules,
+    visit_attention,
+)
+from gda.eval.attention.maps import LayerMaps, MapKind, MapPlan, baseline_maps, group_maps, pack
+from gda.eval.attention.report import AttentionReport
+from gda.eval.device import choose_device
+from gda.eval.options import AttentionOptions
+
+BYTES_PER_MEGABYTE = 1_000_000
+
+
+@takes(AttentionOptions)
+def attention(
+    options: AttentionOptions,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    console: Console | None = None,
+) -> AttentionReport:
+    """Read a model's attention in one text: its maps, and the numbers of `gda.eval.attention.analysis`.
+
+    One layer's maps are in memory at a time. Models run in float32, the baseline after the model. Both may also be
+    models in memory, which stay on their device.
+
+    Args:
+        tokenizer: Tokenizer of a model in memory, or one to use instead of the model's own.
+        console: Where progress is shown. Default: nowhere.
+
+    Raises:
+        FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
+    """
+    choose_device(options.device)
+    text_name, text = "text", options.text or ""
+    if options.file is not None:
+        text_name, text = read_text(Path(options.file), "--file")
+    opened = _open(options.model, tokenizer, options.revision)
+    ids, notes = _encode(opened, text, text_name, options.max_tokens)
+    depth = len(attention_modules(opened.model))
+    groups, heads, differential = _shape(opened.model)
+    plan = MapPlan.that_fits(
+        _chosen_layers(options, depth),
+        groups=groups,
+        heads=heads,
+        tokens=len(ids),
+        limit=int(options.map_megabytes * BYTES_PER_MEGABYTE),
+        differential=differential,
+        baseline=options.baseline is not None,
+    )
+    arrays, maps = _read(opened, ids, groups, group_maps, plan, options, console)
+    name, labels = opened.name, token_labels(opened.tokenizer, ids)
+    lambda_type = str(opened.model.config.lambda_type) if differential else None
+    del opened  # the baseline takes its place in memory
+    baseline_name: str | None = None
+    baseline: AttentionArrays | None = None
+    maps_of_baseline: dict[int, LayerMaps] = {}
+    if options.baseline is not None:
+        in_memory = isinstance(options.baseline, PreTrainedModel)
+        other = _open(options.baseline, tokenizer if in_memory else None, None, "baseline")
+        baseline_name = f"{other.name} (baseline)" if other.name == name else other.name
+        _check_same_tokens(other, text, ids)
+        same_depth = len(attention_modules(other.model)) == depth
+        if not same_depth:
+            notes.append(f"{baseline_name} has another number of layers than {name}; its maps are omitted")
+        kept = plan if same_depth else None
+        baseline, maps_of_baseline = _read(other, ids, groups, baseline_maps, kept, options, console)
+    return AttentionReport(
+        name=name,
+        baseline_name=baseline_name,
+        text_name=text_name,
+        token_ids=ids,
+        tokens=labels,
+        arrays=arrays,
+        baseline=baseline,
+        lambda_type=lambda_type,
+        plan=plan,
+        maps=maps,
+        baseline_maps=maps_of_baseline,
+        notes=[*notes, *_notes_on_maps(plan, heads, depth)],
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model with its name and tokenizer, and whether it came from memory."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    in_memory: bool
+
+
+def _open(
+    place: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    revision: str | None,
+    role: str = "model",
+) -> _Opened:
+    if isinstance(place, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError(f"a {role} in memory needs its tokenizer: attention(model, tokenizer=…)")
+        return _Opened(place.name_or_path or type(place).__name__, place, tokenizer, True)
+    if not str(place):
+        raise ValueError(f"the name of the {role} is empty; name a folder, a Hub id or a .gguf file")
+    with quiet_transformers():
+        source = open_source(place, revision)
+        if not source.can_run:
+            raise ValueError(
+                f"{place} is a {source.config.model_type}, which transformers cannot run; `gda convert` it first"
+            )
+        tokenizer = tokenizer or source.tokenizer()
+        if tokenizer is None:
+            raise ValueError(f"{place} holds no tokenizer that transformers can load")
+        return _Opened(source.name, source.load(), tokenizer, False)
+
+
+def _encode(opened: _Opened, text: str, text_name: str, max_tokens: int) -> tuple[list[int], list[str]]:
+    """Token ids with the tokenizer's special tokens, and a note if the text was cut."""
+    try:
+        ids = [int(token) for token in opened.tokenizer(text, verbose=False)["input_ids"]]
+    except UnicodeEncodeError:
+        raise ValueError(f"{text_name} contains half of a surrogate pair, which is not a character") from None
+    if not text.strip() or not ids:
+        raise ValueError(f"{text_name} is empty; name a text with at least one word")
+    config = opened.model.config
+    longest = min(max_tokens, int(getattr(config, "max_position_embeddings", max_tokens)))
+    if max(ids[:longest]) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives ids up to {max(ids)}, and {opened.name} has {config.vocab_size} embeddings"
+        )
+    if len(ids) <= longest:
+        return ids, []
+    return ids[:longest], [f"{text_name} has {len(ids):,} tokens; the first {longest:,} were read"]
+
+
+def _check_same_tokens(opened: _Opened, text: str, ids: list[int]) -> None:
+    config = opened.model.config
+    if max(ids) >= config.vocab_size or opened.tokenizer(text, verbose=False)["input_ids"][: len(ids)] != ids:
+        raise ValueError(f"{opened.name} has other tokens for this text; model and baseline must share one tokenizer")
+    if len(ids) > (longest := int(config.max_position_embeddings)):
+        raise ValueError(f"{opened.name} reads {longest} tokens, and the text has {len(ids)}; lower --max-tokens")
+
+
+def _chosen_layers(options: AttentionOptions, depth: int) -> list[int]:
+    layers = list(range(depth)) if options.layers is None else [int(layer) for layer in options.layers]
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise ValueError(f"--layers {layer} is not between 0 and {depth - 1}")
+    return layers
+
+
+def _shape(model: PreTrainedModel) -> tuple[int, int, bool]:
+    """Number of groups, signal heads per group, and whether there are noise heads, from the maps of one token."""
+    shapes: list[tuple[int, int | None]] = []
+
+    def visit(maps: LayerAttention) -> None:
+        shapes.append((len(maps.signal), None if maps.noise is None else len(maps.noise)))
+
+    visit_attention(model, torch.zeros(1, dtype=torch.long), visit)
+    signal, noise = shapes[0]
+    if noise is not None:
+        return noise, signal // noise, True
+    groups = int(getattr(model.config, "num_key_value_heads", None) or 1)
+    groups = groups if signal % groups == 0 else 1
+    return groups, signal // groups, False
+
+
+def _notes_on_maps(plan: MapPlan, heads: int, depth: int) -> list[str]:
+    notes = plan.reductions(heads)
+    if len(plan.layers) < depth:
+        notes.append(f"maps are kept for {len(plan.layers)} of {depth} layers (--layers); the numbers cover all layers")
+    if notes and (plan.pool > 1 or not plan.heads):
+        notes[-1] += "; fewer --layers or more --map-megabytes give finer maps"
+    return notes
+
+
+def _read(
+    opened: _Opened,
+    ids: list[int],
+    groups: int,
+    select_maps: Callable[[LayerAttention, MapPlan, int], list[tuple[MapKind, torch.Tensor]]],
+    plan: MapPlan | None,
+    options: AttentionOptions,
+    console: Console | None,
+) -> tuple[AttentionArrays, dict[int, LayerMaps]]:
+    """The numbers of a model, and the maps that `select_maps` keeps of each layer of the plan."""
+    maps: dict[int, LayerMaps] = {}
+    model: Any = opened.model
+    if options.device is not None or not opened.in_memory:
+        model = model.to(choose_device(options.device))
+    with Progress(console=console, disable=not shows_progress(console), transient=True) as bar:
+        task = bar.add_task(f"reading {opened.name}", total=len(attention_modules(model)))
+
+        def visit(layer: LayerAttention) -> None:
+            if plan is not None and layer.layer in plan.layers:
+                maps[layer.layer] = pack(select_maps(layer, plan, groups))
+            bar.advance(task)
+
+        arrays = attention_arrays(model, torch.tensor(ids), groups=groups, visit=visit)
+    return arrays, maps
+
+
+def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Each token as text. Spaces and line ends become visible signs, and control characters their numbers."""
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    return [_visible(_as_text(tokenizer, token, str(piece))) for token, piece in zip(ids, pieces, strict=True)]
+
+
+def _as_text(tokenizer: PreTrainedTokenizerBase, token_id: int, piece: str) -> str:
+    text = str(tokenizer.decode([token_id]))
+    if not text or "\ufffd" in text:  # a part of a character
+        return piece
+    return f" {text}" if piece.startswith(("▁", "Ġ")) and not text.startswith(" ") else text
+
+
+def _visible(text: str) -> str:
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
+    return "".join(signs.get(each) or (each if each.isprintable() else f"\\u{ord(each):04x}") for each in text)
