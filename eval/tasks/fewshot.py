@@ -81,7 +81,9 @@ class FewShotSettings:
     def __post_init__(self) -> None:
         things = len(THINGS[LABELS[0]])
         require_integer("shots", self.shots, 1, things - 1)
-        require_integer("orders", self.orders, 2, math.factorial(len(LABELS)))  # the number of orders of one example per kind
+        require_integer(
+            "orders", self.orders, 2, math.factorial(len(LABELS))
+        )  # the number of orders of one example per kind
         require_integer("samples", self.samples, 1)
         require_integer("data_seed", self.data_seed, 0)
         if self.arrangement not in ARRANGEMENTS:
@@ -206,7 +208,5 @@ def by_order(answers: Iterable[Answer]) -> list[float]:
     for answer in answers:
         questions[answer.question][answer.order] = answer.right
         orders = answer.orders
-    complete = [answers for answers in questions.values() if len(answers) == orders]
-    return [
-        float(np.mean([answers[order] for answers in complete])) if complete else math.nan for order in range(orders)
-    ]
+    complete = [each for each in questions.values() if len(each) == orders]
+    return [float(np.mean([each[order] for each in complete])) if complete else math.nan for order in range(orders)]

@@ -107,7 +107,9 @@ def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
 
 @cache
 def _warn_of_words() -> None:
-    log.warning('no tokenizer is known, so length is counted in words; name one: --metadata \'{"tokenizer": "FOLDER"}\'')
+    log.warning(
+        'no tokenizer is known, so length is counted in words; name one: --metadata \'{"tokenizer": "FOLDER"}\''
+    )
 
 
 @cache

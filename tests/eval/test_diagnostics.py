@@ -1,6 +1,5 @@
 """Where a model looks: against loops over characters and tokens, and what the report says."""
 
-import inspect
 import json
 import math
 from dataclasses import asdict, astuple
@@ -14,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gda import convert
-from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, diagnose, prompts_by_metadata
+from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, PromptSettings, diagnose
 from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.tasks import TASKS_FOLDER
 from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
@@ -30,9 +29,9 @@ def gda_model(**changes: Any) -> PreTrainedModel:
     return tiny_model(**({"vocab_size": VOCAB_SIZE, "max_position_embeddings": 1024} | changes))
 
 
-def report_of(model: PreTrainedModel, **options: Any) -> DiagnosticsReport:
+def report_of(model: PreTrainedModel, *, baseline: PreTrainedModel | None = None, **settings: Any) -> DiagnosticsReport:
     defaults = {"length": LENGTH, "needles": NEEDLES, "samples": 1, "depths": (0.0, 0.5)}
-    return diagnose(model, byte_tokenizer(), **(defaults | options))
+    return diagnose(model, byte_tokenizer(), PromptSettings(**(defaults | settings)), baseline=baseline)
 
 
 def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[float, float, float, float]:
@@ -150,7 +149,7 @@ def test_the_report_reads_as_json_markdown_and_tables() -> None:
     assert any(line.startswith(f"| 0 | 0.3000 | {shown} |") for line in lines)
     screen = Console(file=StringIO(), width=200)
     for table in report.tables():
-        screen.print(table)
+        screen.print(table.for_screen())
     assert shown in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -158,16 +157,16 @@ def test_defaults_are_the_tasks() -> None:
     written = (TASKS_FOLDER / "needles.yaml").read_text()
     for name, value in asdict(DEFAULTS).items():
         assert f"\n  {name}: {value}\n" in written
-    given = prompts_by_metadata({})
-    assert given == {name: inspect.signature(diagnose).parameters[name].default for name in given}
+    assert PromptSettings.from_metadata({}) == PromptSettings()
 
 
 def test_every_setting_of_the_retrieval_task_holds() -> None:
     told = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "data_seed": 9}
     given = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "seed": 9}
-    assert prompts_by_metadata(told | {"samples": 7}) == given | {"depths": (0.0, 0.25, 0.5, 0.75, 1.0), "samples": 2}
+    of_seven = PromptSettings.from_metadata(told | {"samples": 7})
+    assert asdict(of_seven) == given | {"depths": (0.0, 0.25, 0.5, 0.75, 1.0), "samples": 2}
     told |= {"depth": 1, "samples": 3}
-    report = diagnose(gda_model(), byte_tokenizer(), **prompts_by_metadata(told))
+    report = diagnose(gda_model(), byte_tokenizer(), PromptSettings.from_metadata(told))
     fields = report.to_dict()
     assert fields == fields | given | {"depths": [1.0], "samples": 3}
 
@@ -188,7 +187,7 @@ def test_metadata_that_cannot_be_is_refused_before_anything_runs(metadata: dict[
 
 
 def test_metadata_of_another_task_is_left_to_it() -> None:
-    assert prompts_by_metadata({"pairs": 3}) == prompts_by_metadata({})
+    assert PromptSettings.from_metadata({"pairs": 3}) == PromptSettings()
 
 
 def test_what_cannot_be_diagnosed() -> None:
@@ -197,9 +196,9 @@ def test_what_cannot_be_diagnosed() -> None:
         ({"depths": (0.5, 1.5)}, "`depth`"),
         ({"depths": ()}, "depths"),
         ({"samples": 0}, "`samples`"),
-        ({"length": 2000}, "reads 1024; give a smaller length"),
+        ({"length": 2000}, "reads 1024; choose a smaller length"),
     ):
         with pytest.raises(ValueError, match=said):
             report_of(gda_model(), **options)
-    with pytest.raises(ValueError, match="must have one tokenizer"):
+    with pytest.raises(ValueError, match="must share one tokenizer"):
         report_of(gda_model(), baseline=gda_model(vocab_size=50))
