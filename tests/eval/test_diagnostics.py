@@ -1,4 +1,4 @@
-"""Where a model looks: against loops over characters and tokens, and what the report says."""
+"""Where a model attends: equal to loops over characters and tokens, and the report."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[f
     ids=["shared", "paired", "sliding"],
 )
 @pytest.mark.parametrize("queries", [1, 2])
-def test_shares_of_differences_are_those_of_the_loops(changes: dict[str, Any], queries: int) -> None:
+def test_shares_of_differences_equal_the_loops(changes: dict[str, Any], queries: int) -> None:
     model, tokenizer = gda_model(**changes), byte_tokenizer()
     report = report_of(model, queries=queries)
     model.set_attn_implementation("eager")
@@ -101,7 +101,7 @@ def test_a_llama_beside_its_twin() -> None:
         assert shares.answer + shares.noise_context + shares.first_token < 1
 
 
-def test_an_expanded_llama_looks_where_the_llama_looks(tmp_path: Path) -> None:
+def test_an_expanded_llama_attends_like_its_source(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "llama", max_position_embeddings=1024)
     convert(folder, tmp_path / "gda")
     llama, expanded = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "gda"))
@@ -153,14 +153,14 @@ def test_the_report_reads_as_json_markdown_and_tables() -> None:
     assert shown in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_defaults_are_the_tasks() -> None:
+def test_defaults_are_those_of_the_task() -> None:
     written = (TASKS_FOLDER / "needles.yaml").read_text()
     for name, value in asdict(DEFAULTS).items():
         assert f"\n  {name}: {value}\n" in written
     assert PromptSettings.from_metadata({}) == PromptSettings()
 
 
-def test_every_setting_of_the_retrieval_task_holds() -> None:
+def test_every_setting_of_the_retrieval_task_applies() -> None:
     told = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "data_seed": 9}
     given = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "seed": 9}
     of_seven = PromptSettings.from_metadata(told | {"samples": 7})
@@ -181,16 +181,16 @@ def test_every_setting_of_the_retrieval_task_holds() -> None:
         ({"depth": 50}, "`depth`"),
     ],
 )
-def test_metadata_that_cannot_be_is_refused_before_anything_runs(metadata: dict[str, Any], said: str) -> None:
+def test_invalid_metadata_is_refused_before_anything_runs(metadata: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         evaluate_with_baseline("no/such/model", diagnostics=True, metadata=metadata)
 
 
-def test_metadata_of_another_task_is_left_to_it() -> None:
+def test_metadata_of_another_task_is_ignored() -> None:
     assert PromptSettings.from_metadata({"pairs": 3}) == PromptSettings()
 
 
-def test_what_cannot_be_diagnosed() -> None:
+def test_invalid_settings_are_refused() -> None:
     for options, said in (
         ({"length": 50}, "`length` 50 is too short"),
         ({"depths": (0.5, 1.5)}, "`depth`"),
