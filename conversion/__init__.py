@@ -1,1 +1,1 @@
-"""Checkpoints in and out: sources, streams, expansion, verification."""
+"""Converting, growing, exporting, checking and pushing checkpoints."""

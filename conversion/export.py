@@ -1,9 +1,10 @@
-"""GDA → Llama, Mistral, Qwen, Motif or DiffLlama, where nothing is lost by it: the inverse of the conversion.
+"""Export a GDA model to a Llama, Mistral, Qwen, Motif or DiffLlama, where nothing is lost: the inverse of `convert`.
 
-A Llama, Mistral or Qwen is what an expansion gives back while its λ is still 0. The others are differential, and take λ
-along.
+A Llama, Mistral or Qwen can hold an expanded model while its λ is still 0. Motif and DiffLlama are differential: λ is
+kept.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,22 +14,33 @@ from typing import Any
 from rich.console import Console
 
 from gda.common.files import check_places, refuse_existing
+from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import diffllama, motif
 from gda.conversion.families.llamalike import LLAMALIKES, require_target, target_config
 from gda.conversion.modes.expand import drop_noise_rows
+from gda.conversion.options import ExportOptions
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
+from gda.conversion.writing.headmap import in_masked_growth
 from gda.conversion.writing.staging import staged_model
 from gda.conversion.writing.stream import write_checkpoint
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported: the folder, the format, SHA-256 by file of weights, and what the result lacks."""
+    """What was exported.
+
+    Attributes:
+        out: The folder.
+        format: The model type.
+        num_tensors, num_parameters: Size of the result.
+        sha256: SHA-256 of each file of weights.
+        notes: What the folder lacks.
+    """
 
     out: Path
     format: str
@@ -42,66 +54,55 @@ class ExportReport:
         return {**vars(self), "out": str(self.out)}
 
 
-def export(
-    model: str | Path,
-    out: str | Path,
-    *,
-    format: str = "llama",
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> ExportReport:
-    """Write a GDA model as the model of another type that it was, bit for bit where nothing was trained.
+@takes(ExportOptions)
+def export(options: ExportOptions, *, console: Console | None = None) -> ExportReport:
+    """Export a GDA model to another model type, bit for bit where nothing was trained.
 
     Args:
-        model: Folder or Hub id of a GDA model. For a Llama, Mistral or Qwen, its λ is exactly 0 in every layer.
-        out: The folder to make.
-        format: "llama", "mistral", "qwen2", "qwen3", "motif" or "diffllama".
-        max_shard_size: As in `save_pretrained`.
-        overwrite: Replace `out` if it exists.
-        console: Where progress is shown; nowhere if None.
+        console: Console that shows progress. Default: none.
 
     Raises:
-        ValueError: if the model computes something that the other cannot, naming the field or the layer.
+        ValueError: naming the field or the layer, if the other type cannot compute what the model computes.
         FileNotFoundError, FileExistsError: for bad input.
     """
-    if format not in FORMATS:
-        raise ValueError(f"--format {format} is not one of {', '.join(FORMATS)}")
-    target = FORMATS[format]
-    check_places(model, out)
-    out = Path(out)
-    refuse_existing(out, overwrite)
+    target, out = FORMATS[options.format], Path(options.out)
+    check_places(options.model, out)
+    refuse_existing(out, options.overwrite)
     with quiet_transformers():
-        source = open_source(model)
-        config = source.config
-        if not isinstance(config, GDAConfig):
-            raise ValueError(f"{model} is a {config.model_type!r} model, not a GDA model")
-        if config.qk_rank is not None:
-            raise ValueError(
-                f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
-            )
-        if config.growth_mask is not None:
-            raise ValueError(f"{source.name} is in masked growth, which no format holds; train until its masks are 1")
-        if config.lambda_anneal is not None:
-            raise ValueError(f"{source.name} anneals λ, which no format holds; train until its lambda_anneal is 1")
+        source = open_source(options.model)
+        config = _require_exportable(source)
         try:
             target.check(source, config)
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from None
         recipes = target.recipes(config, source.specs)
-        with staged_model(out, overwrite=overwrite) as folder:
+        with staged_model(out, overwrite=options.overwrite) as folder:
             files = write_checkpoint(
                 folder,
                 recipes,
                 source,
-                max_shard_size=max_shard_size,
-                settings={"format": format},
+                max_shard_size=options.max_shard_size,
+                settings={"format": options.format},
                 console=console,
             )
             target.write_config(config, folder)
             source.copy_assets(folder)
     parameters = sum(recipe.spec.numel for recipe in recipes.values())
-    return ExportReport(out, format, len(recipes), parameters, files, list(target.notes))
+    return ExportReport(out, options.format, len(recipes), parameters, files, list(target.notes))
+
+
+def _require_exportable(source: Source) -> GDAConfig:
+    config = source.config
+    if not isinstance(config, GDAConfig):
+        raise ValueError(f"{source.name} is a {config.model_type!r} model, not a GDA model")
+    if config.qk_rank is not None:
+        raise ValueError(
+            f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
+        )
+    if config.fade is not None:
+        state = "is in masked growth" if in_masked_growth(config) else "is fading in λ"
+        raise ValueError(f"{source.name} {state}, which no format can express; train it until its fade is 1")
+    return config
 
 
 def _require_llamalike(source: Source, config: GDAConfig, model_type: str) -> None:
@@ -111,6 +112,35 @@ def _require_llamalike(source: Source, config: GDAConfig, model_type: str) -> No
             described = "depends on the token" if value is None else f"is {value:.3g}"
             raise ValueError(
                 f"λ of layer {layer} {described}, so exporting to {LLAMALIKES[model_type].name} would lose it"
+            )
+
+
+def _require_motif(source: Source, config: GDAConfig) -> None:
+    _require_fields(config, "a Motif", motif.required_fields(config))
+    _require_schedule(config, "a Motif", motif.LAMBDA_INIT_OFFSET)
+
+
+def _require_diffllama(source: Source, config: GDAConfig) -> None:
+    _require_fields(config, "a DiffLlama", diffllama.required_fields(config))
+    _require_schedule(config, "a DiffLlama", diffllama.LAMBDA_INIT_OFFSET)
+    diffllama.require_plain_norms(config, source.read)
+
+
+def _require_fields(config: GDAConfig, target: str, required: dict[str, Any]) -> None:
+    """Raise ValueError naming the first field with another value than `target` requires."""
+    for name, value in required.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name}={getattr(config, name)!r} has no counterpart in {target}")
+
+
+def _require_schedule(config: GDAConfig, target: str, offset: int) -> None:
+    """Raise ValueError naming the first layer whose λ_init is not 0.8 − 0.6 · exp(−0.3 · (layer + `offset`))."""
+    for layer in range(config.num_hidden_layers):
+        scheduled = 0.8 - 0.6 * math.exp(-0.3 * (layer + offset))
+        if not math.isclose(config.layer_lambda_init(layer), scheduled, rel_tol=1e-12, abs_tol=1e-12):
+            raise ValueError(
+                f"λ_init of layer {layer} is {config.layer_lambda_init(layer):.6g}, but the code of {target} "
+                f"computes {scheduled:.6g} there (lambda_init_offset {offset})"
             )
 
 
@@ -145,13 +175,13 @@ def _llamalike_recipe(name: str, spec: TensorSpec, config: GDAConfig) -> Recipe:
 
 @dataclass(frozen=True)
 class Format:
-    """What a GDA model can be written as.
+    """A model type that a GDA model can be exported to.
 
     Attributes:
-        check: Raises ValueError for a model that computes what the format cannot.
-        recipes: How each tensor of the format is made of the model's.
+        check: Raises ValueError if the type cannot compute what the model computes.
+        recipes: How each tensor is made from the model's.
         write_config: Writes config.json into a folder.
-        notes: What the folder lacks.
+        notes: What the exported folder lacks.
     """
 
     check: Callable[[Source, GDAConfig], None]
@@ -171,13 +201,13 @@ def _llamalike_format(model_type: str) -> Format:
 FORMATS = {
     **{model_type: _llamalike_format(model_type) for model_type in LLAMALIKES},
     "motif": Format(
-        check=lambda source, config: motif.require_exportable(config),
+        check=_require_motif,
         recipes=motif.exported_recipes,
         write_config=motif.write_exported_config,
-        notes=["Motif's own code is not written; put configuration_motif.py and modeling_motif.py beside it to run it"],
+        notes=["Motif's own code is not written; to run it, add configuration_motif.py and modeling_motif.py"],
     ),
     "diffllama": Format(
-        check=lambda source, config: diffllama.require_exportable(config, source.read),
+        check=_require_diffllama,
         recipes=diffllama.exported_recipes,
         write_config=lambda config, folder: diffllama.exported_config(config).save_pretrained(folder),
     ),

@@ -11,7 +11,6 @@ from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.conversion import Conversion
 from gda.conversion.growth.depth import copy_positions
 from gda.conversion.growth.growth import Growth
 from gda.conversion.modes.registry import plan
@@ -40,24 +39,6 @@ class GrowReport(ConvertReport):
     copied_layers: list[int] = field(default_factory=list)
     new_layers: list[int] = field(default_factory=list)
     trainable: Trainable
-
-    @classmethod
-    def of(cls, report: ConvertReport, conversion: Conversion, growth: Growth) -> "GrowReport":
-        """The report of a growth, given that of the conversion."""
-        before, new = conversion.before, conversion.new_parameters
-        assert before is not None
-        assert new is not None
-        layers = before.config.num_hidden_layers
-        copied = growth.copied_layers(layers)
-        return cls(
-            **vars(report),
-            growth=growth,
-            before=before.config,
-            num_parameters_before=before.num_parameters,
-            copied_layers=copied,
-            new_layers=copy_positions(layers, copied),
-            trainable=new,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -88,8 +69,8 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
       Every layer keeps its λ_init and its kind of attention.
     - `width`: HyperCloning (arXiv 2409.12903). Hidden size, MLP and heads are tiled; head_dim stays.
     - `masked`: Masked Structure Growth (arXiv 2305.02869), with `signal`, `mlp` and `depth`. New heads, neurons and
-      layers start from random weights behind a mask. The mask is 0 in the result; `gda.training.GrowthMaskCallback`
-      raises it during training, and at 1 it is gone. Weights behind a mask of 0 have no gradient yet.
+      layers start from random weights and are faded in. Their fade is 0 in the result, where they have no gradient;
+      `gda.training.FadeCallback` raises it to 1 during training.
 
     Equal replicas would stay equal for ever, so `noise_std` adds noise to the weights that read them. It sums to zero
     over each set of replicas, exactly, in the dtype of the weights: no logit changes.
@@ -115,4 +96,17 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
         source = open_source(options.model, options.revision)
         conversion = plan("grow", source, options)
         report = write_model(conversion, source, out, options, console=console)
-    return GrowReport.of(report, conversion, growth)
+    before, new_parameters = conversion.before, conversion.new_parameters
+    assert before is not None
+    assert new_parameters is not None
+    layers = before.config.num_hidden_layers
+    copied = growth.copied_layers(layers)
+    return GrowReport(
+        **vars(report),
+        growth=growth,
+        before=before.config,
+        num_parameters_before=before.num_parameters,
+        copied_layers=copied,
+        new_layers=copy_positions(layers, copied),
+        trainable=new_parameters,
+    )

@@ -1,4 +1,4 @@
-"""What is in a GDA model: heads, parameters, cache, λ."""
+"""Describe a GDA model: heads, parameters, KV cache, λ."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from gda.common.files import read_json
+from gda.common.options import takes
 from gda.common.screen import quiet_transformers
-from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
+from gda.configuration.configuration_gda import MASKED, GDAConfig
 from gda.conversion.export import layer_lambdas
 from gda.conversion.modes.low_rank import dense_config
+from gda.conversion.options import InspectOptions
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import PROVENANCE_FILE
 from gda.conversion.tensors.recipes import checkpoint_specs
-from gda.conversion.writing.headmap import head_map
+from gda.conversion.writing.headmap import head_map, in_masked_growth
 
 PARTS = {
     "embedding": r"embed_tokens\.",
@@ -30,18 +32,18 @@ PARTS = {
 
 @dataclass(frozen=True)
 class InspectReport:
-    """A model's layout and size.
+    """Layout and size of a GDA model.
 
     Attributes:
-        head_map: Which query heads read which KV heads, drawn.
-        parameters: By part.
+        head_map: A drawing of which query heads read which KV heads.
+        parameters: Number of parameters by part.
         qk_rank: Rank of the updates of queries, and of paired keys; None where they are dense.
-        num_dense_parameters: Parameters of the same model with dense queries and keys.
-        kv_cache_bytes_per_token: In the checkpoint's dtype, over all layers.
-        source_kv_cache_bytes_per_token: The same of the model it was converted from; None if that is not known.
-        lambda_type: How λ is made.
+        num_dense_parameters: Number of parameters of the same model with dense queries and keys.
+        kv_cache_bytes_per_token: Size of the cache over all layers, in the checkpoint's dtype.
+        source_kv_cache_bytes_per_token: The same for the model it was converted from; None if that is not known.
+        lambda_type: How λ is computed.
         lambdas: λ of each layer; None where it depends on the token.
-        growth: While masked growth is under way, the fields of the config that tell of it; None otherwise.
+        growth: The config's fields of masked growth while it is in progress; None otherwise.
     """
 
     name: str
@@ -68,22 +70,21 @@ class InspectReport:
         return asdict(self)
 
 
-def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
+@takes(InspectOptions)
+def inspect(options: InspectOptions) -> InspectReport:
     """Describe a GDA model from its config, the headers of its files and λ. A Hub id is downloaded first.
-
-    Args:
-        model: A folder or a Hub id.
-        revision: For a Hub id.
 
     Raises:
         ValueError: if it is not a GDA model.
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if it doesn't exist.
     """
     with quiet_transformers():
-        source = open_source(model, revision)
+        source = open_source(options.model, options.revision)
     config = source.config
     if not isinstance(source, FolderSource) or not isinstance(config, GDAConfig):
-        raise ValueError(f"{model} is a {config.model_type!r} model, not a GDA model; `gda convert` makes one of it")
+        raise ValueError(
+            f"{options.model} is a {config.model_type!r} model, not a GDA model; convert it with `gda convert`"
+        )
     parameters = dict.fromkeys(PARTS, 0)
     for name, spec in source.specs.items():
         parameters[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += spec.numel
@@ -106,12 +107,19 @@ def inspect(model: str | Path, *, revision: str | None = None) -> InspectReport:
         source_kv_cache_bytes_per_token=_source_cache(source.folder, dtype.itemsize),
         lambda_type=config.lambda_type,
         lambdas=layer_lambdas(source, config),
-        growth=None if config.growth_mask is None else {name: getattr(config, name) for name in GROWTH_FIELDS},
+        growth=_growth(config),
     )
 
 
+def _growth(config: GDAConfig) -> dict[str, Any] | None:
+    """The mask of masked growth and the parts that it masks; None outside masked growth."""
+    if not in_masked_growth(config):
+        return None
+    return {"growth_mask": config.fade} | {name: getattr(config, name) for name in MASKED}
+
+
 def _cache(shape: dict[str, Any], bytes_per_element: int) -> int:
-    """Bytes that a token takes in the cache of a model of that shape."""
+    """Bytes per token in the KV cache of a model with these fields."""
     layers, heads, width = (shape[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
     return int(2 * layers * heads * width * bytes_per_element)
 

@@ -1,5 +1,6 @@
-"""Options of the commands that convert and grow. This file imports nothing heavy, so that `--help` is fast."""
+"""Options of the commands that convert, check and share models. Nothing heavy is imported, so `--help` is fast."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,26 +12,50 @@ OUTPUT, HUB = "Output", "Hub"
 
 
 @dataclass(frozen=True)
-class WriteOptions(Options):
-    """Options of every command that writes a model folder."""
+class ReplaceOptions(Options):
+    """Option of every command that writes a folder."""
 
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
-        "keep", "Data type of the weights. λ is always float32.", panel=OUTPUT
-    )
-    max_shard_size: str | int = option("5GB", "Largest weight file, such as 5GB or 400MB.", panel=OUTPUT)
-    workers: int = option(1, "Number of weight files to write at once.", panel=OUTPUT, metavar="N")
-    verify: bool = option(
-        True, "Compare the result with its source before it appears.", panel=OUTPUT, flag="--verify/--no-verify"
-    )
-    resume: bool = option(False, "Continue from the files that an interrupted run finished.", panel=OUTPUT)
     overwrite: bool = option(False, "Replace OUT if it exists.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class ShardOptions(ReplaceOptions):
+    """Options of every command that writes weights."""
+
+    max_shard_size: str | int = option("5GB", "Largest weight file, such as 5GB or 400MB.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class BundleOptions(Options):
+    """Option of every command that writes or pushes a GDA model."""
+
     bundle_code: bool = option(
         True,
         "Save the model's code beside the weights: they load with trust_remote_code where gda is not installed.",
         panel=OUTPUT,
     )
-    dry_run: bool = option(False, "Check everything, write nothing.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class RevisionOptions(Options):
+    """Option of every command that reads a model which may be on the Hub."""
+
     revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=HUB)
+
+
+@dataclass(frozen=True)
+class WriteOptions(ShardOptions, BundleOptions, RevisionOptions):
+    """Options of every command that writes a GDA model from another model."""
+
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
+        "keep", "Data type of the weights. λ is always float32.", panel=OUTPUT
+    )
+    workers: int = option(1, "Number of weight files to write at once.", panel=OUTPUT, metavar="N")
+    verify: bool = option(
+        True, "Compare the result with its source before it appears.", panel=OUTPUT, flag="--verify/--no-verify"
+    )
+    resume: bool = option(False, "Continue from the files that an interrupted run finished.", panel=OUTPUT)
+    dry_run: bool = option(False, "Check everything, write nothing.", panel=OUTPUT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,3 +198,78 @@ class FoldOptions(WriteOptions):
 
     model: str | Path = argument("GDA model with qk_rank: a folder or a Hub id.")
     out: str | Path = argument("Folder to create.")
+
+
+@dataclass(frozen=True)
+class ExportOptions(ShardOptions):
+    """Options of `gda export`."""
+
+    model: str | Path = argument("GDA model: a folder or a Hub id.")
+    out: str | Path = argument("Folder to create.")
+    format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama"] = option(
+        "llama", "Model type to write.", panel=LAYOUT
+    )
+
+
+@dataclass(frozen=True)
+class VerifyOptions(RevisionOptions):
+    """Options of `gda verify`."""
+
+    source: str | Path = argument("Model that OUT was converted from: a folder, a Hub id or a .gguf file.")
+    out: str | Path = argument("Folder or Hub id of the converted model.")
+    method: Literal["auto", "full", "layers", "tensors"] = option(
+        "auto",
+        "full runs both models; layers runs both with one layer in memory; tensors converts every tensor again and "
+        "compares bits; auto takes full if both models fit into a quarter of the free memory, else layers.",
+    )
+    threshold: float | None = option(
+        None,
+        "Largest relative |Δlogit| that passes. Default: 1e-5, or no limit after a lossy conversion.",
+        metavar="X",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold is not None and not 0 <= self.threshold < math.inf:
+            raise ValueError(f"--threshold {self.threshold} is not a number from 0 on")
+
+
+@dataclass(frozen=True)
+class InspectOptions(RevisionOptions):
+    """Options of `gda inspect`."""
+
+    model: str | Path = argument("GDA model: a folder or a Hub id.")
+
+
+@dataclass(frozen=True)
+class PushOptions(BundleOptions):
+    """Options of `gda push`."""
+
+    folder: str | Path = argument("Folder of a GDA model.")
+    repo: str = argument("Repository on the Hub, owner/name or name; created if it doesn't exist.")
+    private: bool | None = option(
+        None,
+        "Require a private or a public repository, and create it as such. Default: as it is, or as your account "
+        "creates repositories.",
+        panel=HUB,
+        flag="--private/--public",
+    )
+    revision: str = option("main", "Branch to push to; created if it doesn't exist.", panel=HUB, metavar="BRANCH")
+    message: str | None = option(None, "Title of the commit. Default: Upload FOLDER.", panel=HUB)
+    dry_run: bool = option(False, "Check the folder and list its files; send nothing.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class ServeOptions(Options):
+    """Options of `gda serve`."""
+
+    model: str = argument("GDA model: a folder or a Hub id, with @REVISION if you like.")
+
+
+@dataclass(frozen=True)
+class DemoOptions(ReplaceOptions):
+    """Options of `gda demo`."""
+
+    source: str | Path | None = option(
+        None, "Another Llama to demonstrate on. Default: SmolLM2-135M-Instruct.", panel=LAYOUT
+    )

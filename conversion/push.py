@@ -1,4 +1,4 @@
-"""A GDA model's folder goes to the Hub, in one commit."""
+"""Push the folder of a GDA model to the Hub in one commit."""
 
 import contextlib
 import inspect
@@ -17,12 +17,14 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from gda.common.assets import LICENCE_PATTERNS
 from gda.common.files import read_json, write_text
+from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
+from gda.conversion.options import PushOptions
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.hub import check_name, hub_errors
 from gda.conversion.sources.open import MODEL_PATTERNS
-from gda.conversion.sources.readers import read_config
+from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.source import PROVENANCE_FILE
 from gda.conversion.tensors.safetensors_io import INDEX_FILE
 from gda.conversion.writing.card import CARD_FILE, model_card
@@ -30,7 +32,7 @@ from gda.modeling_gda.modeling_gda import GDAModel
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
-OF_NO_MODEL = (".cache", ".git", ".gitattributes")
+UNREPORTED = (".cache", ".git", ".gitattributes")  # in the folder, but left out without a note
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ class PushReport:
     Attributes:
         repo: The repository, as "owner/name".
         revision: The branch.
-        files: What the model consists of there.
-        nbytes: Size of all of it.
-        left_out: Files of the folder that are no part of a model.
-        notes: What else one should know.
-        url: Where the model can be seen.
-        commit: The commit; the branch's last one if it had all of it already.
-        removed: Files of an earlier model there that this one does not have.
+        files: The model's files, by their paths in the repository.
+        nbytes: Their total size.
+        left_out: Files of the folder that are not part of a model.
+        notes: What else the user should know.
+        url: The model's page.
+        commit: The commit; the last one of the branch if nothing had changed.
+        removed: Files of an earlier model in the repository that this one doesn't have.
         changed: Whether there was anything to commit.
         dry_run: Whether nothing was sent.
     """
@@ -68,50 +70,33 @@ class PushReport:
         return dict(vars(self))
 
 
-def push(
-    folder: str | Path,
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str = "main",
-    message: str | None = None,
-    bundle_code: bool = True,
-    dry_run: bool = False,
-    console: Console | None = None,
-) -> PushReport:
-    """Push a GDA language model's folder to the Hub, in one commit, with a model card and the code of the model.
+@takes(PushOptions)
+def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
+    """Push the folder of a GDA language model to the Hub in one commit, with a model card and the model's code.
 
-    Weights that an interrupted push has sent are not sent again. Files of an earlier model there that this one does not
-    have (other shards, another chat template) are removed, for they would be loaded with it. The folder stays as it is:
-    a card and the code are added to the commit where it has none; a card that is there already is kept.
+    Weights that an interrupted push uploaded are not sent again. Files of an earlier model in the repository that this
+    one doesn't have, such as other shards or a chat template, are removed: they would be loaded with it. The folder is
+    not changed: card and code are added to the commit if the folder lacks them.
 
     Args:
-        folder: A folder with a GDA model.
-        repo: The repository, "owner/name" or "name"; made if it is not there.
-        private: Whether the repository must be private or public; by default as it is, or as is usual for the owner.
-        revision: Branch to push to; made if it is not there.
-        message: Title of the commit.
-        bundle_code: Whether the commit holds the code of the model, so that it loads with `trust_remote_code=True`
-            where this package is not installed.
-        dry_run: Check the folder and list its files; send nothing.
-        console: Where progress is shown; nowhere if None.
+        console: Console that shows progress. Default: none.
 
     Raises:
-        FileNotFoundError: if the folder is not there.
-        ValueError: if it holds no whole GDA language model, a name is none that the Hub allows, or the repository is
-            public and was to be private, or the other way.
-        PermissionError: if the Hub knows no token that may write there.
+        FileNotFoundError: if the folder doesn't exist.
+        ValueError: if the folder doesn't hold a complete GDA language model, the Hub doesn't allow a name, or the
+            repository exists and is public instead of private or the reverse.
+        PermissionError: if the Hub knows no token that may write to the repository.
         ConnectionError: if the Hub cannot be reached, or refuses.
     """
-    folder = Path(folder)
+    folder, repo, revision = Path(options.folder), options.repo, options.revision
     check_name(repo)
     if not REVISION.fullmatch(revision):
-        raise ValueError(f"--revision {revision!r} is no name of a branch")
+        raise ValueError(f"--revision {revision!r} is not a valid branch name")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; name one that holds a GDA model")
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="gda-push-") as scratch:
         source = _open(folder)
-        files, notes = _files_to_push(source, Path(scratch), bundle_code)
+        files, notes = _files_to_push(source, Path(scratch), options.bundle_code)
         report = PushReport(
             repo=repo,
             revision=revision,
@@ -119,13 +104,14 @@ def push(
             nbytes=sum(path.stat().st_size for path in files.values()),
             left_out=_left_out(folder, files),
             notes=notes,
-            dry_run=dry_run,
+            dry_run=options.dry_run,
         )
-        if dry_run:
+        if options.dry_run:
             return report
+        has_card = (folder / CARD_FILE).is_file()
+        message = options.message or f"Upload {folder.resolve().name}"
         with hub_errors(repo, revision), _progress_bars(console):
-            has_card = (folder / CARD_FILE).is_file()
-            return _send(report, files, private, has_card, message or f"Upload {folder.resolve().name}")
+            return _send(report, files, options.private, has_card, message)
 
 
 def check_push(repo: str | None, private: bool | None) -> None:
@@ -152,18 +138,13 @@ def push_result(
 
 def _open(folder: Path) -> FolderSource:
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds an adapter; merge it into the model, or push it by PEFT's own push_to_hub")
-    config = read_config(folder)
-    if not isinstance(config, GDAConfig):
-        raise ValueError(f"{folder} holds a {config.model_type!r} model, not a GDA model")
-    kinds = config.architectures or ["GDAForCausalLM"]
-    if kinds != ["GDAForCausalLM"]:
-        raise ValueError(f"{folder} holds a {kinds[0]}; `gda push` is for language models: use model.push_to_hub")
+        raise ValueError(f"{folder} holds an adapter; merge it into the model, or push it with PEFT's push_to_hub")
+    read_gda_config(folder)
     return FolderSource(folder)
 
 
 def _files_to_push(source: FolderSource, scratch: Path, bundle_code: bool) -> tuple[dict[str, Path], list[str]]:
-    """By path in the repository, the file to send, of the folder or made in `scratch`; and what is to be said of it."""
+    """The file to send for each path in the repository, from the folder or created in `scratch`; and notes."""
     folder, config = source.folder, source.config
     assert isinstance(config, GDAConfig)
     files = {
@@ -180,45 +161,48 @@ def _files_to_push(source: FolderSource, scratch: Path, bundle_code: bool) -> tu
         files |= {path.name: path for path in code}
     elif bundle_code or hasattr(config, "auto_map"):
         config.save_pretrained(scratch, bundle_code=bundle_code)
-    notes = _describe(source, files, scratch, bundle_code)
+    notes = _add_card(source, files, scratch, bundle_code)
     return dict(sorted((files | {path.name: path for path in scratch.iterdir()}).items())), notes
 
 
-def _describe(source: FolderSource, files: dict[str, Path], scratch: Path, has_code: bool) -> list[str]:
-    """See to it that the provenance and the card in `files` or `scratch` speak of these weights and files."""
+def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_code: bool) -> list[str]:
+    """Create a model card in `scratch` unless the folder has one that was edited; return notes.
+
+    A conversion.json about other weights, as after training, is removed from `files`.
+    """
     config, name = source.config, source.folder.resolve().name
     assert isinstance(config, GDAConfig)
-    made, notes = None, []
+    provenance, notes = None, []
     if PROVENANCE_FILE in files:
-        made = read_json(files[PROVENANCE_FILE])
-        cards = {has: model_card(config, name=name, made=made, has_code=has) for has in (True, False)}
-        if made.get("sha256") != source.hashes():
+        provenance = read_json(files[PROVENANCE_FILE])
+        generated = [model_card(config, name=name, made=provenance, has_code=has) for has in (True, False)]
+        if provenance.get("sha256") != source.hashes():
             notes.append(f"{PROVENANCE_FILE} describes other weights than these and is left out")
             del files[PROVENANCE_FILE]
-            made = None
-        if CARD_FILE in files and files[CARD_FILE].read_text(encoding="utf-8") in cards.values():
-            del files[CARD_FILE]  # as the conversion wrote it: written again, for what is pushed
+            provenance = None
+        if CARD_FILE in files and files[CARD_FILE].read_text(encoding="utf-8") in generated:
+            del files[CARD_FILE]  # the conversion wrote it: it is generated again for the files that are pushed
     if CARD_FILE not in files:
-        write_text(scratch / CARD_FILE, model_card(config, name=name, made=made, has_code=has_code))
+        write_text(scratch / CARD_FILE, model_card(config, name=name, made=provenance, has_code=has_code))
     elif notes:
-        notes.append(f"{CARD_FILE} is sent as it is; see whether it speaks of these weights")
+        notes.append(f"{CARD_FILE} is sent unchanged; check whether it describes these weights")
     return notes
 
 
 def _code_names() -> set[str]:
-    """Names of the files that saving a model puts beside its weights."""
+    """Names of the code files that saving a model puts beside its weights."""
     module = inspect.getfile(GDAModel)
     return {Path(file).name for file in (module, *get_relative_import_files(module))}
 
 
 def _code_of(folder: Path) -> list[Path]:
-    """The files of the model's code in `folder`; none if one is missing."""
+    """The model's code files in `folder`; none if one is missing."""
     files = [folder / name for name in _code_names()]
     return files if all(path.is_file() for path in files) else []
 
 
 def _left_out(folder: Path, files: dict[str, Path]) -> list[str]:
-    expected = {Path(name).parts[0] for name in files} | {*OF_NO_MODEL, PROVENANCE_FILE}
+    expected = {Path(name).parts[0] for name in files} | {*UNREPORTED, PROVENANCE_FILE}
     expected |= {path.name for path in _code_of(folder)}
     return sorted(path.name for path in folder.iterdir() if path.name not in expected)
 
@@ -231,11 +215,11 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
     before = api.model_info(repo, revision=report.revision)
     if private is not None and before.private is not private:
         kind = "private" if before.private else "public"
-        raise ValueError(f"{repo} is there already and is {kind}; change that on its page, or choose another name")
+        raise ValueError(f"{repo} exists and is {kind}; change that on its page, or choose another name")
     held = [file.rfilename for file in before.siblings or []]
     if CARD_FILE in held and not has_card:
-        files = {name: path for name, path in files.items() if name != CARD_FILE}  # somebody wrote that one
-    removed = _of_an_earlier_model(held, files)
+        files = {name: path for name, path in files.items() if name != CARD_FILE}  # keep the edited card
+    removed = _stale_files(held, files)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, str(path)) for name, path in files.items()
     ]
@@ -246,21 +230,21 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
     return replace(report, repo=repo, url=url, commit=commit.oid, removed=removed, changed=changed)
 
 
-def _of_an_earlier_model(held: list[str], files: dict[str, Path]) -> list[str]:
-    """Files that a loader would take for this model's; adapters, licences and whatever else is there are not."""
+def _stale_files(held: list[str], files: dict[str, Path]) -> list[str]:
+    """Files of an earlier model that would be loaded with this one; adapters, licences and other files stay."""
     modules = _code_names()
     patterns = set(MODEL_PATTERNS) - set(LICENCE_PATTERNS) - {"*.safetensors", "*.safetensors.index.json"}
 
     def is_stale(name: str) -> bool:
-        of_model = any(fnmatchcase(name, pattern) for pattern in patterns)
-        return name not in files and (of_model or name in modules or WEIGHTS.fullmatch(name) is not None)
+        is_model_file = any(fnmatchcase(name, pattern) for pattern in patterns)
+        return name not in files and (is_model_file or name in modules or WEIGHTS.fullmatch(name) is not None)
 
     return sorted(filter(is_stale, held))
 
 
 @contextlib.contextmanager
 def _progress_bars(console: Console | None) -> Iterator[None]:
-    """Let the Hub's client show its bars where somebody watches, and nowhere else."""
+    """Show the Hub client's progress bars only on a terminal."""
     if shows_progress(console) or are_progress_bars_disabled():
         yield
         return

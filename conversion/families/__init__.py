@@ -1,1 +1,1 @@
-"""Model families that can be converted."""
+"""The model families that can be converted, and how their configurations and tensors are translated."""

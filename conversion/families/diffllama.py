@@ -1,37 +1,39 @@
-"""DiffLlama of transformers: a paired GDA at 1:1 whose heads stand in halves, and whose head norm has no weight.
+"""transformers' DiffLlama: a paired GDA at 1:1 with another order of heads and a head norm without weights.
 
-DiffLlama   q heads    s0 s1 s2 s3  n0 n1 n2 n3        all signal heads, then all noise heads
+DiffLlama   q heads    s0 s1 s2 s3  n0 n1 n2 n3        halves: all signal heads, then all noise heads
             k heads    s0 s1        n0 n1
-            v heads    a0 a1        b0 b1              slab a of each pair, then slab b
+            v heads    a0 a1        b0 b1              the first half of each pair's value, then the second
 
-GDA         q heads    s0 n0 s1 n1 s2 n2 s3 n3         in groups [signal, noise]
+GDA         q heads    s0 n0 s1 n1 s2 n2 s3 n3         pairs [signal, noise]
             k heads    s0 n0 s1 n1
             v heads    a0 b0 a1 b1
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import DiffLlamaConfig, PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families.llamalike import SHARED_FIELDS
-from gda.conversion.families.refusals import require_fields, require_schedule
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 MODEL_TYPE = "diffllama"
+LAMBDA_INIT_OFFSET = 0
 SAME_FIELDS = (*SHARED_FIELDS, "head_dim", "attention_bias")
 REORDERED = (".q_proj.", ".k_proj.", ".v_proj.")
 
 
 def halves_to_pairs(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows (H · head_dim, …) of heads in halves, a0 a1 … b0 b1 …, as pairs a0 b0 a1 b1 …"""
+    """Reorder rows (H · head_dim, …) from halves, a0 a1 … b0 b1 …, to pairs, a0 b0 a1 b1 …"""
     return heads.unflatten(0, (2, -1, head_dim)).transpose(0, 1).flatten(0, 2)
 
 
 def pairs_to_halves(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows (H · head_dim, …) of heads in pairs, a0 b0 a1 b1 …, as halves a0 a1 … b0 b1 …"""
+    """Reorder rows (H · head_dim, …) from pairs, a0 b0 a1 b1 …, to halves, a0 a1 … b0 b1 …"""
     return heads.unflatten(0, (-1, 2, head_dim)).transpose(0, 1).flatten(0, 2)
 
 
@@ -44,7 +46,7 @@ def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDACon
         kv_layout="paired",
         lambda_type="reparameterized",
         lambda_init=None,
-        lambda_init_offset=0,
+        lambda_init_offset=LAMBDA_INIT_OFFSET,
         head_norm=True,
         head_norm_eps=source.rms_norm_eps,
         dtype=dtype or source.dtype,
@@ -53,31 +55,33 @@ def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDACon
 
 
 def mapped_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
-    """Rows of q, k and v in pairs; a weight of 1 for the head norm; the rest as it is, and λ never narrowed."""
+    """Reorder the rows of q, k and v to pairs, add head norm weights of 1, and copy the rest. λ is never narrowed."""
 
     def recipe(name: str, spec: TensorSpec) -> Recipe:
         if name.endswith(".subln.weight"):
             norm = source["model.norm.weight"].dtype
             ones = TensorSpec(spec.shape, dtype or norm)
-            return Recipe(ones, (), lambda: torch.ones(spec.shape), "one: the source's head norm has no weight")
+            return Recipe(ones, (), lambda: torch.ones(spec.shape), "1, since the source's head norm has no weight")
         if any(part in name for part in REORDERED):
             target = TensorSpec(spec.shape, dtype or source[name].dtype)
-            return Recipe(target, (name,), lambda rows: halves_to_pairs(rows, config.head_dim), "halves put in pairs")
+            return Recipe(
+                target, (name,), lambda rows: halves_to_pairs(rows, config.head_dim), "halves reordered to pairs"
+            )
         return copied(name, source[name], torch.float32 if dtype is not None and ".lambda_" in name else dtype)
 
     return {name: recipe(name, spec) for name, spec in checkpoint_specs(config).items()}
 
 
 def notes(config: PreTrainedConfig) -> list[str]:
-    """What of a DiffLlama's config has no counterpart."""
+    """What a DiffLlama's config has and GDA's does not."""
     if config.lambda_std_dev == DiffLlamaConfig().lambda_std_dev:
         return []
-    return [f"lambda_std_dev={config.lambda_std_dev}, with which λ vectors are drawn for training, is left out"]
+    return [f"lambda_std_dev={config.lambda_std_dev}, used to initialize λ vectors, is left out"]
 
 
-def require_exportable(config: GDAConfig, read: Callable[[str], torch.Tensor]) -> None:
-    """Raise ValueError naming the field or the layer, if a DiffLlama cannot compute what the model computes."""
-    wanted = {
+def required_fields(config: GDAConfig) -> dict[str, Any]:
+    """The fields of a GDA configuration that a DiffLlama can express, with their only possible values."""
+    return {
         "kv_layout": "paired",
         "num_noise_heads": config.num_attention_heads // 2,
         "lambda_type": "reparameterized",
@@ -89,19 +93,21 @@ def require_exportable(config: GDAConfig, read: Callable[[str], torch.Tensor]) -
         "mlp_bias": False,
         "sliding_window": None,
     }
-    require_fields(config, "a DiffLlama", wanted)
+
+
+def require_plain_norms(config: GDAConfig, read: Callable[[str], torch.Tensor]) -> None:
+    """Raise ValueError unless MLPs have no PolyNorm and head norms have weights of 1, as in every DiffLlama."""
     if config.hidden_act == "poly_norm":
         raise ValueError("hidden_act='poly_norm' has no counterpart in a DiffLlama")
-    require_schedule(config, "a DiffLlama", 0)
     for layer in range(config.num_hidden_layers):
         if not torch.all(read(f"model.layers.{layer}.self_attn.subln.weight") == 1):
             raise ValueError(
-                f"the head norm of layer {layer} has a trained weight (subln is not 1), and a DiffLlama's has none"
+                f"the head norm of layer {layer} has trained weights (subln is not 1), but a DiffLlama's has none"
             )
 
 
 def exported_config(config: GDAConfig) -> DiffLlamaConfig:
-    """The DiffLlama configuration of a GDA that `require_exportable` lets pass."""
+    """The DiffLlama configuration of a GDA model that can be exported."""
     return DiffLlamaConfig(
         **{name: getattr(config, name) for name in SAME_FIELDS},
         num_attention_heads=config.num_attention_heads,
@@ -111,13 +117,12 @@ def exported_config(config: GDAConfig) -> DiffLlamaConfig:
 
 
 def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec]) -> dict[str, Recipe]:
-    """Rows of q, k and v in halves; the head norm's weight, which is 1, left out; the rest as it is."""
+    """Reorder the rows of q, k and v to halves, drop the head norm's weights, which are 1, and copy the rest."""
 
     def recipe(name: str) -> Recipe:
         if any(part in name for part in REORDERED):
-            return Recipe(
-                source[name], (name,), lambda rows: pairs_to_halves(rows, config.head_dim), "pairs put in halves"
-            )
+            make = partial(pairs_to_halves, head_dim=config.head_dim)
+            return Recipe(source[name], (name,), make, "pairs reordered to halves")
         return copied(name, source[name], None)
 
     return {name: recipe(name) for name in checkpoint_specs(exported_config(config))}

@@ -1,13 +1,13 @@
-"""Llama, Mistral, Qwen2 and Qwen3: one decoder, in configurations that differ in a few fields and name them otherwise.
+"""Llama, Mistral, Qwen2 and Qwen3: one decoder, whose configurations differ in a few fields and their names.
 
               biases of q, k, v   bias of o_proj    MLP biases   norm of q and k   layers that slide
     Llama     attention_bias      attention_bias    mlp_bias     no                none
-    Mistral   no                  no                no           no                all, where there is a sliding_window
-    Qwen2     yes                 no                no           no                as layer_types says
-    Qwen3     attention_bias      attention_bias    no           yes               as layer_types says
+    Mistral   no                  no                no           no                all, if sliding_window is set
+    Qwen2     yes                 no                no           no                as in layer_types
+    Qwen3     attention_bias      attention_bias    no           yes               as in layer_types
 
-Tensors have the same names in all four, and GDA's. `source_fields` reads such a configuration as fields of `GDAConfig`,
-`target_config` writes one, and what reading does not give back is what the target cannot hold.
+All four have the tensor names of GDA. `source_fields` translates such a configuration to fields of `GDAConfig`, and
+`target_config` translates back. A field that doesn't survive the round trip cannot be exported.
 """
 
 import copy
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from gda.configuration.configuration_gda import GDAConfig
 
-# Fields that have the same name and meaning in all of them and in GDA.
+# Fields with the same name and meaning in all of them and in GDA.
 SHARED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -38,7 +38,7 @@ SHARED_FIELDS = (
     "tie_word_embeddings",
     "rope_parameters",
 )
-# What they say in words of their own.
+# Fields of GDA that they express differently.
 DIFFERING_FIELDS = (
     "head_dim",
     "attention_bias",
@@ -48,24 +48,24 @@ DIFFERING_FIELDS = (
     "sliding_window",
     "layer_types",
 )
-# What a GDA model must have to compute what any of them can, beside λ = 0.
-OF_NONE_OF_THEM = {"kv_layout": "shared", "head_norm": False, "qk_rank": None}
-# RoPE of models for images or very long texts; transformers' text models of these types leave it out, silently.
-OTHER_ROPE = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta")
-# What is no field of a configuration's class and is read all the same, or says nothing of the model.
-BOOKKEEPING = ("auto_map", "transformers_weights", "head_dim", "layer_types")
+# Values that these fields of a GDA model must have to be exported, besides λ = 0.
+REQUIRED_FIELDS = {"kv_layout": "shared", "head_norm": False, "qk_rank": None}
+# RoPE parameters for images or very long texts, which transformers' text models of these types ignore silently.
+UNSUPPORTED_ROPE = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta")
+# Entries of a config.json that transformers reads though its class has no such field, or that don't matter.
+HARMLESS_FIELDS = ("auto_map", "transformers_weights", "head_dim", "layer_types")
 
 
 @dataclass(frozen=True)
 class Llamalike:
-    """How configurations of one model type are read and written.
+    """How configurations of one model type are translated.
 
     Attributes:
-        name: As it is called in a sentence.
-        config_class: transformers' class of its configurations.
-        architecture: transformers' class of its language model.
-        reads: The `DIFFERING_FIELDS` that one of its configurations says, but for those that are False, none or full.
-        writes: Its own fields, but for `SHARED_FIELDS`, that say what a `GDAConfig` says.
+        name: Its name in messages.
+        config_class: transformers' configuration class.
+        architecture: transformers' language-model class.
+        reads: Returns the `DIFFERING_FIELDS` of a configuration, except those with default values.
+        writes: Returns the type's own fields, besides `SHARED_FIELDS`, for a `GDAConfig`.
     """
 
     name: str
@@ -98,7 +98,7 @@ def _qwen2_reads(config: Any) -> dict[str, Any]:
 
 
 def _qwen2_writes(config: GDAConfig) -> dict[str, Any]:
-    # The class has no field for it, and reads it where it is given.
+    # The class has no field head_dim, but reads it if it is set.
     usual = config.hidden_size // config.num_signal_heads == config.head_dim
     return ({} if usual else {"head_dim": config.head_dim}) | _qwen_windows(config)
 
@@ -113,7 +113,7 @@ def _qwen3_writes(config: GDAConfig) -> dict[str, Any]:
 
 
 def _windows(config: Any) -> dict[str, Any]:
-    """A window that no layer uses is left out: DynamicCache and others look at it first."""
+    """Drop a window that no layer uses: DynamicCache and others look at sliding_window alone."""
     window = config.sliding_window if slides(config) else None
     return {"sliding_window": window, "layer_types": list(config.layer_types)}
 
@@ -125,7 +125,7 @@ def _qwen_windows(config: GDAConfig) -> dict[str, Any]:
     return {
         "use_sliding_window": True,
         "sliding_window": config.sliding_window,
-        "max_window_layers": len(full),  # which layer_types overrules, and says the same where windows come last
+        "max_window_layers": len(full),  # layer_types takes precedence; both agree where windows come last
         "layer_types": list(config.layer_types or []),
     }
 
@@ -144,10 +144,9 @@ LLAMALIKES = {
 
 
 def source_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Every field of `GDAConfig` that says what a Llama's, Mistral's, Qwen2's or Qwen3's `config` says.
+    """The fields of `GDAConfig` for the configuration of a Llama, Mistral, Qwen2 or Qwen3, except heads, λ and dtype.
 
-    What is left are the heads, λ and dtype: with `num_attention_heads` signal heads and λ = 0 a GDA model of these
-    fields computes what the source computes.
+    With `num_attention_heads` signal heads and λ = 0, a GDA model with these fields computes what the source computes.
     """
     reads = LLAMALIKES[config.model_type].reads(config)
     return {
@@ -164,15 +163,15 @@ def source_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Width of a head, also of a configuration that leaves it to hidden_size / num_attention_heads."""
+    """Width of a head; hidden_size / num_attention_heads if the configuration has no head_dim."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def target_config(config: GDAConfig, model_type: str) -> PreTrainedConfig:
-    """The configuration of the model of that type which `config` is while λ is 0, as far as the type can say it."""
+    """The configuration of that model type for a GDA model with λ = 0, as far as the type can express it."""
     target = LLAMALIKES[model_type]
     shared = {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS}
-    # transformers' classes take no whole number for them.
+    # transformers' classes refuse integers here.
     shared |= {name: float(shared[name]) for name in ("rms_norm_eps", "initializer_range")}
     return target.config_class(
         **shared,
@@ -184,21 +183,21 @@ def target_config(config: GDAConfig, model_type: str) -> PreTrainedConfig:
 
 
 def require_target(config: GDAConfig, model_type: str) -> None:
-    """Raise ValueError naming the first field that a model of that type cannot hold, and the types that can."""
-    if (field := _unheld(config, model_type)) is None:
+    """Raise ValueError naming the first field that the model type cannot express, and the types that can."""
+    if (field := _inexpressible_field(config, model_type)) is None:
         return
-    able = [name for name in LLAMALIKES if _unheld(config, name) is None]
+    able = [name for name in LLAMALIKES if _inexpressible_field(config, name) is None]
     if able:
-        hint = f"; --format {' or '.join(able)} can hold it"
+        hint = f"; --format {' or '.join(able)} can express it"
     else:
-        hint = "; --format motif or diffllama may hold it" if field == "kv_layout" else ""
+        hint = "; --format motif or diffllama may express it" if field == "kv_layout" else ""
     name = LLAMALIKES[model_type].name
     raise ValueError(f"{field}={getattr(config, field)!r} has no counterpart in a {name}{hint}")
 
 
-def _unheld(config: GDAConfig, model_type: str) -> str | None:
-    """The first field that is not there again when the configuration of that type is read back."""
-    for name, value in OF_NONE_OF_THEM.items():
+def _inexpressible_field(config: GDAConfig, model_type: str) -> str | None:
+    """The first field that doesn't survive a translation to that model type and back."""
+    for name, value in REQUIRED_FIELDS.items():
         if getattr(config, name) != value:
             return name
     if config.hidden_act == "poly_norm":
@@ -206,12 +205,12 @@ def _unheld(config: GDAConfig, model_type: str) -> str | None:
     back = source_fields(target_config(config, model_type))
     differing = [name for name in DIFFERING_FIELDS if back[name] != getattr(config, name)]
     if "sliding_window" in differing and not slides(config):
-        differing.remove("sliding_window")  # a window that no layer has
+        differing.remove("sliding_window")  # no layer uses the window
     return differing[0] if differing else None
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:
-    """How many keys each layer sees, None for all, of a Llama-like, a GDA or another configuration."""
+    """The sliding window of each layer, None for full attention, for a configuration of any model type."""
     if config.model_type in LLAMALIKES:
         fields = source_fields(config)
         kinds, window = fields["layer_types"], fields["sliding_window"]
@@ -222,18 +221,18 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
-    """Refuse a Llama-like configuration that asks for what its class in transformers leaves out without a word.
+    """Refuse a Llama-like configuration with fields that its class in transformers ignores silently.
 
     Raises:
         ValueError: naming file and field.
     """
     if config.model_type not in LLAMALIKES:
         return
-    for name in OTHER_ROPE:
+    for name in UNSUPPORTED_ROPE:
         if name in (config.rope_parameters or {}):
-            raise ValueError(f"{where}: rope_parameters has {name}, which is no part of a {config.model_type} model")
+            raise ValueError(f"{where}: rope_parameters has {name}, which is not part of a {config.model_type} model")
     if getattr(config, "use_mrope", False):
-        raise ValueError(f"{where} has use_mrope, a RoPE for images, which is no part of a {config.model_type} model")
+        raise ValueError(f"{where} has use_mrope, a RoPE for images, which is not part of a {config.model_type} model")
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds != source_fields(config)["layer_types"]:
         raise ValueError(
@@ -243,10 +242,10 @@ def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
 
 
 def unread_fields(config: PreTrainedConfig) -> list[str]:
-    """Fields of a Llama-like config.json that its class in transformers does not define, but for harmless ones."""
+    """Fields of a Llama-like config.json that its class in transformers doesn't define, except harmless ones."""
     known = type(config).__dataclass_fields__
     return sorted(
         name
         for name, value in vars(config).items()
-        if name not in known and name not in BOOKKEEPING and not name.startswith("_") and value
+        if name not in known and name not in HARMLESS_FIELDS and not name.startswith("_") and value
     )

@@ -1,13 +1,13 @@
-"""Motif-2-12.7B and Motif-2.6B: checkpoints whose tensors are a paired GDA's, name for name and row for row.
+"""Motif-2-12.7B and Motif-2.6B: their tensors have the names and the row order of a paired GDA's.
 
-Only the config speaks another language. transformers has no class for it, and the code in a Motif's folder is never
-run, so config.json is read here.
+Only config.json differs. transformers has no class for it, and code in a model's folder is never run, so it is read
+here.
 
     Motif                      GDA
-    num_noise_heads            the same; where it is absent, signal and noise are as many (Motif-2.6B)
+    num_noise_heads            the same; if absent, half of the query heads are noise heads (Motif-2.6B)
     attn_rms_norm_eps          head_norm_eps, with head_norm
     use_bias                   attention_bias and mlp_bias
-    λ_init by layer            the depth schedule with lambda_init_offset −1
+    λ_init of each layer       its schedule over the layers, with lambda_init_offset −1
 """
 
 from pathlib import Path
@@ -20,14 +20,14 @@ from transformers import PreTrainedConfig
 from gda.common.errors import first_line
 from gda.common.files import write_json
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.families.refusals import require_fields, require_schedule
+from gda.conversion.families import llamalike
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 MODEL_TYPE = "motif"
 LAMBDA_INIT_OFFSET = -1
 
-# Fields without which nothing can be built, and what is taken for others that config.json may lack.
+# Fields that config.json must have, and values that are assumed for others.
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -37,33 +37,16 @@ REQUIRED = (
     "num_key_value_heads",
 )
 ASSUMED = {"rms_norm_eps": 1e-6, "attn_rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "poly_norm"}
-# Fields of Motif-3, whose attention and MLP are others.
-OF_ANOTHER_MOTIF = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "num_experts", "n_routed_experts")
+# Fields of Motif-3, which has another attention and another MLP.
+MOTIF_3_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "num_experts", "n_routed_experts")
 
-# Fields that mean the same in a Motif and in GDA.
-SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "rope_parameters",
-)
+# Fields with the same name and meaning in a Motif and in GDA.
+SHARED_FIELDS = (*llamalike.SHARED_FIELDS, "num_attention_heads")
 
 
 @strict
 class MotifConfig(PreTrainedConfig):
-    """A Motif's config.json. `assumed` names the fields that it lacks and that were filled in."""
+    """A Motif's config.json. `assumed` names the fields that were missing and have assumed values."""
 
     model_type: ClassVar[str] = MODEL_TYPE
 
@@ -96,19 +79,17 @@ class MotifConfig(PreTrainedConfig):
 
 
 def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
-    """The config that the JSON object `raw` of the file `path` holds.
+    """Read the fields `raw` of the config.json at `path`.
 
     Raises:
-        ValueError: naming file and field, for what is absent, impossible or not done here.
+        ValueError: naming file and field, for a field that is missing, impossible or unsupported.
     """
-    for name in OF_ANOTHER_MOTIF:
+    for name in MOTIF_3_FIELDS:
         if raw.get(name) is not None:
-            raise ValueError(
-                f"{path} has {name}, as Motif-3 does; of the Motifs, Motif-2 and Motif-2.6B can be converted"
-            )
+            raise ValueError(f"{path} has {name}, a field of Motif-3; only Motif-2 and Motif-2.6B can be converted")
     for name in REQUIRED:
         if raw.get(name) is None:
-            raise ValueError(f"{path} has no {name}, which a Motif's config names")
+            raise ValueError(f"{path} has no {name}, which a Motif's config must have")
     assumed = [name for name in ASSUMED if raw.get(name) is None]
     if raw.get("rope_parameters") is not None and "rope_theta" in assumed:
         assumed.remove("rope_theta")
@@ -118,9 +99,9 @@ def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
     fields |= {name: ASSUMED[name] for name in assumed} | {"assumed": assumed}
     try:
         config = MotifConfig(**fields)
-    except Exception as error:  # whatever a malformed file makes the config class raise
+    except Exception as error:  # a malformed file can make the config class raise anything
         raise ValueError(f"{path} is not a valid configuration: {first_line(error)}") from None
-    _refuse_what_is_not_done(config, path)
+    _refuse_unsupported(config, path)
     if config.num_noise_heads is None:
         config.num_noise_heads = config.num_attention_heads // 2
     if config.head_dim is None:
@@ -132,23 +113,23 @@ def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
     return config
 
 
-def _refuse_what_is_not_done(config: MotifConfig, path: Path) -> None:
+def _refuse_unsupported(config: MotifConfig, path: Path) -> None:
     if config.k_ratio != 1:
         raise ValueError(
-            f"{path} has k_ratio={config.k_ratio}: several signal keys for each noise key, which GDA's pairs of one "
-            "and one do not hold; only k_ratio=1 can be converted"
+            f"{path} has k_ratio={config.k_ratio}: several signal keys for each noise key; GDA pairs them one to one, "
+            "so only k_ratio=1 can be converted"
         )
     if config.num_attention_heads < 1:
         raise ValueError(f"{path} has num_attention_heads={config.num_attention_heads}; it must be at least 1")
     if config.num_noise_heads is None and config.num_attention_heads % 2:
         raise ValueError(
-            f"{path} has no num_noise_heads, so half of the query heads are noise, but num_attention_heads="
+            f"{path} has no num_noise_heads, so half of the query heads are noise heads, but num_attention_heads="
             f"{config.num_attention_heads} is odd"
         )
     if config.use_sliding_window and config.sliding_window is not None:
-        raise ValueError(f"{path} has use_sliding_window; which layers of a Motif slide is not known here")
+        raise ValueError(f"{path} has use_sliding_window, but which layers of a Motif slide is unknown")
     if set(config.layer_types or ()) - {"full_attention"}:
-        raise ValueError(f"{path} has layer_types={config.layer_types}; only full attention is known of a Motif")
+        raise ValueError(f"{path} has layer_types={config.layer_types}; only full attention is supported in a Motif")
 
 
 def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDAConfig:
@@ -171,7 +152,7 @@ def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDACon
 
 
 def mapped_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
-    """Every tensor is the source's of the same name; λ is never narrowed."""
+    """Copy every tensor under its own name. λ is never narrowed."""
     return {
         name: copied(name, source[name], dtype if dtype is None or ".lambda_" not in name else torch.float32)
         for name in checkpoint_specs(config)
@@ -179,41 +160,39 @@ def mapped_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torc
 
 
 def source_specs(config: PreTrainedConfig) -> dict[str, TensorSpec]:
-    """The tensors that a Motif of that config holds."""
+    """The tensors of a Motif with this config."""
     return checkpoint_specs(mapped_config(config, None))
 
 
 def notes(config: PreTrainedConfig) -> list[str]:
-    """What of a Motif's config was guessed, or is left out."""
-    told = [f"config.json names no {name}; {ASSUMED[name]} is assumed" for name in config.assumed or []]
+    """Which fields of a Motif's config were assumed or are left out."""
+    notes = [f"config.json has no {name}; {ASSUMED[name]} is assumed" for name in config.assumed or []]
     if config.sliding_window is not None:
-        told.append(f"sliding_window={config.sliding_window} is left out, since use_sliding_window is not set")
-    return told
+        notes.append(f"sliding_window={config.sliding_window} is left out, since use_sliding_window is not set")
+    return notes
 
 
-def require_exportable(config: GDAConfig) -> None:
-    """Raise ValueError naming the field or the layer, if a Motif cannot compute what `config` says."""
-    wanted = {
+def required_fields(config: GDAConfig) -> dict[str, Any]:
+    """The fields of a GDA configuration that a Motif can express, with their only possible values."""
+    return {
         "kv_layout": "paired",
         "lambda_type": "reparameterized",
         "head_norm": True,
         "qk_norm": False,
         "qk_rank": None,
         "sliding_window": None,
-        "attention_out_bias": config.attention_bias,  # one field, use_bias, says all three
+        "attention_out_bias": config.attention_bias,  # use_bias is one field for all biases
         "mlp_bias": config.attention_bias,
     }
-    require_fields(config, "a Motif", wanted)
-    require_schedule(config, "a Motif", LAMBDA_INIT_OFFSET)
 
 
 def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec]) -> dict[str, Recipe]:
-    """Every tensor is the model's of the same name."""
+    """Copy every tensor under its own name."""
     return mapped_recipes(config, source, None)
 
 
 def write_exported_config(config: GDAConfig, folder: Path) -> None:
-    """Write `folder`/config.json as Motif's own code reads it, which knows RoPE by its older names."""
+    """Write `folder`/config.json as Motif's own code reads it, with the older names of RoPE fields."""
     rope = dict(config.rope_parameters or {})
     theta = rope.pop("rope_theta")
     written = {
@@ -233,5 +212,5 @@ def write_exported_config(config: GDAConfig, folder: Path) -> None:
         "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),
     }
     if config.signal_noise_ratio == 1 and config.num_attention_heads * config.head_dim == config.hidden_size:
-        del written["num_noise_heads"]  # Motif-2.6B's code does not know the field, and takes half of the heads
+        del written["num_noise_heads"]  # Motif-2.6B's code doesn't know the field and takes half of the heads
     write_json(folder / "config.json", written)

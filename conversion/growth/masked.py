@@ -16,11 +16,17 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
 def mask_growth(model: Conversion, growth: Growth, *, new_layers: list[int], seed: int) -> Conversion:
-    """Add new signal heads and neurons, and make the copied `new_layers` new layers, all behind a mask of 0."""
+    """Add new signal heads and neurons, and make the copied `new_layers` new layers, all at a fade of 0.
+
+    Raises:
+        ValueError: if λ of the model is being faded in, whose fade is not 0.
+    """
     old = model.config
+    if old.fade is not None:
+        raise ValueError(f"--masked: λ of the source is at fade {old.fade:g}, and new parts start at 0; train it to 1")
     config = copy.deepcopy(old)
     origins: dict[str, Tensor] = {}
-    config.growth_mask = 0.0
+    config.fade = 0.0
     config.masked_layers = new_layers or None
     if growth.signal is not None:
         origins |= signal_origins(old, growth.signal, replicate=False)

@@ -9,8 +9,8 @@ With W1 = W2 the replicas would have equal gradients for ever, so they differ by
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,37 +48,12 @@ class Replicas:
         return cls(origin, copy, int(copy.max()) + 1)
 
 
-@dataclass(frozen=True)
-class Noise:
-    """The noise that tells replicas apart.
-
-    Attributes:
-        std: Standard deviation, relative to the weight's.
-        fallback: Deviation of a weight that is constant: that of a new weight.
-        key: Makes the noise of each operator and tensor its own, with the seed.
-        seed: Seed of the noise.
-    """
-
-    std: float
-    fallback: float
-    key: str
-    seed: int
-
-    def size(self, weight: Tensor) -> float:
-        """Standard deviation of the noise on a weight."""
-        return 0.0 if self.std == 0 else self.std * (deviation(weight) or self.fallback)
-
-    def generator(self, name: str) -> torch.Generator:
-        """The generator of the noise on the tensor `name`."""
-        return generator_for(f"{self.key}:{name}", self.seed)
-
-
 def replicate_signal(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
     """Replicate each signal head (group-differentiated growth, arXiv 2510.06949); noise heads, keys and values stay."""
     config = copy.deepcopy(model.config)
     config.num_attention_heads = times * config.num_signal_heads + config.num_noise_heads
     origins = signal_origins(model.config, times, replicate=True)
-    return _replicated(model, config, origins, Noise(noise_std, config.initializer_range, "signal", seed))
+    return _replicated(model, config, origins, noise_std=noise_std, key="signal", seed=seed)
 
 
 def replicate_width(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
@@ -87,12 +62,20 @@ def replicate_width(model: Conversion, times: int, *, noise_std: float, seed: in
     for name in WIDENED:
         setattr(config, name, times * getattr(config, name))
     origins = width_origins(model.config, times)
-    return _replicated(model, config, origins, Noise(noise_std, config.initializer_range, "width", seed))
+    return _replicated(model, config, origins, noise_std=noise_std, key="width", seed=seed)
 
 
-def _replicated(model: Conversion, config: GDAConfig, origins: dict[str, Tensor], noise: Noise) -> Conversion:
+def _replicated(
+    model: Conversion, config: GDAConfig, origins: dict[str, Tensor], *, noise_std: float, key: str, seed: int
+) -> Conversion:
+    """The model with these origins of its features. With the seed, `key` makes the noise of each operator its own."""
     config.validate_architecture()
     replicas = {kind: Replicas.of(origin) for kind, origin in origins.items()}
+
+    def noise(name: str, weight: Tensor) -> tuple[float, torch.Generator]:
+        spread = deviation(weight) or config.initializer_range  # a constant weight gets the noise of a new one
+        return noise_std * spread, generator_for(f"{key}:{name}", seed)
+
     recipes = {
         name: _replicated_recipe(name, recipe, model.config, replicas, noise) for name, recipe in model.recipes.items()
     }
@@ -100,7 +83,11 @@ def _replicated(model: Conversion, config: GDAConfig, origins: dict[str, Tensor]
 
 
 def _replicated_recipe(
-    name: str, recipe: Recipe, config: GDAConfig, replicas: dict[str, Replicas], noise: Noise
+    name: str,
+    recipe: Recipe,
+    config: GDAConfig,
+    replicas: dict[str, Replicas],
+    noise: Callable[[str, Tensor], tuple[float, torch.Generator]],
 ) -> Recipe:
     repeats: dict[int, Replicas] = {}
     shares: dict[int, Replicas] = {}
@@ -109,34 +96,26 @@ def _replicated_recipe(
             (shares if reads(name, axis, config) else repeats)[axis] = replicas[kind]
     if not repeats and not shares:
         return recipe
+
+    def make(*tensors: Tensor) -> Tensor:
+        made = recipe.make(*tensors).to(recipe.spec.dtype)
+        if not shares:
+            for axis, rows in repeats.items():
+                made = made.index_select(axis, rows.origin)
+            return made
+        ((axis, columns),) = shares.items()  # a tensor reads its last axis and writes the one before
+        matrix = made if made.dim() == 2 else made[None]
+        return shared_out(matrix, repeats.get(axis - 1), columns, *noise(name, made)).view(shape)
+
     shape = list(recipe.spec.shape)
-    for axis, each in (repeats | shares).items():
+    how, axes = [recipe.how], ("rows", "columns")
+    for axis, each in repeats.items():
         shape[axis] = len(each.origin)
-    axes = ("rows", "columns")
-    how = [recipe.how]
-    how += [f"{axes[axis]} × {each.count}" for axis, each in repeats.items()]
-    how += [f"{axes[axis]} shared out to {each.count} replicas" for axis, each in shares.items()]
-    make = partial(_make_replicated, name, recipe, repeats, shares, noise)
+        how.append(f"{axes[axis]} × {each.count}")
+    for axis, each in shares.items():
+        shape[axis] = len(each.origin)
+        how.append(f"{axes[axis]} shared out to {each.count} replicas")
     return Recipe(TensorSpec(tuple(shape), recipe.spec.dtype), recipe.sources, make, "; ".join(how))
-
-
-def _make_replicated(
-    name: str,
-    recipe: Recipe,
-    repeats: dict[int, Replicas],
-    shares: dict[int, Replicas],
-    noise: Noise,
-    *tensors: Tensor,
-) -> Tensor:
-    made = recipe.make(*tensors).to(recipe.spec.dtype)
-    if not shares:
-        for axis, replicas in repeats.items():
-            made = made.index_select(axis, replicas.origin)
-        return made
-    ((axis, columns),) = shares.items()  # a tensor reads its last axis and writes the one before
-    rows = repeats.get(axis - 1)
-    wide = shared_out(made if made.dim() == 2 else made[None], rows, columns, noise.size(made), noise.generator(name))
-    return wide if made.dim() == 2 else wide[0]
 
 
 def shared_out(

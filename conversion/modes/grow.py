@@ -16,13 +16,14 @@ from gda.conversion.growth.depth import copy_positions, deepen
 from gda.conversion.growth.growth import Growth
 from gda.conversion.growth.masked import mask_growth
 from gda.conversion.growth.replicate import replicate_signal, replicate_width
-from gda.conversion.modes.expand import expand
-from gda.conversion.modes.map import map_tensors
+from gda.conversion.modes.expand import plan as expand
+from gda.conversion.modes.map import plan as map_tensors
 from gda.conversion.options import GrowOptions
 from gda.conversion.sources.source import Source
+from gda.conversion.writing.headmap import in_masked_growth
 
 
-def grow(source: Source, options: GrowOptions) -> Conversion:
+def plan(source: Source, options: GrowOptions) -> Conversion:
     """Make a model deeper, then give it more signal heads, then make it wider; or mask all that is new.
 
     In this order, replicas in a copied layer, where o_proj is zero, have their own noise.
@@ -31,8 +32,8 @@ def grow(source: Source, options: GrowOptions) -> Conversion:
         ValueError: for growth that cannot be, naming the option, and for a source whose masked growth is unfinished.
     """
     growth, seed = Growth.of(options), options.seed
-    if getattr(source.config, "growth_mask", None) is not None:
-        raise ValueError(f"{source.name} is in masked growth; train it until its mask is 1, then grow it")
+    if in_masked_growth(source.config):
+        raise ValueError(f"{source.name} is in masked growth; train it until its fade is 1, then grow it")
     start = (expand if source.config.model_type in LLAMALIKES else map_tensors)(source, options)
     layers = start.config.num_hidden_layers
     copied = growth.copied_layers(layers)

@@ -1,1 +1,1 @@
-"""Where a conversion reads from: a folder, the Hub, or a GGUF file."""
+"""Where models are read from: a folder, the Hub, or a GGUF file."""

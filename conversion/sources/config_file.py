@@ -1,7 +1,7 @@
-"""config.json as it is read from a model's folder, checked before a config class sees it.
+"""Checks on config.json before a config class reads it.
 
-The checks here are about files: a value of a wrong kind, or a number so large that whoever counts to it never ends.
-`GDAConfig` checks the rules of GDA.
+A malformed or hostile file could otherwise make transformers crash, hang or fill the memory: by a value of another
+type, a huge number or deep nesting. `GDAConfig` checks the rules of GDA.
 """
 
 import dataclasses
@@ -15,21 +15,21 @@ from gda.common.files import read_json
 from gda.configuration.configuration_gda import MAX_LAYERS, ROPE_ARGUMENTS, GDAConfig
 
 MAX_SIZE = 2**30
-MAX_NESTING = 20  # levels of lists and dictionaries; Python's own limit ends in a RecursionError
+MAX_NESTING = 20  # levels of lists and dictionaries; deeper ones can raise RecursionError
 
-# Bounds far above every model. A config class may make a list of that length, and a model a buffer.
+# Far beyond every model. Config classes create lists of these lengths, and models create buffers.
 BOUNDS = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), (1, MAX_SIZE)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (1, 16_384)),
     "num_hidden_layers": (1, MAX_LAYERS),
     "head_dim": (1, 65_536),
     "sliding_window": (0, MAX_SIZE),
-    "num_labels": (1, 100_000),  # transformers copies the map of labels each time that it shows a config
+    "num_labels": (1, 100_000),  # transformers copies the map of labels each time that it prints a config
 }
 
-# Fields that tell transformers of parts that a GDA model does not have.
+# Fields that describe parts that a GDA model doesn't have.
 FOREIGN_PARTS = ("per_layer_config", "text_config", "decoder", "generator", "text_encoder", "mlp_layer_types")
-# Names that a config.json may hold although they are attributes of the class and no fields.
+# Attributes of the class, not fields, that a config.json may nevertheless set.
 ALLOWED_ATTRIBUTES = (
     "_attn_implementation",
     "model_type",
@@ -50,7 +50,7 @@ def _maps_labels(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(key.removeprefix("-").isdecimal() for key in value))
 
 
-# Rules for what transformers takes unchecked into the config of a GDA model, and fails on later.
+# Rules for values that transformers accepts unchecked for a GDA model, and fails on later.
 GDA_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda value: value is None, "must be null: a GDA model has no such part") for name in FOREIGN_PARTS},
     **dict.fromkeys(("dtype", "torch_dtype"), (_names_a_dtype, "must name a floating-point type of torch")),
@@ -67,24 +67,24 @@ GDA_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
-    """The fields in `folder`/config.json.
+    """Read and check the fields in `folder`/config.json.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, and the field that no config class should be given.
+        ValueError: naming the file and the field, if no config class should read it.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a model folder holds one")
+        raise FileNotFoundError(f"{path} is missing; a model folder must have one")
     fields = read_json(path)
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} names no model_type: it holds no dictionary of fields")
+        raise ValueError(f"{path} names no model_type: it is not a dictionary of fields")
     check_fields(fields, path)
     return fields
 
 
 def check_fields(fields: dict[str, Any], path: Path) -> None:
-    """Check the fields of a config.json of any model, and further those of a GDA model.
+    """Check the fields of a config.json; those of a GDA model more strictly.
 
     Raises:
         ValueError: naming `path`, the field, the rule and the value.
@@ -92,30 +92,30 @@ def check_fields(fields: dict[str, Any], path: Path) -> None:
 
     def require(holds: bool, name: str, rule: str) -> None:
         if not holds:
-            raise ValueError(f"{path}: {_shown(name)} {rule}; got {fields[name]!r:.200}.")
+            raise ValueError(f"{path}: {_printable(name)} {rule}; got {fields[name]!r:.200}.")
 
     for name, value in fields.items():
-        if _nests_deeply(value):  # a value that Python may be unable to show
-            raise ValueError(f"{path}: {_shown(name)} must not nest deeper than {MAX_NESTING} levels")
-        require(name != "self", name, "is no field")
+        if _nests_deeply(value):  # printing it could fail
+            raise ValueError(f"{path}: {_printable(name)} must not nest deeper than {MAX_NESTING} levels")
+        require(name != "self", name, "is not a field")
     for name, (least, most) in BOUNDS.items():
         if isinstance(number := fields.get(name), int):
             require(least <= number <= most, name, f"must be from {least} to {most}")
     if fields.get("model_type") == GDAConfig.model_type:
         for name in fields:
-            require(not _belongs_to_the_class(name), name, "belongs to the class and cannot be given")
+            require(not _is_class_attribute(name), name, "is an attribute of the class and cannot be set")
         for name in GDA_RULES.keys() & fields.keys():
             holds, rule = GDA_RULES[name]
             require(holds(fields[name]), name, rule)
 
 
-def _shown(name: str) -> str:
-    """A name as a message shows it; a file may hold any."""
+def _printable(name: str) -> str:
+    """A field name as printed in a message."""
     return name if name.isidentifier() else f"{name!r:.200}"
 
 
 def _nests_deeply(value: Any) -> bool:
-    """Whether lists and dictionaries are nested beyond the limit; level by level, since recursion has a limit too."""
+    """Whether lists and dictionaries are nested too deeply; without recursion, which has a limit itself."""
     level = [value]
     for _ in range(MAX_NESTING):
         containers = [each for each in level if isinstance(each, dict | list)]
@@ -125,7 +125,7 @@ def _nests_deeply(value: Any) -> bool:
     return True
 
 
-def _belongs_to_the_class(name: str) -> bool:
-    """Whether a field of that name would hide a method or a property of GDAConfig."""
+def _is_class_attribute(name: str) -> bool:
+    """Whether a field with this name would overwrite a method or property of GDAConfig."""
     fields = {field.name for field in dataclasses.fields(GDAConfig)}
     return hasattr(GDAConfig, name) and name not in fields | {*ALLOWED_ATTRIBUTES, *FOREIGN_PARTS}

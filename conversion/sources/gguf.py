@@ -1,4 +1,4 @@
-"""GGUF files as a source: tensors are dequantized to float32 one at a time."""
+"""A GGUF file as a source: tensors are dequantized to float32 one at a time."""
 
 import contextlib
 import functools
@@ -26,8 +26,8 @@ from gda.conversion.tensors.file_range import FileRange, stamp_of
 from gda.conversion.tensors.recipes import meta_model
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
-# Metadata that changes what a model computes and that transformers does not read, and the value that changes nothing.
-# Names follow that of the architecture. llama.cpp calls a Mistral's "llama", and runs it without its window.
+# Metadata that changes what a model computes but that transformers ignores, with the value that changes nothing.
+# llama.cpp's architecture name of a Mistral is "llama", and it runs a Mistral without its sliding window.
 UNREAD_METADATA = {
     "rope.scaling.type": "none",
     "rope.scaling.factor": 1.0,
@@ -41,12 +41,12 @@ HEAD_WIDTHS = ("attention.key_length", "attention.value_length")
 class GGUFSource(Source):
     """A GGUF file of a Llama, Mistral, Qwen2 or Qwen3.
 
-    Names, the order of q and k rows, config and tokenizer are translated by transformers' own tables.
+    transformers' own tables translate names, row order of q and k, config and tokenizer.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ImportError: if the package `gguf` is.
-        ValueError: for a damaged file, another architecture, or contents that transformers would drop silently.
+        ImportError: if the package `gguf` is missing.
+        ValueError: for a damaged file, another architecture, or contents that transformers would ignore silently.
     """
 
     def __init__(self, path: Path):
@@ -55,7 +55,7 @@ class GGUFSource(Source):
         try:
             from gguf import GGUFReader
         except ImportError:
-            raise ImportError("reading a GGUF file needs the package gguf: pip install gguf") from None
+            raise ImportError("reading a GGUF file requires the package gguf: pip install gguf") from None
         self.path = path
         self.name = path.name
         self.revision = None
@@ -66,7 +66,7 @@ class GGUFSource(Source):
             self._require_layers()
             self.config = self._read_config()
         except Exception as error:  # a damaged file can make the reader raise anything
-            raise ValueError(f"{path} is not a GGUF file of a model that can be read: {first_line(error)}") from None
+            raise ValueError(f"{path} is not a readable GGUF file of a model: {first_line(error)}") from None
         require_known_type(self.config.model_type, path)
         self._refuse_unread_contents()
         self._tensors = self._tensors_by_name()
@@ -77,7 +77,7 @@ class GGUFSource(Source):
         self._check_tensors(path)
 
     def _require_layers(self) -> None:
-        """A number of layers is what others make lists and tables of; no more can be than there are tensors."""
+        """Refuse more layers than tensors: transformers creates lists and tables of that length."""
         layers = self._metadata("block_count")
         if not isinstance(layers, int) or layers > len(self._reader.tensors):
             raise ValueError(
@@ -88,7 +88,7 @@ class GGUFSource(Source):
         with quiet_transformers():
             read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
-        config = type(read)(**fields)  # what is read carries attributes that no saved config should have
+        config = type(read)(**fields)  # without attributes that a saved config should not have
         config.dtype = torch.float32
         return config
 
@@ -96,7 +96,7 @@ class GGUFSource(Source):
         for key, harmless in UNREAD_METADATA.items():
             if self._metadata(key) not in (None, harmless):
                 raise ValueError(
-                    f"{self.path}: {self._architecture}.{key} is not read by transformers; "
+                    f"{self.path}: {self._architecture}.{key} is ignored by transformers; "
                     "convert from the safetensors model"
                 )
         for key in HEAD_WIDTHS:
@@ -108,7 +108,7 @@ class GGUFSource(Source):
 
     @property
     def _architecture(self) -> str:
-        """llama.cpp's name for the type of model: that of its tensors' order, and of its metadata."""
+        """llama.cpp's name of the model type, which determines the tensors' layout and prefixes the metadata."""
         return self._reader.fields["general.architecture"].contents()
 
     def _metadata(self, key: str) -> Any:
@@ -122,9 +122,9 @@ class GGUFSource(Source):
         self._processor = processor_class(config=self.config.to_dict())
         try:
             names = get_gguf_hf_weights_map(meta_model(self.config), self._processor)
-        except NotImplementedError:  # a file whose general.name is "mistral", to which transformers gives that type
+        except NotImplementedError:  # if general.name is "mistral", transformers assumes that type
             raise ValueError(
-                f"{self.path}: transformers has no table of the tensors of a {self.config.model_type} in GGUF; "
+                f"{self.path}: transformers has no table of GGUF tensors for a {self.config.model_type}; "
                 "convert from the safetensors model"
             ) from None
         tensors = {}
@@ -141,7 +141,7 @@ class GGUFSource(Source):
         from gguf import dequantize
 
         tensor = self._tensors[name]
-        data = np.empty_like(tensor.data, subok=False)  # read, since what the reader maps cannot fail with an error
+        data = np.empty_like(tensor.data, subok=False)  # the reader's mapped data could kill the process
         stored = FileRange(self.path, int(tensor.data_offset), data.nbytes, self._stamp)
         stored.read_into(data.reshape(-1).view(np.uint8).data, f"tensor {tensor.name}")
         weights = dequantize(data, tensor.tensor_type)
@@ -149,7 +149,7 @@ class GGUFSource(Source):
         return torch.tensor(processed.weights, dtype=torch.float32)
 
     def load(self) -> PreTrainedModel:
-        # By transformers' own reader, so that a verification does not rest on ours. Its progress bar has no switch.
+        # transformers' own reader, so that verification is independent of ours. Its progress bar cannot be disabled.
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 model = AutoModelForCausalLM.from_pretrained(
@@ -159,7 +159,7 @@ class GGUFSource(Source):
                     dtype=torch.float32,
                     attn_implementation="sdpa",
                 )
-        except Exception as error:  # whatever a malformed file makes transformers raise
+        except Exception as error:  # a malformed file can make transformers raise anything
             raise ValueError(f"{self.path}: transformers cannot load it: {first_line(error)}") from None
         return model.eval()
 

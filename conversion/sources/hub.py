@@ -1,4 +1,4 @@
-"""What the Hub gives, and what to do where it does not."""
+"""Downloading from the Hub, and one-line errors for what can go wrong with it."""
 
 import contextlib
 import re
@@ -26,15 +26,15 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_name(repo: str) -> None:
-    """Raise ValueError if `repo` is no name that the Hub allows for a repository."""
+    """Raise ValueError unless the Hub allows `repo` as the name of a repository."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"{repo} is no name of a repository: {first_line(error)}") from None
+        raise ValueError(f"{repo} is not a valid repository name: {first_line(error)}") from None
 
 
 def require_token(repo: str) -> None:
-    """Ask the Hub who we are, before work that ends in a push.
+    """Check the user's token with the Hub before work that ends in a push.
 
     Raises:
         PermissionError, ConnectionError: as `push` would.
@@ -42,36 +42,35 @@ def require_token(repo: str) -> None:
     with hub_errors(repo, "main"):
         token = HfApi().whoami().get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
-        raise PermissionError(f"{repo}: the token may only read; {LOG_IN} with one that can write")
+        raise PermissionError(f"{repo}: the token is read-only; {LOG_IN} with one that can write")
 
 
 def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder in the Hub's cache with the files of `repo` that match `patterns`; what is absent is downloaded.
+    """Download the files of `repo` that match `patterns`, unless cached, and return their folder in the cache.
 
     Raises:
         FileNotFoundError: if there is no such repository or revision.
-        PermissionError, ConnectionError: if the Hub does not give it.
+        PermissionError, ConnectionError: if the Hub cannot be reached or denies access.
     """
     with hub_errors(repo, revision):
-        # What authors release beside a model: the same weights in a form of their own.
-        ignored = ["original/*", "consolidated*"]
+        ignored = ["original/*", "consolidated*"]  # the same weights in the authors' own format
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def check_downloaded(path: Path, digest: str) -> None:
-    """Compare a file's SHA-256 with the name that it has in the Hub's cache, which is the one that the Hub gave.
+    """Compare a file's SHA-256 with the one that the Hub gave, which is its name in the Hub's cache.
 
     Raises:
         ValueError: if they differ.
     """
     blob = path.resolve()
     if SHA256.fullmatch(blob.name) and blob.name != digest:
-        raise ValueError(f"{path.name} is not the file that the Hub describes: its SHA-256 differs; remove {blob}")
+        raise ValueError(f"{path.name} is damaged: its SHA-256 is not the one that the Hub gave; remove {blob}")
 
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Say in one line what the Hub's client says in many, and what to do."""
+    """Turn the Hub client's errors into one line that names the repository and the remedy."""
     check_name(repo)
     at = f"{repo}@{revision}" if revision not in (None, "main") else repo
     try:
@@ -79,7 +78,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{at}: the repository has no such revision") from None
     except LocalTokenNotFoundError:
-        raise PermissionError(f"{at}: no token to show the Hub; {LOG_IN}") from None
+        raise PermissionError(f"{at}: there is no token for the Hub; {LOG_IN}") from None
     except OfflineModeIsEnabled:
         raise ConnectionError(f"{at}: HF_HUB_OFFLINE is set; unset it to reach the Hub") from None
     except GatedRepoError:
@@ -88,22 +87,22 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         if error.response.request.method not in ("GET", "HEAD"):
             raise PermissionError(f"{at}: the token may not write there; {LOG_IN}") from None
         raise FileNotFoundError(f"{at} is not on the Hub; if it is private, {LOG_IN}") from None
-    except RuntimeError as error:  # raised for whatever stops the upload of one file
+    except RuntimeError as error:  # raised for any failed upload of a file
         if not isinstance(error.__cause__, HTTPError):
             raise
-        raise _described(f"{at}: {first_line(error)}", error.__cause__, goes_on=True) from None
+        raise _described(f"{at}: {first_line(error)}", error.__cause__, resumable=True) from None
     except LocalEntryNotFoundError as error:
-        raise ConnectionError(f"{at} is not in the cache, and the Hub did not give it: {first_line(error)}") from None
+        raise ConnectionError(f"{at} is not cached and could not be downloaded: {first_line(error)}") from None
     except HTTPError as error:
         raise _described(at, error) from None
 
 
-def _described(at: str, error: HTTPError, goes_on: bool = False) -> OSError:
-    remedy = "; the same command goes on"
+def _described(at: str, error: HTTPError, resumable: bool = False) -> OSError:
+    remedy = "; run the same command again to continue"
     if not isinstance(error, HfHubHTTPError):
         return ConnectionError(f"{at}: the connection to the Hub broke ({first_line(error)}){remedy}")
     status = error.response.status_code
-    said = error.server_message or f"HTTP {status}"
+    message = error.server_message or f"HTTP {status}"
     if status in (401, 403):
-        return PermissionError(f"{at}: the token may not do this ({said}); {LOG_IN} with one that can write")
-    return ConnectionError(f"{at}: the Hub refused ({status}: {said}){remedy if goes_on or status >= 500 else ''}")
+        return PermissionError(f"{at}: the token may not do this ({message}); {LOG_IN} with one that can write")
+    return ConnectionError(f"{at}: the Hub refused ({status}: {message}){remedy if resumable or status >= 500 else ''}")

@@ -1,1 +1,1 @@
-"""Llama → GDA with the same number of heads: some of each group become noise heads, and the rest is fitted to that."""
+"""Splitting the query heads of a Llama, Mistral or Qwen into signal and noise heads."""

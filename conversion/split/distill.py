@@ -15,7 +15,7 @@ from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
 BATCH = 4  # sequences in a step
-# Size of Adam's step relative to the root mean square of a tensor's weights, whatever their scale.
+# Size of Adam's step relative to the root mean square of a tensor's weights.
 RELATIVE_LEARNING_RATE = 0.0025
 SMALLEST_SCALE = 0.02  # for a tensor of zeros, such as a λ projection
 BETAS = (0.9, 0.95)

@@ -19,7 +19,7 @@ from gda.modeling_gda.attention_gda import Fade
 # How much of the free memory a model may use.
 SHARE_OF_MEMORY = 1 / 4
 
-# The installed transformers' name for the cache argument, taken from a model of its own: ours is under test.
+# The installed transformers' name for the cache argument, from its Llama class: ours is under test.
 CACHE_ARGUMENT = next(
     (
         name
@@ -65,7 +65,7 @@ class LayerwiseModel:
         self._windows = layer_windows(self.config)
         for part in self.model.modules():
             if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
-                part.value = torch.tensor(getattr(config, part.field), device=self.device)
+                part.value = torch.tensor(config.fade, device=self.device)
 
     @property
     def num_layers(self) -> int:

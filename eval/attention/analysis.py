@@ -41,15 +41,19 @@ class LayerAttention:
         """
         if self.noise is None or self.lambda_ is None:
             return self.signal
-        return (self.signal - self.subtrahend).to(self.signal.dtype)
+        difference = torch.addcmul(self.signal, self.lambda_.unsqueeze(-1), self._noise_by_signal_head, value=-1)
+        return difference.to(self.signal.dtype)
 
     @property
     def subtrahend(self) -> torch.Tensor:
         """λ_i · A_noise(i), (S, Q, T); of a layer with noise heads."""
-        assert self.noise is not None
         assert self.lambda_ is not None
-        noise = self.noise.repeat_interleave(len(self.signal) // len(self.noise), dim=0)
-        return self.lambda_.unsqueeze(-1) * noise
+        return self.lambda_.unsqueeze(-1) * self._noise_by_signal_head
+
+    @property
+    def _noise_by_signal_head(self) -> torch.Tensor:
+        assert self.noise is not None
+        return self.noise.repeat_interleave(len(self.signal) // len(self.noise), dim=0)
 
     def rows_from(self, first_row: int) -> "LayerAttention":
         """The same maps without the rows before `first_row`."""
@@ -65,8 +69,8 @@ Visit = Callable[[LayerAttention], None]
 def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visit, *, first_row: int = 0) -> None:
     """Run `model` over one text and hand each layer's maps to `visit` as soon as they are drawn, in the layers' order.
 
-    Maps need memory for one layer: (S + M) · Q · T numbers, as long as `visit` keeps none. They are those of the eager
-    backend, which is put in for the run; rows before `first_row` are read by the model's own.
+    Maps need memory for one layer: (2 S + M) · Q · T numbers, as long as `visit` keeps none. The eager backend draws
+    them, and replaces the model's own for the run; the model's own reads the rows before `first_row`.
 
     Args:
         model: A GDA model, of either layout and any λ, or one like Llama; with or without a head.
@@ -115,7 +119,7 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
 
 def is_differential(module: Any) -> bool:
     """Whether an attention module is GDA's. (Remote code has classes of its own: names tell, not the class.)"""
-    return hasattr(module, "compute_lambda") and hasattr(module, "in_calls")
+    return hasattr(module, "compute_lambda") and hasattr(module, "subtract")
 
 
 def _one_text(input_ids: torch.Tensor, first_row: int) -> torch.Tensor:
@@ -158,31 +162,27 @@ def _recording(module: Any, length: int, visit: Visit) -> Any:
 
 @contextmanager
 def _recording_differential(module: Any, length: int, visit: Visit) -> Iterator[None]:
-    """Listen to `compute_lambda` and, after it, to the attention interface: they have all that is wanted."""
-    compute_lambda, in_calls = module.compute_lambda, module.in_calls
-    lambdas: list[torch.Tensor] = []
+    """Have a layer subtract its attention maps, and read them off the subtraction."""
 
-    def listening_compute_lambda(*args: Any, **kwargs: Any) -> torch.Tensor:
-        lambdas.append(compute_lambda(*args, **kwargs))
-        return lambdas[-1]
+    def ask_for_maps(_: Any, arguments: Any, options: dict[str, Any]) -> Any:
+        return arguments, options | {"output_attentions": True}
 
-    def listening_in_calls(attention_interface: Any) -> Any:
-        def attend(*args: Any, **kwargs: Any) -> Any:
-            outputs, maps = in_calls(attention_interface)(*args, **kwargs)
-            lambda_ = lambdas.pop()  # (1,) or (1, Q, S)
-            if maps is not None:
-                signal, noise = (each[0].flatten(0, 1) for each in maps)  # of (C, S/C, Q, T) and (C, 1, Q, T)
-                lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
-                visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
-            return outputs, maps
+    def read(_: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], __: Any) -> None:
+        *both, lambda_ = inputs
+        # (Q, C, S/C, T) and (Q, C, 1, T)
+        signal, noise = (maps[0].flatten(1, 2).transpose(0, 1).contiguous() for maps in both)
+        lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
+        visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
 
-        return attend
-
-    module.compute_lambda, module.in_calls = listening_compute_lambda, listening_in_calls
+    hooks = [
+        module.register_forward_pre_hook(ask_for_maps, with_kwargs=True),
+        module.subtract.register_forward_hook(read),
+    ]
     try:
         yield
     finally:
-        del module.compute_lambda, module.in_calls  # the class's own come to light again
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

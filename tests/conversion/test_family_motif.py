@@ -20,6 +20,8 @@ from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama
 from ..support.relatives import motif_config, save_motif
 from ..support.tiny import relative_error, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 TOLERANCE = 1e-5
 # By name, what differs from 8 signal and 2 noise heads over two pairs of keys.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -315,8 +317,8 @@ def test_what_config_json_lacks_is_assumed_aloud(tmp_path: Path, command: Comman
     """An eps that the config does not name is what the ports of Motif take, and a note says so."""
     source = save_motif(tmp_path / "motif", attn_rms_norm_eps=..., rope_theta=...)
     outcome = command("convert", source, tmp_path / "gda")
-    assert "note: config.json names no attn_rms_norm_eps; 1e-05 is assumed" in outcome.out
-    assert "note: config.json names no rope_theta; 10000.0 is assumed" in outcome.out
+    assert "note: config.json has no attn_rms_norm_eps; 1e-05 is assumed" in outcome.out
+    assert "note: config.json has no rope_theta; 10000.0 is assumed" in outcome.out
     config = GDAConfig.from_pretrained(tmp_path / "gda")
     assert (config.head_norm_eps, config.rope_parameters["rope_theta"]) == (1e-5, 10000.0)
 

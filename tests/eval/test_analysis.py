@@ -127,6 +127,7 @@ def test_first_row_does_not_change_the_rows_after_it(model: GDAForCausalLM, firs
             assert relative_error(of_part, of_whole) < 1e-5
 
 
+@pytest.mark.slow
 def test_one_layer_is_in_memory_at_a_time() -> None:
     alive: list[weakref.ref[Tensor]] = []
 
@@ -153,7 +154,7 @@ def test_the_model_is_not_changed() -> None:
         visit_attention(model, token_ids(LENGTH), fail)
     assert model.training
     assert model.config._attn_implementation == "sdpa"
-    assert not [module for module in model.modules() if {"in_calls", "compute_lambda"} & set(vars(module))]
+    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
     assert torch.equal(model(token_ids(1, LENGTH)).logits, before)
 
 

@@ -108,6 +108,7 @@ def test_arrays_of_a_llama() -> None:
     assert attention_arrays(model, ids, groups=3).num_groups == 1  # 4 heads are no three groups
 
 
+@pytest.mark.slow
 def test_a_report_keeps_one_layer_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The maps of earlier layers are freed when those of a layer are computed; `visit` gets all rows."""
     alive: list[weakref.ref[torch.Tensor]] = []

@@ -27,6 +27,8 @@ from gda.eval.compare import compare
 from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.report import EvalReport
 
+pytestmark = pytest.mark.sampled
+
 BLIMP = "blimp_passive_1"
 
 
@@ -173,6 +175,7 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_models_of_one_name_get_different_names(folder: Path, tmp_path: Path, command: Command) -> None:
     """Their paths, and "(baseline)" if a model is compared with itself."""
     outcome = command(
@@ -226,6 +229,7 @@ Words — and   more.
 """
 
 
+@pytest.mark.slow
 def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Path, command: Command) -> None:
     """Other results, fields and the text stay; a repeated run changes nothing; a limited run is another result."""
     model = copy_of(folder / "gda", tmp_path / "m", CARD)
@@ -251,6 +255,7 @@ def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Pat
     assert "limit: 4" in texts[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", [None, "# Only a title\n", "---\n---\nText", CARD.replace("\n", "\r\n")])
 def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalReport, tmp_path: Path) -> None:
     """A missing one, one without metadata, one with empty metadata, one with Windows line ends."""

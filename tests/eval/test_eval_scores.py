@@ -16,6 +16,8 @@ import gda
 from ..support.evaluation import SHARED_DATA, log_likelihood, write_models
 from ..support.llamas import byte_tokenizer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval")
 BLIMP = "blimp_passive_1"
 TOLERANCE = 1e-4

@@ -14,6 +14,8 @@ from ..support.commands import Command
 from ..support.evaluation import pairs, write_data, write_jsonl
 from ..support.llamas import save_llama
 
+pytestmark = pytest.mark.sampled
+
 pytest.importorskip("lm_eval")
 BLIMP = "blimp_passive_1"
 
@@ -64,6 +66,7 @@ def test_a_name_does_not_parse_every_task_file() -> None:
     assert find_tasks(["gda_copy", "gda_copy"])[1] == ["gda_copy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "meant"), [("blimp_pasive_1", "blimp_passive_1"), ("gsm8", "gsm8k"), ("gda_nedles", "gda_needles")]
 )
@@ -86,6 +89,7 @@ def test_a_name_like_no_other_gets_none() -> None:
 # -------------------------------------------------------------------------------------------------------------- data
 
 
+@pytest.mark.slow
 def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
     """The task keeps lm-eval's definition, and `datasets` is restored afterwards."""
     import datasets
@@ -249,6 +253,7 @@ def test_bad_input_is_one_line(case: str, model: Path, command: Command) -> None
     assert "Traceback" not in outcome.error
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_a_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
     """No folder, no config, no weights, no tokenizer, damaged weights: exit 2 and one line."""
     (tmp_path / "empty").mkdir()
@@ -267,6 +272,7 @@ def test_a_folder_that_is_not_a_model(data: Path, model: Path, tmp_path: Path, c
         assert "Traceback" not in outcome.error
 
 
+@pytest.mark.slow
 def test_a_request_that_cannot_fit_is_one_line(data: Path, model: Path, command: Command) -> None:
     """GSM8K generates 256 tokens, and the model reads 128."""
     outcome = command("eval", model, "--tasks", "gsm8k", "--dataset-root", data)

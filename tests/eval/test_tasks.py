@@ -23,6 +23,8 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+pytestmark = pytest.mark.sampled
+
 TASKS = (
     "gda_needles",
     *(f"gda_needles_depth_{depth}" for depth in (0, 25, 50, 75, 100)),
@@ -406,6 +408,7 @@ class Reader(LM):
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_prompts_scores_one() -> None:
     results = simple_evaluate(Reader(), tasks=list(TASKS), task_manager=task_manager(samples=3), bootstrap_iters=0)
     assert set(results["results"]) == set(TASKS)
@@ -446,6 +449,7 @@ def test_metadata_reaches_the_data_and_a_sweep_keeps_its_setting() -> None:
             assert document["context"].count("magic number") == 3
 
 
+@pytest.mark.slow
 def test_lm_eval_runs_every_task_on_a_model() -> None:
     model = llama_model(max_position_embeddings=2048)
     lm = HFLM(pretrained=model, tokenizer=byte_tokenizer(), backend="causal", batch_size=4, device="cpu")
@@ -493,7 +497,7 @@ def test_with_a_chat_template_the_models_turn_has_begun(task: str, turn: str) ->
 
 @pytest.mark.slow
 def test_a_pretrained_model_finds_needles() -> None:
-    from gda.commands.demo import find_demo_model
+    from gda.conversion.demo import find_demo_model
     from gda.conversion.sources.open import open_source
 
     try:

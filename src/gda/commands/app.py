@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -101,8 +101,8 @@ def _parameter(each: Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def _as_typed(hint: Any) -> Any:
-    """The type that Typer parses for a field: text for a path, a list for a tuple."""
-    if hint is Path:
+    """The type that Typer parses for a field: text for a path or a choice (`Options` checks it), a list for a tuple."""
+    if hint is Path or get_origin(hint) is Literal:
         return str
     if get_origin(hint) is tuple:
         return list[_as_typed(get_args(hint)[0])] | None  # type: ignore[misc]

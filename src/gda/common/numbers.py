@@ -1,4 +1,4 @@
-"""Numbers at their limits. A leaf module: it imports nothing of the project."""
+"""Infinite and undefined numbers."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def exponential(value: float) -> float:
-    """exp, and infinity where a float ends: a word may be a whole line of symbols."""
+    """exp, or infinity on overflow: the perplexity per word can be that large."""
     try:
         return math.exp(value)
     except OverflowError:
@@ -14,7 +14,7 @@ def exponential(value: float) -> float:
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON, which has no NaN and no infinity: they become None, wherever they stand in it."""
+    """Replace NaN and infinity, which JSON doesn't have, with None, at any depth of a value."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

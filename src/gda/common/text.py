@@ -1,4 +1,4 @@
-"""Text that is at hand everywhere, and text in files. A leaf module: it imports nothing of the project."""
+"""Reading text files, and a text that every installation has."""
 
 import codecs
 import json
@@ -9,21 +9,21 @@ BLOCK = 2**20
 
 
 def python_documentation() -> str:
-    """English text that every Python carries."""
+    """English text that is part of every Python installation."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def read_text(path: Path, option: str) -> tuple[str, str]:
-    """The name and the text of a file in UTF-8; of a `.jsonl`, the fields `text` of its lines, parted by blank lines.
+    """The name and the text of a UTF-8 file. For `.jsonl`, the fields `text` of its lines, separated by blank lines.
 
     Args:
         path: The file.
-        option: By which it was named, for errors.
+        option: The option that names the file, for error messages.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file, and the line where there is one.
+        FileNotFoundError, ValueError: naming the file, and the line if there is one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{option} {path} is not a file")
@@ -33,10 +33,10 @@ def read_text(path: Path, option: str) -> tuple[str, str]:
 
 
 def text_pieces(path: Path) -> Iterator[str]:
-    """The text of a file in UTF-8, in order, in pieces of about a million characters that end where a line does.
+    """Yield the text of a UTF-8 file in pieces of about a million characters that end at the end of a line.
 
-    A shorter text is one piece. A longer one is cut before a line that is not empty, or anywhere if there is none. Line
-    ends become those of Unix, and a byte order mark is left out.
+    A shorter text is one piece. Pieces start with a nonempty line if possible. Line ends become "\\n", and a byte order
+    mark is dropped.
 
     Raises:
         ValueError: naming the file and the byte.
@@ -53,10 +53,10 @@ def text_pieces(path: Path) -> Iterator[str]:
 
 
 def jsonl_texts(path: Path, field: str) -> Iterator[str]:
-    """What `field` holds in each line of a file; blank lines are passed over.
+    """Yield the value of `field` in each line of a JSON Lines file; blank lines are skipped.
 
     Raises:
-        ValueError: naming the file, the line and what is wrong with it.
+        ValueError: naming the file, the line and the problem.
     """
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -64,7 +64,7 @@ def jsonl_texts(path: Path, field: str) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines without their ends. Not by splitlines, which also parts at what a JSON string may hold, such as U+2028."""
+    """Lines without their ends. str.splitlines also splits at U+2028 and others, which JSON strings may contain."""
     held: list[str] = []
     for block in _blocks(path):
         first, *others = block.split("\n")
@@ -76,22 +76,22 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """The text of a file in blocks of a million bytes, so that it may be larger than memory."""
+    """The text of a file in blocks of about a million bytes: it may be larger than memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done, carriage_return = 0, ""
     with open(path, "rb") as file:
         while True:
             block = file.read(BLOCK)
-            start = done - len(decoder.getstate()[0])  # of a character that two blocks share, the first has a part
+            start = done - len(decoder.getstate()[0])  # minus the part of a character at the end of the previous block
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {start + error.start}") from None
             if "\0" in text:
                 at = start + len(text[: text.index("\0")].encode())
-                raise ValueError(f"{path} is not text: it has a zero at byte {at}")
+                raise ValueError(f"{path} is not text: it has a zero byte at byte {at}")
             if start == 0:
-                text = text.removeprefix("\ufeff")  # some editors begin a file with a byte order mark
+                text = text.removeprefix("\ufeff")  # some editors write a byte order mark
             text = carriage_return + text
             carriage_return = "\r" if block and text.endswith("\r") else ""
             yield text.removesuffix(carriage_return).replace("\r\n", "\n").replace("\r", "\n")
@@ -101,7 +101,7 @@ def _blocks(path: Path) -> Iterator[str]:
 
 
 def _line_start(text: str) -> int:
-    """Where the last line begins that is not empty; 0 if there is none but the first."""
+    """Start of the last nonempty line; 0 if only the first line is nonempty."""
     end = len(text)
     while (end := text.rfind("\n", 0, end)) > 0:
         if end + 1 < len(text) and not text[end + 1].isspace():
@@ -120,6 +120,6 @@ def _text_of(path: Path, number: int, line: str, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        message = f"{path}, line {number} has half a surrogate pair in `{field}`, which is no character"
+        message = f"{path}, line {number} has half a surrogate pair in `{field}`, which is not a character"
         raise ValueError(message) from None
     return text

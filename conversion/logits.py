@@ -1,0 +1,194 @@
+"""Comparing two models by the logits and the greedy text that they produce."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import GenerationConfig, PreTrainedModel
+
+from gda.common.screen import shows_progress
+from gda.conversion.sources.source import Source
+from gda.conversion.tensors.layerwise import LayerwiseModel
+
+GREEDY_TOKENS = 16
+TIE = 1e-4  # Two logits this close, relative to the largest at their position, differ by rounding only.
+RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
+# `compare_by_layers` decodes rows of the prompts' tokens; the last ones of each row one by one.
+ROWS, ROW_LENGTH, ROW_STEPS = 8, 32, 8
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village at the edge of a great forest, there lived",
+    "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n",
+    "Water boils at 100 degrees Celsius at sea level because",
+    "Question: If a train travels 60 miles in 90 minutes, how fast is it going?\nAnswer:",
+    "Der schnelle braune Fuchs springt über den faulen Hund, und dann",
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+    "Dear Sir or Madam,\n\nI am writing to you with regard to",
+)
+
+
+class GreedyText(NamedTuple):
+    """Whether a greedy text equals the source's, and whether it does except for ties."""
+
+    same: bool
+    same_but_ties: bool
+
+
+@dataclass
+class LogitDifferences:
+    """Running sums and maxima over the logits of two models, and the comparison of their greedy texts."""
+
+    tokens: int = 0
+    same_top_token: int = 0
+    max_abs: float = 0.0
+    max_logit: float = 0.0
+    sum_abs: float = 0.0
+    sum_kl: float = 0.0
+    finite: bool = True
+    texts: tuple[GreedyText, ...] = ()
+
+    @property
+    def relative(self) -> float:
+        """max |Δlogit| / max |logit|."""
+        return self.max_abs / max(self.max_logit, torch.finfo(torch.float32).tiny)
+
+    @property
+    def greedy_match(self) -> float:
+        """Share of greedy texts that are equal."""
+        return sum(text.same for text in self.texts) / len(self.texts)
+
+    @property
+    def greedy_ties(self) -> float:
+        """Share of greedy texts that differ by ties only."""
+        return sum(text.same_but_ties and not text.same for text in self.texts) / len(self.texts)
+
+    def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
+        """Add the logits (1, T, vocabulary) of the source and of the converted model."""
+        difference = (got - expected).abs()
+        self.finite &= bool(torch.isfinite(expected).all() and torch.isfinite(got).all())
+        self.tokens += expected.shape[1]
+        self.max_abs = max(self.max_abs, difference.max().item())
+        self.max_logit = max(self.max_logit, expected.abs().max().item())
+        self.sum_abs += difference.mean(dim=-1).sum().item()
+        self.same_top_token += int((expected.argmax(-1) == got.argmax(-1)).sum())
+        log_p, log_q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
+        self.sum_kl += (log_p.exp() * (log_p - log_q)).sum().item()
+
+
+def prompt_ids(source: Source) -> tuple[str, list[torch.Tensor]]:
+    """Token ids (1, T) of the prompts, and what they are: "texts" or "random ids".
+
+    Ids are random, with a fixed seed, where the source has no tokenizer, or one with ids beyond its vocabulary.
+    """
+    if (tokenizer := source.tokenizer()) is not None:
+        prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+        if all(ids and max(ids) < source.config.vocab_size for ids in prompts):
+            return "texts", [torch.tensor([ids]) for ids in prompts]
+    generator = torch.Generator().manual_seed(0)
+    shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
+    return "random ids", list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1))
+
+
+@torch.inference_mode()
+def compare_whole(
+    source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None
+) -> LogitDifferences:
+    """Load both models, run them on each prompt, and let both continue it."""
+    differences, texts = LogitDifferences(), []
+    expected, got = source.load(), converted.load()
+    for ids in track(prompts, "verifying", console=console, transient=True, disable=not shows_progress(console)):
+        differences.add(*(model(ids, use_cache=False).logits for model in (expected, got)))
+        wanted = _greedy(expected, ids, use_cache=_trusts_cache(source))
+        found = _greedy(got, ids, use_cache=True)
+        texts.append(_compare_texts(expected, wanted, found))
+    differences.texts = tuple(texts)
+    return differences
+
+
+@torch.inference_mode()
+def compare_by_layers(source: Source, converted: Source, prompts: list[torch.Tensor]) -> LogitDifferences:
+    """Run both models layer by layer on each prompt, and with a cache on rows of the prompts' tokens."""
+    differences, (rows, prefill) = LogitDifferences(), _rows(prompts)
+    pairs = zip(
+        _logits_by_layers(source, prompts, rows, prefill if _trusts_cache(source) else None),
+        _logits_by_layers(converted, prompts, rows, prefill),
+        strict=True,
+    )
+    for pair in itertools.islice(pairs, len(prompts)):
+        differences.add(*pair)
+    expected, got = next(pairs)  # logits of the rows
+    wanted, found = (logits[:, prefill - 1 :].argmax(-1) for logits in (expected, got))
+    same = wanted == found
+    same_but_ties = same | _is_tie(expected[:, prefill - 1 :], found)
+    differences.texts = tuple(
+        GreedyText(bool(row.all()), bool(tied.all())) for row, tied in zip(same, same_but_ties, strict=True)
+    )
+    return differences
+
+
+def _trusts_cache(source: Source) -> bool:
+    """A GDA source decodes without a cache: a bug in its cache would be the converted model's too."""
+    return source.config.model_type != "gda"
+
+
+def _greedy(model: PreTrainedModel, ids: torch.Tensor, *, use_cache: bool) -> torch.Tensor:
+    """Prompt (1, T) → prompt and greedy continuation (1, T + 16)."""
+    model.generation_config = GenerationConfig()  # the checkpoint's may stop early or penalize repetition
+    mask = torch.ones_like(ids)
+    settings = {"do_sample": False, "max_new_tokens": GREEDY_TOKENS, "use_cache": use_cache}
+    return model.generate(ids, attention_mask=mask, **settings)  # type: ignore[operator]
+
+
+def _compare_texts(source: PreTrainedModel, wanted: torch.Tensor, found: torch.Tensor) -> GreedyText:
+    """Compare texts (1, T) up to the first token that differs."""
+    different = (wanted != found)[0].nonzero()
+    if not len(different):
+        return GreedyText(same=True, same_but_ties=True)
+    place = int(different[0])
+    logits = source(wanted[:, :place], use_cache=False).logits[0, -1]
+    return GreedyText(same=False, same_but_ties=bool(_is_tie(logits, found[0, place])))
+
+
+def _is_tie(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Whether the logit of each of the `tokens` (…) is the largest of `logits` (…, vocabulary) up to rounding."""
+    behind = logits.amax(-1) - logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return behind <= TIE * logits.abs().amax(-1)
+
+
+def _rows(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The prompts' tokens as rows of equal length, which need no padding, and the length of their prefill."""
+    ids = torch.cat(prompts, dim=1)[0]
+    number = max(1, min(ROWS, len(ids) // (2 * ROW_STEPS)))
+    length = min(ROW_LENGTH, len(ids) // number)
+    return ids[: number * length].view(number, length), max(1, length - ROW_STEPS)
+
+
+def _logits_by_layers(
+    source: Source, prompts: list[torch.Tensor], rows: torch.Tensor, prefill: int | None
+) -> Iterator[torch.Tensor]:
+    """Yield logits (1, T, vocabulary) of each prompt and (rows, T, vocabulary) of `rows`; one layer is in memory.
+
+    Args:
+        source: The model.
+        prompts: Ids (1, T), which run without a cache.
+        rows: Ids (rows, T), which run with a cache: the first `prefill` of each at once, the others one by one.
+        prefill: None runs the rows without a cache.
+    """
+    model = LayerwiseModel(source.config, source.read)
+    # All ids are embedded at once: some sources dequantize the embeddings each time they are read.
+    embedded = model.embed(torch.cat((*prompts, rows.view(1, -1)), dim=1))
+    *hidden, decoded = embedded.split([*(ids.shape[1] for ids in prompts), rows.numel()], dim=1)
+    decoded = decoded.view(*rows.shape, -1)
+    for index in range(model.num_layers):
+        tensors = model.tensors(index)
+        hidden = [model.run(index, tensors, states) for states in hidden]
+        if prefill is None:
+            decoded = model.run(index, tensors, decoded)
+        else:
+            decoded = model.decode(index, tensors, decoded, prefill)
+    yield from map(model.head(), (*hidden, decoded))

@@ -1,0 +1,35 @@
+"""The command `gda serve`."""
+
+import typer
+
+from gda.commands.app import Group, command
+from gda.conversion.options import ServeOptions
+
+
+@command(
+    ServeOptions,
+    Group.SHARE,
+    examples=(
+        "gda serve ./llama-gda",
+        "gda serve me/llama-gda --port 8001 --dtype bfloat16",
+        "gda serve ./llama-gda --continuous-batching --attn-implementation sdpa",
+    ),
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve(options: ServeOptions, context: typer.Context) -> None:
+    """Serve a GDA model over HTTP with OpenAI's API, by `transformers serve`.
+
+    Without gda, `transformers serve` only loads model classes of transformers itself. Its options follow MODEL;
+    `transformers serve --help` lists them.
+    """
+    import transformers
+    from transformers.cli.transformers import app as transformers_app
+
+    from gda.conversion.sources.open import resolve_folder
+    from gda.conversion.sources.readers import read_gda_config
+    from gda.modeling_gda.modeling_gda import GDAForCausalLM
+
+    name, _, revision = options.model.partition("@")
+    read_gda_config(resolve_folder(name, revision or None))
+    transformers.GDAForCausalLM = GDAForCausalLM  # type: ignore[attr-defined]
+    transformers_app(["serve", options.model, *context.args])
