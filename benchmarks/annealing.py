@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-VOCABULARY, CONTEXT, BATCH = 2048, 128, 16
+VOCABULARY, CONTEXT, BATCH = 2048, 128, 8
 ARMS: dict[str, dict[str, Any]] = {"plain": {}, "annealed through 0.2": {"lambda_target": 0.2}}
 
 
@@ -73,14 +73,15 @@ def main() -> None:
     """Train all copies and print their held-out losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="Folder for models and results.json.")
-    parser.add_argument("--pretraining-steps", type=int, default=800, help="Steps of the Llama.")
-    parser.add_argument("--steps", type=int, default=300, help="Steps of each copy; annealing takes half of them.")
+    parser.add_argument("--pretraining-steps", type=int, default=600, help="Steps of the Llama.")
+    parser.add_argument("--steps", type=int, default=200, help="Steps of each copy; annealing takes half of them.")
     parser.add_argument("--seeds", type=int, default=3, help="Runs per arm.")
     args = parser.parse_args()
     import gda
 
     begun = time.process_time()
     prepare(args.out, args.pretraining_steps)
+    print(f"prepared in {time.process_time() - begun:.0f} seconds of CPU", flush=True)
     losses: dict[str, list[float]] = {name: [] for name in ARMS}
     for seed in range(args.seeds):
         for name, options in ARMS.items():
@@ -101,7 +102,10 @@ def main() -> None:
                 **annealing,
             )
             losses[name].append(report.last_eval_loss)
-            print(f"seed {seed}, {name}: {report.first_eval_loss:.4f} before, {report.last_eval_loss:.4f} after")
+            print(
+                f"seed {seed}, {name}: {report.first_eval_loss:.4f} before, {report.last_eval_loss:.4f} after",
+                flush=True,
+            )
     (args.out / "results.json").write_text(json.dumps(losses, indent=2))
     for name, values in losses.items():
         print(f"{name}: mean {statistics.mean(values):.4f}, standard deviation {statistics.stdev(values):.4f}")
