@@ -36,11 +36,11 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
 
     import gda  # noqa: F401
     from gda.common.screen import quiet_transformers
-    from gda.training.callbacks.guards import peak_memory
     from gda.training.callbacks.layer_log import LayerLog
-    from gda.training.data.sequences import collate, open_windows
+    from gda.training.data.sequences import collate, open_sequences
     from gda.training.distillation import Distillation
     from gda.training.parameters import choose_what_learns, count_learning
+    from gda.training.report import peak_memory
     from gda.training.trainer import GDATrainer
 
     out, context = Path(options["out"]), options["context"]
@@ -50,7 +50,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        windows = open_windows(
+        sequences = open_sequences(
             [options["data"]],
             tokenizer,
             context=context,
@@ -66,7 +66,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
         learner = choose_what_learns(model, options["train"], folder, 16)
         arguments = TrainingArguments(
             output_dir=str(out / "scratch"),
-            max_steps=math.ceil(windows.count / options["batch"]) if steps is None else steps,
+            max_steps=math.ceil(sequences.count / options["batch"]) if steps is None else steps,
             per_device_train_batch_size=options["batch"],
             learning_rate=options["learning_rate"],
             lr_scheduler_type="cosine",
@@ -85,7 +85,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
         trainer = GDATrainer(
             learner,
             arguments,
-            train_dataset=windows.rows,
+            train_dataset=sequences.rows,
             data_collator=collate,
             lambda_learning_rate=options["lambda_learning_rate"],
             layer_log=LayerLog(out / f"{name}.jsonl") if name == "split" else None,
@@ -107,7 +107,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
         "tokens": int(trainer.state.num_input_tokens_seen),
         "test_tokens": len(ids),
         "minutes": seconds / 60,
-        "tokens_per_second": trainer.pace.tokens_per_second,
+        "tokens_per_second": trainer.throughput.tokens_per_second,
         "peak_memory": peak_memory(arguments.device),
         "before": before,
         "after": after,

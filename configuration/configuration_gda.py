@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib import import_module
-from inspect import signature
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
 
 import torch
-from transformers import PretrainedConfig  # transformers 4 knows no PreTrainedConfig
+from transformers import PretrainedConfig, Qwen3Config  # transformers 4 knows no PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -21,28 +20,24 @@ KV_LAYOUTS = ("shared", "paired")
 LAMBDA_TYPES = ("reparameterized", "sigmoid", "tanh")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-# The arguments that describe RoPE: in transformers 5 the first, in transformers 4 the others.
+# The arguments that describe RoPE: the first in transformers 5, the others in transformers 4.
 ROPE_ARGUMENTS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 # Fields that must be at least 1.
 SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES += ("num_noise_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-# Fields of a model under masked growth; None in every other.
-GROWTH_FIELDS = ("growth_mask", "masked_signal_heads", "masked_neurons", "masked_layers")
-# Fields of a model whose λ is being annealed; None in every other.
-ANNEAL_FIELDS = ("lambda_anneal", "lambda_target")
-# Fields that no other model family has. An unknown argument that resembles one of them is a typo; any other is kept
-# in config.json for whoever passed it.
+MASKED = ("masked_signal_heads", "masked_neurons", "masked_layers")
+FADED = (*MASKED, "lambda_target")  # what may be faded in; None in every other model, and so is `fade`
+# Fields that no other model family has. An unknown argument that resembles one of them is a typo; any other belongs to
+# whoever passed it, and is kept in config.json.
 OWN_FIELDS: tuple[str, ...] = ("num_noise_heads", "kv_layout", "lambda_type", "lambda_init", "lambda_init_offset")
-OWN_FIELDS += ("head_norm", "head_norm_eps", "qk_norm", "qk_rank", "attention_out_bias", *GROWTH_FIELDS, *ANNEAL_FIELDS)
-# Properties that follow from the fields.
-DERIVED = ("num_signal_heads", "signal_noise_ratio", "signal_group_size", "value_width", "factored_projections")
+OWN_FIELDS += ("head_norm", "head_norm_eps", "qk_norm", "qk_rank", "attention_out_bias", "fade", *FADED)
 
-MAX_LAYERS = 10_000  # lists of a value for each layer are made of this number
+MAX_LAYERS = 10_000  # lists with a value per layer have this length
 FLOAT32_MAX = torch.finfo(torch.float32).max
 Rules = Iterator[tuple[bool, str, str]]  # whether a rule holds, the field that it is about, and the rule in words
 
-# What config.json says of the code saved beside it: by Auto class, file and class.
+# The code that is saved beside config.json: file and class by Auto class.
 AUTO_MAP = {"AutoConfig": "configuration_gda.GDAConfig", "AutoModel": "modeling_gda.GDAModel"}
 for _task in ("CausalLM", "QuestionAnswering", "SequenceClassification", "TokenClassification"):
     AUTO_MAP[f"AutoModelFor{_task}"] = f"modeling_gda.GDAFor{_task}"
@@ -52,52 +47,44 @@ class GDAConfig(PretrainedConfig):
     r"""
     Configuration of a Grouped Differential Attention model (arXiv 2510.06949).
 
-    Of `num_attention_heads` query heads, `num_noise_heads` compute noise maps, the others signal maps. Signal head *i*
-    computes ``softmax(q_i kᵀ) v − λ_i · softmax(q_noise(i) kᵀ) v``; each noise map serves a group of
-    `signal_noise_ratio` signal heads. Fields that are not listed here mean what they mean in `LlamaConfig`.
+    `num_noise_heads` of the `num_attention_heads` query heads compute noise maps, the others signal maps. Signal head
+    *i* computes ``softmax(q_i kᵀ) v − λ_i · softmax(q_noise(i) kᵀ) v``; each noise map serves `signal_noise_ratio`
+    signal heads. Fields that are not listed here mean what they mean in `LlamaConfig`.
 
     Args:
         num_attention_heads: Query heads per layer, signal **and** noise. The rows of `q_proj` are one group of
             ``[signal_1 … signal_r, noise]`` per noise head.
         num_noise_heads: Noise heads N. The number of signal heads, S = num_attention_heads − N, is a multiple of N.
-        num_key_value_heads: KV heads G; the KV cache is (B, G, T, head_dim) in both layouts. Shared: G divides S, and G
-            divides N or N divides G. Paired: G counts both members of each pair; the G / 2 pairs divide both S and N.
+        num_key_value_heads: KV heads G. Shared: G divides S, and G divides N or N divides G. Paired: G counts both
+            members of each pair, and the G / 2 pairs divide both S and N.
         kv_layout: `"shared"`: the signal and noise heads of a group read the same K and V (DIFF Transformer V2,
             Motif-3). `"paired"`: `k_proj` holds pairs (signal key, noise key), and `v_proj` pairs of slabs that signal
             and noise heads both read as one value of width 2 · head_dim (DIFF Transformer V1, Motif-2).
-        lambda_type: `"reparameterized"`: λ = exp(λ_q1·λ_k1) − exp(λ_q2·λ_k2) + λ_init, per layer (arXiv 2410.05258).
-            `"sigmoid"`: λ = σ(W_λ x), per token and signal head (DIFF Transformer V2). `"tanh"`: λ = tanh(W_λ x), which
+        lambda_type: `"reparameterized"`: λ = exp(λ_q1·λ_k1) − exp(λ_q2·λ_k2) + λ_init per layer (arXiv 2410.05258);
+            `"sigmoid"`: λ = σ(W_λ x) per token and signal head (DIFF Transformer V2); `"tanh"`: λ = tanh(W_λ x), which
             can start at exactly 0 and still learn.
-        lambda_init: λ_init of all layers or a list of one per layer. `None`: 0.8 − 0.6 · exp(−0.3 · (layer + offset)).
-        lambda_init_offset: Offset of that schedule: 0 in the DIFF Transformer, −1 in Motif-2.
-        head_norm: Whether each signal head's output goes through RMSNorm, weight `subln`, then × (1 − layer's λ_init).
+        lambda_init: λ_init, or a list of one per layer. `None`: 0.8 − 0.6 · exp(−0.3 · (layer + lambda_init_offset)).
+        lambda_init_offset: 0 in the DIFF Transformer, −1 in Motif-2.
+        head_norm: Apply RMSNorm (weight `subln`) to the output of each signal head, then multiply by 1 − λ_init.
         head_norm_eps: Epsilon of that norm.
-        qk_norm: Whether to apply RMSNorm over head_dim to queries and keys before RoPE, as in Qwen3.
-        qk_rank: Rank R of the Shared DIFF Transformer (arXiv 2501.17900), from 1 to min(head_dim, hidden_size), or
-            `None` for dense projections. Role k of a group (signal_1 … signal_r, noise) has query weights
-            W_base + P_k R_k, with one base for all roles. In place of `q_proj` there are `q_base` (N · head_dim,
-            hidden), a block of rows per group; `q_down` (H · R, hidden), each head's R_k in the order of `q_proj`; and
-            `q_up` (H · head_dim, R), the P_k and the bias. Paired keys have `k_base`, `k_down` and `k_up` too, for the
-            roles signal and noise of a pair. n roles need fewer parameters than dense projections if
-            R < (1 − 1/n) · head_dim · hidden_size / (hidden_size + head_dim).
-        growth_mask: Factor of the outputs of new parts in masked growth (arXiv 2305.02869): 0 computes the same
-            function as before, 1 makes them parts like any other. `model.set_growth_mask` changes it. At 1, and in a
-            model that does not grow, this field and the next three are saved as `None`.
-        masked_signal_heads: How many of each `signal_group_size` signal heads, which share keys, values and a noise
-            head, are new: the last ones. Their outputs are masked after the head norm.
-        masked_neurons: How many of the `intermediate_size` neurons of each MLP are new: the last ones. They are masked
-            after the activation, and count fully in the means of PolyNorm.
-        masked_layers: Indices of new layers, from 0. Only what they add to the residual stream is masked.
-        lambda_anneal: Progress a of annealing λ, from 0 to 1: layers subtract with (1 − a) · a · lambda_target + a · λ.
-            `model.set_lambda_anneal` changes it. At 1, this field and the next are saved as `None`.
-        lambda_target: Value that λ is drawn to during annealing, most strongly halfway.
-        head_dim: Width of a query, key and value head, independent of `hidden_size`.
+        qk_norm: Apply RMSNorm over head_dim to queries and keys before RoPE, as in Qwen3.
+        qk_rank: Rank R of the Shared DIFF Transformer (arXiv 2501.17900), or `None` for dense projections. Role k of a
+            group (signal_1 … signal_r, noise) has the query weights W_base + P_k R_k. `q_base` (N · head_dim, hidden),
+            `q_down` (H · R, hidden) and `q_up` (H · head_dim, R) replace `q_proj`; with paired keys, whose roles are
+            signal and noise, `k_base`, `k_down` and `k_up` replace `k_proj`.
+        fade: How far the parts that the next four fields name are faded in, from 0 to 1; `None` if nothing is.
+            `model.set_fade` changes it. At 1 all five are saved as `None`.
+        masked_signal_heads: How many of each `signal_group_size` signal heads, the last ones, are new: their outputs
+            are multiplied by `fade` after the head norm (masked growth, arXiv 2305.02869).
+        masked_neurons: How many neurons of each MLP, the last ones, are new: `fade` multiplies their activations.
+        masked_layers: Indices of new layers, from 0. What they add to the residual stream is multiplied by `fade`.
+        lambda_target: λ is faded in by way of this value: layers subtract with fade · λ + (1 − fade) · fade · target.
         hidden_act: As in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_bias: Whether the query, key and value projections have biases.
-        attention_out_bias: Whether `o_proj` has a bias. `None`: as `attention_bias`. (In Qwen2 only the others do.)
-        attention_dropout: Must be 0: the equations define no dropout for the difference of two attention maps.
-        sliding_window: Number of keys that a sliding layer sees, as in Mistral. With a window of 1, pass
-            `use_cache=False`: the caches of transformers keep too many keys.
+        attention_out_bias: Whether `o_proj` has a bias. `None`: as `attention_bias`.
+        attention_dropout: Must be 0: the equations define no dropout for a difference of attention maps.
+        sliding_window: Number of keys that a sliding layer sees; full layers ignore it, as in Qwen2. With a window of
+            1, pass `use_cache=False`: the caches of transformers keep too many keys.
         layer_types: `"full_attention"` or `"sliding_attention"` per layer. `None`: all sliding if there is a window.
 
     Raises:
@@ -112,11 +99,7 @@ class GDAConfig(PretrainedConfig):
     model_type: ClassVar[str] = "gda"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     default_theta: ClassVar[float] = 500000.0  # type: ignore[misc]
-    base_model_pp_plan: ClassVar[dict[str, Any]] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
+    base_model_pp_plan: ClassVar[dict[str, Any]] = Qwen3Config.base_model_pp_plan
 
     vocab_size: int = 128256
     hidden_size: int = 4096
@@ -134,11 +117,10 @@ class GDAConfig(PretrainedConfig):
     head_norm_eps: int | float = 1e-5
     qk_norm: bool = False
     qk_rank: int | None = None
-    growth_mask: int | float | None = None
+    fade: int | float | None = None
     masked_signal_heads: int | None = None
     masked_neurons: int | None = None
     masked_layers: list[int] | None = None
-    lambda_anneal: int | float | None = None
     lambda_target: int | float | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
@@ -158,10 +140,12 @@ class GDAConfig(PretrainedConfig):
     layer_types: list[str] | None = None
 
     def __init__(self, **kwargs: Any):
+        _rename_fade(kwargs)
         rope = _one_rope(**{name: kwargs.pop(name, None) for name in ROPE_ARGUMENTS})
         fields = {name: kwargs.pop(name, getattr(type(self), name)) for name in FIELDS} | {"rope_parameters": rope}
         for name, value in kwargs.items():
-            _require(name not in DERIVED, name, "follows from other fields and cannot be given", value)
+            read_only = getattr(getattr(type(self), name, None), "fset", name) is None
+            _require(not read_only, name, "follows from other fields and cannot be given", value)
             if meant := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.84):
                 raise ValueError(f"GDAConfig has no field `{name}`; did you mean `{meant[0]}`?")
         undecided = "auto" in (kwargs.get("dtype"), kwargs.get("torch_dtype"))  # where there are no weights to decide
@@ -196,8 +180,8 @@ class GDAConfig(PretrainedConfig):
                     super().__setattr__(per_layer, values[:value])
             if new_layers := vars(self).get("masked_layers"):
                 super().__setattr__("masked_layers", [layer for layer in new_layers if layer < value] or None)
-            if self.growth_mask is not None and not any(getattr(self, part) for part in GROWTH_FIELDS[1:]):
-                super().__setattr__("growth_mask", None)
+            if self.fade is not None and all(getattr(self, part) is None for part in FADED):
+                super().__setattr__("fade", None)
 
     @property
     def rope_theta(self) -> float:
@@ -220,19 +204,9 @@ class GDAConfig(PretrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GDAConfig":
-        """The configuration of a known shape, with `changes` to its fields.
-
-        presets.py lists the names: Motif and DIFF models, and what expansion makes of some Llamas.
-        docs/family.md gives the source of each number and says which are guesses.
-
-        Raises:
-            ValueError: for an unknown name, with those that resemble it, or fields that cannot be.
-        """
-        try:
-            fields = import_module(".presets", __package__).preset_fields(name)
-        except ModuleNotFoundError:
-            raise ImportError("presets belong to the package: pip install grouped-differential-attention") from None
-        return cls(**(fields | changes))
+        """The configuration of a known shape, with `changes` to its fields; docs/family.md lists names and sources."""
+        presets = import_module(".presets", __package__)  # belongs to the package, and is not saved beside weights
+        return cls(**(presets.preset_fields(name) | changes))
 
     @property
     def num_signal_heads(self) -> int:
@@ -264,7 +238,7 @@ class GDAConfig(PretrainedConfig):
         return queries if self.kv_layout == "shared" else queries | {"k": 2}
 
     def is_new_layer(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` is new: it is then masked as a whole, and none of its heads and neurons again."""
+        """Whether layer `layer_idx` is new: it is faded in as a whole, and not its heads and neurons again."""
         return self.masked_layers is not None and layer_idx in self.masked_layers
 
     def layer_type(self, layer_idx: int) -> str:
@@ -311,9 +285,8 @@ class GDAConfig(PretrainedConfig):
         return factored + [f"{name}_proj" for name in "qkv" if name not in self.factored_projections]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values. Growth and annealing that are complete, at 1, are left out."""
-        ended = GROWTH_FIELDS * (self.growth_mask == 1) + ANNEAL_FIELDS * (self.lambda_anneal == 1)
-        return super().to_dict() | dict.fromkeys(ended)
+        """The fields as JSON-ready values, without what is faded in completely."""
+        return super().to_dict() | dict.fromkeys(("fade", *FADED) if self.fade == 1 else ())
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json says: RoPE and dtype also in the words of transformers 4, which other readers know."""
@@ -348,7 +321,7 @@ class GDAConfig(PretrainedConfig):
 
     def validate_architecture(self) -> None:
         """Check every rule, at construction and again when a model is built; ValueError names field, rule and value."""
-        for rules in (self._value_rules, self._head_rules, self._lambda_rules, self._layer_rules, self._growth_rules):
+        for rules in (self._value_rules, self._head_rules, self._lambda_rules, self._layer_rules, self._fade_rules):
             for holds, field, rule in rules():  # one after the other: a rule may rely on those before it
                 _require(holds, field, rule, getattr(self, field))
         self._validate_rope()
@@ -400,14 +373,6 @@ class GDAConfig(PretrainedConfig):
         field = "lambda_init_offset" if self.lambda_init is None else "lambda_init"
         yield finite, field, "must give every layer a λ_init that is finite in float32"
 
-        progress, target = self.lambda_anneal, self.lambda_target
-        yield progress is None or 0 <= progress <= 1, "lambda_anneal", "must be from 0 to 1, or None"
-        if progress is None:
-            yield target is None, "lambda_target", "must be None where lambda_anneal is: nothing is annealed"
-        else:
-            finite = target is not None and abs(target) < FLOAT32_MAX
-            yield finite, "lambda_target", "must be given, and finite in float32, where lambda_anneal is"
-
     def _layer_rules(self) -> Rules:
         types, window = self.layer_types or [], self.sliding_window
         rule = f"must name one type for each of the {self.num_hidden_layers} layers"
@@ -417,24 +382,25 @@ class GDAConfig(PretrainedConfig):
         rule = "must be given where layer_types holds `sliding_attention`"
         yield window is not None or "sliding_attention" not in types, "sliding_window", rule
 
-    def _growth_rules(self) -> Rules:
-        mask, layers, new_layers = self.growth_mask, self.num_hidden_layers, self.masked_layers
-        new = [name for name in GROWTH_FIELDS[1:] if getattr(self, name) is not None]
-        if mask is None:
-            for name in new:
-                yield False, name, "must be None where growth_mask is, for nothing would mask it"
+    def _fade_rules(self) -> Rules:
+        given = [name for name in FADED if getattr(self, name) is not None]
+        for name in given:
+            yield self.fade is not None, name, "must be None where fade is: nothing says how far it is faded in"
+        if self.fade is None:
             return
-        yield 0 <= mask <= 1, "growth_mask", "must be from 0 to 1, or None"
-        rule = f"must be None where there is nothing new: none of {', '.join(GROWTH_FIELDS[1:])} is given"
-        yield bool(new), "growth_mask", rule
+        yield 0 <= self.fade <= 1, "fade", "must be from 0 to 1, or None"
+        yield bool(given), "fade", f"must be None where nothing is faded in: none of {', '.join(FADED)} is given"
         wholes = {"masked_signal_heads": self.signal_group_size, "masked_neurons": self.intermediate_size}
         for name, whole in wholes.items():
             rule = f"must be from 1 to {whole - 1} of {whole}: not all can be new" if whole > 1 else "must be None"
-            yield name not in new or 1 <= getattr(self, name) < whole, name, rule
-        if new_layers is not None:
-            some = 0 < len(new_layers) < layers and new_layers == sorted(set(new_layers))
+            yield name not in given or 1 <= getattr(self, name) < whole, name, rule
+        if (new := self.masked_layers) is not None:
+            layers = self.num_hidden_layers
+            some = 0 < len(new) < layers and new == sorted(set(new))
             yield some, "masked_layers", f"must list some, not all, of the {layers} layers in ascending order"
-            yield new_layers[0] >= 0 and new_layers[-1] < layers, "masked_layers", f"must be from 0 to {layers - 1}"
+            yield new[0] >= 0 and new[-1] < layers, "masked_layers", f"must be from 0 to {layers - 1}"
+        finite = self.lambda_target is None or abs(self.lambda_target) < FLOAT32_MAX
+        yield finite, "lambda_target", "must be finite in float32"
 
     def _validate_rope(self) -> None:
         _require(self.head_dim % 2 == 0, "head_dim", "must be even for rotary embeddings", self.head_dim)
@@ -454,18 +420,16 @@ class GDAConfig(PretrainedConfig):
         _require(usable, "rope_parameters", f"must give {half} finite frequencies, half of head_dim", rope)
 
     def _rope_frequencies(self, rope_type: str) -> list[list[float]]:
-        """The frequencies that the model will compute, within and beyond its length: what cannot be must fail here."""
+        """The frequencies that the model will compute within its length and beyond, where some types change."""
         rope: dict[str, Any] = dict(self.rope_parameters or {})
         if rope_type == "default":
             if not rope["rope_theta"] > 0:
                 raise ValueError("rope_theta must be positive")
             return [[rope["rope_theta"] ** (-2 * j / self.head_dim) for j in range(self.head_dim // 2)]]
-        compute = ROPE_INIT_FUNCTIONS[rope_type]
-        argument = signature(compute).parameters.get("device")  # transformers 4 asks for one
-        device = {"device": None} if argument and argument.default is argument.empty else {}
         beyond = 2 * max(self.max_position_embeddings, rope.get("original_max_position_embeddings") or 1)
+        compute = ROPE_INIT_FUNCTIONS[rope_type]
         with torch.device("cpu"):  # a model may be under construction on the meta device
-            return [compute(self, **device, seq_len=length)[0].tolist() for length in (None, beyond)]
+            return [compute(self, device=None, seq_len=length)[0].tolist() for length in (None, beyond)]
 
 
 # The type of each field, by its name.
@@ -498,6 +462,15 @@ def _one_rope(
     differing = {key: value for key, value in said.items() if rope.get(key) != value}
     _require(not differing, "rope_parameters", f"contradicts rope_theta or rope_scaling, which say {differing}", rope)
     return rope
+
+
+def _rename_fade(fields: dict[str, Any]) -> None:
+    """Configs saved before `fade` said it as `growth_mask` for what is masked and `lambda_anneal` for λ."""
+    growth, anneal = fields.pop("growth_mask", None), fields.pop("lambda_anneal", None)
+    one = growth is None or anneal in (None, growth)
+    _require(one, "fade", "is one value, and cannot be both growth_mask and lambda_anneal", (growth, anneal))
+    if (value := anneal if growth is None else growth) is not None:
+        fields["fade"] = value
 
 
 def _is_activation(name: str) -> bool:

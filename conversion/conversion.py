@@ -3,16 +3,18 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from torch import Tensor
 
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.split.splitter import SplitReport
 from gda.conversion.tensors.new_parameters import describe_new
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs
+
+if TYPE_CHECKING:  # only splits load it
+    from gda.conversion.split.splitter import SplitReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Conversion:
     new: tuple[str, ...] = ()
     before: "Conversion | None" = None
     work: "Callable[[Path, Console | None], Conversion] | None" = None
-    split: SplitReport | None = None
+    split: "SplitReport | None" = None
 
     @property
     def new_parameters(self) -> Trainable | None:

@@ -25,6 +25,7 @@ from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
+from gda.conversion.writing.headmap import in_masked_growth
 from gda.conversion.writing.staging import staged_model
 from gda.conversion.writing.stream import write_checkpoint
 
@@ -98,10 +99,9 @@ def _require_exportable(source: Source) -> GDAConfig:
         raise ValueError(
             f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
         )
-    if config.growth_mask is not None:
-        raise ValueError(f"{source.name} is in masked growth, which no format holds; train until its masks are 1")
-    if config.lambda_anneal is not None:
-        raise ValueError(f"{source.name} anneals λ, which no format holds; train until its lambda_anneal is 1")
+    if config.fade is not None:
+        state = "is in masked growth" if in_masked_growth(config) else "is fading in λ"
+        raise ValueError(f"{source.name} {state}, which no format can express; train it until its fade is 1")
     return config
 
 

@@ -11,9 +11,8 @@ from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.conversion import Conversion
+from gda.conversion.growth import growth
 from gda.conversion.growth.depth import copy_positions
-from gda.conversion.growth.growth import Growth
 from gda.conversion.modes.registry import plan
 from gda.conversion.options import GrowOptions
 from gda.conversion.sources.open import open_source
@@ -26,7 +25,7 @@ class GrowReport(ConvertReport):
     """What growth did, or with `dry_run` would do: the report of a conversion, and the model before it.
 
     Attributes:
-        growth: What was asked for.
+        growth: The options of the growth.
         before: Configuration of the model that grew; for a Llama, that of the GDA model which it becomes.
         num_parameters_before: Its number of parameters.
         copied_layers: The layers of the source that are copied.
@@ -34,35 +33,17 @@ class GrowReport(ConvertReport):
         trainable: The content of trainable.json.
     """
 
-    growth: Growth
+    growth: dict[str, Any]
     before: GDAConfig
     num_parameters_before: int
     copied_layers: list[int] = field(default_factory=list)
     new_layers: list[int] = field(default_factory=list)
     trainable: Trainable
 
-    @classmethod
-    def of(cls, report: ConvertReport, conversion: Conversion, growth: Growth) -> "GrowReport":
-        """The report of a growth, given that of the conversion."""
-        before, new = conversion.before, conversion.new_parameters
-        assert before is not None
-        assert new is not None
-        layers = before.config.num_hidden_layers
-        copied = growth.copied_layers(layers)
-        return cls(
-            **vars(report),
-            growth=growth,
-            before=before.config,
-            num_parameters_before=before.num_parameters,
-            copied_layers=copied,
-            new_layers=copy_positions(layers, copied),
-            trainable=new,
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         return super().to_dict() | {
-            "growth": self.growth.to_dict(),
+            "growth": self.growth,
             "head_map_before": head_map(self.before),
             "num_layers_before": self.before.num_hidden_layers,
             "num_layers": self.config.num_hidden_layers,
@@ -88,8 +69,8 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
       Every layer keeps its λ_init and its kind of attention.
     - `width`: HyperCloning (arXiv 2409.12903). Hidden size, MLP and heads are tiled; head_dim stays.
     - `masked`: Masked Structure Growth (arXiv 2305.02869), with `signal`, `mlp` and `depth`. New heads, neurons and
-      layers start from random weights behind a mask. The mask is 0 in the result; `gda.training.GrowthMaskCallback`
-      raises it during training, and at 1 it is gone. Weights behind a mask of 0 have no gradient yet.
+      layers start from random weights and are faded in. Their fade is 0 in the result, where they have no gradient;
+      `gda.training.FadeCallback` raises it to 1 during training.
 
     Equal replicas would stay equal for ever, so `noise_std` adds noise to the weights that read them. It sums to zero
     over each set of replicas, exactly, in the dtype of the weights: no logit changes.
@@ -110,9 +91,22 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
     out = Path(options.out)
     check_places(options.model, out)
     refuse_existing(out, options.overwrite)
-    growth = Growth.of(options)
+    options = growth.checked(options)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         conversion = plan("grow", source, options)
         report = write_model(conversion, source, out, options, console=console)
-    return GrowReport.of(report, conversion, growth)
+    before, new_parameters = conversion.before, conversion.new_parameters
+    assert before is not None
+    assert new_parameters is not None
+    layers = before.config.num_hidden_layers
+    copied = growth.copied_layers(options, layers)
+    return GrowReport(
+        **vars(report),
+        growth=growth.settings(options),
+        before=before.config,
+        num_parameters_before=before.num_parameters,
+        copied_layers=copied,
+        new_layers=copy_positions(layers, copied),
+        trainable=new_parameters,
+    )

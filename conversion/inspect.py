@@ -8,7 +8,7 @@ from typing import Any
 from gda.common.files import read_json
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers
-from gda.configuration.configuration_gda import GROWTH_FIELDS, GDAConfig
+from gda.configuration.configuration_gda import MASKED, GDAConfig
 from gda.conversion.export import layer_lambdas
 from gda.conversion.modes.low_rank import dense_config
 from gda.conversion.options import InspectOptions
@@ -16,7 +16,7 @@ from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import PROVENANCE_FILE
 from gda.conversion.tensors.recipes import checkpoint_specs
-from gda.conversion.writing.headmap import head_map
+from gda.conversion.writing.headmap import head_map, in_masked_growth
 
 PARTS = {
     "embedding": r"embed_tokens\.",
@@ -107,8 +107,15 @@ def inspect(options: InspectOptions) -> InspectReport:
         source_kv_cache_bytes_per_token=_source_cache(source.folder, dtype.itemsize),
         lambda_type=config.lambda_type,
         lambdas=layer_lambdas(source, config),
-        growth=None if config.growth_mask is None else {name: getattr(config, name) for name in GROWTH_FIELDS},
+        growth=_growth(config),
     )
+
+
+def _growth(config: GDAConfig) -> dict[str, Any] | None:
+    """The mask of masked growth and the parts that it masks; None outside masked growth."""
+    if not in_masked_growth(config):
+        return None
+    return {"growth_mask": config.fade} | {name: getattr(config, name) for name in MASKED}
 
 
 def _cache(shape: dict[str, Any], bytes_per_element: int) -> int:

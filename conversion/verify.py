@@ -10,7 +10,7 @@ from rich.console import Console
 from gda.common.errors import CheckFailed, first_line
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers
-from gda.configuration.configuration_gda import ANNEAL_FIELDS, GROWTH_FIELDS
+from gda.configuration.configuration_gda import FADED
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
 from gda.conversion.logits import compare_by_layers, compare_whole, prompt_ids
 from gda.conversion.modes.registry import plan_again
@@ -38,8 +38,8 @@ COMPUTED_WITH = (
     "head_norm",
     "head_norm_eps",
     "qk_rank",
-    *GROWTH_FIELDS,
-    *ANNEAL_FIELDS,
+    "fade",
+    *FADED,
 )
 
 

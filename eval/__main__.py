@@ -1,12 +1,12 @@
 """`python -m gda.eval run --model gda …`: lm-eval's own command line, with the model type "gda" and our tasks.
 
-All options are lm-eval's, and one more: `--dataset_root DIR` reads the data of tasks from local files.
+All options are lm-eval's, plus one: `--dataset_root DIR` reads the datasets of tasks from local files.
 """
 
 import argparse
 import sys
 
-import gda.eval.lm_eval.harness  # noqa: F401 - registers the model type, and says so if lm-eval is missing
+import gda.eval.lm_eval.harness  # noqa: F401 - registers the model type, and names the remedy if lm-eval is missing
 from gda.eval.lm_eval.find_tasks import TaskManagerWithOurs
 from gda.eval.lm_eval.local_data import data_from
 
@@ -16,13 +16,12 @@ def main() -> None:
     import lm_eval.tasks
     from lm_eval.__main__ import cli_evaluate
 
-    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ours.add_argument("--dataset_root", "--dataset-root")
-    known, rest = ours.parse_known_args()
-    sys.argv[1:] = rest
-    lm_eval.tasks.TaskManager = TaskManagerWithOurs  # what its commands make, by this name
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset_root", "--dataset-root")
+    options, sys.argv[1:] = parser.parse_known_args()
+    lm_eval.tasks.TaskManager = TaskManagerWithOurs  # the name by which lm-eval's commands find it
     try:
-        with data_from(known.dataset_root):
+        with data_from(options.dataset_root):
             cli_evaluate()
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"gda.eval: {error}")

@@ -1,95 +1,73 @@
-"""Results in a model card: the `model-index` of README.md, as the Hub reads it, and nothing else of the file."""
+"""Scores in a model card: the `model-index` in the metadata of README.md, which the Hub shows beside the model."""
 
-import re
-from dataclasses import dataclass
+import logging
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub import EvalResult, RepoCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from gda.common.files import write_text
 from gda.eval.compare import Row
-from gda.eval.run import EvalReport
+from gda.eval.report import EvalReport
 
-TASK_TYPE = "text-generation"
-SOURCE = "lm-evaluation-harness"
 CARD_FILE = "README.md"
-FRONT_MATTER = re.compile(r"\A(---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
-# The key's line, and those below it that are indented, list items, or comments and blank lines in front of such.
-MODEL_INDEX = re.compile(
-    r"^model-index:.*(?:\n|\Z)(?:(?:(?:#.*|[ \t\r]*)\n)*(?:[ \t]+[^\s]|-).*(?:\n|\Z))*", re.MULTILINE
-)
-
-
-@dataclass(frozen=True)
-class Card:
-    """A model card in parts.
-
-    Attributes:
-        opening, front, closing, body: Its text; `front` is YAML without the `model-index`.
-        index: That of `model-index`.
-    """
-
-    opening: str
-    front: str
-    closing: str
-    body: str
-    index: list[dict[str, Any]]
 
 
 def update_card(folder: Path, report: EvalReport) -> Path:
     """Write the model's scores into `folder`/README.md.
 
-    Results of the same task, dataset and settings (`_arguments`) are replaced, others stay. Outside the
-    `model-index` the file keeps its bytes; without a card one is made that holds nothing else.
+    Results of the same task, dataset and settings are replaced; all other results, metadata and the text stay. A
+    missing card is created.
 
     Raises:
-        ValueError: if the front matter of the card is not valid YAML, or it has no scores to write.
+        ValueError: if the metadata of the card is not valid, or there are no scores to write.
     """
     if not report.rows:
         raise ValueError("--update-card: there are no scores to write; name --tasks")
     card = read_card(folder)
-    index = _merged(card.index, folder.resolve().name, _results(report))
-    text = yaml_dump({"model-index": index}, sort_keys=False)
+    index = card.data.get("model-index") or [{"name": folder.resolve().name, "results": []}]
+    new = []
+    # One task at a time: results of one dataset are merged, whatever the task and the settings.
+    for _, rows in groupby(report.rows, lambda row: row.task):
+        (made,) = eval_results_to_model_index(index[0]["name"], [_result(report, row) for row in rows])
+        new += made["results"]
+    replaced = [_identity(entry) for entry in new]
+    index[0]["results"] = [*(entry for entry in index[0]["results"] if _identity(entry) not in replaced), *new]
+    card.data["model-index"] = index
     path = folder / CARD_FILE
-    write_text(path, card.opening + card.front + text + card.closing + card.body)
+    write_text(path, str(card))
     return path
 
 
-def read_card(folder: Path) -> Card:
+def read_card(folder: Path) -> RepoCard:
     """Read `folder`/README.md; without one, a card with a title.
 
+    It is a RepoCard, since a ModelCard merges results of one dataset whatever their settings.
+
     Raises:
-        ValueError: if its front matter is not valid YAML.
+        ValueError: if its metadata is not valid.
     """
     path = folder / CARD_FILE
+    logger = logging.getLogger("huggingface_hub.repocard")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of a card without metadata
     try:
-        text = path.read_bytes().decode() if path.is_file() else f"# {folder.resolve().name}\n"
-        found = FRONT_MATTER.match(text)
-        opening, front, closing = found.groups() if found else ("---\n", "", "---\n")
-        index = (yaml.safe_load(front) or {}).get("model-index") or []
-        for entry in index[0]["results"] if index else []:
-            _identity(entry)
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, IndexError, TypeError) as error:
+        card = RepoCard.load(path) if path.is_file() else RepoCard(f"\n# {folder.resolve().name}\n")
+        if index := card.data.get("model-index"):
+            model_index_to_eval_results(index)
+        return card
+    except Exception as error:  # of many kinds, depending on what is wrong with the file
         raise ValueError(f"{path}: its metadata is not valid: {' '.join(str(error).split())}") from None
-    without = MODEL_INDEX.sub("", front)
-    if without and not without.endswith("\n"):
-        without += "\n"
-    return Card(opening, without, closing, text[found.end() :] if found else f"\n{text}", index)
-
-
-def _results(report: EvalReport) -> list[EvalResult]:
-    return [_result(report, row) for row in report.rows]
+    finally:
+        logger.setLevel(level)
 
 
 def _result(report: EvalReport, row: Row) -> EvalResult:
-    results = report.model.results
-    config = results["configs"].get(row.task, {})
+    config = report.model.results["configs"].get(row.task, {})
     return EvalResult(
-        task_type=TASK_TYPE,
+        task_type="text-generation",
         task_name="Text Generation",
         dataset_type=config.get("dataset_path") or row.task,
         dataset_name=row.task,
@@ -99,39 +77,29 @@ def _result(report: EvalReport, row: Row) -> EvalResult:
         metric_type=row.metric.partition(",")[0],
         metric_name=row.label,
         metric_value=row.score,
-        source_name=SOURCE,
+        source_name="lm-evaluation-harness",
         source_url="https://github.com/EleutherAI/lm-evaluation-harness",
     )
 
 
 def _arguments(report: EvalReport, task: str) -> dict[str, Any]:
-    """What makes a score another result: settings that are not a task's own."""
-    results, setting = report.model.results, report.setting
-    documents = results["n-samples"].get(task)  # none of a group
-    limit = setting.limit
+    """The settings that differ from the task's own: a score under other settings is another result."""
+    results, options = report.model.results, report.options
+    documents = results["n-samples"].get(task)  # None for a group
+    limit = options.limit
     if documents is not None:
         limit = None if documents["effective"] == documents["original"] else documents["effective"]
     arguments = {
         "num_few_shot": results["n-shot"].get(task),
         "limit": limit,
-        "dtype": None if setting.dtype == "auto" else setting.dtype,
-        "apply_chat_template": setting.apply_chat_template or None,
-        "metadata": setting.metadata or None,
+        "dtype": None if options.dtype == "auto" else options.dtype,
+        "apply_chat_template": options.apply_chat_template or None,
+        "metadata": options.metadata or None,
     }
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _merged(index: list[dict[str, Any]], name: str, results: list[EvalResult]) -> list[dict[str, Any]]:
-    """The model index with `results` in the place of older ones of the same tasks."""
-    (made,) = eval_results_to_model_index(name, results)
-    entries = made["results"]
-    if not index:
-        return [made]
-    replaced = [_identity(entry) for entry in entries]
-    kept = [entry for entry in index[0]["results"] if _identity(entry) not in replaced]
-    return [{**index[0], "results": [*kept, *entries]}, *index[1:]]
-
-
 def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two entries of a model index results of the same task under the same settings."""
     dataset = entry["dataset"]
     return entry["task"]["type"], *(dataset.get(key) for key in ("type", "name", "config", "split", "args"))

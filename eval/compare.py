@@ -16,12 +16,12 @@ class Row:
     Attributes:
         task: Name of the task or group.
         metric: Name and filter as lm-eval writes them: "acc,none".
-        score, stderr: Of the model. None for a standard error that lm-eval does not give.
-        baseline, baseline_stderr: Of the baseline; None without one.
+        score, stderr: The model's score and its standard error; None for an error that lm-eval does not give.
+        baseline, baseline_stderr: The same of the baseline; None without one.
         difference: score − baseline.
-        difference_stderr: Its standard error: of the differences document by document where there are such, since both
-            models answered the same documents, else √(stderr² + baseline_stderr²).
-        within: Whether the difference is at most twice that; None where that is not known.
+        difference_stderr: Standard error of the difference. If both models scored the same documents, that of the mean
+            difference per document; otherwise √(stderr² + baseline_stderr²).
+        within: Whether the difference is at most two standard errors; None if the error is unknown.
     """
 
     task: str
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The metric, without the filter that does nothing."""
+        """The metric without the filter "none"."""
         return self.metric.removesuffix(",none").replace(",", " ")
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,8 +44,8 @@ class Row:
         return asdict(self)
 
 
-def rows_of(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> list[Row]:
-    """A row for each metric in lm-eval's `results`, in its order, with the baseline's beside it."""
+def compare(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> list[Row]:
+    """A row for each metric in lm-eval's `results`, in its order, with the baseline's score of the same metric."""
     rows = []
     for task, metrics in results["results"].items():
         for metric in _metrics(metrics):
@@ -59,7 +59,7 @@ def rows_of(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> 
             error = _paired_stderr(results, baseline, task, metric)
             if error is None and stderr is not None and other_stderr is not None:
                 error = math.hypot(stderr, other_stderr)
-            other = float(other)  # numpy's numbers are no YAML
+            other = float(other)  # YAML cannot hold numpy's numbers
             difference = score - other
             within = None if error is None and difference else abs(difference) <= SIGNIFICANT * (error or 0.0)
             rows.append(Row(task, metric, score, stderr, other, other_stderr, difference, error, within))
@@ -67,7 +67,7 @@ def rows_of(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> 
 
 
 def _metrics(metrics: dict[str, Any]) -> Iterable[str]:
-    """Names of the scores; lm-eval keeps standard errors, aliases and counts beside them."""
+    """Names of the scores, which lm-eval mixes with standard errors, aliases and counts."""
     for name, value in metrics.items():
         if "," in name and "_stderr," not in name and isinstance(value, int | float) and not isinstance(value, bool):
             yield name
@@ -76,16 +76,16 @@ def _metrics(metrics: dict[str, Any]) -> Iterable[str]:
 def _stderr(metrics: dict[str, Any], metric: str) -> float | None:
     name, _, filter_ = metric.rpartition(",")
     value = metrics.get(f"{name}_stderr,{filter_}")
-    return float(value) if isinstance(value, int | float) else None  # "N/A" where there is none
+    return float(value) if isinstance(value, int | float) else None  # lm-eval writes "N/A" for an unknown error
 
 
 def _paired_stderr(results: dict[str, Any], baseline: dict[str, Any], task: str, metric: str) -> float | None:
-    """Standard error of the mean difference by document; None where the score is no mean over the same documents."""
-    ours, theirs = (_by_document(one, task, metric) for one in (results, baseline))
+    """Standard error of the mean difference per document; None if a score is not the mean over the same documents."""
+    ours, theirs = (_by_document(each, task, metric) for each in (results, baseline))
     if len(ours) < 2 or ours.keys() != theirs.keys():
         return None
-    for values, one in ((ours, results), (theirs, baseline)):
-        if not math.isclose(math.fsum(values.values()) / len(values), one["results"][task][metric], abs_tol=1e-9):
+    for values, each in ((ours, results), (theirs, baseline)):
+        if not math.isclose(math.fsum(values.values()) / len(values), each["results"][task][metric], abs_tol=1e-9):
             return None
     return stdev(ours[document] - theirs[document] for document in ours) / math.sqrt(len(ours))
 

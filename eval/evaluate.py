@@ -1,202 +1,200 @@
-"""One model on some tasks."""
+"""`gda.evaluate` and what `gda eval` does: one model, or a model and its baseline, on the same tasks."""
 
-import re
+import math
+import os
+import time
 import warnings
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.group import Group
-from lm_eval.api.task import Task
-from lm_eval.evaluator import simple_evaluate
-from lm_eval.tasks import TaskManager
+from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from gda.common.errors import first_line
+from gda.common.options import takes
+from gda.common.perplexity import TextPerplexity, text_perplexity
+from gda.common.screen import shows_progress
+from gda.common.text import read_text
+from gda.eval.attention.diagnostics import PromptSettings, diagnose
+from gda.eval.compare import compare
+from gda.eval.device import choose_device
 from gda.eval.lm_eval.find_tasks import load_tasks
 from gda.eval.lm_eval.harness import GDALM
-from gda.eval.models import find_model, quiet_lm_eval
+from gda.eval.lm_eval.run_tasks import quiet_lm_eval, run_tasks
+from gda.eval.models import Candidate, find_model
+from gda.eval.options import DEFAULT_CONTEXT, EvaluateOptions, TaskOptions
+from gda.eval.report import EvalReport, ModelResult
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-
+@takes(TaskOptions)
 def evaluate(
-    model: str | Path | torch.nn.Module,
+    options: TaskOptions,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-    *,
-    tasks: str | Sequence[str],
-    dataset_root: str | Path | None = None,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int | str = 1,
-    device: str | None = None,
-    dtype: str = "auto",
-    apply_chat_template: bool = False,
-    seed: int | None = None,
-    metadata: dict[str, Any] | None = None,
-    **options: Any,
+    **lm_eval_options: Any,
 ) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness on a model.
+    """Run tasks of lm-evaluation-harness on a model, which may also be one in memory.
+
+    A model in memory keeps its device, data type and mode.
 
     Args:
-        model: A folder, a Hub id, a `.gguf` file, or a model in memory, which keeps its device, dtype and mode.
-        tokenizer: Needed for a model in memory; by default the model's own.
-        tasks: Names of tasks, groups or tags, ours or lm-eval's, patterns such as "blimp_*", or YAML files.
-        dataset_root: Read the data of tasks from `dataset_root`/dataset_path/dataset_name/split.jsonl (or .parquet).
-        limit: Documents of each task, or their share if below 1.
-        num_fewshot: Examples in front of each question, instead of the task's own number.
-        batch_size: Requests at a time, or "auto".
-        device: By default a GPU if there is one, else the CPU.
-        dtype: "auto" for the checkpoint's, "float32", "bfloat16" or "float16".
-        apply_chat_template: Whether prompts are put into the tokenizer's chat template.
-        seed: Of every generator; by default lm-eval's own seeds.
-        metadata: What generated tasks are told, such as {"length": 4096}.
-        options: Further ones of `lm_eval.simple_evaluate`, such as `bootstrap_iters` or `log_samples`.
+        tokenizer: Tokenizer of the model. Required for a model in memory.
+        lm_eval_options: Further arguments of `lm_eval.simple_evaluate`, such as `bootstrap_iters` or `log_samples`.
 
     Returns:
-        lm-eval's dictionary of results: ["results"][task]["acc,none"], ["samples"], ["configs"], …. With several
-        processes it is empty in all but the first.
+        lm-eval's dictionary of results: ["results"][task]["acc,none"], ["samples"], ["configs"] and others. With
+        several processes it is empty in all but the first.
 
     Raises:
-        FileNotFoundError, ValueError: for bad input, in one line that names the remedy; for a checkpoint that lacks
-            weights, and a log-likelihood that is no number.
+        FileNotFoundError, ValueError: for bad input, in one line that names the remedy; also for a checkpoint that
+            lacks weights and for a log-likelihood that is not finite.
 
     Warns:
-        UserWarning: for settings that a task did not take, and prompts that were cut.
+        UserWarning: for an option that a task ignored, and for prompts that were cut.
     """
-    check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, dtype=dtype, device=device, seed=seed)
-    candidate = find_model(model, tokenizer)
-    told = {"tokenizer": candidate.tokenizer} | (metadata or {})
+    if not options.tasks:
+        raise ValueError("--tasks names no task")
+    choose_device(options.device)
+    candidate = find_model(options.model, tokenizer)
     with quiet_lm_eval():
-        loaded = load_tasks(split_names(tasks), dataset_root=dataset_root, metadata=told)
-    training = isinstance(model, torch.nn.Module) and model.training
-    lm = candidate.load(batch_size=batch_size, device=device, dtype=dtype)
+        tasks = _load_tasks(candidate, options)
+    training = isinstance(options.model, torch.nn.Module) and options.model.training
+    lm = candidate.load(options)
     try:
         with quiet_lm_eval():
-            results = run_tasks(
-                lm,
-                loaded,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                chat_template=apply_chat_template,
-                seed=seed,
-                **options,
-            )
+            results = run_tasks(lm, tasks, options, **lm_eval_options)
     finally:
         lm.model.train(training)
-    for note in notes(lm, results, num_fewshot):
-        warnings.warn(note, stacklevel=2)
+    for note in _notes(lm, results, options):
+        warnings.warn(note, stacklevel=3)
     return results
 
 
-def notes(lm: GDALM, results: dict[str, Any], num_fewshot: int | None) -> list[str]:
-    """What one who reads the scores ought to know: prompts that were cut, and examples that were not given."""
-    told = [
-        f"{task}: {number} requests are longer than the {lm.max_length} tokens that the model takes; "
+@takes(EvaluateOptions)
+def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None = None) -> EvalReport | None:
+    """Evaluate a model, and its baseline with the same options.
+
+    Args:
+        console: Where progress is shown. Default: nowhere.
+
+    Returns:
+        The report, or None in all but the first of several processes.
+
+    Raises:
+        FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
+    """
+    first_process = int(os.environ.get("RANK", "0")) == 0
+    console = console if console is not None and first_process else Console(quiet=True)
+    choose_device(options.device)
+    prompts = None
+    if options.diagnostics:
+        prompts = PromptSettings.from_metadata(_metadata(options), alone=not options.tasks)
+    text = None if options.perplexity is None else _read_text(Path(options.perplexity))
+    candidates = _find_models(options)
+    results, loaded = [], []
+    with quiet_lm_eval(progress=shows_progress(console)):
+        tasks = []
+        if options.tasks:
+            console.print(f"loading {', '.join(options.tasks)}", highlight=False, markup=False)
+            tasks = _load_tasks(candidates[0], options)
+        for candidate in candidates:
+            result, lm = _evaluate_one(candidate, options, tasks, text, console)
+            results.append(result)
+            if options.diagnostics and first_process:
+                loaded.append(lm)  # only diagnostics need both models in memory
+            del lm
+        if not first_process:
+            return None
+        diagnostics = None
+        if prompts is not None:
+            lm, second = loaded[0], loaded[1].model if len(loaded) > 1 else None
+            diagnostics = diagnose(lm.model, lm.tokenizer, prompts, baseline=second, console=console)
+    model, baseline = results[0], results[1] if len(results) > 1 else None
+    rows = compare(model.results, None if baseline is None else baseline.results)
+    return EvalReport(model, baseline, rows, options, diagnostics)
+
+
+def _find_models(options: EvaluateOptions) -> list[Candidate]:
+    """The model and, if there is one, the baseline, under different names."""
+    candidates = [find_model(place) for place in (options.model, options.baseline) if place is not None]
+    if len({candidate.name for candidate in candidates}) == len(candidates):
+        return candidates
+    names = (str(options.model), f"{options.baseline} (baseline)")
+    return [replace(candidate, name=name) for candidate, name in zip(candidates, names, strict=True)]
+
+
+def _load_tasks(candidate: Candidate, options: TaskOptions) -> list[Any]:
+    metadata = {"tokenizer": candidate.tokenizer, **_metadata(options)}
+    return load_tasks(options.tasks or (), dataset_root=options.dataset_root, metadata=metadata)
+
+
+def _metadata(options: TaskOptions) -> dict[str, Any]:
+    return options.metadata if isinstance(options.metadata, dict) else {}
+
+
+def _evaluate_one(
+    candidate: Candidate, options: EvaluateOptions, tasks: list[Any], text: str | None, console: Console
+) -> tuple[ModelResult, GDALM]:
+    console.print(f"running {candidate.name}", highlight=False, markup=False)
+    started = time.monotonic()
+    hashes = candidate.hashes()
+    lm = candidate.load(options, show_prompts=options.show_prompts, progress=shows_progress(console))
+    results: dict[str, Any] = run_tasks(lm, tasks, options) if tasks else {"results": {}}
+    notes = _notes(lm, results, options)
+    measured = None if text is None or lm.rank else _measure_perplexity(lm, text, options, console)
+    if measured is not None and (wanted := options.context or DEFAULT_CONTEXT) > measured.context:
+        notes.append(f"perplexity: the model reads {measured.context} tokens at a time, not {wanted}")
+    result = ModelResult(
+        name=candidate.name,
+        revision=candidate.revision,
+        results=results,
+        perplexity=measured,
+        prompts=lm.received,
+        sha256=hashes.result(),
+        seconds=time.monotonic() - started,
+        dtype=str(lm.model.dtype).removeprefix("torch."),
+        notes=notes,
+    )
+    return result, lm
+
+
+def _notes(lm: GDALM, results: dict[str, Any], options: TaskOptions) -> list[str]:
+    """What a reader of the scores should know: prompts that were cut, and --num-fewshot where a task ignored it."""
+    notes = [
+        f"{task}: {number} requests are longer than the {lm.max_length} tokens that the model reads; "
         "their beginning was cut"
-        for task, number in lm.all_cut().items()
+        for task, number in lm.cut_by_task().items()
     ]
     shots = {task: number for task, number in results.get("n-shot", {}).items() if task in results["configs"]}
-    if unmoved := [task for task, number in shots.items() if num_fewshot not in (None, number)]:
-        told.append(f"{', '.join(unmoved)}: --num-fewshot {num_fewshot} was not taken; the definition fixes its number")
-    return told
-
-
-def run_tasks(
-    lm: GDALM,
-    tasks: Sequence[Task | Group],
-    *,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    chat_template: bool = False,
-    seed: int | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Run tasks that are built on a model that is loaded.
-
-    Raises:
-        ValueError: if they cannot be run on it.
-    """
-    if chat_template and lm.tokenizer.chat_template is None:
-        raise ValueError("--apply-chat-template: the tokenizer has no chat template")
-    limit = int(limit) if limit is not None and limit >= 1 else limit  # lm-eval takes 1.0 for a share
-    if seed is not None:
-        options |= dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    try:
-        results = simple_evaluate(
-            model=lm,
-            tasks=list(tasks),
-            task_manager=TaskManager(include_defaults=False),  # they are built already
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=lm.batch_size,
-            device=str(lm.device),
-            apply_chat_template=chat_template,
-            **options,
+    if fixed := [task for task, number in shots.items() if options.num_fewshot not in (None, number)]:
+        notes.append(
+            f"{', '.join(fixed)}: --num-fewshot {options.num_fewshot} was ignored; the task's definition fixes the "
+            "number of examples"
         )
-    except AssertionError as error:  # how lm-eval says that a request does not fit the model
-        longest = f"requests of at most {lm.max_length} tokens"
-        raise ValueError(f"lm-eval cannot run this on the model, which takes {longest}: {first_line(error)}") from None
-    if results is None:  # not the first process
-        return {}
-    for config in results["configs"].values():
-        if isinstance(told := (config.get("metadata") or {}).get("tokenizer"), PreTrainedTokenizerBase):
-            config["metadata"]["tokenizer"] = told.name_or_path
-    return results
+    return notes
 
 
-def split_names(tasks: str | Sequence[str]) -> list[str]:
-    """Names in the order given, once each; commas part them as well.
+def _measure_perplexity(lm: GDALM, text: str, options: EvaluateOptions, console: Console) -> TextPerplexity:
+    with Progress(console=console, disable=not shows_progress(console), transient=True) as bar:
+        task = bar.add_task("perplexity", total=None)
 
-    Raises:
-        ValueError: if there is none.
-    """
-    given = [tasks] if isinstance(tasks, str) else list(tasks)
-    names = [name.strip() for one in given for name in one.split(",") if name.strip()]
-    if not names:
-        raise ValueError("--tasks names no task")
-    return list(dict.fromkeys(names))
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
-
-def check_settings(
-    *,
-    limit: int | float | None,
-    num_fewshot: int | None,
-    batch_size: int | str,
-    dtype: str,
-    device: str | None,
-    seed: int | None,
-) -> None:
-    """Refuse settings that cannot be.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
-        raise ValueError(f"--limit {limit} is not a number of documents, or a share below 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"--num-fewshot {num_fewshot} is negative")
-    if not re.fullmatch(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?", str(batch_size)):
-        raise ValueError(f"--batch-size {batch_size} is neither a number from 1 on nor auto")
-    if seed is not None and not 0 <= seed < 2**32:
-        raise ValueError(f"--seed {seed} is not from 0 to {2**32 - 1}")
-    if device is not None:
-        check_device(device)
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+        context = min(options.context or DEFAULT_CONTEXT, lm.max_length)
+        stride = min(options.stride or context, context)
+        measured = text_perplexity(lm.model, lm.tokenizer, text, context=context, stride=stride, advance=advance)
+    if math.isnan(measured.token):
+        raise ValueError(
+            f"--perplexity is {measured.token}; the weights are damaged, or overflow in {lm.model.dtype} (try "
+            "--dtype float32)"
+        )
+    return measured
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is not there, where lm-eval would take another.
-
-    Raises:
-        ValueError: naming the devices there are.
-    """
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    if device not in there:
-        raise ValueError(f"--device {device} is not there; there are {', '.join(there)}")
+def _read_text(path: Path) -> str:
+    _, text = read_text(path, "--perplexity")
+    if not text.strip():
+        raise ValueError(f"--perplexity {path} is empty")
+    return text

@@ -1,39 +1,138 @@
-"""What `gda eval` found, for people: a table on the screen, Markdown, HTML."""
+"""The report of `gda eval`, and its forms: tables on the screen, JSON, Markdown and HTML."""
 
-import html
+import importlib.metadata
 import json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lm_eval.utils import handle_non_serializable
-from rich.table import Table
-from rich.text import Text
 
+from gda._version import __version__
 from gda.common.files import write_text
 from gda.common.html import page
+from gda.common.perplexity import TextPerplexity
+from gda.eval.attention.diagnostics import DiagnosticsReport
 from gda.eval.compare import Row
-from gda.eval.run import EvalReport, Outcome
+from gda.eval.lm_eval.harness import ReceivedRequest
+from gda.eval.options import EvaluateOptions
+from gda.eval.tables import TextTable, escaped
 
-WITHIN = {True: "yes", False: "NO", None: ""}
+PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.html"
+WITHIN = {True: "yes", False: "NO", None: ""}
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """Results of one model.
+
+    Attributes:
+        name: Name of the model.
+        revision: Commit, for a Hub id.
+        results: lm-eval's dictionary; {"results": {}} without tasks.
+        perplexity: Perplexity of the text; None without one.
+        prompts: The first requests of each task, if they were asked for.
+        sha256: SHA-256 of each weight file.
+        seconds: Duration, loading included.
+        dtype: Data type that the model ran in.
+        notes: What a reader of the numbers should know.
+    """
+
+    name: str
+    revision: str | None
+    results: dict[str, Any]
+    perplexity: TextPerplexity | None
+    prompts: list[ReceivedRequest]
+    sha256: dict[str, str]
+    seconds: float
+    dtype: str
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but lm-eval's results, as JSON-ready values."""
+        return {
+            "model": self.name,
+            "revision": self.revision,
+            "sha256": self.sha256,
+            "seconds": self.seconds,
+            "dtype": self.dtype,
+            "notes": self.notes,
+            "prompts": [asdict(prompt) for prompt in self.prompts],
+            "perplexity": None if self.perplexity is None else asdict(self.perplexity),
+        }
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """The report of `gda eval`.
+
+    Attributes:
+        model: Results of the model.
+        baseline: Results of the baseline; None without one.
+        rows: Scores of both side by side.
+        options: The options of the run.
+        diagnostics: Attention on retrieval prompts; None if it was not asked for.
+    """
+
+    model: ModelResult
+    baseline: ModelResult | None
+    rows: list[Row]
+    options: EvaluateOptions
+    diagnostics: DiagnosticsReport | None = None
+
+    @property
+    def models(self) -> list[ModelResult]:
+        """The results of the model and, if there is one, of the baseline."""
+        return [self.model] if self.baseline is None else [self.model, self.baseline]
+
+    def settings(self) -> dict[str, Any]:
+        """All options but the two models."""
+        names = [each.name for each in fields(self.options) if each.name not in ("model", "baseline")]
+        return {name: getattr(self.options, name) for name in names}
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Pairs of a model's name and a note on it."""
+        return [(model.name, note) for model in self.models for note in model.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """lm-eval's results of the model without its samples and, under "gda", all the rest."""
+        baseline = None
+        if self.baseline is not None:
+            baseline = {**_without_samples(self.baseline.results), "gda": self.baseline.to_dict()}
+        return {
+            **_without_samples(self.model.results),
+            "gda": {
+                **self.model.to_dict(),
+                "settings": self.settings(),
+                "versions": {"gda": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+                "comparison": [row.to_dict() for row in self.rows],
+                "diagnostics": None if self.diagnostics is None else self.diagnostics.to_dict(),
+                "baseline": baseline,
+            },
+        }
+
+
+def _without_samples(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if name != "samples"}
 
 
 def to_json(report: EvalReport) -> str:
-    """The report as JSON: lm-eval's own format, and one more key, "gda"."""
-    text = json.dumps(report.to_dict(), ensure_ascii=False, default=_plain)
-    finite = json.loads(text, parse_constant=lambda _: None)  # JSON knows neither NaN nor infinity
+    """The report as JSON: lm-eval's own format with one more key, "gda"."""
+    text = json.dumps(report.to_dict(), ensure_ascii=False, default=_serializable)
+    finite = json.loads(text, parse_constant=lambda _: None)  # JSON has neither NaN nor infinity
     return json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
-    """A tokenizer among the settings is told by its name."""
+def _serializable(value: Any) -> Any:
+    """The name of a tokenizer; other values as lm-eval writes them."""
     return getattr(value, "name_or_path", None) or handle_non_serializable(value)
 
 
 def write_report(report: EvalReport, folder: Path, *, with_html: bool = False) -> list[Path]:
-    """Write results.json, results.md and, if asked for, report.html into `folder`; each appears whole.
+    """Write results.json, results.md and, if asked for, report.html into `folder`. Each file appears whole.
 
-    The report.html of other results does not stay beside them.
+    Without `with_html`, the report.html of an earlier run is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {RESULTS_FILE: to_json(report) + "\n", MARKDOWN_FILE: to_markdown(report)}
@@ -46,15 +145,40 @@ def write_report(report: EvalReport, folder: Path, *, with_html: bool = False) -
     return [folder / name for name in texts]
 
 
-def columns(report: EvalReport) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table of scores."""
-    headings = ["task", "metric", *(outcome.name for outcome in _outcomes(report))]
-    cells = [[row.task, row.label, _score(row.score, row.stderr)] for row in report.rows]
+def tables(report: EvalReport) -> list[TextTable]:
+    """All tables of the report: scores, perplexities and diagnostics, as far as there are any."""
+    tables = [table for table in (_score_table(report), _perplexity_table(report)) if table.rows]
+    return tables if report.diagnostics is None else [*tables, *report.diagnostics.tables()]
+
+
+def to_markdown(report: EvalReport) -> str:
+    """The tables in Markdown, followed by the settings."""
+    facts = "\n".join(f"- {escaped(name)}: {escaped(value)}" for name, value in _facts(report))
+    return "\n\n".join([*(table.to_markdown() for table in tables(report)), facts]) + "\n"
+
+
+def to_html(report: EvalReport) -> str:
+    """A self-contained page with bars, tables and settings. Every name is escaped."""
+    bars = [row for row in report.rows if 0 <= row.score <= 1 and (row.baseline is None or 0 <= row.baseline <= 1)]
+    return page(
+        Path(__file__).parent / "templates" / "report.html.jinja",
+        names=[model.name for model in report.models],
+        bars=bars,
+        tables=tables(report),
+        prompts=report.model.prompts,
+        facts=_facts(report),
+    )
+
+
+def _score_table(report: EvalReport) -> TextTable:
+    headings = ["task", "metric", *(model.name for model in report.models)]
+    rows = [[row.task, row.label, _score(row.score, row.stderr)] for row in report.rows]
     if report.baseline is not None:
         headings += ["difference", "≤ 2 stderr"]
-        for row, line in zip(report.rows, cells, strict=True):
-            line += [_score(row.baseline, row.baseline_stderr), _difference(row), WITHIN[row.within]]
-    return headings, cells
+        for row, cells in zip(report.rows, rows, strict=True):
+            difference = "" if row.difference is None else f"{row.difference:+.4f}"
+            cells += [_score(row.baseline, row.baseline_stderr), difference, WITHIN[row.within]]
+    return TextTable(headings, rows)
 
 
 def _score(score: float | None, stderr: float | None) -> str:
@@ -63,91 +187,28 @@ def _score(score: float | None, stderr: float | None) -> str:
     return f"{score:.4f}" if stderr is None else f"{score:.4f} ± {stderr:.4f}"
 
 
-def _difference(row: Row) -> str:
-    return "" if row.difference is None else f"{row.difference:+.4f}"
+def _perplexity_table(report: EvalReport) -> TextTable:
+    rows = []
+    for model in report.models:
+        if (measured := model.perplexity) is not None:
+            values = [measured.token, measured.word, measured.byte]
+            numbers = [measured.tokens, measured.context, measured.stride]
+            shown = [f"{value:.4f}" if value < 1e6 else f"{value:.4e}" for value in values]
+            rows.append([model.name, *shown, *(f"{number:,}" for number in numbers)])
+    return TextTable(["perplexity", "token", "word", "byte", "tokens", "context", "stride"], rows)
 
 
-def perplexity_columns(report: EvalReport) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table of perplexities; no cells if there are none."""
-    headings = ["perplexity", "token", "word", "byte", "tokens", "context", "stride"]
-    cells = []
-    for outcome in _outcomes(report):
-        if (measured := outcome.perplexity) is not None:
-            values = [_perplexity(value) for value in (measured.token, measured.word, measured.byte)]
-            counts = [f"{measured.tokens:,}", f"{measured.context:,}", f"{measured.stride:,}"]
-            cells.append([outcome.name, *values, *counts])
-    return headings, cells
-
-
-def _perplexity(value: float) -> str:
-    return f"{value:.4f}" if value < 1e6 else f"{value:.4e}"
-
-
-def _outcomes(report: EvalReport) -> list[Outcome]:
-    return [outcome for outcome in (report.model, report.baseline) if outcome is not None]
-
-
-def tables(report: EvalReport) -> list[Table]:
-    """The tables for the screen."""
-    made = []
-    for headings, cells in (columns(report), perplexity_columns(report)):
-        if cells:
-            table = Table()
-            for index, heading in enumerate(headings):
-                is_name = index == 0 or heading == "metric"
-                table.add_column(
-                    Text(heading), justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name
-                )
-            for row in cells:
-                table.add_row(*map(Text, row))  # names are no markup
-            made.append(table)
-    return made if report.diagnostics is None else [*made, *report.diagnostics.tables()]
-
-
-def to_markdown(report: EvalReport) -> str:
-    """The tables in Markdown, with the settings below them."""
-    parts = [_markdown_table(*table) for table in (columns(report), perplexity_columns(report)) if table[1]]
-    if report.diagnostics is not None:
-        parts.append(report.diagnostics.to_markdown())
-    parts.append("\n".join(f"- {_escaped(name)}: {_escaped(value)}" for name, value in facts(report)))
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
-
-
-def _markdown_table(headings: list[str], cells: list[list[str]]) -> str:
-    rules = ["---" if index < 2 else "---:" for index, _ in enumerate(headings)]
-    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in (headings, rules, *cells))
-
-
-def _escaped(text: str) -> str:
-    """Text that stays in its cell, and is no markup."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
-
-
-def facts(report: EvalReport) -> list[tuple[str, str]]:
-    """How the numbers came to be."""
+def _facts(report: EvalReport) -> list[tuple[str, str]]:
+    """How the numbers were obtained: settings, versions, weights and notes."""
     found = report.to_dict()["gda"]
     settings = {name: value for name, value in found["settings"].items() if value not in (None, False, 0, ())}
-    told = [("settings", ", ".join(f"{name} {_told(value)}" for name, value in settings.items()))]
-    told.append(("versions", ", ".join(f"{name} {value}" for name, value in found["versions"].items())))
-    for outcome in _outcomes(report):
-        hashes = ", ".join(f"{file} {digest[:16]}…" for file, digest in outcome.sha256.items())
-        told.append((outcome.name, f"{outcome.dtype}; {outcome.seconds:.0f} s; SHA-256 {hashes}"))
-    return [*told, *((f"note on {name}", note) for name, note in report.notes())]
+    facts = [("settings", ", ".join(f"{name} {_listed(value)}" for name, value in settings.items()))]
+    facts.append(("versions", ", ".join(f"{name} {value}" for name, value in found["versions"].items())))
+    for model in report.models:
+        hashes = ", ".join(f"{file} {digest[:16]}…" for file, digest in model.sha256.items())
+        facts.append((model.name, f"{model.dtype}; {model.seconds:.0f} s; SHA-256 {hashes}"))
+    return [*facts, *((f"note on {name}", note) for name, note in report.notes())]
 
 
-def _told(value: Any) -> str:
+def _listed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def to_html(report: EvalReport) -> str:
-    """A page that needs nothing else: bars, tables and settings. Every name is escaped."""
-    shares = [row for row in report.rows if 0 <= row.score <= 1 and (row.baseline is None or 0 <= row.baseline <= 1)]
-    return page(
-        Path(__file__).parent / "templates" / "report.html.jinja",
-        names=[outcome.name for outcome in _outcomes(report)],
-        bars=shares,
-        tables=[table for table in (columns(report), perplexity_columns(report)) if table[1]],
-        diagnostics=None if report.diagnostics is None else report.diagnostics.to_markdown(),
-        prompts=report.model.prompts,
-        facts=facts(report),
-    )

@@ -13,33 +13,33 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.models.qwen3.modeling_qwen3 import (
-    ALL_ATTENTION_FUNCTIONS,
-    Qwen3Attention,
-    Qwen3RMSNorm,
-    eager_attention_forward,
-)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, eager_attention_forward
 
 from .configuration_gda import GDAConfig
 
-# The name under which this release of transformers hands a layer its cache; 5.24 changed it.
+# The name under which this release of transformers passes a layer its cache; 5.24 changed it.
 CACHE_ARGUMENT = next(
     (each.name for each in signature(Qwen3Attention.forward).parameters.values() if "Cache" in str(each.annotation)),
     "cache",
 )
+# The name under which a layer passes its own arguments on to `Cache.update`: before 5.4, and again from 5.24 on.
+UPDATE_ARGUMENT = "kwargs" if CACHE_ARGUMENT == "cache" else None
+if "cache_kwargs" in signature(Cache.update).parameters:
+    UPDATE_ARGUMENT = "cache_kwargs"
 
 Pair = tuple[Tensor, Tensor]  # signal and noise heads, or keys and values
 
 
 class UnusedCacheError(TypeError):
-    """A cache was handed over under a name that is not known here; decoding without it would give other text."""
+    """A cache was passed under an unknown name; decoding without it would give other text."""
 
 
 class GDARMSNormOfHead(nn.Module):
     """RMSNorm over the width of one head's output, scaled by 1 − λ_init (arXiv 2410.05258, equation 3).
 
-    The name must hold "RMSNorm", by which transformers knows what to initialize, and must not end in it: serving
-    engines put a plain RMSNorm of their own in the place of every module whose name does, and the scale would be lost.
+    transformers initializes what is called "RMSNorm"; a name that ends in it would make serving engines replace the
+    module by a norm of their own, which has no scale.
     """
 
     def __init__(self, width: int, eps: float, scale: float):
@@ -49,7 +49,7 @@ class GDARMSNormOfHead(nn.Module):
         self.scale = scale
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # One tensor of this size is made, where Llama's norm makes three.
+        # Allocates one tensor of this size, where Llama's norm allocates three.
         wide = hidden_states.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
         weight = self.weight.float() * self.scale
@@ -57,51 +57,41 @@ class GDARMSNormOfHead(nn.Module):
 
 
 class Fade(nn.Module):
-    """A number of the config that rises from 0 to 1 in training; a tensor, so that compiled models read it anew."""
+    """The config's `fade`, from 0 to 1, as a tensor: compiled models read it anew in every step."""
 
-    field: str
     value: Tensor
 
     def __init__(self, config: GDAConfig):
         super().__init__()
-        value = torch.tensor(getattr(config, self.field), dtype=torch.float32)
-        self.register_buffer("value", value, persistent=False)
-
-
-class GrowthMask(Fade):
-    """What new parts are multiplied by while a model grows (Masked Structure Growth, arXiv 2305.02869)."""
-
-    field = "growth_mask"
+        self.register_buffer("value", torch.tensor(config.fade, dtype=torch.float32), persistent=False)
 
     def forward(self, is_new: Tensor) -> Tensor:
-        """A factor for each part: the value where it is new, else 1."""
+        """A factor for each part: the value where it is new, else 1 (Masked Structure Growth, arXiv 2305.02869)."""
         return torch.where(is_new, self.value, 1.0)
 
 
-class LambdaAnneal(Fade):
-    """λ on its way from 0, over a target, to what is learned: (1 − a) · a · target + a · λ, with a from 0 to 1."""
+class Subtraction(nn.Module):
+    """signal − λ · noise, in float32 and then in the signal's dtype. As a module, forward hooks can observe it.
 
-    field = "lambda_anneal"
+    Of S signal heads in C groups, signal is (B, T, C, S/C, width), noise (B, T, C, 1, width) and λ (1,) or (B, T, S).
+    The width is that of the outputs or, where attention maps are asked for, the number of keys.
+    """
 
-    def __init__(self, config: GDAConfig):
-        super().__init__(config)
-        self.target = float(config.lambda_target or 0.0)
-
-    def forward(self, lambda_: Tensor) -> Tensor:
-        """What is subtracted by, where the parameters say λ; of its shape."""
-        value = self.value.float()
-        return (1 - value) * value * self.target + value * lambda_
+    def forward(self, signal: Tensor, noise: Tensor, lambda_: Tensor) -> Tensor:
+        if lambda_.dim() > 1:  # (B, T, S) → (B, T, C, S/C, 1)
+            lambda_ = lambda_.unflatten(-1, signal.shape[2:4]).unsqueeze(-1)
+        return torch.addcmul(signal, lambda_, noise, value=-1).to(signal.dtype)
 
 
 class LambdaProjection(nn.Module):
-    """W_λ x in float32, whatever the dtype of the model and under autocast: (B, T, hidden) → (B, T, S).
+    """W_λ x in float32, whatever the model's dtype and under autocast: (B, T, hidden) → (B, T, S).
 
-    It is no `nn.Linear`, for quantizers would take it for one of theirs.
+    It is not an `nn.Linear`, which quantizers would replace.
     """
 
     def __init__(self, hidden_size: int, num_signal_heads: int):
         super().__init__()
-        self.in_features, self.out_features = hidden_size, num_signal_heads  # tensor parallelism asks
+        self.in_features, self.out_features = hidden_size, num_signal_heads  # tensor parallelism reads them
         self.weight = nn.Parameter(torch.empty(num_signal_heads, hidden_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -112,24 +102,24 @@ class LambdaProjection(nn.Module):
 
 
 class SharedBase(nn.Linear):
-    """W_base of each group: (…, hidden) → (…, groups · d). A class of its own, since it is initialized as no other."""
+    """W_base of each group: (…, hidden) → (…, groups · d). Its class tells how it is initialized."""
 
 
 class HeadwiseUp(nn.Module):
-    """P_k of the updates P_k R_k, for every head its own: (…, H · R) → (…, H · d). The weight is (H · d, R).
+    """P_k of the updates P_k R_k, one per head: (…, H · R) → (…, H · d). The weight is (H · d, R).
 
-    It is no `nn.Linear`, for each head reads only its own R of the H · R inputs.
+    It is not an `nn.Linear`, since each head reads only its own R of the H · R inputs.
     """
 
     def __init__(self, rank: int, num_heads: int, head_dim: int, bias: bool):
         super().__init__()
         self.rank, self.head_dim = rank, head_dim
-        self.in_features, self.out_features = num_heads * rank, num_heads * head_dim  # tensor parallelism asks
+        self.in_features, self.out_features = num_heads * rank, num_heads * head_dim  # tensor parallelism reads them
         self.weight = nn.Parameter(torch.empty(num_heads * head_dim, rank))
         self.bias = nn.Parameter(torch.empty(num_heads * head_dim)) if bias else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # Tensor parallelism cuts inputs and weight alike, between heads: each rank has what belongs together.
+        # Tensor parallelism cuts inputs and weight alike, between heads.
         inputs = _local(hidden_states).unflatten(-1, (-1, self.rank))  # (…, H, R)
         weight = _local(self.weight).unflatten(0, (-1, self.head_dim))  # (H, d, R)
         output = torch.einsum("...hr,hdr->...hd", inputs, weight)
@@ -139,14 +129,14 @@ class HeadwiseUp(nn.Module):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be distributed."""
+    """This rank's part of a tensor that may be distributed."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """RoPE of queries and keys (B, T, heads, d), cosines and sines (B, T, d): transformers' `apply_rotary_pos_emb`.
+    """RoPE of queries and keys (B, T, heads, d) by cosines and sines (B, T, d).
 
-    It is equal bit for bit, since a conversion must equal its Llama, but makes two new tensors of each instead of five.
+    Equals transformers' `apply_rotary_pos_emb` bit for bit, but allocates two tensors for each instead of five.
     """
     half = cos.shape[-1] // 2
     cos, signed = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(2)
@@ -176,10 +166,7 @@ class GDAAttention(nn.Module):
     q_proj: Callable[[Tensor], Tensor]
     k_proj: Callable[[Tensor], Tensor]
     v_proj: Callable[[Tensor], Tensor]
-    lambda_q1: nn.Parameter
-    lambda_k1: nn.Parameter
-    lambda_q2: nn.Parameter
-    lambda_k2: nn.Parameter
+    lambda_vectors = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")  # where λ is reparameterized
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         super().__init__()
@@ -207,20 +194,20 @@ class GDAAttention(nn.Module):
         self.lambda_init = config.layer_lambda_init(layer_idx)
         self.lambda_activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}.get(config.lambda_type)
         if self.lambda_activation is None:
-            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            for name in self.lambda_vectors:
                 setattr(self, name, nn.Parameter(torch.empty(self.head_dim)))
         else:
             self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads)
+        self.subtract = Subtraction()
         self.subln: GDARMSNormOfHead | None = None
         if config.head_norm:
             self.subln = GDARMSNormOfHead(config.value_width, config.head_norm_eps, 1.0 - self.lambda_init)
-        is_new = config.is_new_layer(layer_idx)
-        self.layer_mask = GrowthMask(config) if is_new else None
-        self.growth_mask = GrowthMask(config) if config.masked_signal_heads is not None and not is_new else None
-        self.lambda_anneal = None if config.lambda_anneal is None else LambdaAnneal(config)
+        self.fade = None if config.fade is None else Fade(config)
+        self.is_new = config.is_new_layer(layer_idx)
+        self.num_masked_heads = 0 if self.is_new else config.masked_signal_heads or 0
 
     def _add_projection(self, name: str, num_heads: int) -> None:
-        """`q_proj`, or `q_base`, `q_down` and `q_up` where queries are a base and updates; `k` and `v` likewise."""
+        """Add `q_proj`, or with `qk_rank` `q_base`, `q_down` and `q_up`; `k` and `v` likewise."""
         config, rank = self.config, self.config.qk_rank
         if rank is None or name not in config.factored_projections:
             width = num_heads * self.head_dim
@@ -232,13 +219,13 @@ class GDAAttention(nn.Module):
         setattr(self, f"{name}_up", HeadwiseUp(rank, num_heads, self.head_dim, bias=config.attention_bias))
 
     def _bind_factored_projections(self) -> None:
-        """Functions in the place of `q_proj` and, with paired keys, `k_proj`."""
+        """Make functions of `q_proj` and, with paired keys, `k_proj`."""
         for name in self.config.factored_projections:
             setattr(self, f"{name}_proj", partial(self._project_by_factors, name))
 
     def _replicate_for_data_parallel(self) -> "GDAAttention":
         replica = super()._replicate_for_data_parallel()
-        replica._bind_factored_projections()  # to its own weights
+        replica._bind_factored_projections()  # to the replica's weights
         return replica
 
     def _project_by_factors(self, name: str, hidden_states: Tensor) -> Tensor:
@@ -271,9 +258,8 @@ class GDAAttention(nn.Module):
         attention_interface: Callable = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        attention_interface = self.in_calls(attention_interface)
-        (signal, noise), maps = attention_interface(
-            self,
+        attention_interface = partial(self.attend, attention_interface)
+        outputs, maps = attention_interface(
             query_states,
             key_states,
             value_states,
@@ -283,78 +269,79 @@ class GDAAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        # Eager always has maps at hand; their difference is made for those who ask for it. The output is then made from
-        # the difference, so that it has a gradient. (A paged cache keeps the values to itself.)
-        difference = None
-        if maps is not None and (kwargs.get("output_attentions") or self.config.output_attentions):
-            difference = self.subtract_maps(maps[0], maps[1], lambda_)
-        if difference is not None and kwargs.get("cache") is None:
-            output = self.apply_maps(difference, value_states)
+        if maps is None:
+            output, difference = self.subtract(*outputs, lambda_), None
         else:
-            output = self.subtract(signal, noise, lambda_)
+            difference = self.subtract(*maps, lambda_).flatten(2, 3).transpose(1, 2)
+            output = self.apply_maps(difference, value_states)  # so that the maps have a gradient
         if self.subln is not None:
             output = self.subln(output)
-        if self.growth_mask is not None:
-            output = self._masked(output, self.growth_mask)
+        if self.num_masked_heads:
+            output = self.mask_new_heads(output)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
-        return output if self.layer_mask is None else output * self.layer_mask.value, difference
+        if self.fade is not None and self.is_new:
+            output = output * self.fade.value
+        return output, difference
 
     def _update_cache(self, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Pair:
         """Put keys and values (B, G, T, d) into the cache, if there is one, and return all that it holds.
 
         Raises:
-            UnusedCacheError: if something of `kwargs` is a cache that this release hands over in an unknown way.
+            UnusedCacheError: if `kwargs` holds a cache under a name that this release does not use.
         """
         cache = kwargs.pop(CACHE_ARGUMENT, None)
         for name, argument in kwargs.items():
             paged = name == "cache" and not isinstance(argument, Cache)  # before 5.24 the interface updates it
             if not paged and (isinstance(argument, Cache) or type(argument).__name__.endswith("Cache")):
                 raise UnusedCacheError(
-                    f"GDAAttention was given a {type(argument).__name__} as `{name}`, which it would not use: in "
-                    f"transformers {transformers.__version__} the cache is expected as `{CACHE_ARGUMENT}`; update the "
-                    "model's code, or use an older transformers"
+                    f"GDAAttention got a {type(argument).__name__} as `{name}`, and from transformers "
+                    f"{transformers.__version__} expects it as `{CACHE_ARGUMENT}`; update the model's code"
                 )
         if cache is None:
             return key, value
-        # Releases before 5.4 read cache_position from the last argument, 5.24 and later those of a paged cache.
-        return cache.update(key, value, self.layer_idx, kwargs)
+        arguments = {} if UPDATE_ARGUMENT is None else {UPDATE_ARGUMENT: kwargs}
+        return cache.update(key, value, self.layer_idx, **arguments)
 
     def compute_lambda(self, hidden_states: Tensor) -> Tensor:
         """λ in float32 whatever the model's dtype: (1,), or (B, T, S) where it depends on the token."""
-        learned = self._learned_lambda(hidden_states)
-        return learned if self.lambda_anneal is None else self.lambda_anneal(learned)
-
-    def _learned_lambda(self, hidden_states: Tensor) -> Tensor:
-        """λ as its parameters say."""
         if self.lambda_activation is not None:
-            return self.lambda_activation(self.lambda_proj(hidden_states))
-        signal = (self.lambda_q1.float() * self.lambda_k1.float()).sum(dim=0, keepdim=True)
-        noise = (self.lambda_q2.float() * self.lambda_k2.float()).sum(dim=0, keepdim=True)
-        return signal.exp() - noise.exp() + self.lambda_init
+            lambda_ = self.lambda_activation(self.lambda_proj(hidden_states))
+        else:
+            q1, k1, q2, k2 = (getattr(self, name).float() for name in self.lambda_vectors)
+            lambda_ = (q1 * k1).sum(0, keepdim=True).exp() - (q2 * k2).sum(0, keepdim=True).exp() + self.lambda_init
+        if self.fade is not None and self.config.lambda_target is not None:
+            fade = self.fade.value.float()
+            lambda_ = (1 - fade) * fade * self.config.lambda_target + fade * lambda_
+        return lambda_
 
-    def _masked(self, output: Tensor, growth_mask: GrowthMask) -> Tensor:
-        """Outputs (B, T, …, width) of the signal heads, those of the new heads masked: (B, T, groups, size, width)."""
-        size, new = self.config.signal_group_size, self.config.masked_signal_heads or 0
-        mask = growth_mask(torch.arange(size, device=output.device) >= size - new)
+    def mask_new_heads(self, output: Tensor) -> Tensor:
+        """Multiply those of the outputs (B, T, …, width) by `fade` that are of new signal heads."""
+        assert self.fade is not None
+        size = self.config.signal_group_size
+        mask = self.fade(torch.arange(size, device=output.device) >= size - self.num_masked_heads)
         return output.flatten(2, 3).unflatten(2, (-1, size)) * mask.unsqueeze(-1).to(output.dtype)
 
-    def in_calls(self, attention_interface: Callable) -> Callable:
-        """The interface, called as often as the layout needs; outputs and maps come as pairs of signal and noise."""
-        return partial(_attend_at_once, attention_interface)
+    def attend(
+        self, interface: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Pair, Pair | None]:
+        """Call the attention interface with queries (B, H, T, d), keys and values (B, G, T_kv, d).
 
-    @staticmethod
-    def subtract(signal: Tensor, noise: Tensor, lambda_: Tensor) -> Tensor:
-        """signal − λ · noise in float32, in the signal's dtype: (B, T, C, S/C, width)."""
-        if lambda_.dim() > 1:  # (B, T, S) → (B, T, C, S/C, 1)
-            lambda_ = lambda_.unflatten(-1, signal.shape[2:4]).unsqueeze(-1)
-        return torch.addcmul(signal, lambda_, noise, value=-1).to(signal.dtype)
-
-    @staticmethod
-    def subtract_maps(signal: Tensor, noise: Tensor, lambda_: Tensor) -> Tensor:
-        """Maps (B, C, S/C, T, T_kv) and (B, C, 1, T, T_kv) → differential maps (B, S, T, T_kv)."""
-        if lambda_.dim() > 1:  # (B, T, S) → (B, C, S/C, T, 1)
-            lambda_ = lambda_.transpose(1, 2).unflatten(1, signal.shape[1:3]).unsqueeze(-1)
-        return (signal - lambda_ * noise).to(signal.dtype).flatten(1, 2)
+        Returns:
+            Outputs of signal heads (B, T, C, S/C, width) and noise heads (B, T, C, 1, width), where C is the number of
+            noise heads in the call; and their maps, likewise with T_kv for the width, from eager if they are asked for.
+        """
+        ratio, copies = self.num_signal_per_noise, self.num_noise_copies
+        batch, _, length, width = query.shape
+        if copies > 1:  # [s1 s2 s3 s4 n] becomes [s1 s2 n s3 s4 n]
+            signal, noise = query.unflatten(1, (-1, ratio + 1)).split([ratio, 1], dim=2)
+            signal = signal.unflatten(2, (copies, -1))  # (B, N, copies, S / (N · copies), T, d)
+            noise = noise.unsqueeze(2).expand(-1, -1, copies, -1, -1, -1)
+            query = torch.cat((signal, noise), dim=3).flatten(1, 3)
+        output, maps = _call(interface, self, query, key, value, mask, **kwargs)
+        sizes = [ratio // copies, 1]
+        # Serving engines return the outputs of one sequence as (T, H · d).
+        outputs = output.reshape(batch, length, -1, sum(sizes), width).split(sizes, dim=3)
+        return outputs, None if maps is None else maps.unflatten(2, (-1, sum(sizes))).split(sizes, dim=3)
 
     @staticmethod
     def apply_maps(maps: Tensor, value: Tensor) -> Tensor:
@@ -365,11 +352,11 @@ class GDAAttention(nn.Module):
 
 class GDAPairedAttention(GDAAttention):
     r"""
-    Grouped differential attention with keys of their own for signal and noise (DIFF Transformer V1, Motif-2).
+    Grouped differential attention with separate keys for signal and noise (DIFF Transformer V1, Motif-2).
 
     KV heads come in pairs. Of a pair, the signal heads read key 0, the noise heads key 1, and both read the two value
-    slabs v1 and v2 as one value of width 2 · head_dim. Values wider than keys leave the fast kernels of every backend,
-    so the wide value is never built: each slab has a call of its own, and the halves are joined after the subtraction.
+    slabs v1 and v2 as one value of width 2 · head_dim. No backend has a fast kernel for values wider than keys, so
+    there is one call per slab, and the halves are joined before the subtraction.
 
         signal heads ── key 0 ──┬── v1 ──┐
                                 └── v2 ──┤  out_i = [o1_i − λ_i · o1_noise(i) , o2_i − λ_i · o2_noise(i)]
@@ -377,9 +364,40 @@ class GDAPairedAttention(GDAAttention):
                                 └── v2 ──┘
     """
 
-    def in_calls(self, attention_interface: Callable) -> Callable:
-        """Four calls: of signal and noise heads, over each slab of the values."""
-        return partial(_attend_in_pairs, attention_interface)
+    def attend(
+        self, interface: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Pair, Pair | None]:
+        """As in the shared layout, with C = N and outputs of width 2 · d, by four calls of the interface."""
+        if key.shape[1] % 2:
+            raise ValueError(
+                f"this rank holds {key.shape[1]} of {self.config.num_key_value_heads} KV heads, which cuts a pair; "
+                "GDAConfig.num_key_value_heads must be a multiple of twice the tensor-parallel size"
+            )
+        if (cache := kwargs.pop("cache", None)) is not None:  # before transformers 5.24 each call would update it
+            if self.config._attn_implementation == "paged|eager" or "kwargs" not in signature(cache.update).parameters:
+                raise ValueError(
+                    'continuous batching of kv_layout="paired" needs transformers 5.24, or 5.19 with sdpa or flash '
+                    f"attention; this is {transformers.__version__}"
+                )
+            key, value = cache.update(key, value, self.layer_idx, kwargs)
+        batch, _, length, _ = query.shape
+        ratio = self.num_signal_per_noise
+        outputs, maps = [], []
+        for member, heads in enumerate(query.unflatten(1, (-1, ratio + 1)).split([ratio, 1], dim=2)):
+            size = heads.shape[2]
+            heads = heads.flatten(1, 2)
+            module = _HeadsOfAttention(self, heads.shape[1] // (key.shape[1] // 2))
+            halves = []
+            for slab in (0, 1):
+                keys, values = key[:, member::2], value[:, slab::2]
+                starts = {"k_cache": member, "v_cache": slab}  # block tables (blocks, block size, G, d), where in use
+                caches = {name: kwargs[name][:, :, start::2] for name, start in starts.items() if name in kwargs}
+                output, map_ = _call(interface, module, heads, keys, values, mask, **(kwargs | caches))
+                halves.append(output.reshape(batch, length, -1, size, self.head_dim))
+            outputs.append(torch.cat(halves, dim=-1))
+            if map_ is not None:
+                maps.append(map_.unflatten(2, (-1, size)))
+        return (outputs[0], outputs[1]), (maps[0], maps[1]) if maps else None
 
     @staticmethod
     def apply_maps(maps: Tensor, value: Tensor) -> Tensor:
@@ -387,70 +405,35 @@ class GDAPairedAttention(GDAAttention):
         return GDAAttention.apply_maps(maps, torch.cat((value[:, 0::2], value[:, 1::2]), dim=-1))
 
 
-def _attend_at_once(
-    attention_interface: Callable,
-    attention: GDAAttention,
-    query: Tensor,  # (B, H, T, d)
-    key: Tensor,  # (B, G, T_kv, d)
-    value: Tensor,  # (B, G, T_kv, d)
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Pair, Pair | None]:
-    """Signal (B, T, C, S/C, d), noise (B, T, C, 1, d), C = noise heads in the call; maps (B, C, S/C or 1, T, T_kv)."""
-    ratio, copies = attention.num_signal_per_noise, attention.num_noise_copies
-    batch, _, length, width = query.shape
-    if copies > 1:  # [s1 s2 s3 s4 n] becomes [s1 s2 n s3 s4 n]
-        signal, noise = query.unflatten(1, (-1, ratio + 1)).split([ratio, 1], dim=2)
-        signal = signal.unflatten(2, (copies, -1))  # (B, N, copies, S / (N · copies), T, d)
-        noise = noise.unsqueeze(2).expand(-1, -1, copies, -1, -1, -1)
-        query = torch.cat((signal, noise), dim=3).flatten(1, 3)
-    output, maps = _attend(attention_interface, attention, query, key, value, attention_mask, **kwargs)
-    sizes = [ratio // copies, 1]
-    # Serving engines return the outputs of one sequence as (T, H · d).
-    signal, noise = output.reshape(batch, length, -1, sum(sizes), width).split(sizes, dim=3)
-    if maps is None:
-        return (signal, noise), None
-    signal_maps, noise_maps = maps.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2)
-    return (signal, noise), (signal_maps, noise_maps)
-
-
-def _attend(
-    attention_interface: Callable,
-    module: Any,
-    query: Tensor,  # (B, H, T, d)
-    key: Tensor,  # (B, G, T_kv, d)
-    value: Tensor,  # (B, G, T_kv, d)
-    attention_mask: Tensor | None,
-    **kwargs: Any,
+def _call(
+    interface: Callable, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """One call of the interface: outputs (B, T, H, d) and, from eager, maps (B, H, T, T_kv).
+    """One call of the interface: outputs (B, T, H, d) and, from eager if asked for, maps (B, T, H, T_kv).
 
-    In a step of decoding the query heads of a KV head become rows of one query, so that keys and values are read once
-    and not once for each. The backends that this is done for know of a row only what its mask says.
+    In a decoding step the query heads of a KV head become rows of one query, so that keys and values are read once and
+    not once per head. That is done for backends that know of a row only what the mask says.
     """
     groups, implementation = module.num_key_value_groups, module.config._attn_implementation
     packs = query.shape[2] == 1 and groups > 1 and implementation in ("eager", "sdpa")
-    packs = packs and kwargs.get("cache") is None  # a paged cache asks the module for more
+    packs = packs and kwargs.get("cache") is None  # a paged cache reads more of the module
     batch, heads, _, width = query.shape
     if packs:
-        module, query, kwargs = (
-            _HeadsOfAttention(module, 1),
-            query.reshape(batch, -1, groups, width),
-            kwargs | {"is_causal": False},
-        )
-        if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
-            attention_mask = attention_mask.reshape(batch, -1, groups, attention_mask.shape[-1])
-    output, maps = attention_interface(module, query, key, value, attention_mask, **kwargs)
-    if implementation not in ("eager", "paged|eager"):
-        maps = None  # flex attention returns something else in their place
+        module, query = _HeadsOfAttention(module, 1), query.reshape(batch, -1, groups, width)
+        kwargs["is_causal"] = False
+        if mask is not None and mask.shape[1] > 1:  # one for each head
+            mask = mask.reshape(batch, -1, groups, mask.shape[-1])
+    output, maps = interface(module, query, key, value, mask, **kwargs)
+    wanted = kwargs.get("output_attentions") or module.config.output_attentions
+    if implementation != "eager" or not wanted:  # flex attention returns something else in their place
+        maps = None
     if packs:  # (B, H / G, G, d) and (B, G, H / G, T_kv)
         output = output.transpose(1, 2).reshape(batch, 1, heads, width)
         maps = None if maps is None else maps.reshape(batch, heads, 1, -1)
-    return output, maps
+    return output, None if maps is None else maps.transpose(1, 2)
 
 
 class _HeadsOfAttention:
-    """What a backend sees of the attention module when it gets a part of its heads."""
+    """The attention module as a backend sees it that gets a part of its heads."""
 
     def __init__(self, attention: GDAAttention, num_key_value_groups: int):
         self._attention = attention
@@ -460,82 +443,13 @@ class _HeadsOfAttention:
         return getattr(self._attention, name)
 
 
-def _attend_in_pairs(
-    attention_interface: Callable,
-    attention: GDAAttention,
-    query: Tensor,  # (B, H, T, d)
-    key: Tensor,  # (B, G, T_kv, d)
-    value: Tensor,  # (B, G, T_kv, d)
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Pair, Pair | None]:
-    """Signal (B, T, N, r, 2d) and noise (B, T, N, 1, 2d), and their maps (B, N, r or 1, T, T_kv) or None."""
-    if key.shape[1] % 2:
-        raise ValueError(
-            f"this rank holds {key.shape[1]} of {attention.config.num_key_value_heads} KV heads, which cuts a pair; "
-            "GDAConfig.num_key_value_heads must be a multiple of twice the tensor-parallel size"
-        )
-    if kwargs.get("cache") is not None:  # before transformers 5.24 each of the four calls would update it
-        key, value, kwargs["cache"] = _updated_once(kwargs["cache"], key, value, attention.layer_idx, kwargs)
-    batch, _, length, _ = query.shape
-    ratio = attention.num_signal_per_noise
-    outputs, maps = [], []
-    for member, heads in enumerate(query.unflatten(1, (-1, ratio + 1)).split([ratio, 1], dim=2)):
-        size = heads.shape[2]
-        heads = heads.flatten(1, 2)
-        module = _HeadsOfAttention(attention, heads.shape[1] // (key.shape[1] // 2))
-        halves = []
-        for slab in (0, 1):
-            caches = {}
-            if "k_cache" in kwargs:  # block tables: backends read these, (blocks, block size, G, d), for key and value
-                caches = {"k_cache": kwargs["k_cache"][:, :, member::2], "v_cache": kwargs["v_cache"][:, :, slab::2]}
-            keys, values = key[:, member::2], value[:, slab::2]
-            output, map_ = _attend(
-                attention_interface, module, heads, keys, values, attention_mask, **(kwargs | caches)
-            )
-            halves.append(output.reshape(batch, length, -1, size, attention.head_dim))
-        outputs.append(torch.cat(halves, dim=-1))
-        if map_ is not None:
-            maps.append(map_.unflatten(1, (-1, size)))
-    return (outputs[0], outputs[1]), (maps[0], maps[1]) if maps else None
-
-
 def _refuse_engine(config: GDAConfig) -> None:
-    """vLLM and SGLang hand over one attention with its KV cache for each layer, of `num_attention_heads` heads."""
+    """vLLM and SGLang give each layer one attention call, of `num_attention_heads` heads, with its KV cache."""
     engine = str(config._attn_implementation)
     paired, fewer = config.kv_layout == "paired", config.num_noise_heads < config.num_key_value_heads
     if engine.startswith(("vllm", "sglang")) and (paired or fewer):
         reason = 'kv_layout="paired"' if paired else "fewer noise heads than KV heads"
-        raise ValueError(
-            f"{engine} gives a layer one attention call over num_attention_heads query heads, and this model has "
-            f"{reason}; serve it with transformers (`gda serve`)"
-        )
-
-
-def _updated_once(
-    paged_cache: Any, key: Tensor, value: Tensor, layer_idx: int, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, "_UpdatedCache"]:
-    """All keys and values (1, G, T_kv, d) of a paged cache after its update, and what stands in for it from then on."""
-    if "kwargs" in signature(paged_cache.update).parameters:
-        key, value = paged_cache.update(key, value, layer_idx=layer_idx, kwargs=kwargs)
-        return key, value, _UpdatedCache(tokens_first=False)
-    indices = {name: kwargs[name] for name in ("read_index", "write_index")}  # before transformers 5.19
-    updated = paged_cache.update(key, value, layer_idx=layer_idx, **indices)
-    key, value = (each.transpose(0, 1).unsqueeze(0) for each in updated)
-    return key, value, _UpdatedCache(tokens_first=True)
-
-
-class _UpdatedCache:
-    """Stands in for a paged cache that has been updated already, for backends that insist on updating one."""
-
-    def __init__(self, tokens_first: bool):
-        self.tokens_first = tokens_first
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Pair:
-        """Keys and values (1, G, T_kv, d) as they are, or (T_kv, G, d) where the release's caches return that."""
-        if self.tokens_first:
-            return key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
-        return key_states, value_states
+        raise ValueError(f"{engine} cannot run a model with {reason}; serve it with transformers (`gda serve`)")
 
 
 ATTENTION_CLASSES = {"shared": GDAAttention, "paired": GDAPairedAttention}

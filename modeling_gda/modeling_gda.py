@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoModel
+from transformers import MODEL_MAPPING, AutoModel, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -18,24 +18,9 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-    Qwen3PreTrainedModel,
-    Qwen3RMSNorm,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
-from .attention_gda import (
-    ATTENTION_CLASSES,
-    Fade,
-    GDAAttention,
-    GrowthMask,
-    HeadwiseUp,
-    LambdaAnneal,
-    LambdaProjection,
-    SharedBase,
-)
+from .attention_gda import ATTENTION_CLASSES, Fade, GDAAttention, HeadwiseUp, LambdaProjection, SharedBase
 from .configuration_gda import GDAConfig
 
 try:
@@ -54,7 +39,7 @@ class PolyNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Activations of x (…, width). A mask (width,) says how much each neuron weighs in the means; all else is 1."""
+        """Activations of x (…, width). A mask (width,) weighs the neurons in the means."""
         wide = x.float()
         powers = (wide**3, wide**2, wide)
         normed = (z * torch.rsqrt(self._mean(z.pow(2), mask) + self.eps) for z in powers)
@@ -65,28 +50,28 @@ class PolyNorm(nn.Module):
         return z.mean(-1, keepdim=True) if mask is None else (z * mask).mean(-1, keepdim=True) / mask.mean()
 
 
-ACT2FN.setdefault("poly_norm", PolyNorm)  # by this name Llama's MLP finds it
+ACT2FN.setdefault("poly_norm", PolyNorm)  # Llama's MLP looks it up by this name
 
 
 class GDAGrowingMLP(LlamaMLP):
-    """Llama's MLP while it grows: the outputs of new neurons, or of all in a new layer, are masked."""
+    """Llama's MLP in masked growth: new neurons, or the output of a new layer, are multiplied by `fade`."""
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         super().__init__(config)
-        self.growth_mask = GrowthMask(config)
+        self.fade = Fade(config)
         self.is_new = config.is_new_layer(layer_idx)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_new:
-            return super().forward(x) * self.growth_mask.value
+            return super().forward(x) * self.fade.value
         gate, up = self.gate_proj(x), self.up_proj(x)
         first_new = self.config.intermediate_size - (self.config.masked_neurons or 0)
-        mask = self.growth_mask(self._neurons(up) >= first_new)
+        mask = self.fade(self._neurons(up) >= first_new)
         gate = self.act_fn(gate, mask) if isinstance(self.act_fn, PolyNorm) else self.act_fn(gate)
         return self.down_proj(gate * up * mask.to(up.dtype))
 
     def _neurons(self, up: torch.Tensor) -> torch.Tensor:
-        """The numbers of the neurons in `up` (…, width): all, or the block that tensor parallelism left here."""
+        """Indices of the neurons in `up` (…, width): all, or this rank's block under tensor parallelism."""
         total, width, first = self.config.intermediate_size, up.shape[-1], 0
         if width < total:
             mesh = self.down_proj.weight.device_mesh
@@ -109,8 +94,8 @@ class GDADecoderLayer(Qwen3DecoderLayer):
 
 @contextmanager
 def _without_layers(config: GDAConfig) -> Iterator[None]:
-    """For the initializers of Qwen3, which would build layers of their own."""
-    fields = vars(config)  # setting it as an attribute would shorten the lists of a value for each layer
+    """Keep the initializers of Qwen3 from building layers of their own."""
+    fields = vars(config)  # setting the attribute would shorten the lists with a value per layer
     num_layers, fields["num_hidden_layers"] = fields["num_hidden_layers"], 0
     try:
         yield
@@ -119,7 +104,7 @@ def _without_layers(config: GDAConfig) -> Iterator[None]:
 
 
 class GDAPreTrainedModel(Qwen3PreTrainedModel):
-    """What transformers must know of a GDA model to initialize, load, place and record it."""
+    """Tells transformers how to initialize, load, place and record a GDA model."""
 
     config: GDAConfig  # type: ignore[assignment]
     config_class = GDAConfig
@@ -130,63 +115,41 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if type(config) not in MODEL_MAPPING:  # the code was loaded from a model's folder, without our package
             AutoModel.register(type(config), GDAModel)
-        self.model_tags = ["grouped-differential-attention", "gda"]  # for the card of a model that is pushed
+        self.model_tags = ["grouped-differential-attention", "gda"]  # for the model card
 
     def post_init(self) -> None:
-        self._no_split_modules = ["GDADecoderLayer"]  # and not what was replaced
+        self._no_split_modules = ["GDADecoderLayer"]  # without the class of the body that was replaced
         super().post_init()
         by_token = self.config.lambda_type != "reparameterized"
-        names = ["lambda_proj"] if by_token else ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]
+        names = ("lambda_proj",) if by_token else GDAAttention.lambda_vectors
         self._keep_in_fp32_modules_strict = set(names)
         getattr(self, "dtype_plan", {}).update(dict.fromkeys(names, torch.float32))  # releases before 5.4 read this
 
-    def set_growth_mask(self, value: float) -> None:
-        """Set what the outputs of new heads, neurons and layers are multiplied by (arXiv 2305.02869).
-
-        At 0 the model computes what it computed before it grew; at 1 new parts are like all others, and a saved model
-        no longer mentions them. `GrowthMaskCallback` raises it from step to step of a Trainer.
-
-        Raises:
-            ValueError: if the value is not from 0 to 1, or nothing of the model is masked.
-        """
-        if self.config.growth_mask is None:
-            raise ValueError("the model has no growth_mask: nothing of it is new; `gda grow --masked` adds new parts")
-        if not 0 <= value <= 1:
-            raise ValueError(f"the growth mask must be from 0 to 1, not {value!r}")
-        self._set_fade(growth_mask=float(value))
-
-    def set_lambda_anneal(self, value: float, target: float | None = None) -> None:
-        """Set the progress a of annealing λ: layers subtract with (1 − a) · a · target + a · λ.
-
-        At 0 nothing is subtracted; at 1 λ is that of the parameters, and a saved model no longer mentions the target.
-        `LambdaAnnealCallback` raises it from step to step of a Trainer. A target begins to anneal, or replaces the one
-        there is.
-
-        Raises:
-            ValueError: if the value is not from 0 to 1, the target is not finite, or there is none.
-        """
-        target = self.config.lambda_target if target is None else float(target)
-        if target is None:
-            raise ValueError("nothing is annealed yet; give the target, as in set_lambda_anneal(0.0, target=0.1)")
-        if not 0 <= value <= 1:
-            raise ValueError(f"λ must have come from 0 to 1 of its way, not {value!r}")
-        if not abs(target) < torch.finfo(torch.float32).max:
-            raise ValueError(f"the target of λ must be finite in float32, not {target!r}")
-        self._set_fade(lambda_anneal=float(value), lambda_target=target)
-        for module in self.modules():
-            if isinstance(module, GDAAttention) and module.lambda_anneal is None:
-                module.lambda_anneal = LambdaAnneal(module.config).to(module.o_proj.weight.device)
-            elif isinstance(module, LambdaAnneal):
-                module.target = target
-
     @torch.no_grad()
-    def _set_fade(self, **fields: float) -> None:
-        """Set fields of the config, of which a classifier's body has one of its own, and the tensors that follow."""
-        for module in self.modules():
-            if isinstance(module, Fade) and module.field in fields:
-                module.value.fill_(fields[module.field])
-            elif (config := getattr(module, "config", None)) is not None:
-                vars(config).update(fields)
+    def set_fade(self, value: float, lambda_target: float | None = None) -> None:
+        """Set how far new heads, neurons and layers, or λ, are faded in.
+
+        At 0 new parts have no effect, and with a `lambda_target`, which fades λ in by way of that value, nothing is
+        subtracted. At 1 the model is an ordinary one, and is saved as such.
+
+        Raises:
+            ValueError: if nothing is faded in, or a value is out of range.
+        """
+        target = self.config.lambda_target if lambda_target is None else float(lambda_target)
+        if self.config.fade is None and target is None:
+            raise ValueError("nothing is faded in: give lambda_target, or grow the model with `gda grow --masked`")
+        if not 0 <= value <= 1:
+            raise ValueError(f"fade must be from 0 to 1, not {value!r}")
+        if target is not None and not abs(target) < torch.finfo(torch.float32).max:
+            raise ValueError(f"lambda_target must be finite in float32, not {target!r}")
+        for module in self.modules():  # a classifier's body has a config of its own
+            if (config := getattr(module, "config", None)) is not None:
+                vars(config).update(fade=float(value), lambda_target=target)
+        for module in list(self.modules()):
+            if isinstance(module, Fade):
+                module.value.fill_(value)
+            elif isinstance(module, GDAAttention) and module.fade is None:
+                module.fade = Fade(module.config).to(module.o_proj.weight.device)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -197,10 +160,10 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         elif isinstance(module, LambdaProjection):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Fade):
-            init.constant_(module.value, getattr(self.config, module.field))
-        # Base and update give half of a dense projection's variance each, so that queries start as large as its.
-        # With the base alone signal and noise maps would start equal, and zero updates would hide one factor from the
-        # gradient of the other; with updates alone the roles would share nothing.
+            init.constant_(module.value, float(self.config.fade or 0.0))
+        # Base and update contribute half of a dense projection's variance each. With the base alone, signal and noise
+        # maps would start equal, and zero updates would hide one factor from the gradient of the other; with updates
+        # alone, the roles would share nothing.
         elif isinstance(module, SharedBase):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range / 2**0.5)
         elif isinstance(module, HeadwiseUp):
@@ -208,8 +171,8 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, GDAAttention) and self.config.lambda_type == "reparameterized":
-            for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
-                init.normal_(vector, mean=0.0, std=0.1)  # arXiv 2410.05258, as in its authors' code
+            for name in module.lambda_vectors:
+                init.normal_(getattr(module, name), mean=0.0, std=0.1)  # arXiv 2410.05258, as in its authors' code
 
 
 class GDAModel(GDAPreTrainedModel, Qwen3Model):
@@ -220,11 +183,11 @@ class GDAModel(GDAPreTrainedModel, Qwen3Model):
     (B, S, T, T_kv) of the S signal heads, signal − λ · noise: rows sum to 1 − λ and entries may be negative.
 
     Raises:
-        ValueError: if a field of the config was changed to what cannot be.
+        ValueError: if a field of the config was changed to an impossible value.
     """
 
     def __init__(self, config: GDAConfig):
-        config.validate_architecture()  # a field may have been changed since the config was made
+        config.validate_architecture()  # fields can change after construction
         with _without_layers(config):
             super().__init__(config)
         self.layers = nn.ModuleList(GDADecoderLayer(config, index) for index in range(config.num_hidden_layers))

@@ -1,4 +1,7 @@
-"""One thread a process, since workers that share cores would wait for one another's; and a Hub of the tests' own."""
+"""Settings of every run: one thread per process, a Hub of the tests' own, several processes, and which cases are fast.
+
+One thread per process, because threads of several processes would wait for one another on shared cores.
+"""
 
 import os
 import shutil
@@ -32,6 +35,40 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 # To explain a failure hypothesis traces each line of torch and transformers, over and over: it seems to hang.
 settings.register_profile("gda", phases=[phase for phase in Phase if phase is not Phase.explain])
 settings.load_profile("gda")
+
+
+MOST_PROCESSES = 4  # each takes about 1 GB
+FAST_CASES = 3  # of a test that is marked `sampled`
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Use several processes for a run of the whole suite, as `-n` would, if pytest-xdist is installed.
+
+    `-n` in addopts would be an error without pytest-xdist, and would slow down a run of one file: each process imports
+    torch and transformers anew. Also, a debugger and `-s` need the tests in this process.
+    """
+    whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    interactive = config.option.usepdb or config.option.trace or config.option.capture == "no"
+    may_choose = getattr(config.option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
+    if whole_suite and may_choose and not interactive and not config.option.collectonly and processes > 1:
+        config.option.numprocesses = processes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark long tests as slow, and of sampled ones all cases but a few, spread evenly over them."""
+    cases_of: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases_of.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+    for cases in cases_of.values():
+        fast = {index * len(cases) // FAST_CASES for index in range(FAST_CASES)}
+        for item in (item for index, item in enumerate(cases) if index not in fast):
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Learning from a teacher: what it predicts for every token (arXiv 1503.02531), and its hidden states."""
+"""Distillation: learning from a teacher's predictions (arXiv 1503.02531) and hidden states."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from gda.conversion.sources.open import open_source
 
 CHUNK = 256  # tokens whose float32 probabilities are in memory
-NO_LABEL = -100  # of a token that is not to be predicted, as everywhere in transformers
+NO_LABEL = -100  # a token that is not predicted, as everywhere in transformers
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a teacher adds to the loss, as sums over the tokens that are predicted, divided by `num_items`.
+class DistillationLosses:
+    """The teacher's parts of the loss: sums over the predicted tokens, divided by `num_items`.
 
     Attributes:
         kl: KL(teacher ‖ student) of the softened predictions, in nats.
-        hidden: Squared distance of hidden states relative to the teacher's square, the mean over layers; None if it is
-            not wanted.
+        hidden: Squared distance of hidden states relative to the teacher's square, averaged over layers; None if not
+            wanted.
     """
 
     kl: Tensor
@@ -33,15 +33,14 @@ class Parts:
 
 
 class Distillation:
-    """A teacher, and how much it counts: loss = (1 − w) · cross-entropy + w · T² · KL(teacher ‖ student) + h · hidden.
+    """A teacher and its weight: loss = (1 − w) · cross-entropy + w · T² · KL(teacher ‖ student) + h · hidden.
 
-    KL is of predictions softened by the temperature T, whose gradients T² makes as large as the others (arXiv
-    1503.02531, section 2). `hidden` compares the output of each layer, after the last one of the norm that follows:
-    |student − teacher|² / |teacher|² of a token, the mean over tokens and layers. It is taken token by token, since a
-    few tokens have states so large that they would be all that counts.
+    KL compares predictions softened by the temperature T. The factor T² keeps its gradients on the scale of the others
+    (arXiv 1503.02531, section 2). `hidden` compares the output of each layer (of the last one, after the final norm):
+    |student − teacher|² / |teacher|² per token, averaged over tokens and layers. It is relative per token because a few
+    tokens have very large states, which would dominate.
 
-    The teacher is in evaluation mode and has no gradients. It is not part of the student, so neither saved with it nor
-    trained.
+    The teacher is in evaluation mode, has no gradients, and is neither trained nor saved with the student.
 
     Args:
         teacher: A causal language model with the student's vocabulary.
@@ -69,38 +68,37 @@ class Distillation:
         hidden_weight: float = 0.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> "Distillation":
-        """Load the teacher, in float32.
+        """Load the teacher in float32.
 
         Args:
             source: A folder, a Hub id or a `.gguf` file.
             student: The model that learns from it.
             weight, temperature, hidden_weight: As above.
-            tokenizer: The student's, to compare with the teacher's.
+            tokenizer: The student's, which must equal the teacher's.
 
         Raises:
-            FileNotFoundError, ValueError: if there is no model, or it is no teacher for this student.
+            FileNotFoundError: if the teacher does not exist.
+            ValueError: if the teacher does not fit the student.
         """
         if is_deepspeed_zero3_enabled():
-            raise ValueError(f"--teacher {source} cannot be held whole under DeepSpeed's ZeRO-3; use FSDP2")
+            raise ValueError(f"--teacher {source} cannot be kept whole under DeepSpeed's ZeRO-3; use FSDP2")
         opened = open_source(source)
         if not opened.can_run:
             raise ValueError(
                 f"--teacher {source} is a {opened.config.model_type!r} model, which transformers cannot run"
             )
-        _require_same(source, opened.config, student.config, hidden_weight)
+        _require_equal_shapes(source, opened.config, student.config, hidden_weight)
         theirs = opened.tokenizer()
         if tokenizer is not None and theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"--teacher {source} has another tokenizer than the model; its predictions are of other tokens"
-            )
-        # Where weights are sharded, processes but the first would otherwise load nothing, and wait to be sent theirs.
+            raise ValueError(f"--teacher {source} has another tokenizer than the model; it predicts other tokens")
+        # Where weights are sharded, all processes but the first would wait for weights that nobody sends.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             teacher = opened.load()
         return cls(teacher, weight=weight, temperature=temperature, hidden_weight=hidden_weight)
 
     @torch.no_grad()
     def ask(self, inputs: Mapping[str, Any]) -> Any:
-        """What the teacher says to inputs of the student."""
+        """The teacher's outputs for inputs of the student."""
         ids = inputs["input_ids"]
         self.teacher.to(ids.device)
         return self.teacher(
@@ -110,13 +108,13 @@ class Distillation:
             use_cache=False,
         )
 
-    def compare(self, student: Any, teacher: Any, labels: Tensor, num_items: Tensor | int) -> Parts:
-        """What the student's outputs are worth, by the teacher's.
+    def compare(self, student: Any, teacher: Any, labels: Tensor, num_items: Tensor | int) -> DistillationLosses:
+        """The losses of the student's outputs against the teacher's.
 
         Args:
-            student, teacher: Outputs with logits (B, T, vocabulary), and hidden states if they count.
-            labels: (B, T) ids; the token before each that is not −100 is compared.
-            num_items: What sums over tokens are divided by.
+            student, teacher: Outputs with logits (B, T, vocabulary), and with hidden states if they are compared.
+            labels: Token ids (B, T). The predictions before each label that is not −100 are compared.
+            num_items: Divisor of the sums over tokens.
         """
         predicted = pad(labels[:, 1:], (0, 1), value=NO_LABEL).flatten().ne(NO_LABEL)  # (B · T,)
         kl = divergence(student.logits, teacher.logits, predicted, self.temperature) / num_items
@@ -124,24 +122,24 @@ class Distillation:
         if self.hidden_weight > 0:
             pairs = list(zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True))
             hidden = torch.stack([_distance(ours, theirs, predicted) for ours, theirs in pairs]).mean() / num_items
-        return Parts(kl, hidden)
+        return DistillationLosses(kl, hidden)
 
-    def loss(self, cross_entropy: Tensor, parts: Parts) -> Tensor:
-        """All parts together."""
-        total = (1 - self.weight) * cross_entropy + self.weight * self.temperature**2 * parts.kl
-        return total if parts.hidden is None else total + self.hidden_weight * parts.hidden
+    def loss(self, cross_entropy: Tensor, losses: DistillationLosses) -> Tensor:
+        """The weighted sum of all parts."""
+        total = (1 - self.weight) * cross_entropy + self.weight * self.temperature**2 * losses.kl
+        return total if losses.hidden is None else total + self.hidden_weight * losses.hidden
 
 
 def divergence(student: Tensor, teacher: Tensor, predicted: Tensor, temperature: float) -> Tensor:
     """KL(teacher ‖ student) in nats, summed over tokens.
 
-    A chunk of tokens at a time is made float32 probabilities, and again for its gradient: of both models' probabilities
-    there are never more, and for long contexts they would be the largest tensors of the training.
+    Float32 probabilities are computed for one chunk of tokens at a time, and again in the backward pass. For long
+    contexts they would otherwise be the largest tensors of the training.
 
     Args:
         student, teacher: Logits (B, T, vocabulary).
-        predicted: (B · T,), which tokens count.
-        temperature: By which logits are divided.
+        predicted: Which tokens count (B · T,).
+        temperature: Divisor of the logits.
     """
     chunks = zip(
         *(each.flatten(0, -2).split(CHUNK) for each in (student, teacher, predicted.unsqueeze(-1))), strict=True
@@ -151,23 +149,23 @@ def divergence(student: Tensor, teacher: Tensor, predicted: Tensor, temperature:
 
 
 def _chunk_divergence(student: Tensor, teacher: Tensor, predicted: Tensor, temperature: float) -> Tensor:
-    found = log_softmax(student.float() / temperature, dim=-1)
-    wanted = log_softmax(teacher.float() / temperature, dim=-1)
-    by_token = kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1, keepdim=True)
+    ours = log_softmax(student.float() / temperature, dim=-1)
+    theirs = log_softmax(teacher.float() / temperature, dim=-1)
+    by_token = kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1, keepdim=True)
     return torch.where(predicted, by_token, 0.0).sum()
 
 
 def _distance(ours: Tensor, theirs: Tensor, predicted: Tensor) -> Tensor:
-    """|ours − theirs|² / |theirs|² of each token (B, T, hidden), summed over those that count."""
+    """|ours − theirs|² / |theirs|² of each token (B, T, hidden), summed over the predicted tokens."""
     square = theirs.float().square().mean(dim=-1)
     distance = (ours.float() - theirs.float()).square().mean(dim=-1) / square.clamp(min=torch.finfo(square.dtype).tiny)
     return torch.where(predicted, distance.flatten(), 0.0).sum()
 
 
-def _require_same(source: str, teacher: Any, student: Any, hidden_weight: float) -> None:
+def _require_equal_shapes(source: str, teacher: Any, student: Any, hidden_weight: float) -> None:
     fields = ["vocab_size"] if hidden_weight == 0 else ["vocab_size", "hidden_size", "num_hidden_layers"]
     for name in fields:
         theirs, ours = getattr(teacher, name), getattr(student, name)
         if theirs != ours:
-            remedy = "" if name == "vocab_size" else "; leave --hidden-weight away"
-            raise ValueError(f"--teacher {source} has {name}={theirs}, and the model has {ours}{remedy}")
+            remedy = "" if name == "vocab_size" else "; omit --hidden-weight"
+            raise ValueError(f"--teacher {source} has {name}={theirs}, but the model has {ours}{remedy}")

@@ -1,7 +1,8 @@
-"""What a run will do, known before its first step: data, model, steps, and what the Trainer is told."""
+"""What a run will do, known before its first step: model, data, number of steps and the Trainer's arguments."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,19 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.training.anneal import LambdaAnnealCallback
-from gda.training.data.sequences import Windows, open_windows
+from gda.conversion.sources.readers import read_gda_config, read_tokenizer
+from gda.training.callbacks.fading import FadeCallback
+from gda.training.data.sequences import Sequences, open_sequences
 from gda.training.distillation import Distillation
-from gda.training.growth import GrowthMaskCallback
 from gda.training.parameters import choose_what_learns, count_learning
-from gda.training.precision import launcher_wants_bfloat16
-from gda.training.runs.model_folder import load, read_config, read_tokenizer
-from gda.training.runs.processes import Processes, on_cpu
+from gda.training.runs.model_folder import load
+from gda.training.runs.processes import Processes, launcher_wants_bfloat16, on_cpu
 from gda.training.settings import TrainSettings
 
 CONTEXT = 512
-# By default, how many losses are told of on the way, and how many checkpoints and measurements are made.
-LOSSES, CHECKPOINTS, MEASUREMENTS = 20, 10, 10
-# Its new name in the Trainer; the old one warns there.
+# Default numbers of log entries, checkpoints and measurements in a run.
+LOG_ENTRIES, CHECKPOINTS, MEASUREMENTS = 20, 10, 10
+# The new name of gradient checkpointing in TrainingArguments, where the old one warns.
 CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
@@ -41,10 +41,10 @@ class Plan:
 
     settings: TrainSettings
     config: GDAConfig
-    learner: Any  # the model, or what PEFT has made around it
-    dtypes: dict[str, torch.dtype]
-    windows: Windows
-    eval_windows: Windows | None
+    learner: Any  # the model, or PEFT's model around it
+    dtypes: dict[str, torch.dtype]  # by parameter, before training
+    sequences: Sequences
+    eval_sequences: Sequences | None
     distillation: Distillation | None
     steps: int
     num_parameters: int
@@ -52,20 +52,8 @@ class Plan:
     notes: list[str]
 
     @property
-    def log_every(self) -> int:
-        return self.settings.log_every or max(1, self.steps // LOSSES)
-
-    @property
-    def eval_every(self) -> int:
-        return self.settings.eval_every or max(1, self.steps // MEASUREMENTS)
-
-    @property
-    def save_every(self) -> int:
-        return self.settings.save_every or max(1, self.steps // CHECKPOINTS)
-
-    @property
     def computes_in_bfloat16(self) -> bool:
-        """Whether matrices are multiplied in bfloat16."""
+        """Whether matrix products are computed in bfloat16."""
         if self.settings.precision != "auto":
             return self.settings.precision == "bfloat16"
         if launcher_wants_bfloat16():
@@ -73,24 +61,26 @@ class Plan:
         fast = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return fast and torch.bfloat16 in self.dtypes.values()
 
-    def rising(self) -> list[TrainerCallback]:
-        """What raises masks of growth and λ on its way, whether these settings begin that or an earlier run did."""
-        callbacks: list[TrainerCallback] = []
-        if self.config.growth_mask is not None:
-            callbacks.append(GrowthMaskCallback(num_steps=self.steps))
-        target = self.config.lambda_target if self.settings.lambda_target is None else self.settings.lambda_target
-        if target is not None:
-            callbacks.append(LambdaAnnealCallback(target, self.settings.lambda_anneal_steps or self.steps))
-        return callbacks
+    def fade_callbacks(self) -> list[TrainerCallback]:
+        """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""
+        if self.config.fade is None and self.settings.lambda_target is None:
+            return []
+        return [FadeCallback(self.settings.lambda_anneal_steps or self.steps, self.settings.lambda_target)]
 
 
 def make_plan(
     source: Path, settings: TrainSettings, processes: Processes, scratch: Path, console: Console | None
 ) -> Plan:
-    config, tokenizer = read_config(source), read_tokenizer(source)
+    """Load the model and the teacher, and tokenize the data.
+
+    Whatever can be refused is refused before the data is tokenized into `scratch`, which can take hours.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: naming what is wrong, and the remedy.
+    """
+    config, tokenizer = read_gda_config(source), read_tokenizer(source)
     context = context_of(settings, config)
     _require_same_target(settings, config)
-    # All that may be refused comes before the data, which may take hours to be tokenized.
     model, dtypes = load(source)
     distillation = None
     if settings.teacher is not None:
@@ -105,90 +95,79 @@ def make_plan(
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     learner = choose_what_learns(model, settings.train, source, settings.lora_rank, seed=settings.seed)
 
-    def windows(names: tuple[str, ...], option: str) -> Windows:
-        return open_windows(
-            names,
-            tokenizer,
-            context=context,
-            text_field=settings.text_field,
-            streaming=settings.streaming and option == "--data",
-            seed=settings.seed,
-            vocab_size=config.vocab_size,
-            scratch=scratch,
-            option=option,
-            console=console,
-        )
-
-    read = windows(settings.data, "--data")
-    measured = windows(settings.eval_data, "--eval-data") if settings.eval_data else None
-    steps = _steps(settings, read.count, processes.count)
-    if settings.lambda_anneal_steps is not None and settings.lambda_anneal_steps > steps:
-        raise ValueError(
-            f"--lambda-anneal-steps {settings.lambda_anneal_steps} is above the {steps} steps of this run: "
-            "λ would not be its own at the end"
-        )
-    notes = [*read.notes]
-    if config.growth_mask is not None:
-        notes.append(f"the growth mask rises from {config.growth_mask:g} to 1 over {steps} steps")
-    if config.lambda_anneal is not None and settings.lambda_target is None:
-        notes.append(f"λ was being annealed and goes on from {config.lambda_anneal:g} of its way, over {steps} steps")
+    open_data = partial(
+        open_sequences,
+        tokenizer=tokenizer,
+        context=context,
+        text_field=settings.text_field,
+        seed=settings.seed,
+        vocab_size=config.vocab_size,
+        scratch=scratch,
+        console=console,
+    )
+    sequences = open_data(settings.data, streaming=settings.streaming)
+    eval_sequences = None
+    if settings.eval_data:
+        eval_sequences = open_data(settings.eval_data, streaming=False, option="--eval-data")
+    steps = _count_steps(settings, sequences, processes.count)
     return Plan(
         settings=settings,
         config=config,
         learner=learner,
         dtypes=dtypes,
-        windows=read,
-        eval_windows=measured,
+        sequences=sequences,
+        eval_sequences=eval_sequences,
         distillation=distillation,
         steps=steps,
         num_parameters=num_parameters,
         num_trained=count_learning(learner),
-        notes=notes,
+        notes=[*sequences.notes, *_fade_notes(settings, config, steps)],
     )
 
 
 def context_of(settings: TrainSettings, config: GDAConfig) -> int:
-    """Tokens a window.
-
-    Raises:
-        ValueError: if the model reads fewer.
-    """
+    """Tokens per sequence, which must not be more than the model reads."""
     longest = config.max_position_embeddings
     if settings.context is not None and settings.context > longest:
-        raise ValueError(f"--context {settings.context} is above {longest}, the max_position_embeddings of the model")
+        raise ValueError(f"--context {settings.context} is above {longest}, the model's max_position_embeddings")
     return min(CONTEXT, longest) if settings.context is None else settings.context
 
 
 def _require_same_target(settings: TrainSettings, config: GDAConfig) -> None:
-    wanted, held = settings.lambda_target, config.lambda_target
-    if config.lambda_anneal is not None and wanted not in (None, held):
+    wanted, current = settings.lambda_target, config.lambda_target
+    if config.fade and wanted not in (None, current):
+        remedy = "omit the option" if current is None else f"pass {current:g}"
+        raise ValueError(f"--lambda-target {wanted}: the model is at fade {config.fade:g}, and λ would jump; {remedy}")
+
+
+def _fade_notes(settings: TrainSettings, config: GDAConfig, steps: int) -> list[str]:
+    if config.fade is None:
+        return []
+    over = settings.lambda_anneal_steps or steps
+    return [f"the fade of the model rises from {config.fade:g} to 1 over {over} steps"]
+
+
+def _count_steps(settings: TrainSettings, sequences: Sequences, processes: int) -> int:
+    steps = settings.steps
+    if steps is None:
+        assert sequences.count is not None  # a stream needs --steps
+        steps = math.ceil(settings.epochs * steps_per_epoch(settings, sequences.count, processes))
+    if settings.lambda_anneal_steps is not None and settings.lambda_anneal_steps > steps:
         raise ValueError(
-            f"--lambda-target {wanted}: λ of the model is on its way over {held:g} and would jump; pass {held:g}"
+            f"--lambda-anneal-steps {settings.lambda_anneal_steps} is above the {steps} steps of this run: "
+            "annealing would not end"
         )
+    return steps
 
 
-def _steps(settings: TrainSettings, windows: int | None, processes: int) -> int:
-    """Optimizer steps in all, as the Trainer counts those of an epoch."""
-    if settings.steps is not None:
-        return settings.steps
-    assert windows is not None  # streaming needs --steps
-    return math.ceil(settings.epochs * steps_of_a_pass(settings, windows, processes))
-
-
-def steps_of_a_pass(settings: TrainSettings, windows: int, processes: int) -> int:
-    """Optimizer steps in which the data is read once; the last may read less than the others."""
-    batches = math.ceil(math.ceil(windows / settings.batch_size) / processes)
+def steps_per_epoch(settings: TrainSettings, sequences: int, processes: int) -> int:
+    """Optimizer steps of one pass over the data, as the Trainer counts them. The last one may read less."""
+    batches = math.ceil(math.ceil(sequences / settings.batch_size) / processes)
     return math.ceil(batches / settings.accumulation)
 
 
-def arguments_of(plan: Plan, folder: Path, *, begins: bool) -> TrainingArguments:
-    """What the Trainer is told.
-
-    Args:
-        plan: What is to be done.
-        folder: Where checkpoints go.
-        begins: Whether no checkpoint is gone on from.
-    """
+def training_arguments(plan: Plan, folder: Path, *, resumes: bool, shows_progress: bool) -> TrainingArguments:
+    """The Trainer's arguments for a plan, with checkpoints in `folder`."""
     settings = plan.settings
     warmup = min(plan.steps, round(settings.warmup * plan.steps))
     decay = min(plan.steps - warmup, round(settings.decay * plan.steps))
@@ -209,23 +188,23 @@ def arguments_of(plan: Plan, folder: Path, *, begins: bool) -> TrainingArguments
         bf16=plan.computes_in_bfloat16,
         use_cpu=on_cpu(),
         **checkpointing,
-        logging_steps=plan.log_every,
+        logging_steps=settings.log_every or max(1, plan.steps // LOG_ENTRIES),
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        eval_strategy="no" if plan.eval_windows is None else "steps",
-        eval_steps=plan.eval_every,
-        eval_on_start=plan.eval_windows is not None and begins,
+        eval_strategy="no" if plan.eval_sequences is None else "steps",
+        eval_steps=settings.eval_every or max(1, plan.steps // MEASUREMENTS),
+        eval_on_start=plan.eval_sequences is not None and not resumes,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=plan.save_every,
+        save_steps=settings.save_every or max(1, plan.steps // CHECKPOINTS),
         include_num_input_tokens_seen="all",
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu(),
-        ddp_find_unused_parameters=False,  # all that learns is used in each step
-        disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # every trained parameter is used in each step
+        disable_tqdm=not shows_progress,
         report_to=list(settings.report_to) or "none",
     )
-    arguments.mixed_precision = "bf16" if plan.computes_in_bfloat16 else "no"  # the launcher's would be taken otherwise
+    arguments.mixed_precision = "bf16" if plan.computes_in_bfloat16 else "no"  # not the launcher's
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process drives one device; `accelerate launch` starts one for each
+        arguments._n_gpu = 1  # one process uses one device; `accelerate launch` starts one for each
     return arguments

@@ -1,4 +1,4 @@
-"""A training log as a page: losses, learning rates, λ and what else was logged, layer by layer, over the steps."""
+"""A training log as an HTML page: losses, learning rates and the measurements of layers over the steps."""
 
 import json
 import math
@@ -13,25 +13,25 @@ from gda.training.runs.run_folder import LOG_FILE
 
 PAGE_FILE = "training.html"
 TEMPLATES = Path(__file__).parent / "templates"
-# Of a curve, and columns of a heat map: as many as a screen can show.
+# Points of a curve and columns of a heat map: as many as a screen can show.
 MOST_POINTS = 1000
 MOST_COLUMNS = 400
 
-# Curves that share a chart, by title; the second entry says whether the axis is logarithmic.
+# By title of a chart: whether its axis is logarithmic, and the curves in it.
 CHARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "Loss": (False, ("loss", "eval_loss", "cross_entropy")),
     "Distillation": (False, ("kl", "hidden")),
     "Learning rate": (True, ("learning_rate", "lambda_learning_rate")),
     "Gradient norm": (True, ("grad_norm",)),
     "Perplexity": (True, ("perplexity",)),
-    "Tokens a second": (False, ("tokens_per_second",)),
-    "Masks": (False, ("growth_mask", "lambda_anneal")),
+    "Tokens per second": (False, ("tokens_per_second",)),
+    "Fade": (False, ("fade",)),
 }
 LAYER_CHARTS = {
     "lambda": "λ",
-    "signal_norm": "Norm of the signal's output",
-    "noise_norm": "Norm of the noise's output",
-    "subtracted": "Share that is subtracted",
+    "signal_norm": "Norm of the signal output",
+    "noise_norm": "Norm of the noise output",
+    "subtracted": "Subtracted share",
     "gradient_norm": "Gradient norm",
     "lambda_gradient_norm": "Gradient norm of λ",
 }
@@ -39,12 +39,12 @@ LAYER_CHARTS = {
 
 @dataclass
 class TrainingLog:
-    """What a log says.
+    """The content of a log.
 
     Attributes:
-        curves: (step, value) by name, in the order of the steps.
-        layers: (step, value of each layer) by name.
-        notes: What was odd about it, and what was thinned.
+        curves: By name, points (step, value) in the order of the steps.
+        layers: By name, points (step, value of each layer).
+        notes: Remarks about the log and how it is drawn.
     """
 
     curves: dict[str, list[tuple[int, float]]]
@@ -53,7 +53,7 @@ class TrainingLog:
 
     @property
     def last_step(self) -> int:
-        """The last one that was logged."""
+        """The last logged step."""
         points: list[Sequence[Any]] = [*self.curves.values(), *self.layers.values()]
         return max((curve[-1][0] for curve in points if curve), default=0)
 
@@ -61,12 +61,12 @@ class TrainingLog:
 def plot(log: str | Path, out: str | Path | None = None) -> Path:
     """Draw a training log as one HTML file that needs no network, and return its path.
 
-    Curves of more than 1,000 points are thinned: of each of 500 stretches of steps the mean is drawn and, pale, the
-    lowest and the highest value. Heat maps of more than 400 steps show means of as many stretches. The page says so.
+    A curve of more than 1,000 points shows the means of 500 intervals of steps and, pale, the lowest and highest value
+    of each. A heat map of more than 400 steps shows the means of 400 intervals. The page says so.
 
     Args:
-        log: A `training_log.jsonl`, or the folder that holds one.
-        out: The page; by default `training.html` in the folder, or `NAME.html` beside `NAME.jsonl`. It is replaced.
+        log: A `training_log.jsonl`, or the folder that contains one.
+        out: The page to write or replace. Default: `training.html` in the folder, or `NAME.html` beside `NAME.jsonl`.
 
     Raises:
         FileNotFoundError, ValueError: for bad input, naming the file, and the line where there is one.
@@ -74,7 +74,7 @@ def plot(log: str | Path, out: str | Path | None = None) -> Path:
     given = Path(log)
     path = given / LOG_FILE if given.is_dir() else given
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; name a training log, or the folder that holds {LOG_FILE}")
+        raise FileNotFoundError(f"{path} does not exist; name a training log, or the folder that contains {LOG_FILE}")
     if out is None:
         out = given / PAGE_FILE if given.is_dir() else path.with_suffix(".html")
     target = Path(out)
@@ -96,9 +96,9 @@ def plot(log: str | Path, out: str | Path | None = None) -> Path:
 
 
 def read_log(path: Path) -> TrainingLog:
-    """Read a log of one JSON object a line. A last line that is torn is left out, as a killed run leaves it.
+    """Read a log with one JSON object per line. An incomplete last line, which a killed run leaves, is ignored.
 
-    Of a step that is logged more than once, by evaluation or by a run that was taken up, the last value of each counts.
+    If a step is logged more than once, by evaluation or by a resumed run, the last value of each name counts.
 
     Raises:
         ValueError: naming file and line.
@@ -116,7 +116,7 @@ def read_log(path: Path) -> TrainingLog:
         for name in (name for name in LAYER_CHARTS if any(layer.get(name) is not None for layer in layers)):
             found.layers.setdefault(name, []).append((step, [layer.get(name) for layer in layers]))
     if not found.curves and not found.layers:
-        raise ValueError(f"{path} holds nothing that can be drawn, such as a loss")
+        raise ValueError(f"{path} has nothing to draw, such as a loss")
     for name, curve in found.curves.items():
         if broken := [step for step, value in curve if not math.isfinite(value)]:
             found.notes.append(f"{name} is not finite at {len(broken)} step(s), first at {broken[0]}")
@@ -126,7 +126,7 @@ def read_log(path: Path) -> TrainingLog:
 def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     rows: list[dict[str, Any]] = []
     try:
-        # Not by splitlines: it also parts at characters that a JSON string may hold, such as U+2028.
+        # Not splitlines, which also splits at characters that a JSON string may contain, such as U+2028.
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
@@ -137,7 +137,7 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines):
-                return rows, ["the last line of the log is torn and left out"]
+                return rows, ["the last line of the log is incomplete and ignored"]
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         _check_row(row, path, number)
         rows.append(row)
@@ -152,29 +152,29 @@ def _check_row(row: Any, path: Path, number: int) -> None:
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
     if not isinstance(row, dict) or not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
-        refuse("a line is an object with a whole number `step`")
+        refuse("a line must be an object with an integer `step`")
     for name in (name for _, chart in CHARTS.values() for name in chart):
         if not is_number(row.get(name)):
-            refuse(f"`{name}` is {row[name]!r}, no number")
+            refuse(f"`{name}` is {row[name]!r}, not a number")
     layers = row.get("layers", [])
     if not isinstance(layers, list) or not all(
         isinstance(layer, dict) and isinstance(layer.get("layer"), int) for layer in layers
     ):
-        refuse("`layers` is a list of objects with a whole number `layer`")
+        refuse("`layers` must be a list of objects with an integer `layer`")
     for name in LAYER_CHARTS:
         if not all(is_number(layer.get(name)) for layer in layers):
-            refuse(f"`{name}` of a layer is no number")
+            refuse(f"`{name}` of a layer is not a number")
 
 
 def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
-    """At most `most` points of a curve: the lowest and the highest of each stretch, so that no spike is lost."""
+    """At most `most` points of a curve: the lowest and highest of each interval, so that no spike is lost."""
     if len(curve) <= most:
         return list(curve)
-    stretches = max(1, most // 2)
+    intervals = max(1, most // 2)
     kept: list[tuple[int, float]] = []
-    for index in range(stretches):
-        stretch = curve[index * len(curve) // stretches : (index + 1) * len(curve) // stretches]
-        ends = {min(stretch, key=_order), max(stretch, key=_order)}
+    for index in range(intervals):
+        interval = curve[index * len(curve) // intervals : (index + 1) * len(curve) // intervals]
+        ends = {min(interval, key=_order), max(interval, key=_order)}
         kept += sorted(ends)
     return kept
 
@@ -186,15 +186,15 @@ def _order(point: tuple[int, float]) -> float:
 def averaged(
     values: Sequence[tuple[int, list[float | None]]], most: int = MOST_COLUMNS
 ) -> list[tuple[int, list[float | None]]]:
-    """At most `most` columns: the mean of each stretch of steps, by layer, at its last step."""
+    """At most `most` columns: the mean of each interval of steps, by layer, at its last step."""
     if len(values) <= most:
         return list(values)
     found = []
     for index in range(most):
-        stretch = values[index * len(values) // most : (index + 1) * len(values) // most]
-        depth = max(len(layers) for _, layers in stretch)
-        by_layer = ([layers[at] for _, layers in stretch if at < len(layers)] for at in range(depth))
-        found.append((stretch[-1][0], [_mean(layer) for layer in by_layer]))
+        interval = values[index * len(values) // most : (index + 1) * len(values) // most]
+        depth = max(len(layers) for _, layers in interval)
+        by_layer = ([layers[at] for _, layers in interval if at < len(layers)] for at in range(depth))
+        found.append((interval[-1][0], [_mean(layer) for layer in by_layer]))
     return found
 
 
@@ -204,14 +204,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _data(log: TrainingLog) -> dict[str, Any]:
-    """What the page draws, and the notes about thinning in `log`."""
+    """The data of the page. Adds notes about thinning to `log`."""
     if (longest := max(map(len, log.curves.values()), default=0)) > MOST_POINTS:
         log.notes.append(
-            f"of {longest:,} logged steps, curves show the means of {MOST_POINTS // 2} stretches, and pale the lowest "
-            "and the highest value of each"
+            f"{longest:,} steps were logged; curves show the means of {MOST_POINTS // 2} intervals and, pale, the "
+            "lowest and highest value of each"
         )
     if (longest := max(map(len, log.layers.values()), default=0)) > MOST_COLUMNS:
-        log.notes.append(f"of {longest:,} steps with layers, their figures show the means of {MOST_COLUMNS} stretches")
+        log.notes.append(
+            f"layers were measured in {longest:,} steps; their charts show the means of {MOST_COLUMNS} intervals"
+        )
     charts = []
     for title, (logarithmic, names) in CHARTS.items():
         if series := [_series(name, log.curves[name]) for name in names if name in log.curves]:
@@ -238,9 +240,9 @@ def _points(curve: Sequence[tuple[int, float | None]]) -> dict[str, Any]:
 
 
 def _latest(log: TrainingLog) -> list[tuple[str, str, str]]:
-    """Name, first and last value of each curve, for those who read and print."""
+    """Name, first and last value of each curve, for the table of the page."""
 
-    def told(point: tuple[int, float]) -> str:
+    def as_text(point: tuple[int, float]) -> str:
         return f"{point[1]:.5g} at step {point[0]:,}"
 
-    return [(name.replace("_", " "), told(curve[0]), told(curve[-1])) for name, curve in log.curves.items()]
+    return [(name.replace("_", " "), as_text(curve[0]), as_text(curve[-1])) for name, curve in log.curves.items()]

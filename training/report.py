@@ -1,8 +1,12 @@
-"""What training did."""
+"""The report of a training run."""
 
+import resource
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gda.common.numbers import exponential, finite
 from gda.conversion.push import PushReport
@@ -10,26 +14,26 @@ from gda.conversion.push import PushReport
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What training did, or by `dry_run` would do.
+    """What a training run did, or would do (`dry_run`).
 
     Attributes:
-        out: The folder that was made.
+        out: The folder that was created.
         steps: Optimizer steps.
-        tokens: Tokens that the model read in them; those of a second pass over the data count again.
-        data_tokens: Tokens in the windows that the data fills; None when streaming.
-        first_loss: Loss of the first step, nats a token; with a teacher, all of it (see `Distillation`).
-        last_loss: Mean loss of the last steps, as many as lie between two entries of the log.
-        first_eval_loss: Loss on `eval_data` before the first step; None without.
-        last_eval_loss: And after the last.
-        num_parameters: Of the model.
-        num_trained: Those that could move; of parameters that are new in part, the new entries.
-        tokens_per_second: Over all processes, in training steps of the last session, without the time for reading the
-            data; None if it did none.
-        peak_memory: Bytes of the accelerator, or of the main process where it trains on the CPU.
-        resumed_from: The step that the last session went on from.
+        tokens: Tokens read in these steps. Those of a second pass over the data count again.
+        data_tokens: Tokens of the data, without those that do not fill a sequence; None for a stream.
+        num_parameters: Parameters of the model.
+        num_trained: Parameters that were trained; of those that are partly new, only the new entries.
+        first_loss: Loss of the first step, in nats per token. With a teacher, the whole loss (see `Distillation`).
+        last_loss: Mean loss since the last log entry but one.
+        first_eval_loss: Loss on `eval_data` before the first step; None without `eval_data`.
+        last_eval_loss: Loss on `eval_data` after the last step.
+        tokens_per_second: Over all processes, in training steps of the last session, without reading the data; None if
+            it had no step.
+        peak_memory: Peak memory in bytes, of the accelerator, or of the main process when training on the CPU.
+        resumed_from: Step from which the last session was resumed.
         dry_run: Whether nothing was trained and written.
-        notes: What else one should know.
-        pushed: What was pushed to the Hub.
+        notes: Remarks, in whole clauses.
+        pushed: The report of the push to the Hub.
     """
 
     out: Path
@@ -60,29 +64,39 @@ class TrainReport:
         return None if self.last_eval_loss is None else exponential(self.last_eval_loss)
 
     @classmethod
-    def read(cls, told: Any, out: Path, where: Path) -> "TrainReport":
-        """The report of a run that came to its end, as training.json in the folder `where` tells it.
+    def from_dict(cls, stored: Any, out: Path, folder: Path) -> "TrainReport":
+        """The report that training.json in `folder` stores.
 
         Raises:
-            ValueError: naming the folder, if it is none.
+            ValueError: naming the folder, if it is not a report.
         """
         numbers = {each.name for each in fields(cls)} - {"out", "notes", "pushed", "dry_run"}
         try:
-            report = cls(**told, out=out)
-            values = {name: getattr(report, name) for name in numbers}
-            whole = all(isinstance(value, int | float | None) for value in values.values())
-            if not whole or not isinstance(report.notes, list) or not all(isinstance(n, str) for n in report.notes):
+            report = cls(**stored, out=out)
+            valid = all(isinstance(getattr(report, name), int | float | None) for name in numbers)
+            if not valid or not isinstance(report.notes, list) or not all(isinstance(n, str) for n in report.notes):
                 raise TypeError
         except TypeError:
-            raise ValueError(f"{where} does not tell what a run came to; --overwrite begins anew") from None
+            raise ValueError(f"{folder}: training.json has no valid report; start anew with --overwrite") from None
         return report
 
+    def stored(self) -> dict[str, Any]:
+        """What training.json stores of it: everything except the folder and the push."""
+        return {name: finite(value) for name, value in vars(self).items() if name not in ("out", "pushed")}
+
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values; what is not finite is None."""
-        told = vars(self) | {
+        """The report as JSON-ready values. Values that are not finite are None."""
+        return self.stored() | {
             "out": str(self.out),
-            "first_perplexity": self.first_perplexity,
-            "last_perplexity": self.last_perplexity,
+            "first_perplexity": finite(self.first_perplexity),
+            "last_perplexity": finite(self.last_perplexity),
             "pushed": None if self.pushed is None else self.pushed.to_dict(),
         }
-        return {name: finite(value) for name, value in told.items()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: of the accelerator, or of this process when training on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

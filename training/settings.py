@@ -1,171 +1,240 @@
-"""How to train: every choice that `gda train` has, checked when it is made."""
+"""Options of `gda train`. Nothing heavy is imported here, so `--help` is fast."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-LEARNERS = ("new", "attention", "all", "lora")
-SCHEDULES = ("linear", "cosine", "wsd", "constant")
-PRECISIONS = ("auto", "float32", "bfloat16")
+from gda.common.options import Options, argument, flag, option
+
+DATA, LEARNING, STEPS = "Data", "What learns", "Steps and rates"
+LAMBDA, TEACHER, LOG = "λ", "Teacher", "Log, measurements and checkpoints"
+OUTPUT, HUB = "Output", "Hub"
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """What a training run does, but for its places.
+class TrainSettings(Options):
+    """What a training run does: the options that training.json keeps, and that a resumed run must share.
 
-    Attributes:
-        data: Files of text (`.txt` or any other), rows (`.jsonl`, `.parquet`), or datasets of the Hub,
-            NAME[:CONFIG[:SPLIT]].
-        eval_data: The same, to measure the loss on; none by default.
-        text_field: The field of a row that holds its text.
-        streaming: Read the data while training, instead of cutting all of it into windows first.
-        context: Tokens a window; by default 512, or what the model was made for if that is less.
-        train: What learns: `new`, what trainable.json of the model calls new; `attention`, the attention layers; `all`;
-            `lora`, low-rank updates of the attention's projections, with λ and the norm of heads beside them.
-        lora_rank: Of these updates.
-        steps: Optimizer steps; by default `epochs` times through the data.
-        epochs: How often the data is read, if `steps` does not say.
-        batch_size: Windows in a forward pass of one process.
-        accumulation: Forward passes in a step.
-        learning_rate: The largest.
-        lambda_learning_rate: That of what λ is made of; by default the same.
-        weight_decay: AdamW's. λ, norms and biases have none.
-        schedule: What the learning rates do after the warm-up: fall to 0 by a line or a cosine; stay, and fall at the
-            end (`wsd`); or stay.
-        warmup: Share of the steps in which they rise.
-        decay: Share of the steps in which they fall at the end; of `wsd` only.
-        precision: What matrices are multiplied in. `auto` is bfloat16 for a bfloat16 model on an accelerator that has
-            it, and where `accelerate launch` asks for it; else float32. Weights are float32 while they learn.
-        gradient_checkpointing: Compute activations again for the gradients, instead of keeping them.
-        lambda_target: Anneal λ from 0 over this value to what is learned; see `LambdaAnnealCallback`.
-        lambda_anneal_steps: The steps that takes.
-        teacher: A model whose predictions and, with `hidden_weight`, hidden states are learned: a folder, a Hub id or a
-            .gguf file; none by default.
-        distill_weight: Share of the teacher's predictions in the loss; the rest is the text's.
-        temperature: By which both predictions are softened.
-        hidden_weight: Weight of the hidden states' distance in the loss.
-        log_every: Steps between two entries of the log; by default a twentieth of the steps.
-        eval_every: Steps between two measurements on `eval_data`; by default a tenth of the steps.
-        save_every: Steps between two checkpoints; by default a tenth of the steps.
-        keep: Checkpoints that are kept while training goes on.
-        report_to: Where else the log goes: tensorboard, trackio, wandb.
-        seed: Of the order of the data, and of dropout and LoRA's start.
+    `data`, `eval_data` and `report_to` also take a single value, and paths become strings.
 
     Raises:
         ValueError: naming the option, the rule and the value.
     """
 
-    data: tuple[str, ...]
-    eval_data: tuple[str, ...] = ()
-    text_field: str = "text"
-    streaming: bool = False
-    context: int | None = None
-    train: str = "all"
-    lora_rank: int = 16
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    lambda_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 0.02
-    decay: float = 0.2
-    precision: str = "auto"
-    gradient_checkpointing: bool = False
-    lambda_target: float | None = None
-    lambda_anneal_steps: int | None = None
-    teacher: str | None = None
-    distill_weight: float = 0.5
-    temperature: float = 1.0
-    hidden_weight: float = 0.0
-    log_every: int | None = None
-    eval_every: int | None = None
-    save_every: int | None = None
-    keep: int = 1
-    report_to: tuple[str, ...] = ()
-    seed: int = 0
+    data: tuple[str, ...] = option(
+        (),
+        "Text to train on: a text, .jsonl, .json, .csv or .parquet file, a folder of them, or NAME[:CONFIG[:SPLIT]] on "
+        "the Hub. May be repeated.",
+        panel=DATA,
+        metavar="FILE|DATASET",
+    )
+    eval_data: tuple[str, ...] = option(
+        (),
+        "Text to measure the loss on before, during and after training. May be repeated. Default: no measurement.",
+        panel=DATA,
+        metavar="FILE|DATASET",
+    )
+    text_field: str = option("text", "Field of a row that holds its text.", panel=DATA)
+    streaming: bool = option(
+        False, "Read the data while training instead of tokenizing it first. Needs --steps.", panel=DATA
+    )
+    context: int | None = option(
+        None,
+        "Tokens per sequence. Default: 512, or the model's max_position_embeddings if that is smaller.",
+        panel=DATA,
+        minimum=2,
+    )
+
+    train: Literal["new", "attention", "all", "lora"] = option(
+        "all",
+        "Parameters to train. new: those that trainable.json of MODEL calls new, the others keep every bit; attention: "
+        "the attention layers; all: everything; lora: low-rank updates of the attention's projections, with λ and the "
+        "head norms in full.",
+        panel=LEARNING,
+    )
+    lora_rank: int = option(16, "Rank of the updates of --train lora.", panel=LEARNING, minimum=1)
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "Data type of matrix products. auto: bfloat16 for a bfloat16 model on a GPU that supports it, or if "
+        "`accelerate launch` asks for it; otherwise float32. Weights are float32 while they are trained.",
+        panel=LEARNING,
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: slower, but with less memory.", panel=LEARNING
+    )
+
+    steps: int | None = option(
+        None, "Optimizer steps. Default: as many as --epochs passes over the data take.", panel=STEPS, minimum=1
+    )
+    epochs: float = option(1.0, "Passes over the data, if --steps is not given.", panel=STEPS, above=0)
+    batch_size: int = option(8, "Sequences per forward pass and process.", panel=STEPS, minimum=1)
+    accumulation: int = option(1, "Forward passes per optimizer step.", panel=STEPS, minimum=1)
+    learning_rate: float = option(1e-4, "Peak learning rate.", panel=STEPS, above=0)
+    weight_decay: float = option(
+        0.0, "Weight decay of AdamW. λ, norms and biases are not decayed.", panel=STEPS, minimum=0
+    )
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = option(
+        "cosine",
+        "Learning rate after the warmup. linear and cosine fall to 0; wsd stays and falls at the end; constant stays.",
+        panel=STEPS,
+    )
+    warmup: float = option(0.02, "Warmup as a fraction of the steps.", panel=STEPS, minimum=0, maximum=1)
+    decay: float = option(
+        0.2, "Final decay of --schedule wsd as a fraction of the steps.", panel=STEPS, minimum=0, maximum=1
+    )
+    seed: int = option(
+        0, "Seed of the data order, dropout and LoRA's initialization.", panel=STEPS, minimum=0, maximum=2**32 - 1
+    )
+
+    lambda_learning_rate: float | None = option(
+        None, "Peak learning rate of the λ parameters. Default: --learning-rate.", panel=LAMBDA, above=0
+    )
+    lambda_target: float | None = option(
+        None, "Anneal λ from 0 through this value to the learned λ. Default: no annealing.", panel=LAMBDA
+    )
+    lambda_anneal_steps: int | None = option(
+        None, "Steps of the annealing. Needed with --lambda-target.", panel=LAMBDA, minimum=1
+    )
+
+    teacher: str | None = option(
+        None,
+        "Model whose predictions are distilled: a folder, a Hub id or a .gguf file. Default: no distillation.",
+        panel=TEACHER,
+    )
+    distill_weight: float = option(
+        0.5,
+        "Weight of the teacher's predictions in the loss. The text has the rest.",
+        panel=TEACHER,
+        minimum=0,
+        maximum=1,
+    )
+    temperature: float = option(1.0, "Temperature of both models' predictions.", panel=TEACHER, above=0)
+    hidden_weight: float = option(
+        0.0, "Weight of the distance between both models' hidden states.", panel=TEACHER, minimum=0
+    )
+
+    log_every: int | None = option(
+        None, "Steps between log entries. Default: a twentieth of all steps.", panel=LOG, minimum=1
+    )
+    eval_every: int | None = option(
+        None, "Steps between measurements on --eval-data. Default: a tenth of all steps.", panel=LOG, minimum=1
+    )
+    save_every: int | None = option(
+        None, "Steps between checkpoints. Default: a tenth of all steps.", panel=LOG, minimum=1
+    )
+    keep: int = option(1, "Checkpoints to keep during training.", panel=LOG, minimum=1)
+    report_to: tuple[str, ...] = option(
+        (), "Log to tensorboard, trackio or wandb as well. May be repeated. Default: only to OUT.", panel=LOG
+    )
 
     def __post_init__(self) -> None:
+        for name in ("data", "eval_data", "report_to"):
+            object.__setattr__(self, name, _as_names(getattr(self, name)))
+        object.__setattr__(self, "teacher", None if self.teacher is None else str(self.teacher))
+        super().__post_init__()
         if not self.data:
-            raise ValueError("--data is missing; name a file of text or a dataset")
+            raise ValueError("--data is missing; name a text file or a dataset")
         for name in ("data", "eval_data"):
             if "" in getattr(self, name):
-                raise ValueError(f"{option(name)} is empty; name a file of text or a dataset")
-        self._check_choices()
-        self._check_numbers()
-        self._check_together()
+                raise ValueError(f"{flag(name)} is empty; name a text file or a dataset")
+        self._check_combinations()
+        self._refuse_unused()
 
-    def _check_choices(self) -> None:
-        choices = (("train", LEARNERS), ("schedule", SCHEDULES), ("precision", PRECISIONS))
-        for name, allowed in choices:
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"--{name} {value} is none of {', '.join(allowed)}")
-
-    def _check_numbers(self) -> None:
-        counts = {"context": 2} | dict.fromkeys(
-            (
-                *("lora_rank", "steps", "batch_size", "accumulation", "lambda_anneal_steps"),
-                *("log_every", "eval_every", "save_every", "keep"),
-            ),
-            1,
-        )
-        for name, least in counts.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{option(name)} {value} is below {least}")
-        for name in ("epochs", "learning_rate", "lambda_learning_rate", "temperature"):
-            if (value := getattr(self, name)) is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{option(name)} {value} is no positive number")
-        for name in ("weight_decay", "hidden_weight"):
-            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
-                raise ValueError(f"{option(name)} {value} is no number from 0 upwards")
-        for name in ("warmup", "decay", "distill_weight"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{option(name)} {value} is no share from 0 to 1")
-        if self.lambda_target is not None and not math.isfinite(self.lambda_target):
-            raise ValueError(f"--lambda-target {self.lambda_target} is no number")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed} is not from 0 to {2**32 - 1}")
-
-    def _check_together(self) -> None:
+    def _check_combinations(self) -> None:
         if self.streaming and self.steps is None:
-            raise ValueError("--streaming needs --steps, since nobody knows how long the data is")
+            raise ValueError("--streaming needs --steps, because the length of a stream is unknown")
         if (self.lambda_target is None) != (self.lambda_anneal_steps is None):
             raise ValueError("--lambda-target and --lambda-anneal-steps go together; one of them is missing")
+        if self.lambda_target is not None and not math.isfinite(self.lambda_target):
+            raise ValueError(f"--lambda-target {self.lambda_target} is not a finite number")
         if self.steps is not None and self.lambda_anneal_steps is not None and self.lambda_anneal_steps > self.steps:
             raise ValueError(
                 f"--lambda-anneal-steps {self.lambda_anneal_steps} is above --steps {self.steps}: "
-                "λ would not be its own at the end"
+                "annealing would not end"
             )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} are more than all steps together")
-        self._refuse_without_effect()
+            raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} add up to more than all steps")
 
-    def _refuse_without_effect(self) -> None:
-        usual = {each.name: each.default for each in fields(self)}
-        of_teacher = (self.teacher is not None, "a --teacher to learn from")
-        needs = dict.fromkeys(("distill_weight", "temperature", "hidden_weight"), of_teacher) | {
+    def _refuse_unused(self) -> None:
+        """Refuse options that have no effect without another one."""
+        with_teacher = (self.teacher is not None, "--teacher")
+        needs = dict.fromkeys(("distill_weight", "temperature", "hidden_weight"), with_teacher) | {
             "lora_rank": (self.train == "lora", "--train lora"),
             "decay": (self.schedule == "wsd", "--schedule wsd"),
-            "eval_every": (bool(self.eval_data), "--eval-data, on which to measure"),
-            "epochs": (self.steps is None, "no --steps beside it, which say how long to train, too"),
+            "eval_every": (bool(self.eval_data), "--eval-data"),
         }
-        for name, (is_there, needed) in needs.items():
-            if not is_there and (value := getattr(self, name)) != usual[name]:
-                raise ValueError(f"{option(name)} {value} needs {needed}")
+        defaults = {each.name: each.default for each in fields(self)}
+        for name, (is_given, needed) in needs.items():
+            if not is_given and (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"{flag(name)} {value} has no effect without {needed}")
+        if self.steps is not None and self.epochs != defaults["epochs"]:
+            raise ValueError(f"--epochs {self.epochs} and --steps {self.steps} both set the length; pass one of them")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return asdict(self)
 
-    def differing(self, other: Mapping[str, Any]) -> str | None:
-        """The first setting whose value is another in `other`, which came through JSON; None if all are the same."""
+    def first_difference(self, other: Mapping[str, Any]) -> str | None:
+        """The first setting that has another value in `other`, which was read from JSON; None if all are equal."""
         here = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
         return next((name for name in here if here[name] != other.get(name)), None)
 
 
-def option(name: str) -> str:
-    """How the command line spells a setting."""
-    return f"--{name.replace('_', '-')}"
+def _as_names(given: Any) -> tuple[str, ...]:
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given or ()))
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """Where a training run reads and writes, and what becomes of its result."""
+
+    plot: bool = option(False, "Draw the log as OUT/training.html.", panel=LOG)
+    resume: bool = option(False, "Continue from the last checkpoint of a run that did not finish.", panel=OUTPUT)
+    overwrite: bool = option(False, "Replace OUT, and a run that did not finish, if they exist.", panel=OUTPUT)
+    bundle_code: bool = option(
+        True,
+        "Save the model's code beside the weights: they load with trust_remote_code where gda is not installed.",
+        panel=OUTPUT,
+    )
+    dry_run: bool = option(False, "Check everything and count tokens and steps, but write nothing.", panel=OUTPUT)
+    push_to_hub: str | None = option(
+        None, "Push OUT to this repository. Default: nothing is pushed.", panel=HUB, metavar="REPO"
+    )
+    private: bool | None = option(
+        None,
+        "The repository must be private or public. Default: the owner's setting for new repositories.",
+        panel=HUB,
+        flag="--private/--public",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub. Default: main.", panel=HUB)
+
+
+@dataclass(frozen=True)
+class TrainOptions(TrainSettings, RunOptions):
+    """Options of `gda train`."""
+
+    model: str | Path = argument(
+        "GDA language model with its tokenizer: a folder, a checkpoint of an earlier run or a Hub id."
+    )
+    out: str | Path | None = argument("Folder to create. Omit it with --plot to draw the log of MODEL.", default=None)
+
+    def __post_init__(self) -> None:
+        if self.only_plots:
+            return
+        if self.out is None:
+            raise ValueError("OUT is missing; name the folder to create")
+        super().__post_init__()
+        if self.private is not None and self.push_to_hub is None:
+            raise ValueError("--private and --public have no effect without --push-to-hub")
+
+    @property
+    def only_plots(self) -> bool:
+        """Whether nothing is trained, but the log of an earlier run is drawn."""
+        return self.out is None and self.plot and not self.data
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The options that training.json keeps."""
+        return TrainSettings(**{each.name: getattr(self, each.name) for each in fields(TrainSettings)})

@@ -1,414 +1,287 @@
-"""Training a GDA model on text with transformers' Trainer, so that it can be stopped, killed and taken up again."""
+"""`gda.train`: train a GDA model on text with the Trainer of transformers, in runs that can be stopped and resumed."""
 
 import contextlib
-import errno
-import re
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from gda._version import __version__
-from gda.common.errors import CheckFailed, first_line
-from gda.common.files import check_places, partial_of, refuse_existing
-from gda.common.numbers import finite
-from gda.common.screen import quiet_transformers
-from gda.conversion.push import PushReport, push
-from gda.conversion.sources.hub import check_name, require_token
+from gda.common.files import check_places, refuse_existing
+from gda.common.options import takes
+from gda.common.screen import quiet_transformers, shows_progress
+from gda.conversion.push import PushReport, check_push, push_result
+from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
-from gda.modeling_gda.modeling_gda import GDAForCausalLM
-from gda.training.callbacks.guards import Interrupts, NotFinite, Shown, Stops, Watched, WholeCheckpoints, peak_memory
+from gda.conversion.sources.readers import read_gda_config
+from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
+from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
 from gda.training.data.sequences import collate
-from gda.training.parameters import is_adapted, merged, merged_state
-from gda.training.plan import Plan, arguments_of, context_of, make_plan, steps_of_a_pass
-from gda.training.report import TrainReport
-from gda.training.runs.model_folder import model_stamps, read_config, save
-from gda.training.runs.processes import Processes
-from gda.training.runs.resuming import Resumed, require_state
-from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, Identity, RunFolder, begun_run, stamps, step_of
-from gda.training.settings import TrainSettings
-from gda.training.trainer import GDATrainer
+from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
+from gda.training.report import TrainReport, peak_memory
+from gda.training.runs.checkpoints import require_trainer_state, step_of
+from gda.training.runs.failures import explained, missing_space
+from gda.training.runs.model_folder import model_stamps, save
+from gda.training.runs.processes import Processes, reported_elsewhere
+from gda.training.runs.run_folder import (
+    DATA_FOLDER,
+    LOG_FILE,
+    RunFolder,
+    RunIdentity,
+    RunState,
+    stamps,
+    unfinished_run,
+)
+from gda.training.runs.run_trainer import RunTrainer
+from gda.training.settings import TrainOptions, TrainSettings
 
-# What torch and safetensors say when the disk is full, or a quota: they raise no OSError.
-NOT_WRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write failed|I/O error|os error (27|28|122)")
 
+@takes(TrainOptions)
+def train(options: TrainOptions, *, console: Console | None = None) -> TrainReport:
+    """Train a GDA language model on text with the Trainer of transformers.
 
-def train(
-    model: str | Path,
-    out: str | Path,
-    *,
-    data: str | Path | Sequence[str | Path],
-    revision: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    bundle_code: bool = True,
-    plot: bool = False,
-    push_to_hub: str | None = None,
-    private: bool | None = None,
-    dry_run: bool = False,
-    console: Console | None = None,
-    **options: Any,
-) -> TrainReport:
-    """Train a GDA language model to predict text, by transformers' Trainer.
+    Weights are trained in float32 and saved in the data types that they have in `model`; λ is always float32. A model
+    in masked growth is faded in over the steps (`FadeCallback`), and nothing is masked in `out`.
 
-    Weights are float32 while they learn, whatever their dtype in `model`, which they have again in `out`; λ is float32
-    in both. If masked growth is under way in `model` its mask rises to 1 over the steps (`GrowthMaskCallback`), and in
-    `out` nothing is masked any more.
+    Until it is finished, the run lives in ``.OUT.partial`` with its checkpoints, which are model folders too. Ctrl-C or
+    SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt; a second one stops at once. `resume`
+    continues from the last complete checkpoint and ends in the weights of an uninterrupted run.
 
-    Until it is done the run lives in ``.OUT.partial``, where its checkpoints are. Ctrl-C, or SIGTERM, lets it finish
-    the step, write a checkpoint and raise KeyboardInterrupt; a second one stops it at once. `resume` goes on from the
-    last whole checkpoint, and ends in the weights of an unbroken run. A checkpoint is a model folder as well.
+    `out` appears only when it is complete. It holds the model, its tokenizer, generation config, licences, code and
+    trainable.json (if `model` has one), training.json (settings and report) and training_log.jsonl.
 
-    `out` appears only when it is whole. It holds model, tokenizer, generation config, licences, the code of the model,
-    the trainable.json of `model` if there is one, training.json (settings and report), and training_log.jsonl.
-
-    Under `accelerate launch` or torchrun each process calls this. The main one writes; all return the report.
+    With `accelerate launch` or torchrun, every process calls this function. The main one writes; all return the report.
 
     Args:
-        model: A folder with a GDA language model and its tokenizer, a checkpoint of an earlier run, or a Hub id.
-        out: The folder to make.
-        data: What to train on; see `TrainSettings`.
-        revision: Branch, tag or commit, for a Hub id.
-        resume: Go on with the run to `out` that was interrupted, killed or failed. Settings, data and model must be
-            the same. If there is none, begin.
-        overwrite: Replace `out` if it exists, and without `resume` a run to it that did not end.
-        bundle_code: Put the code of the model beside the weights.
-        plot: Draw `out`/training.html of the log.
-        push_to_hub: A repository to push `out` to when it is there.
-        private: Whether that repository is private if it is made.
-        dry_run: Check everything, count tokens and steps, write nothing.
-        console: Where progress is shown; nowhere if None or no terminal.
-        **options: The fields of `TrainSettings`.
+        console: Where progress is shown; nowhere if it is None or not a terminal.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
-        CheckFailed: if a loss, a gradient or a weight is not finite. The last checkpoint stays, and is named.
-        KeyboardInterrupt: if the run was stopped.
+        FileNotFoundError, FileExistsError, ValueError, ImportError, OSError: for bad input, in one line that names the
+            remedy.
+        CheckFailed: if a loss, a gradient or a parameter is not finite. The last checkpoint is kept and named.
+        KeyboardInterrupt: if the run was interrupted.
     """
-    settings = TrainSettings(data=_names(data), **{name: _plain(name, value) for name, value in options.items()})
-    out = Path(out)
-    if private is not None and push_to_hub is None:
-        raise ValueError("--private and --public are about the repository of --push-to-hub, which is not given")
-    if push_to_hub is not None:
-        check_name(push_to_hub)
+    if options.out is None:
+        raise ValueError("OUT is missing; name the folder to create")
+    out = Path(options.out)
+    check_push(options.push_to_hub, options.private)
     processes = Processes()
     with quiet_transformers():
-        source = processes.together(lambda: _source(model, out, revision, settings, overwrite))
-        if dry_run:
-            return _rehearse(source, out, settings, processes, console)
-        if push_to_hub is not None:
-            processes.on_main(lambda: require_token(push_to_hub))
-        report = _run(
-            source,
-            out,
-            settings,
-            processes,
-            resume=resume,
-            overwrite=overwrite,
-            bundle_code=bundle_code,
-            console=console,
-        )
-        if plot:
-            processes.on_main(lambda: _draw(out))
-        if push_to_hub is not None:
-            pushed = processes.on_main(lambda: _push(out, push_to_hub, private, bundle_code, console))
-            report = replace(report, pushed=pushed)
+        source = processes.together(lambda: _check_inputs(options, out))
+        if options.dry_run:
+            return _dry_run(options.settings, source, out, processes, console)
+        if (repo := options.push_to_hub) is not None:
+            processes.on_main(lambda: require_token(repo))
+        report = _run(options, source, out, processes, console)
+        if options.plot:
+            processes.on_main(lambda: _plot(out))
+        if repo is not None:
+            report = replace(report, pushed=processes.on_main(lambda: _push(options, repo, out, console)))
     return report
 
 
-def _names(given: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
-    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given or ()))
-
-
-def _plain(option: str, value: Any) -> Any:
-    """The value as settings hold it: no path, no list, no None for nothing."""
-    if option in ("eval_data", "report_to"):
-        return _names(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def _source(model: str | Path, out: Path, revision: str | None, settings: TrainSettings, overwrite: bool) -> Path:
-    """The local folder of the model; everything is refused that can be before much is read."""
+def _check_inputs(options: TrainOptions, out: Path) -> Path:
+    """Refuse bad input before anything large is read; return the local folder of the model."""
+    model = options.model
     check_places(model, out)
-    for place in (*settings.data, *settings.eval_data):
+    for place in (*options.data, *options.eval_data):
         check_places(place, out)
-    refuse_existing(out, overwrite)
-    if revision is not None and Path(model).exists():
-        raise ValueError(f"--revision is for a Hub id, and {model} is here")
-    for reporter in settings.report_to:
+    refuse_existing(out, options.overwrite)
+    if options.revision is not None and Path(model).exists():
+        raise ValueError(f"--revision is for a Hub id, but {model} is a local path")
+    for reporter in options.report_to:
         if reporter not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"--report-to {reporter!r} is no reporter; tensorboard, trackio and wandb are some")
+            raise ValueError(f"--report-to {reporter!r} is not a reporter; use tensorboard, trackio or wandb")
         if find_spec(reporter) is None:
-            raise ValueError(f"--report-to {reporter} needs that package; pip install {reporter}")
-    source = resolve_folder(model, revision)
-    read_config(source)
+            raise ImportError(f"--report-to {reporter} needs that package; pip install {reporter}")
+    source = resolve_folder(model, options.revision)
+    read_gda_config(source)
     return source
 
 
-def _rehearse(
-    source: Path, out: Path, settings: TrainSettings, processes: Processes, console: Console | None
+def _dry_run(
+    settings: TrainSettings, source: Path, out: Path, processes: Processes, console: Console | None
 ) -> TrainReport:
-    """What a run would be; the windows are cut in a folder that is removed again."""
+    """The report of what a run would do. The data is tokenized in a temporary folder."""
     with contextlib.ExitStack() as stack:
-        scratch = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="gda-train-")))
-        plan = processes.together(lambda: make_plan(source, settings, processes, Path(scratch), console))
-    passes, rest = 0, plan.steps
-    if plan.windows.count is not None:
-        passes, rest = divmod(plan.steps, steps_of_a_pass(settings, plan.windows.count, processes.count))
-    windows = passes * (plan.windows.count or 0) + rest * settings.batch_size * settings.accumulation * processes.count
+        made = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="gda-train-")))
+        scratch = Path(made)
+        processes.together(lambda: _require_shared(scratch, processes))
+        plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console))
+    epochs, steps = 0, plan.steps
+    if plan.sequences.count is not None:
+        epochs, steps = divmod(plan.steps, steps_per_epoch(settings, plan.sequences.count, processes.count))
+    per_step = settings.batch_size * settings.accumulation * processes.count
+    sequences = epochs * (plan.sequences.count or 0) + steps * per_step
     return TrainReport(
         out=out,
         steps=plan.steps,
-        tokens=windows * context_of(settings, plan.config),
-        data_tokens=plan.windows.tokens,
+        tokens=sequences * context_of(settings, plan.config),
+        data_tokens=plan.sequences.tokens,
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
         dry_run=True,
-        notes=[*plan.notes, *filter(None, (begun_run(out), _missing_space(out, plan)))],
+        notes=[*plan.notes, *filter(None, (unfinished_run(out), _missing_space(out, plan)))],
     )
+
+
+def _require_shared(folder: Path, processes: Processes) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"process {processes.index} does not see {folder}, which all machines must share")
+
+
+def _missing_space(out: Path, plan: Plan) -> str | None:
+    return missing_space(out, num_parameters=plan.num_parameters, num_trained=plan.num_trained, keep=plan.settings.keep)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
-def _run(
-    source: Path,
-    out: Path,
-    settings: TrainSettings,
-    processes: Processes,
-    *,
-    resume: bool,
-    overwrite: bool,
-    bundle_code: bool,
-    console: Console | None,
-) -> TrainReport:
-    local = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
-    identity = Identity(settings, model_stamps(source), _teacher_stamps(settings), stamps(local), processes.count)
-    with _folder(out, identity, source, processes, resume=resume, overwrite=overwrite) as run:
-        if run.report is not None:
-            report = TrainReport.read(run.report, out, run.path)
-        else:
-            plan = processes.together(lambda: make_plan(source, settings, processes, run.path / DATA_FOLDER, console))
-            processes.on_main(lambda: _require_space(out, plan))
-            trainer = _train(plan, run, source, processes, console)
-            report = _report(out, plan, trainer, run.checkpoint)
-            _write(trainer, plan, source, run.path, processes, bundle_code)
-        told = {name: finite(value) for name, value in vars(report).items() if name not in ("out", "pushed")}
-        made = {"model": source.name, "data": [file.name for file in local], "versions": _versions()}
-        processes.on_main(lambda: run.finish(made, told))
-    return report
+def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, console: Console | None) -> TrainReport:
+    """Train in ``.OUT.partial``, which becomes OUT; on an error, say what is left of the run."""
+    settings = options.settings
+    data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
+    identity = RunIdentity(settings, model_stamps(source), _teacher_stamps(settings), stamps(data), processes.count)
+    folder: RunFolder | None = None  # in the main process
 
+    def open_folder() -> RunState:
+        nonlocal folder
+        folder = RunFolder(out, identity, source, resume=options.resume, overwrite=options.overwrite)
+        return folder.state
 
-def _teacher_stamps(settings: TrainSettings) -> list[list[Any]]:
-    teacher = Path(settings.teacher or "")
-    return stamps([teacher]) if teacher.is_file() else model_stamps(teacher) if settings.teacher else []
+    def finish() -> None:
+        assert folder is not None
+        folder.finish({"model": source.name, "data": [file.name for file in data], "versions": _versions()}, report)
+
+    state = processes.on_main(open_folder)
+    try:
+        with processes.ended_by_another():
+            processes.together(lambda: _require_shared(state.path, processes))
+            if state.report is not None:
+                report = TrainReport.from_dict(state.report, out, state.path)
+            else:
+                report = _train(options, state, source, out, processes, console)
+            processes.on_main(finish)
+            return report
+    except BaseException as error:
+        last = folder.close() if folder is not None else None
+        if (explanation := explained(error, last, state.path, settings)) is None:
+            raise
+        if isinstance(error, NotFiniteError) and not processes.is_main:
+            reported_elsewhere(explanation)
+        raise explanation from None
 
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-@dataclass
-class _Place:
-    """The run's folder as every process knows it; only the main one may change it."""
-
-    path: Path
-    checkpoint: Path | None
-    report: dict[str, Any] | None
-    folder: RunFolder | None
-
-    def finish(self, made: dict[str, Any], report: dict[str, Any]) -> None:
-        assert self.folder is not None  # in the main process
-        self.folder.finish(made, report)
-
-
-@contextlib.contextmanager
-def _folder(
-    out: Path, identity: Identity, source: Path, processes: Processes, *, resume: bool, overwrite: bool
-) -> Iterator[_Place]:
-    """The folder of the run; and what is to be said of it where the run fails."""
-    folder: RunFolder | None = None
-
-    def begin() -> tuple[Path, Path | None, dict[str, Any] | None]:
-        nonlocal folder
-        folder = RunFolder(out, identity, source, resume=resume, overwrite=overwrite)
-        return folder.path, folder.checkpoint, folder.report
-
-    path, checkpoint, report = processes.on_main(begin)
-    try:
-        with processes.ended_by_another():
-            processes.together(lambda: _require_seen(path, processes))
-            yield _Place(path, checkpoint, report, folder)
-    except BaseException as error:
-        last = folder.leave() if folder is not None else None
-        if (said := _said(error, last, path, identity.settings)) is None:
-            raise
-        if isinstance(error, NotFinite) and not processes.is_main:
-            said.told_elsewhere = True  # type: ignore[attr-defined]
-        raise said from None
-
-
-def _require_seen(path: Path, processes: Processes) -> None:
-    if not path.is_dir():
-        raise FileNotFoundError(f"process {processes.index} does not see {path}; OUT must be where all machines see it")
-
-
-def _said(error: BaseException, last: Path | None, path: Path, settings: TrainSettings) -> Exception | None:
-    """The error to raise instead, which says what is left and what to do; None where it says that already."""
-    kept = "nothing was kept" if last is None else f"{last} holds step {step_of(last)}, the last good one"
-    if isinstance(error, NotFinite):
-        remedy = f"lower --learning-rate {settings.learning_rate:g}, or look into the model by `gda inspect`"
-        return CheckFailed(f"{error}: {kept}; {remedy}")
-    if isinstance(error, torch.OutOfMemoryError):
-        return ValueError(f"{first_line(error)}; lower --batch-size or --context, or pass --gradient-checkpointing")
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    if full or (isinstance(error, RuntimeError | SafetensorError) and NOT_WRITTEN.search(str(error))):
-        reason = error.strerror if full and isinstance(error, OSError) else first_line(error)
-        goes_on = "" if last is None else "; make room, and --resume goes on"
-        return OSError(f"{path} cannot be written: {reason}: {kept}{goes_on}")
-    return None
-
-
-def _require_space(out: Path, plan: Plan) -> None:
-    """Refuse to begin what a full disk would end."""
-    if (missing := _missing_space(out, plan)) is not None:
-        raise OSError(missing)
-
-
-def _missing_space(out: Path, plan: Plan) -> str | None:
-    """What there is not room for: an old and a new checkpoint, weights and AdamW's two moments each."""
-    needed = 4 * (plan.num_parameters + 2 * plan.num_trained) * (plan.settings.keep + 1)
-    place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
-    left_over = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
-    if (free := shutil.disk_usage(place).free + left_over) >= needed:
-        return None
-    return f"{place} has {free / 1e9:.1f} GB free, but checkpoints need {needed / 1e9:.1f} GB; make room"
-
-
-class _RunTrainer(Watched, Resumed, GDATrainer):
-    """Our Trainer, watched, and careful with what it goes on from; and what it has trained."""
-
-    def whole_model(self) -> GDAForCausalLM:
-        """The plain model that was trained, on the CPU in the main process; all processes must ask for it."""
-        model: Any = self.accelerator.unwrap_model(self.model_wrapped)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            whole: Any = merged(model)
-            return whole.cpu()
-        state = self.accelerator.get_state_dict(self.model_wrapped)  # in the main process alone
-        if is_adapted(model) and state:
-            state = merged_state(model, state)
-        with torch.device("meta"):
-            plain = GDAForCausalLM(model.config)
-        if state:
-            plain.load_state_dict(state, assign=True)
-        plain.tie_weights()
-        return plain
-
-
-def _train(plan: Plan, run: _Place, source: Path, processes: Processes, console: Console | None) -> _RunTrainer:
-    settings = plan.settings
-    if run.checkpoint is not None:
-        require_state(run.checkpoint)
-    shown = Shown(console if processes.is_main else None)
-    dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
-    callbacks: list[TrainerCallback] = [
-        WholeCheckpoints(run.path, source, dtypes, settings.keep, processes),
-        shown,
-        *plan.rising(),
-    ]
-    interrupts = Interrupts(console if processes.is_main else None)
-    trainer = _RunTrainer(
-        plan.learner,
-        arguments_of(plan, run.path, begins=run.checkpoint is None),
-        train_dataset=plan.windows.rows,
-        eval_dataset=None if plan.eval_windows is None else plan.eval_windows.rows,
-        data_collator=collate,
-        callbacks=callbacks,
-        lambda_learning_rate=settings.lambda_learning_rate,
-        distillation=plan.distillation,
-        layer_log=LayerLog(run.path / LOG_FILE if processes.is_main else None),
-        interrupts=interrupts,
-        processes=processes,
-    )
-    trainer.remove_callback(PrinterCallback)  # prints what is logged
-    stops = Stops(trainer)
-    trainer.add_callback(stops)
-    try:
-        with interrupts.watched(), contextlib.redirect_stdout(sys.stderr):
-            trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
-    finally:
-        shown.close()
-    if stops.interrupted:
-        raise KeyboardInterrupt
-    return trainer
-
-
-def _report(out: Path, plan: Plan, trainer: _RunTrainer, checkpoint: Path | None) -> TrainReport:
-    state: TrainerState = trainer.state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    measured = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    return TrainReport(
-        out=out,
-        steps=state.global_step,
-        tokens=int(state.num_input_tokens_seen),
-        data_tokens=plan.windows.tokens,
-        num_parameters=plan.num_parameters,
-        num_trained=plan.num_trained,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        first_eval_loss=measured[0] if measured else None,
-        last_eval_loss=measured[-1] if measured else None,
-        tokens_per_second=trainer.pace.tokens_per_second,
-        peak_memory=peak_memory(trainer.args.device),
-        resumed_from=None if checkpoint is None else step_of(checkpoint),
-        notes=plan.notes,
-    )
-
-
-def _write(
-    trainer: _RunTrainer, plan: Plan, source: Path, folder: Path, processes: Processes, bundle_code: bool
-) -> None:
-    """Write the model into the run's folder, beside its checkpoints."""
-    model = trainer.whole_model()
-
-    def write() -> None:
-        model.config.use_cache = plan.config.use_cache  # the Trainer switches it off
-        save(model, plan.dtypes, source, folder, bundle_code=bundle_code)
-
-    processes.on_main(write)
+def _teacher_stamps(settings: TrainSettings) -> list[list[Any]]:
+    if settings.teacher is None:
+        return []
+    teacher = Path(settings.teacher)
+    return stamps([teacher]) if teacher.is_file() else model_stamps(teacher)
 
 
 def _versions() -> dict[str, str]:
     return {"gda": __version__} | {name: version(name) for name in ("torch", "transformers", "accelerate")}
 
 
-# --------------------------------------------------------------------------------------------------------- afterwards
+def _train(
+    options: TrainOptions, state: RunState, source: Path, out: Path, processes: Processes, console: Console | None
+) -> TrainReport:
+    """Train the model and save it in the folder of the run, beside its checkpoints."""
+    settings, scratch = options.settings, state.path / DATA_FOLDER
+    plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console))
+
+    def require_space() -> None:
+        if (message := _missing_space(out, plan)) is not None:
+            raise OSError(message)
+
+    processes.on_main(require_space)
+    if state.checkpoint is not None:
+        require_trainer_state(state.checkpoint)
+    interrupts = InterruptHandler(console if processes.is_main else None)
+    stop = StopCallback(interrupts, processes)
+    trainer = _make_trainer(plan, state, source, processes, stop, shows_progress=shows_progress(console))
+    with interrupts.installed(), contextlib.redirect_stdout(sys.stderr):
+        trainer.train(resume_from_checkpoint=None if state.checkpoint is None else str(state.checkpoint))
+    if stop.interrupted:
+        raise KeyboardInterrupt
+    report = _report(plan, trainer, state, out)
+    model = trainer.whole_model()
+
+    def save_model() -> None:
+        model.config.use_cache = plan.config.use_cache  # the Trainer switches it off
+        save(model, plan.dtypes, source, state.path, bundle_code=options.bundle_code)
+
+    processes.on_main(save_model)
+    return report
 
 
-def _draw(out: Path) -> None:
+def _make_trainer(
+    plan: Plan,
+    state: RunState,
+    source: Path,
+    processes: Processes,
+    stop: StopCallback,
+    *,
+    shows_progress: bool,
+) -> RunTrainer:
+    settings = plan.settings
+    dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
+    checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes)
+    trainer = RunTrainer(
+        plan.learner,
+        training_arguments(plan, state.path, resumes=state.checkpoint is not None, shows_progress=shows_progress),
+        train_dataset=plan.sequences.rows,
+        eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
+        data_collator=collate,
+        callbacks=[checkpoints, *plan.fade_callbacks()],
+        lambda_learning_rate=settings.lambda_learning_rate,
+        distillation=plan.distillation,
+        layer_log=LayerLog(state.path / LOG_FILE if processes.is_main else None),
+        stop=stop,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _report(plan: Plan, trainer: RunTrainer, state: RunState, out: Path) -> TrainReport:
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    measured = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return TrainReport(
+        out=out,
+        steps=trainer.state.global_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        data_tokens=plan.sequences.tokens,
+        num_parameters=plan.num_parameters,
+        num_trained=plan.num_trained,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        first_eval_loss=measured[0] if measured else None,
+        last_eval_loss=measured[-1] if measured else None,
+        tokens_per_second=trainer.throughput.tokens_per_second,
+        peak_memory=peak_memory(trainer.args.device),
+        resumed_from=None if state.checkpoint is None else step_of(state.checkpoint),
+        notes=plan.notes,
+    )
+
+
+def _plot(out: Path) -> None:
     from gda.training.plot import plot
 
     plot(out)
 
 
-def _push(out: Path, repo: str, private: bool | None, bundle_code: bool, console: Console | None) -> PushReport:
-    try:
-        return push(out, repo, private=private, bundle_code=bundle_code, console=console)
-    except (ConnectionError, PermissionError, ValueError) as error:
-        raise type(error)(f"{error}; {out} is whole: `gda push {out} {repo}` goes on") from None
+def _push(options: TrainOptions, repo: str, out: Path, console: Console | None) -> PushReport:
+    return push_result(out, repo, private=options.private, bundle_code=options.bundle_code, console=console)

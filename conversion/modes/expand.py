@@ -39,7 +39,7 @@ NOISE_QUERY_JITTER = 0.05
 LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
 
 
-def expand(source: Source, options: NewHeadOptions) -> Conversion:
+def plan(source: Source, options: NewHeadOptions) -> Conversion:
     """Add noise heads to a Llama, Mistral or Qwen.
 
     Raises:

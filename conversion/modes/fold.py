@@ -14,7 +14,7 @@ from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, cop
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
-def fold(source: Source, options: WriteOptions) -> Conversion:
+def plan(source: Source, options: WriteOptions) -> Conversion:
     """Multiply the factored projections of a GDA model out.
 
     Raises:

@@ -53,10 +53,14 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
             f"--qk-rank: a {source.config.model_type} model cannot be run to compare it with the result; "
             "convert it first, and then its GDA folder with --qk-rank"
         )
+    config = copy.deepcopy(dense.config)
+    config.qk_rank = rank
     with errors_named(source):
-        config = factored_config(dense.config, rank)
+        config.validate_architecture()
     recipes = factored_recipes(config, dense.recipes)
-    exact = is_exact(config, recipes, source.specs)
+    factors = [recipe for name, recipe in recipes.items() if name not in dense.recipes]
+    wide = all(recipe.spec.dtype.itemsize >= 4 for recipe in factors)
+    exact = rank == full_rank(config) and wide and is_lossless(recipes, source.specs)
     what = "queries and keys" if "k" in config.factored_projections else "queries"
     notes = list(dense.notes)
     if rank < full_rank(config):
@@ -82,18 +86,6 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
     )
 
 
-def factored_config(dense: GDAConfig, rank: int) -> GDAConfig:
-    """The configuration of `dense` with factored projections.
-
-    Raises:
-        ValueError: for an impossible rank.
-    """
-    config = copy.deepcopy(dense)
-    config.qk_rank = rank
-    config.validate_architecture()
-    return config
-
-
 def dense_config(config: GDAConfig) -> GDAConfig:
     """The configuration of the same model with dense projections."""
     dense = copy.deepcopy(config)
@@ -103,7 +95,20 @@ def dense_config(config: GDAConfig) -> GDAConfig:
 
 def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, Recipe]:
     """The recipes of the factored checkpoint, given those of the dense one."""
-    factorizer = _Factorizer(config)
+    last: dict[str, dict[str, Tensor]] = {}  # the three factors of a weight are written one after the other
+
+    def make(part: str, name: str, roles: int, *tensors: Tensor) -> Tensor:
+        factors = last.get(name)
+        if factors is None:
+            weight = dense[name].make(*tensors)
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{name} holds NaN or infinity and cannot be factorized; does the source?")
+            assert config.qk_rank is not None  # else there would be no such tensor
+            factors = factor(weight, roles=roles, head_dim=config.head_dim, rank=config.qk_rank)
+            last.clear()
+            last[name] = factors
+        return factors[part]
+
     recipes = {}
     for name, spec in checkpoint_specs(config).items():
         module, _, parameter = name.rpartition(".")
@@ -112,29 +117,19 @@ def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, R
             recipes[name] = dense[name]
             continue
         dense_name = f"{module.removesuffix(part)}proj.{parameter}"
-        made = dense[dense_name]
+        whole = dense[dense_name]
         if parameter == "bias":
-            recipes[name] = made
+            recipes[name] = whole
             continue
-        make = partial(factorizer.part, name=dense_name, dense=made, roles=config.factored_projections[projection])
-        how = f"{part} of {dense_name}, rank {config.qk_rank}, {ROUNDS} rounds; that one: {made.how}"
-        recipes[name] = Recipe(TensorSpec(spec.shape, made.spec.dtype), made.sources, partial(make, part), how)
+        how = f"{part} of {dense_name}, rank {config.qk_rank}, {ROUNDS} rounds; that one: {whole.how}"
+        made = partial(make, part, dense_name, config.factored_projections[projection])
+        recipes[name] = Recipe(TensorSpec(spec.shape, whole.spec.dtype), whole.sources, made, how)
     return recipes
-
-
-def is_exact(config: GDAConfig, recipes: dict[str, Recipe], source: dict[str, TensorSpec]) -> bool:
-    """Whether the factored model computes what the dense one does: full rank, and nothing rounded below float32."""
-    wide = all(recipe.spec.dtype.itemsize >= 4 for name, recipe in recipes.items() if _is_factor(name, config))
-    return config.qk_rank == full_rank(config) and wide and is_lossless(recipes, source)
 
 
 def full_rank(config: GDAConfig) -> int:
     """The rank at which updates can hold any weight."""
     return min(config.head_dim, config.hidden_size)
-
-
-def _is_factor(name: str, config: GDAConfig) -> bool:
-    return any(f".{projection}_{part}." in name for projection in config.factored_projections for part in PARTS)
 
 
 def factor(weight: Tensor, *, roles: int, head_dim: int, rank: int, rounds: int = ROUNDS) -> dict[str, Tensor]:
@@ -192,26 +187,6 @@ def folded(base: Tensor, down: Tensor, up: Tensor, *, roles: int, head_dim: int)
     downs = down.double().unflatten(0, (-1, roles, up.shape[1]))  # (groups, roles, R, hidden)
     bases = base.double().unflatten(0, (-1, 1, head_dim))  # (groups, 1, d, hidden)
     return (bases + ups @ downs).flatten(0, 2)
-
-
-class _Factorizer:
-    """Factorizes one weight at a time and keeps the last: its three tensors are written one after the other."""
-
-    def __init__(self, config: GDAConfig):
-        self._config = config
-        self._name = ""
-        self._factors: dict[str, Tensor] = {}
-
-    def part(self, part: str, *tensors: Tensor, name: str, dense: Recipe, roles: int) -> Tensor:
-        if self._name != name:
-            weight = dense.make(*tensors)
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"{name} holds NaN or infinity and cannot be factorized; does the source?")
-            rank = self._config.qk_rank
-            assert rank is not None  # else there would be no such tensor
-            self._factors = factor(weight, roles=roles, head_dim=self._config.head_dim, rank=rank)
-            self._name = name
-        return self._factors[part]
 
 
 def layer_errors(

@@ -14,7 +14,7 @@ from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, cop
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
-def map_tensors(source: Source, options: WriteOptions) -> Conversion:
+def plan(source: Source, options: WriteOptions) -> Conversion:
     """Keep every tensor of a differential model, under GDA's name and in GDA's order of rows.
 
     Raises:

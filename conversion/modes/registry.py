@@ -2,16 +2,12 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
-from gda.conversion.modes.expand import expand
-from gda.conversion.modes.fold import fold
-from gda.conversion.modes.grow import grow
-from gda.conversion.modes.map import map_tensors
-from gda.conversion.modes.split import split
 from gda.conversion.options import ConvertOptions, FoldOptions, GrowOptions, WriteOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.writing.provenance import Settings
@@ -21,15 +17,16 @@ from gda.conversion.writing.provenance import Settings
 class Mode:
     """A way to make a GDA model of a source.
 
+    The function `plan(source, options)` of the file modes/NAME.py checks the options against the source and returns the
+    conversion.
+
     Attributes:
-        plan: Checks the options against the source and returns the conversion.
         options: The options of its command.
         sources: The model types that it converts.
         needs: Tells the user of another type what the mode needs.
         repeatable: Whether its tensors have the same bits on any machine.
     """
 
-    plan: Callable[[Source, Any], Conversion]
     options: Callable[..., WriteOptions]
     sources: Collection[str]
     needs: str
@@ -42,11 +39,11 @@ NO_NOISE_HEADS = "needs a model without noise heads; use --mode map or omit --mo
 NOISE_HEADS = "needs a model with noise heads; use --mode expand or split, or omit --mode"
 
 MODES = {
-    "expand": Mode(expand, ConvertOptions, LLAMALIKES, f"--mode expand {NO_NOISE_HEADS}"),
-    "split": Mode(split, ConvertOptions, LLAMALIKES, f"--mode split {NO_NOISE_HEADS}", repeatable=False),
-    "map": Mode(map_tensors, ConvertOptions, DIFFERENTIAL, f"--mode map {NOISE_HEADS}"),
-    "grow": Mode(grow, GrowOptions, (*LLAMALIKES, *DIFFERENTIAL), "it cannot grow"),
-    "fold": Mode(fold, FoldOptions, ("gda",), "only a GDA model with qk_rank can be folded", repeatable=False),
+    "expand": Mode(ConvertOptions, LLAMALIKES, f"--mode expand {NO_NOISE_HEADS}"),
+    "split": Mode(ConvertOptions, LLAMALIKES, f"--mode split {NO_NOISE_HEADS}", repeatable=False),
+    "map": Mode(ConvertOptions, DIFFERENTIAL, f"--mode map {NOISE_HEADS}"),
+    "grow": Mode(GrowOptions, (*LLAMALIKES, *DIFFERENTIAL), "it cannot grow"),
+    "fold": Mode(FoldOptions, ("gda",), "only a GDA model with qk_rank can be folded", repeatable=False),
 }
 
 
@@ -64,7 +61,9 @@ def plan(name: str, source: Source, options: WriteOptions) -> Conversion:
     mode, kind = MODES[name], source.config.model_type
     if kind not in mode.sources:
         raise ValueError(f"{source.name} is a {kind!r} model: {mode.needs}")
-    return mode.plan(source, options)
+    # Imported here, so that a conversion loads no other mode: split and growth are large.
+    conversion: Conversion = import_module(f"gda.conversion.modes.{name}").plan(source, options)
+    return conversion
 
 
 def plan_again(source: Source, settings: Settings) -> Conversion:
@@ -74,7 +73,7 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
         ValueError: for settings that are not those of a conversion of this source, or whose tensors depend on the
             machine.
     """
-    mode = MODES.get(settings.mode)
+    mode = MODES.get(str(settings.mode))
     if mode is None:
         raise ValueError(f"{PROVENANCE_FILE} names the unknown mode {settings.mode!r}")
     if not mode.repeatable or settings.qk_rank is not None:

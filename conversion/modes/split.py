@@ -18,7 +18,7 @@ from gda.conversion.tensors.recipes import DTYPES
 SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
 
 
-def split(source: Source, options: ConvertOptions) -> Conversion:
+def plan(source: Source, options: ConvertOptions) -> Conversion:
     """Divide the query heads of a source into signal and noise heads, and fit the result to the source.
 
     Raises:

@@ -37,7 +37,7 @@ def measure(
     states = list(model.embed(sequences).split(BATCH))
     for index in range(model.num_layers):
         layer = tensors(index)
-        with _recorded(model.layer(index).self_attn, layer["self_attn.o_proj.weight"]) as record:
+        with _RecordSubtraction(model.layer(index).self_attn, layer["self_attn.o_proj.weight"]) as record:
             states = [model.run(index, layer, each) for each in states]
         measured.lambda_.append(record.lambda_ / len(states))
         measured.subtracted.append(record.noise / max(record.difference, math.ulp(0)))
@@ -54,28 +54,27 @@ def perplexity(model: LayerwiseModel, sequences: torch.Tensor, states: torch.Ten
     )
 
 
-class _recorded:
-    """While it is entered, what an attention subtracts is weighed against what it gives."""
+class _RecordSubtraction:
+    """While entered, records λ and the energies of λ · noise and of the difference in an attention's output."""
 
     def __init__(self, attention: Any, output: torch.Tensor):
         self.attention, self.output = attention, output
         self.lambda_ = self.noise = self.difference = 0.0
 
-    def __enter__(self) -> "_recorded":
-        subtract = type(self.attention).subtract
-
-        def record(signal: torch.Tensor, noise: torch.Tensor, lambda_: torch.Tensor) -> torch.Tensor:
-            difference = subtract(signal, noise, lambda_)
-            self.lambda_ += lambda_.mean().item()
-            self.noise += self._energy(subtract(torch.zeros_like(signal), noise, lambda_))
-            self.difference += self._energy(difference)
-            return difference
-
-        self.attention.subtract = record
+    def __enter__(self) -> "_RecordSubtraction":
+        self.hook = self.attention.subtract.register_forward_hook(self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.attention.subtract
+        self.hook.remove()
+
+    def _record(
+        self, subtract: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], difference: torch.Tensor
+    ) -> None:
+        signal, noise, lambda_ = inputs
+        self.lambda_ += lambda_.mean().item()
+        self.noise += self._energy(subtract.forward(torch.zeros_like(signal), noise, lambda_))  # without this hook
+        self.difference += self._energy(difference)
 
     def _energy(self, heads: torch.Tensor) -> float:
         return (heads.flatten(2) @ self.output.T).square().mean().item()

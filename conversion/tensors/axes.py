@@ -5,52 +5,42 @@ import re
 
 from gda.configuration.configuration_gda import GDAConfig
 
-# The kind of feature that each axis counts, by the end of the tensor's name; None where growth changes nothing.
+# By module, the kind of feature that each axis of its weight counts; None where growth changes nothing. A bias counts
+# what the first axis counts.
 AXES: dict[str, tuple[str | None, ...]] = {
-    "embed_tokens.weight": (None, "hidden"),
-    "lm_head.weight": (None, "hidden"),
-    "model.norm.weight": ("hidden",),
-    "input_layernorm.weight": ("hidden",),
-    "post_attention_layernorm.weight": ("hidden",),
-    "q_proj.weight": ("query", "hidden"),
-    "q_proj.bias": ("query",),
-    "q_base.weight": ("query base", "hidden"),
-    "q_down.weight": ("query rank", "hidden"),
-    "q_up.weight": ("query", None),
-    "q_up.bias": ("query",),
-    "k_proj.weight": ("key", "hidden"),
-    "k_proj.bias": ("key",),
-    "k_base.weight": ("key base", "hidden"),
-    "k_down.weight": ("key rank", "hidden"),
-    "k_up.weight": ("key", None),
-    "k_up.bias": ("key",),
-    "v_proj.weight": ("key", "hidden"),
-    "v_proj.bias": ("key",),
-    "o_proj.weight": ("hidden", "output"),
-    "o_proj.bias": ("hidden",),
-    "q_norm.weight": (None,),
-    "k_norm.weight": (None,),
-    "subln.weight": (None,),
-    "lambda_q1": (None,),
-    "lambda_k1": (None,),
-    "lambda_q2": (None,),
-    "lambda_k2": (None,),
-    "lambda_proj.weight": ("signal", "hidden"),
-    "gate_proj.weight": ("neuron", "hidden"),
-    "gate_proj.bias": ("neuron",),
-    "up_proj.weight": ("neuron", "hidden"),
-    "up_proj.bias": ("neuron",),
-    "down_proj.weight": ("hidden", "neuron"),
-    "down_proj.bias": ("hidden",),
-    "act_fn.weight": (None,),
-    "act_fn.bias": (None,),
+    "embed_tokens": (None, "hidden"),
+    "lm_head": (None, "hidden"),
+    "norm": ("hidden",),
+    "input_layernorm": ("hidden",),
+    "post_attention_layernorm": ("hidden",),
+    "q_proj": ("query", "hidden"),
+    "q_base": ("query base", "hidden"),
+    "q_down": ("query rank", "hidden"),
+    "q_up": ("query", None),
+    "k_proj": ("key", "hidden"),
+    "k_base": ("key base", "hidden"),
+    "k_down": ("key rank", "hidden"),
+    "k_up": ("key", None),
+    "v_proj": ("key", "hidden"),
+    "o_proj": ("hidden", "output"),
+    "q_norm": (None,),
+    "k_norm": (None,),
+    "subln": (None,),
+    "self_attn": (None,),  # the vectors of λ
+    "lambda_proj": ("signal", "hidden"),
+    "gate_proj": ("neuron", "hidden"),
+    "up_proj": ("neuron", "hidden"),
+    "down_proj": ("hidden", "neuron"),
+    "act_fn": (None,),
 }
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
     """The kinds of features that the axes of the tensor `name` count."""
-    return next(axes for ending, axes in AXES.items() if name == ending or name.endswith("." + ending))
+    module, _, parameter = name.rpartition(".")
+    axes = AXES[module.rpartition(".")[2]]
+    return axes[:1] if parameter == "bias" else axes
 
 
 def reads(name: str, axis: int, config: GDAConfig) -> bool:

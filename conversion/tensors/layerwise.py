@@ -65,7 +65,7 @@ class LayerwiseModel:
         self._windows = layer_windows(self.config)
         for part in self.model.modules():
             if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
-                part.value = torch.tensor(getattr(config, part.field), device=self.device)
+                part.value = torch.tensor(config.fade, device=self.device)
 
     @property
     def num_layers(self) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 # The choices of --dtype; "keep" keeps the source's.

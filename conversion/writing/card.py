@@ -1,30 +1,32 @@
-"""The model card: what a model is, what it was made of, how far it was checked, how to load it."""
+"""The model card: what a model is, what it was made from, how it was verified and how to load it."""
 
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import UndefinedError
+from jinja2 import Template, UndefinedError
 
 from gda._version import __version__
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.writing.headmap import head_map
 
 CARD_FILE = "README.md"
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
+TEMPLATES = Path(__file__).parent / "templates"
+# One paragraph for each mode, mode_{name}.md.jinja.
+MODES = {path.name.split(".")[0].removeprefix("mode_"): path for path in TEMPLATES.glob("mode_*.md.jinja")}
 
 
 def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has_code: bool) -> str:
-    """A model card with metadata, as the text of a README.md.
+    """The text of a README.md with metadata.
 
     Args:
-        config: The model's.
-        name: What to call the model if it does not say what it was made of.
-        made: What its conversion.json holds; None if it has none.
-        has_code: Whether the model's code lies beside it.
+        config: Configuration of the model.
+        name: Name of the model, for one without conversion.json.
+        made: Content of conversion.json; None if there is none.
+        has_code: Whether the model's code is saved beside it.
 
     Raises:
-        ValueError: if `made` is not what a conversion writes.
+        ValueError: if `made` is not the content of a conversion.json of ours.
     """
     try:
         source = made["source"] if made is not None else {"name": name, "revision": None, "card_data": {}}
@@ -39,9 +41,10 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
         )
         card = ModelCard.from_template(
             data,
-            template_str=TEMPLATE.read_text(encoding="utf-8"),
+            template_str=(TEMPLATES / "model_card.md.jinja").read_text(encoding="utf-8"),
             title=source["name"].rsplit("/", 1)[-1].removesuffix(".gguf"),
             made=made,
+            how="" if made is None else _how_made(config, made),
             config=config,
             head_map=head_map(config),
             has_code=has_code,
@@ -49,5 +52,11 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
             version=__version__ if made is None else made["versions"]["gda"],
         )
     except (AttributeError, KeyError, TypeError, UndefinedError) as error:
-        raise ValueError(f"conversion.json is not one of a conversion ({error!r}); remove it") from None
+        raise ValueError(f"conversion.json does not describe a conversion ({error!r}); remove it") from None
     return str(card)
+
+
+def _how_made(config: GDAConfig, made: dict[str, Any]) -> str:
+    """The paragraph on the mode of the conversion."""
+    template = MODES[made["settings"]["mode"]].read_text(encoding="utf-8")
+    return Template(template).render(config=config, made=made)

@@ -1,14 +1,16 @@
-"""The heads of a layer, drawn."""
+"""A drawing of the heads of a layer."""
 
-from gda.configuration.configuration_gda import GDAConfig
+from transformers import PreTrainedConfig
+
+from gda.configuration.configuration_gda import MASKED, GDAConfig
 
 MAX_GROUPS_DRAWN = 4
 
 
 def head_map(config: GDAConfig) -> str:
-    r"""Draw which query heads read which KV heads: s a signal head, n a noise head.
+    r"""Draw which query heads read which KV heads; s is a signal head, n a noise head.
 
-    A column for each KV head, or pair of them; wide models are cut after a few columns.
+    Each KV head, or pair of them, has a column; wide models are cut after a few columns.
 
         KV heads     0        1        2
         query heads  s s s n  s s s n  s s s n     9 signal + 3 noise, 3:1
@@ -25,28 +27,28 @@ def head_map(config: GDAConfig) -> str:
         "KV heads     " + "  ".join(kv.ljust(width) for kv, width in zip(kv_columns, widths, strict=False)) + more,
         "query heads  " + "  ".join(q.ljust(width) for q, width in zip(query_columns, widths, strict=False)) + more,
     ]
-    return "\n".join(line.rstrip() for line in lines) + "\n\n" + summary + _growth(config) + _anneal(config)
+    return "\n".join(line.rstrip() for line in lines) + "\n\n" + summary + _fading(config)
 
 
-def _growth(config: GDAConfig) -> str:
-    """What of the model is new while masked growth is under way."""
-    if config.growth_mask is None:
+def in_masked_growth(config: PreTrainedConfig) -> bool:
+    """Whether new heads, neurons or layers of a GDA model are being faded in."""
+    return any(getattr(config, name, None) is not None for name in MASKED)
+
+
+def _fading(config: GDAConfig) -> str:
+    """What is being faded in, and how far."""
+    if config.fade is None:
         return ""
-    new = []
+    parts = []
     if config.masked_signal_heads is not None:
-        new.append(f"the last {config.masked_signal_heads} of each {config.signal_group_size} signal heads")
+        parts.append(f"the last {config.masked_signal_heads} of each {config.signal_group_size} signal heads")
     if config.masked_neurons is not None:
-        new.append(f"the last {config.masked_neurons:,} of {config.intermediate_size:,} neurons")
+        parts.append(f"the last {config.masked_neurons:,} of {config.intermediate_size:,} neurons")
     if config.masked_layers is not None:
-        new.append(f"layers {', '.join(map(str, config.masked_layers))}")
-    return f", growing: {'; '.join(new)} are new, under a mask of {config.growth_mask:.4g}"
-
-
-def _anneal(config: GDAConfig) -> str:
-    """How far λ has come while it is annealed."""
-    if config.lambda_anneal is None:
-        return ""
-    return f", λ annealed over {config.lambda_target:.4g}, {config.lambda_anneal:.4g} of the way"
+        parts.append(f"layers {', '.join(map(str, config.masked_layers))}")
+    if config.lambda_target is not None:
+        parts.append(f"λ by way of {config.lambda_target:.4g}")
+    return f", fading in {'; '.join(parts)} (fade {config.fade:.4g})"
 
 
 def _columns(config: GDAConfig) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Making a model's folder: filled beside its place, and in its place only when it is whole."""
+"""Create a model folder: fill it under another name, and rename it when it is whole."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,16 +13,16 @@ from gda.conversion.writing.stream import MANIFEST_FILE
 def staged_model(
     out: Path, *, overwrite: bool = False, resumable: bool = False, resume: bool = False
 ) -> Iterator[Path]:
-    """Give a folder to fill by `write_checkpoint` and what belongs beside it; rename it to `out` when the block ends.
+    """Yield a folder to fill by `write_checkpoint`, and rename it to `out` when the block ends.
 
-    If the block fails the folder is removed. What a resumable work has done so far is kept when it is interrupted, and
-    when going on with it fails, unless it turned out to be wrong.
+    If the block fails, the folder is removed. Resumable work is kept if it is interrupted, or if continuing it fails,
+    unless its result failed a check.
 
     Args:
-        out: The place.
+        out: The final place.
         overwrite: Replace what is there.
-        resumable: Whether the work can go on from what an earlier process finished.
-        resume: Whether it does, this time.
+        resumable: Whether the work can be continued by a later process.
+        resume: Whether to continue the work of an earlier process.
 
     Raises:
         FileExistsError, BlockingIOError: as `StagedFolder`.

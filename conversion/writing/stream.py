@@ -1,4 +1,4 @@
-"""Writing a checkpoint as a stream: shard after shard, tensor after tensor, resumable from the shards that are done."""
+"""Write a checkpoint as a stream: shard by shard, tensor by tensor, resumable from the finished shards."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ FILENAME_PATTERN = "model{suffix}.safetensors"
 
 
 def shards_of(recipes: dict[str, Recipe], max_shard_size: str | int) -> dict[str, list[str]]:
-    """Tensor names by file: files and order are those of `save_pretrained` with that `max_shard_size`.
+    """Tensor names by file, in the files and order of `save_pretrained` with the same `max_shard_size`.
 
     Raises:
         ValueError: if `max_shard_size` is not a positive size such as "5GB".
@@ -62,28 +62,28 @@ def write_checkpoint(
     workers: int = 1,
     console: Console | None = None,
 ) -> dict[str, str]:
-    """Write the weights into `folder`, going on from the shards that an earlier process finished with like settings.
+    """Write the weights into `folder`, continuing from the shards that an earlier process finished.
 
     Args:
-        folder: Where to; its manifest tells which shards are finished, and their SHA-256.
+        folder: Its manifest lists the finished shards with their SHA-256. Unknown files are removed.
         recipes: How each tensor is made, in the order of the index.
-        source: What the recipes read.
+        source: The checkpoint that the recipes read.
         max_shard_size: As in `save_pretrained`.
         settings: What the bytes depend on, apart from the source.
-        keep: What else in the folder stays; all that is not known there is removed.
-        workers: How many shards are written at once.
-        console: Where progress is shown; nowhere if None.
+        keep: Names in the folder that are not removed.
+        workers: Number of shards to write at once.
+        console: Console that shows progress.
 
     Returns:
-        SHA-256 of each file of weights.
+        SHA-256 of each weight file.
 
     Raises:
-        ValueError: if what is in the folder was made with other settings or of another source.
+        ValueError: if the folder was begun with other settings or from another source.
     """
     shards = shards_of(recipes, max_shard_size)
     fingerprint = _fingerprint(source, settings, shards)
-    manifest = _open_manifest(folder, fingerprint)
-    intact = {file: digest for file, digest in manifest.items() if _is_intact(folder / file, digest)}
+    finished = _finished_shards(folder / MANIFEST_FILE, fingerprint)
+    intact = {file: digest for file, digest in finished.items() if _is_intact(folder / file, digest)}
     for path in folder.iterdir():
         if path.name not in intact and path.name != MANIFEST_FILE and path.name not in keep:
             remove(path)
@@ -113,9 +113,9 @@ def write_weights(
     workers: int = 1,
     console: Console | None = None,
 ) -> None:
-    """Write each shard that is not `intact`, calling `finished(file, SHA-256)` after each, and the index.
+    """Write the index and each shard that is not `intact`; call `finished(file, SHA-256)` after each shard.
 
-    `made(name)` gives a tensor, or where its bytes lie; with several `workers`, threads call it.
+    `made(name)` returns a tensor, or where its bytes are. With several `workers`, threads call it.
     """
     total, stop = sum(recipe.spec.nbytes for recipe in recipes.values()), threading.Event()
     with _progress(console) as progress:
@@ -148,8 +148,8 @@ def _write_all(
     workers: int,
     stop: threading.Event,
 ) -> None:
-    """Call `finished(file, write(file))` for each; `stop` is set when what is still being written is not wanted."""
-    if workers == 1:  # in this thread, so that what is on the disk at any moment does not depend on chance
+    """Call `finished(file, write(file))` for each file; `stop` is set when one fails, to stop the others."""
+    if workers == 1:  # in this thread, so that the state on disk never depends on chance
         for file in files:
             finished(file, write(file))
         return
@@ -177,34 +177,31 @@ def _progress(console: Console | None) -> Progress:
 
 
 def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, list[str]]) -> str:
-    """What a half-finished conversion must have in common with the one that goes on with it."""
+    """Identifies the conversion: only a run with the same fingerprint may continue it."""
     identity = [
         __version__,
         torch.__version__,
         source.name,
         source.revision,
         source.file_stamps(),
-        source.config.to_dict() | {"_name_or_path": None},  # as it was spelled: relative or absolute, it is the same
+        source.config.to_dict() | {"_name_or_path": None},  # the same source by a relative or an absolute path
         settings,
         shards,
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _open_manifest(folder: Path, fingerprint: str) -> dict[str, str]:
-    path = folder / MANIFEST_FILE
-    if not path.exists():
+def _finished_shards(manifest: Path, fingerprint: str) -> dict[str, str]:
+    if not manifest.exists():
         return {}
-    manifest = read_json(path)
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("fingerprint") != fingerprint
-        or not isinstance(manifest.get("finished"), dict)
-    ):
+    held = read_json(manifest)
+    finished = held.get("finished") if isinstance(held, dict) and held.get("fingerprint") == fingerprint else None
+    if not isinstance(finished, dict):
         raise ValueError(
-            f"{folder} was begun with another source or other settings; run again without --resume to start afresh"
+            f"{manifest.parent} was begun with another source or other settings; run again without --resume to start "
+            "from the beginning"
         )
-    return dict(manifest["finished"])
+    return finished
 
 
 def _is_intact(path: Path, digest: str) -> bool:
@@ -223,7 +220,7 @@ def _write_index(folder: Path, recipes: dict[str, Recipe], shards: dict[str, lis
 
 
 def different_tensors(folder: Path, recipes: dict[str, Recipe], source: Source) -> list[str]:
-    """Names of the tensors in `folder` that are not, bit for bit, what the recipes make of the source."""
+    """Names of the tensors in `folder` that differ in a bit from what the recipes make of the source."""
     written = SafetensorsReader(folder)
     if missing := sorted(set(recipes) ^ set(written.specs)):
         return missing

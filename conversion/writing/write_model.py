@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -14,7 +14,6 @@ from gda.conversion.modes.low_rank import dense_config, layer_errors
 from gda.conversion.options import WriteOptions
 from gda.conversion.push import PushReport
 from gda.conversion.sources.source import Source
-from gda.conversion.split.splitter import SplitReport
 from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opened
@@ -23,6 +22,9 @@ from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
 from gda.conversion.writing.staging import staged_model
 from gda.conversion.writing.stream import shards_of, write_checkpoint
+
+if TYPE_CHECKING:  # only splits load it
+    from gda.conversion.split.splitter import SplitReport
 
 WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
 
@@ -55,7 +57,7 @@ class ConvertReport:
     num_dense_parameters: int
     projection_errors: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    split: SplitReport | None = None
+    split: "SplitReport | None" = None
     sha256: dict[str, str] = field(default_factory=dict)
     verification: VerifyReport | None = None
     pushed: PushReport | None = None

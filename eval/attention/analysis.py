@@ -4,9 +4,9 @@ A GDA layer draws S signal maps A_i and fewer noise maps; signal head i attends 
 (arXiv 2510.06949). A plain Llama-like layer draws signal maps only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -41,15 +41,19 @@ class LayerAttention:
         """
         if self.noise is None or self.lambda_ is None:
             return self.signal
-        return (self.signal - self.subtrahend).to(self.signal.dtype)
+        difference = torch.addcmul(self.signal, self.lambda_.unsqueeze(-1), self._noise_by_signal_head, value=-1)
+        return difference.to(self.signal.dtype)
 
     @property
     def subtrahend(self) -> torch.Tensor:
         """λ_i · A_noise(i), (S, Q, T); of a layer with noise heads."""
-        assert self.noise is not None
         assert self.lambda_ is not None
-        noise = self.noise.repeat_interleave(len(self.signal) // len(self.noise), dim=0)
-        return self.lambda_.unsqueeze(-1) * noise
+        return self.lambda_.unsqueeze(-1) * self._noise_by_signal_head
+
+    @property
+    def _noise_by_signal_head(self) -> torch.Tensor:
+        assert self.noise is not None
+        return self.noise.repeat_interleave(len(self.signal) // len(self.noise), dim=0)
 
     def rows_from(self, first_row: int) -> "LayerAttention":
         """The same maps without the rows before `first_row`."""
@@ -65,8 +69,8 @@ Visit = Callable[[LayerAttention], None]
 def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visit, *, first_row: int = 0) -> None:
     """Run `model` over one text and hand each layer's maps to `visit` as soon as they are drawn, in the layers' order.
 
-    Maps need memory for one layer: (S + M) · Q · T numbers, as long as `visit` keeps none. They are those of the eager
-    backend, which is put in for the run; rows before `first_row` are read by the model's own.
+    Maps need memory for one layer: (2 S + M) · Q · T numbers, as long as `visit` keeps none. The eager backend draws
+    them, and replaces the model's own for the run; the model's own reads the rows before `first_row`.
 
     Args:
         model: A GDA model, of either layout and any λ, or one like Llama; with or without a head.
@@ -115,7 +119,7 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
 
 def is_differential(module: Any) -> bool:
     """Whether an attention module is GDA's. (Remote code has classes of its own: names tell, not the class.)"""
-    return hasattr(module, "compute_lambda") and hasattr(module, "in_calls")
+    return hasattr(module, "compute_lambda") and hasattr(module, "subtract")
 
 
 def _one_text(input_ids: torch.Tensor, first_row: int) -> torch.Tensor:
@@ -158,31 +162,27 @@ def _recording(module: Any, length: int, visit: Visit) -> Any:
 
 @contextmanager
 def _recording_differential(module: Any, length: int, visit: Visit) -> Iterator[None]:
-    """Listen to `compute_lambda` and, after it, to the attention interface: they have all that is wanted."""
-    compute_lambda, in_calls = module.compute_lambda, module.in_calls
-    lambdas: list[torch.Tensor] = []
+    """Have a layer subtract its attention maps, and read them off the subtraction."""
 
-    def listening_compute_lambda(*args: Any, **kwargs: Any) -> torch.Tensor:
-        lambdas.append(compute_lambda(*args, **kwargs))
-        return lambdas[-1]
+    def ask_for_maps(_: Any, arguments: Any, options: dict[str, Any]) -> Any:
+        return arguments, options | {"output_attentions": True}
 
-    def listening_in_calls(attention_interface: Any) -> Any:
-        def attend(*args: Any, **kwargs: Any) -> Any:
-            outputs, maps = in_calls(attention_interface)(*args, **kwargs)
-            lambda_ = lambdas.pop()  # (1,) or (1, Q, S)
-            if maps is not None:
-                signal, noise = (each[0].flatten(0, 1) for each in maps)  # of (C, S/C, Q, T) and (C, 1, Q, T)
-                lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
-                visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
-            return outputs, maps
+    def read(_: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], __: Any) -> None:
+        *both, lambda_ = inputs
+        # (Q, C, S/C, T) and (Q, C, 1, T)
+        signal, noise = (maps[0].flatten(1, 2).transpose(0, 1).contiguous() for maps in both)
+        lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
+        visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
 
-        return attend
-
-    module.compute_lambda, module.in_calls = listening_compute_lambda, listening_in_calls
+    hooks = [
+        module.register_forward_pre_hook(ask_for_maps, with_kwargs=True),
+        module.subtract.register_forward_hook(read),
+    ]
     try:
         yield
     finally:
-        del module.compute_lambda, module.in_calls  # the class's own come to light again
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -205,84 +205,36 @@ def _whole(maps: torch.Tensor, length: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class MapStatistics:
-    """What the maps of one kind in one layer are like; a value a head, the mean over rows.
+    """Statistics of the maps of one kind: arrays (L, H) in float32, means over the rows read.
 
     Attributes:
-        entropy: In nats, of the row's magnitudes |a| / Σ|a|; 0 where all lies on one token, ln T where it is even.
-        first_token: Share of the row's magnitude on the text's first token, the attention sink.
-        negative: Share of the row's magnitude that is negative.
+        entropy: Entropy of |a| / Σ|a| in a row, in nats: 0 if all attention is on one token, ln T if it is uniform.
+        first_token: Share of a row's magnitude on the first token of the text, the attention sink.
+        negative: Share of a row's magnitude that is negative.
     """
 
-    entropy: list[float]
-    first_token: list[float]
-    negative: list[float]
+    entropy: np.ndarray
+    first_token: np.ndarray
+    negative: np.ndarray
 
+    @classmethod
+    def of_layer(cls, maps: torch.Tensor) -> "MapStatistics":
+        """Statistics (H,) of the maps (H, Q, T) of one layer."""
+        shares = row_shares(maps)
+        return cls(
+            entropy=row_entropy(shares).mean(dim=-1).cpu().numpy(),
+            first_token=shares[..., 0].mean(dim=-1).cpu().numpy(),
+            negative=(shares * (maps < 0)).sum(dim=-1).mean(dim=-1).cpu().numpy(),
+        )
 
-@dataclass(frozen=True)
-class LayerStatistics:
-    """The statistics of one layer.
-
-    Attributes:
-        layer: Counted from 0.
-        signal: By signal head.
-        noise: By noise map; None in a layer without noise heads, and so are the next two.
-        difference: By signal head.
-        lambda_: Mean λ by signal head.
-    """
-
-    layer: int
-    signal: MapStatistics
-    noise: MapStatistics | None
-    difference: MapStatistics | None
-    lambda_: list[float] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The statistics as JSON-ready values."""
-        return asdict(self)
-
-
-def attention_statistics(
-    model: PreTrainedModel, input_ids: torch.Tensor, *, first_row: int | None = None
-) -> list[LayerStatistics]:
-    """Statistics of every layer's maps for one text, token ids (T,) or (1, T); the maps are not kept.
-
-    The mean is over the rows from `first_row`, by default from the second: the first sees nothing but itself.
-
-    Raises:
-        ValueError: as `visit_attention`.
-    """
-    if first_row is None:
-        first_row = 1 if input_ids.shape[-1] > 1 else 0
-    layers: list[LayerStatistics] = []
-
-    visit_attention(model, input_ids, lambda maps: layers.append(layer_statistics(maps)), first_row=first_row)
-    return layers
-
-
-def layer_statistics(maps: LayerAttention) -> LayerStatistics:
-    """Statistics of one layer's maps, over all rows that it has."""
-    differential = maps.noise is not None and maps.lambda_ is not None
-    return LayerStatistics(
-        layer=maps.layer,
-        signal=map_statistics(maps.signal),
-        noise=map_statistics(maps.noise) if maps.noise is not None else None,
-        difference=map_statistics(maps.difference) if differential else None,
-        lambda_=maps.lambda_.mean(dim=-1).tolist() if maps.lambda_ is not None else None,
-    )
-
-
-def map_statistics(maps: torch.Tensor) -> MapStatistics:
-    """Statistics of maps (H, Q, T)."""
-    shares = row_shares(maps)
-    return MapStatistics(
-        entropy=row_entropy(shares).mean(dim=-1).tolist(),
-        first_token=shares[..., 0].mean(dim=-1).tolist(),
-        negative=(shares * (maps < 0)).sum(dim=-1).mean(dim=-1).tolist(),
-    )
+    @classmethod
+    def of_model(cls, layers: "Sequence[MapStatistics]") -> "MapStatistics":
+        """Statistics (L, H) from those (H,) of each layer."""
+        return cls(*(np.stack([getattr(layer, each.name) for layer in layers]) for each in fields(cls)))
 
 
 def row_shares(maps: torch.Tensor) -> torch.Tensor:
-    """|a| / Σ|a| of each row in float32, (H, Q, T); rows of plain maps are left as they are, rows of zeros too."""
+    """|a| / Σ|a| of each row in float32, (H, Q, T). Rows of signal and noise maps stay as they are, and zeros too."""
     magnitudes = maps.float().abs()
     return magnitudes / magnitudes.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -293,32 +245,25 @@ def row_entropy(shares: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class MapArrays:
-    """`MapStatistics` of all layers: arrays (L, H) in float32."""
-
-    entropy: np.ndarray
-    first_token: np.ndarray
-    negative: np.ndarray
-
-
-@dataclass(frozen=True)
 class AttentionArrays:
-    """What one text's attention is like, layer by layer, as arrays in float32. A group is a noise map and its signals.
+    """Numbers about the attention of every layer in one text, as arrays in float32.
+
+    A group is a noise map with its signal maps.
 
     Attributes:
-        signal: Of the signal maps, (L, S).
-        noise: Of the noise maps, (L, M); None of a model without noise heads, and so are the next two.
-        difference: Of signal − λ · noise, (L, S).
-        lambda_: Mean λ by signal head, (L, S).
-        received: Where the signal maps look, (L, G, T): the mean over a group's heads and the rows read of the
-            attention on each token. Sums to 1 over the tokens.
-        cancelled: The part of `received` that the noise map takes away, (L, G, T): the mean of min(a, λ · a_noise),
-            where λ · a_noise is positive. None without noise heads. Its sum over the tokens is from 0 to 1.
+        signal: Statistics of the signal maps, (L, S).
+        noise: Statistics of the noise maps, (L, M). Like the next two, None for a model without noise heads.
+        difference: Statistics of signal − λ · noise, (L, S).
+        lambda_: Mean λ of each signal head, (L, S).
+        received: Attention of the signal maps on each token, (L, G, T): the mean over the heads of a group and the rows
+            read. Sums to 1 over the tokens.
+        cancelled: The part of `received` that the noise map cancels, (L, G, T): the mean of min(a, λ · a_noise) where
+            λ · a_noise is positive. None without noise heads. The sum over the tokens is between 0 and 1.
     """
 
-    signal: MapArrays
-    noise: MapArrays | None
-    difference: MapArrays | None
+    signal: MapStatistics
+    noise: MapStatistics | None
+    difference: MapStatistics | None
     lambda_: np.ndarray | None
     received: np.ndarray
     cancelled: np.ndarray | None
@@ -330,7 +275,7 @@ class AttentionArrays:
 
     @property
     def num_groups(self) -> int:
-        """G: of a GDA model M, else the number of KV heads."""
+        """G: M for a GDA model, otherwise the number of KV heads."""
         return int(self.received.shape[1])
 
 
@@ -342,70 +287,64 @@ def attention_arrays(
     groups: int | None = None,
     visit: Visit | None = None,
 ) -> AttentionArrays:
-    """Statistics of every layer's maps for one text, and which tokens they look at; the maps are not kept.
+    """Statistics of every layer's maps in one text, and the tokens that they attend to. The maps are not kept.
 
     Args:
-        model: As `visit_attention`.
+        model: A model that `visit_attention` can read.
         input_ids: Token ids (T,) or (1, T).
-        first_row: Statistics are over the rows from this one, by default the second, as in `attention_statistics`.
-        groups: In how many groups to take the heads of a model without noise heads; by default one for each KV head.
-        visit: Called with each layer's maps, all rows of them, for those who want to see them too.
+        first_row: First row that counts. Default: the second, since the first token can only attend to itself.
+        groups: Number of groups for the heads of a model without noise heads. Default: its number of KV heads.
+        visit: Called with all rows of each layer's maps.
 
     Raises:
-        ValueError: as `visit_attention`, and if a map is not finite.
+        ValueError: if the maps cannot be read (see `visit_attention`) or are not finite.
     """
     length = input_ids.shape[-1]
     if first_row is None:
         first_row = 1 if length > 1 else 0
     _one_text(input_ids, first_row)
-    layers: list[LayerStatistics] = []
-    tokens: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     plain_groups: int = groups or getattr(model.config, "num_key_value_heads", None) or 1
+    statistics: dict[str, list[MapStatistics]] = {"signal": [], "noise": [], "difference": []}
+    lambdas: list[np.ndarray] = []
+    tokens: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
-    def look(maps: LayerAttention) -> None:
-        if not all(
-            bool(one.float().sum().isfinite()) for one in (maps.signal, maps.noise, maps.lambda_) if one is not None
-        ):
-            raise ValueError(
-                f"layer {maps.layer} has attention that is not finite; the weights are damaged, or overflow in "
-                f"{str(model.dtype).removeprefix('torch.')}"
-            )
+    def measure(maps: LayerAttention) -> None:
+        _check_finite(maps, model.dtype)
         read = maps.rows_from(first_row)
-        layers.append(layer_statistics(read))
+        statistics["signal"].append(MapStatistics.of_layer(read.signal))
+        if read.noise is not None and read.lambda_ is not None:
+            statistics["noise"].append(MapStatistics.of_layer(read.noise))
+            statistics["difference"].append(MapStatistics.of_layer(read.difference))
+            lambdas.append(read.lambda_.float().mean(dim=-1).cpu().numpy())
         tokens.append(token_shares(read, plain_groups))
         if visit is not None:
             visit(maps)
 
-    visit_attention(model, input_ids, look)
-    cancelled = [one for _, one in tokens if one is not None]
-    noise = [layer.noise for layer in layers if layer.noise is not None]
-    difference = [layer.difference for layer in layers if layer.difference is not None]
-    lambdas = [layer.lambda_ for layer in layers if layer.lambda_ is not None]
+    visit_attention(model, input_ids, measure)
+    cancelled = [each for _, each in tokens if each is not None]
     return AttentionArrays(
-        signal=_arrays([layer.signal for layer in layers]),
-        noise=_arrays(noise) if noise else None,
-        difference=_arrays(difference) if difference else None,
-        lambda_=np.array(lambdas, dtype=np.float32) if lambdas else None,
-        received=torch.stack([one for one, _ in tokens]).numpy(),
+        **{kind: MapStatistics.of_model(layers) if layers else None for kind, layers in statistics.items()},  # type: ignore[arg-type]
+        lambda_=np.stack(lambdas) if lambdas else None,
+        received=torch.stack([each for each, _ in tokens]).numpy(),
         cancelled=torch.stack(cancelled).numpy() if cancelled else None,
     )
 
 
-def _arrays(layers: list[MapStatistics]) -> MapArrays:
-    return MapArrays(
-        *(
-            np.array([getattr(layer, name) for layer in layers], dtype=np.float32)
-            for name in ("entropy", "first_token", "negative")
+def _check_finite(maps: LayerAttention, dtype: torch.dtype) -> None:
+    tensors = (tensor for tensor in (maps.signal, maps.noise, maps.lambda_) if tensor is not None)
+    if not all(bool(tensor.float().sum().isfinite()) for tensor in tensors):
+        raise ValueError(
+            f"layer {maps.layer} has attention that is not finite; the weights are damaged, or overflow in "
+            f"{str(dtype).removeprefix('torch.')}"
         )
-    )
 
 
 def token_shares(maps: LayerAttention, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`AttentionArrays.received` and `.cancelled` of one layer, (G, T) in float32.
 
     Args:
-        maps: The layer's.
-        groups: In how many groups to take the heads of a layer without noise heads; one, if they do not divide.
+        maps: Maps of the layer.
+        groups: Number of groups for a layer without noise heads; a single group if the heads cannot be divided.
     """
     if maps.noise is None:
         groups = groups if len(maps.signal) % groups == 0 else 1
@@ -413,5 +352,5 @@ def token_shares(maps: LayerAttention, groups: int = 1) -> tuple[torch.Tensor, t
     in_groups = (len(maps.noise), -1)
     signal = maps.signal.float()
     both = torch.minimum(signal, maps.subtrahend.float().clamp_min(0.0))
-    received, cancelled = (one.unflatten(0, in_groups).mean(dim=(1, 2)).cpu() for one in (signal, both))
+    received, cancelled = (each.unflatten(0, in_groups).mean(dim=(1, 2)).cpu() for each in (signal, both))
     return received, cancelled

@@ -1,8 +1,8 @@
-"""Attention maps small enough for a page: the lower triangle, in 8 bits, and what does not fit is averaged.
+"""Attention maps small enough for a page: the lower triangle in 8 bits, averaged where it is still too large.
 
-A value a of a map whose largest magnitude is m is kept as q = round(n · √(|a| / m)) with n = 255 levels, or 127 and a
-sign where values may be negative. Square roots, since most attention is small: the error is at most
-m · (q + 1/4) / n², about √(a · m) / n. Averaging, over p × p tokens and over a group's heads, is told in `MapPlan`.
+A value a of a map whose largest magnitude is m is kept as q = round(n · √(|a| / m)), with n = 255 levels, or 127 levels
+and a sign for maps with negative values. The square root suits attention, most of which is small: the error is at most
+m · (q + 1/4) / n², about √(a · m) / n. `MapPlan` says what is averaged over p × p tokens and over the heads of a group.
 """
 
 import base64
@@ -24,7 +24,8 @@ class MapKind:
     """One of the maps of each group.
 
     Attributes:
-        name: "signal", "noise", "difference" or "baseline"; with the number of the head in its group if not the mean.
+        name: "signal", "noise", "difference" or "baseline", followed by the head's number in its group if it is not
+            the mean over the group.
         signed: Whether values may be negative.
     """
 
@@ -33,14 +34,29 @@ class MapKind:
 
 
 @dataclass(frozen=True)
+class LayerMaps:
+    """The maps kept of one layer.
+
+    Attributes:
+        kinds: The K kinds of map.
+        scales: Largest magnitude of each map, (G, K) in float32.
+        levels: Levels of the lower triangle of each map, (G, K, n (n + 1) / 2) in 8 bits.
+    """
+
+    kinds: list[MapKind]
+    scales: np.ndarray
+    levels: np.ndarray
+
+
+@dataclass(frozen=True)
 class MapPlan:
     """Which maps are kept, and how finely.
 
     Attributes:
-        layers: Those whose maps are kept.
-        pool: Side of the square of tokens that one value is the mean of; 1 keeps every value.
-        heads: Whether each signal head has maps of its own; if not, a group has the mean over its heads.
-        size: Side of a kept map.
+        layers: Layers whose maps are kept.
+        pool: One value is the mean over `pool` × `pool` tokens.
+        heads: Whether the maps of each signal head are kept, or the mean over the heads of a group.
+        size: Side n of a kept map.
     """
 
     layers: tuple[int, ...]
@@ -60,36 +76,36 @@ class MapPlan:
         differential: bool = True,
         baseline: bool = False,
     ) -> "MapPlan":
-        """The finest plan of at most `limit` bytes before compression, or the coarsest there is.
+        """The finest plan of at most `limit` bytes before compression, or else the coarsest plan.
 
         Args:
-            layers: Whose maps are wanted.
-            groups: Of a layer.
-            heads: Signal heads of a group.
-            tokens: Of the text.
-            limit: In bytes.
-            differential: Whether there are noise maps and differences.
-            baseline: Whether a map of the baseline stands beside those of each group.
+            layers: Layers whose maps are wanted.
+            groups: Number of groups in a layer.
+            heads: Number of signal heads in a group.
+            tokens: Length of the text.
+            limit: Size in bytes.
+            differential: Whether there are noise and difference maps.
+            baseline: Whether each group also has a map of the baseline.
         """
         plans = [
-            cls(tuple(layers), pool, each, -(-tokens // pool))
+            cls(tuple(layers), pool, each_head, -(-tokens // pool))
             for pool in POOLS
-            for each in ([True, False] if heads > 1 else [True])
+            for each_head in ([True, False] if heads > 1 else [True])
         ]
         for plan in plans:
-            shown = heads if plan.heads else 1
-            maps = (2 * shown + 1 if differential else shown) + baseline
+            signal_maps = heads if plan.heads else 1
+            maps = (2 * signal_maps + 1 if differential else signal_maps) + baseline
             if len(layers) * groups * maps * plan.values <= limit:
                 return plan
         return plans[-1]
 
     @property
     def values(self) -> int:
-        """Of one kept map."""
+        """Number of values of a kept map."""
         return self.size * (self.size + 1) // 2
 
     def kinds(self, heads: int, *, differential: bool) -> list[MapKind]:
-        """What is kept of each group with that many signal heads, in order."""
+        """The kinds of map kept of a group with `heads` signal heads, in order."""
         numbers = [f" {head}" for head in range(heads)] if self.heads and heads > 1 else [""]
         signals = [MapKind(f"signal{number}", False) for number in numbers]
         if not differential:
@@ -97,13 +113,13 @@ class MapPlan:
         return [*signals, MapKind("noise", False), *(MapKind(f"difference{number}", True) for number in numbers)]
 
     def reductions(self, heads: int) -> list[str]:
-        """In words, what was averaged; none if nothing was."""
-        told = []
+        """What is averaged, in words; empty if nothing is."""
+        reductions = []
         if not self.heads and heads > 1:
-            told.append(f"signal and difference maps are the mean over the {heads} signal heads of a group")
+            reductions.append(f"signal and difference maps are the mean over the {heads} signal heads of a group")
         if self.pool > 1:
-            told.append(f"every value of a map is the mean over {self.pool} × {self.pool} tokens")
-        return told
+            reductions.append(f"every value of a map is the mean over {self.pool} × {self.pool} tokens")
+        return reductions
 
 
 def group_maps(maps: LayerAttention, plan: MapPlan, groups: int) -> list[tuple[MapKind, torch.Tensor]]:
@@ -112,58 +128,61 @@ def group_maps(maps: LayerAttention, plan: MapPlan, groups: int) -> list[tuple[M
     Args:
         maps: All rows of the layer's maps.
         plan: What to keep.
-        groups: G; of a layer with noise heads the number of its noise maps.
+        groups: G; for a layer with noise heads, the number of its noise maps.
     """
-    heads = len(maps.signal) // groups
-    differential = maps.noise is not None
+    kinds = plan.kinds(len(maps.signal) // groups, differential=maps.noise is not None)
     found: list[torch.Tensor] = []
-    for kind in plan.kinds(heads, differential=differential):
+    for kind in kinds:
         name, _, number = kind.name.partition(" ")
         all_heads = {"signal": maps.signal, "noise": maps.noise, "difference": maps.difference}[name]
         assert all_heads is not None
-        of_group = all_heads.float().unflatten(0, (groups, -1))
-        found.append(pooled(of_group[:, int(number)] if number else of_group.mean(dim=1), plan.pool))
-    return list(zip(plan.kinds(heads, differential=differential), found, strict=True))
+        in_groups = all_heads.float().unflatten(0, (groups, -1))
+        found.append(pooled(in_groups[:, int(number)] if number else in_groups.mean(dim=1), plan.pool))
+    return list(zip(kinds, found, strict=True))
+
+
+def baseline_maps(maps: LayerAttention, plan: MapPlan, groups: int) -> list[tuple[MapKind, torch.Tensor]]:
+    """The baseline's map for each group: the mean over the heads that correspond to it, or else over all heads."""
+    heads = maps.difference.float()
+    count = groups if len(heads) % groups == 0 else 1
+    means = pooled(heads.unflatten(0, (count, -1)).mean(dim=1), plan.pool)
+    return [(MapKind("baseline", maps.noise is not None), means.expand(groups, -1, -1))]
 
 
 def pooled(maps: torch.Tensor, pool: int) -> torch.Tensor:
-    """The mean of each square of `pool` tokens a side, over what causal attention can see: (G, T, T) → (G, n, n)."""
+    """The mean over each square of `pool` × `pool` tokens, counting only what is causal: (G, T, T) → (G, n, n)."""
     if pool == 1:
         return maps
     tokens = maps.shape[-1]
-    seen = torch.ones(tokens, tokens).tril().to(maps)
-    pad = -tokens % pool
+    causal = torch.ones(tokens, tokens).tril().to(maps)
+    padding = -tokens % pool
 
     def sums(values: torch.Tensor) -> torch.Tensor:
-        padded = torch.nn.functional.pad(values, (0, pad, 0, pad))
+        padded = torch.nn.functional.pad(values, (0, padding, 0, padding))
         return padded.unflatten(-1, (-1, pool)).unflatten(-3, (-1, pool)).sum(dim=(-1, -3))
 
-    return sums(maps) / sums(seen).clamp_min(1.0)
+    return sums(maps) / sums(causal).clamp_min(1.0)
 
 
-def pack(maps: Sequence[tuple[MapKind, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    """Largest magnitudes (G, K) in float32, and the lower triangles (G, K, n (n + 1) / 2) in 8 bits.
-
-    A value that may be negative is kept as 127 plus or minus its level.
-    """
+def pack(maps: Sequence[tuple[MapKind, torch.Tensor]]) -> LayerMaps:
+    """Pack maps (G, n, n). A signed value is kept as 127 plus or minus its level."""
     scales, levels = [], []
     for kind, of_groups in maps:
         rows, columns = torch.tril_indices(*of_groups.shape[1:])
         values = of_groups[:, rows, columns].cpu()
         scale = values.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         roots = (values.abs() / scale).sqrt()
-        level = (
-            (SIGNED_LEVELS + values.sign() * (roots * SIGNED_LEVELS).round())
-            if kind.signed
-            else (roots * LEVELS).round()
-        )
+        if kind.signed:
+            level = SIGNED_LEVELS + values.sign() * (roots * SIGNED_LEVELS).round()
+        else:
+            level = (roots * LEVELS).round()
         scales.append(scale[:, 0].numpy())
         levels.append(level.to(torch.uint8).numpy())
-    return np.stack(scales, axis=1).astype(np.float32), np.stack(levels, axis=1)
+    return LayerMaps([kind for kind, _ in maps], np.stack(scales, axis=1).astype(np.float32), np.stack(levels, axis=1))
 
 
 def unpack(kind: MapKind, scale: float, levels: np.ndarray) -> np.ndarray:
-    """One kept map (n, n) of `pack`'s scale and levels, zeros above the diagonal."""
+    """One map (n, n) from its scale and levels, with zeros above the diagonal."""
     size = int(((8 * len(levels) + 1) ** 0.5 - 1) / 2)
     steps = (levels.astype(np.float32) - SIGNED_LEVELS) / SIGNED_LEVELS if kind.signed else levels / np.float32(LEVELS)
     found = np.zeros((size, size), dtype=np.float32)
@@ -172,6 +191,6 @@ def unpack(kind: MapKind, scale: float, levels: np.ndarray) -> np.ndarray:
 
 
 def deflated(*arrays: np.ndarray) -> str:
-    """The arrays' bytes, little-endian, one after the other, compressed by zlib, in base 64."""
+    """The arrays' bytes, little-endian and concatenated, compressed by zlib, in base 64."""
     data = b"".join(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
     return base64.b64encode(zlib.compress(data, 6)).decode()

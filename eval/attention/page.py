@@ -1,4 +1,4 @@
-"""The page of `gda attention`: what it shows is in it, the maps compressed, and is drawn when it is asked for."""
+"""The page of `gda attention`. It holds all its data, the maps compressed, and draws them on demand."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ import numpy as np
 
 from gda.common.html import page
 from gda.eval.attention.analysis import AttentionArrays
-from gda.eval.attention.maps import deflated
-from gda.eval.attention.report import AttentionReport, LayerMaps, versions
+from gda.eval.attention.maps import LayerMaps, deflated
+from gda.eval.attention.report import AttentionReport, versions
 
 TEMPLATES = Path(__file__).parent / "templates"
-DIGITS = 6
+DIGITS = 6  # as many as float32 has
 
 
 def to_html(report: AttentionReport) -> str:
-    """The page. Every name, token and text is data in it, and is shown as text."""
+    """The page as text. Names, tokens and texts are data in it, and are always shown as text."""
     layers = [_packed(report, layer) for layer in range(report.arrays.num_layers)]
     megabytes = sum(map(len, layers)) / 1e6
     return page(
@@ -25,28 +25,29 @@ def to_html(report: AttentionReport) -> str:
         data=_data(report),
         report=report,
         packed=layers,
-        facts=[*_facts(report), ("size", f"{megabytes:.1f} MB of maps in this file, compressed, in 8 bits a value")],
+        facts=[*_facts(report), ("size", f"{megabytes:.1f} MB of maps in this file, compressed, 8 bits per value")],
         notes=report.notes,
     )
 
 
 def _facts(report: AttentionReport) -> list[tuple[str, str]]:
-    told = [("model", report.name)]
-    if report.baseline_name is not None:
-        told.append(("baseline", report.baseline_name))
-    told.append(("text", f"{report.text_name}, {len(report.token_ids):,} tokens"))
-    told.append(("versions", ", ".join(f"{name} {version}" for name, version in versions().items())))
-    return told
+    baseline = [] if report.baseline_name is None else [("baseline", report.baseline_name)]
+    return [
+        ("model", report.name),
+        *baseline,
+        ("text", f"{report.text_name}, {len(report.token_ids):,} tokens"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+    ]
 
 
 def _packed(report: AttentionReport, layer: int) -> str:
-    """One layer: (G, T) received and cancelled in float32; then the maps, scales before levels, the baseline's last."""
+    """Data of one layer: received and cancelled (G, T) in float32, then scales and levels of its maps."""
     arrays = report.arrays
     parts = [arrays.received[layer]]
     if arrays.cancelled is not None:
         parts.append(arrays.cancelled[layer])
-    kept = [one for one in (report.maps.get(layer), report.baseline_maps.get(layer)) if one is not None]
-    return deflated(*parts, *(one.scales for one in kept), *(one.levels for one in kept))
+    kept = [maps for maps in (report.maps.get(layer), report.baseline_maps.get(layer)) if maps is not None]
+    return deflated(*parts, *(maps.scales for maps in kept), *(maps.levels for maps in kept))
 
 
 def _data(report: AttentionReport) -> dict[str, Any]:
@@ -79,15 +80,15 @@ def _kinds(maps: dict[int, LayerMaps]) -> list[dict[str, Any]]:
 
 
 def _measures(arrays: AttentionArrays) -> dict[str, Any]:
-    told: dict[str, Any] = {"lambda": None if arrays.lambda_ is None else _rounded(arrays.lambda_)}
+    measures: dict[str, Any] = {"lambda": None if arrays.lambda_ is None else _rounded(arrays.lambda_)}
     for kind in ("signal", "noise", "difference"):
-        measured = getattr(arrays, kind)
-        told[kind] = measured and {name: _rounded(values) for name, values in vars(measured).items()}
-    return told
+        statistics = getattr(arrays, kind)
+        measures[kind] = statistics and {name: _rounded(values) for name, values in vars(statistics).items()}
+    return measures
 
 
 def _rounded(values: np.ndarray) -> Any:
-    """As lists, of numbers with as many digits as float32 has."""
+    """The values as lists, without digits that float32 does not have."""
     if values.ndim > 1:
         return [_rounded(row) for row in values]
     return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]

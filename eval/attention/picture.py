@@ -17,15 +17,15 @@ from gda.eval.attention.report import AttentionReport
 
 COLOURS = {"signal": "#0b65c2", "noise": "#b85c00", "difference": "#7b3fb0", "baseline": "#4c5661"}
 BLUE, ORANGE = ["#ffffff", "#549ad6", "#06265c"], ["#ffffff", "#eb9642", "#602800"]
-FULL_COLOUR = 0.2
+FULL_COLOUR = 0.2  # attention that is drawn in full colour
 TITLES = {"entropy": "entropy, nats", "first_token": "share on the first token", "negative": "share that is negative"}
-HEAD_MAPS = 4
+MOST_MAPS = 4
 
 
 def draw(report: AttentionReport, file: IO[bytes]) -> None:
-    """Write the picture as PNG."""
-    layer, group = _place(report)
-    shown = _maps(report, layer, group)
+    """Draw the picture and write it as PNG."""
+    layer, group = _most_cancelling(report)
+    maps = _maps(report, layer, group)
     with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "text.parse_math": False}):
         figure = Figure(figsize=(13, 8.5), layout="constrained", dpi=150)
         title = f"Attention of {report.name}" + (f" against {report.baseline_name}" if report.baseline_name else "")
@@ -34,14 +34,14 @@ def draw(report: AttentionReport, file: IO[bytes]) -> None:
         above, below = parts
         _by_layer(report, above)
         below.suptitle(f"layer {layer}, group {group}; full colour at {FULL_COLOUR}", fontsize=9)
-        axes = below.subplots(1, len(shown), squeeze=False)[0]
-        for axis, (name, values) in zip(axes, shown, strict=True):
+        axes = below.subplots(1, len(maps), squeeze=False)[0]
+        for axis, (name, values) in zip(axes, maps, strict=True):
             _map(axis, name, values, report.plan.pool)
         figure.savefig(file, format="png")
 
 
-def _place(report: AttentionReport) -> tuple[int, int]:
-    """The group that cancels most, among the layers whose maps are kept."""
+def _most_cancelling(report: AttentionReport) -> tuple[int, int]:
+    """Layer and group that cancel most, among the layers whose maps are kept."""
     layers = list(report.plan.layers)
     if report.arrays.cancelled is None:
         return layers[0], 0
@@ -58,9 +58,9 @@ def _maps(report: AttentionReport, layer: int, group: int) -> list[tuple[str, np
             scale, levels = float(kept.scales[group, index]), kept.levels[group, index]
             found.append((kind.name, unpack(kind, scale, levels)))
     heads = report.signal_heads_per_group
-    if len(found) <= HEAD_MAPS or not report.plan.heads or heads == 1:
+    if len(found) <= MOST_MAPS or not report.plan.heads or heads == 1:
         return found
-    means = []  # too many to read: the mean over heads, as in a coarser plan
+    means = []  # too many to read: show the mean over heads, as a coarser plan would
     for name in ("signal", "noise", "difference", "baseline"):
         if same := [values for kind, values in found if kind.split(" ")[0] == name]:
             means.append((name if len(same) == 1 else f"{name}, mean of {len(same)} heads", np.mean(same, axis=0)))
@@ -74,7 +74,7 @@ def _by_layer(report: AttentionReport, figure: Any) -> None:
         axes[0].plot(arrays.lambda_.mean(axis=1), color=COLOURS["noise"], label="λ, mean of the heads")
         cancelled = arrays.cancelled.sum(axis=-1).mean(axis=1)
         axes[0].plot(cancelled, color=COLOURS["difference"], label="share cancelled")
-        axes[0].set_title("λ, and what it cancels")
+        axes[0].set_title("λ and the share it cancels")
     for axis, (measure, title) in zip(axes[-3:], TITLES.items(), strict=True):
         for kind in ("signal", "noise", "difference"):
             measured = getattr(arrays, kind)

@@ -1,11 +1,13 @@
-"""Tasks by name, without parsing all of lm-eval's 14,000 task files: only the folders that speak of them are read."""
+"""Tasks by name, in a second instead of half a minute: lm-eval's index parses all of its 14,000 task files.
 
-import contextlib
+Only the folders of lm-eval whose files mention a wanted name are given to lm-eval's TaskManager to parse.
+"""
+
 import difflib
 import fnmatch
-import logging
 import os
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Entry, Kind
 
 from gda.common.errors import first_line
 from gda.eval.lm_eval.local_data import data_from
@@ -26,7 +27,7 @@ DEFINED_NAME = re.compile(rb"^(?:task|group):[ \t]*[\"']?([\w.:/+-]+)[\"']?[ \t]
 
 
 class TaskManagerWithOurs(TaskManager):
-    """lm-eval's, which knows our tasks beside those of `include_path`."""
+    """lm-eval's TaskManager with the tasks of this package beside those of lm-eval and of `include_path`."""
 
     def __init__(self, *args: Any, include_path: str | Path | list[str | Path] | None = None, **kwargs: Any) -> None:
         given = include_path if isinstance(include_path, list) else [include_path] if include_path else []
@@ -36,119 +37,101 @@ class TaskManagerWithOurs(TaskManager):
 def load_tasks(
     names: Sequence[str], *, dataset_root: str | Path | None = None, metadata: dict[str, Any] | None = None
 ) -> list[Task | Group]:
-    """Build tasks and groups, with their data.
+    """Load tasks and groups with their datasets.
 
     Args:
-        names: Names of tasks, groups or tags, of ours or of lm-eval; patterns such as "blimp_*"; paths of YAML files.
-        dataset_root: Where their data lies; None for where the task says.
-        metadata: What generated tasks are told: "tokenizer", "length", "data_seed", ….
+        names: Names of tasks, groups or tags of lm-eval or of this package, patterns such as "blimp_*", or YAML files.
+        dataset_root: Folder of the datasets. Default: wherever the task says, as a rule the Hub.
+        metadata: Settings of generated tasks: "tokenizer", "length", "data_seed" and others.
 
     Raises:
-        ValueError: for an unknown name, with those it may have meant, and for data that does not fit the task.
+        ValueError: for an unknown name, with similar ones, and for data that does not fit its task.
         FileNotFoundError: for data that is missing or cannot be downloaded, naming the task.
     """
-    with data_from(dataset_root) as read:
+    with data_from(dataset_root) as folders_read:
         manager, found = find_tasks(names, metadata=metadata)
-        loaded = [_load(manager, name, read) for name in found]
-    tasks = {name: task for one in loaded for name, task in one["tasks"].items()}
-    groups = {name: group for one in loaded for name, group in one.get("groups", {}).items()}
-    members = {child for one in loaded for children in one.get("group_map", {}).values() for child in children}
-    every = {**groups, **tasks}
-    return [every[name] for name in dict.fromkeys([*found, *every]) if name in every and name not in members]
+        loaded = [_load(manager, name, folders_read) for name in found]
+    tasks = {name: task for each in loaded for name, task in each["tasks"].items()}
+    groups = {name: group for each in loaded for name, group in each.get("groups", {}).items()}
+    members = {child for each in loaded for children in each.get("group_map", {}).values() for child in children}
+    all_of_them = {**groups, **tasks}
+    in_order = dict.fromkeys([*found, *all_of_them])
+    return [all_of_them[name] for name in in_order if name in all_of_them and name not in members]
 
 
-def _load(manager: TaskManager, name: str, read: list[Path]) -> Any:
-    """`read` grows by the folders of data."""
-    begun = [name]
-    build = manager._factory._build_task
-
-    def build_named(entry: Entry, *args: Any) -> Any:
-        begun.append(entry.name)
-        return build(entry, *args)
-
-    manager._factory._build_task = build_named  # only there is it known which task of a group is built
-    read.clear()
+def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
+    folders_read.clear()
     try:
         return manager.load([name])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"task {begun[-1]}: {first_line(error)}") from None
-    except ValueError as error:
-        raise ValueError(f"task {begun[-1]} cannot be built{_from(read, error)}: {first_line(error)}") from None
-    except Exception as error:  # whatever a definition makes of data that is not what it expects
-        told = f"{_from(read, error) or ' from its data'}: {type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"task {begun[-1]} cannot be built{told}") from None
-    finally:
-        manager._factory._build_task = build
+    except Exception as error:  # a definition may do anything with data that it does not expect
+        task, reason = _task_under_way(error) or name, first_line(error)
+        last_read = f" from {folders_read[-1]}" if folders_read and str(folders_read[-1]) not in str(error) else ""
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"task {task}: {reason}") from None
+        if not isinstance(error, ValueError):
+            last_read, reason = last_read or " from its data", f"{type(error).__name__}: {reason}"
+        raise ValueError(f"task {task} cannot be loaded{last_read}: {reason}") from None
 
 
-def _from(read: list[Path], error: Exception) -> str:
-    """The data that was read last, unless the error names it."""
-    return f" from {read[-1]}" if read and str(read[-1]) not in str(error) else ""
+def _task_under_way(error: Exception) -> str | None:
+    """Name of the task in whose loading the error was raised: a group does not say which of its members failed."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(task := frame.f_locals.get("self"), Task):
+            return str(task.config.task)
+    return None
 
 
 def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) -> tuple[TaskManager, list[str]]:
-    """A task manager that knows `names`, and the names with patterns replaced by what they match.
+    """A task manager that knows `names`, and the names with each pattern replaced by what it matches.
 
     Raises:
-        ValueError: for an unknown name, with those it may have meant.
+        ValueError: for an unknown name, with similar ones.
     """
+    texts = _definitions()
     wanted = [name for name in names if not _is_file(name)]
-    definitions = _definitions()
-    folders = {name: _folders_that_mention(name, definitions) for name in wanted}
-    # Of a name that is defined twice lm-eval takes the first in one tree, and the last of several.
-    paths = [*sorted(set().union(*folders.values()), reverse=True), TASKS_FOLDER]
-    with _quiet_index():
-        manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
-        incomplete = any(folders[name] and not _is_complete(manager, name) for name in wanted)
-        if incomplete or any(_is_group(name) for name in names if _is_file(name)):
-            manager = TaskManagerWithOurs(metadata=metadata)
+    if any(_is_file(name) and _defines_group(name) for name in names):
+        manager = TaskManagerWithOurs(metadata=metadata)  # its members may be tasks from anywhere
+    else:
+        manager = _manager_of(wanted, texts, metadata)
     for name in wanted:
         if not _matches(manager, name):
-            raise ValueError(f"unknown task {name!r}{_did_you_mean(name, manager, definitions.values())}")
+            raise ValueError(f"unknown task {name!r}{_did_you_mean(name, manager, texts.values())}")
     found = [match for name in names for match in ([name] if _is_file(name) else _matches(manager, name))]
     return manager, list(dict.fromkeys(found))
 
 
-@contextlib.contextmanager
-def _quiet_index() -> Iterator[None]:
-    """Silence what lm-eval says of names that its own folders define twice."""
-    logger = logging.getLogger("lm_eval.tasks._index")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _manager_of(wanted: list[str], texts: dict[Path, bytes], metadata: dict[str, Any] | None) -> TaskManager:
+    """A task manager that knows the wanted names, the members of their groups, and all tasks of their tags."""
+    folders: set[Path] = set()
+    searched: set[str] = set()
+    unsearched = set(wanted)
+    while True:
+        folders |= {folder for folder, text in texts.items() if any(_pattern(name).search(text) for name in unsearched)}
+        folders |= {folder for folder in texts if _included(folder, texts) & folders}
+        # If a name is defined twice, lm-eval takes the first definition in one folder, but the last of several folders.
+        paths = [*sorted(folders, reverse=True), TASKS_FOLDER]
+        manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+        searched |= unsearched
+        found = {match for name in searched for match in _matches(manager, name)}
+        unsearched = {member for name in found for member in _members(manager.task_index[name].cfg or {})} - searched
+        if not unsearched:
+            return manager
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+def _definitions() -> dict[Path, bytes]:
+    """For each folder of lm-eval, the text of all files that define tasks or are included by such files."""
+    texts = {}
+    for folder in (path for path in TASKS_OF_LM_EVAL.iterdir() if path.is_dir()):
+        files = (os.path.join(place, file) for place, _, files in os.walk(folder) for file in files)
+        definitions = (file for file in files if os.path.splitext(file)[1] not in NOT_A_DEFINITION)
+        texts[folder] = b"\n".join(Path(file).read_bytes() for file in definitions)
+    return texts
 
 
-def _is_group(file: str) -> bool:
-    """Whether a YAML file defines a group, whose members may be tasks from anywhere."""
-    return re.search(rb"^group:", Path(file).read_bytes(), re.MULTILINE) is not None
-
-
-def _definitions() -> dict[str, bytes]:
-    """The text of every file that defines tasks, or is included by one that does. It takes less than a second."""
-    found = {}
-    for folder, _, files in os.walk(TASKS_OF_LM_EVAL):
-        for file in files:
-            if os.path.splitext(file)[1] not in NOT_A_DEFINITION:
-                path = os.path.join(folder, file)
-                with open(path, "rb") as definition:
-                    found[path] = definition.read()
-    return found
-
-
-def _folders_that_mention(name: str, definitions: dict[str, bytes]) -> set[Path]:
-    pattern = _pattern(name)
-    return {
-        TASKS_OF_LM_EVAL / Path(path).relative_to(TASKS_OF_LM_EVAL).parts[0]
-        for path, text in definitions.items()
-        if pattern.search(text)
-    }
+def _included(folder: Path, texts: dict[Path, bytes]) -> set[Path]:
+    """Folders of lm-eval whose files are included by files of `folder`, with their tags."""
+    names = re.findall(rb"^include:[ \t]*(?:\.\./)+([^/\s]+)/", texts[folder], re.MULTILINE)
+    return {TASKS_OF_LM_EVAL / name.decode() for name in names}
 
 
 def _pattern(name: str) -> re.Pattern[bytes]:
@@ -157,23 +140,15 @@ def _pattern(name: str) -> re.Pattern[bytes]:
     return re.compile(rf"(?<![\w.-]){word}(?![\w.-])".encode())
 
 
-def _is_complete(manager: TaskManager, name: str) -> bool:
-    """Whether `name` is known here with all that belongs to it."""
-    matches = _matches(manager, name)
-    return bool(matches) and all(_is_whole(manager, match) for match in matches)
-
-
-def _is_whole(manager: TaskManager, name: str) -> bool:
-    entry = manager.task_index[name]
-    if entry.kind is Kind.TAG:  # any folder may hold tasks of a tag
-        return False
-    members = (entry.cfg or {}).get("task")
+def _members(config: dict[str, Any]) -> Iterator[str]:
+    """Names of the members of a group, nested groups included; none for a task."""
+    members = config.get("task")
     for member in members if isinstance(members, list) else []:
-        member = member if isinstance(member, str) else member.get("group") or member.get("task")
-        # What is not in the index may as well be defined in place; the whole index knows.
-        if not isinstance(member, str) or member not in manager.task_index or not _is_whole(manager, member):
-            return False
-    return True
+        if isinstance(member, str):
+            yield member
+        else:
+            yield from (member[kind] for kind in ("group", "task") if isinstance(member.get(kind), str))
+            yield from _members(member)
 
 
 def _matches(manager: TaskManager, name: str) -> list[str]:
@@ -182,7 +157,15 @@ def _matches(manager: TaskManager, name: str) -> list[str]:
     return sorted(fnmatch.filter(manager.all_tasks, name)) if set(name) & set("*?[") else []
 
 
-def _did_you_mean(name: str, manager: TaskManager, definitions: Iterable[bytes]) -> str:
-    known = {found.decode() for text in definitions for found in DEFINED_NAME.findall(text)} | set(manager.all_tasks)
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+def _defines_group(file: str) -> bool:
+    return re.search(rb"^group:", Path(file).read_bytes(), re.MULTILINE) is not None
+
+
+def _did_you_mean(name: str, manager: TaskManager, texts: Iterable[bytes]) -> str:
+    known = {found.decode() for text in texts for found in DEFINED_NAME.findall(text)} | set(manager.all_tasks)
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(close)}?" if close else "; `python -m gda.eval ls tasks` lists them"
+    return f"; did you mean {', '.join(close)}?" if close else "; `python -m gda.eval ls tasks` lists all tasks"

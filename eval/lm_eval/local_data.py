@@ -1,4 +1,4 @@
-"""Where the tasks of lm-eval get their data: local files instead of the Hub, and nothing else is replaced."""
+"""Datasets of lm-eval's tasks from local files instead of the Hub. Nothing else of a task changes."""
 
 import contextlib
 import json
@@ -13,19 +13,12 @@ from huggingface_hub.utils import logging as hub_logging
 from gda.common.errors import first_line
 
 SUFFIXES = (".jsonl", ".parquet")
-FILE_FORMATS = (
-    "arrow",
-    "csv",
-    "json",
-    "pandas",
-    "parquet",
-    "text",
-    "xml",
-)  # a task that names one brings its own files
+# A task whose dataset_path is one of these names its files itself.
+FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "xml")
 
 
 class LocalSplits(datasets.DatasetDict):
-    """The splits of a dataset in a folder; asking for another names the file that is missing."""
+    """The splits of a dataset in a folder. Asking for another split names the missing file."""
 
     folder: Path
 
@@ -35,43 +28,43 @@ class LocalSplits(datasets.DatasetDict):
 
 @contextlib.contextmanager
 def data_from(root: str | Path | None) -> Iterator[list[Path]]:
-    """While it is open, tasks that are built read their data from `root`.
+    """Within this context, tasks read their datasets from `root`.
 
-    A dataset is `root`/dataset_path/dataset_name/split.jsonl, or .parquet. With None the tasks read what they always
-    read, and an error says what could not be had. It gives the folders that were read, which grows.
+    A dataset is `root`/dataset_path/dataset_name/SPLIT.jsonl, or .parquet. With None, tasks read what they always read,
+    and an error says which dataset is missing. The context gives a list of the folders read, which grows.
 
     Raises:
-        FileNotFoundError: if `root` is no folder.
+        FileNotFoundError: if `root` is not a folder.
     """
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(f"--dataset-root {root} is not a folder")
     original = datasets.load_dataset
-    read: list[Path] = []
+    folders_read: list[Path] = []
 
     def load_dataset(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if root is not None and path not in FILE_FORMATS:
-            read.append(Path(root) / path / (name or ""))
+            folders_read.append(Path(root) / path / (name or ""))
             return load_local(Path(root), path, name, kwargs.get("split"))
         try:
             with _quiet_hub():
                 return original(path, name, *args, **kwargs)
-        except Exception as error:  # datasets has no common error for "not there and not to be had"
+        except Exception as error:  # datasets has no common error for a dataset that cannot be had
             dataset = path if name is None else f"{path} ({name})"
             raise FileNotFoundError(
-                f"its dataset {dataset} is not at hand: {first_line(error)}; "
-                f"with its files in DIR/{path}/{name or ''}{'/' if name else ''}SPLIT.jsonl, pass --dataset-root DIR"
+                f"its dataset {dataset} cannot be loaded: {first_line(error)}; "
+                f"to read it from DIR/{path}/{name or ''}{'/' if name else ''}SPLIT.jsonl, pass --dataset-root DIR"
             ) from None
 
-    datasets.load_dataset = load_dataset  # what lm-eval calls, by this name
+    datasets.load_dataset = load_dataset  # the name by which lm-eval calls it
     try:
-        yield read
+        yield folders_read
     finally:
         datasets.load_dataset = original
 
 
 @contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Silence each of the tries to reach the Hub: that none succeeded is said once."""
+    """Silence the message of each attempt to reach the Hub; the error after the last one says enough."""
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
@@ -84,15 +77,15 @@ def load_local(root: Path, path: str, name: str | None, split: str | None = None
     """The dataset `path`, configuration `name`, from its folder under `root`.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: naming the file that is empty or damaged.
+        FileNotFoundError: naming the missing file.
+        ValueError: naming the empty or damaged file.
     """
     folder = root / path / (name or "")
     if name is None and not _files(folder) and _files(folder / "default"):
         folder = folder / "default"
     files = _files(folder)
     if not files:
-        raise FileNotFoundError(f"{folder} holds no files of data; put SPLIT{SUFFIXES[0]} or SPLIT{SUFFIXES[1]} there")
+        raise FileNotFoundError(f"{folder} holds no data files; put SPLIT{SUFFIXES[0]} or SPLIT{SUFFIXES[1]} there")
     splits = LocalSplits({file.stem: _read(file) for file in files})
     splits.folder = folder
     return splits if split is None else splits[split]
@@ -103,7 +96,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> datasets.Dataset:
-    """The rows of a file, in memory: datasets' own readers keep copies in the home folder."""
+    """The rows of a file, in memory. (datasets' own readers keep copies in the home folder and guess at types.)"""
     try:
         dataset = datasets.Dataset(pyarrow.parquet.read_table(path)) if path.suffix == ".parquet" else _read_jsonl(path)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -125,5 +118,5 @@ def _read_jsonl(path: Path) -> datasets.Dataset:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
             if not isinstance(rows[-1], dict):
                 raise ValueError(f"{path}, line {number}, is not a JSON object")
-    names = dict.fromkeys(name for row in rows for name in row)  # from_list knows those of the first row only
+    names = dict.fromkeys(name for row in rows for name in row)  # from_list takes those of the first row only
     return datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])

@@ -1,6 +1,6 @@
-"""Tasks for lm-evaluation-harness that make their own data: nothing is downloaded, a seed decides everything."""
+"""Tasks for lm-evaluation-harness that generate their data from a seed and download nothing."""
 
 from pathlib import Path
 
-# For `lm_eval --include_path` and `TaskManager(include_path=...)`.
+# For lm-eval's `--include_path` and `TaskManager(include_path=…)`.
 TASKS_FOLDER = Path(__file__).parent / "definitions"

@@ -1,6 +1,6 @@
-"""In-context copying: a sequence of made-up words, then a part of it again, to be gone on with.
+"""In-context copying: a sequence of made-up words, then a few of them again, which the model must continue.
 
-What an induction head does (arXiv 2209.11895): find where the last words stood before, and say what came after them.
+This is what an induction head does (arXiv 2209.11895): find the earlier occurrence and repeat what followed it.
 """
 
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ from gda.eval.tasks.vocabulary import made_up_words
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CUE = 4  # words of the sequence that are given again, and after which the model goes on
+CUE = 4  # words that are repeated for the model to continue
 
 
 @dataclass(frozen=True)
 class CopySettings:
-    """What decides the sequences.
+    """Settings of the sequences.
 
     Attributes:
-        length: Tokens (or words) of the sequence, at most.
-        copied: Words that the model is to copy.
-        samples: Sequences.
-        data_seed: Decides everything random.
+        length: Length of a sequence at most, in tokens (or words).
+        copied: Number of words to copy.
+        samples: Number of sequences.
+        data_seed: Seed of the data.
     """
 
     length: int
@@ -41,10 +41,10 @@ class CopySettings:
 
 
 def make_documents(settings: CopySettings, count: CountTokens) -> list[dict[str, Any]]:
-    """One document a sequence: `text`, the sequence; `prefix`, the cue; `target`, what follows it; and its `place`.
+    """One document per sequence: `text`, the sequence; `prefix`, the cue; `target`, what follows it; and its `place`.
 
     Raises:
-        ValueError: if the length does not hold the cue and the words to be copied.
+        ValueError: if the length is too short for the cue and the words to copy.
     """
     return [
         _make_document(settings, count, Random(f"copy {settings.data_seed} {index}"))
@@ -53,7 +53,7 @@ def make_documents(settings: CopySettings, count: CountTokens) -> list[dict[str,
 
 
 def _make_document(settings: CopySettings, count: CountTokens, random: Random) -> dict[str, Any]:
-    sequence = made_up_words(random, settings.length)  # each takes a token at least
+    sequence = made_up_words(random, settings.length)  # each takes at least one token
     room, kept = settings.length, 0
     for word in sequence:
         room -= count(f" {word}")
@@ -63,7 +63,7 @@ def _make_document(settings: CopySettings, count: CountTokens, random: Random) -
     needed = CUE + settings.copied
     if kept < needed:
         raise ValueError(
-            f"`length` {settings.length} holds {kept} words, and {CUE} of cue and {settings.copied} to copy need more"
+            f"`length` {settings.length} holds {kept} words, too few for a cue of {CUE} and {settings.copied} to copy"
         )
     sequence = sequence[:kept]
     start = random.randrange(kept - needed + 1)
@@ -77,5 +77,5 @@ def _make_document(settings: CopySettings, count: CountTokens, random: Random) -
 
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
-    """The task's data, for lm-eval's `custom_dataset`."""
+    """The data of the task (lm-eval's `custom_dataset`)."""
     return as_test_split(make_documents(read_settings(CopySettings, metadata, sweep), token_counter(metadata)))

@@ -1,7 +1,7 @@
 """Few-shot classification with the same examples in many orders (arXiv 2410.05258, "In-Context Learning").
 
-Sentences about a thing are to be given the thing's kind. Every question is asked after the same examples in each of
-several orders. A model that is robust to order answers alike: what is measured is how far its accuracy spreads.
+The model classifies a sentence about a thing by the kind of thing. Each question is asked after the same examples in
+several orders. A robust model gives the same answer in every order; the task measures how much its accuracy varies.
 """
 
 import math
@@ -62,14 +62,14 @@ _FRAMES = (
 
 @dataclass(frozen=True)
 class FewShotSettings:
-    """What decides the documents.
+    """Settings of the documents.
 
     Attributes:
-        shots: Examples of each of the six kinds.
-        orders: Different orders that the same examples are shown in.
-        samples: Questions, each asked after every order.
-        arrangement: "random", any order; or "alternate", the kinds in turn.
-        data_seed: Decides everything random.
+        shots: Number of examples of each of the six kinds.
+        orders: Number of different orders of the same examples.
+        samples: Number of questions, each asked after every order.
+        arrangement: "random" (any order) or "alternate" (the kinds in turn).
+        data_seed: Seed of the data.
     """
 
     shots: int
@@ -81,7 +81,9 @@ class FewShotSettings:
     def __post_init__(self) -> None:
         things = len(THINGS[LABELS[0]])
         require_integer("shots", self.shots, 1, things - 1)
-        require_integer("orders", self.orders, 2, math.factorial(len(LABELS)))  # one example a kind has no more
+        require_integer(
+            "orders", self.orders, 2, math.factorial(len(LABELS))
+        )  # the number of orders of one example per kind
         require_integer("samples", self.samples, 1)
         require_integer("data_seed", self.data_seed, 0)
         if self.arrangement not in ARRANGEMENTS:
@@ -91,10 +93,10 @@ class FewShotSettings:
 def make_documents(settings: FewShotSettings) -> list[dict[str, Any]]:
     """One document for each question and order.
 
-    It holds `text`; `choices`; `label`, the index of the right one; `question` and `order`, counted from 0; and
-    `orders`, their number. A question's documents stand together, so that a limited run asks few questions in every
-    order, not many in some. Things that are asked about are in no example, and no question is asked twice before all
-    have been.
+    It holds `text`; `choices`; `label`, the index of the right choice; `question` and `order`, counted from 0; and
+    `orders`, their number. The documents of a question are consecutive, so that a limited run asks few questions in
+    every order rather than many in some. No example is about a thing that is asked about, and no question repeats
+    before all have been asked.
     """
     random = Random(f"fewshot {settings.data_seed}")
     shown: dict[str, list[str]] = {}
@@ -125,7 +127,7 @@ def make_documents(settings: FewShotSettings) -> list[dict[str, Any]]:
 
 
 def _questions(random: Random, things: Sequence[str]) -> Iterator[str]:
-    """Without end: every thing once, then every thing in another sentence, and so on."""
+    """An endless sequence: every thing once, then every thing in another sentence, and so on."""
     frames = [random.sample(_FRAMES, len(_FRAMES)) for _ in things]
     return cycle(
         [
@@ -153,12 +155,12 @@ def _arrange(random: Random, shown: Mapping[str, Sequence[str]], arrangement: st
 
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
-    """The task's data, for lm-eval's `custom_dataset`."""
+    """The data of the task (lm-eval's `custom_dataset`)."""
     return as_test_split(make_documents(read_settings(FewShotSettings, metadata, sweep)))
 
 
 class Answer(NamedTuple):
-    """Whether a question is answered rightly after one of the `orders` orders of the examples."""
+    """Whether the answer to a question is right (1.0 or 0.0) after one of the `orders` orders of the examples."""
 
     question: int
     order: int
@@ -167,7 +169,7 @@ class Answer(NamedTuple):
 
 
 def score(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float | Answer]:
-    """Whether the likeliest label is the right one; NaN if a log-likelihood is, for then none is the likeliest."""
+    """Whether the likeliest label is right; NaN if a log-likelihood is NaN, since then no label is the likeliest."""
     loglikelihoods = [loglikelihood for loglikelihood, _ in results]
     right = float(loglikelihoods.index(max(loglikelihoods)) == document["label"])
     if any(map(math.isnan, loglikelihoods)):
@@ -187,7 +189,7 @@ def best(answers: Iterable[Answer]) -> float:
 
 
 def margin(answers: Iterable[Answer]) -> float:
-    """Accuracy of the best order less that of the worst."""
+    """Accuracy of the best order minus that of the worst."""
     return float(np.ptp(by_order(answers)))
 
 
@@ -197,14 +199,14 @@ def deviation(answers: Iterable[Answer]) -> float:
 
 
 def by_order(answers: Iterable[Answer]) -> list[float]:
-    """The accuracy of each order, over the questions that were asked in every one: a limited run cuts the last short.
+    """The accuracy of each order over the questions that were asked in every order; NaN if there are none.
 
-    Where there is no such question, all are NaN.
+    (A limited run may ask the last question in some orders only.)
     """
     questions: dict[int, dict[int, float]] = defaultdict(dict)
     orders = 0
     for answer in answers:
         questions[answer.question][answer.order] = answer.right
         orders = answer.orders
-    whole = [by for by in questions.values() if len(by) == orders]
-    return [float(np.mean([by[order] for by in whole])) if whole else math.nan for order in range(orders)]
+    complete = [each for each in questions.values() if len(each) == orders]
+    return [float(np.mean([each[order] for each in complete])) if complete else math.nan for order in range(orders)]

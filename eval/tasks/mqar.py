@@ -1,7 +1,7 @@
 """Multi-query associative recall, MQAR (arXiv 2312.04927), in words that any tokenizer can spell.
 
-A list of pairs, key and value; then keys again, in another order, of which each is to be followed by its value. Keys
-are made-up words, so that nothing but the list can tell their values.
+A list of pairs of key and value is followed by some of the keys in another order, and the model must give the value of
+each. Keys are made-up words, so only the list determines their values.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MQARSettings:
-    """What decides the sequences.
+    """Settings of the sequences.
 
     Attributes:
-        pairs: Pairs of key and value in a sequence: its length.
-        queries: Keys asked for in a sequence, each after the answers of those before.
-        samples: Sequences.
-        data_seed: Decides everything random.
+        pairs: Number of pairs in a sequence, which is its length.
+        queries: Number of keys asked for in a sequence, each after the answers to the earlier ones.
+        samples: Number of sequences.
+        data_seed: Seed of the data.
     """
 
     pairs: int
@@ -40,9 +40,9 @@ class MQARSettings:
 
 
 def make_documents(settings: MQARSettings) -> list[dict[str, Any]]:
-    """One document a query: `text`, the list; `prefix`, which ends with the key asked for; `target`, its value.
+    """One document per query: `text`, the list; `prefix`, which ends with the key asked for; `target`, its value.
 
-    Where there are fewer pairs than queries, every key is asked for once.
+    If there are fewer pairs than queries, every key is asked for once.
     """
     documents = []
     for index in range(settings.samples):
@@ -64,5 +64,5 @@ def make_documents(settings: MQARSettings) -> list[dict[str, Any]]:
 
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
-    """The task's data, for lm-eval's `custom_dataset`."""
+    """The data of the task (lm-eval's `custom_dataset`)."""
     return as_test_split(make_documents(read_settings(MQARSettings, metadata, sweep)))

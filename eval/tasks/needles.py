@@ -1,7 +1,7 @@
 """Multi-needle key retrieval (arXiv 2410.05258, "Key Information Retrieval").
 
-Sentences "The magic number of CITY is NUMBER." lie in a context of other prose, and the numbers of some of the cities
-are asked for. The needles asked for lie at a given depth of the context, side by side; the others lie anywhere.
+Sentences "The magic number of CITY is NUMBER.", the needles, are hidden in other prose, and the model is asked for the
+numbers of some cities. The needles asked for stand side by side at a given depth of the context, the others anywhere.
 """
 
 import re
@@ -24,22 +24,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-GENERATED_TOKENS = 64  # max_gen_toks of the tasks; a digit can take a token
+GENERATED_TOKENS = 64  # max_gen_toks in needles.yaml; a digit can take a whole token
 
 
 @dataclass(frozen=True)
 class NeedleSettings:
-    """What decides the prompts.
+    """Settings of the prompts.
 
     Attributes:
-        length: Tokens (or words) of a prompt, at most.
-        depth: Where the answer lies, from 0 (the context's first sentence) to 1 (its last), or "all": five depths
-            from 0 to 1 in turn.
-        needles: Sentences with a magic number, N in the paper.
-        queries: How many of their numbers are asked for, R in the paper.
-        digits: Of a number.
-        samples: Prompts.
-        data_seed: Decides everything random.
+        length: Length of a prompt at most, in tokens (or words).
+        depth: Position of the answer, from 0 (first sentence of the context) to 1 (last), or "all": `DEPTHS` in turn.
+        needles: Number of needles, N in the paper.
+        queries: Number of needles asked for, R in the paper.
+        digits: Number of digits of a magic number.
+        samples: Number of prompts.
+        data_seed: Seed of the data.
     """
 
     length: int
@@ -68,13 +67,13 @@ class NeedleSettings:
 
 @dataclass(frozen=True)
 class NeedlePrompt:
-    """A prompt: `context`, blank line, `question`, a space, `prefix`; then the model's turn.
+    """A prompt: `context`, blank line, `question`, space, `prefix`. The model continues from there.
 
     Attributes:
         answers: The numbers asked for, in the order of the question.
-        target: What the model should go on with.
-        depth: Where the answers' sentences lie.
-        answer_start, answer_end: Where in `context` they are, in characters.
+        target: The right continuation.
+        depth: Position of the needles asked for, from 0 to 1.
+        answer_start, answer_end: Their position in `context`, in characters.
     """
 
     context: str
@@ -88,17 +87,17 @@ class NeedlePrompt:
 
     @property
     def text(self) -> str:
-        """The prompt as one text."""
+        """The whole prompt."""
         return f"{self.context}\n\n{self.question} {self.prefix}"
 
 
 def make_prompts(settings: NeedleSettings, count: CountTokens) -> list[NeedlePrompt]:
     """Make the prompts, each as long as `settings.length` allows in whole sentences.
 
-    Prompts of different depths differ in nothing but the order of their sentences, where everything else is equal.
+    Prompts of two depths, with all other settings equal, differ in the order of their sentences only.
 
     Raises:
-        ValueError: if the length does not hold the needles and the question.
+        ValueError: if the length is too short for the needles and the question.
     """
     depths = DEPTHS if settings.depth == "all" else (float(settings.depth),)
     return [
@@ -118,7 +117,9 @@ def _make_prompt(settings: NeedleSettings, count: CountTokens, random: Random, d
 
     def prompt(prose: list[str]) -> NeedlePrompt:
         sentences = list(prose)
-        for place, needle in sorted(zip(places, others, strict=True), reverse=True):  # from the end: places stay right
+        for place, needle in sorted(
+            zip(places, others, strict=True), reverse=True
+        ):  # from the end, so that the earlier places stay valid
             sentences.insert(round(place * len(prose)), needle)
         at = round(depth * len(sentences))
         before, answer, after = " ".join(sentences[:at]), " ".join(asked), " ".join(sentences[at:])
@@ -165,13 +166,13 @@ def _enumerate(names: list[str]) -> str:
 
 
 def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
-    """The task's data, for lm-eval's `custom_dataset`."""
+    """The data of the task (lm-eval's `custom_dataset`)."""
     prompts = make_prompts(read_settings(NeedleSettings, metadata, sweep), token_counter(metadata))
     return as_test_split([asdict(prompt) for prompt in prompts])
 
 
 def score(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`acc`: the share of the numbers asked for that are given, in their order; `exact_match`: whether all are."""
+    """`acc`: share of the numbers asked for that were given in the right order; `exact_match`: whether all were."""
     given = re.findall(r"\d+", results[0])[: len(document["answers"])]
     right = [number == answer for number, answer in zip(given, document["answers"], strict=False)]
     return {"acc": sum(right) / len(document["answers"]), "exact_match": float(sum(right) == len(document["answers"]))}

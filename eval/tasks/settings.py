@@ -1,4 +1,4 @@
-"""What a task's makers may be told, from lm-eval's metadata, and how text is measured."""
+"""Settings of the generated tasks, read from lm-eval's metadata, and how the length of text is counted."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,28 +18,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CountTokens = Callable[[str], int]
-# Arguments of lm-eval's models, which arrive with the metadata, that say how a tokenizer is read.
+# Arguments of lm-eval's models that concern the tokenizer. They arrive with the metadata.
 TOKENIZER_OPTIONS = ("revision", "subfolder", "gguf_file", "trust_remote_code")
 
 
 def read_settings(
     kind: "type[Settings]", metadata: Mapping[str, Any], sweep: Mapping[str, Any] | None = None
 ) -> "Settings":
-    """Make a task's settings.
+    """Read the settings of a task.
 
-    lm-eval hands the `metadata` of the task's YAML to a `custom_dataset`, the user's ``--metadata`` over it and the
-    model's arguments among it. What a task of a sweep fixes (`sweep`, its ``dataset_kwargs``) wins over both.
+    Args:
+        kind: Class of the settings.
+        metadata: What lm-eval passes to a `custom_dataset`: the `metadata` of the task's YAML file, overridden by the
+            user's `--metadata`, together with the model's arguments.
+        sweep: What the task of a sweep fixes (`dataset_kwargs` in its YAML file). It overrides both.
 
     Raises:
-        ValueError: for a name that resembles one of the settings, a setting that is missing, or a value out of range.
-            (`seed` is only warned of: some of lm-eval's models have an argument of that name.)
+        ValueError: for a name that resembles a setting, a missing setting, or a value out of range. (`seed` causes a
+            warning only: some of lm-eval's models have an argument of that name.)
     """
     names = [field.name for field in fields(kind)]
     for name in metadata:
         if name not in names and (resembled := get_close_matches(name, names, n=1, cutoff=0.8)):
             raise ValueError(f"metadata has no setting `{name}`; did you mean `{resembled[0]}`?")
     if "seed" in metadata:
-        _say_seed_is_another()
+        _warn_of_seed()
     given = {**metadata, **(sweep or {})}
     if missing := [name for name in names if name not in given]:
         raise ValueError(f"metadata lacks the setting(s) {', '.join(missing)}")
@@ -64,30 +67,30 @@ def require_share(name: str, value: Any) -> None:
 
 
 def token_counter(metadata: Mapping[str, Any]) -> CountTokens:
-    """How lengths are counted: in tokens of the model's tokenizer if there is word of it, else in words.
+    """The function that counts length: in tokens if the metadata names a tokenizer, otherwise in words.
 
-    The tokenizer is `tokenizer` (an object, a folder or a Hub id), else `pretrained`.
+    The tokenizer is `tokenizer` (an object, a folder or a Hub id), or else `pretrained`.
 
     Raises:
-        ValueError: if the tokenizer named cannot be read.
+        ValueError: if the tokenizer cannot be read.
     """
     tokenizer = metadata.get("tokenizer") or metadata.get("pretrained")
     if isinstance(tokenizer, str):
         options = {name: metadata[name] for name in TOKENIZER_OPTIONS if metadata.get(name) is not None}
         tokenizer = _load_tokenizer(tokenizer, tuple(options.items()))
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        _say_words_are_counted()
+        _warn_of_words()
         return count_words
     return tokens_of(tokenizer)
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase) -> CountTokens:
-    """Count tokens, special ones apart."""
+    """The function that counts tokens, without special tokens."""
     return lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def count_words(text: str) -> int:
-    """Count words, as white space parts them."""
+    """Number of words, separated by white space."""
     return len(text.split())
 
 
@@ -95,7 +98,7 @@ def count_words(text: str) -> int:
 def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **dict(options))
-    except Exception as error:  # of many kinds, by what is wrong with the files
+    except Exception as error:  # of many kinds, depending on what is wrong with the files
         raise ValueError(
             f"the tokenizer of {name} cannot be read ({' '.join(str(error).split())}); name another: "
             '--metadata \'{"tokenizer": "FOLDER"}\''
@@ -103,17 +106,19 @@ def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @cache
-def _say_words_are_counted() -> None:
-    log.warning('no tokenizer is known, so lengths are counted in words: --metadata \'{"tokenizer": "FOLDER"}\'')
+def _warn_of_words() -> None:
+    log.warning(
+        'no tokenizer is known, so length is counted in words; name one: --metadata \'{"tokenizer": "FOLDER"}\''
+    )
 
 
 @cache
-def _say_seed_is_another() -> None:
-    log.warning("`seed` in the metadata decides nothing of the tasks' data; `data_seed` does")
+def _warn_of_seed() -> None:
+    log.warning("`seed` in the metadata does not affect the tasks' data; `data_seed` does")
 
 
 def as_test_split(documents: "list[dict[str, Any]]") -> "dict[str, Dataset]":
-    """Documents as lm-eval wants them of a `custom_dataset`."""
+    """Documents in the form that lm-eval expects from a `custom_dataset`."""
     from datasets import Dataset
 
     return {"test": Dataset.from_list(documents)}

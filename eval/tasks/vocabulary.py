@@ -1,10 +1,10 @@
-"""Words and sentences by the seed: prose without end that says nothing, names, and words without a meaning."""
+"""Random words and sentences: names, prose without content, and words without meaning."""
 
 from random import Random
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """The words of a list in one string, for long lists in short lines."""
+    """The words of a string: a compact way to write long lists."""
     return tuple(text.split())
 
 
@@ -62,10 +62,10 @@ def sentence(random: Random) -> str:
 
 
 def made_up_words(random: Random, number: int) -> list[str]:
-    """`number` different words without a meaning, such as "bako" or, where those run out, "bakote"."""
+    """`number` different words without meaning, such as "bako", or "bakote" if there are not enough short ones."""
     syllables = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
     length = 2
-    while len(syllables) ** length < 4 * number:  # so that drawing them soon finds a new one
+    while len(syllables) ** length < 4 * number:  # enough words that a random one is soon a new one
         length += 1
     words: dict[str, None] = {}
     while len(words) < number:

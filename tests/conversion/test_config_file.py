@@ -11,7 +11,6 @@ from gda import GDAConfig
 from gda.conversion.sources import readers
 from gda.conversion.sources.config_file import read_config_file
 from gda.eval.models import find_model
-from gda.training.runs import model_folder
 
 from ..support.llamas import change_config, save_llama
 from ..support.tiny import tiny_config
@@ -19,7 +18,7 @@ from ..support.tiny import tiny_config
 READERS: dict[str, Callable[[Path], object]] = {
     "read_config_file": read_config_file,
     "convert": readers.read_config,
-    "train": model_folder.read_config,
+    "train": readers.read_gda_config,
 }
 
 

@@ -14,16 +14,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import gda
 from gda import GDAConfig
 from gda.conversion.verify import VerificationFailed
 from gda.conversion.writing.write_model import ConvertReport
 
+from ..support.checkpoints import load, logits
 from ..support.children import ENDED, in_child
 from ..support.llamas import VARIANTS, byte_tokenizer, change_config, files_of, llama_config, save_llama, tensors_of
 from ..support.tiny import relative_error
+
+pytestmark = pytest.mark.sampled
 
 # Noise heads for 8 query heads over 4 KV heads: fewer than the KV heads, as many, more.
 EIGHT_OVER_FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True}
@@ -35,19 +38,9 @@ def convert(source: Path, out: Path, **options: Any) -> ConvertReport:
     return gda.convert(source, out, **({"verify": False} | options))
 
 
-def load(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
-    """The model in a folder, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
 def some_ids(vocab_size: int, seed: int = 0) -> Tensor:
     """Two sequences, long enough to pass the original context of the scaled RoPEs."""
     return torch.randint(vocab_size, (2, 50), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    return model(ids).logits
 
 
 # ------------------------------------------------------------------------------------------------------- lossless

@@ -12,22 +12,22 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import gda
 from gda.conversion import logits
-from gda.conversion.verify import VerificationFailed
 
-from ..support.commands import Command, Outcome
+from ..support.commands import Command, assert_refused
+from ..support.fuzzing import FUZZ, SECONDS, VALUES, converts_or_says_why
 from ..support.llamas import VARIANTS, change_config, files_of, save_llama
+
+pytestmark = pytest.mark.sampled
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_2 = "model-00002-of-00004.safetensors"
-# A bound on a refusal in this process. What it must catch is a number in a file that decides how long we work.
-SECONDS = 30
 
 
 @pytest.fixture(autouse=True)
@@ -57,17 +57,6 @@ def one(llamas: Path, tmp_path: Path) -> Path:
 def shards(llamas: Path, tmp_path: Path) -> Path:
     """A copy of the Llama in four shards."""
     return Path(shutil.copytree(llamas / "shards", tmp_path / "llama"))
-
-
-def assert_refused(outcome: Outcome, *named: str) -> None:
-    """Exit code 2, nothing on standard output, one line on standard error that holds all of `named`."""
-    assert outcome.code == 2, outcome
-    assert outcome.out == ""
-    assert len(outcome.error.splitlines()) == 1, outcome.error
-    assert outcome.error.startswith("gda: ")
-    assert len(outcome.error) < 600, outcome.error
-    for name in named:
-        assert name in outcome.error
 
 
 def write_index(folder: Path, weight_map: Any) -> None:
@@ -678,43 +667,10 @@ def test_an_index_without_metadata(shards: Path, tmp_path: Path, command: Comman
 
 # ------------------------------------------------------------------------------------------------------------ fuzz
 
-NUMBERS = st.one_of(
-    st.integers(-3, 3),
-    st.sampled_from([10**5, 2**31, 2**63, 2**64, 10**30, -(2**63), 0.5, -1.0, 1e308, float("nan"), float("inf")]),
-)
-VALUES = st.one_of(
-    NUMBERS,
-    st.none(),
-    st.booleans(),
-    st.text(max_size=5),
-    st.lists(st.integers(-2, 2), max_size=3),
-    st.dictionaries(st.sampled_from(["rope_type", "rope_theta", "factor", "x"]), NUMBERS, max_size=2),
-    st.just(...),
-)
 FIELDS = sorted(set(AutoConfig.for_model("llama").to_dict()) | {"model_type", "dtype", "torch_dtype", "rope_scaling"})
-FUZZ = settings(
-    max_examples=50,
-    deadline=SECONDS * 1000,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
-def converts_or_says_why(source: Path, place: Path) -> None:
-    """Convert `source`: it works and verifies, or ends in one short line, no bug of ours; nothing is left."""
-    out = place / "gda"
-    reason = None
-    try:
-        gda.convert(source, out)
-    except (ValueError, OSError, VerificationFailed) as error:  # a source can be such that its logits are no numbers
-        reason = str(error)
-    if reason is None:
-        shutil.rmtree(out)
-    else:
-        assert 10 < len(reason) < 1000, reason
-    assert sorted(os.listdir(place)) == [source.name]
-
-
+@pytest.mark.slow
 @FUZZ
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2))
 def test_any_config_converts_or_is_refused(changes: dict[str, Any], llamas: Path, tmp_path: Path) -> None:

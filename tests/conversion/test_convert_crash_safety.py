@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from gda.conversion.verify import VerificationFailed
 from gda.conversion.writing import stream
 from gda.conversion.writing import write_model as write_module
 
-from ..support.children import ENDED, FAILED, in_child
+from ..support.children import ENDED, FAILED, in_child, killed_at
 from ..support.llamas import files_of, save_llama
 
+pytestmark = pytest.mark.slow
+
 SHARD_SIZE = "20KB"
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-NO_DESCRIPTOR = -1  # inside of rmtree, paths are relative to the descriptor of a folder
 
 
 @pytest.fixture
@@ -53,36 +51,6 @@ def reference(source: Path, place: Path, **options: Any) -> dict[str, bytes]:
     files = files_of(place / "reference")
     shutil.rmtree(place / "reference")
     return files
-
-
-def kill_me_at(moment: int, within: tuple[Path, ...]) -> None:
-    """Let this process kill itself just before its `moment`-th change of a file whose path begins like `within`."""
-    left = moment
-    beginnings = tuple(map(str, within))
-
-    def count(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        changes = event in CHANGES or (event == "open" and len(arguments) > 2 and (arguments[2] or 0) & WRITING)
-        paths = [str(each) for each in arguments[:2] if isinstance(each, str | os.PathLike)]
-        in_rmtree = event in ("os.remove", "os.rmdir") and arguments[-1] != NO_DESCRIPTOR
-        if changes and (in_rmtree or any(path.startswith(beginnings) for path in paths)):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-
-
-def killed_at(moment: int, place: Path | tuple[Path, ...], work: Callable[[], object]) -> bool:
-    """Do `work` in a child that dies at that moment; False if it ended before."""
-
-    def killed() -> None:
-        kill_me_at(moment, place if isinstance(place, tuple) else (place,))
-        work()
-
-    status = in_child(killed)
-    assert status in (ENDED, -signal.SIGKILL)
-    return status != ENDED
 
 
 def finished_shards(partial: Path) -> dict[str, tuple[int, int]]:

@@ -15,13 +15,11 @@ import gda
 from gda import GDAConfig, GDAForCausalLM
 from gda.conversion.writing.headmap import head_map
 
+from ..support.checkpoints import logits
 from ..support.llamas import VARIANTS, change_config, files_of, save_llama, tensors_of
 from ..support.tiny import set_lambda, tiny_config, tiny_model, token_ids
 
-
-@torch.no_grad()
-def logits(folder: Path, ids: Tensor) -> Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+pytestmark = pytest.mark.sampled
 
 
 def expanded(folder: Path, **options: Any) -> Path:

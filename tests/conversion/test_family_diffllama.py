@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DiffLlamaConfig, DiffLlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, DiffLlamaForCausalLM
 
 import gda
 from gda import GDAConfig, GDAForCausalLM
 from gda.conversion.families.diffllama import halves_to_pairs, pairs_to_halves
 
 from ..support import naive
-from ..support.llamas import VOCAB_SIZE, byte_tokenizer, change_config, tensors_of
-from ..support.tiny import make_asymmetric, relative_error, tiny_model, token_ids
+from ..support.checkpoints import logits
+from ..support.llamas import change_config, tensors_of
+from ..support.relatives import save_diffllama
+from ..support.tiny import relative_error, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 TOLERANCE = 1e-5
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -29,34 +33,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gelu": {"hidden_act": "gelu", "rms_norm_eps": 0.01},
     "yarn": {"rope_parameters": YARN},
 }
-
-
-def save_diffllama(
-    folder: Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = False, seed: int = 0, **changes: Any
-) -> Path:
-    """A tiny DiffLlama in `folder`, saved by transformers; its λ are live and different by layer."""
-    fields: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-        "rms_norm_eps": 3e-6,
-    }
-    config = DiffLlamaConfig(**(fields | changes))
-    make_asymmetric(DiffLlamaForCausalLM(config), seed).to(dtype).save_pretrained(folder)
-    if tokenizer:
-        byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@torch.no_grad()
-def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()(ids).logits
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -78,6 +54,7 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
         assert relative_error(naive.run(model.state_dict(), model.config, ids).logits, expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "layers", "tensors"])
 def test_every_method_of_verify(method: str, tmp_path: Path) -> None:
     """All three pass, on texts; and all three see a changed weight."""

@@ -20,6 +20,8 @@ from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama
 from ..support.relatives import motif_config, save_motif
 from ..support.tiny import relative_error, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 TOLERANCE = 1e-5
 # By name, what differs from 8 signal and 2 noise heads over two pairs of keys.
 VARIANTS: dict[str, dict[str, Any]] = {

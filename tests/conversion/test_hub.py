@@ -20,6 +20,8 @@ from ..support.hub_server import READER, Blob, Fault, Hub, Refusal
 from ..support.llamas import CHAT_TEMPLATE, files_of, save_llama, tensors_of
 from ..support.tiny import tiny_config, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 CODE = {"configuration_gda.py", "modeling_gda.py", "attention_gda.py"}
 SHARDS = "20KB"
 

@@ -11,11 +11,13 @@ import pytest
 
 import gda
 from gda.common.files import sync, write_text
-from gda.training.runs.run_folder import CHECKPOINT_FILE, mark_whole
+from gda.training.runs.checkpoints import CHECKPOINT_FILE, mark_complete
 
 from ..support.commands import Command
 from ..support.llamas import save_llama
 from ..support.splitting import save_text
+
+pytestmark = pytest.mark.slow
 
 
 class Disk:
@@ -101,7 +103,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, m
     for file in (checkpoint / "a", checkpoint / "inner" / "b"):
         file.write_text("text")
     disk = Disk(monkeypatch)
-    mark_whole(checkpoint, {})
+    mark_complete(checkpoint, {})
     marked = disk.place_of(("rename", f".{CHECKPOINT_FILE}.tmp", CHECKPOINT_FILE))
     for path in (checkpoint, checkpoint / "a", checkpoint / "inner", checkpoint / "inner" / "b"):
         assert disk.calls.index(("sync", *state(path.stat()))) < marked, path

@@ -12,49 +12,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 import gda
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, source_fields, target_config
 
+from ..support.checkpoints import load, logits
 from ..support.commands import Command
+from ..support.fuzzing import FUZZ, VALUES, converts_or_says_why
+from ..support.gguf_files import write_gguf
 from ..support.hub_server import Hub
-from ..support.llamas import VOCAB_SIZE, byte_tokenizer, change_config, files_of, llama_config, tensors_of
-from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model
-from .test_convert_bad_input import FUZZ, VALUES, converts_or_says_why
+from ..support.llama_like import CLASSES, LENGTH, save_source, some_ids, source_model
+from ..support.llamas import change_config, files_of, llama_config, tensors_of
+from ..support.tiny import relative_error, tiny_config, tiny_model
 
-LENGTH = 40  # of the sequences: longer than every window below
-CLASSES: dict[str, tuple[type, type]] = {
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-    "rms_norm_eps": 3e-6,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
+pytestmark = pytest.mark.sampled
+
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6}
@@ -104,47 +79,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def source_model(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A small model of that type whose rows, norms and biases are all different."""
-    config_class, model_class = CLASSES[model_type]
-    return make_asymmetric(model_class(config_class(**(SHAPE | changes))), seed)
-
-
-def save_source(
-    folder: Path,
-    model_type: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "5GB",
-    tokenizer: bool = True,
-    **changes: Any,
-) -> Path:
-    """Save such a model by transformers' own `save_pretrained`, with a tokenizer unless told not to."""
-    model = source_model(model_type, **changes).to(dtype)
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if tokenizer:
-        byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def save_variant(folder: Path, variant: str) -> Path:
     model_type, changes = VARIANTS[variant]
     return save_source(folder, model_type, **changes)
-
-
-def load(folder: Path, dtype: torch.dtype | str = torch.float32, **options: Any) -> Any:
-    """The model in a folder, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
-
-
-def some_ids(batch: int = 2, length: int = LENGTH) -> Tensor:
-    return torch.randint(2, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
-    return model(ids, **inputs).logits
 
 
 # ------------------------------------------------------------------------------------------------------- lossless
@@ -194,6 +131,7 @@ def test_a_window_decides(tmp_path: Path) -> None:
     assert relative_error(logits(load(tmp_path / "gda"), some_ids()), expected) > 1e-3
 
 
+@pytest.mark.slow
 @each_variant
 def test_verification_by_layers_and_by_tensors(variant: str, tmp_path: Path) -> None:
     """Both hold for what was converted, and neither for a change in the weights."""
@@ -210,6 +148,7 @@ def test_verification_by_layers_and_by_tensors(variant: str, tmp_path: Path) -> 
     assert not gda.verify(source, tmp_path / "gda", method="layers").passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2, layer_types", "qwen3, layer_types", "qwen3"])
 def test_full_and_layers_give_the_same_numbers(variant: str, tmp_path: Path) -> None:
     """Run layer by layer, a window is a window: a model with other weights is as far away by both."""
@@ -325,6 +264,7 @@ def test_inspect_knows_the_cache_and_the_parts(tmp_path: Path) -> None:
     assert report.parameters["attention output"] == 2 * 32 * 32  # and no bias
 
 
+@pytest.mark.slow
 def test_configs_of_older_transformers_are_understood(tmp_path: Path) -> None:
     """Qwen2.5's own config.json: rope_theta, torch_dtype and use_mrope at top level, no layer_types."""
     source = save_source(tmp_path / "source", "qwen2")
@@ -411,6 +351,7 @@ def test_what_would_be_dropped_or_guessed_is_refused_in_one_line(what: str, tmp_
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_any_config_converts_or_is_refused(data: st.DataObject, sources: Path, tmp_path: Path) -> None:
@@ -560,6 +501,7 @@ def test_whole_numbers_where_transformers_wants_fractions(target: str) -> None:
 # ------------------------------------------------------------------------------------------- ranks, folds, the Hub
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2", "qwen3, layer_types"])
 def test_a_shared_base_of_full_rank_and_its_fold(variant: str, tmp_path: Path) -> None:
     """With `qk_rank` and folded again, verified by both ways of running: equal to the source, biases and norms too."""
@@ -577,6 +519,7 @@ def test_a_shared_base_of_full_rank_and_its_fold(variant: str, tmp_path: Path) -
         gda.export(tmp_path / "shared", tmp_path / "back", format=VARIANTS[variant][0])
 
 
+@pytest.mark.slow
 @each_type
 def test_a_hub_id(model_type: str, hub: Hub, tmp_path: Path) -> None:
     """From the Hub, at its commit, with a card that names the base model."""
@@ -595,8 +538,6 @@ def test_a_hub_id(model_type: str, hub: Hub, tmp_path: Path) -> None:
 def gguf_of(path: Path, model_type: str, *, architecture: str | None = None, **options: Any) -> Path:
     """A GGUF file of a small model of that type, as llama.cpp's converter writes it."""
     pytest.importorskip("gguf")
-    from .test_gguf import write_gguf
-
     shape = {"hidden_size": 64, "intermediate_size": 96}
     changes = options.pop("changes", {})
     model = source_model(model_type, **(shape | changes))

@@ -21,14 +21,16 @@ from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 from gda.conversion.verify import VerificationFailed
 
+from ..support.checkpoints import load
 from ..support.commands import Command
+from ..support.gguf_files import SHAPE, write_gguf
+from ..support.llama_like import save_source
 from ..support.llamas import VARIANTS, byte_tokenizer, files_of, llama_model, save_llama, tensors_of
-from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, load, order_of, save_text, split, windows_of
+from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, order_of, save_text, split, windows_of
 from ..support.tiny import relative_error
-from .test_sources_llamalike import save_source
 
 __all__ = ["brief"]
-pytestmark = pytest.mark.usefixtures("brief")
+pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("brief")]
 
 # By name: a Llama, and how it is split.
 SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -168,12 +170,11 @@ def test_the_result_loads_and_is_what_the_report_says(
         if lambda_type != "reparameterized":
             continue
         # Without the subtraction the same features lack nothing but λ o_noise.
-        subtract = attention.subtract
-        attention.subtract = lambda signal, noise, lambda_, of=subtract: of(signal, noise, torch.zeros_like(lambda_))
+        hook = attention.subtract.register_forward_pre_hook(lambda _, given: (*given[:2], torch.zeros_like(given[2])))
         undivided = (
             captured(model, lambda layer: layer.self_attn.o_proj, held_out)[index][0] @ attention.o_proj.weight.T
         )
-        del attention.subtract
+        hook.remove()
         share = (undivided - got).square().sum() / got.square().sum()
         assert layer.subtracted == pytest.approx(share.item(), rel=1e-3)
 
@@ -331,6 +332,7 @@ def test_every_window_is_read_once_before_one_is_read_again() -> None:
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -356,12 +358,11 @@ def test_mistral_and_qwen(model_type: str, changes: dict[str, Any], tmp_path: Pa
     assert report.verification.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
 def test_gguf(quantization: str, tmp_path: Path) -> None:
     """A file gives the split that the Llama which transformers reads from it gives."""
     gguf = pytest.importorskip("gguf")
-    from .test_gguf import SHAPE, write_gguf
-
     kind = None if quantization == "F32" else gguf.GGMLQuantizationType[quantization]
     file = write_gguf(tmp_path / "model.gguf", llama_model(**SHAPE), quantization=kind)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
@@ -465,6 +466,7 @@ def test_the_card_says_that_it_is_lossy_and_what_was_chosen(divided: tuple[Path,
         assert f"{row} {layer.subtracted:.3f} |" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "full", "layers"])
 def test_verify_runs_both_and_has_no_limit(method: str, llama: Path, divided: tuple[Path, Any]) -> None:
     """The difference is told; a threshold that is asked for is kept."""
@@ -500,6 +502,7 @@ def test_a_result_that_is_not_finite_is_no_result(llama: Path, tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp_path: Path, command: Command) -> None:
     """The commands on a split model, and what the split itself prints."""
     out, report = divided

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..support.commands import Command, Outcome
+from ..support.commands import Command, Outcome, assert_refused
 from ..support.llamas import VARIANTS, save_llama
 from ..support.splitting import save_text
-from .test_convert_bad_input import assert_refused
+
+pytestmark = pytest.mark.sampled
 
 
 @pytest.fixture(scope="module")

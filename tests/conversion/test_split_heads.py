@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gda.conversion.split.heads import Moments, Split, split_layer
 
+pytestmark = pytest.mark.sampled
+
 HIDDEN, HEAD_DIM = 12, 3
 
 

@@ -20,14 +20,13 @@ from gda.conversion.split import splitter as split_module
 from gda.conversion.split.distill import Distillation
 from gda.conversion.writing import write_model as write_module
 
-from ..support.children import ENDED, in_child
+from ..support.children import ENDED, in_child, killed_at
 from ..support.commands import Command
 from ..support.llamas import files_of, save_llama
 from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, save_text, split
-from .test_convert_crash_safety import killed_at
 
 __all__ = ["brief"]
-pytestmark = pytest.mark.usefixtures("brief")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brief")]
 
 LAYERS = 3
 

@@ -21,6 +21,8 @@ from ..support.commands import Command
 from ..support.llamas import VOCAB_SIZE, change_config, save_llama, tensors_of
 from ..support.tiny import relative_error, tiny_model, token_ids
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("full", "layers")
 METHOD = pytest.mark.parametrize("method", METHODS)
 
@@ -101,7 +103,7 @@ def test_a_model_that_refuses_the_cache_ends_with_1_and_one_line(
     outcome = command("verify", source, out, "--method", method)
     assert outcome.code == 1
     [line] = outcome.error.splitlines()
-    assert line.startswith("gda: verification failed: GDAAttention was given a DynamicCache")
+    assert line.startswith("gda: verification failed: GDAAttention got a DynamicCache")
 
 
 def with_twin_tokens(tmp_path: Path, difference: float) -> tuple[Path, Path]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import gda
 from gda.conversion.writing import stream
 
-from ..conversion.test_gguf import SHAPE, write_gguf
+from ..support.gguf_files import SHAPE, write_gguf
 from ..support.llamas import llama_model, save_llama
 from ..support.relatives import save_motif
 from ..support.splitting import save_text
@@ -140,16 +140,16 @@ def _begin_a_run(folder: Path) -> None:
         if not (folder / "begun-run").exists():
             shutil.copytree(folder / ".out.partial", folder / "begun-run")
 
-    from gda.training.callbacks import guards
+    from gda.training.callbacks import checkpoints
 
-    marked = guards.mark_whole
-    StagedFolder.finish, guards.mark_whole = interrupt, copy_and_go_on
+    marked = checkpoints.mark_complete
+    StagedFolder.finish, checkpoints.mark_complete = interrupt, copy_and_go_on
     try:
         _train(folder)
     except KeyboardInterrupt:
         (folder / ".out.partial").rename(folder / "ended-run")
     finally:
-        StagedFolder.finish, guards.mark_whole = finish, marked
+        StagedFolder.finish, checkpoints.mark_complete = finish, marked
 
 
 def _resumed(begun: str, call: Callable[[Path], object]) -> Callable[[Path], object]:

@@ -65,11 +65,11 @@ SOURCES: dict[str, tuple[type[PreTrainedModel], type[Any], dict[str, Any]]] = {
 }
 # Models whose λ is not 0 and that nothing else computes: by name, the fields of their configs.
 PAIRED: dict[str, Any] = {"kv_layout": "paired", "num_key_value_heads": 4}
-GROWING = {"growth_mask": 0.4, "masked_signal_heads": 1, "masked_neurons": 5, "masked_layers": [1]}
+GROWING = {"fade": 0.4, "masked_signal_heads": 1, "masked_neurons": 5, "masked_layers": [1]}
 LIVE: dict[str, dict[str, Any]] = {
     "shared": {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]},
     "token": {"lambda_type": "tanh", "head_norm": True, "qk_norm": True},
-    "fading": {"lambda_anneal": 0.3, "lambda_target": 0.5, "qk_rank": 3, **GROWING},
+    "fading": {"lambda_target": 0.5, "qk_rank": 3, **GROWING},
     "motif": {**PAIRED, "hidden_act": "poly_norm", "head_norm": True, "lambda_init_offset": -1, "rms_norm_eps": 1e-6},
 }
 

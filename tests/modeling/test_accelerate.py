@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from gda import GDAConfig, GDAForCausalLM
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 2},
     "fewer-noise-than-kv": {"num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 4},
@@ -117,6 +119,7 @@ def test_initialization_fills_a_materialized_meta_model(lambda_type: str) -> Non
     assert model(token_ids()).logits.isfinite().all()
 
 
+@pytest.mark.slow
 @each_case
 def test_load_checkpoint_and_dispatch_over_disk(layout: str, lambda_type: str, tmp_path: Path) -> None:
     """accelerate fills an empty model and runs a layer, its bare λ vectors with it, from disk: equal logits."""

@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gda import GDAForCausalLM
 from gda.modeling_gda.attention_gda import rotate
 
+from ..support.checkpoints import logits
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
 TOLERANCE = 1e-5
@@ -91,11 +92,6 @@ def put_signal_heads(into: Tensor, heads: Tensor, ratio: int) -> None:
     for i, head in enumerate(heads.split(HEAD_DIM)):
         row = (i // ratio * (ratio + 1) + i % ratio) * HEAD_DIM
         into[row : row + HEAD_DIM] = head
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model(ids).logits
 
 
 @torch.no_grad()

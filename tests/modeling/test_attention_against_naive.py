@@ -11,15 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from gda import GDAForCausalLM
 
 from ..support import naive
+from ..support.head_layouts import MIXED, PATHS, heads
 from ..support.tiny import relative_error, tiny_config, tiny_model, token_ids
 
 TOLERANCE = 1e-5
 LENGTH = 11
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-
-
-def heads(signal: int, noise: int, key_value: int, **fields: Any) -> dict[str, Any]:
-    return {"num_attention_heads": signal + noise, "num_noise_heads": noise, "num_key_value_heads": key_value, **fields}
 
 
 def shared_heads() -> dict[str, dict[str, Any]]:
@@ -84,21 +80,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sliding": {"sliding_window": 4},
     "sliding-one-token": {"sliding_window": 1},
     "mixed-layer-types": {"sliding_window": 3, "num_hidden_layers": 3, "layer_types": MIXED},
-}
-
-# One case for each path through the attention: what decoding, padding and chunks are tried on.
-PATHS: dict[str, dict[str, Any]] = {
-    "shared": heads(6, 2, 2),
-    "shared-more-noise-than-kv": heads(8, 4, 2),
-    "shared-repeated-noise": heads(8, 2, 4),
-    "paired": heads(6, 2, 4, kv_layout="paired"),
-    "paired-grouped": heads(8, 4, 4, kv_layout="paired"),
-    "sigmoid": heads(8, 2, 4, lambda_type="sigmoid"),
-    "paired-tanh": heads(6, 2, 2, kv_layout="paired", lambda_type="tanh", head_norm=True),
-    "head-norm-qk-norm-poly-norm": heads(6, 2, 2, head_norm=True, qk_norm=True, hidden_act="poly_norm"),
-    "sliding": heads(6, 2, 2, sliding_window=3),
-    "mixed": heads(6, 2, 2, sliding_window=3, num_hidden_layers=3, layer_types=MIXED),
-    "paired-mixed": heads(6, 2, 2, kv_layout="paired", sliding_window=3, num_hidden_layers=3, layer_types=MIXED),
 }
 
 

@@ -29,10 +29,12 @@ from transformers.masking_utils import sdpa_mask
 
 from gda import GDAForCausalLM
 from gda.modeling_gda import attention_gda
-from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, GDAAttention
+from gda.modeling_gda.attention_gda import CACHE_ARGUMENT, Subtraction
 
 from ..support import naive
 from ..support.tiny import relative_error, tiny_config, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 Calls = list[tuple[torch.Size, torch.Size, torch.Size]]
 
@@ -248,17 +250,15 @@ def test_attention_maps(fields: dict[str, Any], lambda_type: str) -> None:
 
 
 def recorded_lambdas(model: GDAForCausalLM, call: Callable[[], Any]) -> list[Tensor]:
-    """λ of each layer, as the layers compute it while `call` runs."""
+    """λ of each layer, as its subtraction gets it while `call` runs."""
     lambdas: list[Tensor] = []
-    compute_lambda = GDAAttention.compute_lambda
-
-    def record(self: GDAAttention, hidden_states: Tensor) -> Tensor:
-        lambdas.append(compute_lambda(self, hidden_states))
-        return lambdas[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GDAAttention, "compute_lambda", record)
-        call()
+    hooks = [
+        layer.self_attn.subtract.register_forward_hook(lambda _, inputs, __: lambdas.append(inputs[2]))
+        for layer in model.model.layers
+    ]
+    call()
+    for hook in hooks:
+        hook.remove()
     assert len(lambdas) == model.config.num_hidden_layers
     return lambdas
 
@@ -286,7 +286,9 @@ def test_attention_maps_while_generating(kv_layout: str) -> None:
 def test_attention_maps_are_made_only_when_asked_for(kv_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without `output_attentions` there are none, and hidden states come one a layer and one more."""
     model = tiny_model(attention="eager", kv_layout=kv_layout)
-    monkeypatch.setattr(GDAAttention, "subtract_maps", lambda *_: pytest.fail("maps that nobody asked for"))
+    forbidden = staticmethod(lambda *_: pytest.fail("maps that nobody asked for"))
+    for layer in model.model.layers:
+        monkeypatch.setattr(type(layer.self_attn), "apply_maps", forbidden)
     outputs = model(token_ids(1, 5), output_hidden_states=True)
     assert outputs.attentions is None
     assert [states.shape for states in outputs.hidden_states] == [(1, 5, model.config.hidden_size)] * 3
@@ -566,6 +568,7 @@ def test_left_padding(fields: dict[str, Any], settings: dict[str, Any]) -> None:
             assert torch.equal(alone, uncached_greedy(model, prompt))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa", "paged|eager"])
 @every_kind
 def test_continuous_batching(fields: dict[str, Any], backend: str) -> None:
@@ -687,7 +690,7 @@ def test_subtraction_is_rounded_once(lambda_shape: tuple[int, ...]) -> None:
     """signal − λ · noise of bfloat16 outputs is computed in float32 and rounded at the end."""
     signal, noise = torch.randn(2, 3, 2, 3, 8).bfloat16(), torch.randn(2, 3, 2, 1, 8).bfloat16()
     lambda_ = torch.rand(lambda_shape)
-    got = GDAAttention.subtract(signal, noise, lambda_)
+    got = Subtraction()(signal, noise, lambda_)
     spread = lambda_ if lambda_.dim() == 1 else lambda_.view(2, 3, 2, 3, 1)
     assert torch.equal(got, (signal.float() - spread * noise.float()).bfloat16())
     assert not torch.equal(got, signal - (spread.bfloat16() * noise))

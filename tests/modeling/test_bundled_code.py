@@ -268,6 +268,7 @@ def test_a_class_of_somebody_elses_is_left_to_him(tmp_path: Path) -> None:
     assert list(files_of(tmp_path)) == ["config.json"]
 
 
+@pytest.mark.slow
 def test_convert_without_code(tmp_path: Path, command: Command) -> None:
     """`--no-bundle-code`: none in the folder, and the card does not speak of it."""
     source = save_llama(tmp_path / "llama")

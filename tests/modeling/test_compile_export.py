@@ -10,6 +10,8 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from gda import GDAConfig, GDAForCausalLM
 
+pytestmark = pytest.mark.slow
+
 VOCAB = 48
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
 LAYOUTS: dict[str, dict[str, Any]] = {

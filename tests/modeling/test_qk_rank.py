@@ -12,25 +12,14 @@ from gda import GDAConfig, GDAForCausalLM
 from gda.conversion.tensors.recipes import meta_model
 
 from ..support import naive
+from ..support.head_layouts import HEADS, PATHS, heads
 from ..support.tiny import relative_error, tiny_config, tiny_model, token_ids
-from .test_attention_against_naive import PATHS, heads
+
+pytestmark = pytest.mark.sampled
 
 TOLERANCE = 1e-5
 LENGTH = 11
 
-HEADS: dict[str, dict[str, Any]] = {
-    "grouped": heads(6, 2, 2),
-    "multi-head": heads(6, 6, 6),
-    "multi-head-one-noise": heads(6, 1, 6),
-    "multi-query": heads(6, 2, 1),
-    "multi-query-one-noise": heads(5, 1, 1),
-    "more-noise-than-kv": heads(8, 4, 2),
-    "fewer-noise-than-kv": heads(8, 2, 4),
-    "paired": heads(6, 2, 4, kv_layout="paired"),
-    "paired-one-pair": heads(6, 2, 2, kv_layout="paired"),
-    "paired-more-noise-than-pairs": heads(8, 4, 4, kv_layout="paired"),
-    "paired-1:1": heads(3, 3, 6, kv_layout="paired"),
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "reparameterized": {},
     "sigmoid": {"lambda_type": "sigmoid"},

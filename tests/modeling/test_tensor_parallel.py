@@ -24,6 +24,8 @@ from transformers.distributed import DistributedConfig, tensor_parallel
 from gda import GDAConfig, GDAForCausalLM
 from gda.configuration.configuration_gda import AUTO_MAP
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {"num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 2},
@@ -32,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 NORMS = {"head_norm": True, "qk_norm": True}
 # Of the new neurons, 7 are on the first rank and 20 on the second.
-MASKED = {"growth_mask": 0.4, "masked_signal_heads": 1, "masked_neurons": 27}
+MASKED = {"fade": 0.4, "masked_signal_heads": 1, "masked_neurons": 27}
 LLAMA_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 

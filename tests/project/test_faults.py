@@ -20,10 +20,11 @@ import torch
 import gda
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 
-from ..conversion.test_convert_crash_safety import killed_at
-from ..support.children import ENDED, FAILED, in_child
+from ..support.children import ENDED, FAILED, in_child, killed_at
 from ..support.llamas import files_of, save_llama, tensors_of
 from ..support.splitting import save_text
+
+pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("GDA_FUZZ_SEED", "0"))
 SHORT, LONG = 2, 50

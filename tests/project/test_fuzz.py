@@ -3,7 +3,7 @@
 Each case runs in a forked child with bounded memory and time. The child is watched: it may write below its workspace
 and its scratch folders alone, start no process, and open no pickle. A crash of the child is a failure of its case.
 
-    python -m pytest -m long tests/test_fuzz.py                  thousands of cases
+    python -m pytest -m long tests/project/test_fuzz.py          thousands of cases
     GDA_FUZZ_SEED=7 GDA_FUZZ_CASES=50 python -m pytest …         others, and how many of each file
 """
 
@@ -30,6 +30,8 @@ from gda.common.errors import CheckFailed
 from ..fuzz.mutations import Edit, apply, mutate
 from ..fuzz.targets import TARGETS, make_workspace
 from ..support.children import PATIENCE, in_child
+
+pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("GDA_FUZZ_SEED", "0"))
 CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus.jsonl"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ..matrix.releases import LOWEST_INSTALLED, NEWEST, RELEASES, choose, numbers
-from .test_packaging import setup_cfg
+from ..support.repository import setup_cfg
 
 MATRIX = Path(__file__).parents[1] / "matrix" / "run.py"
 

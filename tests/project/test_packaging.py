@@ -1,7 +1,6 @@
 """The distribution: what is packaged, what a wheel holds, and the rules that keep the rooms apart."""
 
 import ast
-import configparser
 import importlib.metadata
 import importlib.util
 import os
@@ -11,13 +10,16 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import gda
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..support.repository import ROOT, setup_cfg
+
 NOT_PACKAGED = {"tests", "benchmarks", "docs", "build", "dist"}
 REMOTE_CODE = ["configuration", "modeling_gda"]
 BRIDGE = "configuration_gda.py"
@@ -32,12 +34,6 @@ MAY_NOT_IMPORT = {
     "eval": {"training", "commands", "cli"},
     "src/gda/common": {"configuration", "modeling_gda", "conversion"} | ABOVE_CONVERSION,
 }
-
-
-def setup_cfg() -> configparser.ConfigParser:
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg", encoding="utf-8")
-    return parser
 
 
 def package_folders() -> dict[str, Path]:
@@ -61,15 +57,54 @@ def repository_files() -> list[Path]:
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="lists the files of a git repository")
 
 
-def imports(path: Path) -> set[tuple[int, str]]:
-    """(level, module) of every import of a file, wherever it stands: (0, "gda.eval"), (1, "attention_gda")."""
+def imports(path: Path, *, on_load: bool = False) -> set[tuple[int, str]]:
+    """(level, module) of every import in a file: (0, "gda.eval"), (1, "attention_gda").
+
+    `on_load` leaves out those inside functions and under `if TYPE_CHECKING:`.
+    """
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in run_on_load(tree) if on_load else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {(0, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {(node.level, f"{node.module or ''}.{alias.name}".lstrip(".")) for alias in node.names}
     return found
+
+
+def run_on_load(parent: ast.AST) -> Iterator[ast.AST]:
+    """The parts of a file that run when it is imported."""
+    for node in ast.iter_child_nodes(parent):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from run_on_load(node)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """By module of the package, the modules of the package that are loaded with it."""
+    files = {
+        package if path.stem == "__init__" else f"{package}.{path.stem}": path
+        for package, folder in package_folders().items()
+        for path in folder.glob("*.py")
+    }
+    graph: dict[str, set[str]] = {module: set() for module in files}
+    for module, path in files.items():
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        for level, name in imports(path, on_load=True):
+            parents = package.split(".")
+            full = ".".join([*parents[: len(parents) - level + 1], name]) if level else name
+            # `from gda.eval import models` loads gda.eval.models, `from gda.eval.models import load` does too.
+            graph[module] |= {found for found in (full, full.rpartition(".")[0]) if found in files}
+    return graph
+
+
+def imported_test_file(path: Path, level: int, module: str) -> Path | None:
+    """The test file that an import in the file `path` loads, if it loads one."""
+    folder = path.parents[level - 1] if level else ROOT
+    parts = module.split(".")
+    paths = (folder.joinpath(*parts[:length]).with_suffix(".py") for length in range(1, len(parts) + 1))
+    return next((found for found in paths if found.name.startswith("test_") and found.is_file()), None)
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
@@ -151,6 +186,25 @@ def test_dependencies_point_one_way(room: str) -> None:
             module for module in modules if module.startswith("gda.") and module.split(".")[1] in MAY_NOT_IMPORT[room]
         }
         assert forbidden == set(), path.name
+
+
+def test_modules_import_one_another_without_a_cycle() -> None:
+    """Python's sorter raises CycleError, which names the modules of a cycle."""
+    graph = import_graph()
+    assert graph["gda.conversion.sources.gguf"] >= {"gda.conversion.sources.source"}
+    assert graph["gda.modeling_gda.modeling_gda"] >= {"gda.modeling_gda.attention_gda"}
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_test_file_imports_another() -> None:
+    """What test files share is in tests/support."""
+    imported = {
+        f"{path.relative_to(ROOT)}: {found.relative_to(ROOT)}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for level, module in imports(path)
+        if (found := imported_test_file(path, level, module)) is not None
+    }
+    assert imported == set()
 
 
 @pytest.fixture(scope="module")

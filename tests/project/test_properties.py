@@ -1,7 +1,7 @@
 """Any configuration: a valid one makes a model that runs and is saved, loaded, converted and grown as it is; any other
 is a ValueError that names a field.
 
-    python -m pytest -m long tests/test_properties.py              thousands of configurations, others in each run
+    python -m pytest -m long tests/project/test_properties.py       thousands of configurations, others in each run
     GDA_PROPERTY_FACTOR=0.1 python -m pytest -m long tests/…       a tenth of them
 """
 
@@ -31,10 +31,12 @@ import gda
 from gda import GDAConfig, GDAForCausalLM
 from gda.conversion.sources.config_file import check_fields
 
-from ..configuration.test_configuration import OWN_FIELDS, possible_fields
-from ..conversion.test_sources_llamalike import CLASSES
+from ..support.config_fields import OWN_FIELDS, possible_fields
+from ..support.llama_like import CLASSES
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config
+
+pytestmark = pytest.mark.slow
 
 FACTOR = float(os.environ.get("GDA_PROPERTY_FACTOR", "1"))
 SECONDS = 20

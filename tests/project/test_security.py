@@ -15,8 +15,8 @@ import torch
 
 import gda
 from gda.common import files as _files
-from gda.training.callbacks.guards import WholeCheckpoints
-from gda.training.runs.run_folder import CHECKPOINT_FILE
+from gda.training.callbacks.checkpoints import CheckpointCallback
+from gda.training.runs.checkpoints import CHECKPOINT_FILE
 
 from ..fuzz.targets import STEPS, TEXT
 from ..support.commands import Command
@@ -93,13 +93,13 @@ class Mark:
 def begun(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run to `tmp_path`/out that was interrupted after its first step: its checkpoint."""
     with monkeypatch.context() as patch:
-        saved = WholeCheckpoints.on_save
+        saved = CheckpointCallback.on_save
 
         def interrupt(*arguments: Any, **kwargs: Any) -> None:
             saved(*arguments, **kwargs)
             raise KeyboardInterrupt
 
-        patch.setattr(WholeCheckpoints, "on_save", interrupt)
+        patch.setattr(CheckpointCallback, "on_save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             gda.train(models / "gda", tmp_path / "out", data=models / "text.txt", **STEPS)
     return tmp_path / ".out.partial" / "checkpoint-1"

@@ -7,8 +7,8 @@ signal heads, N noise heads and r = S / N, signal head i = 0 … S − 1 of one 
 
 and the layer's output is W_O · concat_i(norm(out_i)). Noise head i // r serves signal head i.
 
-Under masked growth every new part, a signal head, a neuron or a whole layer, counts m-fold. While λ is annealed, at a
-of its way, λ_i is (1 − a) · a · target + a · what its parameters say.
+In masked growth the output of every new part, a signal head, a neuron or a whole layer, is multiplied by m = `fade`.
+While λ is faded in, λ_i is (1 − m) · m · target + m · λ_i as its parameters give it.
 """
 
 import math
@@ -61,7 +61,7 @@ def run(
             attended, layer_maps = attention(
                 normed, weights, config, layer, cos.to(dtype), sin.to(dtype), visible(real, window)
             )
-            m = config.growth_mask if layer in (config.masked_layers or []) else 1.0
+            m = config.fade if layer in (config.masked_layers or []) else 1.0
             x = x + m * attended
             normed = rms_norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
             x = x + m * mlp(normed, weights, config, layer)
@@ -107,7 +107,7 @@ def attention(
             value = torch.cat((value_heads[2 * signal_pair], value_heads[2 * signal_pair + 1]), dim=-1)
         signal_map = attention_map(signal_query, signal_key, may_see)
         noise_map = attention_map(noise_query, noise_key, may_see)
-        lambda_ = annealed(lambda_of_head(x, weights, config, layer, i), config)
+        lambda_ = faded(lambda_of_head(x, weights, config, layer, i), config)
         output = signal_map @ value - lambda_ * (noise_map @ value)
         if config.head_norm:
             output = rms_norm(output, weights["self_attn.subln.weight"], config.head_norm_eps)
@@ -157,7 +157,7 @@ def mask_of_head(config: GDAConfig, layer: int, signal_head: int) -> float:
         return i // (num_signal // sets), i // (num_signal // config.num_noise_heads)
 
     same = [i for i in range(num_signal) if read_by(i) == read_by(signal_head)]
-    return config.growth_mask if signal_head in same[-config.masked_signal_heads :] else 1.0
+    return config.fade if signal_head in same[-config.masked_signal_heads :] else 1.0
 
 
 def attention_map(query: Tensor, key: Tensor, may_see: Tensor) -> Tensor:
@@ -175,11 +175,11 @@ def lambda_of_head(x: Tensor, weights: State, config: GDAConfig, layer: int, sig
     return (torch.sigmoid(projected) if config.lambda_type == "sigmoid" else torch.tanh(projected)).unsqueeze(-1)
 
 
-def annealed(lambda_: Tensor, config: GDAConfig) -> Tensor:
+def faded(lambda_: Tensor, config: GDAConfig) -> Tensor:
     """(1 − α) · (t / T) · λ_target + α · λ_learned with α = t / T."""
-    if config.lambda_anneal is None:
+    if config.lambda_target is None:
         return lambda_
-    t = alpha = config.lambda_anneal
+    t = alpha = config.fade
     return (1 - alpha) * t * config.lambda_target + alpha * lambda_
 
 
@@ -203,7 +203,7 @@ def mlp(x: Tensor, weights: State, config: GDAConfig, layer: int) -> Tensor:
     gate = linear(x, weights, "mlp.gate_proj")
     m = torch.ones_like(gate)
     if config.masked_neurons is not None and layer not in (config.masked_layers or []):
-        m[..., -config.masked_neurons :] = config.growth_mask
+        m[..., -config.masked_neurons :] = config.fade
     if config.hidden_act == "poly_norm":
         gate = poly_norm(gate, weights["mlp.act_fn.weight"], weights["mlp.act_fn.bias"], m)
     else:

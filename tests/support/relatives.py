@@ -1,4 +1,4 @@
-"""Tiny checkpoints of the systems that are differential already, in their own layout on disk."""
+"""Tiny checkpoints of models that are differential already: Motif and DiffLlama, as their own code saves them."""
 
 import json
 import math
@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
+
+from .llamas import VOCAB_SIZE, byte_tokenizer
+from .tiny import make_asymmetric
 
 MOTIF_CONFIG: dict[str, Any] = {
     "architectures": ["MotifForCausalLM"],
@@ -79,7 +83,7 @@ def motif_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def random_state(
     shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Weights of which no two rows are alike: matrices scaled by row, norms around a ramp, λ vectors of moderate λ."""
+    """Random weights in which no two rows are alike: each row has a scale of its own, and each λ a moderate value."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():
@@ -102,4 +106,26 @@ def save_motif(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
     save_file(random_state(motif_shapes(fields), dtype, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def save_diffllama(
+    folder: Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = False, seed: int = 0, **changes: Any
+) -> Path:
+    """Save a tiny DiffLlama in `folder` by transformers; each layer has a λ of its own, none of them 0."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "rms_norm_eps": 3e-6,
+    }
+    config = DiffLlamaConfig(**(fields | changes))
+    make_asymmetric(DiffLlamaForCausalLM(config), seed).to(dtype).save_pretrained(folder)
+    if tokenizer:
+        byte_tokenizer().save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Splits of tiny models: short texts, few steps, and what the report says put together again."""
+"""Splits of tiny models: short texts, few training steps, and helpers that check the report and the result."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import gda
 from gda.common.text import python_documentation
@@ -20,7 +20,7 @@ TOKENS = 10 * CONTEXT
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few steps of training in full precision, and no verification of what is tested here by other means."""
+    """Few training steps, in full precision."""
     monkeypatch.setattr(split_module, "EFFORTS", {"fast": 0, "default": STEPS, "best": 2 * STEPS})
     monkeypatch.setattr(split_module, "_multiplies_bfloat16", lambda device: False)
 
@@ -32,7 +32,7 @@ def save_text(path: Path, characters: int = 12_000) -> Path:
 
 
 def split(source: Path, out: Path, **options: Any) -> Any:
-    """Split by the closed form alone, without verification, unless told otherwise."""
+    """Split a source; by default in closed form only and without verification."""
     settings = {"effort": "fast", "verify": False, "calibration_tokens": TOKENS}
     if "calibration" not in options:
         settings["calibration"] = save_text(source.parent / "text.txt")
@@ -40,7 +40,7 @@ def split(source: Path, out: Path, **options: Any) -> Any:
 
 
 def windows_of(source: Path, text: Path, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
-    """Ids (windows, T) of the text: those that are fitted to, and the tenth at the end that are not."""
+    """Token ids (sequences, T) of a text: those that the split is fitted to, and the last tenth, held out."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids[:tokens]
     windows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
@@ -49,19 +49,14 @@ def windows_of(source: Path, text: Path, tokens: int = TOKENS) -> tuple[Tensor, 
 
 
 def order_of(layer: Any, noise_heads: int) -> list[int]:
-    """The source's heads in the order of the result's rows, by the report on a layer."""
+    """Indices of the source's heads in the order of the result's rows, from the report on a layer."""
     signal = torch.tensor(layer.signal_heads).view(noise_heads, -1)
     return torch.cat([signal, torch.tensor(layer.noise_heads).unsqueeze(1)], dim=1).flatten().tolist()
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in a folder, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
 @torch.no_grad()
 def captured(model: Any, part: Callable[[Any], torch.nn.Module], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What goes into and comes out of a part of each layer, (tokens, width) each."""
+    """Input and output of a part of each layer, (tokens, width) each."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def see(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import gda
 from gda import GDAForCausalLM, GDAForSequenceClassification
-from gda.configuration.configuration_gda import ANNEAL_FIELDS
-from gda.training import LambdaAnnealCallback
+from gda.training import FadeCallback
 
 from ..support import naive
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 TARGET = 0.7
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ def test_on_the_way_it_is_the_equation(layout: str, lambda_type: str, attention:
     model.set_attn_implementation(attention)
     ids = token_ids(2, 7)
     before = logits(model, ids)
-    model.set_lambda_anneal(0.4, target=TARGET)
+    model.set_fade(0.4, lambda_target=TARGET)
     wanted = naive.run(model.state_dict(), model.config, ids)
     assert relative_error(logits(model, ids), wanted.logits) <= 1e-5
     assert relative_error(logits(model, ids), before) > 1e-3
@@ -61,7 +62,7 @@ def test_on_the_way_it_is_the_equation(layout: str, lambda_type: str, attention:
         with torch.no_grad():
             maps = model(ids, output_attentions=True).attentions
         assert relative_error(maps[1], wanted.maps[1]) <= 1e-5
-        model.set_lambda_anneal(0.0)
+        model.set_fade(0.0)
         with torch.no_grad():
             maps = model(ids, output_attentions=True).attentions
         torch.testing.assert_close(maps[0].sum(-1), torch.ones_like(maps[0].sum(-1)))
@@ -73,14 +74,14 @@ def test_at_1_it_is_the_plain_model_bit_for_bit(layout: str, lambda_type: str, t
     """And a saved model says nothing of it."""
     plain = model_of(layout, lambda_type=lambda_type)
     model = copy.deepcopy(plain)
-    model.set_lambda_anneal(0.3, target=TARGET)
-    model.set_lambda_anneal(1)
+    model.set_fade(0.3, lambda_target=TARGET)
+    model.set_fade(1)
     assert torch.equal(logits(model), logits(plain))
     for each, name in ((model, "annealed"), (plain, "plain")):
         each.save_pretrained(tmp_path / name)
     assert (tmp_path / "annealed" / "config.json").read_bytes() == (tmp_path / "plain" / "config.json").read_bytes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "annealed")
-    assert not [name for name, _ in again.named_modules() if "lambda_anneal" in name]
+    assert not [name for name, _ in again.named_modules() if "fade" in name]
 
 
 @each_lambda_type
@@ -89,7 +90,7 @@ def test_lambda_learns_from_the_first_step_on(lambda_type: str) -> None:
     ids = token_ids(2, 9)
     for value in (0.0, 0.01):
         model = model_of(lambda_type=lambda_type)
-        model.set_lambda_anneal(value, target=TARGET)
+        model.set_fade(value, lambda_target=TARGET)
         model(ids, labels=ids).loss.backward()
         gradients = [each.grad for name, each in model.named_parameters() if "lambda_" in name]
         assert all(bool(each.any()) == (value > 0) for each in gradients)
@@ -99,10 +100,10 @@ def test_lambda_learns_from_the_first_step_on(lambda_type: str) -> None:
 def test_it_is_saved_and_read(layout: str, tmp_path: Path) -> None:
     """config.json has both fields with their digits, the weights nothing; in narrow dtypes as well."""
     model = model_of(layout)
-    model.set_lambda_anneal(1 / 3, target=TARGET)
+    model.set_fade(1 / 3, lambda_target=TARGET)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert (written["lambda_anneal"], written["lambda_target"]) == (1 / 3, TARGET)
+    assert (written["fade"], written["lambda_target"]) == (1 / 3, TARGET)
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(logits(again), logits(model))
@@ -116,10 +117,11 @@ def test_it_is_saved_and_read(layout: str, tmp_path: Path) -> None:
     assert torch.equal(logits(empty.eval()), logits(model))
 
 
+@pytest.mark.slow
 def test_code_in_the_folder_anneals_too(tmp_path: Path) -> None:
     """Where the package is absent, the files beside the weights begin, go on and save."""
     model = model_of(lambda_type="tanh")
-    model.set_lambda_anneal(0.25, target=TARGET)
+    model.set_fade(0.25, lambda_target=TARGET)
     model.save_pretrained(tmp_path / "model")
     torch.save(logits(model), tmp_path / "logits.pt")
     program = (
@@ -128,38 +130,39 @@ def test_code_in_the_folder_anneals_too(tmp_path: Path) -> None:
         f"ids = torch.tensor({token_ids(2, 11).tolist()})\n"
         f"wanted = torch.load({str(tmp_path / 'logits.pt')!r})\n"
         "with torch.no_grad(): torch.testing.assert_close(model(ids).logits, wanted)\n"
-        "model.set_lambda_anneal(0.75)\n"
+        "model.set_fade(0.75)\n"
         f"model.save_pretrained({str(tmp_path / 'saved')!r})\n"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["lambda_anneal"] == 0.75
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["fade"] == 0.75
 
 
 def test_a_classifier_and_copies_follow() -> None:
     """The body of a classifier has a config of its own; a deep copy has a value of its own."""
     model = make_asymmetric(GDAForSequenceClassification(tiny_config(num_labels=3, pad_token_id=0)))
-    model.set_lambda_anneal(0.25, target=TARGET)
-    assert model.config.lambda_anneal == model.model.config.lambda_anneal == 0.25
+    model.set_fade(0.25, lambda_target=TARGET)
+    assert model.config.fade == model.model.config.fade == 0.25
     other = copy.deepcopy(model)
-    other.set_lambda_anneal(0.75)
-    assert model.config.lambda_anneal == 0.25
+    other.set_fade(0.75)
+    assert model.config.fade == 0.25
     assert not torch.equal(other(token_ids(1, 5)).logits, model(token_ids(1, 5)).logits)
 
 
 def test_what_cannot_be_is_refused() -> None:
     """A value beyond, no target, a target that is no number."""
     model = model_of()
-    with pytest.raises(ValueError, match="give the target"):
-        model.set_lambda_anneal(0.5)
+    with pytest.raises(ValueError, match="give lambda_target"):
+        model.set_fade(0.5)
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="from 0 to 1"):
-            model.set_lambda_anneal(value, target=TARGET)
+            model.set_fade(value, lambda_target=TARGET)
     with pytest.raises(ValueError, match="finite"):
-        model.set_lambda_anneal(0.5, target=float("inf"))
-    assert model.config.lambda_anneal is None
+        model.set_fade(0.5, lambda_target=float("inf"))
+    assert model.config.fade is None
 
 
+@pytest.mark.slow
 @each_layout
 @pytest.mark.parametrize("train", [False, True])
 def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
@@ -176,7 +179,7 @@ def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
     for values in ([0.0, 0.001, 0.5, 1.0], []):
         compiled = torch.compile(model, fullgraph=True, backend=backend)
         for value in values:
-            model.set_lambda_anneal(value, target=TARGET)
+            model.set_fade(value, lambda_target=TARGET)
             with torch.set_grad_enabled(train):
                 found = compiled(token_ids(2, 9)).logits
             torch.testing.assert_close(found.detach(), logits(model, token_ids(2, 9)))
@@ -196,12 +199,12 @@ def test_inspect_verify_and_export(tmp_path: Path) -> None:
     """It is told of; two of different values do not verify as the same; no other format holds it."""
     model = model_of(lambda_init=0.0)
     model.save_pretrained(tmp_path / "plain")
-    model.set_lambda_anneal(0.5, target=TARGET)
+    model.set_fade(0.5, lambda_target=TARGET)
     model.save_pretrained(tmp_path / "annealed")
-    assert "λ annealed over 0.7, 0.5 of the way" in gda.inspect(tmp_path / "annealed").head_map
+    assert "fading in λ by way of 0.7 (fade 0.5)" in gda.inspect(tmp_path / "annealed").head_map
     for method in ("full", "layers"):
         assert gda.verify(tmp_path / "annealed", tmp_path / "annealed", method=method).passed
-    with pytest.raises(ValueError, match="anneals λ"):
+    with pytest.raises(ValueError, match="fading in λ"):
         gda.export(tmp_path / "annealed", tmp_path / "out", format="llama")
 
 
@@ -222,20 +225,20 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **plain | options)
 
 
-class Recorder(LambdaAnnealCallback):
-    """Notes how far λ has come in each step."""
+class Recorder(FadeCallback):
+    """Records the progress of annealing in each step."""
 
-    def __init__(self, num_steps: int = 4, target: float = TARGET):
-        super().__init__(target, num_steps)
+    def __init__(self, num_steps: int = 4, lambda_target: float = TARGET):
+        super().__init__(num_steps, lambda_target)
         self.seen: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)
-        self.seen.append(kwargs["model"].config.lambda_anneal)
+        self.seen.append(kwargs["model"].config.fade)
 
 
 class StopAt(TrainerCallback):
-    """Ends training after a step."""
+    """Stops training after a step."""
 
     def __init__(self, step: int):
         self.step = step
@@ -260,10 +263,11 @@ def test_the_callback_raises_it_by_optimizer_steps(accumulated: int, tmp_path: P
     assert callback.seen == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
     trainer.save_model(str(tmp_path / "saved"))
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert [written[name] for name in ANNEAL_FIELDS] == [None, None]
+    assert (written["fade"], written["lambda_target"]) == (None, None)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model.eval()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 5])
 @pytest.mark.parametrize("read", ["made anew", "read from the checkpoint"])
 @pytest.mark.parametrize("restored", [False, True])
@@ -279,7 +283,7 @@ def test_resuming_keeps_the_schedule(stop: int, read: str, restored: bool, tmp_p
     Trainer(model_of(), arguments(tmp_path / "run", **options), train_dataset=DATA, callbacks=callbacks).train()
     checkpoint = tmp_path / "run" / f"checkpoint-{stop}"
     written = json.loads((checkpoint / "config.json").read_text())
-    assert (written["lambda_anneal"], written["lambda_target"]) == ((0.5, TARGET) if stop == 2 else (None, None))
+    assert (written["fade"], written["lambda_target"]) == ((0.5, TARGET) if stop == 2 else (None, None))
 
     model = model_of() if read == "made anew" else AutoModelForCausalLM.from_pretrained(checkpoint)
     options |= {"restore_callback_states_from_checkpoint": restored}
@@ -295,7 +299,7 @@ def test_resuming_keeps_the_schedule(stop: int, read: str, restored: bool, tmp_p
 def test_a_model_left_on_the_way_goes_on(tmp_path: Path) -> None:
     """Another training takes it from where it is to 1."""
     model = model_of()
-    model.set_lambda_anneal(0.5, target=TARGET)
+    model.set_fade(0.5, lambda_target=TARGET)
     callback = Recorder()
     Trainer(model, arguments(tmp_path, max_steps=4), train_dataset=DATA, callbacks=[callback]).train()
     assert callback.seen == pytest.approx([0.625, 0.75, 0.875, 1])
@@ -306,22 +310,25 @@ def test_an_adapter_of_peft_is_raised_through(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(model_of(), peft.LoraConfig(r=2, target_modules=["o_proj"]))
     Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[Recorder()]).train()
-    assert model.config.lambda_anneal == 0.5
+    assert model.config.fade == 0.5
 
 
 def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     """No steps, no number, and a schedule that is another than that of the model or of the checkpoint."""
     with pytest.raises(ValueError, match="num_steps of at least 1, not 0"):
-        LambdaAnnealCallback(0.1, 0)
+        FadeCallback(0, 0.1)
     with pytest.raises(ValueError, match="finite, not nan"):
-        LambdaAnnealCallback(float("nan"), 1)
+        FadeCallback(1, float("nan"))
     begun = model_of()
-    begun.set_lambda_anneal(0.5, target=0.1)
-    with pytest.raises(ValueError, match=r"pass target=0\.1"):
+    begun.set_fade(0.5, lambda_target=0.1)
+    with pytest.raises(ValueError, match=r"pass lambda_target=0\.1"):
         Trainer(begun, arguments(tmp_path), train_dataset=DATA, callbacks=[Recorder()]).train()
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     Trainer(model_of(), arguments(tmp_path, max_steps=2, **options), train_dataset=DATA, callbacks=[Recorder()]).train()
-    for other, remedy in ((Recorder(5), "pass num_steps=4"), (Recorder(target=0.1), f"pass target={TARGET}")):
+    for other, remedy in (
+        (Recorder(5), "pass num_steps=4"),
+        (Recorder(lambda_target=0.1), f"pass lambda_target={TARGET}"),
+    ):
         trainer = Trainer(model_of(), arguments(tmp_path, **options), train_dataset=DATA, callbacks=[other])
         with pytest.raises(ValueError, match=remedy):
             trainer.train(resume_from_checkpoint=True)

@@ -1,4 +1,4 @@
-"""Distillation: the loss against a loop over tokens, accumulation, evaluation, and teachers that cannot be."""
+"""Distillation: the loss against a loop over tokens, accumulation, evaluation, and teachers that do not fit."""
 
 import copy
 import math
@@ -18,6 +18,8 @@ from gda.training.trainer import GDATrainer
 from ..support.llamas import byte_tokenizer, save_llama
 from ..support.tiny import VOCAB_SIZE, tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 W, T, H = 0.3, 2.5, 0.2
 WINDOWS = token_ids(8, 9)
 LABELS = WINDOWS.clone()
@@ -35,7 +37,7 @@ def teacher(**fields: Any) -> Any:
 
 
 def naive_parts(ours: Any, theirs: Any, labels: Tensor) -> dict[str, Tensor]:
-    """Means over the tokens that are predicted, in loops."""
+    """Means over the predicted tokens, in loops."""
     sums: dict[str, Any] = {"cross_entropy": 0.0, "kl": 0.0, "hidden": 0.0}
     count = 0
     for b, row in enumerate(labels.tolist()):
@@ -85,7 +87,7 @@ class Gradients(GDATrainer):
 
 @pytest.mark.parametrize("chunk", [3, 256])
 def test_kl_in_chunks_is_that_of_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its value and its gradient, only of the tokens that count, from narrow logits too."""
+    """Equal values and gradients, over the predicted tokens only, also for bfloat16 logits."""
     monkeypatch.setattr(distillation, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (3 * torch.randn(2, 7, 11, generator=generator) for _ in range(2))
@@ -120,7 +122,7 @@ def test_probabilities_of_a_chunk_are_in_memory_and_no_more(monkeypatch: pytest.
 def test_loss_gradients_and_parts_are_those_of_the_loops(
     accumulation: int, checkpointing: bool, tmp_path: Path
 ) -> None:
-    """In one pass and in four, of tokens of unequal number: what is logged is what is learned from."""
+    """In one pass and in four with unequal numbers of tokens; the log has the same losses."""
     model = student()
     theirs = teacher()
     reference = copy.deepcopy(model)
@@ -151,7 +153,7 @@ def test_loss_gradients_and_parts_are_those_of_the_loops(
 
 
 def test_parts_are_means_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
-    """As the loss is."""
+    """As the loss is averaged."""
     lines = {}
     for every in (1, 3):
         taught = Distillation(teacher(), weight=W, temperature=T, hidden_weight=H)
@@ -164,7 +166,7 @@ def test_parts_are_means_over_the_steps_since_the_last_line(tmp_path: Path) -> N
 
 
 def test_a_student_that_equals_its_teacher(tmp_path: Path) -> None:
-    """KL and hidden are 0, and it does not move for their sake."""
+    """KL and hidden are 0, and have no gradients."""
     model = student()
     before = copy.deepcopy(model.state_dict())
     taught = Distillation(copy.deepcopy(model), weight=1.0, hidden_weight=1.0)
@@ -177,7 +179,7 @@ def test_a_student_that_equals_its_teacher(tmp_path: Path) -> None:
 
 
 def test_the_teacher_stays_outside(tmp_path: Path) -> None:
-    """Frozen, in evaluation mode, not in the optimizer or the saved model; evaluation is of the text alone."""
+    """It is frozen, in evaluation mode, and neither optimized nor saved; evaluation is of the text alone."""
     model, theirs = student(), teacher()
     theirs.train()
     before = copy.deepcopy(theirs.state_dict())
@@ -205,7 +207,7 @@ def test_the_teacher_stays_outside(tmp_path: Path) -> None:
 
 
 def test_a_teacher_is_loaded_in_float32(tmp_path: Path) -> None:
-    """The source of a conversion is one for its result: at the exact start nothing is to be learned from it."""
+    """The source of a conversion can teach its result, and their predictions are equal at first."""
     llama = save_llama(tmp_path / "llama", dtype=torch.bfloat16)
     gda.convert(llama, tmp_path / "gda", verify=False)
     model = gda.GDAForCausalLM.from_pretrained(tmp_path / "gda", dtype=torch.float32)
@@ -219,8 +221,8 @@ def test_a_teacher_is_loaded_in_float32(tmp_path: Path) -> None:
     assert parts.hidden.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_teachers_that_cannot_be(tmp_path: Path) -> None:
-    """No model, another vocabulary, another depth or width where hidden states count, another tokenizer."""
+def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
+    """No model, another vocabulary, another depth or width with --hidden-weight, another tokenizer."""
     llama = str(save_llama(tmp_path / "llama", num_hidden_layers=3))
     gda.convert(llama, tmp_path / "gda", verify=False)
     model = gda.GDAForCausalLM.from_pretrained(tmp_path / "gda")
@@ -228,13 +230,13 @@ def test_teachers_that_cannot_be(tmp_path: Path) -> None:
         Distillation.load(str(tmp_path / "nowhere"), model, weight=W)
     cases = [
         ("vocab_size", model.config.vocab_size + 1, 0.0, ""),
-        ("num_hidden_layers", 2, 0.1, "; leave --hidden-weight away"),
-        ("hidden_size", 7, 0.1, "; leave --hidden-weight away"),
+        ("num_hidden_layers", 2, 0.1, "; omit --hidden-weight"),
+        ("hidden_size", 7, 0.1, "; omit --hidden-weight"),
     ]
     for name, value, hidden_weight, remedy in cases:
         other = copy.deepcopy(model)
         setattr(other.config, name, value)
-        with pytest.raises(ValueError, match=rf"has {name}=\d+, and the model has {value}{remedy}$"):
+        with pytest.raises(ValueError, match=rf"has {name}=\d+, but the model has {value}{remedy}$"):
             Distillation.load(llama, other, weight=W, hidden_weight=hidden_weight)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<one more>"])

@@ -1,4 +1,4 @@
-"""The log by layers: its numbers against the modules, gradients against p.grad, and that it changes nothing."""
+"""The layer log: measurements against the modules, gradients against p.grad, and no effect on training."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from gda import training
-from gda.training import LambdaAnnealCallback
+from gda.training import FadeCallback
 from gda.training.callbacks.layer_log import LayerLog, for_reporters
 from gda.training.distillation import Distillation
 from gda.training.parameters import choose_what_learns
@@ -22,6 +22,8 @@ from gda.training.trainer import GDATrainer
 
 from ..support.llamas import llama_model
 from ..support.tiny import VOCAB_SIZE, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -61,22 +63,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def by_hand(model: Any, ids: Tensor) -> list[dict[str, float]]:
-    """λ, norms and shares of each layer, head by head, from what the attention's parts give."""
+    """λ, norms and shares of each layer, head by head, from the outputs of the attention's parts."""
     calls: list[list[Any]] = []
     with contextlib.ExitStack() as stack:
         for layer in model.model.layers:
             attention = layer.self_attn
             heard: list[Any] = []
 
-            def in_calls(interface: Any, attention: Any = attention, heard: list[Any] = heard) -> Any:
-                def attend(*args: Any, **kwargs: Any) -> Any:
-                    heard.append(type(attention).in_calls(attention, interface)(*args, **kwargs)[0])
-                    return heard[-1], None
+            def attend(*args: Any, attention: Any = attention, heard: list[Any] = heard, **kwargs: Any) -> Any:
+                heard.append(type(attention).attend(attention, *args, **kwargs)[0])
+                return heard[-1], None
 
-                return attend
-
-            attention.in_calls = in_calls
-            stack.callback(delattr, attention, "in_calls")
+            attention.attend = attend
+            stack.callback(delattr, attention, "attend")
             hook = attention.register_forward_pre_hook(
                 lambda module, _, kwargs, heard=heard: heard.append(module.compute_lambda(kwargs["hidden_states"])),
                 with_kwargs=True,
@@ -127,7 +126,7 @@ def gradients_by_hand(model: Any) -> list[dict[str, float]]:
 def test_the_numbers_are_those_of_the_modules(
     layout: str, lambda_type: str, accumulation: int, checkpointing: bool, tmp_path: Path
 ) -> None:
-    """Of one pass or several, with activations kept or computed again; gradients are those before clipping."""
+    """In one pass or several, with gradient checkpointing or without; gradients are measured before clipping."""
     model = model_of(layout, lambda_type=lambda_type)
     reference = copy.deepcopy(model)
     wanted = by_hand(reference, WINDOWS)
@@ -141,7 +140,7 @@ def test_the_numbers_are_those_of_the_modules(
 
 
 def test_a_line_has_what_there_is(tmp_path: Path) -> None:
-    """Numbers of the run, of λ's rate, the teacher, annealing and evaluation; what is not there is absent."""
+    """Metrics of the run, the λ learning rate, the teacher, annealing and evaluation, as far as they exist."""
     log = tmp_path / "plain.jsonl"
     trainer(model_of(), tmp_path, LayerLog(log)).train()
     (line,) = lines(log)
@@ -153,11 +152,11 @@ def test_a_line_has_what_there_is(tmp_path: Path) -> None:
     taught = Distillation(tiny_model(seed=4), weight=0.5, hidden_weight=0.1)
     log = tmp_path / "full.jsonl"
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
-    options |= {"distillation": taught, "lambda_learning_rate": 0.1, "callbacks": [LambdaAnnealCallback(0.2, 4)]}
+    options |= {"distillation": taught, "lambda_learning_rate": 0.1, "callbacks": [FadeCallback(4, 0.2)]}
     made = trainer(model_of(), tmp_path, LayerLog(log), **options)
     made.train()
     first, second, evaluation = lines(log)
-    assert first["lambda_anneal"] == 0.25
+    assert first["fade"] == 0.25
     assert first["lambda_learning_rate"] == 10 * first["learning_rate"]
     assert second["loss"] == pytest.approx(0.5 * second["cross_entropy"] + 0.5 * second["kl"] + 0.1 * second["hidden"])
     assert evaluation == {
@@ -170,35 +169,36 @@ def test_a_line_has_what_there_is(tmp_path: Path) -> None:
 
 
 class Counter(GDATrainer):
-    """Counts the steps in which attention is listened to."""
+    """Counts the steps in which layers are measured."""
 
-    listened = 0
+    measured = 0
 
-    def _listening(self) -> Any:
-        listening = super()._listening()
-        self.listened += not isinstance(listening, contextlib.nullcontext)
-        return listening
+    def _measuring_layers(self) -> Any:
+        measuring = super()._measuring_layers()
+        self.measured += not isinstance(measuring, contextlib.nullcontext)
+        return measuring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
-def test_it_changes_nothing_and_listens_only_where_it_logs(precision: dict[str, Any], tmp_path: Path) -> None:
-    """Weights after training are those without a log, bit for bit, under autocast too; 3 of 6 steps are listened to."""
+def test_it_changes_nothing_and_measures_only_where_it_logs(precision: dict[str, Any], tmp_path: Path) -> None:
+    """Weights after training equal those without a log, under autocast too; 3 of 6 steps are measured."""
     models = []
     for log in (None, LayerLog(tmp_path / "log.jsonl")):
         model = model_of()
         options: dict[str, Any] = {"max_steps": 6, "logging_steps": 4, "logging_first_step": True}
         made: Any = trainer(model, tmp_path, log, kind=Counter, per_device_train_batch_size=4, **options | precision)
         made.train()
-        assert made.listened == (0 if log is None else 3)
+        assert made.measured == (0 if log is None else 3)
         models.append(model)
-        assert not [each for layer in model.model.layers for each in vars(layer.self_attn) if each == "subtract"]
+        assert not [layer for layer in model.model.layers if layer.self_attn.subtract._forward_hooks]
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [1, 4]
     for name, parameter in models[0].named_parameters():
         assert torch.equal(parameter, models[1].get_parameter(name)), name
 
 
 def test_what_does_not_learn_has_no_gradient_norm(tmp_path: Path) -> None:
-    """Absent, not 0: here λ stands still, and in the other model all layers do."""
+    """It is absent, not 0: one model has a frozen λ, and the other has frozen layers."""
     model = model_of()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lambda_" not in name)
@@ -212,17 +212,17 @@ def test_what_does_not_learn_has_no_gradient_norm(tmp_path: Path) -> None:
 
 
 def test_masks_and_lora_count(tmp_path: Path) -> None:
-    """Masked heads write m times what they would; LoRA's update is part of the projection."""
-    growing = model_of(growth_mask=0.3, masked_signal_heads=1)
+    """The output of masked heads is multiplied by m, and LoRA's update is part of the projection."""
+    growing = model_of(fade=0.3, masked_signal_heads=1)
     expected = copy.deepcopy(growing)
     trainer(growing, tmp_path, LayerLog(tmp_path / "masked.jsonl")).train()
     (line,) = lines(tmp_path / "masked.jsonl")
-    assert line["growth_mask"] == 0.3
+    assert line["fade"] == 0.3
     with torch.no_grad():  # a mask on what o_proj reads is one on its columns
         for layer in expected.model.layers:
             columns = torch.tensor([1.0, 1.0, 0.3]).repeat(2).repeat_interleave(8)
             layer.self_attn.o_proj.weight.mul_(columns)
-            layer.self_attn.growth_mask = None
+            layer.self_attn.num_masked_heads = 0
     assert line["layers"][0]["subtracted"] == pytest.approx(by_hand(expected, WINDOWS)[0]["subtracted"], rel=1e-4)
 
     pytest.importorskip("peft")
@@ -239,7 +239,7 @@ def test_masks_and_lora_count(tmp_path: Path) -> None:
 
 
 def test_a_resumed_log_has_every_step_once(tmp_path: Path) -> None:
-    """Lines after the checkpoint, and one that a killed run did not finish, are written anew."""
+    """Lines after the checkpoint, and an incomplete last line, are written anew."""
     path = tmp_path / "log.jsonl"
     options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     trainer(model_of(), tmp_path / "run", LayerLog(path), **options).train()
@@ -257,7 +257,7 @@ def test_a_resumed_log_has_every_step_once(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
-    """The file is JSON whatever training comes to."""
+    """The file is JSON whatever is measured."""
     log = LayerLog(tmp_path / "log.jsonl")
     log.write({"step": 1, "loss": math.nan, "layers": [{"lambda": math.inf}]})
     assert lines(tmp_path / "log.jsonl") == [{"step": 1, "loss": None, "layers": [{"lambda": None}]}]
@@ -265,7 +265,7 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
 
 
 class Reporter(TrainerCallback):
-    """Stands for tensorboard and its like."""
+    """Stands for tensorboard and the like."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -275,7 +275,7 @@ class Reporter(TrainerCallback):
 
 
 def test_reporters_have_the_layers_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And other callbacks, which write to a terminal, do not."""
+    """Other callbacks, which write to a terminal, do not."""
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "ours", Reporter)
     reporter = Reporter()
     trainer(model_of(), tmp_path, LayerLog(None), callbacks=[reporter]).train()
@@ -287,20 +287,20 @@ def test_reporters_have_the_layers_by_name(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_script_of_ones_own(tmp_path: Path) -> None:
-    """What it needs is in gda.training; the log may be named by a string, in a folder that is still to be made."""
+    """All it needs is in gda.training; the log may be named by a string, in a folder that does not exist yet."""
     log = training.LayerLog(str(tmp_path / "logs" / "log.jsonl"))
     taught = training.Distillation(tiny_model(seed=4), weight=0.5)
     made = trainer(model_of(), tmp_path, log, training.GDATrainer, distillation=taught, lambda_learning_rate=0.1)
     made.train()
     (line,) = lines(tmp_path / "logs" / "log.jsonl")
     assert len(line["layers"]) == 2
-    made.log({"loss": 1.0})  # of the script's own, which knows no learning rate
+    made.log({"loss": 1.0})  # by the script itself, without a learning rate
     assert set(training.__all__) <= set(dir(training))
     assert all(hasattr(training, name) for name in training.__all__)
 
 
 def test_the_llama_beside_it(tmp_path: Path) -> None:
-    """A control without differential attention is trained by the same script, and has no layers to tell of."""
+    """A control without differential attention can be trained by the same script; its log has no layers."""
     trainer(llama_model(vocab_size=VOCAB_SIZE), tmp_path, LayerLog(tmp_path / "log.jsonl")).train()
     (line,) = lines(tmp_path / "log.jsonl")
     assert "loss" in line

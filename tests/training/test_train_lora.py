@@ -1,4 +1,4 @@
-"""LoRA beside λ: what learns, checkpoints that hold all of it, resuming, and the plain model that comes out."""
+"""LoRA beside λ: the trained parameters, checkpoints, resuming, and the plain model that results."""
 
 import copy
 import json
@@ -11,12 +11,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 import gda
-from gda.training import LambdaAnnealCallback
-from gda.training.parameters import choose_what_learns, count_learning, merged, merged_state
-from gda.training.trainer import LEARNED_FILE, GDATrainer
+from gda.training import FadeCallback
+from gda.training.lora import LEARNED_FILE, merged, merged_state
+from gda.training.parameters import choose_what_learns, count_learning
+from gda.training.trainer import GDATrainer
 
 from ..support.llamas import save_llama
 from ..support.tiny import relative_error, tiny_model, token_ids
+
+pytestmark = pytest.mark.sampled
 
 peft = pytest.importorskip("peft")
 
@@ -58,12 +61,12 @@ def trainer(model: Any, folder: Path, callbacks: tuple[TrainerCallback, ...] = (
         arguments,
         train_dataset=DATA,
         lambda_learning_rate=0.05,
-        callbacks=[LambdaAnnealCallback(0.3, 5), *callbacks],
+        callbacks=[FadeCallback(5, 0.3), *callbacks],
     )
 
 
 class StopAt(TrainerCallback):
-    """Ends training after a step."""
+    """Stops training after a step."""
 
     def __init__(self, step: int):
         self.step = step
@@ -79,7 +82,7 @@ def logits(model: Any) -> Tensor:
 
 @each_model
 def test_updates_of_the_projections_and_lambda_learn(name: str, tmp_path: Path) -> None:
-    """Each of them moves, all else keeps its bits; the count is theirs; at the start the model is what it was."""
+    """Each of them changes and is counted, others keep their bits, and the function is the same at first."""
     model = adapted(name, tmp_path)
     torch.testing.assert_close(logits(model.eval()), logits(model_of(name)))
     before = {each: parameter.detach().clone() for each, parameter in model.named_parameters()}
@@ -93,7 +96,7 @@ def test_updates_of_the_projections_and_lambda_learn(name: str, tmp_path: Path) 
 
 
 def test_the_seed_is_its_own() -> None:
-    """The start follows from it, and the world's random numbers are not touched."""
+    """Initialization depends on the seed and leaves the global random state alone."""
     models = [model_of("gqa") for _ in range(3)]
     state = torch.get_rng_state()
     made = [choose_what_learns(each, "lora", "", RANK, seed=seed) for each, seed in zip(models, (1, 1, 2), strict=True)]
@@ -107,7 +110,7 @@ def test_the_seed_is_its_own() -> None:
 
 @each_model
 def test_what_comes_out_is_plain(name: str, tmp_path: Path) -> None:
-    """Merged, it is a GDA model with the adapted one's logits and the names of the one that went in."""
+    """The merged model has the logits of the adapted one and the parameter names of the original."""
     model = adapted(name, tmp_path)
     made = trainer(model, tmp_path)
     made.train()
@@ -127,14 +130,15 @@ def test_what_comes_out_is_plain(name: str, tmp_path: Path) -> None:
     assert merged(plain) is plain
 
 
+@pytest.mark.slow
 @each_model
-def test_a_resumed_run_equals_an_unbroken_one(name: str, tmp_path: Path) -> None:
-    """λ, annealing, updates and optimizer: bit for bit; the checkpoint on the way says how far λ has come."""
+def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    """λ, annealing, updates and optimizer are equal; the checkpoint stores the progress of annealing."""
     whole = adapted(name, tmp_path)
     trainer(whole, tmp_path / "whole").train()
     trainer(adapted(name, tmp_path), tmp_path / "run", (StopAt(3),)).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
-    assert json.loads((checkpoint / "config.json").read_text())["lambda_anneal"] == pytest.approx(0.6)
+    assert json.loads((checkpoint / "config.json").read_text())["fade"] == pytest.approx(0.6)
     model = adapted(name, tmp_path, seed=9)  # whatever it begins with, the checkpoint has it
     trainer(model, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
     wanted = whole.state_dict()
@@ -143,7 +147,7 @@ def test_a_resumed_run_equals_an_unbroken_one(name: str, tmp_path: Path) -> None
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    """Though embeddings have no gradient."""
+    """Although embeddings have no gradient."""
     models = []
     for checkpointing in (False, True):
         model = adapted("gqa", tmp_path)
@@ -154,7 +158,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
-    """Without the file, or with another's."""
+    """Without learned.safetensors, or with that of another run."""
     trainer(adapted("gqa", tmp_path), tmp_path / "run", (StopAt(3),)).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
     with pytest.raises(ValueError, match="it differs in base_model"):
@@ -165,7 +169,7 @@ def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
 
 
 def test_new_heads_wake(tmp_path: Path) -> None:
-    """From the exact start of an expansion, where λ is 0, LoRA brings λ and the noise queries to life."""
+    """From the exact start of an expansion, where λ is 0, LoRA trains λ and the noise queries."""
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gda", use_cache=False)
     before = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""What learns and what decays: by the names of every layout, and by what a step with huge decay moves."""
+"""Trained and decayed parameters: by the names of every layout, and by the effect of a step with huge decay."""
 
 import copy
 from pathlib import Path
@@ -18,6 +18,8 @@ from gda.training.trainer import GDATrainer
 from ..support.llamas import save_llama, tensors_of
 from ..support.tiny import tiny_model, token_ids
 
+pytestmark = pytest.mark.sampled
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "fewer noise than KV": {"num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 4},
@@ -31,7 +33,7 @@ EXTRAS: dict[str, Any] = {
     "mlp_bias": True,
     "hidden_act": "poly_norm",
 }
-# Everything that a GDA model has, by the end of its name.
+# All parameters of a GDA model, by the end of their names.
 DECAY = ("embed_tokens.weight", "lm_head.weight", *(f"{name}_proj.weight" for name in ("q", "k", "v", "o")))
 DECAY += tuple(f"{name}_proj.weight" for name in ("gate", "up", "down"))
 DECAY += tuple(f"{name}_{part}.weight" for name in "qk" for part in ("base", "down", "up"))
@@ -73,7 +75,7 @@ def trainer(model: Any, folder: Path, *, lambda_learning_rate: float | None = No
 @each_layout
 @each_lambda_type
 def test_every_parameter_is_in_its_group(layout: str, lambda_type: str) -> None:
-    """Once, and λ in the last, with its rate."""
+    """Each exactly once, and λ in the last group with its learning rate."""
     model = model_of(layout, lambda_type=lambda_type)
     groups = optimizer_groups(model, learning_rate=1.0, lambda_learning_rate=2.0, weight_decay=3.0)
     assert [(each["lr"], each["weight_decay"]) for each in groups] == [(1.0, 3.0), (1.0, 0.0), (2.0, 0.0)]
@@ -88,7 +90,7 @@ def test_every_parameter_is_in_its_group(layout: str, lambda_type: str) -> None:
 @each_layout
 @each_lambda_type
 def test_huge_decay_takes_nothing_from_what_is_spared(layout: str, lambda_type: str, tmp_path: Path) -> None:
-    """A step of SGD without gradient worth the name: what decays shrinks to a half, what does not stays."""
+    """In a step of SGD with tiny gradients, decayed parameters are halved and the others stay."""
     model = model_of(layout, lambda_type=lambda_type)
     before = copy.deepcopy(dict(model.named_parameters()))
     options = {"optim": "adamw_torch", "learning_rate": 1e-6, "weight_decay": 5e5}
@@ -102,7 +104,7 @@ def test_huge_decay_takes_nothing_from_what_is_spared(layout: str, lambda_type: 
 
 @each_lambda_type
 def test_lambda_has_a_rate_of_its_own(lambda_type: str, tmp_path: Path) -> None:
-    """Adam's first step is as large as the rate; the log tells both; without one it is that of the rest."""
+    """Adam's first step is as large as the learning rate; the log has both rates; λ uses the common one by default."""
     for rate in (1e-2, None):
         model = model_of(lambda_type=lambda_type)
         before = copy.deepcopy(dict(model.named_parameters()))
@@ -118,7 +120,7 @@ def test_lambda_has_a_rate_of_its_own(lambda_type: str, tmp_path: Path) -> None:
 @each_layout
 @pytest.mark.parametrize("what", ["attention", "all"])
 def test_attention_or_all(layout: str, what: str, tmp_path: Path) -> None:
-    """What does not learn keeps its bits; the count is that of what moved."""
+    """Frozen parameters keep their bits; the number of trained parameters is that of the changed ones."""
     model = choose_what_learns(model_of(layout), what, tmp_path, 0)
     before = copy.deepcopy(dict(model.named_parameters()))
     trainer(model, tmp_path, weight_decay=0.1, max_steps=2).train()
@@ -128,8 +130,8 @@ def test_attention_or_all(layout: str, what: str, tmp_path: Path) -> None:
 
 
 def test_unknown_parts_are_refused(tmp_path: Path) -> None:
-    """By name; and `new` needs the file that says what is."""
-    with pytest.raises(ValueError, match="--train some is none of new, attention, all, lora"):
+    """The error names the part; `new` needs trainable.json."""
+    with pytest.raises(ValueError, match="--train some is not one of new, attention, all, lora"):
         choose_what_learns(model_of(), "some", tmp_path, 0)
     with pytest.raises(FileNotFoundError, match=r"trainable.json is missing"):
         choose_what_learns(model_of(), "new", tmp_path, 0)
@@ -140,7 +142,7 @@ def test_unknown_parts_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_old_entries_stay_bit_for_bit_under_huge_decay(accumulation: int, tmp_path: Path) -> None:
-    """Of parameters that are new in part; those that are new as a whole decay."""
+    """Old entries of partly new parameters; those that are entirely new decay."""
     new = [NewParameters(r"model\.layers\.0\.mlp\.up_proj\.weight", None)]
     new += [NewParameters(r"model\.layers\.\d+\.self_attn\.q_proj\.weight", ["0:24,32:56", ":"])]
     Trainable(new, {}).write(tmp_path)
@@ -173,7 +175,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_an_expansion_adds_learns_and_nothing_else(conversion: str, bias: bool, tmp_path: Path) -> None:
-    """Noise rows, group by group, and λ: all of it moves, and the model's signal rows are the Llama's, bit for bit."""
+    """Noise rows and λ change, and signal rows keep the bits of the Llama."""
     llama = save_llama(tmp_path / "llama", attention_bias=bias)
     gda.convert(llama, tmp_path / "gda", verify=False, **CONVERSIONS[conversion])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gda", use_cache=False)

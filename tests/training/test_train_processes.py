@@ -1,4 +1,4 @@
-"""Training in several processes: what accelerate makes of the configurations, and that two compute what one does."""
+"""Training in several processes: the configurations for accelerate, and equal results of one process and two."""
 
 import json
 import os
@@ -23,12 +23,14 @@ from gda.training import accelerate_config
 from ..support.llamas import save_llama, tensors_of
 from ..support.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 FOUR_MACHINES = ("--num_machines", "4", "--num_processes", "32", "--machine_rank", "2", "--main_process_ip", "10.0.0.1")
 LAUNCHES = {
     "ddp": ("--multi_gpu", "--num_machines", "1", "--dynamo_backend", "no"),
     "fsdp2": ("--config_file", str(accelerate_config("fsdp2"))),
 }
-# By the name of the result: what is trained, and how. Each by 8 windows a step.
+# By name of the result: the model and options. Each step reads 8 sequences.
 RUNS: dict[str, dict[str, Any]] = {
     "all": {"model": "gda", "eval_data": "text.txt", "eval_every": 4},
     "new": {"model": "grown", "train": "new", "weight_decay": 0.5},
@@ -42,7 +44,7 @@ COMMON = {"data": "text.txt", "context": 32, "steps": 6, "learning_rate": 1e-2, 
 
 
 def parsed(name: str) -> Any:
-    """What `accelerate launch` makes of a configuration on the third of four machines."""
+    """The arguments that `accelerate launch` parses from a configuration on the third of four machines."""
     arguments = ("--config_file", str(accelerate_config(name)), *FOUR_MACHINES, "-m", "gda.cli", "train")
     args, config, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     assert (args.num_machines, args.machine_rank, args.main_process_ip) == (4, 2, "10.0.0.1")
@@ -51,7 +53,7 @@ def parsed(name: str) -> Any:
 
 
 def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate takes all of it: layers are sharded by themselves, computed twice, and saved whole."""
+    """accelerate reads all fields: layers are sharded one by one, recomputed, and saved whole."""
     config = load_config_from_file(str(accelerate_config("fsdp2")))
     assert (config.distributed_type, config.mixed_precision) == (DistributedType.FSDP, "bf16")
     args = parsed("fsdp2")
@@ -71,7 +73,7 @@ def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration that DeepSpeed would get; DeepSpeed itself is not asked."""
+    """The configuration that DeepSpeed would get. DeepSpeed itself does not run."""
     config = load_config_from_file(str(accelerate_config("zero3")))
     assert (config.distributed_type, config.mixed_precision) == (DistributedType.DEEPSPEED, "bf16")
     args = parsed("zero3")
@@ -86,15 +88,15 @@ def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugin.hf_ds_config.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
 
 
-def test_the_number_of_processes_must_be_told() -> None:
-    """A configuration that is shipped knows no machine."""
+def test_the_number_of_processes_must_be_given() -> None:
+    """A shipped configuration does not depend on a machine."""
     arguments = ("--config_file", str(accelerate_config("fsdp2")), "-m", "gda.cli")
     with pytest.raises(ValueError, match="--num_processes"):
         _validate_launch_command(launch_command_parser().parse_args(arguments))
 
 
 def test_another_configuration() -> None:
-    """The names are told."""
+    """The error lists the names."""
     with pytest.raises(ValueError, match="'fsdp1', but fsdp2 and zero3"):
         accelerate_config("fsdp1")
 
@@ -104,7 +106,7 @@ def test_another_configuration() -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text, models, and what one process makes of them."""
+    """A folder with text, models, and the models that one process has trained."""
     folder = tmp_path_factory.mktemp("alone")
     lines = (f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(200))
     (folder / "text.txt").write_text("".join(lines))
@@ -123,7 +125,7 @@ def placed(folder: Path, out: Path, name: str, **options: Any) -> dict[str, Any]
 
 
 def launch(kind: str, runs: list[dict[str, Any]]) -> None:
-    """Start two processes by `accelerate launch`, and let them train."""
+    """Train in two processes with `accelerate launch`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -143,7 +145,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAUNCHES)
 def test_two_processes_train_as_one(kind: str, alone: Path, tmp_path: Path) -> None:
-    """With half of the batch each: the same losses, layers and model, also where the run is stopped and resumed."""
+    """With half of the batch each: equal losses, layers and models, also if the run is stopped and resumed."""
     half = {"batch_size": 4}
     runs = [placed(alone, tmp_path / "all", "all", **half, interrupt_at=5)]
     runs += [placed(alone, tmp_path / name, name, **half, resume=name == "all") for name in RUNS]

@@ -27,7 +27,7 @@ EVERY_PARAMETER = {
     "hidden_act": "poly_norm",
 }
 # The name before transformers 5.23, which these tests and PEFT use.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [pytest.mark.sampled, pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 each_lambda_type = pytest.mark.parametrize("lambda_type", LAMBDA_TYPES)
 

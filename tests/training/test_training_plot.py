@@ -1,4 +1,4 @@
-"""`gda.training.plot.plot`: what a log says, thinned so that nothing is lost without a word, on a page that opens."""
+"""`gda.training.plot.plot`: the content of a log, thinned with a note, on a page that opens in a browser."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def write_log(path: Path, rows: list[Any], end: str = "") -> Path:
 
 
 def test_the_page_holds_what_the_log_says(tmp_path: Path) -> None:
-    """Curves and layers of each step; steps of evaluation, and of a run that was taken up, are joined by number."""
+    """Curves and layers of each step; steps of evaluation and of a resumed run are joined by number."""
     rows = [line(10), line(20), {"step": 20, "eval_loss": 5.0, "perplexity": math.exp(5)}, line(30), line(20, loss=9.0)]
     found = read_log(write_log(tmp_path / "training_log.jsonl", rows))
     assert found.curves["loss"] == [(10, 3.9), (20, 9.0), (30, 3.7)]
@@ -43,7 +43,7 @@ def test_the_page_holds_what_the_log_says(tmp_path: Path) -> None:
     with opened(path) as page:
         titles = page.eval_on_selector_all("h3", "all => all.map(one => one.textContent)")
         assert titles[:2] == ["Loss", "Learning rate"]
-        assert {"λ, a line a layer", "λ", "Share that is subtracted"} <= set(titles)
+        assert {"λ, by layer", "λ", "Subtracted share"} <= set(titles)
         drawn = json.loads(page.inner_text("#data") or page.evaluate("document.getElementById('data').textContent"))
         assert drawn["charts"][0]["series"][0] == {"name": "loss", "x": [10, 20, 30], "y": [3.9, 9.0, 3.7]}
         page.hover("#curves svg")
@@ -54,13 +54,13 @@ def test_the_page_holds_what_the_log_says(tmp_path: Path) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 420
 
 
-def test_long_logs_are_thinned_and_told_so(tmp_path: Path) -> None:
-    """A spike stays, however many steps there are; layers are means of stretches."""
+def test_long_logs_are_thinned_with_a_note(tmp_path: Path) -> None:
+    """A spike stays, however many steps there are; layers are means of intervals."""
     rows = [line(step) for step in range(1, 5001)]
     rows[3210]["loss"] = 77.0
     text = plot(write_log(tmp_path / "log.jsonl", rows)).read_text()
-    assert "of 5,000 logged steps, curves show the means of 500 stretches" in text
-    assert "of 5,000 steps with layers" in text
+    assert "5,000 steps were logged; curves show the means of 500 intervals" in text
+    assert "layers were measured in 5,000 steps" in text
     curve = [(row["step"], row["loss"]) for row in rows]
     kept = thinned(curve)
     assert len(kept) <= MOST_POINTS
@@ -76,7 +76,7 @@ def test_long_logs_are_thinned_and_told_so(tmp_path: Path) -> None:
 
 
 def test_values_that_are_no_numbers(tmp_path: Path) -> None:
-    """A loss that is not finite is a gap and told of; the page stays JSON."""
+    """A loss that is not finite is a gap and noted; the data of the page stays JSON."""
     rows = [line(1), line(2, loss=math.nan), line(3, loss=math.inf), line(4)]
     path = plot(write_log(tmp_path / "log.jsonl", rows))
     assert "loss is not finite at 2 step(s), first at 2" in path.read_text()
@@ -84,10 +84,10 @@ def test_values_that_are_no_numbers(tmp_path: Path) -> None:
         assert page.evaluate("data.charts[0].series[0].y") == [3.99, None, None, 3.96]
 
 
-def test_a_torn_end_is_left_out_and_told(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored_with_a_note(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.jsonl", [line(1), line(2)], end='{"step": 3, "lo')
     assert read_log(path).last_step == 2
-    assert "torn" in plot(path).read_text()
+    assert "the last line of the log is incomplete and ignored" in plot(path).read_text()
 
 
 def test_names_stay_text(tmp_path: Path) -> None:
@@ -102,11 +102,11 @@ def test_names_stay_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("", "nothing that can be drawn"),
-        ('{"step": 1}\n', "nothing that can be drawn"),
+        ("", "nothing to draw"),
+        ('{"step": 1}\n', "nothing to draw"),
         ("not\n{}\n", "line 1 is not JSON"),
         ("[" * 100_000 + "\n{}\n", "line 1 is not JSON"),
-        ("[1]\n", "line 1: a line is an object"),
+        ("[1]\n", "line 1: a line must be an object"),
         ('{"step": true, "loss": 1}\n', "line 1"),
         ('{"step": 1, "loss": "low"}\n', "`loss` is 'low'"),
         ('{"step": 1, "loss": 1, "layers": 3}\n', "`layers`"),
@@ -114,7 +114,7 @@ def test_names_stay_text(tmp_path: Path) -> None:
     ],
 )
 def test_logs_that_are_none(content: str, named: str, tmp_path: Path) -> None:
-    """File and line are named."""
+    """The error names file and line."""
     path = tmp_path / "log.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=re.escape(named)) as caught:
@@ -133,9 +133,9 @@ def test_places_that_are_none(tmp_path: Path) -> None:
 
 
 def test_drawn_again_by_the_command(tmp_path: Path, command: Command) -> None:
-    """Its path is printed, or is JSON; without --plot it is OUT that is missing."""
+    """The path of the page is printed, or JSON; without --plot, OUT is missing."""
     write_log(tmp_path / "training_log.jsonl", [line(1), line(2)])
     page = tmp_path / "training.html"
     assert command("train", tmp_path, "--plot") == (0, f"{page}\n", "")
     assert json.loads(command("train", tmp_path, "--plot", "--json").out) == {"page": str(page)}
-    assert command("train", tmp_path) == (2, "", "gda: OUT is missing; name the folder to make\n")
+    assert command("train", tmp_path) == (2, "", "gda: OUT is missing; name the folder to create\n")

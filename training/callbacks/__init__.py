@@ -1,1 +1,1 @@
-"""Trainer callbacks."""
+"""Callbacks of the Trainer."""

@@ -1,4 +1,4 @@
-"""What each layer does while a model is trained: λ, signal and noise outputs, what is subtracted, and gradients."""
+"""The training log, with measurements of each layer: λ, signal and noise outputs, the subtracted share, gradients."""
 
 import contextlib
 import json
@@ -25,31 +25,30 @@ MEASURES = ("tokens", "lambda", "signal", "noise", "subtracted", "difference")
 
 
 class LayerLog(TrainerCallback):
-    """A log of training in JSON lines, and what of it is measured in the layers.
+    """The training log, a file with one JSON object per line, and the measurements of layers in it.
 
-    It is written by a `GDATrainer` that is given it as `layer_log`; another Trainer's callbacks know too little.
+    Pass it to a `GDATrainer` as `layer_log`, which writes it. Other Trainers cannot: their callbacks see too little.
 
     A line with "layers" has for each layer
 
-    - `lambda`: the mean of what is subtracted by, over tokens and heads;
-    - `signal_norm`, `noise_norm`: root mean square of signal and noise outputs, before the subtraction;
-    - `subtracted`: |W (λ o_noise)|² / |W (o_signal − λ o_noise)|², as a split reports it: the energy of what is
-      subtracted in the layer's output, relative to that of the difference. W is the output projection; masks of growth
-      count, and the norm of heads, which follows, does not;
-    - `gradient_norm`, `lambda_gradient_norm`: of the gradients of all parameters of the layer and of those that λ is
-      made of, before clipping; absent where nothing learns.
+    - `lambda`: the mean of λ over tokens and heads;
+    - `signal_norm`, `noise_norm`: root mean square of the signal and noise outputs before the subtraction;
+    - `subtracted`: |W (λ o_noise)|² / |W (o_signal − λ o_noise)|², the energy of the subtracted part of the layer's
+      output relative to that of the difference, as a split reports it. W is the output projection. Growth masks are
+      applied; the head norm, which follows, is not;
+    - `gradient_norm`, `lambda_gradient_norm`: norms of the gradients of all parameters and of the λ parameters of the
+      layer, before clipping; absent where nothing is trained.
 
-    All are of the step of the line, over all its tokens: of every process and every accumulated part.
+    They are measured in the step of the line, over the tokens of all processes and all accumulated batches.
 
     Args:
-        path: The file to write; None for none. A training that is resumed goes on with it, without the lines that come
-            after the step from which it goes on.
+        path: The file to write; None to write nothing. A resumed run continues it, without the lines of later steps.
     """
 
     def __init__(self, path: str | Path | None):
         self.path = None if path is None else Path(path)
         self.step: int | None = None
-        self.sums: Tensor | None = None  # (layers, MEASURES), each a mean times the tokens it is of
+        self.sums: Tensor | None = None  # (layers, MEASURES): means, each times its number of tokens
         self.gradients: list[dict[str, float]] = []
 
     # ----------------------------------------------------------------------------------------------------------- lines
@@ -57,7 +56,7 @@ class LayerLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave out what an earlier run wrote of steps that come again, and a line that it did not finish."""
+        """Remove the lines of steps that are repeated, and an unfinished line at the end."""
         if self.path is None or not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +64,7 @@ class LayerLog(TrainerCallback):
             write_text(self.path, "".join(_lines_until(self.path, state.global_step)))
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append a line; a number that is not finite becomes null."""
+        """Append a line. Numbers that are not finite become null."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(entry), ensure_ascii=False, allow_nan=False) + "\n")
@@ -73,10 +72,10 @@ class LayerLog(TrainerCallback):
     # -------------------------------------------------------------------------------------------------------- measuring
 
     @contextlib.contextmanager
-    def listening(self, model: nn.Module, step: int) -> Iterator[None]:
-        """While it is entered, forward passes of the model are measured, as part of that step."""
+    def measuring(self, model: nn.Module, step: int) -> Iterator[None]:
+        """Measure the forward passes inside the block, as part of `step`."""
         attentions = [module for module in model.modules() if isinstance(module, GDAAttention)]
-        if not attentions:  # the Llama that a GDA model is compared with
+        if not attentions:  # a Llama, which a GDA model is compared with
             yield
             return
         if self.step != step or self.sums is None:
@@ -84,11 +83,11 @@ class LayerLog(TrainerCallback):
             self.sums = torch.zeros(len(attentions), len(MEASURES), device=attentions[0].o_proj.weight.device)
         with contextlib.ExitStack() as stack:
             for attention in attentions:
-                stack.enter_context(_heard(attention, self.sums[attention.layer_idx]))
+                stack.enter_context(_measured(attention, self.sums[attention.layer_idx]))
             yield
 
     def read_gradients(self, model: nn.Module) -> None:
-        """Take the norms of the gradients that the model has now."""
+        """Measure the norms of the model's current gradients."""
         layers: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
             if (match := LAYER.search(name)) is not None:
@@ -97,12 +96,12 @@ class LayerLog(TrainerCallback):
                     gradients.append((name, parameter.grad))
         self.gradients = []
         for _, named in sorted(layers.items()):
-            of_lambda = [gradient for name, gradient in named if is_lambda(name)]
-            norms = {"gradient_norm": [gradient for _, gradient in named], "lambda_gradient_norm": of_lambda}
-            self.gradients.append({name: _norm(each) for name, each in norms.items() if each})
+            lambdas = [gradient for name, gradient in named if is_lambda(name)]
+            kinds = {"gradient_norm": [gradient for _, gradient in named], "lambda_gradient_norm": lambdas}
+            self.gradients.append({kind: _norm(gradients) for kind, gradients in kinds.items() if gradients})
 
     def collect(self, step: int, reduce: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
-        """What was measured in that step, by layer; nothing if it was not.
+        """The measurements of `step` by layer; empty if it was not measured.
 
         Args:
             step: The step.
@@ -110,18 +109,17 @@ class LayerLog(TrainerCallback):
         """
         if self.step != step or self.sums is None:
             return []
-        measured = reduce(self.sums).double().cpu()
         layers = []
-        for index, sums in enumerate(measured.tolist()):
-            of = dict(zip(MEASURES, sums, strict=True))
-            tokens = max(of["tokens"], 1.0)
+        for index, row in enumerate(reduce(self.sums).double().tolist()):
+            sums = dict(zip(MEASURES, row, strict=True))
+            tokens = max(sums["tokens"], 1.0)
             layers.append(
                 {
                     "layer": index,
-                    "lambda": of["lambda"] / tokens,
-                    "signal_norm": math.sqrt(of["signal"] / tokens),
-                    "noise_norm": math.sqrt(of["noise"] / tokens),
-                    "subtracted": of["subtracted"] / max(of["difference"], math.ulp(0)),
+                    "lambda": sums["lambda"] / tokens,
+                    "signal_norm": math.sqrt(sums["signal"] / tokens),
+                    "noise_norm": math.sqrt(sums["noise"] / tokens),
+                    "subtracted": sums["subtracted"] / max(sums["difference"], math.ulp(0)),
                 }
                 | (self.gradients[index] if self.gradients else {})
             )
@@ -130,7 +128,7 @@ class LayerLog(TrainerCallback):
 
 
 def for_reporters(layers: list[dict[str, float]]) -> dict[str, float]:
-    """The same, as numbers with names: layers/00/lambda, …"""
+    """The measurements as a flat dictionary for tensorboard and the like: layers/00/lambda, …"""
     width = max(2, len(str(len(layers) - 1)))
     return {
         f"layers/{index:0{width}d}/{name}": value
@@ -141,16 +139,15 @@ def for_reporters(layers: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _heard(attention: Any, sums: Tensor) -> Iterator[None]:
-    """While it is entered, what an attention subtracts is weighed; `sums` are those of its layer."""
-    subtract = attention.subtract
+def _measured(attention: GDAAttention, sums: Tensor) -> Iterator[None]:
+    """Add the measurements of an attention layer inside the block to `sums`, the row of that layer."""
 
-    def weighed(signal: Tensor, noise: Tensor, lambda_: Tensor) -> Tensor:
-        difference = subtract(signal, noise, lambda_)
-        # Autocast would keep a narrow copy of the projection's weight, made here without a gradient, for its real use.
+    def measure(subtract: Any, inputs: tuple[Tensor, Tensor, Tensor], difference: Tensor) -> None:
+        signal, noise, lambda_ = inputs
+        # Autocast would cache a copy of the projection's weight made here without a gradient, and use it later.
         with torch.no_grad(), torch.autocast(signal.device.type, enabled=False):
-            whole = subtract(signal.float(), noise.float(), lambda_)
-            measured = (
+            whole = subtract.forward(signal.float(), noise.float(), lambda_)  # without this hook
+            values = (
                 torch.ones((), device=sums.device),
                 lambda_.float().mean(),
                 signal.float().square().mean(),
@@ -158,27 +155,26 @@ def _heard(attention: Any, sums: Tensor) -> Iterator[None]:
                 _energy(attention, signal.float() - whole),
                 _energy(attention, whole),
             )
-            sums.add_(torch.stack(measured), alpha=signal.shape[0] * signal.shape[1])
-        return difference
+            sums.add_(torch.stack(values), alpha=signal.shape[0] * signal.shape[1])
 
-    attention.subtract = weighed
+    hook = attention.subtract.register_forward_hook(measure)
     try:
         yield
     finally:
-        del attention.subtract  # the class's own comes to light again
+        hook.remove()
 
 
-def _energy(attention: Any, heads: Tensor) -> Tensor:
-    """Mean square of what heads (B, T, C, S/C, width) write to the residual stream, without the projection's bias."""
-    if attention.growth_mask is not None:
-        heads = attention._masked(heads, attention.growth_mask)
+def _energy(attention: GDAAttention, heads: Tensor) -> Tensor:
+    """Mean square of the output projection of heads (B, T, C, S/C, width), without its bias."""
+    if attention.num_masked_heads:
+        heads = attention.mask_new_heads(heads)
     project = attention.o_proj
     heads = heads.flatten(2).to(project.weight.dtype)
     return (project(heads) - project(torch.zeros_like(heads[:1, :1]))).float().square().mean()
 
 
 def _norm(gradients: list[Tensor]) -> float:
-    """Of all of them together; those that are sharded are so over all processes, which must call this together."""
+    """The norm of all gradients together. If some are sharded, all processes must call this together."""
     sharded = [each for each in gradients if isinstance(each, DTensor)]
     whole = [each for each in gradients if not isinstance(each, DTensor)]
     norms = [get_total_norm(each) for each in (sharded, whole) if each]

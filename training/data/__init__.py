@@ -1,1 +1,1 @@
-"""Training text and the token sequences made of it."""
+"""Training data: documents, and the sequences of token ids that they are packed into."""

@@ -1,19 +1,17 @@
-"""Text for training, as windows of token ids: files and datasets of the Hub, tokenized once or while training."""
+"""Training text as sequences of token ids: tokenized once before training, or streamed while it runs."""
 
 import hashlib
 import itertools
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -22,27 +20,27 @@ from transformers import PreTrainedTokenizerBase
 from gda.common.errors import first_line
 from gda.common.files import read_json, remove, write_json, written_beside
 from gda.common.screen import shows_progress
-from gda.training.data.text import Pieces, TextSource, find_sources
+from gda.training.data.packing import SequencePacker
+from gda.training.data.sources import DocumentSource, find_sources
 from gda.training.runs.processes import Processes
 
-# Characters and documents that are tokenized at once.
-BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 1000
-# Windows of a stream that are held in memory, of which one at random is read next.
-SHUFFLED = 1000
-# Seconds that another node may take to see a file that is there.
-PATIENCE = 120.0
+# After sources, which says what to install if `datasets` is missing.
+from datasets import Dataset, Features, IterableDataset, List, Value  # isort: skip
+
+# Sequences of a stream that are held in memory; the next one is drawn from them at random.
+SHUFFLE_BUFFER = 1000
 
 
 @dataclass(frozen=True)
-class Windows:
+class Sequences:
     """Text as the Trainer reads it.
 
     Attributes:
-        rows: With the column `input_ids`, ids (context,) int64. Of a `Dataset` the Trainer chooses the order; an
-            `IterableDataset` is shuffled here, and goes through the data again and again.
-        count: Windows; None if they are read while training.
-        tokens: In these windows; likewise.
-        notes: What else one should know, in whole clauses.
+        rows: Has the column `input_ids`, token ids (context,) int64. The Trainer shuffles a `Dataset`. An
+            `IterableDataset` shuffles itself and repeats the data without end.
+        count: Number of sequences; None for a stream.
+        tokens: Tokens in these sequences; None for a stream.
+        notes: What the user should know, in whole clauses.
     """
 
     rows: Dataset | IterableDataset
@@ -52,12 +50,12 @@ class Windows:
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of windows: `input_ids` and `labels` (B, T), which are the same; a causal model shifts them by itself."""
+    """A batch: `input_ids` and `labels` (B, T), which are equal since a causal model shifts its labels itself."""
     ids = torch.stack([row["input_ids"] for row in rows])
     return {"input_ids": ids, "labels": ids}
 
 
-def open_windows(
+def open_sequences(
     names: Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -69,259 +67,159 @@ def open_windows(
     scratch: Path,
     option: str = "--data",
     console: Console | None = None,
-) -> Windows:
-    """Tokenize documents, join them with the token that ends a text after each, and cut them into windows.
+) -> Sequences:
+    """Tokenize documents, join them with an end-of-text token after each, and cut them into sequences.
 
-    The tokens at the end that fill no window are left out. The windows are the same for any number of processes: one
-    tokenizes, and the others wait for the file that it writes in `scratch`, which a later run with the same data,
-    tokenizer and context reads again. Neither the data nor the windows need fit into memory.
+    Tokens at the end that do not fill a sequence are dropped. The sequences do not depend on the number of processes:
+    one process tokenizes and writes a file into `scratch`, for which the others wait. A later run with the same data,
+    tokenizer and context reads this file again. Neither the data nor the sequences have to fit into memory.
 
     Args:
-        names: Files of text (`.txt` or any other), of rows (`.jsonl`, `.parquet`), folders of such files, and datasets
-            of the Hub, NAME[:CONFIG[:SPLIT]], by default of the split `train`. A file of text is one document, and so
-            is a row.
+        names: Text files (one document each), .jsonl, .json, .csv and .parquet files (one document per row), folders
+            of such files, and datasets on the Hub: NAME[:CONFIG[:SPLIT]], by default the split `train`.
         tokenizer: The model's.
-        context: Tokens a window.
+        context: Tokens per sequence.
         text_field: The field of a row that holds its text.
-        streaming: Read while training: nothing is written, and only the beginning is looked at here. A seeded buffer
-            of a thousand windows shuffles; going on after an interruption reads again what was read.
-        seed: Of that buffer.
-        vocab_size: Of the model.
-        scratch: A folder that all processes see.
-        option: By which the data was named, for errors.
-        console: Where progress is shown; nowhere if None or no terminal.
+        streaming: Read while training. Nothing is written, and only the beginning is read here. A buffer of a thousand
+            sequences is shuffled with `seed`. A resumed run reads again what was read before.
+        seed: Seed of the shuffle buffer.
+        vocab_size: Embeddings of the model.
+        scratch: A folder that all processes share.
+        option: The option that named the data, for errors.
+        console: Where progress is shown; nowhere if it is None or not a terminal.
 
     Raises:
-        FileNotFoundError, ValueError, ConnectionError, PermissionError: naming the file or dataset, and the line or
-            row where there is one.
+        FileNotFoundError, ValueError, ConnectionError: naming the file or dataset, and the line or row where there is
+            one.
     """
-    cutter = _Cutter(tokenizer, context, vocab_size, ", ".join(map(str, names)))
-    sources = partial(find_sources, names, text_field, streaming=streaming, option=option)
+    packer = SequencePacker(tokenizer, context, vocab_size, ", ".join(map(str, names)))
+    find = partial(find_sources, names, text_field, streaming=streaming, option=option)
     if streaming:
-        return _stream(cutter, sources(), seed)
-    place = scratch / option.strip("-")
-    _once_for_all(place, partial(_write, place, sources, cutter, text_field, console))
-    return _read(place, cutter)
+        return _stream(packer, find(), seed)
+    path, index = (scratch / f"{option.strip('-')}{ending}" for ending in (".arrow", ".json"))
+    _tokenize_in_one_process(index, lambda known: _write(path, packer, find(), known, console))
+    return _read(path, index, packer)
 
 
-# ------------------------------------------------------------------------------------------------ documents to windows
+# ------------------------------------------------------------------------------------------------------------ streaming
 
 
-@dataclass(frozen=True)
-class _Cutter:
-    """How documents become windows."""
-
-    tokenizer: PreTrainedTokenizerBase
-    context: int
-    vocab_size: int
-    data: str
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        if self.tokenizer.eos_token_id is None:
-            return ("the tokenizer has no token that ends a text, so blank lines part documents",)
-        return ()
-
-    def windows(self, sources: Iterable[TextSource]) -> Iterator[NDArray[np.int32]]:
-        """Blocks of windows (n, context), and at last what fills none, (1, less than context).
-
-        Raises:
-            ValueError: if an id has no embedding in the model.
-        """
-        held: list[int] = []
-        for pieces in _batches(piece for source in sources for piece in source.pieces()):
-            for ids in self._tokenized(pieces):
-                held += ids
-            whole = len(held) // self.context * self.context
-            if whole:
-                yield np.array(held[:whole], dtype=np.int32).reshape(-1, self.context)
-                held = held[whole:]
-        yield np.array(held, dtype=np.int32).reshape(1, -1)
-
-    def _tokenized(self, pieces: list[tuple[str, bool]]) -> Iterator[list[int]]:
-        end = self.tokenizer.eos_token_id
-        texts = [text + "\n\n" if ends and end is None else text for text, ends in pieces]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-        for ids, (_, ends) in zip(encoded, pieces, strict=True):
-            if ends and end is not None:
-                ids.append(end)
-            if (largest := max(ids, default=0)) >= self.vocab_size:
-                raise ValueError(
-                    f"the tokenizer gives ids up to {largest}, and the model has {self.vocab_size} embeddings; "
-                    "is it the model's tokenizer?"
-                )
-            yield ids
-
-    def require_a_window(self, tokens: int) -> None:
-        """
-        Raises:
-            ValueError: if all of the data is less than a window.
-        """
-        if tokens < self.context:
-            raise ValueError(
-                f"{self.data} has {tokens} tokens, less than a window of {self.context}; lower --context or add text"
-            )
-
-
-def _batches(pieces: Pieces) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces of text in lists that a tokenizer gets at once."""
-    batch: list[tuple[str, bool]] = []
-    characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece[0])
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-# ------------------------------------------------------------------------------------------------------- while training
-
-
-def _stream(cutter: _Cutter, sources: list[TextSource], seed: int) -> Windows:
+def _stream(packer: SequencePacker, sources: list[DocumentSource], seed: int) -> Sequences:
     tokens = 0
-    for block in cutter.windows(sources):
+    for block in packer.blocks(sources):
         tokens += block.size
-        if tokens >= cutter.context:
+        if tokens >= packer.context:
             break
-    cutter.require_a_window(tokens)
-    rows = IterableDataset.from_generator(_Passes(cutter, sources, seed), features=_features(cutter.context))
-    return Windows(rows.with_format("torch"), None, None, cutter.notes)
+    packer.require_a_sequence(tokens)
+    rows = _stream_of(_EndlessPasses(packer, sources, seed), packer.context)
+    return Sequences(rows.with_format("torch"), None, None, packer.notes)
 
 
-def _features(context: int) -> Features:
-    return Features({"input_ids": List(Value("int32"), length=context)})
+def _stream_of(generator: Callable[[], Iterator[Any]], context: int) -> IterableDataset:
+    features = Features({"input_ids": List(Value("int32"), length=context)})
+    return IterableDataset.from_generator(generator, features=features)
 
 
 @dataclass(frozen=True)
-class _Passes:
-    """Reads a stream again and again, shuffled anew each time.
+class _EndlessPasses:
+    """Reads the data again and again, in a new order each time.
 
-    For the Trainer it is one endless epoch. It takes all streams for that, also where they end, when it skips what was
-    read before an interruption.
+    The Trainer sees one endless epoch. When it skips what was read before an interruption, it expects a stream that
+    does not end.
     """
 
-    cutter: _Cutter
-    sources: list[TextSource]
+    packer: SequencePacker
+    sources: list[DocumentSource]
     seed: int
 
-    def __call__(self) -> Iterator[dict[str, list[int]]]:
-        rows = IterableDataset.from_generator(self._once, features=_features(self.cutter.context))
-        rows = rows.shuffle(seed=self.seed, buffer_size=SHUFFLED)
-        for number in itertools.count():
-            rows.set_epoch(number)
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        rows = _stream_of(self._one_pass, self.packer.context).shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
+        for epoch in itertools.count():
+            rows.set_epoch(epoch)
             yield from rows
 
-    def _once(self) -> Iterator[dict[str, NDArray[np.int32]]]:
-        for block in self.cutter.windows(self.sources):
-            if block.shape[1] == self.cutter.context:
-                for window in block:
-                    yield {"input_ids": window}
+    def _one_pass(self) -> Iterator[dict[str, Any]]:
+        for block in self.packer.blocks(self.sources):
+            if block.shape[1] == self.packer.context:
+                for sequence in block:
+                    yield {"input_ids": sequence}
 
 
-# ------------------------------------------------------------------------------------------------------ before training
+# ------------------------------------------------------------------------------------------------------- tokenized once
 
 
-def _arrow(place: Path) -> Path:
-    return place.with_suffix(".arrow")
+def _tokenize_in_one_process(index: Path, write: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Call `write` in the main process with the content of the index file, and save what it returns there.
 
+    The other processes wait for the new index file, not at a barrier, which times out after minutes: a large dataset
+    takes hours to tokenize.
 
-def _index(place: Path) -> Path:
-    return place.with_suffix(".json")
+    Raises:
+        ValueError: in the others, if the main process fails.
+    """
+    processes = Processes()
+    known: dict[str, Any] = {}
+    if processes.is_main:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        known = read_json(index) if index.is_file() else {}
+        remove(index)
+    processes.gather(None)  # from here on, an index file is a new one
+    if processes.is_main:
+        try:
+            write_json(index, write(known))
+        except BaseException as error:
+            write_json(index, {"error": first_line(error)})
+            raise
+    while not index.is_file():
+        time.sleep(0.05)
+    if (message := read_json(index).get("error")) is not None:
+        raise ValueError(message)
 
 
 def _write(
-    place: Path,
-    sources: Callable[[], list[TextSource]],
-    cutter: _Cutter,
-    text_field: str,
-    console: Console | None,
-    known: dict[str, Any] | None,
+    path: Path, packer: SequencePacker, sources: list[DocumentSource], known: dict[str, Any], console: Console | None
 ) -> dict[str, Any]:
-    """Write all windows as an Arrow file, unless `known` tells that it is there; return what there is to know of it."""
-    found = sources()
-    identity = {
-        "sources": [source.identity() for source in found],
-        "text_field": text_field,
-        "context": cutter.context,
-        "vocab_size": cutter.vocab_size,
-        "tokenizer": _digest(cutter.tokenizer),
-    }
-    if known is not None and known["identity"] == identity and _arrow(place).is_file():
-        return known
-    place.parent.mkdir(parents=True, exist_ok=True)
-    tokens, left_over = 0, 0
-    kind = pa.list_(pa.int32(), cutter.context)
-    with _bar(console) as bar, written_beside(_arrow(place)) as file:
-        task = bar.add_task(place.name, tokens=0)
-        with pa.ipc.new_stream(file, pa.schema([("input_ids", kind)])) as writer:
-            for block in cutter.windows(found):
-                if block.shape[1] < cutter.context:
-                    left_over = block.size
-                    break
-                ids = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=kind)
-                writer.write_batch(pa.record_batch([ids], names=["input_ids"]))
-                tokens += block.size
-                bar.update(task, tokens=tokens)
-        cutter.require_a_window(tokens + left_over)
-    return {"identity": identity, "tokens": tokens, "left_over": left_over}
+    """Write all sequences to an Arrow file, unless `known` describes the same ones; return the content of the index.
 
-
-def _bar(console: Console | None) -> Progress:
-    columns = (TextColumn("tokenizing {task.description}"), TextColumn("{task.fields[tokens]:,}"), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not shows_progress(console), transient=True)
-
-
-def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    held = repr(tokenizer) if backend is None else backend.to_str()
-    return hashlib.sha256(f"{held} {tokenizer.eos_token_id}".encode()).hexdigest()
-
-
-def _read(place: Path, cutter: _Cutter) -> Windows:
-    told = read_json(_index(place))
-    rows = Dataset.from_file(str(_arrow(place))).with_format("torch")
-    notes = list(cutter.notes)
-    if told["left_over"]:
-        notes.append(f"{told['left_over']} tokens at the end of the data fill no window and are left out")
-    return Windows(rows, told["tokens"] // cutter.context, told["tokens"], tuple(notes))
-
-
-# --------------------------------------------------------------------------------------------------- several processes
-
-
-def _once_for_all(place: Path, work: Callable[[dict[str, Any] | None], dict[str, Any]]) -> None:
-    """Let the first process do `work`, and write what it returns beside `place`; the others wait for that file.
-
-    They look for it instead of waiting at a barrier, which gives up after minutes: much text takes hours.
+    They are written in blocks. `Dataset.from_generator` takes them one by one, which takes as long as tokenizing.
     """
-    processes = Processes()
-    done, failed, begun = _index(place), place.with_suffix(".failed"), place.with_suffix(".begun")
-    known = None
-    if processes.is_main:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        known = read_json(done) if done.is_file() else None
-        remove(done)
-        remove(failed)
-        begun.touch()
-    processes.gather(None)  # what an earlier run left is gone now
-    if not processes.is_main:
-        _wait(done, failed, begun)
-        return
-    try:
-        write_json(done, work(known))
-    except BaseException as error:
-        write_json(failed, first_line(error))
-        raise
+    identity = _identity(packer, sources)
+    if known.get("identity") == identity and path.is_file():
+        return known
+    tokens, dropped = 0, 0
+    kind = pa.list_(pa.int32(), packer.context)
+    columns = (TextColumn("tokenizing"), TextColumn("{task.completed:,} tokens"), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, disable=not shows_progress(console), transient=True)
+    schema = pa.schema([("input_ids", kind)])
+    with bar, written_beside(path) as file, pa.ipc.new_stream(file, schema) as writer:
+        task = bar.add_task("", total=None)
+        for block in packer.blocks(sources):
+            if block.shape[1] < packer.context:
+                dropped = block.size
+                break
+            ids = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=kind)
+            writer.write_batch(pa.record_batch([ids], names=["input_ids"]))
+            tokens += block.size
+            bar.advance(task, block.size)
+        packer.require_a_sequence(tokens + dropped)
+    return {"identity": identity, "tokens": tokens, "dropped": dropped}
 
 
-def _wait(done: Path, failed: Path, begun: Path) -> None:
-    start = time.monotonic()
-    while not done.is_file():
-        if failed.is_file():
-            raise ValueError(read_json(failed))
-        if not begun.is_file() and time.monotonic() - start > PATIENCE:
-            raise FileNotFoundError(f"{begun.parent} is not seen by all processes; name a place that all nodes share")
-        time.sleep(0.05)
+def _identity(packer: SequencePacker, sources: list[DocumentSource]) -> str:
+    """A digest of all that the sequences depend on."""
+    tokenizer = packer.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        *([source.identity for source in sources], packer.context, packer.vocab_size),
+        *(repr(tokenizer) if backend is None else backend.to_str(), tokenizer.eos_token_id),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _read(path: Path, index: Path, packer: SequencePacker) -> Sequences:
+    described = read_json(index)
+    rows = Dataset.from_file(str(path)).with_format("torch")  # memory-mapped
+    notes = list(packer.notes)
+    if described["dropped"]:
+        notes.append(f"{described['dropped']} tokens at the end of the data do not fill a sequence and are dropped")
+    return Sequences(rows, described["tokens"] // packer.context, described["tokens"], tuple(notes))

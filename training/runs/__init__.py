@@ -1,1 +1,1 @@
-"""The folder, processes and checkpoints of a training run."""
+"""A training run: its processes, its folder and its checkpoints."""

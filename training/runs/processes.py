@@ -1,8 +1,9 @@
-"""The processes of one training run: what they do together, and how the error of one ends all of them."""
+"""The processes of a training run: what they do together, and how an error in one of them ends all."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -12,23 +13,29 @@ from gda.common.errors import CheckFailed
 
 T = TypeVar("T")
 
-# Of errors that a process tells the others of: what is none of these is a ValueError to them.
+# Kinds of errors that are passed on to the other processes; any other kind becomes a ValueError there.
 KINDS = (FileNotFoundError, FileExistsError, PermissionError, ConnectionError, BlockingIOError, OSError, CheckFailed)
 
-# What gloo and NCCL say when a process at the other end is gone.
+# Messages of gloo and NCCL when a process at the other end is gone.
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket Timeout", "remote process exited")
 
 
 def on_cpu() -> bool:
-    """Whether to train on the CPU: where there is nothing faster, or `accelerate launch --cpu` says so."""
+    """Whether to train on the CPU: without an accelerator, or with `accelerate launch --cpu`."""
     return not torch.accelerator.is_available() or bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+def launcher_wants_bfloat16() -> bool:
+    """Whether `accelerate launch`, or its configuration, asks for bfloat16."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16"
+
+
 class Processes:
-    """This process among those that `accelerate launch` or torchrun has started; alone, if none of them did.
+    """This process among those started by `accelerate launch` or torchrun; the only one if neither was used.
 
     Attributes:
-        count: Of all machines.
+        count: Number of processes on all machines.
+        index: Index of this one.
         is_main: Whether this one writes and prints.
     """
 
@@ -39,9 +46,9 @@ class Processes:
         self.is_main: bool = state.is_main_process
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do `work` in every process. If it fails in one, all raise its error, and the others know that it is told of.
+        """Call `work` in every process. If it fails in one, all raise its error.
 
-        `told_elsewhere` is then an attribute of the error.
+        In the others, the error has the attribute `reported_elsewhere`: it is already reported.
         """
         if self.count == 1:
             return work()
@@ -50,26 +57,25 @@ class Processes:
             result = work()
         except Exception as caught:
             error = caught
-        failed = [(index, _portable(each)) for index, each in enumerate(self.gather(_portable(error))) if each]
+        failed = [(index, each) for index, each in enumerate(self.gather(_portable(error))) if each is not None]
         if not failed:
             return result  # type: ignore[return-value]
-        first, told = failed[0]
+        first, reported = failed[0]
         if error is not None and first == self.index:
             raise error
-        told.told_elsewhere = True  # type: ignore[union-attr]
-        raise told  # type: ignore[misc]
+        raise reported_elsewhere(reported)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do `work` in the main process alone, and give its result to all; it must be small, and picklable."""
+        """Call `work` in the main process only, and return its result, small and picklable, in all of them."""
         result = self.together(lambda: work() if self.is_main else None)
         return self.gather(result)[0] if self.count > 1 else result  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in their order."""
+        """The values of all processes, in order."""
         return gather_object([value]) if self.count > 1 else [value]
 
     def any(self, flags: list[bool], device: torch.device) -> list[bool]:
-        """For each flag, whether a process has it set; quick, for use in every step."""
+        """For each flag, whether it is set in any process; fast enough for every step."""
         if self.count == 1:
             return flags
         reduced = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -78,25 +84,23 @@ class Processes:
 
     @contextlib.contextmanager
     def ended_by_another(self) -> Iterator[None]:
-        """Be quiet about connections that break because another process has failed, and has told why."""
+        """Do not report connections that break because another process has failed and reported why."""
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1 or not any(said in str(error) for said in PEER_IS_GONE):
+            if self.count == 1 or not any(message in str(error) for message in PEER_IS_GONE):
                 raise
-            ended = ConnectionError("another process of this run has ended")
-            ended.told_elsewhere = True  # type: ignore[attr-defined]
-            raise ended from None
+            raise reported_elsewhere(ConnectionError("another process of this run has ended")) from None
+
+
+def reported_elsewhere(error: Exception) -> Exception:
+    """Mark an error as reported by another process, so that the command does not print it again."""
+    error.reported_elsewhere = True  # type: ignore[attr-defined]
+    return error
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """One that says the same and that another process can read, whatever was the signature of its class."""
+    """An error with the same message that other processes can unpickle, whatever the signature of its class."""
     if error is None:
         return None
     return next((kind for kind in KINDS if isinstance(error, kind)), ValueError)(str(error))
-
-
-def is_told_elsewhere(error: BaseException) -> bool:
-    """Whether another process tells of this error."""
-    told: Any = getattr(error, "told_elsewhere", False)
-    return bool(told)

@@ -1,7 +1,6 @@
-"""Pages that need nothing else: one look, one file, no network. A leaf module: it imports no room.
+"""HTML pages in one file that need no network and share one style. A leaf module: it imports no room.
 
-What models and files say is data here. It is escaped in the markup, and the page's policy runs one script only, the one
-whose hash it names.
+Text from models and files is escaped. The content security policy of a page allows only its own script, by its hash.
 """
 
 import base64
@@ -23,10 +22,10 @@ def page(
     """Render a template that extends `page.html.jinja`. Every value is escaped.
 
     Args:
-        template: A file; what it extends or includes is looked up beside it and among the common ones.
-        style: A style sheet of the page, after the common one.
-        script: A file to run in the page, after the common charts.
-        data: What the script reads, as JSON; numbers that are not finite become null.
+        template: The template file. Templates that it extends or includes are beside it or among the common ones.
+        style: A style sheet, added to the common one.
+        script: A script, added to the common charts.
+        data: Data for the script, as JSON. Numbers that are not finite become null.
         context: Values for the template.
     """
     environment = jinja2.Environment(
@@ -41,11 +40,11 @@ def page(
     text = environment.get_template(template.name).render(
         policy=_policy(look, code), style=look, script=code, data="" if data is None else inert_json(data), **context
     )
-    return text.encode(errors="replace").decode()  # a file's name may hold what no UTF-8 can
+    return text.encode(errors="replace").decode()  # a file name may contain characters that UTF-8 cannot encode
 
 
 def inert_json(value: Any) -> str:
-    """JSON that may stand in a script element: nothing in it ends the element or begins a comment."""
+    """JSON that is safe inside a script element: it cannot end the element or begin a comment."""
     text = json.dumps(finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -56,7 +55,7 @@ def _joined(common: str, own: Path | None) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Nothing is fetched, and nothing runs but this script."""
+    """A content security policy: nothing is fetched, and no other script runs."""
     allowed = [f"style-src {_hash(style)}", f"script-src {_hash(script)}" if script else "script-src 'none'"]
     return "; ".join(["default-src 'none'", *allowed, "base-uri 'none'", "form-action 'none'"])
 

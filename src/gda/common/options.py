@@ -13,6 +13,7 @@ greet("Ada", times=3)        # and, by gda.commands.app.command, `gda greet Ada 
 
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -30,7 +31,15 @@ def argument(help: str, *, default: Any = MISSING) -> Any:
 
 
 def option(
-    default: Any, help: str, *, panel: str | None = None, metavar: str | None = None, flag: str | None = None
+    default: Any,
+    help: str,
+    *,
+    panel: str | None = None,
+    metavar: str | None = None,
+    flag: str | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
 ) -> Any:
     """A field that is an option on the command line and a keyword argument in Python.
 
@@ -40,11 +49,14 @@ def option(
         panel: The panel of `--help` that lists it.
         metavar: What `--help` calls its value, if not the type's name.
         flag: How the command line spells it, if not as the field with dashes, such as "--private/--public".
+        minimum, maximum: The smallest and the largest number allowed.
+        above: The number must be greater than this one.
     """
+    limits = {"minimum": minimum, "maximum": maximum, "above": above}
     return field(
         default=default,
         kw_only=True,
-        metadata={"help": help, "positional": False, "panel": panel, "metavar": metavar, "flag": flag},
+        metadata={"help": help, "positional": False, "panel": panel, "metavar": metavar, "flag": flag} | limits,
     )
 
 
@@ -53,7 +65,7 @@ class Options:
     """Base of the options of one command.
 
     Raises:
-        ValueError: if a field with a fixed set of choices has another value.
+        ValueError: if a field with a fixed set of choices has another value, or a number is outside its limits.
     """
 
     def __post_init__(self) -> None:
@@ -62,6 +74,22 @@ class Options:
             allowed, value = choices(hints[each.name]), getattr(self, each.name)
             if allowed and value is not None and value not in allowed:
                 raise ValueError(f"{flag(each.name)} {value} is not one of {', '.join(map(str, allowed))}")
+            if value is not None:
+                _check_limits(each, value)
+
+
+def _check_limits(each: Field[Any], value: Any) -> None:
+    minimum, maximum, above = (each.metadata.get(name) for name in ("minimum", "maximum", "above"))
+    if (minimum, maximum, above) == (None, None, None):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"{flag(each.name)} {value} is not a finite number")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{flag(each.name)} {value} is below {minimum}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{flag(each.name)} {value} is above {maximum}")
+    if above is not None and value <= above:
+        raise ValueError(f"{flag(each.name)} {value} is not above {above}")
 
 
 def flag(name: str) -> str:

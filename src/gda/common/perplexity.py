@@ -1,8 +1,7 @@
-"""Perplexity of a text."""
+"""Perplexity: of sequences of tokens, and of a whole text."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -60,10 +59,6 @@ class TextPerplexity:
     context: int
     stride: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON-ready values."""
-        return asdict(self)
-
 
 def text_perplexity(
     model: PreTrainedModel,
@@ -93,7 +88,7 @@ def text_perplexity(
     """
     stride = context if stride is None else stride
     if not 0 < stride <= context:
-        raise ValueError(f"stride {stride} is not from 1 to the context of {context} tokens")
+        raise ValueError(f"stride {stride} is not between 1 and the context of {context} tokens")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not ids or not text.strip():
         raise ValueError("the text is empty")

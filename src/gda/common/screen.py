@@ -1,4 +1,4 @@
-"""What is shown while something runs. A leaf module: it imports nothing of the project."""
+"""Progress and warnings on the terminal. A leaf module: it imports nothing of the project."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from transformers.utils import logging as transformers_logging
 
 
 def shows_progress(console: Console | None) -> bool:
-    """Whether there is somebody to watch a bar: a log file gets none."""
+    """Whether progress bars are shown: on a terminal, but not in a log file."""
     return console is not None and console.is_terminal
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings: what they would say is said by the report."""
+    """Hide progress bars and warnings of transformers inside the block. The reports say what matters."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -1,7 +1,4 @@
-"""What of a grown or converted model is new: trainable.json, which growth and conversion write and training reads.
-
-A leaf module: it imports no room.
-"""
+"""trainable.json: which parameters of a converted or grown model are new. Conversion writes it, training reads it."""
 
 import re
 from collections.abc import Callable
@@ -15,18 +12,18 @@ from torch import Tensor, nn
 from gda.common.files import read_json, write_json
 
 TRAINABLE_FILE = "trainable.json"
-# An axis as slices that follow one another, or all of it.
+# Slices that follow one another, or the whole axis.
 SLICES = re.compile(r":|\d+:\d+(,\d+:\d+)*")
 
 
 @dataclass(frozen=True)
 class NewParameters:
-    """Parameters that hold something new.
+    """Parameters that are new, wholly or in part.
 
     Attributes:
-        pattern: A regular expression that matches their names, whole, as `named_parameters` gives them.
-        kept: What of them is not new, by axis, as slices: ["0:16,24:40", ":"] are all columns of these rows. None where
-            all is new.
+        pattern: A regular expression that matches their whole names, as `named_parameters` returns them.
+        kept: The part that is not new, as slices of each axis: ["0:16,24:40", ":"] are all columns of these rows. None
+            if everything is new.
     """
 
     pattern: str
@@ -38,10 +35,10 @@ class Trainable:
     """The content of trainable.json.
 
     Attributes:
-        parameters: What is new; of several patterns that match a name, the first says it. Other parameters are old.
-        peft: Arguments for PEFT's `LoraConfig`: `target_modules`, the linear layers that hold something new, and
-            `modules_to_save`, other modules that do and that LoRA has no form for. Left out are λ vectors, which are no
-            module, and embeddings that are tied.
+        parameters: What is new. The first pattern that matches a name counts; other parameters are not new.
+        peft: Arguments of PEFT's `LoraConfig`: `target_modules`, the linear layers with new parameters, and
+            `modules_to_save`, other modules with new parameters. λ vectors, which are no module, and tied embeddings
+            are absent.
     """
 
     parameters: list[NewParameters]
@@ -52,7 +49,7 @@ class Trainable:
         """Read `folder`/trainable.json.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file, if it is absent or another.
+            FileNotFoundError, ValueError: naming the file, if it is missing or malformed.
         """
         path = Path(folder) / TRAINABLE_FILE
         if not path.is_file():
@@ -68,7 +65,7 @@ class Trainable:
                     raise ValueError
             return cls(parameters, dict(held["peft"]))
         except (KeyError, TypeError, ValueError, re.error):
-            raise ValueError(f"{path} does not tell what is new in a model; grow or convert it again") from None
+            raise ValueError(f"{path} does not name the new parameters of a model; grow or convert it again") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The content as JSON-ready values."""
@@ -78,25 +75,27 @@ class Trainable:
         """Write `folder`/trainable.json, atomically."""
         write_json(folder / TRAINABLE_FILE, self.to_dict())
 
+    def _find(self, name: str) -> NewParameters | None:
+        return next((each for each in self.parameters if re.fullmatch(each.pattern, name)), None)
+
     def holds(self, name: str) -> bool:
-        """Whether the parameter `name` holds something new."""
-        return any(re.fullmatch(each.pattern, name) for each in self.parameters)
+        """Whether the parameter `name` is new, wholly or in part."""
+        return self._find(name) is not None
 
     def new_entries(self, name: str, parameter: Tensor) -> Tensor | None:
         """Which entries of the parameter `name` are new, as booleans of its shape; None if none is.
 
         Raises:
-            ValueError: if the parameter has not the axes that are told of.
+            ValueError: if the parameter has another number of axes than trainable.json says.
         """
-        found = next((each for each in self.parameters if re.fullmatch(each.pattern, name)), None)
+        found = self._find(name)
         if found is None:
             return None
-        new = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
         if found.kept is None:
-            return new
+            return torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
         if len(found.kept) != parameter.dim():
-            raise ValueError(f"{name} has {parameter.dim()} axes, and {TRAINABLE_FILE} tells of {len(found.kept)}")
-        old = torch.ones_like(new)
+            raise ValueError(f"{name} has {parameter.dim()} axes, but {TRAINABLE_FILE} describes {len(found.kept)}")
+        old = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
         for axis, kept in enumerate(found.kept):
             if kept != ":":
                 here = torch.zeros(parameter.shape[axis], dtype=torch.bool, device=parameter.device)
@@ -106,32 +105,32 @@ class Trainable:
         return ~old
 
     def freeze_others(self, model: nn.Module, *, whole: bool = True) -> list[str]:
-        """Let only what is new learn, by `requires_grad`; return the names of the parameters that do.
+        """Freeze the parameters that are not new; return the names of those that are trained.
 
         Args:
-            model: With parameters named as in the grown checkpoint.
-            whole: Let parameters that are new in part learn as a whole. Otherwise the gradient of their old part is
-                kept at zero by a hook; use no weight decay then, which moves weights without a gradient.
+            model: A model with the parameter names of the grown checkpoint.
+            whole: Train parameters that are new in part as a whole. Otherwise a hook keeps the gradient of their old
+                part at zero; use no weight decay then, which moves weights without a gradient.
 
         Raises:
-            ValueError: if nothing in the model is told of.
+            ValueError: if no parameter of the model is new.
         """
-        learning = []
+        trained = []
         for name, parameter in model.named_parameters():
             new = self.new_entries(name, parameter)
             parameter.requires_grad_(new is not None)
             if new is None:
                 continue
-            learning.append(name)
+            trained.append(name)
             if not whole and not bool(new.all()):
                 parameter.register_hook(_masking(new))
-        if not learning:
+        if not trained:
             raise ValueError(f"no parameter of the model is named in {TRAINABLE_FILE}; is it the model's?")
-        return learning
+        return trained
 
 
 def _masking(new: Tensor) -> Callable[[Tensor], Tensor]:
-    """Keeps a gradient where `new` is set, on the device that the model has been moved to meanwhile."""
+    """A hook that keeps a gradient where `new` is set. The model may move to another device before it is trained."""
 
     def masked(gradient: Tensor) -> Tensor:
         nonlocal new
@@ -142,6 +141,6 @@ def _masking(new: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def slices(flags: list[bool]) -> str:
-    """The slices in which `flags` are set, as `NewParameters.kept` has them."""
+    """The slices in which `flags` are set, as in `NewParameters.kept`."""
     edges = [i for i in range(len(flags) + 1) if (i > 0 and flags[i - 1]) != (i < len(flags) and flags[i])]
     return ":" if all(flags) else ",".join(f"{a}:{b}" for a, b in zip(edges[::2], edges[1::2], strict=True))

@@ -31,7 +31,7 @@ OTHERWISE = {
     ("poly-norm", "mlp"): ["MergedColumnParallelFuser"],  # no kernel for its activation; gate and up are merged
     ("qk-rank", "self_attn"): ["AttentionFuser"],  # queries are no single projection
 }
-OURS = {"GDAModel", "GDADecoderLayer", "GDAAttention"}  # modules that stay; all else is vLLM's
+OURS = {"GDAModel", "GDADecoderLayer", "GDAAttention", "Subtraction"}  # modules that stay; all else is vLLM's
 OURS_TOO = {
     "head-norm": {"GDARMSNormOfHead"},
     "sigmoid": {"LambdaProjection"},

@@ -1,0 +1,252 @@
+"""`gda.attention`: read a model's attention in one text, and the baseline's beside it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gda.common.options import takes
+from gda.common.screen import quiet_transformers, shows_progress
+from gda.common.text import read_text
+from gda.conversion.sources.open import open_source
+from gda.eval.attention.analysis import (
+    AttentionArrays,
+    LayerAttention,
+    attention_arrays,
+    attention_modules,
+    visit_attention,
+)
+from gda.eval.attention.maps import LayerMaps, MapKind, MapPlan, baseline_maps, group_maps, pack
+from gda.eval.attention.report import AttentionReport
+from gda.eval.device import choose_device
+from gda.eval.options import AttentionOptions
+
+BYTES_PER_MEGABYTE = 1_000_000
+
+
+@takes(AttentionOptions)
+def attention(
+    options: AttentionOptions,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    console: Console | None = None,
+) -> AttentionReport:
+    """Read a model's attention in one text: its maps, and the numbers of `gda.eval.attention.analysis`.
+
+    One layer's maps are in memory at a time. Models run in float32, the baseline after the model. Both may also be
+    models in memory, which stay on their device.
+
+    Args:
+        tokenizer: Tokenizer of a model in memory, or one to use instead of the model's own.
+        console: Where progress is shown. Default: nowhere.
+
+    Raises:
+        FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
+    """
+    choose_device(options.device)
+    text_name, text = "text", options.text or ""
+    if options.file is not None:
+        text_name, text = read_text(Path(options.file), "--file")
+    opened = _open(options.model, tokenizer, options.revision)
+    ids, notes = _encode(opened, text, text_name, options.max_tokens)
+    labels = token_labels(opened.tokenizer, ids)
+    shape = _Shape.of(opened.model)
+    lambda_type = str(opened.model.config.lambda_type) if shape.differential else None
+    plan = MapPlan.that_fits(
+        _chosen_layers(options, shape.layers),
+        groups=shape.groups,
+        heads=shape.heads,
+        tokens=len(ids),
+        limit=int(options.map_megabytes * BYTES_PER_MEGABYTE),
+        differential=shape.differential,
+        baseline=options.baseline is not None,
+    )
+    model = _read(opened, ids, shape.groups, plan, group_maps, options, console)
+    del opened  # the baseline takes its place in memory
+    baseline: _Reading | None = None
+    if options.baseline is not None:
+        other = _open_baseline(options.baseline, tokenizer, model.name)
+        _check_same_tokens(other, text, ids)
+        same_depth = len(attention_modules(other.model)) == shape.layers
+        baseline = _read(other, ids, shape.groups, plan if same_depth else None, baseline_maps, options, console)
+        if not same_depth:
+            notes.append(f"{baseline.name} has another number of layers than {model.name}; its maps are omitted")
+    return AttentionReport(
+        name=model.name,
+        baseline_name=baseline.name if baseline else None,
+        text_name=text_name,
+        token_ids=ids,
+        tokens=labels,
+        arrays=model.arrays,
+        baseline=baseline.arrays if baseline else None,
+        lambda_type=lambda_type,
+        plan=plan,
+        maps=model.maps,
+        baseline_maps=baseline.maps if baseline else {},
+        notes=[*notes, *_notes_on_maps(plan, shape)],
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model with its name and tokenizer, and whether it came from memory."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    in_memory: bool
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Number of layers, of groups in a layer and of signal heads in a group, and whether there are noise heads."""
+
+    layers: int
+    groups: int
+    heads: int
+    differential: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "_Shape":
+        """The shape of a model's attention, from its maps of one token."""
+        layers: list[LayerAttention] = []
+        visit_attention(model, torch.zeros(1, dtype=torch.long), layers.append)
+        signal, noise = len(layers[0].signal), layers[0].noise
+        groups = len(noise) if noise is not None else int(getattr(model.config, "num_key_value_heads", None) or 1)
+        groups = groups if signal % groups == 0 else 1
+        return cls(len(layers), groups, signal // groups, noise is not None)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is read of a model: its name, its numbers, and its maps by layer."""
+
+    name: str
+    arrays: AttentionArrays
+    maps: dict[int, LayerMaps]
+
+
+def _open(
+    place: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    revision: str | None,
+    role: str = "model",
+) -> _Opened:
+    if isinstance(place, PreTrainedModel):
+        if tokenizer is None:
+            raise ValueError(f"a {role} in memory needs its tokenizer: attention(model, tokenizer=…)")
+        return _Opened(place.name_or_path or type(place).__name__, place, tokenizer, True)
+    if not str(place):
+        raise ValueError(f"the name of the {role} is empty; name a folder, a Hub id or a .gguf file")
+    with quiet_transformers():
+        source = open_source(place, revision)
+        if not source.can_run:
+            raise ValueError(
+                f"{place} is a {source.config.model_type}, which transformers cannot run; `gda convert` it first"
+            )
+        tokenizer = tokenizer or source.tokenizer()
+        if tokenizer is None:
+            raise ValueError(f"{place} holds no tokenizer that transformers can load")
+        return _Opened(source.name, source.load(), tokenizer, False)
+
+
+def _open_baseline(
+    place: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name_of_model: str
+) -> _Opened:
+    in_memory = isinstance(place, PreTrainedModel)
+    opened = _open(place, tokenizer if in_memory else None, None, "baseline")
+    return replace(opened, name=f"{opened.name} (baseline)") if opened.name == name_of_model else opened
+
+
+def _encode(opened: _Opened, text: str, text_name: str, max_tokens: int) -> tuple[list[int], list[str]]:
+    """Token ids with the tokenizer's special tokens, and a note if the text was cut."""
+    try:
+        ids = [int(token) for token in opened.tokenizer(text, verbose=False)["input_ids"]]
+    except UnicodeEncodeError:
+        raise ValueError(f"{text_name} contains half of a surrogate pair, which is not a character") from None
+    if not text.strip() or not ids:
+        raise ValueError(f"{text_name} is empty; name a text with at least one word")
+    config = opened.model.config
+    longest = min(max_tokens, int(getattr(config, "max_position_embeddings", max_tokens)))
+    if max(ids[:longest]) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives ids up to {max(ids)}, and {opened.name} has {config.vocab_size} embeddings"
+        )
+    if len(ids) <= longest:
+        return ids, []
+    return ids[:longest], [f"{text_name} has {len(ids):,} tokens; the first {longest:,} were read"]
+
+
+def _check_same_tokens(opened: _Opened, text: str, ids: list[int]) -> None:
+    config = opened.model.config
+    if max(ids) >= config.vocab_size or opened.tokenizer(text, verbose=False)["input_ids"][: len(ids)] != ids:
+        raise ValueError(f"{opened.name} has other tokens for this text; model and baseline must share one tokenizer")
+    if len(ids) > (longest := int(config.max_position_embeddings)):
+        raise ValueError(f"{opened.name} reads {longest} tokens, and the text has {len(ids)}; lower --max-tokens")
+
+
+def _chosen_layers(options: AttentionOptions, depth: int) -> list[int]:
+    layers = list(range(depth)) if options.layers is None else [int(layer) for layer in options.layers]
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise ValueError(f"--layers {layer} is not between 0 and {depth - 1}")
+    return layers
+
+
+def _notes_on_maps(plan: MapPlan, shape: _Shape) -> list[str]:
+    notes = plan.reductions(shape.heads)
+    if len(plan.layers) < shape.layers:
+        kept = f"maps are kept for {len(plan.layers)} of {shape.layers} layers (--layers)"
+        notes.append(f"{kept}; the numbers cover all layers")
+    if notes and (plan.pool > 1 or not plan.heads):
+        notes[-1] += "; fewer --layers or more --map-megabytes give finer maps"
+    return notes
+
+
+def _read(
+    opened: _Opened,
+    ids: list[int],
+    groups: int,
+    plan: MapPlan | None,
+    select_maps: Callable[[LayerAttention, MapPlan, int], list[tuple[MapKind, torch.Tensor]]],
+    options: AttentionOptions,
+    console: Console | None,
+) -> _Reading:
+    """Read a model's numbers, and the maps that `select_maps` keeps of each layer of the plan."""
+    maps: dict[int, LayerMaps] = {}
+    model: Any = opened.model
+    if options.device is not None or not opened.in_memory:
+        model = model.to(choose_device(options.device))
+    with Progress(console=console, disable=not shows_progress(console), transient=True) as bar:
+        task = bar.add_task(f"reading {opened.name}", total=len(attention_modules(model)))
+
+        def visit(layer: LayerAttention) -> None:
+            if plan is not None and layer.layer in plan.layers:
+                maps[layer.layer] = pack(select_maps(layer, plan, groups))
+            bar.advance(task)
+
+        arrays = attention_arrays(model, torch.tensor(ids), groups=groups, visit=visit)
+    return _Reading(opened.name, arrays, maps)
+
+
+def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Each token as text. Spaces and line ends become visible signs, and control characters their numbers."""
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    return [_visible(_as_text(tokenizer, token, str(piece))) for token, piece in zip(ids, pieces, strict=True)]
+
+
+def _as_text(tokenizer: PreTrainedTokenizerBase, token_id: int, piece: str) -> str:
+    text = str(tokenizer.decode([token_id]))
+    if not text or "\ufffd" in text:  # a part of a character
+        return piece
+    return f" {text}" if piece.startswith(("▁", "Ġ")) and not text.startswith(" ") else text
+
+
+def _visible(text: str) -> str:
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
+    return "".join(signs.get(each) or (each if each.isprintable() else f"\\u{ord(each):04x}") for each in text)

@@ -1,0 +1,85 @@
+"""lm-eval's evaluation of a loaded model, without the messages that lm-eval prints on the way."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import lm_eval.api.task
+import lm_eval.evaluator
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from gda.common.errors import first_line
+from gda.eval.lm_eval.harness import GDALM
+from gda.eval.options import TaskOptions
+
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+
+
+def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **lm_eval_options: Any) -> dict[str, Any]:
+    """Run tasks on a model, both loaded, and return lm-eval's dictionary.
+
+    Args:
+        lm: The model.
+        tasks: The tasks.
+        options: How they are run.
+        lm_eval_options: Further arguments of `lm_eval.simple_evaluate`.
+
+    Raises:
+        ValueError: if the tasks cannot be run on the model.
+    """
+    if options.apply_chat_template and lm.tokenizer.chat_template is None:
+        raise ValueError("--apply-chat-template: the tokenizer has no chat template")
+    limit = options.limit
+    if limit is not None and limit >= 1:
+        limit = int(limit)  # lm-eval reads 1.0 as a fraction
+    if options.seed is not None:
+        lm_eval_options |= dict.fromkeys(SEEDS, options.seed)
+    try:
+        results = simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
+            num_fewshot=options.num_fewshot,
+            limit=limit,
+            batch_size=lm.batch_size,
+            device=str(lm.device),
+            apply_chat_template=options.apply_chat_template,
+            **lm_eval_options,
+        )
+    except AssertionError as error:  # raised by lm-eval for a request that does not fit the model
+        longest = f"requests of at most {lm.max_length} tokens"
+        raise ValueError(f"lm-eval cannot run this on the model, which reads {longest}: {first_line(error)}") from None
+    if results is None:  # in all but the first process
+        return {}
+    for config in results["configs"].values():
+        if isinstance(tokenizer := (config.get("metadata") or {}).get("tokenizer"), PreTrainedTokenizerBase):
+            config["metadata"]["tokenizer"] = tokenizer.name_or_path
+    return results
+
+
+@contextlib.contextmanager
+def quiet_lm_eval(*, progress: bool = True) -> Iterator[None]:
+    """Silence lm-eval's warnings and, without `progress`, its bars; what it prints goes to standard error.
+
+    Two of them have no switch, hence the replaced functions: the bar while requests are built, and the call of git,
+    which complains where the current folder is not a repository.
+    """
+    logger = logging.getLogger("lm_eval")
+    before = lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm, logger.level
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
+    lm_eval.api.task.tqdm = partial(tqdm, disable=not progress, desc="Building requests", leave=False)
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm, level = before
+        logger.setLevel(level)

@@ -1,0 +1,186 @@
+"""Options of `gda eval` and `gda attention`. Nothing heavy is imported here, so `--help` is fast."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gda.common.options import Options, argument, option
+
+# A model in memory is allowed in Python. Its class cannot be named without importing PyTorch, hence Any.
+Model = str | Path | Any
+
+TASKS, TEXT, MODEL, OUTPUT = "Tasks", "Text", "Model", "Output"
+DEFAULT_CONTEXT = 512  # tokens
+LARGEST_SEED = 2**32 - 1
+BATCH_SIZE = re.compile(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?")
+
+
+@dataclass(frozen=True)
+class TaskOptions(Options):
+    """Options of `gda.evaluate`: a model, tasks, and how they are run.
+
+    `tasks` becomes a tuple of names and `metadata` a dictionary, whatever form they are given in.
+
+    Raises:
+        ValueError: if a value is out of range, naming the option.
+    """
+
+    model: Model = argument("Model to evaluate: a folder, a Hub id or a .gguf file.")
+    tasks: str | Sequence[str] | None = option(
+        None,
+        "Names of tasks, groups or tags of lm-eval or of this package (gda_tasks), patterns such as blimp_*, or YAML "
+        "files, separated by commas.",
+        panel=TASKS,
+    )
+    dataset_root: str | Path | None = option(
+        None,
+        "Folder to read datasets from: DIR/dataset_path/dataset_name/SPLIT.jsonl or .parquet. Default: the Hub.",
+        panel=TASKS,
+        metavar="DIR",
+    )
+    limit: int | float | None = option(
+        None, "Number of documents of each task, or a fraction of them if below 1. Default: all.", panel=TASKS
+    )
+    num_fewshot: int | None = option(
+        None, "Number of solved examples before each question. Default: the task's own number.", panel=TASKS
+    )
+    apply_chat_template: bool = option(False, "Format prompts with the tokenizer's chat template.", panel=TASKS)
+    seed: int | None = option(
+        None, "Seed of lm-eval's random generators, which draw the examples. Default: lm-eval's seeds.", panel=TASKS
+    )
+    metadata: dict[str, Any] | str | None = option(
+        None,
+        "Settings of generated tasks and of --diagnostics as a JSON object: length, depth, needles, samples, "
+        "data_seed and others. Default: the tasks' own settings.",
+        panel=TASKS,
+        metavar="JSON",
+    )
+    batch_size: int | str = option(1, "Number of requests in a batch, or auto.", panel=MODEL)
+    device: str | None = option(None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Data type to run the model in. auto is the checkpoint's.", panel=MODEL
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "tasks", _task_names(self.tasks))
+        object.__setattr__(self, "metadata", _json_object(self.metadata))
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
+            raise ValueError(f"--limit {self.limit} is neither a number of documents nor a fraction below 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"--num-fewshot {self.num_fewshot} is negative")
+        if not BATCH_SIZE.fullmatch(str(self.batch_size)):
+            raise ValueError(f"--batch-size {self.batch_size} is neither a positive number nor auto")
+        if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"--seed {self.seed} is not between 0 and {LARGEST_SEED}")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(TaskOptions):
+    """Options of `gda eval`: those of `gda.evaluate`, a baseline, and what else to measure."""
+
+    baseline: Model | None = option(None, "Second model to evaluate with the same options.", panel=MODEL)
+    show_prompts: int = option(0, "Number of requests of each task to print, as text and token ids.", panel=TASKS)
+    perplexity: str | Path | None = option(
+        None, "Text file to measure the perplexity of.", panel="Perplexity and attention", metavar="FILE"
+    )
+    context: int | None = option(
+        None,
+        f"Tokens that the model reads at a time for --perplexity. Default: {DEFAULT_CONTEXT}.",
+        panel="Perplexity and attention",
+    )
+    stride: int | None = option(
+        None,
+        "Tokens between the starts of these contexts. Default: --context, so that they do not overlap.",
+        panel="Perplexity and attention",
+    )
+    diagnostics: bool = option(
+        False, "Measure how much attention goes to the answer in retrieval prompts.", panel="Perplexity and attention"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks and self.perplexity is None and not self.diagnostics:
+            raise ValueError("nothing to do: name --tasks, a text with --perplexity, or --diagnostics")
+        if self.perplexity is None and (self.context is not None or self.stride is not None):
+            raise ValueError("--context and --stride belong to --perplexity; name its FILE")
+        context = DEFAULT_CONTEXT if self.context is None else self.context
+        if context < 1:
+            raise ValueError(f"--context {context} is not a positive number of tokens")
+        if self.stride is not None and not 0 < self.stride <= context:
+            raise ValueError(f"--stride {self.stride} is not between 1 and the context of {context} tokens")
+        if self.show_prompts < 0:
+            raise ValueError(f"--show-prompts {self.show_prompts} is negative")
+
+
+@dataclass(frozen=True)
+class AttentionOptions(Options):
+    """Options of `gda.attention`. `layers` becomes a sorted tuple, whatever form it is given in.
+
+    Raises:
+        ValueError: if a value is out of range, naming the option.
+    """
+
+    model: Model = argument("Model to read the attention of: a folder, a Hub id or a .gguf file.")
+    text: str | None = option(None, "Text to read.", panel=TEXT)
+    file: str | Path | None = option(
+        None, "File with the text to read. Of a .jsonl file, the field text of each line.", panel=TEXT
+    )
+    max_tokens: int = option(512, "Number of tokens to read at most.", panel=TEXT)
+    baseline: Model | None = option(
+        None, "Second model to compare with, such as the source of a conversion.", panel=MODEL
+    )
+    device: str | None = option(None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL)
+    revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel=MODEL)
+    layers: str | Sequence[int] | None = option(
+        None,
+        "Layers whose maps are kept, separated by commas. Fewer layers leave room for finer maps. Default: all.",
+        panel=OUTPUT,
+    )
+    map_megabytes: float = option(36.0, "Largest size of all maps before compression, in megabytes.", panel=OUTPUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", _layer_numbers(self.layers))
+        if (self.text is None) == (self.file is None):
+            raise ValueError("name one text: --text TEXT or --file FILE")
+        if self.max_tokens < 1:
+            raise ValueError(f"--max-tokens {self.max_tokens} is less than 1")
+        if not 0 < self.map_megabytes < 1e6:
+            raise ValueError(f"--map-megabytes {self.map_megabytes} is not a size in megabytes, such as 36")
+
+
+def _task_names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names in the order given, without repetitions. Commas separate names as well."""
+    given = [tasks] if isinstance(tasks, str) else tasks or []
+    names = dict.fromkeys(name.strip() for each in given for name in each.split(",") if name.strip())
+    if tasks and not names:
+        raise ValueError("--tasks names no task")
+    return tuple(names)
+
+
+def _json_object(metadata: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    if not isinstance(metadata, str):
+        return metadata
+    try:
+        parsed = json.loads(metadata)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--metadata {metadata} is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f'--metadata {metadata} is not a JSON object such as {{"length": 4096}}')
+    return parsed
+
+
+def _layer_numbers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    try:
+        numbers = [int(layer) for layer in (layers.split(",") if isinstance(layers, str) else layers)]
+    except ValueError:
+        raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None
+    if not numbers:
+        raise ValueError("--layers names no layer")
+    return tuple(sorted(set(numbers)))

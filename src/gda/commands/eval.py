@@ -1,0 +1,132 @@
+"""The command `gda eval`."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from gda.commands.app import JSON, Group, command, progress_console
+from gda.eval.options import OUTPUT, EvaluateOptions
+
+if TYPE_CHECKING:
+    from gda.eval.lm_eval.harness import ReceivedRequest
+    from gda.eval.report import EvalReport
+
+WIDTH_OF_FILES = 160  # of tables that are not printed on a screen
+
+OutputFolder = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Folder to write results.json and results.md to.", rich_help_panel=OUTPUT),
+]
+Html = Annotated[bool, typer.Option("--html", help="Write report.html to that folder too.", rich_help_panel=OUTPUT)]
+UpdateCard = Annotated[
+    bool,
+    typer.Option(
+        "--update-card", help="Write the scores to the model card (README.md) in MODEL.", rich_help_panel=OUTPUT
+    ),
+]
+
+
+@command(
+    EvaluateOptions,
+    Group.EVALUATE,
+    name="eval",
+    examples=(
+        "gda eval ./llama-gda --baseline ./llama --tasks hellaswag,arc_easy --batch-size 16",
+        "gda eval ./llama-gda --tasks gda_tasks --limit 48 --output results --html",
+        "gda eval ./llama-gda --tasks gsm8k --dataset-root ./data --apply-chat-template",
+        "gda eval ./llama-gda --perplexity text.txt --json",
+    ),
+)
+def evaluate(
+    options: EvaluateOptions,
+    output: OutputFolder = None,
+    html: Html = False,
+    update_card: UpdateCard = False,
+    as_json: JSON = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a model and, with the same options, on a baseline.
+
+    Tasks are lm-eval's, with data from the Hub or from local files, or this package's, which generate their data:
+    gda_tasks consists of gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and gda_fewshot_by_arrangement.
+    """
+    from gda.eval.card import update_card as write_card
+    from gda.eval.evaluate import evaluate_with_baseline
+    from gda.eval.report import to_json, write_report
+
+    _check_outputs(options, output, html=html, update_card=update_card)
+    report = evaluate_with_baseline.run(options, console=progress_console)
+    if report is None:  # not the first of several processes
+        return
+    if as_json:
+        typer.echo(to_json(report))
+    else:
+        _print_report(report)
+    for name, note in report.notes():
+        progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
+    written = [] if output is None else write_report(report, Path(output), with_html=html)
+    if update_card:
+        written.append(write_card(Path(options.model), report))
+    for path in written:
+        progress_console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_outputs(options: EvaluateOptions, output: str | None, *, html: bool, update_card: bool) -> None:
+    """Check that everything can be written before anything is run.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    from gda.eval.card import read_card
+
+    if html and output is None:
+        raise ValueError("--html writes report.html to the folder of --output; name one")
+    if output is not None:
+        if not output or (Path(output).exists() and not Path(output).is_dir()):
+            raise ValueError(f"--output {output or repr(output)} is not a folder")
+        _check_writable(Path(output), "--output")
+    if update_card:
+        if not options.tasks:
+            raise ValueError("--update-card needs scores to write; name --tasks")
+        if not Path(options.model).is_dir():
+            raise ValueError(f"--update-card: {options.model} is not a local folder")
+        _check_writable(Path(options.model), "--update-card")
+        read_card(Path(options.model))
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    """Try to write to `folder`, or to the nearest folder above it that exists."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to {existing}: {error.strerror}") from None
+
+
+def _print_report(report: "EvalReport") -> None:
+    from gda.eval.report import tables
+
+    screen = Console()
+    if not screen.is_terminal:
+        screen.width = WIDTH_OF_FILES
+    for prompt in report.model.prompts:
+        _print_prompt(screen, prompt)
+    for table in tables(report):
+        screen.print(table.for_screen())
+
+
+def _print_prompt(screen: Console, prompt: "ReceivedRequest") -> None:
+    """Print texts as Python literals, which makes line ends and spaces visible, and their token ids."""
+    cut = f"  (the first {prompt.cut} tokens were cut)" if prompt.cut else ""
+    screen.print(Text.assemble((prompt.task, "bold"), cut), soft_wrap=True)
+    for name, text, ids in (
+        ("prompt", prompt.prompt, prompt.prompt_ids),
+        ("scored", prompt.continuation, prompt.continuation_ids),
+    ):
+        if text is not None:
+            screen.print(Text(f"  {name}  {text!r}"), soft_wrap=True)
+            screen.print(Text(f"          {ids}"), soft_wrap=True)

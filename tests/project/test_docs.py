@@ -1,0 +1,56 @@
+"""The documentation: every relative link leads to a file and, if it names one, to a heading in it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ..support.repository import ROOT
+
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "eval/tasks/*.md", "tests/upstream/*.md")
+    for page in ROOT.glob(pattern)
+)
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, spelled as GitHub does."""
+    lines = FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+    titles = [line.lstrip("#").strip().lower() for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page if not path else (page.parent / path).resolve()
+        if not target.exists() or (anchor and anchor not in headings(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_relative_links_exist(page: str) -> None:
+    assert broken_links(ROOT / page) == []
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One, two\n[a](#one-two) [b](#three) [c](page.md) [d](other.md) [e](https://example.org/x)\n")
+    assert broken_links(page) == ["#three", "other.md"]
+
+
+def test_every_guide_is_linked_from_the_readme() -> None:
+    linked = set(LINK.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {page for page in PAGES if page.startswith("docs/")} <= linked
+
+
+def test_the_readme_stays_short() -> None:
+    """At most 200 lines; details belong to the guides."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200

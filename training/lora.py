@@ -1,0 +1,125 @@
+"""LoRA (arXiv 2106.09685) by PEFT, and the plain GDA model that it results in."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gda.modeling_gda.attention_gda import HeadwiseUp
+from gda.training.sharding import distributed_like, full_tensor, unwrapped_name
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# In a LoRA checkpoint beside the plain model: all trained parameters, by their names in PEFT's model.
+LEARNED_FILE = "learned.safetensors"
+# Names that PEFT gives to what it wraps.
+PEFT_PREFIX = "base_model.model."
+ADAPTER = "default"
+
+
+def with_lora(model: PreTrainedModel, rank: int, seed: int, trained: list[str]) -> "PeftModel":
+    """Freeze a model and add low-rank updates to the linear layers of its attention.
+
+    Args:
+        model: The model, which is changed.
+        rank: Rank of the updates. They are scaled by 2 (alpha = 2 · rank).
+        seed: Seed of their initialization.
+        trained: Names of parameters that are trained in full.
+
+    Raises:
+        ImportError: if PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ImportError("--train lora needs PEFT; pip install 'grouped-differential-attention[train]'") from None
+
+    attention = [(name, each) for name, each in model.named_modules() if ".self_attn." in f".{name}"]
+    targets = [name for name, module in attention if isinstance(module, nn.Linear)]
+    # Low-rank factors by heads, for which PEFT has no form, are trained in full.
+    in_full = [f"{name}." for name, module in attention if isinstance(module, HeadwiseUp)]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, bias="none", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for gradient checkpointing by its old name
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER)
+    for name, parameter in adapted.named_parameters():
+        plain = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        if plain in trained or plain.startswith(tuple(in_full)):
+            parameter.requires_grad_(True)
+    return adapted
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model is one of PEFT's. (This does not import PEFT.)"""
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+
+
+def merged(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
+    """The plain model, with LoRA's updates added to its weights. A plain model is returned as it is."""
+    return model.merge_and_unload() if is_adapted(model) else model  # type: ignore[operator, return-value]
+
+
+def merged_state(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict of `merged(model)`, without changing the model.
+
+    Args:
+        model: A model of PEFT.
+        state: Its full state dict, where the model's own is sharded.
+    """
+    state = model.state_dict() if state is None else state
+    adapted = ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    scales = {unwrapped_name(name): module.scaling[ADAPTER] for name, module in adapted}
+    plain = {}
+    for name, tensor in state.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        layer, _, kind = name.rpartition(".base_layer.")
+        if layer and kind == "weight":
+            down, up = (state[f"{layer}.lora_{each}.{ADAPTER}.weight"] for each in "AB")
+            tensor = tensor + scales[layer] * (up @ down)
+        plain[name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")] = tensor
+    return plain
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_learned(model: nn.Module, folder: Path, *, writes: bool) -> None:
+    """Save all trained parameters, from which training is resumed. All processes must call this together.
+
+    Args:
+        model: A model of PEFT.
+        folder: The checkpoint.
+        writes: Whether this process writes the file.
+    """
+    learned = {name: full_tensor(each.detach()).cpu().contiguous() for name, each in _trained(model).items()}
+    if writes:
+        save_file(learned, folder / LEARNED_FILE, {"format": "pt"})
+
+
+def load_learned(model: nn.Module, folder: Path) -> None:
+    """Load what `save_learned` has saved.
+
+    Raises:
+        ValueError: if the file is missing, or holds other parameters.
+    """
+    path = folder / LEARNED_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; a checkpoint of --train lora has one")
+    learned, trained = load_file(path), _trained(model)
+    if differing := sorted(learned.keys() ^ trained.keys()):
+        raise ValueError(f"{path} belongs to another run: it differs in {differing[0]}")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(distributed_like(parameter, learned[name]))
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {unwrapped_name(name): each for name, each in model.named_parameters() if each.requires_grad}

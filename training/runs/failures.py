@@ -1,0 +1,50 @@
+"""Why a run ends early, in one line: with what is left of it and what to do."""
+
+import errno
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from gda.common.errors import CheckFailed, first_line
+from gda.common.files import partial_of
+from gda.training.callbacks.stopping import NotFiniteError
+from gda.training.runs.checkpoints import step_of
+from gda.training.settings import TrainSettings
+
+# Messages of torch and safetensors when the disk or a quota is full. They do not raise OSError.
+NOT_WRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write failed|I/O error|os error (27|28|122)")
+
+
+def explained(error: BaseException, last: Path | None, folder: Path, settings: TrainSettings) -> Exception | None:
+    """The error to raise instead of `error`, which ended the run in `folder`; None if that one says enough.
+
+    `last` is the last complete checkpoint.
+    """
+    kept = "nothing was kept" if last is None else f"{last} holds step {step_of(last)}, the last good one"
+    if isinstance(error, NotFiniteError):
+        remedy = f"lower --learning-rate {settings.learning_rate:g}, or examine the model with `gda inspect`"
+        return CheckFailed(f"{error}: {kept}; {remedy}")
+    if isinstance(error, torch.OutOfMemoryError):
+        return ValueError(f"{first_line(error)}; lower --batch-size or --context, or pass --gradient-checkpointing")
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    if is_full or (isinstance(error, RuntimeError | SafetensorError) and NOT_WRITTEN.search(str(error))):
+        reason = error.strerror if is_full and isinstance(error, OSError) else first_line(error)
+        remedy = "" if last is None else "; make room and continue with --resume"
+        return OSError(f"{folder} cannot be written: {reason}: {kept}{remedy}")
+    return None
+
+
+def missing_space(out: Path, *, num_parameters: int, num_trained: int, keep: int) -> str | None:
+    """A message if there is no room for the checkpoints of a run; None if there is.
+
+    A new checkpoint is written before an old one is removed. Each holds the weights and AdamW's two moments.
+    """
+    needed = 4 * (num_parameters + 2 * num_trained) * (keep + 1)
+    place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
+    reusable = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
+    if (free := shutil.disk_usage(place).free + reusable) >= needed:
+        return None
+    return f"{place} has {free / 1e9:.1f} GB free, but checkpoints need {needed / 1e9:.1f} GB; make room"

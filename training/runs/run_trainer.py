@@ -1,0 +1,69 @@
+"""The Trainer of `gda train`: it stops cleanly, names damaged checkpoints and gives the trained model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gda.modeling_gda.modeling_gda import GDAForCausalLM
+from gda.training.callbacks.stopping import StopCallback
+from gda.training.lora import is_adapted, merged, merged_state
+from gda.training.runs.checkpoints import damage_reported
+from gda.training.trainer import GDATrainer
+
+
+class RunTrainer(GDATrainer):
+    """A GDATrainer that takes no step on a loss or gradient that is not finite, and stops when it is interrupted.
+
+    Args:
+        stop: The callback that decides this.
+    """
+
+    def __init__(self, *args: Any, stop: StopCallback, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.stop = stop
+        self._losses: list[Tensor] = []  # of the current step
+        self.add_callback(stop)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As GDATrainer; keeps the loss for the check."""
+        loss = super().training_step(*args, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As Trainer, which calls this between the gradients of a step and its update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss = float(torch.stack(self._losses).sum())
+        self._losses.clear()
+        norm_value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self.stop.check_step(loss, norm_value, self.state.global_step + 1, self.args.device)
+        return norm
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with damage_reported(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with damage_reported(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with damage_reported(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def whole_model(self) -> GDAForCausalLM:
+        """The plain trained model, on the CPU of the main process. All processes must call this together."""
+        model: Any = self.accelerator.unwrap_model(self.model_wrapped)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            whole: Any = merged(model)
+            return whole.cpu()
+        state = self.accelerator.get_state_dict(self.model_wrapped)  # empty except in the main process
+        if is_adapted(model) and state:
+            state = merged_state(model, state)
+        with torch.device("meta"):
+            plain = GDAForCausalLM(model.config)
+        if state:
+            plain.load_state_dict(state, assign=True)
+        plain.tie_weights()
+        return plain
