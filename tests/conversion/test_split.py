@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -523,6 +524,21 @@ def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp
     for value in (report.split.perplexity_source, report.split.perplexity_closed_form, report.split.perplexity):
         assert f"{value:.3f}" in told.out
     assert files_of(tmp_path / "gda") == files_of(out)
+
+
+def test_a_split_with_merged_kv_heads_by_an_earlier_version_is_still_read(
+    divided: tuple[Path, Any], tmp_path: Path, command: Command
+) -> None:
+    """Earlier versions could merge KV heads first, and said so in conversion.json."""
+    folder = Path(shutil.copytree(divided[0], tmp_path / "gda"))
+    made = json.loads((folder / "conversion.json").read_text())
+    made["settings"]["split"]["merge_kv"] = 2
+    for layer in made["split"]["layers"]:
+        layer["merge"] = {"groups": [[0, 1], [2, 3]], "lost_keys": 0.1, "lost_values": 0.2, "error": 0.3}
+    (folder / "conversion.json").write_text(json.dumps(made))
+    assert command("inspect", folder).code == 0
+    (folder / "README.md").unlink()  # so that `gda push` makes a card
+    assert command("push", folder, "me/split", "--dry-run").code == 0
 
 
 def test_json_and_dry_run(llama: Path, tmp_path: Path, command: Command) -> None:
