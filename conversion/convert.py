@@ -46,7 +46,7 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
     """
     out = Path(options.out)
-    check_places(options.source, out)
+    check_places(options.source, options.out)
     refuse_existing(out, options.overwrite)
     if options.push_to_hub is not None:
         check_name(options.push_to_hub)

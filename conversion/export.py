@@ -66,7 +66,7 @@ def export(options: ExportOptions, *, console: Console | None = None) -> ExportR
         FileNotFoundError, FileExistsError: for bad input.
     """
     target, out = FORMATS[options.format], Path(options.out)
-    check_places(options.model, out)
+    check_places(options.model, options.out)
     refuse_existing(out, options.overwrite)
     with quiet_transformers():
         source = open_source(options.model)

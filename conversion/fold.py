@@ -32,7 +32,7 @@ def fold(options: FoldOptions, *, console: Console | None = None) -> ConvertRepo
         VerificationFailed: if the result does not compute what the model computes; `out` is then not created.
     """
     out = Path(options.out)
-    check_places(options.model, out)
+    check_places(options.model, options.out)
     refuse_existing(out, options.overwrite)
     with quiet_transformers():
         source = open_source(options.model, options.revision)

@@ -89,7 +89,7 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
     """
     out = Path(options.out)
-    check_places(options.model, out)
+    check_places(options.model, options.out)
     refuse_existing(out, options.overwrite)
     options = growth.checked(options)
     with quiet_transformers():
