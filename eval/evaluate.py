@@ -17,7 +17,7 @@ from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
 from gda.common.screen import shows_progress
 from gda.common.text import read_text
-from gda.eval.attention.diagnostics import DiagnosticsReport, diagnose, prompts_by_metadata
+from gda.eval.attention.diagnostics import PromptSettings, diagnose
 from gda.eval.compare import compare
 from gda.eval.device import choose_device
 from gda.eval.lm_eval.find_tasks import load_tasks
@@ -89,7 +89,7 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     choose_device(options.device)
     prompts = None
     if options.diagnostics:
-        prompts = prompts_by_metadata(_metadata(options), alone=not options.tasks)
+        prompts = PromptSettings.from_metadata(_metadata(options), alone=not options.tasks)
     text = None if options.perplexity is None else _read_text(Path(options.perplexity))
     candidates = _find_models(options)
     results, loaded = [], []
@@ -106,7 +106,10 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
             del lm
         if not first_process:
             return None
-        diagnostics = None if prompts is None else _diagnose(loaded, prompts, console)
+        diagnostics = None
+        if prompts is not None:
+            lm, second = loaded[0], loaded[1].model if len(loaded) > 1 else None
+            diagnostics = diagnose(lm.model, lm.tokenizer, prompts, baseline=second, console=console)
     model, baseline = results[0], results[1] if len(results) > 1 else None
     rows = compare(model.results, None if baseline is None else baseline.results)
     return EvalReport(model, baseline, rows, options, diagnostics)
@@ -195,8 +198,3 @@ def _read_text(path: Path) -> str:
     if not text.strip():
         raise ValueError(f"--perplexity {path} is empty")
     return text
-
-
-def _diagnose(loaded: list[GDALM], prompts: dict[str, Any], console: Console) -> DiagnosticsReport:
-    baseline = loaded[1].model if len(loaded) > 1 else None
-    return diagnose(loaded[0].model, loaded[0].tokenizer, baseline=baseline, console=console, **prompts)

@@ -1,6 +1,5 @@
 """The report of `gda eval`, and its forms: tables on the screen, JSON, Markdown and HTML."""
 
-import html
 import importlib.metadata
 import json
 from dataclasses import asdict, dataclass, fields
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.utils import handle_non_serializable
-from rich.table import Table
-from rich.text import Text
 
 from gda._version import __version__
 from gda.common.files import write_text
@@ -19,6 +16,7 @@ from gda.eval.attention.diagnostics import DiagnosticsReport
 from gda.eval.compare import Row
 from gda.eval.lm_eval.harness import ReceivedRequest
 from gda.eval.options import EvaluateOptions
+from gda.eval.tables import TextTable, escaped
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.html"
@@ -147,29 +145,16 @@ def write_report(report: EvalReport, folder: Path, *, with_html: bool = False) -
     return [folder / name for name in texts]
 
 
-def tables(report: EvalReport) -> list[Table]:
-    """The tables for the screen."""
-    made = []
-    for headings, rows in _filled_tables(report):
-        table = Table()
-        for index, heading in enumerate(headings):
-            is_name = index == 0 or heading == "metric"
-            table.add_column(
-                Text(heading), justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name
-            )
-        for row in rows:
-            table.add_row(*map(Text, row))  # Text: names are not markup
-        made.append(table)
-    return made if report.diagnostics is None else [*made, *report.diagnostics.tables()]
+def tables(report: EvalReport) -> list[TextTable]:
+    """All tables of the report: scores, perplexities and diagnostics, as far as there are any."""
+    tables = [table for table in (_score_table(report), _perplexity_table(report)) if table.rows]
+    return tables if report.diagnostics is None else [*tables, *report.diagnostics.tables()]
 
 
 def to_markdown(report: EvalReport) -> str:
     """The tables in Markdown, followed by the settings."""
-    parts = [_markdown_table(*table) for table in _filled_tables(report)]
-    if report.diagnostics is not None:
-        parts.append(report.diagnostics.to_markdown())
-    parts.append("\n".join(f"- {_escaped(name)}: {_escaped(value)}" for name, value in _facts(report)))
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    facts = "\n".join(f"- {escaped(name)}: {escaped(value)}" for name, value in _facts(report))
+    return "\n\n".join([*(table.to_markdown() for table in tables(report)), facts]) + "\n"
 
 
 def to_html(report: EvalReport) -> str:
@@ -179,19 +164,13 @@ def to_html(report: EvalReport) -> str:
         Path(__file__).parent / "templates" / "report.html.jinja",
         names=[model.name for model in report.models],
         bars=bars,
-        tables=_filled_tables(report),
-        diagnostics=None if report.diagnostics is None else report.diagnostics.to_markdown(),
+        tables=tables(report),
         prompts=report.model.prompts,
         facts=_facts(report),
     )
 
 
-def _filled_tables(report: EvalReport) -> list[tuple[list[str], list[list[str]]]]:
-    """Headings and rows of each table that has rows."""
-    return [table for table in (_score_table(report), _perplexity_table(report)) if table[1]]
-
-
-def _score_table(report: EvalReport) -> tuple[list[str], list[list[str]]]:
+def _score_table(report: EvalReport) -> TextTable:
     headings = ["task", "metric", *(model.name for model in report.models)]
     rows = [[row.task, row.label, _score(row.score, row.stderr)] for row in report.rows]
     if report.baseline is not None:
@@ -199,7 +178,7 @@ def _score_table(report: EvalReport) -> tuple[list[str], list[list[str]]]:
         for row, cells in zip(report.rows, rows, strict=True):
             difference = "" if row.difference is None else f"{row.difference:+.4f}"
             cells += [_score(row.baseline, row.baseline_stderr), difference, WITHIN[row.within]]
-    return headings, rows
+    return TextTable(headings, rows)
 
 
 def _score(score: float | None, stderr: float | None) -> str:
@@ -208,7 +187,7 @@ def _score(score: float | None, stderr: float | None) -> str:
     return f"{score:.4f}" if stderr is None else f"{score:.4f} ± {stderr:.4f}"
 
 
-def _perplexity_table(report: EvalReport) -> tuple[list[str], list[list[str]]]:
+def _perplexity_table(report: EvalReport) -> TextTable:
     rows = []
     for model in report.models:
         if (measured := model.perplexity) is not None:
@@ -216,17 +195,7 @@ def _perplexity_table(report: EvalReport) -> tuple[list[str], list[list[str]]]:
             numbers = [measured.tokens, measured.context, measured.stride]
             shown = [f"{value:.4f}" if value < 1e6 else f"{value:.4e}" for value in values]
             rows.append([model.name, *shown, *(f"{number:,}" for number in numbers)])
-    return ["perplexity", "token", "word", "byte", "tokens", "context", "stride"], rows
-
-
-def _markdown_table(headings: list[str], rows: list[list[str]]) -> str:
-    rules = ["---" if index < 2 else "---:" for index, _ in enumerate(headings)]
-    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in (headings, rules, *rows))
-
-
-def _escaped(text: str) -> str:
-    """Text that stays in its table cell and is not markup."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    return TextTable(["perplexity", "token", "word", "byte", "tokens", "context", "stride"], rows)
 
 
 def _facts(report: EvalReport) -> list[tuple[str, str]]:

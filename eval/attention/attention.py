@@ -1,7 +1,7 @@
 """`gda.attention`: read a model's attention in one text, and the baseline's beside it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,47 +54,41 @@ def attention(
         text_name, text = read_text(Path(options.file), "--file")
     opened = _open(options.model, tokenizer, options.revision)
     ids, notes = _encode(opened, text, text_name, options.max_tokens)
-    depth = len(attention_modules(opened.model))
-    groups, heads, differential = _shape(opened.model)
+    labels = token_labels(opened.tokenizer, ids)
+    shape = _Shape.of(opened.model)
+    lambda_type = str(opened.model.config.lambda_type) if shape.differential else None
     plan = MapPlan.that_fits(
-        _chosen_layers(options, depth),
-        groups=groups,
-        heads=heads,
+        _chosen_layers(options, shape.layers),
+        groups=shape.groups,
+        heads=shape.heads,
         tokens=len(ids),
         limit=int(options.map_megabytes * BYTES_PER_MEGABYTE),
-        differential=differential,
+        differential=shape.differential,
         baseline=options.baseline is not None,
     )
-    arrays, maps = _read(opened, ids, groups, group_maps, plan, options, console)
-    name, labels = opened.name, token_labels(opened.tokenizer, ids)
-    lambda_type = str(opened.model.config.lambda_type) if differential else None
+    model = _read(opened, ids, shape.groups, plan, group_maps, options, console)
     del opened  # the baseline takes its place in memory
-    baseline_name: str | None = None
-    baseline: AttentionArrays | None = None
-    maps_of_baseline: dict[int, LayerMaps] = {}
+    baseline: _Reading | None = None
     if options.baseline is not None:
-        in_memory = isinstance(options.baseline, PreTrainedModel)
-        other = _open(options.baseline, tokenizer if in_memory else None, None, "baseline")
-        baseline_name = f"{other.name} (baseline)" if other.name == name else other.name
+        other = _open_baseline(options.baseline, tokenizer, model.name)
         _check_same_tokens(other, text, ids)
-        same_depth = len(attention_modules(other.model)) == depth
+        same_depth = len(attention_modules(other.model)) == shape.layers
+        baseline = _read(other, ids, shape.groups, plan if same_depth else None, baseline_maps, options, console)
         if not same_depth:
-            notes.append(f"{baseline_name} has another number of layers than {name}; its maps are omitted")
-        kept = plan if same_depth else None
-        baseline, maps_of_baseline = _read(other, ids, groups, baseline_maps, kept, options, console)
+            notes.append(f"{baseline.name} has another number of layers than {model.name}; its maps are omitted")
     return AttentionReport(
-        name=name,
-        baseline_name=baseline_name,
+        name=model.name,
+        baseline_name=baseline.name if baseline else None,
         text_name=text_name,
         token_ids=ids,
         tokens=labels,
-        arrays=arrays,
-        baseline=baseline,
+        arrays=model.arrays,
+        baseline=baseline.arrays if baseline else None,
         lambda_type=lambda_type,
         plan=plan,
-        maps=maps,
-        baseline_maps=maps_of_baseline,
-        notes=[*notes, *_notes_on_maps(plan, heads, depth)],
+        maps=model.maps,
+        baseline_maps=baseline.maps if baseline else {},
+        notes=[*notes, *_notes_on_maps(plan, shape)],
     )
 
 
@@ -106,6 +100,35 @@ class _Opened:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     in_memory: bool
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Number of layers, of groups in a layer and of signal heads in a group, and whether there are noise heads."""
+
+    layers: int
+    groups: int
+    heads: int
+    differential: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "_Shape":
+        """The shape of a model's attention, from its maps of one token."""
+        layers: list[LayerAttention] = []
+        visit_attention(model, torch.zeros(1, dtype=torch.long), layers.append)
+        signal, noise = len(layers[0].signal), layers[0].noise
+        groups = len(noise) if noise is not None else int(getattr(model.config, "num_key_value_heads", None) or 1)
+        groups = groups if signal % groups == 0 else 1
+        return cls(len(layers), groups, signal // groups, noise is not None)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is read of a model: its name, its numbers, and its maps by layer."""
+
+    name: str
+    arrays: AttentionArrays
+    maps: dict[int, LayerMaps]
 
 
 def _open(
@@ -130,6 +153,14 @@ def _open(
         if tokenizer is None:
             raise ValueError(f"{place} holds no tokenizer that transformers can load")
         return _Opened(source.name, source.load(), tokenizer, False)
+
+
+def _open_baseline(
+    place: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name_of_model: str
+) -> _Opened:
+    in_memory = isinstance(place, PreTrainedModel)
+    opened = _open(place, tokenizer if in_memory else None, None, "baseline")
+    return replace(opened, name=f"{opened.name} (baseline)") if opened.name == name_of_model else opened
 
 
 def _encode(opened: _Opened, text: str, text_name: str, max_tokens: int) -> tuple[list[int], list[str]]:
@@ -167,26 +198,11 @@ def _chosen_layers(options: AttentionOptions, depth: int) -> list[int]:
     return layers
 
 
-def _shape(model: PreTrainedModel) -> tuple[int, int, bool]:
-    """Number of groups, signal heads per group, and whether there are noise heads, from the maps of one token."""
-    shapes: list[tuple[int, int | None]] = []
-
-    def visit(maps: LayerAttention) -> None:
-        shapes.append((len(maps.signal), None if maps.noise is None else len(maps.noise)))
-
-    visit_attention(model, torch.zeros(1, dtype=torch.long), visit)
-    signal, noise = shapes[0]
-    if noise is not None:
-        return noise, signal // noise, True
-    groups = int(getattr(model.config, "num_key_value_heads", None) or 1)
-    groups = groups if signal % groups == 0 else 1
-    return groups, signal // groups, False
-
-
-def _notes_on_maps(plan: MapPlan, heads: int, depth: int) -> list[str]:
-    notes = plan.reductions(heads)
-    if len(plan.layers) < depth:
-        notes.append(f"maps are kept for {len(plan.layers)} of {depth} layers (--layers); the numbers cover all layers")
+def _notes_on_maps(plan: MapPlan, shape: _Shape) -> list[str]:
+    notes = plan.reductions(shape.heads)
+    if len(plan.layers) < shape.layers:
+        kept = f"maps are kept for {len(plan.layers)} of {shape.layers} layers (--layers)"
+        notes.append(f"{kept}; the numbers cover all layers")
     if notes and (plan.pool > 1 or not plan.heads):
         notes[-1] += "; fewer --layers or more --map-megabytes give finer maps"
     return notes
@@ -196,12 +212,12 @@ def _read(
     opened: _Opened,
     ids: list[int],
     groups: int,
-    select_maps: Callable[[LayerAttention, MapPlan, int], list[tuple[MapKind, torch.Tensor]]],
     plan: MapPlan | None,
+    select_maps: Callable[[LayerAttention, MapPlan, int], list[tuple[MapKind, torch.Tensor]]],
     options: AttentionOptions,
     console: Console | None,
-) -> tuple[AttentionArrays, dict[int, LayerMaps]]:
-    """The numbers of a model, and the maps that `select_maps` keeps of each layer of the plan."""
+) -> _Reading:
+    """Read a model's numbers, and the maps that `select_maps` keeps of each layer of the plan."""
     maps: dict[int, LayerMaps] = {}
     model: Any = opened.model
     if options.device is not None or not opened.in_memory:
@@ -215,7 +231,7 @@ def _read(
             bar.advance(task)
 
         arrays = attention_arrays(model, torch.tensor(ids), groups=groups, visit=visit)
-    return arrays, maps
+    return _Reading(opened.name, arrays, maps)
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -208,7 +208,5 @@ def by_order(answers: Iterable[Answer]) -> list[float]:
     for answer in answers:
         questions[answer.question][answer.order] = answer.right
         orders = answer.orders
-    complete = [answers for answers in questions.values() if len(answers) == orders]
-    return [
-        float(np.mean([answers[order] for answers in complete])) if complete else math.nan for order in range(orders)
-    ]
+    complete = [each for each in questions.values() if len(each) == orders]
+    return [float(np.mean([each[order] for each in complete])) if complete else math.nan for order in range(orders)]

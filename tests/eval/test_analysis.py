@@ -1,4 +1,4 @@
-"""Attention maps layer by layer: against the loops, against the eager backend, and what is counted of them."""
+"""Attention maps layer by layer: equal to the reference loops and to the eager backend, and their statistics."""
 
 import gc
 import math
@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest) -> GDAForCausalLM:
     return tiny_model(**MODELS[request.param])
 
 
-def test_differences_are_those_of_the_loops(model: GDAForCausalLM) -> None:
+def test_differences_equal_the_loops(model: GDAForCausalLM) -> None:
     ids = token_ids(LENGTH)
     expected = naive.run(model.state_dict(), model.config, ids.unsqueeze(0)).maps
     layers = visited(model, ids)
@@ -53,8 +53,8 @@ def test_differences_are_those_of_the_loops(model: GDAForCausalLM) -> None:
         assert relative_error(maps.difference, of_layer[0]) < 1e-5
 
 
-def test_signal_noise_and_lambda_are_those_of_the_loops(model: GDAForCausalLM) -> None:
-    """Of the first layer, whose input is known."""
+def test_signal_noise_and_lambda_equal_the_loops(model: GDAForCausalLM) -> None:
+    """In the first layer, whose input is known."""
     ids, config = token_ids(LENGTH), model.config
     state = {name: weight.double() for name, weight in model.state_dict().items()}
     prefix = "model.layers.0."
@@ -90,8 +90,8 @@ def test_signal_noise_and_lambda_are_those_of_the_loops(model: GDAForCausalLM) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_numbers_are_those_of_output_attentions(name: str) -> None:
-    """Bit for bit in the first layer; later ones get inputs of another rounding, for that run makes outputs of maps."""
+def test_differences_equal_output_attentions(name: str) -> None:
+    """Bit for bit in the first layer; the inputs of later layers are rounded differently."""
     eager, sdpa = (tiny_model(attention=backend, **MODELS[name]) for backend in ("eager", "sdpa"))
     ids = token_ids(LENGTH)
     expected = eager(ids.unsqueeze(0), output_attentions=True).attentions
@@ -112,7 +112,7 @@ def test_a_llama_has_signal_maps_only() -> None:
 
 
 @pytest.mark.parametrize("first_row", [1, 7, LENGTH - 1])
-def test_last_rows_are_the_same_without_the_others(model: GDAForCausalLM, first_row: int) -> None:
+def test_first_row_does_not_change_the_rows_after_it(model: GDAForCausalLM, first_row: int) -> None:
     ids = token_ids(LENGTH)
     for whole, part in zip(visited(model, ids), visited(model, ids, first_row=first_row), strict=True):
         assert part.noise is not None
@@ -142,7 +142,7 @@ def test_one_layer_is_in_memory_at_a_time() -> None:
         assert len(alive) == 8
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_is_not_changed() -> None:
     model = tiny_model().train()
     before = model(token_ids(1, LENGTH)).logits
 
@@ -170,7 +170,7 @@ def test_a_model_without_a_head_and_one_in_bfloat16() -> None:
         assert relative_error(maps.difference, of_layer[0]) < 0.05
 
 
-def test_what_cannot_be_read() -> None:
+def test_unreadable_models_and_inputs_are_refused() -> None:
     diff_llama = DiffLlamaForCausalLM(
         DiffLlamaConfig(
             vocab_size=9, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=8
@@ -207,8 +207,8 @@ def counted(rows: list[list[float]]) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("first_row", [4, None])
-def test_statistics_are_those_of_the_loops(name: str, first_row: int | None) -> None:
-    """By default from the second row on."""
+def test_statistics_equal_the_loops(name: str, first_row: int | None) -> None:
+    """By default over the rows from the second on."""
     model, ids = tiny_model(**MODELS[name]), token_ids(LENGTH)
     arrays = attention_arrays(model, ids, first_row=first_row)
     start = 1 if first_row is None else first_row
@@ -236,7 +236,7 @@ def test_statistics_of_a_llama_and_of_one_token() -> None:
     assert one.entropy[0].tolist() == [0.0] * 4
 
 
-def test_maps_that_cancel_count_nothing() -> None:
+def test_statistics_of_zeros_are_zero() -> None:
     statistics = MapStatistics.of_layer(torch.zeros(2, 3, 4))
     for measure in (statistics.entropy, statistics.first_token, statistics.negative):
         assert measure.tolist() == [0.0, 0.0]

@@ -1,4 +1,4 @@
-"""`gda attention`: the numbers and maps it keeps, the page in a browser, the picture, and what it refuses."""
+"""`gda attention`: numbers, maps, the page in a browser, the picture, and errors."""
 
 import gc
 import json
@@ -67,7 +67,7 @@ def report(folder: Path) -> AttentionReport:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_received_and_cancelled_are_those_of_the_loops(name: str) -> None:
+def test_received_and_cancelled_equal_the_loops(name: str) -> None:
     model, ids = tiny_model(**MODELS[name]), token_ids(LENGTH)
     layers: list[LayerAttention] = []
     visit_attention(model, ids, layers.append)
@@ -99,7 +99,7 @@ def counted(maps: LayerAttention) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_arrays_of_a_llama() -> None:
-    """No noise, and groups as many as KV heads, or as are asked for."""
+    """Without noise, and with one group per KV head unless `groups` is given."""
     model, ids = llama_model(), token_ids(LENGTH)
     arrays = attention_arrays(model, ids)
     assert (arrays.noise, arrays.difference, arrays.lambda_, arrays.cancelled) == (None, None, None, None)
@@ -110,7 +110,7 @@ def test_arrays_of_a_llama() -> None:
 
 @pytest.mark.slow
 def test_a_report_keeps_one_layer_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the maps of a layer are drawn, those of the layers before are gone; a visitor is shown them all."""
+    """The maps of earlier layers are freed when those of a layer are computed; `visit` gets all rows."""
     alive: list[weakref.ref[torch.Tensor]] = []
     shares = analysis.token_shares
 
@@ -134,8 +134,8 @@ def test_a_report_keeps_one_layer_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("signed", "levels"), [(False, LEVELS), (True, SIGNED_LEVELS)])
-def test_a_kept_map_is_within_the_error_it_tells(signed: bool, levels: int) -> None:
-    """m (q + 1/4) / n², for every value; signs are kept, zeros are zeros."""
+def test_a_packed_map_is_within_the_documented_error(signed: bool, levels: int) -> None:
+    """m (q + 1/4) / n² for every value; signs and zeros are exact."""
     maps = torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(0)).pow(6).tril()
     if signed:
         maps *= torch.where(torch.arange(9) % 2 == 0, 1.0, -0.3)
@@ -153,7 +153,7 @@ def test_a_kept_map_is_within_the_error_it_tells(signed: bool, levels: int) -> N
 
 
 @pytest.mark.parametrize("pool", [2, 3, 8])
-def test_pooled_maps_are_means_over_what_is_seen(pool: int) -> None:
+def test_pooled_maps_are_means_over_causal_tokens(pool: int) -> None:
     maps = torch.rand(2, 7, 7).tril()
     got = pooled(maps, pool)
     size = math.ceil(7 / pool)
@@ -170,7 +170,7 @@ def test_pooled_maps_are_means_over_what_is_seen(pool: int) -> None:
 
 
 def test_the_finest_plan_that_fits() -> None:
-    """Every head, else the mean of a group, else squares of tokens; what was averaged is told."""
+    """Every head if possible, then the mean of a group, then squares of tokens; `reductions` says which."""
     big: dict[str, Any] = {"groups": 8, "heads": 4, "tokens": 512}
     plan = MapPlan.that_fits(range(40), **big, limit=36_000_000)
     assert (plan.pool, plan.heads, plan.size) == (2, False, 256)
@@ -185,7 +185,7 @@ def test_the_finest_plan_that_fits() -> None:
 
 
 def test_kept_maps_are_those_of_the_model(report: AttentionReport, folder: Path) -> None:
-    """Each kind, head by head, within the error; the baseline's are the means over the heads in a group's place."""
+    """Each kind, head by head, within the error; the baseline's are means over the heads that match a group."""
     model = GDAForCausalLM.from_pretrained(folder / "gda")
     llama = LlamaForCausalLM.from_pretrained(folder / "llama")
     layers: list[LayerAttention] = []
@@ -224,8 +224,8 @@ def shown(kept: Any) -> dict[str, list[np.ndarray]]:
     }
 
 
-def test_what_was_reduced_is_told(folder: Path) -> None:
-    """A cut text, averaged maps, layers left out, and a baseline of another depth."""
+def test_notes_say_what_was_reduced(folder: Path) -> None:
+    """A cut text, averaged maps, omitted layers, and a baseline of another depth."""
     found = gda.attention(
         folder / "gda", baseline=save_llama(folder / "deep", num_hidden_layers=4), text=TEXT, max_tokens=20,
         layers=[2, 0], map_megabytes=0.001,
@@ -317,7 +317,7 @@ def test_models_that_cannot_be_compared_or_read(folder: Path, tmp_path: Path) ->
 
 
 def test_tokens_are_shown_as_text(folder: Path) -> None:
-    """Spaces and line ends in signs; parts of a character as their piece; what moves other text by its number."""
+    """Spaces and line ends as visible signs, parts of a character as their piece, control characters as numbers."""
     found = gda.attention(folder / "gda", text="the hen\n€\u202e")
     assert "".join(found.tokens).startswith("the␣hen↵")
     assert all(token.isprintable() and token for token in found.tokens)
@@ -327,7 +327,7 @@ def test_tokens_are_shown_as_text(folder: Path) -> None:
 
 
 def test_the_page_has_a_policy_and_no_address(report: AttentionReport) -> None:
-    """Nothing is fetched, and no script but its own may run, not even one that stands in the page."""
+    """It fetches nothing, and no script but its own may run, not even one inside the page."""
     text = report.to_html()
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
     assert policy.startswith("default-src &#39;none&#39;")
@@ -341,7 +341,7 @@ def test_the_page_has_a_policy_and_no_address(report: AttentionReport) -> None:
 
 
 def test_the_page_shows_the_numbers_and_answers_keys(report: AttentionReport, tmp_path: Path) -> None:
-    """Arrows move through layers and groups, shift and arrows over tokens; what is shown is what was found."""
+    """Arrows move through layers and groups, Shift + arrows over tokens; the page shows the report's numbers."""
     path = report.write_html(tmp_path / "report.html")
     arrays = report.arrays
     assert arrays.cancelled is not None
@@ -426,7 +426,7 @@ def test_pointing_at_maps_and_cells(report: AttentionReport, tmp_path: Path) -> 
 
 
 def test_light_dark_and_print(report: AttentionReport, tmp_path: Path) -> None:
-    """The page takes the system's colours, also when they change, and is printed in the light ones."""
+    """The page follows the system's colour scheme, also when it changes, and prints in light colours."""
     path = report.write_html(tmp_path / "report.html")
     corner = "[...document.querySelector('.panel canvas').getContext('2d').getImageData(200, 4, 1, 1).data].slice(0, 3)"
     with opened(path) as page:
@@ -444,7 +444,7 @@ def test_light_dark_and_print(report: AttentionReport, tmp_path: Path) -> None:
 
 
 def test_names_and_texts_that_are_markup_stay_text(tmp_path: Path, command: Command) -> None:
-    """In the name of the model, of the text and in the text itself, in the page and when it is used."""
+    """In the names of the model and the text and in the text itself, also after interaction."""
     name = "x " + HOSTILE.replace("/", "∕") + "<!--<script>"
     model = save_model(tmp_path / name, live_model())
     text = tmp_path / "<b onload=alert(2)>.txt"
@@ -466,7 +466,7 @@ def test_names_and_texts_that_are_markup_stay_text(tmp_path: Path, command: Comm
 
 
 def test_a_llama_alone_a_lambda_of_zero_and_one_token(folder: Path, tmp_path: Path) -> None:
-    """Signal maps only; noise that takes nothing away; a text that nothing stands before."""
+    """Signal maps only; noise that cancels nothing; a text of a single token."""
     llama = gda.attention(folder / "llama", text=TEXT)
     assert llama.most_cancelled() == []
     with opened(llama.write_html(tmp_path / "llama.html")) as page:
@@ -490,7 +490,7 @@ def test_a_llama_alone_a_lambda_of_zero_and_one_token(folder: Path, tmp_path: Pa
 
 @pytest.mark.long
 def test_forty_layers_of_eight_groups_and_512_tokens(tmp_path: Path) -> None:
-    """The page is within its size, says what it averaged, and opens; layers that are asked for are whole."""
+    """The page keeps to its size, says what it averaged, and opens."""
     shape = {"num_hidden_layers": 40, "num_attention_heads": 40, "num_noise_heads": 8, "num_key_value_heads": 8}
     model = live_model(**shape, max_position_embeddings=512)
     found = gda.attention(model, tokenizer=byte_tokenizer(), text=TEXT * 30)

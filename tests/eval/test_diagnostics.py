@@ -1,6 +1,5 @@
-"""Where a model looks: against loops over characters and tokens, and what the report says."""
+"""Where a model attends: equal to loops over characters and tokens, and the report."""
 
-import inspect
 import json
 import math
 from dataclasses import asdict, astuple
@@ -14,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gda import convert
-from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, diagnose, prompts_by_metadata
+from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, PromptSettings, diagnose
 from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.tasks import TASKS_FOLDER
 from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
@@ -30,9 +29,9 @@ def gda_model(**changes: Any) -> PreTrainedModel:
     return tiny_model(**({"vocab_size": VOCAB_SIZE, "max_position_embeddings": 1024} | changes))
 
 
-def report_of(model: PreTrainedModel, **options: Any) -> DiagnosticsReport:
+def report_of(model: PreTrainedModel, *, baseline: PreTrainedModel | None = None, **settings: Any) -> DiagnosticsReport:
     defaults = {"length": LENGTH, "needles": NEEDLES, "samples": 1, "depths": (0.0, 0.5)}
-    return diagnose(model, byte_tokenizer(), **(defaults | options))
+    return diagnose(model, byte_tokenizer(), PromptSettings(**(defaults | settings)), baseline=baseline)
 
 
 def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[float, float, float, float]:
@@ -67,7 +66,7 @@ def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[f
     ids=["shared", "paired", "sliding"],
 )
 @pytest.mark.parametrize("queries", [1, 2])
-def test_shares_of_differences_are_those_of_the_loops(changes: dict[str, Any], queries: int) -> None:
+def test_shares_of_differences_equal_the_loops(changes: dict[str, Any], queries: int) -> None:
     model, tokenizer = gda_model(**changes), byte_tokenizer()
     report = report_of(model, queries=queries)
     model.set_attn_implementation("eager")
@@ -102,7 +101,7 @@ def test_a_llama_beside_its_twin() -> None:
         assert shares.answer + shares.noise_context + shares.first_token < 1
 
 
-def test_an_expanded_llama_looks_where_the_llama_looks(tmp_path: Path) -> None:
+def test_an_expanded_llama_attends_like_its_source(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "llama", max_position_embeddings=1024)
     convert(folder, tmp_path / "gda")
     llama, expanded = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "gda"))
@@ -150,24 +149,24 @@ def test_the_report_reads_as_json_markdown_and_tables() -> None:
     assert any(line.startswith(f"| 0 | 0.3000 | {shown} |") for line in lines)
     screen = Console(file=StringIO(), width=200)
     for table in report.tables():
-        screen.print(table)
+        screen.print(table.for_screen())
     assert shown in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_defaults_are_the_tasks() -> None:
+def test_defaults_are_those_of_the_task() -> None:
     written = (TASKS_FOLDER / "needles.yaml").read_text()
     for name, value in asdict(DEFAULTS).items():
         assert f"\n  {name}: {value}\n" in written
-    given = prompts_by_metadata({})
-    assert given == {name: inspect.signature(diagnose).parameters[name].default for name in given}
+    assert PromptSettings.from_metadata({}) == PromptSettings()
 
 
-def test_every_setting_of_the_retrieval_task_holds() -> None:
+def test_every_setting_of_the_retrieval_task_applies() -> None:
     told = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "data_seed": 9}
     given = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "seed": 9}
-    assert prompts_by_metadata(told | {"samples": 7}) == given | {"depths": (0.0, 0.25, 0.5, 0.75, 1.0), "samples": 2}
+    of_seven = PromptSettings.from_metadata(told | {"samples": 7})
+    assert asdict(of_seven) == given | {"depths": (0.0, 0.25, 0.5, 0.75, 1.0), "samples": 2}
     told |= {"depth": 1, "samples": 3}
-    report = diagnose(gda_model(), byte_tokenizer(), **prompts_by_metadata(told))
+    report = diagnose(gda_model(), byte_tokenizer(), PromptSettings.from_metadata(told))
     fields = report.to_dict()
     assert fields == fields | given | {"depths": [1.0], "samples": 3}
 
@@ -182,24 +181,24 @@ def test_every_setting_of_the_retrieval_task_holds() -> None:
         ({"depth": 50}, "`depth`"),
     ],
 )
-def test_metadata_that_cannot_be_is_refused_before_anything_runs(metadata: dict[str, Any], said: str) -> None:
+def test_invalid_metadata_is_refused_before_anything_runs(metadata: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         evaluate_with_baseline("no/such/model", diagnostics=True, metadata=metadata)
 
 
-def test_metadata_of_another_task_is_left_to_it() -> None:
-    assert prompts_by_metadata({"pairs": 3}) == prompts_by_metadata({})
+def test_metadata_of_another_task_is_ignored() -> None:
+    assert PromptSettings.from_metadata({"pairs": 3}) == PromptSettings()
 
 
-def test_what_cannot_be_diagnosed() -> None:
+def test_invalid_settings_are_refused() -> None:
     for options, said in (
         ({"length": 50}, "`length` 50 is too short"),
         ({"depths": (0.5, 1.5)}, "`depth`"),
         ({"depths": ()}, "depths"),
         ({"samples": 0}, "`samples`"),
-        ({"length": 2000}, "reads 1024; give a smaller length"),
+        ({"length": 2000}, "reads 1024; choose a smaller length"),
     ):
         with pytest.raises(ValueError, match=said):
             report_of(gda_model(), **options)
-    with pytest.raises(ValueError, match="must have one tokenizer"):
+    with pytest.raises(ValueError, match="must share one tokenizer"):
         report_of(gda_model(), baseline=gda_model(vocab_size=50))

@@ -1,4 +1,4 @@
-"""What `gda eval` tells: the comparison, JSON, Markdown, HTML and the model card."""
+"""The report of `gda eval`: comparison, JSON, Markdown, HTML and the model card."""
 
 import html
 import json
@@ -60,8 +60,8 @@ def test_differences_are_judged_document_by_document() -> None:
     assert row.within is True
 
 
-def test_scores_that_are_no_means_are_judged_by_both_errors() -> None:
-    """A perplexity, and scores whose documents are not known."""
+def test_scores_that_are_not_means_are_judged_by_both_errors() -> None:
+    """A perplexity, and scores of unknown documents."""
     for values in ({}, {0: -3.0, 1: -4.0}):
         ours = results({"word_perplexity,none": 20.0, "word_perplexity_stderr,none": 3.0}, values, "word_perplexity")
         theirs = results({"word_perplexity,none": 31.0, "word_perplexity_stderr,none": 4.0}, values, "word_perplexity")
@@ -69,8 +69,8 @@ def test_scores_that_are_no_means_are_judged_by_both_errors() -> None:
         assert (row.difference, row.difference_stderr, row.within) == (-11.0, 5.0, False)
 
 
-def test_what_is_not_known_is_not_claimed() -> None:
-    """No standard error, no verdict, unless nothing differs; a metric that the baseline lacks stands alone."""
+def test_unknown_errors_give_no_verdict() -> None:
+    """Unless the scores are equal; a metric that the baseline lacks has no difference."""
     unknown = {"acc,none": 0.5, "acc_stderr,none": "N/A"}
     assert compare(results(unknown), results({"acc,none": 0.4}))[0].within is None
     assert compare(results(unknown), results(unknown))[0].within is True
@@ -82,8 +82,8 @@ def test_what_is_not_known_is_not_claimed() -> None:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def test_files_hold_what_was_found(folder: Path, tmp_path: Path, command: Command) -> None:
-    """lm-eval's own format, and under "gda" the baseline, settings, versions and hashes; a table in Markdown."""
+def test_the_files_hold_the_report(folder: Path, tmp_path: Path, command: Command) -> None:
+    """lm-eval's own format with baseline, settings, versions and hashes under "gda"; a table in Markdown."""
     outcome = command(
         *("eval", folder / "other", "--baseline", folder / "gda", "--tasks", f"{BLIMP},gsm8k", "--limit", 4),
         *("--dataset-root", folder / "data", "--num-fewshot", 1, "--batch-size", 2, "--json"),
@@ -117,7 +117,7 @@ def test_files_hold_what_was_found(folder: Path, tmp_path: Path, command: Comman
 
 
 def test_the_screen_shows_the_table_and_prompts(folder: Path, command: Command) -> None:
-    """Names whole, scores with their errors, the verdict, and the prompts asked for; progress is elsewhere."""
+    """Whole names, scores with errors, the verdict, and prompts; progress goes to standard error."""
     outcome = command(
         *("eval", folder / "gda", "--baseline", folder / "llama", "--tasks", BLIMP, "--limit", 6),
         *("--dataset-root", folder / "data", "--show-prompts", 2),
@@ -131,7 +131,7 @@ def test_the_screen_shows_the_table_and_prompts(folder: Path, command: Command) 
 
 
 def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Path, command: Command) -> None:
-    """Bars for each score, both colour schemes, no address, and a name that is markup stays text everywhere."""
+    """A bar for each score, both colour schemes, no address, and a name that looks like markup stays text."""
     name = "<b onload=alert(1)>[red]|`&"
     named = copy_of(folder / "gda", tmp_path / name, None)
     outcome = command(
@@ -154,7 +154,7 @@ def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Pa
 
 
 def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Path, command: Command) -> None:
-    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks hold for them."""
+    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks apply."""
     arguments = (
         *("eval", folder / "gda", "--baseline", folder / "llama", "--diagnostics", "--output", tmp_path, "--html"),
         *("--metadata", '{"length": 400, "depth": 0.5, "samples": 3, "digits": 5, "data_seed": 7}', "--seed", 3),
@@ -165,18 +165,19 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     told = json.loads((tmp_path / "results.json").read_text())["gda"]
     assert told["diagnostics"]["lambdas"] == [0.0, 0.0]
     assert told["comparison"] == []
-    from gda.eval.attention.diagnostics import diagnose
+    from gda.eval.attention.diagnostics import PromptSettings, diagnose
 
     ours, llama = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("gda", "llama"))
-    expected = diagnose(ours, byte_tokenizer(), baseline=llama, length=400, digits=5, depths=(0.5,), samples=3, seed=7)
+    settings = PromptSettings(length=400, digits=5, depths=(0.5,), samples=3, seed=7)
+    expected = diagnose(ours, byte_tokenizer(), settings, baseline=llama)
     assert told["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
     assert expected.to_markdown().strip() in (tmp_path / "results.md").read_text()
     assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
-def test_two_models_of_one_name_are_told_apart(folder: Path, tmp_path: Path, command: Command) -> None:
-    """By their places, and a model against itself by its part."""
+def test_two_models_of_one_name_get_different_names(folder: Path, tmp_path: Path, command: Command) -> None:
+    """Their paths, and "(baseline)" if a model is compared with itself."""
     outcome = command(
         *("eval", folder / "gda", "--baseline", folder / "gda", "--tasks", BLIMP, "--limit", 2, "--json"),
         *("--dataset-root", folder / "data"),
@@ -230,7 +231,7 @@ Words — and   more.
 
 @pytest.mark.slow
 def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Path, command: Command) -> None:
-    """Other results, other fields and the text stay; a second run changes nothing; a shorter run is another result."""
+    """Other results, fields and the text stay; a repeated run changes nothing; a limited run is another result."""
     model = copy_of(folder / "gda", tmp_path / "m", CARD)
     arguments = ("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--update-card")
     texts = []
@@ -257,7 +258,7 @@ def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("card", [None, "# Only a title\n", "---\n---\nText", CARD.replace("\n", "\r\n")])
 def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalReport, tmp_path: Path) -> None:
-    """None, one without metadata, with empty metadata, with the line ends of Windows."""
+    """A missing one, one without metadata, one with empty metadata, one with Windows line ends."""
     model = copy_of(folder / "gda", tmp_path / "m", card)
     text = updated(model, report)
     assert updated(model, report) == text
@@ -266,7 +267,7 @@ def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalRep
 
 
 def test_other_settings_make_another_result(report: EvalReport) -> None:
-    """Metadata, template, dtype and the limit of a group, whose documents lm-eval does not count."""
+    """Metadata, template, dtype, and the limit of a group, for which lm-eval gives no number of documents."""
     from gda.eval.card import _arguments
 
     options = replace(report.options, limit=4, metadata={"length": 64}, apply_chat_template=True, dtype="bfloat16")
@@ -278,8 +279,7 @@ def test_other_settings_make_another_result(report: EvalReport) -> None:
     }
 
 
-def test_a_card_that_cannot_be_updated_costs_no_run(folder: Path, tmp_path: Path, command: Command) -> None:
-    """It is refused before anything is run."""
+def test_an_invalid_card_is_refused_before_the_run(folder: Path, tmp_path: Path, command: Command) -> None:
     model = copy_of(folder / "gda", tmp_path / "m", "---\n- a\n---\n")
     outcome = command("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--update-card")
     assert outcome.code == 2
@@ -287,8 +287,8 @@ def test_a_card_that_cannot_be_updated_costs_no_run(folder: Path, tmp_path: Path
     assert "running" not in outcome.error
 
 
-def test_a_page_of_other_results_does_not_stay(report: EvalReport, tmp_path: Path) -> None:
-    """Prompts are in the JSON, numbers that are none are null."""
+def test_the_page_of_an_earlier_run_is_removed(report: EvalReport, tmp_path: Path) -> None:
+    """NaN and infinity are null in JSON."""
     from gda.eval.report import to_json, write_report
 
     write_report(report, tmp_path, with_html=True)
@@ -299,7 +299,7 @@ def test_a_page_of_other_results_does_not_stay(report: EvalReport, tmp_path: Pat
     assert (told["gda"]["comparison"][0]["score"], told["gda"]["comparison"][0]["stderr"]) == (None, None)
 
 
-def test_a_context_that_the_model_does_not_take_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_context_beyond_the_model_is_noted(folder: Path, tmp_path: Path) -> None:
     """It has 512 positions."""
     (tmp_path / "text.txt").write_text("The cat thanked the hen.")
     found = evaluate_with_baseline(folder / "gda", perplexity=tmp_path / "text.txt", context=600)
@@ -307,8 +307,8 @@ def test_a_context_that_the_model_does_not_take_is_told(folder: Path, tmp_path: 
     assert found.model.notes == ["perplexity: the model reads 512 tokens at a time, not 600"]
 
 
-def test_the_card_of_a_conversion_stays_itself(folder: Path, report: EvalReport, tmp_path: Path) -> None:
-    """Without the model-index it is the card that was there, byte for byte."""
+def test_the_card_of_a_conversion_keeps_its_bytes(folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    """All but the model-index, byte for byte."""
     before = (folder / "gda/README.md").read_text()
     text = updated(copy_of(folder / "gda", tmp_path / "m", before), report)
     front = text.split("---\n")[1]
@@ -318,8 +318,8 @@ def test_the_card_of_a_conversion_stays_itself(folder: Path, report: EvalReport,
 
 
 @pytest.mark.parametrize("card", ["---\n a: [\n---\n", "---\nmodel-index: 3\n---\n", "---\n- a\n---\n"])
-def test_a_card_that_is_not_valid_is_refused(card: str, folder: Path, report: EvalReport, tmp_path: Path) -> None:
-    """It is named, and stays as it was."""
+def test_an_invalid_card_is_refused(card: str, folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    """The error names it, and the file does not change."""
     model = copy_of(folder / "gda", tmp_path / "m", card)
     with pytest.raises(ValueError, match=r"README.md: its metadata is not valid"):
         update_card(model, report)

@@ -1,4 +1,4 @@
-"""Scores: what lm-eval reports of our models is what their logits say, however it is asked."""
+"""Scores follow from a model's logits, whichever way it is evaluated."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def evaluate(folder: Path, model: str = "live", tasks: Any = BLIMP, **options: A
 
 
 def answers(results: dict[str, Any], task: str = BLIMP) -> list[Any]:
-    """What the model answered to each request of a task: (log-likelihood, is greedy), or a text."""
+    """The model's answer to each request of a task: (log-likelihood, is greedy) or a text."""
     return [answer for sample in results["samples"][task] for one in sample["resps"] for answer in one]
 
 
@@ -46,8 +46,8 @@ def likelihoods(results: dict[str, Any], task: str = BLIMP) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", ["live", "gda", "llama"])
-def test_log_likelihoods_are_those_of_the_logits(model: str, folder: Path) -> None:
-    """An empty prompt is BOS; every choice's likelihood is summed token by token here."""
+def test_log_likelihoods_follow_from_the_logits(model: str, folder: Path) -> None:
+    """Summed token by token; an empty prompt is BOS."""
     results = evaluate(folder, model)
     loaded = AutoModelForCausalLM.from_pretrained(folder / model)
     tokenizer = AutoTokenizer.from_pretrained(folder / model)
@@ -64,8 +64,8 @@ def test_log_likelihoods_are_those_of_the_logits(model: str, folder: Path) -> No
     assert results["results"][BLIMP]["acc,none"] == sum(right) / len(right)
 
 
-def test_examples_in_front_are_read(folder: Path) -> None:
-    """A task in a file of one's own, with two examples in front of each question, on local data."""
+def test_few_shot_examples_are_read(folder: Path) -> None:
+    """A task from a YAML file with two examples before each question, on local data."""
     results = evaluate(folder, tasks=str(folder / "data" / "toy_sums.yaml"), batch_size=3)
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
     tokenizer = AutoTokenizer.from_pretrained(folder / "live")
@@ -84,7 +84,7 @@ def test_examples_in_front_are_read(folder: Path) -> None:
     [("sdpa", 16), ("eager", 1), ("eager", 16), pytest.param("flex_attention", 16, marks=pytest.mark.slow)],
 )
 def test_backends_and_batch_sizes_agree(attention: str, batch_size: int, folder: Path) -> None:
-    """Padding to the longest of a batch, and the way attention is computed, change nothing."""
+    """Neither padding nor the attention backend changes a score."""
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live", attn_implementation=attention)
     tokenizer = AutoTokenizer.from_pretrained(folder / "live")
     flex = attention == "flex_attention"  # compiled anew for each shape: it gets one
@@ -98,7 +98,7 @@ def test_backends_and_batch_sizes_agree(attention: str, batch_size: int, folder:
 
 
 def test_an_expansion_scores_what_its_source_scores(folder: Path) -> None:
-    """Exactly: likelihoods, generated texts, and so every metric."""
+    """Exactly: likelihoods, generated texts and every metric."""
     tasks = [BLIMP, "gsm8k", "gda_copy_length_64"]
     options = {"tasks": tasks, "batch_size": 4, "num_fewshot": 1, "limit": 4}
     ours, source = evaluate(folder, "gda", **options), evaluate(folder, "llama", **options)
@@ -111,8 +111,8 @@ def test_an_expansion_scores_what_its_source_scores(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_expanded_smollm2_scores_what_smollm2_scores(folder: Path, tmp_path: Path) -> None:
-    """Exactly, on BLiMP's own sentences where they are at hand."""
-    from gda.conversion.demo import find_demo_model
+    """Exactly, on BLiMP's own sentences if they are available."""
+    from gda.commands.demo import find_demo_model
 
     try:
         source = find_demo_model()
@@ -143,7 +143,7 @@ def run(*arguments: object, cwd: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gda", "hf"])
 def test_the_command_line_of_lm_eval_gives_the_same(kind: str, folder: Path, tmp_path: Path) -> None:
-    """`python -m gda.eval run`, with our model type or lm-eval's own: same results, our tasks known."""
+    """`python -m gda.eval run`, with our model type or lm-eval's, gives the same results and knows our tasks."""
     tasks = [BLIMP, "gda_copy_length_64"]
     run(
         *("-m", "gda.eval", "run", "--model", kind, "--model_args", f"pretrained={folder / 'live'}", "--device", "cpu"),
@@ -159,7 +159,7 @@ def test_the_command_line_of_lm_eval_gives_the_same(kind: str, folder: Path, tmp
 
 @pytest.mark.slow
 def test_two_processes_score_what_one_scores(folder: Path, tmp_path: Path) -> None:
-    """`accelerate launch` on CPUs: documents are shared out, and one process writes."""
+    """`accelerate launch` on CPUs: processes share the documents, and one writes."""
     tasks = [BLIMP, "gsm8k"]
     printed = run(
         *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1),
@@ -177,7 +177,7 @@ def test_two_processes_score_what_one_scores(folder: Path, tmp_path: Path) -> No
 
 
 def test_later_versions_of_lm_eval_find_the_model_type() -> None:
-    """By the entry point that the distribution declares."""
+    """The distribution declares an entry point."""
     import importlib.metadata
 
     from lm_eval.api.registry import get_model
@@ -186,8 +186,8 @@ def test_later_versions_of_lm_eval_find_the_model_type() -> None:
     assert entry.load() is get_model("gda")
 
 
-def test_a_model_in_memory_is_left_as_it_was(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """It gives what its folder gives; weights, mode and tokenizer do not change, and git is not asked."""
+def test_a_model_in_memory_is_not_changed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It scores what its folder scores; weights, mode and tokenizer stay, and git is not called."""
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
     loaded.train()
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
@@ -203,8 +203,8 @@ def test_a_model_in_memory_is_left_as_it_was(folder: Path, capfd: pytest.Capture
     json.dumps(found["configs"])
 
 
-def test_a_seed_moves_the_examples_in_front(folder: Path) -> None:
-    """The same seed gives the same prompts, another one others."""
+def test_a_seed_selects_the_examples(folder: Path) -> None:
+    """The same seed gives the same prompts, another seed gives others."""
     task = str(folder / "data" / "toy_sums.yaml")
     prompts = [
         [sample["arguments"][0][0] for sample in evaluate(folder, tasks=task, seed=seed)["samples"]["toy_sums"]]
@@ -213,8 +213,8 @@ def test_a_seed_moves_the_examples_in_front(folder: Path) -> None:
     assert prompts[0] == prompts[1] != prompts[2]
 
 
-def test_what_is_shown_is_what_the_model_got(folder: Path) -> None:
-    """Text and ids of the first requests of each task; what is too long is cut at its beginning, as lm-eval does."""
+def test_shown_prompts_are_what_the_model_received(folder: Path) -> None:
+    """Text and ids of the first requests of each task; lm-eval cuts the beginning of a long prompt."""
     from gda.eval.evaluate import evaluate_with_baseline
 
     options: dict[str, Any] = {"tasks": [BLIMP, "gsm8k"], "dataset_root": folder / "data", "batch_size": 2}
@@ -235,7 +235,7 @@ def test_what_is_shown_is_what_the_model_got(folder: Path) -> None:
 
 
 def test_a_chat_template_is_applied(folder: Path) -> None:
-    """The prompt is the template's, with the question in it."""
+    """The prompt is the template filled with the question."""
     task = str(folder / "data" / "toy_sums.yaml")
     found = evaluate(folder, tasks=task, apply_chat_template=True, limit=2)
     prompt = found["samples"]["toy_sums"][0]["arguments"][0][0]

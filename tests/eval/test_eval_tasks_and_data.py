@@ -1,4 +1,4 @@
-"""Tasks are found by name as lm-eval finds them, their data comes from where it was said, and bad input is one line."""
+"""Tasks are found by name as in lm-eval, datasets come from local files, and bad input is one line."""
 
 import json
 import shutil
@@ -36,8 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_names_mean_what_they_mean_to_lm_eval() -> None:
-    """A task, a group, a tag over several folders, a pattern: the same entries as in an index of everything."""
+def test_names_mean_the_same_as_in_lm_eval() -> None:
+    """A task, a group, a tag over several folders, a pattern: the same entries as in the full index."""
     from lm_eval.tasks import TaskManager
 
     from gda.eval.lm_eval.find_tasks import find_tasks
@@ -56,8 +56,8 @@ def test_names_mean_what_they_mean_to_lm_eval() -> None:
                     assert manager.task_index[member].yaml_path == everything.task_index[member].yaml_path
 
 
-def test_a_name_does_not_cost_the_parsing_of_every_task() -> None:
-    """What is read for a task of one folder is that folder, and ours."""
+def test_a_name_does_not_parse_every_task_file() -> None:
+    """For a task of one folder, only that folder and ours are parsed."""
     from gda.eval.lm_eval.find_tasks import find_tasks
 
     manager, _ = find_tasks([BLIMP])
@@ -71,7 +71,7 @@ def test_a_name_does_not_cost_the_parsing_of_every_task() -> None:
     ("name", "meant"), [("blimp_pasive_1", "blimp_passive_1"), ("gsm8", "gsm8k"), ("gda_nedles", "gda_needles")]
 )
 def test_an_unknown_task_gets_a_suggestion(name: str, meant: str) -> None:
-    """The names come from all of lm-eval's tasks and ours."""
+    """From all of lm-eval's tasks and ours."""
     from gda.eval.lm_eval.find_tasks import find_tasks
 
     with pytest.raises(ValueError, match=rf"unknown task '{name}'; did you mean .*\b{meant}\b.*\?"):
@@ -79,7 +79,7 @@ def test_an_unknown_task_gets_a_suggestion(name: str, meant: str) -> None:
 
 
 def test_a_name_like_no_other_gets_none() -> None:
-    """Then it says how tasks are listed."""
+    """The error says how to list the tasks."""
     from gda.eval.lm_eval.find_tasks import find_tasks
 
     with pytest.raises(ValueError, match=r"unknown task 'qqqqxxxx'; .* lists all tasks"):
@@ -91,7 +91,7 @@ def test_a_name_like_no_other_gets_none() -> None:
 
 @pytest.mark.slow
 def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
-    """The task is lm-eval's own definition, on rows of our files; afterwards datasets is as it was."""
+    """The task keeps lm-eval's definition, and `datasets` is restored afterwards."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -111,7 +111,7 @@ def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
 
 
 def test_strings_stay_strings(tmp_path: Path) -> None:
-    """A date in JSON is a string, a file may end in blank lines, and `default` may be left out in a task."""
+    """A date in JSON stays a string, blank lines are ignored, and the configuration `default` may be omitted."""
     from gda.eval.lm_eval.local_data import load_local
 
     write_jsonl(tmp_path / "d/default/test.jsonl", [{"day": "2018-01-22", "n": None}, {"day": "x", "n": [1]}])
@@ -125,7 +125,7 @@ def test_strings_stay_strings(tmp_path: Path) -> None:
 
 
 def test_a_field_that_the_first_row_lacks_is_kept(tmp_path: Path) -> None:
-    """Every row has every field; what it does not hold is None."""
+    """Every row has every field; missing values are None."""
     from gda.eval.lm_eval.local_data import load_local
 
     write_jsonl(tmp_path / "d/test.jsonl", [{"a": 1}, {"a": 2, "b": "x"}])
@@ -133,7 +133,7 @@ def test_a_field_that_the_first_row_lacks_is_kept(tmp_path: Path) -> None:
 
 
 def test_an_error_in_a_group_names_its_task(data: Path) -> None:
-    """Of lm-eval's group `blimp` only one paradigm has data here."""
+    """Only one task of lm-eval's group `blimp` has data here."""
     from gda.eval.lm_eval.find_tasks import load_tasks
 
     with pytest.raises(FileNotFoundError, match=r"^task blimp_\w+: "):
@@ -141,7 +141,6 @@ def test_an_error_in_a_group_names_its_task(data: Path) -> None:
 
 
 def test_our_tasks_are_known_beside_those_of_a_folder(data: Path) -> None:
-    """As `--include_path` names it."""
     from gda.eval.lm_eval.find_tasks import TaskManagerWithOurs
 
     for given in (data, str(data), [data]):
@@ -177,7 +176,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_spoilt_data_is_one_line(case: str, data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+def test_damaged_data_is_one_line(case: str, data: Path, model: Path, tmp_path: Path, command: Command) -> None:
     """It names the task and the file."""
     root = shutil.copytree(data, tmp_path / "data")
     spoil, task, words = SPOILT[case]
@@ -192,7 +191,7 @@ def test_spoilt_data_is_one_line(case: str, data: Path, model: Path, tmp_path: P
 
 
 def test_a_task_that_needs_the_network_says_so(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline: the task, its dataset, and where its files would have to be."""
+    """Offline: the error names the task, its dataset, and where its files are expected."""
     import datasets
 
     def offline(*_: Any, **__: Any) -> None:
@@ -255,8 +254,8 @@ def test_bad_input_is_one_line(case: str, model: Path, command: Command) -> None
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_no_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
-    """No folder, no config, no weights, no tokenizer, weights that are none: exit 2 and one line."""
+def test_a_folder_that_is_not_a_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """No folder, no config, no weights, no tokenizer, damaged weights: exit 2 and one line."""
     (tmp_path / "empty").mkdir()
     broken = {
         "absent": tmp_path / "absent",
@@ -275,21 +274,20 @@ def test_a_folder_that_is_no_model(data: Path, model: Path, tmp_path: Path, comm
 
 @pytest.mark.slow
 def test_a_request_that_cannot_fit_is_one_line(data: Path, model: Path, command: Command) -> None:
-    """GSM8K wants 256 new tokens of a model that takes 128."""
+    """GSM8K generates 256 tokens, and the model reads 128."""
     outcome = command("eval", model, "--tasks", "gsm8k", "--dataset-root", data)
     assert outcome.code == 2
     assert "at most 128 tokens" in outcome.error.strip().splitlines()[-1]
 
 
 def test_a_model_in_memory_needs_its_tokenizer(model: Path) -> None:
-    """It says so."""
     from ..support.llamas import llama_model
 
     with pytest.raises(ValueError, match="needs its tokenizer"):
         gda.evaluate(llama_model(), tasks=BLIMP)
 
 
-def test_a_chat_template_that_is_not_there(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+def test_a_missing_chat_template_is_refused(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
     """--apply-chat-template without a template: exit 2."""
     folder = shutil.copytree(model, tmp_path / "plain", ignore=shutil.ignore_patterns("chat_template*"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -303,7 +301,7 @@ def test_a_chat_template_that_is_not_there(data: Path, model: Path, tmp_path: Pa
 def test_a_bad_baseline_is_refused_before_the_model_runs(
     data: Path, model: Path, tmp_path: Path, command: Command
 ) -> None:
-    """One without a tokenizer, and one whose tokenizer has nothing to put in front of a text."""
+    """One without a tokenizer, and one whose tokenizer has neither BOS nor EOS."""
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     unmarked = shutil.copytree(model, tmp_path / "unmarked")
     settings = json.loads((unmarked / "tokenizer_config.json").read_text())
@@ -317,7 +315,7 @@ def test_a_bad_baseline_is_refused_before_the_model_runs(
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
-    """transformers would make them up; lm-eval's own way of loading refuses them as well."""
+    """transformers would initialize them; lm-eval's own way of loading is refused as well."""
     from safetensors.torch import load_file, save_file
 
     from gda.eval.lm_eval.harness import GDALM
@@ -333,8 +331,8 @@ def test_a_checkpoint_that_lacks_weights_is_refused(data: Path, model: Path, tmp
         GDALM(str(folder), device="cpu")
 
 
-def test_numbers_that_are_none_are_no_scores(data: Path, model: Path, command: Command, tmp_path: Path) -> None:
-    """A model that gives NaN would always have chosen the first answer."""
+def test_a_model_that_gives_nan_is_refused(data: Path, model: Path, command: Command, tmp_path: Path) -> None:
+    """lm-eval would always choose its first answer."""
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(model, tmp_path / "nan")
@@ -350,8 +348,8 @@ def test_numbers_that_are_none_are_no_scores(data: Path, model: Path, command: C
 
 
 @pytest.mark.parametrize("task", ["gda_needles_length_512", "gda_copy_length_256"])
-def test_a_prompt_of_ours_that_does_not_fit_is_refused(task: str, model: Path, command: Command) -> None:
-    """The model takes 128 tokens; what is asked for may be in what would go."""
+def test_a_generated_prompt_that_does_not_fit_is_refused(task: str, model: Path, command: Command) -> None:
+    """The model reads 128 tokens, and the answer may be in the part that would be cut."""
     outcome = command("eval", model, "--tasks", task, "--limit", 2)
     assert outcome.code == 2
     last = outcome.error.strip().splitlines()[-1]
@@ -361,7 +359,7 @@ def test_a_prompt_of_ours_that_does_not_fit_is_refused(task: str, model: Path, c
 
 @pytest.mark.slow
 def test_the_command_line_of_lm_eval_answers_in_one_line(data: Path, model: Path, tmp_path: Path) -> None:
-    """An empty file of data is no traceback there."""
+    """An empty data file causes no traceback."""
     import subprocess
     import sys
 

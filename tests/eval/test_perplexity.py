@@ -1,4 +1,4 @@
-"""Perplexity of a text: by token, word and byte, in windows, against a token-by-token sum."""
+"""Perplexity of a text by token, word and byte, compared with a token-by-token sum."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def summed(model: PreTrainedModel, context: int, stride: int) -> float:
 
 @pytest.mark.parametrize(("context", "stride"), [(512, None), (32, None), (32, 8), (32, 31), (1, 1)])
 def test_every_token_is_counted_once(context: int, stride: int | None, model: PreTrainedModel) -> None:
-    """Also those at the edges of windows, and the first, which is predicted from BOS."""
+    """Also those at the edges of contexts, and the first, which is predicted from BOS."""
     found = text_perplexity(model, byte_tokenizer(), TEXT, context=context, stride=stride)
     tokens = len(byte_tokenizer()(TEXT, add_special_tokens=False).input_ids)
     assert (found.tokens, found.words, found.bytes) == (tokens, len(TEXT.split()), len(TEXT.encode()))
@@ -55,7 +55,7 @@ def test_every_token_is_counted_once(context: int, stride: int | None, model: Pr
 
 
 def test_it_is_the_rolling_likelihood_of_lm_eval(model: PreTrainedModel) -> None:
-    """Where windows share nothing."""
+    """If contexts do not overlap."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
@@ -69,7 +69,7 @@ def test_it_is_the_rolling_likelihood_of_lm_eval(model: PreTrainedModel) -> None
 
 
 def test_the_demo_s_perplexity_counts_no_first_tokens(model: PreTrainedModel) -> None:
-    """Windows without overlap, each of which predicts all of its tokens but one."""
+    """Sequences without overlap, each of which predicts all of its tokens but the first."""
     ids = torch.tensor(byte_tokenizer()(TEXT, add_special_tokens=False).input_ids)
     total, counted = 0.0, 0
     with torch.no_grad():
@@ -85,20 +85,20 @@ def test_the_demo_s_perplexity_counts_no_first_tokens(model: PreTrainedModel) ->
 
 @pytest.mark.parametrize(("text", "word"), [("", "empty"), (" \n", "empty"), ("<s>", "only a BOS token")])
 def test_a_text_without_tokens_is_refused(text: str, word: str, model: PreTrainedModel) -> None:
-    """Nothing to divide by."""
+    """There is nothing to divide by."""
     with pytest.raises(ValueError, match=word):
         text_perplexity(model, byte_tokenizer(), text)
 
 
 @pytest.mark.parametrize("stride", [0, -1, 33])
 def test_a_stride_that_skips_tokens_is_refused(stride: int, model: PreTrainedModel) -> None:
-    """It would leave some uncounted."""
+    """Some tokens would not count."""
     with pytest.raises(ValueError, match=f"stride {stride} "):
         text_perplexity(model, byte_tokenizer(), TEXT, context=32, stride=stride)
 
 
 def test_the_command_prints_it_with_context_and_stride(tmp_path: Path, command: Command) -> None:
-    """The numbers of the function, on the screen and as JSON; the context is no more than the model takes."""
+    """The function's numbers on the screen and as JSON; the context is at most the model's."""
     pytest.importorskip("lm_eval")
     folder = save_llama(tmp_path / "llama")
     (tmp_path / "text.txt").write_text(TEXT)

@@ -1,4 +1,4 @@
-"""The tasks: what their documents say, by readers of their own, and lm-eval's runs of them."""
+"""The generated tasks: their documents, and lm-eval's runs of them."""
 
 import math
 import random
@@ -66,7 +66,7 @@ def sentences_of(text: str) -> list[str]:
 @pytest.mark.parametrize("depth", needles.DEPTHS)
 @pytest.mark.parametrize(("num_needles", "queries"), [(1, 1), (4, 1), (6, 2), (5, 5)])
 @pytest.mark.parametrize("length", [200, 700])
-def test_the_answer_lies_at_the_depth_and_says_what_is_asked(
+def test_the_answer_is_at_the_depth_and_answers_the_question(
     depth: float, num_needles: int, queries: int, length: int
 ) -> None:
     settings = needle_settings(depth=depth, needles=num_needles, queries=queries, length=length)
@@ -97,7 +97,7 @@ def test_length_is_counted_in_tokens_of_the_tokenizer() -> None:
             assert length - longest < len(tokenizer(prompt.text)["input_ids"]) <= length
 
 
-def test_depths_differ_in_the_order_of_sentences_alone() -> None:
+def test_depths_differ_in_the_order_of_sentences_only() -> None:
     shallow, deep = (needles.make_prompts(needle_settings(depth=depth), count_words) for depth in (0.0, 0.75))
     for one, other in zip(shallow, deep, strict=True):
         assert one.context != other.context
@@ -146,7 +146,7 @@ def test_mqar_asks_for_pairs_of_the_list(pairs: int, queries: int) -> None:
 
 
 @pytest.mark.parametrize(("length", "copied"), [(60, 1), (200, 8), (1500, 3)])
-def test_copying_goes_on_with_the_sequence(length: int, copied: int) -> None:
+def test_copying_continues_the_sequence(length: int, copied: int) -> None:
     count = tokens_of(byte_tokenizer())
     documents = copying.make_documents(copying.CopySettings(length, copied, samples=20, data_seed=1), count)
     for document in documents:
@@ -236,7 +236,7 @@ def answers_of(rights: list[list[float]]) -> list[fewshot.Answer]:
 
 @pytest.mark.parametrize("cut_short", [[], [1.0], [0.0, 1.0]])
 def test_spread_over_orders(cut_short: list[float]) -> None:
-    """Over the questions asked in every order: those of a limited run's last one would make some orders look better."""
+    """Over the questions asked in every order: a limited run may ask the last question in some orders only."""
     answers = answers_of([[1, 0, 1], [1, 0, 0], [0, 1, 0], cut_short])
     assert fewshot.by_order(answers) == pytest.approx([2 / 3, 1 / 3, 1 / 3])
     assert fewshot.best(answers) == pytest.approx(2 / 3)
@@ -246,12 +246,12 @@ def test_spread_over_orders(cut_short: list[float]) -> None:
 
 
 @pytest.mark.parametrize("rights", [[[1.0, 0.0]], [[1, 0, math.nan]], [[math.nan, 0, 1]]])
-def test_a_spread_that_cannot_be_told_is_no_number(rights: list[list[float]]) -> None:
+def test_an_unknown_spread_is_nan(rights: list[list[float]]) -> None:
     for metric in (fewshot.margin, fewshot.deviation):
         assert math.isnan(metric(answers_of(rights)))
 
 
-def test_what_is_not_a_number_is_not_right() -> None:
+def test_nan_is_not_a_right_answer() -> None:
     document = fewshot.make_documents(fewshot.FewShotSettings(1, 2, 1, "random", 0))[0]
     assert document["label"] == 0  # what max() and index() would answer among NaNs
     for place in (0, 5):
@@ -265,7 +265,7 @@ def test_what_is_not_a_number_is_not_right() -> None:
 
 
 def test_a_limited_run_compares_orders_over_the_same_questions() -> None:
-    """15 documents: all 8 orders of a question that this reader answers, and 7 of one that it does not."""
+    """15 documents: 8 orders of a question that this reader answers, and 7 of one that it does not."""
 
     class Half(Reader):
         @staticmethod
@@ -294,14 +294,14 @@ def test_a_seed_decides_everything() -> None:
     assert all(one != other for one, other in zip(made(4), made(5), strict=True))
 
 
-def test_a_seed_that_is_not_the_datas_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_seed_in_the_metadata_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     settings._warn_of_seed.cache_clear()
     task_manager(seed=3).load(["gda_mqar"])
     assert "`data_seed` does" in caplog.text
 
 
-def test_data_is_what_it_was() -> None:
-    """A change here changes scores: raise `version` in the task's YAML with it."""
+def test_the_data_did_not_change() -> None:
+    """A change here changes scores, and needs a new `version` in the task's YAML file."""
     [prompt] = needles.make_prompts(needle_settings(length=40, needles=2, samples=1), count_words)
     assert prompt.text == NEEDLES_OF_SEED_0
     assert mqar.make_documents(mqar.MQARSettings(3, 2, 1, 0))[1] == MQAR_OF_SEED_0
@@ -353,7 +353,7 @@ FEWSHOT_OF_SEED_0 = (
         ("gda_fewshot", {"arrangement": "sorted"}, "`arrangement`"),
     ],
 )
-def test_settings_that_cannot_be(task: str, metadata: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_refused(task: str, metadata: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         task_manager(**metadata).load([task])
     assert "\n" not in str(caught.value)
@@ -378,7 +378,7 @@ def test_where_the_tokenizer_comes_from(tmp_path: Any) -> None:
 
 
 class Reader(LM):
-    """Answers the tasks' prompts by reading them, and knows nothing of documents and targets."""
+    """Answers prompts by reading them, without access to documents and targets."""
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         answers = [(self.answer(request.args[0]), request.args[1]) for request in requests]
@@ -409,7 +409,7 @@ class Reader(LM):
 
 
 @pytest.mark.slow
-def test_whoever_reads_the_prompts_scores_one() -> None:
+def test_a_reader_of_the_prompts_scores_one() -> None:
     results = simple_evaluate(Reader(), tasks=list(TASKS), task_manager=task_manager(samples=3), bootstrap_iters=0)
     assert set(results["results"]) == set(TASKS)
     for task, scores in results["results"].items():
@@ -427,13 +427,13 @@ def test_groups_hold_the_sweeps() -> None:
     assert set(task_manager().all_groups) == set(GROUPS)
 
 
-def test_the_readme_names_tasks_that_are() -> None:
+def test_the_readme_names_existing_tasks() -> None:
     named = set(re.findall(r"`(gda_\w+)`", (TASKS_FOLDER.parent / "README.md").read_text()))
     assert named <= set(TASKS) | set(GROUPS)
     assert named >= set(GROUPS)
 
 
-def test_metadata_reaches_the_data_and_a_sweep_keeps_its_own() -> None:
+def test_metadata_reaches_the_data_and_a_sweep_keeps_its_setting() -> None:
     manager = task_manager(tokenizer=byte_tokenizer(), length=1500, samples=2, needles=3)
     count = tokens_of(byte_tokenizer())
     loaded = manager.load(["gda_needles", "gda_needles_length_1024", "gda_needles_depth_75"])["tasks"]

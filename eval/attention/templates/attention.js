@@ -1,11 +1,11 @@
 
-// The page of `gda attention`: a navigator over layers and groups, the maps of the group that is chosen, and charts.
+// The page of `gda attention`: a navigator over layers and groups, the maps of the chosen group, and charts.
 
 const state = { layer: 0, group: 0, scope: "model", row: null, column: null, measure: 0, contrast: 2 };
 const CONTRASTS = [1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01];
 const SCOPES = ["model", "layer", "group"];
 const differential = data.attention.noise !== null;
-const byHead = differential && data.lambdaType !== "reparameterized"; // else one λ a layer
+const byHead = differential && data.lambdaType !== "reparameterized"; // otherwise a layer has a single λ
 const byId = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const numbered = (count) => Array.from({ length: count }, (_, index) => index);
@@ -137,7 +137,7 @@ byId("navigator").addEventListener("click", (event) => {
 byId("measure").addEventListener("change", (event) => {
   state.measure = Number(event.target.value);
   drawNavigator();
-  byId("navigator").focus(); // where arrows go on through layers
+  byId("navigator").focus(); // so that arrow keys continue to move through layers
 });
 
 // ------------------------------------------------------------------------------------------------------------- maps
@@ -181,7 +181,7 @@ async function showGroup() {
     });
     return { map, canvas, value, pixels: null };
   });
-  if (!maps.length) place.append(element("p", { class: "quiet" }, "The maps of this layer are not in this file; --layers chose others."));
+  if (!maps.length) place.append(element("p", { class: "quiet" }, "This file has no maps of this layer (see --layers)."));
   drawMaps();
   tellCursor();
   showTokens();
@@ -240,7 +240,7 @@ function drawLegend(colours, full) {
   }
   const context = canvas.getContext("2d");
   for (let y = 0; y < canvas.height; y++) context.putImageData(pixels, 0, y);
-  byId("legend-text").textContent = differential ? `−${full} to ${full}, by square roots; orange is noise, and what is negative` : `0 to ${full}, by square roots`;
+  byId("legend-text").textContent = differential ? `−${full} to ${full}, on a square-root scale; orange: noise and negative values` : `0 to ${full}, on a square-root scale`;
 }
 
 function drawCursor(panel) {
@@ -267,7 +267,7 @@ function point(row, column) {
   tellCursor();
 }
 
-// Tokens of one row or column of a map, several where values are means over them.
+// The token of a row or column of a map; several tokens if a value is the mean over them.
 function tokensAt(index) {
   const first = index * data.pool;
   const last = Math.min(data.tokens.length, first + data.pool) - 1;
@@ -275,7 +275,7 @@ function tokensAt(index) {
   return `${first === last ? first : `${first}–${last}`} “${words}”`;
 }
 
-// As many places as the error leaves certain.
+// With as many digits as the error leaves certain.
 function withError(value, error) {
   const places = Math.min(6, Math.max(0, Math.ceil(-Math.log10(error))));
   return `${value.toFixed(places).replace("-", "−")} ± ${error.toFixed(places)}`;
@@ -285,7 +285,7 @@ function tellCursor() {
   if (state.row === null) return;
   const { row, column } = state;
   const ahead = column > row;
-  byId("cursor").textContent = `${tokensAt(row)} looks at ${tokensAt(column)}${ahead ? ", which is yet to come" : ""}`;
+  byId("cursor").textContent = `${tokensAt(row)} looks at ${tokensAt(column)}${ahead ? ", a later token" : ""}`;
   for (const { map, value } of panels) {
     value.textContent = ahead ? "" : withError(valueOf(map, row, column), errorOf(map, row, column));
   }
@@ -313,7 +313,7 @@ async function showTokens() {
   const ranked = cancelled || received;
   const order = numbered(data.tokens.length).filter((token) => ranked[token] > 0);
   order.sort((a, b) => ranked[b] - ranked[a] || a - b);
-  const heads = ["token", "position", "attention", ...(cancelled ? ["cancelled", "part of it"] : [])];
+  const heads = ["token", "position", "attention", ...(cancelled ? ["cancelled", "fraction"] : [])];
   byId("token-table").tHead.replaceChildren(element("tr", {}, ...heads.map((name) => element("th", {}, name))));
   byId("token-table").tBodies[0].replaceChildren(...order.slice(0, 20).map((token) => {
     const cells = [token, digits(received[token])];
@@ -322,8 +322,8 @@ async function showTokens() {
   }));
   const where = { model: "all layers", layer: `layer ${layer}`, group: `layer ${layer}, group ${group}` }[scope];
   byId("tokens-about").textContent = cancelled
-    ? `In ${where}. Attention: the share of the signal maps that looks at the token. Cancelled: what λ · noise takes away of it, the mean of min(a, λ · a_noise). In the text, the stronger a token's colour, the larger the cancelled part of its attention.`
-    : `In ${where}. ${differential ? "Nothing is cancelled here. " : ""}Attention: the share of the maps that looks at the token; in the text, the stronger the colour the more.`;
+    ? `In ${where}. Attention: share of the signal maps on the token. Cancelled: the part of it that λ · noise cancels, the mean of min(a, λ · a_noise). In the text, a stronger colour means that a larger fraction is cancelled.`
+    : `In ${where}. ${differential ? "Nothing is cancelled here. " : ""}Attention: share of the maps on the token. In the text, a stronger colour means more attention.`;
   for (const button of document.querySelectorAll("[data-scope]")) button.setAttribute("aria-pressed", button.dataset.scope === scope);
   const parts = received.map((share, token) => (cancelled ? (share > 0 ? cancelled[token] / share : 0) : share));
   shadeText(parts, (token) => `${token} “${data.tokens[token]}”: attention ${digits(received[token])}` + (cancelled ? `, cancelled ${digits(cancelled[token])}, ${percent(parts[token])} of it` : ""));
@@ -363,7 +363,7 @@ for (const button of document.querySelectorAll("[data-scope]")) {
 const KINDS = { signal: "first", noise: "second", difference: "third" };
 const TITLES = { entropy: "Entropy", first_token: "Share on the first token", negative: "Share that is negative" };
 
-// What the baseline attends by; nothing of a plain one is negative.
+// The baseline's statistics; a plain model's maps have no negative values.
 function ofBaseline(name) {
   const attention = data.baselineAttention;
   if (!attention || (name === "negative" && !attention.difference)) return null;
@@ -377,13 +377,13 @@ function layerCharts() {
     const rows = data.attention.lambda;
     const series = [line(byHead ? "mean over tokens and heads" : "λ", "second", rows.map(mean))];
     if (byHead) {
-      series.push(line("least of a head", "fourth", rows.map((row) => Math.min(...row)), true));
-      series.push(line("most", "fourth", rows.map((row) => Math.max(...row)), true));
+      series.push(line("lowest head", "fourth", rows.map((row) => Math.min(...row)), true));
+      series.push(line("highest head", "fourth", rows.map((row) => Math.max(...row)), true));
     }
     lineChart(place, { title: "λ", xLabel: "layer", series, from: 0 });
     const shares = data.cancelledShare;
     const cancelled = [line("mean of the groups", "second", shares.map(mean))];
-    if (data.groups > 1) cancelled.push(line("most of a group", "fourth", shares.map((row) => Math.max(...row)), true));
+    if (data.groups > 1) cancelled.push(line("highest group", "fourth", shares.map((row) => Math.max(...row)), true));
     lineChart(place, { title: "Share of the signals' attention that is cancelled", xLabel: "layer", series: cancelled, from: 0 });
   }
   for (const [name, title] of Object.entries(TITLES)) {
@@ -496,7 +496,7 @@ redraws.push(drawNavigator, drawMaps, () => textShades && shadeText(textShades.p
 const asked = location.hash.match(/^#layer-(\d+)-group-(\d+)$/);
 choose(...(asked ? asked.slice(1).map(Number) : mostCancelled())).then(() => { document.body.dataset.ready = "yes"; });
 
-// Where to begin: at the group that cancels most.
+// Begin at the group that cancels most.
 function mostCancelled() {
   if (!differential) return [0, 0];
   const shares = data.cancelledShare;

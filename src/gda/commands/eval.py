@@ -116,7 +116,7 @@ def _print_report(report: "EvalReport") -> None:
     for prompt in report.model.prompts:
         _print_prompt(screen, prompt)
     for table in tables(report):
-        screen.print(table)
+        screen.print(table.for_screen())
 
 
 def _print_prompt(screen: Console, prompt: "ReceivedRequest") -> None:
