@@ -298,7 +298,7 @@ def test_room_that_runs_out_while_training(
 def test_a_failure_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is no number, in the middle of training."""
     monkeypatch.setattr(Distillation, "_train_on", lambda *_: float("nan"))
-    with pytest.raises(ValueError, match="loss that is not finite"):
+    with pytest.raises(ValueError, match="training loss is not finite"):
         trained(llama, tmp_path / "place" / "gda")
     assert os.listdir(tmp_path / "place") == []
 
