@@ -732,7 +732,7 @@ BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
     (("--masked", "--mlp", "nan"), "--mlp nan is not more than 1"),
     (("--masked", "--mlp", "inf"), "--mlp inf is not more than 1"),
     (("--masked", "--mlp", 1e300), "--mlp 1e+300 is more than 1000"),
-    (("--masked", "--mlp", 1.33), "--mlp 1.33 times the 40 neurons of the source is no whole number"),
+    (("--masked", "--mlp", 1.33), "--mlp 1.33 times the 40 neurons of the source is not a whole number"),
     (("--masked", "--depth", 2), "--depth 2 is not more than the 2 layers"),
 ]
 
