@@ -305,10 +305,10 @@ def test_modes_are_refused_where_they_do_not_fit(tmp_path: Path, command: Comman
     motif, llama = save_motif(tmp_path / "motif"), save_llama(tmp_path / "llama")
     outcome = command("convert", motif, tmp_path / "gda", "--mode", "expand")
     assert outcome.code == 2
-    assert "--mode expand: a motif model has noise heads already; use --mode map" in outcome.error
+    assert "--mode expand needs a model without noise heads; use --mode map" in outcome.error
     outcome = command("convert", llama, tmp_path / "gda", "--mode", "map")
     assert outcome.code == 2
-    assert "--mode map: a llama model has no noise heads to map; use --mode expand" in outcome.error
+    assert "--mode map needs a model with noise heads; use --mode expand" in outcome.error
     assert command("convert", llama, tmp_path / "gda", "--mode", "relabel").code == 2
     assert command("convert", motif, tmp_path / "gda", "--mode", "map").code == 0
 

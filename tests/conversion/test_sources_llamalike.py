@@ -390,7 +390,7 @@ def test_the_list_of_types_is_told(tmp_path: Path, command: Command) -> None:
     source = save_source(tmp_path / "source", "qwen2")
     change_config(source, model_type="qwen2_moe")
     outcome = command("convert", source, tmp_path / "gda")
-    assert "llama, mistral, qwen2, qwen3, diffllama, motif can" in outcome.error
+    assert "these can: llama, mistral, qwen2, qwen3, diffllama, motif" in outcome.error
 
 
 # ---------------------------------------------------------------------------------------------------------- export
