@@ -11,8 +11,8 @@ from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.growth import growth
 from gda.conversion.growth.depth import copy_positions
-from gda.conversion.growth.growth import Growth
 from gda.conversion.modes.registry import plan
 from gda.conversion.options import GrowOptions
 from gda.conversion.sources.open import open_source
@@ -25,7 +25,7 @@ class GrowReport(ConvertReport):
     """What growth did, or with `dry_run` would do: the report of a conversion, and the model before it.
 
     Attributes:
-        growth: What was asked for.
+        growth: The options of the growth.
         before: Configuration of the model that grew; for a Llama, that of the GDA model which it becomes.
         num_parameters_before: Its number of parameters.
         copied_layers: The layers of the source that are copied.
@@ -33,7 +33,7 @@ class GrowReport(ConvertReport):
         trainable: The content of trainable.json.
     """
 
-    growth: Growth
+    growth: dict[str, Any]
     before: GDAConfig
     num_parameters_before: int
     copied_layers: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ class GrowReport(ConvertReport):
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         return super().to_dict() | {
-            "growth": self.growth.to_dict(),
+            "growth": self.growth,
             "head_map_before": head_map(self.before),
             "num_layers_before": self.before.num_hidden_layers,
             "num_layers": self.config.num_hidden_layers,
@@ -91,7 +91,7 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
     out = Path(options.out)
     check_places(options.model, out)
     refuse_existing(out, options.overwrite)
-    growth = Growth.of(options)
+    options = growth.checked(options)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         conversion = plan("grow", source, options)
@@ -100,10 +100,10 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
     assert before is not None
     assert new_parameters is not None
     layers = before.config.num_hidden_layers
-    copied = growth.copied_layers(layers)
+    copied = growth.copied_layers(options, layers)
     return GrowReport(
         **vars(report),
-        growth=growth,
+        growth=growth.settings(options),
         before=before.config,
         num_parameters_before=before.num_parameters,
         copied_layers=copied,

@@ -178,7 +178,7 @@ class GrowOptions(NewHeadOptions):
     )
     masked: bool = option(
         False,
-        "Start new heads, neurons and layers from random weights behind a mask of 0, which training raises to 1.",
+        "Start new heads, neurons and layers from random weights, which training fades in.",
         panel=GROWTH,
     )
     mlp: int | float | None = option(

@@ -1,4 +1,4 @@
-"""Masked Structure Growth (arXiv 2305.02869): new heads, neurons and layers with random weights, behind a mask of 0."""
+"""Masked Structure Growth (arXiv 2305.02869): new heads, neurons and layers with random weights, at a fade of 0."""
 
 import copy
 from dataclasses import replace
@@ -9,14 +9,16 @@ from torch import Tensor
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.growth.features import NEW, neuron_origins, signal_origins, still_kept
-from gda.conversion.growth.growth import Growth
+from gda.conversion.growth.growth import grown_neurons
 from gda.conversion.tensors.axes import LAYER, axes_of
 from gda.conversion.tensors.recipes import LAMBDA_VECTOR_STD, Recipe, checkpoint_specs, generator_for
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
-def mask_growth(model: Conversion, growth: Growth, *, new_layers: list[int], seed: int) -> Conversion:
-    """Add new signal heads and neurons, and make the copied `new_layers` new layers, all at a fade of 0.
+def mask_growth(
+    model: Conversion, *, signal: int | None, mlp: float | None, new_layers: list[int], seed: int
+) -> Conversion:
+    """Add new heads (`signal` times as many) and neurons (`mlp` times), and make copied layers new, at a fade of 0.
 
     Raises:
         ValueError: if λ of the model is being faded in, whose fade is not 0.
@@ -28,12 +30,12 @@ def mask_growth(model: Conversion, growth: Growth, *, new_layers: list[int], see
     origins: dict[str, Tensor] = {}
     config.fade = 0.0
     config.masked_layers = new_layers or None
-    if growth.signal is not None:
-        origins |= signal_origins(old, growth.signal, replicate=False)
-        config.num_attention_heads = growth.signal * old.num_signal_heads + old.num_noise_heads
-        config.masked_signal_heads = (growth.signal - 1) * old.signal_group_size
-    if growth.mlp is not None:
-        config.intermediate_size = growth.neurons(old.intermediate_size)
+    if signal is not None:
+        origins |= signal_origins(old, signal, replicate=False)
+        config.num_attention_heads = signal * old.num_signal_heads + old.num_noise_heads
+        config.masked_signal_heads = (signal - 1) * old.signal_group_size
+    if mlp is not None:
+        config.intermediate_size = grown_neurons(mlp, old.intermediate_size)
         config.masked_neurons = config.intermediate_size - old.intermediate_size
         origins |= neuron_origins(old.intermediate_size, config.masked_neurons)
     config.validate_architecture()

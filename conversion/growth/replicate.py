@@ -10,7 +10,7 @@ With W1 = W2 the replicas would have equal gradients for ever, so they differ by
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,33 +27,12 @@ PIECE = 1 << 20
 WIDENED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_noise_heads", "num_key_value_heads")
 
 
-@dataclass(frozen=True)
-class Replicas:
-    """How the features of one axis are replicated.
-
-    Attributes:
-        origin: The old feature of each new one.
-        copy: Which replica of that it is, from 0; the first counts as the old feature.
-        count: The largest number of replicas of a feature. Any feature has that many, or is not replicated.
-    """
-
-    origin: Tensor
-    copy: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, origin: Tensor) -> "Replicas":
-        """The replicas that these origins describe."""
-        copy = occurrences(origin)
-        return cls(origin, copy, int(copy.max()) + 1)
-
-
 def replicate_signal(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
     """Replicate each signal head (group-differentiated growth, arXiv 2510.06949); noise heads, keys and values stay."""
     config = copy.deepcopy(model.config)
     config.num_attention_heads = times * config.num_signal_heads + config.num_noise_heads
     origins = signal_origins(model.config, times, replicate=True)
-    return _replicated(model, config, origins, noise_std=noise_std, key="signal", seed=seed)
+    return _replicated(model, config, origins, times, noise_std=noise_std, key="signal", seed=seed)
 
 
 def replicate_width(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
@@ -62,22 +41,29 @@ def replicate_width(model: Conversion, times: int, *, noise_std: float, seed: in
     for name in WIDENED:
         setattr(config, name, times * getattr(config, name))
     origins = width_origins(model.config, times)
-    return _replicated(model, config, origins, noise_std=noise_std, key="width", seed=seed)
+    return _replicated(model, config, origins, times, noise_std=noise_std, key="width", seed=seed)
 
 
 def _replicated(
-    model: Conversion, config: GDAConfig, origins: dict[str, Tensor], *, noise_std: float, key: str, seed: int
+    model: Conversion,
+    config: GDAConfig,
+    origins: dict[str, Tensor],
+    times: int,
+    *,
+    noise_std: float,
+    key: str,
+    seed: int,
 ) -> Conversion:
-    """The model with these origins of its features. With the seed, `key` makes the noise of each operator its own."""
+    """The model with features replicated `times`. With the seed, `key` makes the noise of each operator its own."""
     config.validate_architecture()
-    replicas = {kind: Replicas.of(origin) for kind, origin in origins.items()}
 
     def noise(name: str, weight: Tensor) -> tuple[float, torch.Generator]:
         spread = deviation(weight) or config.initializer_range  # a constant weight gets the noise of a new one
         return noise_std * spread, generator_for(f"{key}:{name}", seed)
 
     recipes = {
-        name: _replicated_recipe(name, recipe, model.config, replicas, noise) for name, recipe in model.recipes.items()
+        name: _replicated_recipe(name, recipe, model.config, origins, times, noise)
+        for name, recipe in model.recipes.items()
     }
     return replace(model, config=config, recipes=recipes, kept=still_kept(dict(model.kept), origins))
 
@@ -86,14 +72,15 @@ def _replicated_recipe(
     name: str,
     recipe: Recipe,
     config: GDAConfig,
-    replicas: dict[str, Replicas],
+    origins: dict[str, Tensor],
+    times: int,
     noise: Callable[[str, Tensor], tuple[float, torch.Generator]],
 ) -> Recipe:
-    repeats: dict[int, Replicas] = {}
-    shares: dict[int, Replicas] = {}
+    repeats: dict[int, Tensor] = {}
+    shares: dict[int, Tensor] = {}
     for axis, kind in enumerate(axes_of(name)):
-        if kind in replicas:
-            (shares if reads(name, axis, config) else repeats)[axis] = replicas[kind]
+        if kind in origins:
+            (shares if reads(name, axis, config) else repeats)[axis] = origins[kind]
     if not repeats and not shares:
         return recipe
 
@@ -101,7 +88,7 @@ def _replicated_recipe(
         made = recipe.make(*tensors).to(recipe.spec.dtype)
         if not shares:
             for axis, rows in repeats.items():
-                made = made.index_select(axis, rows.origin)
+                made = made.index_select(axis, rows)
             return made
         ((axis, columns),) = shares.items()  # a tensor reads its last axis and writes the one before
         matrix = made if made.dim() == 2 else made[None]
@@ -109,17 +96,17 @@ def _replicated_recipe(
 
     shape = list(recipe.spec.shape)
     how, axes = [recipe.how], ("rows", "columns")
-    for axis, each in repeats.items():
-        shape[axis] = len(each.origin)
-        how.append(f"{axes[axis]} × {each.count}")
-    for axis, each in shares.items():
-        shape[axis] = len(each.origin)
-        how.append(f"{axes[axis]} shared out to {each.count} replicas")
+    for axis, origin in repeats.items():
+        shape[axis] = len(origin)
+        how.append(f"{axes[axis]} × {times}")
+    for axis, origin in shares.items():
+        shape[axis] = len(origin)
+        how.append(f"{axes[axis]} shared out to {times} replicas")
     return Recipe(TensorSpec(tuple(shape), recipe.spec.dtype), recipe.sources, make, "; ".join(how))
 
 
 def shared_out(
-    weight: Tensor, rows: Replicas | None, columns: Replicas, noise: float, generator: torch.Generator
+    weight: Tensor, rows: Tensor | None, columns: Tensor, noise: float, generator: torch.Generator
 ) -> Tensor:
     """Repeat the rows of a weight, and share each column out to its replicas so that they sum to it.
 
@@ -127,8 +114,8 @@ def shared_out(
 
     Args:
         weight: (out, in).
-        rows: How rows are repeated, each with its own noise; None keeps them.
-        columns: How columns are replicated.
+        rows: The old row of each new one, which has its own noise; None keeps the rows.
+        columns: The old column of each new one.
         noise: Standard deviation of the difference between replicas, before it is made to sum to zero. It is less
             where an entry is too small to hold it exactly: no share becomes twice as large.
         generator: Generator of the noise.
@@ -136,15 +123,17 @@ def shared_out(
     Returns:
         (new out, new in) in the dtype of `weight`.
     """
-    origin = torch.arange(len(weight)) if rows is None else rows.origin
-    made = torch.empty(len(origin), len(columns.origin), dtype=weight.dtype)
-    step = max(1, PIECE // (weight.shape[1] * columns.count))
+    origin = torch.arange(len(weight)) if rows is None else rows
+    share = occurrences(columns)
+    count = int(share.max()) + 1
+    made = torch.empty(len(origin), len(columns), dtype=weight.dtype)
+    step = max(1, PIECE // (weight.shape[1] * count))
     for begin in range(0, len(origin), step):
         piece = weight[origin[begin : begin + step]]
         drawn = None
         if noise > 0:
-            drawn = noise * torch.randn(columns.count, *piece.shape, generator=generator)
-        made[begin : begin + step] = split_exactly(piece, columns.count, drawn)[columns.copy, :, columns.origin].T
+            drawn = noise * torch.randn(count, *piece.shape, generator=generator)
+        made[begin : begin + step] = split_exactly(piece, count, drawn)[share, :, columns].T
     return made
 
 

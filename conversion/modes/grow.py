@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import LLAMALIKES
+from gda.conversion.growth import growth
 from gda.conversion.growth.depth import copy_positions, deepen
-from gda.conversion.growth.growth import Growth
 from gda.conversion.growth.masked import mask_growth
 from gda.conversion.growth.replicate import replicate_signal, replicate_width
 from gda.conversion.modes.expand import plan as expand
@@ -31,21 +31,24 @@ def plan(source: Source, options: GrowOptions) -> Conversion:
     Raises:
         ValueError: for growth that cannot be, naming the option, and for a source whose masked growth is unfinished.
     """
-    growth, seed = Growth.of(options), options.seed
+    options, seed = growth.checked(options), options.seed
     if in_masked_growth(source.config):
         raise ValueError(f"{source.name} is in masked growth; train it until its fade is 1, then grow it")
     start = (expand if source.config.model_type in LLAMALIKES else map_tensors)(source, options)
+    noise_std = options.noise_std
+    signal, width = (None if times is None else int(times) for times in (options.signal, options.width))
     layers = start.config.num_hidden_layers
-    copied = growth.copied_layers(layers)
+    copied = growth.copied_layers(options, layers)
     model = deepen(start, copied) if copied else start
-    if growth.masked:
-        model = mask_growth(model, growth, new_layers=copy_positions(layers, copied), seed=seed)
-    elif growth.signal is not None:
-        model = replicate_signal(model, growth.signal, noise_std=growth.noise_std, seed=seed)
-    if growth.width is not None:
-        model = replicate_width(model, growth.width, noise_std=growth.noise_std, seed=seed)
+    if options.masked:
+        new_layers = copy_positions(layers, copied)
+        model = mask_growth(model, signal=signal, mlp=options.mlp, new_layers=new_layers, seed=seed)
+    elif signal is not None:
+        model = replicate_signal(model, signal, noise_std=noise_std, seed=seed)
+    if width is not None:
+        model = replicate_width(model, width, noise_std=noise_std, seed=seed)
     notes = list(start.notes)
-    if growth.noise_std == 0 and (growth.signal or growth.width):
+    if noise_std == 0 and (signal or width):
         notes.append("--noise-std 0: replicas are equal and have equal gradients, so training will not tell them apart")
-    settings = {"growth": growth.to_dict()}
+    settings = {"growth": growth.settings(options)}
     return replace(model.in_order(), mode="grow", notes=notes, settings=settings, before=start)

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
-    if getattr(error, "told_elsewhere", False):
+    if getattr(error, "reported_elsewhere", False):
         sys.exit(code)  # another process of the same run prints it
     message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     typer.echo(f"gda: {' '.join(message.split())}", err=True)

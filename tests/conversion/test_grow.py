@@ -18,8 +18,9 @@ from torch import Tensor
 import gda
 from gda import GDAForCausalLM
 from gda.common.trainable import Trainable
-from gda.conversion.growth.growth import Growth
+from gda.conversion.growth.growth import copied_layers
 from gda.conversion.growth.replicate import split_exactly
+from gda.conversion.options import GrowOptions
 from gda.conversion.verify import VerificationFailed
 
 from ..support import naive
@@ -242,7 +243,7 @@ def test_a_single_lambda_init_stays_one(tmp_path: Path) -> None:
 )
 def test_copies_are_spread_evenly(layers: int, depth: int, copied: list[int]) -> None:
     """Also where the depth is no multiple, and where there are more copies than layers."""
-    assert Growth(depth=depth).copied_layers(layers) == copied
+    assert copied_layers(GrowOptions("source", "out", depth=depth), layers) == copied
 
 
 numbers = st.floats(-60000, 60000) | st.floats(-1e-7, 1e-7)
@@ -533,7 +534,7 @@ def test_what_the_folder_tells(tmp_path: Path) -> None:
     report = gda.grow(llama, tmp_path / "grown", signal=2, depth=4)
     made = json.loads((tmp_path / "grown" / "conversion.json").read_text())
     assert made["settings"]["mode"] == "grow"
-    assert made["settings"]["growth"] == report.growth.to_dict()
+    assert made["settings"]["growth"] == report.growth
     assert made["tensors"]["model.layers.1.self_attn.k_proj.weight"]["how"] == "of layer 0: copied"
     assert "shared out to 2 replicas" in made["tensors"]["model.layers.0.self_attn.o_proj.weight"]["how"]
     card = (tmp_path / "grown" / "README.md").read_text()

@@ -438,6 +438,7 @@ def history(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "options"), RUNS.values(), ids=RUNS)
 def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(
     model: str,
@@ -464,6 +465,7 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.slow
 def test_the_same_sequences_in_the_same_order(
     models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,6 +496,7 @@ def test_the_same_sequences_in_the_same_order(
     assert seen(tmp_path / "out", stop=passes) + seen(tmp_path / "out", resume=True) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c(
     number: int,
@@ -543,6 +546,7 @@ def test_another_teacher(models: Path, tmp_path: Path, interrupt: Callable[..., 
         train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher", resume=True)
 
 
+@pytest.mark.slow
 def test_killed_at_a_step(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
     """SIGKILL in step 4: the run resumes from step 2 and ends in the weights of an uninterrupted one."""
     short(models, "gda", tmp_path / "whole")
@@ -577,6 +581,7 @@ def test_killed_at_any_moment(models: Path, tmp_path: Path) -> None:
     assert resumed == {None, 2, 4}
 
 
+@pytest.mark.slow
 def test_torn_checkpoints_are_recognised(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
     """With a short or missing file, or without checkpoint.json, the one before is used and the damaged one removed."""
     partial = tmp_path / ".out.partial"
@@ -734,6 +739,7 @@ def test_what_is_not_finite_ends_a_run(
     gda.train(last, tmp_path / "next", data=models / "text.txt", **(SHORT | {"steps": 1, "learning_rate": 1e-4}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 2])
 def test_a_full_disk(after: int, models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
     """The kernel refuses larger files, as a quota would: one line of error; the last complete checkpoint is kept."""
@@ -868,6 +874,7 @@ def test_what_is_missing(models: Path, tmp_path: Path, command: Command) -> None
     refused(command(*arguments, "--report-to", "wandb"), "pip install wandb", tmp_path)
 
 
+@pytest.mark.slow
 def test_from_the_hub_and_to_it(models: Path, tmp_path: Path, hub: Any, command: Command) -> None:
     """MODEL may be a Hub id; --push-to-hub makes a private repository of OUT."""
     gda.push(models / "gda", "me/gda")

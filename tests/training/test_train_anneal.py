@@ -117,6 +117,7 @@ def test_it_is_saved_and_read(layout: str, tmp_path: Path) -> None:
     assert torch.equal(logits(empty.eval()), logits(model))
 
 
+@pytest.mark.slow
 def test_code_in_the_folder_anneals_too(tmp_path: Path) -> None:
     """Where the package is absent, the files beside the weights begin, go on and save."""
     model = model_of(lambda_type="tanh")
@@ -161,6 +162,7 @@ def test_what_cannot_be_is_refused() -> None:
     assert model.config.fade is None
 
 
+@pytest.mark.slow
 @each_layout
 @pytest.mark.parametrize("train", [False, True])
 def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
@@ -265,6 +267,7 @@ def test_the_callback_raises_it_by_optimizer_steps(accumulated: int, tmp_path: P
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model.eval()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 5])
 @pytest.mark.parametrize("read", ["made anew", "read from the checkpoint"])
 @pytest.mark.parametrize("restored", [False, True])

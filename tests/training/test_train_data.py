@@ -237,6 +237,7 @@ class Recorder(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_resumed_trainer_reads_on(streaming: bool, opened: Callable[..., Sequences], tmp_path: Path) -> None:
     """In the first epoch and in a later one: the batches of an unbroken run, in its order."""

@@ -179,6 +179,7 @@ class Counter(GDATrainer):
         return measuring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
 def test_it_changes_nothing_and_measures_only_where_it_logs(precision: dict[str, Any], tmp_path: Path) -> None:
     """Weights after training equal those without a log, under autocast too; 3 of 6 steps are measured."""

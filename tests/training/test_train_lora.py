@@ -130,6 +130,7 @@ def test_what_comes_out_is_plain(name: str, tmp_path: Path) -> None:
     assert merged(plain) is plain
 
 
+@pytest.mark.slow
 @each_model
 def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     """λ, annealing, updates and optimizer are equal; the checkpoint stores the progress of annealing."""

@@ -43,7 +43,7 @@ def test_the_page_holds_what_the_log_says(tmp_path: Path) -> None:
     with opened(path) as page:
         titles = page.eval_on_selector_all("h3", "all => all.map(one => one.textContent)")
         assert titles[:2] == ["Loss", "Learning rate"]
-        assert {"λ, a line a layer", "λ", "Subtracted share"} <= set(titles)
+        assert {"λ, by layer", "λ", "Subtracted share"} <= set(titles)
         drawn = json.loads(page.inner_text("#data") or page.evaluate("document.getElementById('data').textContent"))
         assert drawn["charts"][0]["series"][0] == {"name": "loss", "x": [10, 20, 30], "y": [3.9, 9.0, 3.7]}
         page.hover("#curves svg")

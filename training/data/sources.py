@@ -39,7 +39,7 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),  # the words "NA" and "null" are text
     ".json": ("json", {}),
 }
-# Endings by which a mistyped file name is told from the name of a dataset on the Hub.
+# Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
 OTHER_ENDINGS = (".gz", ".md", ".tsv", ".zst")
 ROWS_AT_ONCE = 1000
 

@@ -48,7 +48,7 @@ class Processes:
     def together(self, work: Callable[[], T]) -> T:
         """Call `work` in every process. If it fails in one, all raise its error.
 
-        In the others, the error has the attribute `told_elsewhere`: it is already reported.
+        In the others, the error has the attribute `reported_elsewhere`: it is already reported.
         """
         if self.count == 1:
             return work()
@@ -95,7 +95,7 @@ class Processes:
 
 def reported_elsewhere(error: Exception) -> Exception:
     """Mark an error as reported by another process, so that the command does not print it again."""
-    error.told_elsewhere = True  # type: ignore[attr-defined]
+    error.reported_elsewhere = True  # type: ignore[attr-defined]
     return error
 
 

@@ -22,8 +22,8 @@ for (const { title, lines, x, y } of data.maps) {
   const layers = rows.map((_, layer) => layer);
   if (lines) {
     const series = rows.map((row, layer) => ({ name: `layer ${layer}`, x, y: row, tint: shade(layer, depth) }));
-    const note = depth > 1 ? `one line a layer, from the first, the ${isDark() ? "darkest" : "lightest"}, to layer ${depth - 1}` : "";
-    const figure = lineChart(place, { title: `${title}, a line a layer`, xLabel: "step", series, legend: false, note });
+    const note = depth > 1 ? `one line per layer, from the ${isDark() ? "darkest" : "lightest"} for the first to layer ${depth - 1}` : "";
+    const figure = lineChart(place, { title: `${title}, by layer`, xLabel: "step", series, legend: false, note });
     redraws.push(() => figure.querySelectorAll("path.line").forEach((path, layer) => { path.style.stroke = shade(layer, depth); }));
   }
   heatMap(place, { title, values: rows, rows: layers, columns: x, rowLabel: "layer", columnLabel: "step", kind: title.includes("λ") ? "second" : "first" });

@@ -22,7 +22,7 @@ def grow(options: GrowOptions, as_json: JSON = False) -> None:
     """Grow a model: more signal heads, more layers, or wider.
 
     The grown model computes the same function and has more trainable parameters.
-    With --masked, new parts start from random weights behind a mask, which training raises from 0 to 1.
+    With --masked, new parts start from random weights, and training fades them in.
     Operators can be combined. OUT holds trainable.json, which names the new parameters.
     """
     from gda.conversion.grow import grow as function

@@ -1,0 +1,135 @@
+"""One Conversion per mode: what writing, verification and the card take, and how verification plans it again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gda
+from gda.conversion.conversion import Conversion
+from gda.conversion.modes.registry import MODES, plan, plan_again
+from gda.conversion.options import ConvertOptions, FoldOptions, GrowOptions
+from gda.conversion.sources.open import open_source
+from gda.conversion.writing.card import MODES as CARDS
+from gda.conversion.writing.provenance import read_settings
+
+from ..support.llamas import files_of, save_llama
+from ..support.relatives import save_motif
+from ..support.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with enough heads to divide, a Motif and a GDA model with a shared base."""
+    folder = tmp_path_factory.mktemp("models")
+    save_llama(folder / "llama")
+    save_motif(folder / "motif")
+    tiny_model(qk_rank=3).save_pretrained(folder / "shared")
+    return folder
+
+
+def test_each_mode_has_a_file_and_a_paragraph_of_the_card() -> None:
+    modes = Path(gda.conversion.modes.__file__).parent  # type: ignore[attr-defined]
+    assert all((modes / f"{name}.py").is_file() for name in MODES)
+    assert set(CARDS) == set(MODES)
+
+
+@pytest.mark.parametrize(
+    ("mode", "source", "options"),
+    [
+        ("expand", "llama", ConvertOptions("llama", "out", ratio=2)),
+        ("map", "motif", ConvertOptions("motif", "out")),
+        ("grow", "llama", GrowOptions("llama", "out", signal=2.0, depth=3)),
+        ("grow", "motif", GrowOptions("motif", "out", layers="0,0", width=2)),
+        ("fold", "shared", FoldOptions("shared", "out")),
+    ],
+)
+def test_a_mode_returns_its_conversion(mode: str, source: str, options: Any, models: Path) -> None:
+    """Its recipes read tensors of the source and make the tensors of its config; nothing is read yet."""
+    opened = open_source(models / source)
+    conversion = plan(mode, opened, options)
+    assert isinstance(conversion, Conversion)
+    assert conversion.mode == mode
+    assert conversion.lossless
+    assert list(conversion.in_order().recipes) == list(conversion.recipes)
+    assert {name for recipe in conversion.recipes.values() for name in recipe.sources} <= set(opened.specs)
+    assert (conversion.new_parameters is None) == (mode in ("map", "fold"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "source", "options", "named"),
+    [
+        ("expand", "motif", ConvertOptions("motif", "out"), "--mode map"),
+        ("split", "shared", ConvertOptions("shared", "out"), "--mode map"),
+        ("map", "llama", ConvertOptions("llama", "out"), "--mode expand or split"),
+        ("fold", "llama", FoldOptions("llama", "out"), "with qk_rank can be folded"),
+        ("expand", "llama", ConvertOptions("llama", "out", effort="fast"), "--effort is for --mode split"),
+        ("map", "motif", ConvertOptions("motif", "out", ratio=3), "--ratio is for a Llama"),
+        ("split", "llama", ConvertOptions("llama", "out", qk_rank=2), "--qk-rank goes with --mode split in two steps"),
+    ],
+)
+def test_a_mode_refuses_what_it_cannot_do(mode: str, source: str, options: Any, named: str, models: Path) -> None:
+    with pytest.raises(ValueError, match=named):
+        plan(mode, open_source(models / source), options)
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("llama", {"ratio": 2, "lambda_type": "tanh", "seed": 3, "dtype": "bfloat16"}),
+        ("motif", {"dtype": "float16"}),
+        ("llama", {"signal": 2, "layers": [1], "noise_std": 0.1, "seed": 3}),
+        ("motif", {"masked": True, "depth": 4, "mlp": 2}),
+    ],
+)
+def test_conversion_json_is_enough_to_plan_it_again(
+    source: str, options: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
+    """With the options that it was made with: the same tensors, made in the same way, and the same config."""
+    convert = gda.grow if options.keys() & {"signal", "depth"} else gda.convert
+    report = convert(models / source, tmp_path / "out", verify=False, bundle_code=False, **options)
+    settings = read_settings(tmp_path / "out")
+    assert settings is not None
+    again = plan_again(open_source(models / source), settings)
+    tensors = json.loads((tmp_path / "out" / "conversion.json").read_text())["tensors"]
+    assert {name: recipe.how for name, recipe in again.recipes.items()} == {
+        name: made["how"] for name, made in tensors.items()
+    }
+    assert again.config.to_dict() == report.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"mode": "implode"}, "unknown mode 'implode'"),
+        ({"mode": ["expand"]}, "unknown mode"),
+        ({"mode": "fold"}, "use full or layers"),
+        ({"mode": "map"}, "--mode map"),
+        ({"growth": {"signal": 2}}, "no growth"),
+        ({"growth": [2]}, "no growth"),
+    ],
+    ids=str,
+)
+def test_settings_that_describe_no_conversion_of_the_source(
+    changed: dict[str, Any], named: str, models: Path, tmp_path: Path
+) -> None:
+    """A conversion.json that was changed by hand ends in one line."""
+    gda.convert(models / "llama", tmp_path / "out", verify=False)
+    path = tmp_path / "out" / "conversion.json"
+    made = json.loads(path.read_text())
+    made["settings"] |= changed
+    path.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=named):
+        gda.verify(models / "llama", tmp_path / "out", method="tensors")
+
+
+def test_factors_are_the_same_with_several_workers(models: Path, tmp_path: Path) -> None:
+    """Threads that write different shards factorize different weights at the same time."""
+    options: dict[str, Any] = {"qk_rank": 3, "max_shard_size": "4KB", "verify": False, "bundle_code": False}
+    one = gda.convert(models / "llama", tmp_path / "one", **options)
+    several = gda.convert(models / "llama", tmp_path / "several", workers=4, **options)
+    assert one.num_files > 4
+    assert one.sha256 == several.sha256
+    weights = [name for name in files_of(tmp_path / "one") if name.endswith(".safetensors")]
+    assert len(weights) == one.num_files
