@@ -36,7 +36,8 @@ from gda import GDAForCausalLM, convert
 from gda.common.perplexity import perplexity
 from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
-from gda.conversion.sources.source import Source, open_source
+from gda.conversion.sources.open import open_source
+from gda.conversion.sources.source import Source
 from gda.conversion.split.calibration import read_calibration
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
 from gda.conversion.split.recipes import LAMBDAS, split_config, split_recipes

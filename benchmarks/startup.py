@@ -35,10 +35,8 @@ def python(statement: str) -> list[str]:
 
 # What is timed: a command, and the name of its peer.
 COMMANDS: dict[str, tuple[list[str], str]] = {
-    "import transformers": (python("import transformers"), "import transformers"),
-    "import gda": (python("import gda"), "import transformers"),
     "LlamaForCausalLM": (python("from transformers import LlamaForCausalLM"), "LlamaForCausalLM"),
-    "GDAForCausalLM": (python("from gda import GDAForCausalLM"), "LlamaForCausalLM"),
+    "import gda": (python("import gda"), "LlamaForCausalLM"),
     "hf --help": ([*HF, "--help"], "hf --help"),
     "gda --help": ([*GDA, "--help"], "hf --help"),
     "gda convert --help": ([*GDA, "convert", "--help"], "hf --help"),

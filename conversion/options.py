@@ -90,7 +90,7 @@ class NewHeadOptions(WriteOptions):
 
     noise_heads: int | None = option(
         None,
-        "Number of noise heads to add to a Llama, Mistral or Qwen, or to split off. Default: one for each KV head.",
+        "Number of noise heads that a Llama, Mistral or Qwen gets. Default: one for each KV head.",
         panel=NEW_HEADS,
         metavar="N",
     )
@@ -100,10 +100,10 @@ class NewHeadOptions(WriteOptions):
     lambda_type: Literal["reparameterized", "tanh", "sigmoid"] | None = option(
         None,
         "How λ is computed: reparameterized is one number per layer; tanh and sigmoid depend on the token. "
-        "sigmoid needs --mode split. Default: reparameterized.",
+        "sigmoid cannot start at 0 and is for splits only. Default: reparameterized.",
         panel=NEW_HEADS,
     )
-    seed: int = option(0, "Seed of the new weights.", panel=NEW_HEADS)
+    seed: int = option(0, "Seed of all random numbers.", panel=NEW_HEADS)
 
 
 @dataclass(frozen=True)

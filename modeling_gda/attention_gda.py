@@ -423,8 +423,8 @@ def _call(
         if mask is not None and mask.shape[1] > 1:  # one for each head
             mask = mask.reshape(batch, -1, groups, mask.shape[-1])
     output, maps = interface(module, query, key, value, mask, **kwargs)
-    wanted = kwargs.get("output_attentions") or module.config.output_attentions
-    if implementation != "eager" or not wanted:  # flex attention returns something else in their place
+    # Flex attention returns something else in the place of maps.
+    if implementation != "eager" or not (kwargs.get("output_attentions") or module.config.output_attentions):
         maps = None
     if packs:  # (B, H / G, G, d) and (B, G, H / G, T_kv)
         output = output.transpose(1, 2).reshape(batch, 1, heads, width)

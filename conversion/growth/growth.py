@@ -6,7 +6,6 @@ from typing import Any
 from gda.conversion.options import GrowOptions
 
 FIELDS = ("signal", "width", "depth", "layers", "noise_std", "masked", "mlp")
-DEFAULT_NOISE = 0.01
 # A larger factor is a typing error, and planning such a model alone would fill the memory.
 LARGEST_FACTOR = 1000
 
@@ -24,7 +23,7 @@ def checked(options: GrowOptions) -> GrowOptions:
         raise ValueError(f"nothing to grow by: give {operators}")
     if masked and width is not None:
         raise ValueError("--width replicates the whole model, which no mask can hide; omit --masked or --width")
-    if masked and options.noise_std != DEFAULT_NOISE:
+    if masked and options.noise_std != GrowOptions.noise_std:
         raise ValueError("--noise-std tells replicas apart, and --masked makes none")
     if options.mlp is not None and not masked:
         raise ValueError("--mlp adds new neurons, which only --masked can hide; --width replicates them")

@@ -1,11 +1,11 @@
-"""Attention maps as tensors, one layer in memory at a time, and what can be read from them.
+"""Attention maps as tensors, one layer in memory at a time, and statistics of them.
 
-A GDA layer draws S signal maps A_i and fewer noise maps; signal head i attends by A_i − λ_i · A_noise(i)
-(arXiv 2510.06949). A plain Llama-like layer draws signal maps only.
+A GDA layer computes S signal maps A_i and fewer noise maps, and signal head i attends by A_i − λ_i · A_noise(i)
+(arXiv 2510.06949). A Llama's layer has signal maps only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """The maps of one layer for one text of T tokens: what the tokens of Q rows, the last ones, attend to.
+    """The maps of one layer for one text of T tokens: the attention of its last Q tokens, the rows.
 
     Attributes:
-        layer: Counted from 0.
-        signal: (S, Q, T). Rows sum to 1.
-        noise: (M, Q, T), or None in a layer without noise heads. Rows sum to 1. Signal head i reads map
-            i // (S / M). M is the number of noise heads; where one serves several KV heads, a map for each of these.
+        layer: Index of the layer, from 0.
+        signal: Signal maps, (S, Q, T). Rows sum to 1.
+        noise: Noise maps, (M, Q, T), or None in a layer without noise heads. Rows sum to 1. Signal head i subtracts map
+            i // (S / M). M is the number of noise heads; a noise head that serves several KV heads has a map for each.
         lambda_: λ of each signal head and row in float32, (S, Q), or None.
     """
 
@@ -35,9 +36,9 @@ class LayerAttention:
 
     @cached_property
     def difference(self) -> torch.Tensor:
-        """A_i − λ_i · A_noise(i), (S, Q, T): what the layer's output is made with. Rows sum to 1 − λ.
+        """A_i − λ_i · A_noise(i), (S, Q, T), by which the layer attends. Rows sum to 1 − λ.
 
-        Without noise heads, the signal maps themselves.
+        Without noise heads, the signal maps.
         """
         if self.noise is None or self.lambda_ is None:
             return self.signal
@@ -46,7 +47,7 @@ class LayerAttention:
 
     @property
     def subtrahend(self) -> torch.Tensor:
-        """λ_i · A_noise(i), (S, Q, T); of a layer with noise heads."""
+        """λ_i · A_noise(i), (S, Q, T), of a layer with noise heads."""
         assert self.lambda_ is not None
         return self.lambda_.unsqueeze(-1) * self._noise_by_signal_head
 
@@ -67,20 +68,20 @@ Visit = Callable[[LayerAttention], None]
 
 @torch.no_grad()
 def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visit, *, first_row: int = 0) -> None:
-    """Run `model` over one text and hand each layer's maps to `visit` as soon as they are drawn, in the layers' order.
+    """Run `model` on one text and call `visit` with the maps of each layer as soon as they are computed.
 
-    Maps need memory for one layer: (2 S + M) · Q · T numbers, as long as `visit` keeps none. The eager backend draws
-    them, and replaces the model's own for the run; the model's own reads the rows before `first_row`.
+    If `visit` keeps no maps, those of one layer are in memory at a time: (2 S + M) · Q · T numbers. The eager backend
+    computes them and replaces the model's own backend during the run, which still reads the rows before `first_row`.
 
     Args:
-        model: A GDA model, of either layout and any λ, or one like Llama; with or without a head.
+        model: A GDA model of either layout with any λ, or a model like Llama, with or without a head.
         input_ids: Token ids (T,) or (1, T).
-        visit: Called once for each layer.
-        first_row: Leave out the rows before this token. They cost no maps then, which makes long texts cheap.
+        visit: Called once for each layer, in order.
+        first_row: First row of the maps. Earlier rows cost no maps, which makes long texts cheap.
 
     Raises:
-        ValueError: if the text is empty or more than one, `first_row` is none of its tokens, or the model's attention
-            cannot be read.
+        ValueError: if there is not exactly one text with tokens, `first_row` is not one of them, or the model's
+            attention cannot be read.
     """
     ids = _one_text(input_ids, first_row).to(model.device)
     modules = attention_modules(model)
@@ -94,10 +95,10 @@ def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visi
         cache = None
         if first_row:
             cache = DynamicCache(config=model.config)
-            _decoder(model)(ids[:, :first_row], None, None, cache, use_cache=True)  # its name depends on the release
-        with _eager(model), ExitStack() as recordings:
-            for module in modules:
-                recordings.enter_context(_recording(module, ids.shape[1], counting))
+            _decoder(model)(
+                ids[:, :first_row], None, None, cache, use_cache=True
+            )  # its name depends on the release of transformers
+        with _eager(model), _observed(modules, ids.shape[1], counting):
             _decoder(model)(ids[:, first_row:], None, None, cache, use_cache=cache is not None)
     if len(seen) != len(modules):
         raise ValueError(f"{type(model).__name__} gave the attention maps of {len(seen)} of its {len(modules)} layers")
@@ -107,18 +108,20 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
     """The attention module of each layer.
 
     Raises:
-        ValueError: if there is none, or they are differential in a way that is not GDA's.
+        ValueError: if there is none, or they are differential but not GDA's.
     """
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
     if not modules:
-        raise ValueError(f"{type(model).__name__} has no attention like Llama's (self_attn.o_proj); nothing to analyse")
+        raise ValueError(
+            f"{type(model).__name__} has no attention like Llama's (self_attn.o_proj), so there are no maps to read"
+        )
     if any(hasattr(module, "lambda_q1") and not is_differential(module) for module in modules):
-        raise ValueError(f"{type(model).__name__} is differential but no GDA model; convert it with `gda convert`")
+        raise ValueError(f"{type(model).__name__} is differential but not a GDA model; convert it with `gda convert`")
     return modules
 
 
 def is_differential(module: Any) -> bool:
-    """Whether an attention module is GDA's. (Remote code has classes of its own: names tell, not the class.)"""
+    """Whether an attention module is GDA's. (Its class does not tell: remote code has classes of its own.)"""
     return hasattr(module, "compute_lambda") and hasattr(module, "subtract")
 
 
@@ -127,12 +130,12 @@ def _one_text(input_ids: torch.Tensor, first_row: int) -> torch.Tensor:
     if ids.dim() != 2 or len(ids) != 1 or not ids.numel():
         raise ValueError(f"attention is read from one text, token ids (T,) or (1, T), not {tuple(input_ids.shape)}")
     if not 0 <= first_row < ids.shape[1]:
-        raise ValueError(f"first_row must be one of the text's {ids.shape[1]} tokens, and is {first_row}")
+        raise ValueError(f"first_row must be one of the text's {ids.shape[1]} tokens; got {first_row}")
     return ids
 
 
 def _decoder(model: PreTrainedModel) -> Callable[..., Any]:
-    return model.base_model  # the head's logits are of no use here
+    return model.base_model  # without the head, whose logits are not needed
 
 
 @contextmanager
@@ -147,7 +150,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """The only backend that draws maps."""
+    """Use the eager backend, the only one that returns maps."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -156,13 +159,22 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _recording(module: Any, length: int, visit: Visit) -> Any:
-    return (_recording_differential if is_differential(module) else _recording_plain)(module, length, visit)
-
-
 @contextmanager
-def _recording_differential(module: Any, length: int, visit: Visit) -> Iterator[None]:
-    """Have a layer subtract its attention maps, and read them off the subtraction."""
+def _observed(modules: Sequence[Any], length: int, visit: Visit) -> Iterator[None]:
+    """Within this context, call `visit` with the maps of each attention module."""
+    hooks = []
+    for module in modules:
+        observe = _observe_subtraction if is_differential(module) else _observe_attention
+        hooks += observe(module, length, visit)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _observe_subtraction(module: Any, length: int, visit: Visit) -> list[RemovableHandle]:
+    """Have a GDA layer subtract its attention maps, and read them from the inputs of the subtraction."""
 
     def ask_for_maps(_: Any, arguments: Any, options: dict[str, Any]) -> Any:
         return arguments, options | {"output_attentions": True}
@@ -174,32 +186,24 @@ def _recording_differential(module: Any, length: int, visit: Visit) -> Iterator[
         lambda_ = lambda_[0].T if lambda_.dim() > 1 else lambda_.expand(len(signal), signal.shape[1])
         visit(LayerAttention(module.layer_idx, _whole(signal, length), _whole(noise, length), lambda_))
 
-    hooks = [
+    return [
         module.register_forward_pre_hook(ask_for_maps, with_kwargs=True),
         module.subtract.register_forward_hook(read),
     ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-@contextmanager
-def _recording_plain(module: nn.Module, length: int, visit: Visit) -> Iterator[None]:
-    def listen(module: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+def _observe_attention(module: nn.Module, length: int, visit: Visit) -> list[RemovableHandle]:
+    """Read the maps from the output of an attention module without noise heads."""
+
+    def read(module: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         if output[1] is not None:
             visit(LayerAttention(module.layer_idx, _whole(output[1][0], length), None, None))
 
-    handle = module.register_forward_hook(listen)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return [module.register_forward_hook(read)]
 
 
 def _whole(maps: torch.Tensor, length: int) -> torch.Tensor:
-    """A cache with a sliding window has dropped what no row can see any more: (H, Q, ≤ T) → (H, Q, T)."""
+    """Add zeros for the tokens that the cache of a sliding window has dropped: (H, Q, ≤ T) → (H, Q, T)."""
     return nn.functional.pad(maps, (length - maps.shape[-1], 0))
 
 

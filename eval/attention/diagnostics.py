@@ -7,6 +7,7 @@ the signal maps, the noise maps and their difference, and for the maps of a base
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
+from statistics import mean
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.screen import shows_progress
-from gda.eval.attention.analysis import LayerAttention, attention_modules, row_entropy, row_shares, visit_attention
+from gda.eval.attention.analysis import LayerAttention, row_entropy, row_shares, visit_attention
 from gda.eval.tables import TextTable
 from gda.eval.tasks.needles import DEPTHS, NeedlePrompt, NeedleSettings, make_prompts
 from gda.eval.tasks.settings import read_settings, tokens_of
@@ -125,7 +126,7 @@ class DiagnosticsReport:
     def tables(self) -> list[TextTable]:
         """A table by depth and one by layer."""
         depth_rows = [
-            [kind, *(f"{cell.answer:.3f} / {cell.noise_context:.3f}" for cell in [*cells, _mean(cells)])]
+            [kind, *(f"{cell.answer:.3f} / {cell.noise_context:.3f}" for cell in [*cells, _mean_cell(cells)])]
             for kind, cells in self.by_depth.items()
         ]
         layer_rows = [
@@ -146,7 +147,7 @@ class DiagnosticsReport:
         return "" if lambda_ is None else f"{round(lambda_, 4) + 0.0:.4f}"  # + 0.0: no −0.0000
 
 
-def _mean(cells: Sequence[AttentionShares]) -> AttentionShares:
+def _mean_cell(cells: Sequence[AttentionShares]) -> AttentionShares:
     columns = zip(*(astuple(cell) for cell in cells), strict=True)
     return AttentionShares(*(sum(column) / len(cells) for column in columns))
 
@@ -185,27 +186,25 @@ def diagnose(
     settings = settings or PromptSettings()
     if not settings.depths:
         raise ValueError("depths is empty; name at least one")
-    texts = [
-        _Text.of(prompt, tokenizer, index)
-        for index, depth in enumerate(settings.depths)
-        for prompt in settings.prompts(depth, tokenizer)
-    ]
-    readings = [_Reading(each, len(settings.depths)) for each in (model, baseline) if each is not None]
-    for reading in readings:
-        reading.check(texts)
+    texts = [_Text.of(prompt, tokenizer) for depth in settings.depths for prompt in settings.prompts(depth, tokenizer)]
+    models = [model] if baseline is None else [model, baseline]
+    for each in models:
+        _check_fits(each, texts)
+    readings: list[list[_Reading]] = [[] for _ in models]
     for text in track(texts, "diagnosing", console=console, disable=not shows_progress(console)):
-        for reading in readings:
-            reading.add(text)
-    means = readings[0].means()
+        for each, of_model in zip(models, readings, strict=True):
+            of_model.append(_read(each, text))
+    means = _mean_shares(readings[0], len(settings.depths))
     if baseline is not None:
-        baseline_means = readings[1].means()
-        means["baseline"] = baseline_means.get("difference", baseline_means["signal"])
+        of_baseline = _mean_shares(readings[1], len(settings.depths))
+        means["baseline"] = of_baseline.get("difference", of_baseline["signal"])
+    lambdas = zip(*(reading.lambdas for reading in readings[0]), strict=True)  # by layer
     return DiagnosticsReport(
         settings=settings,
-        tokens=sum(text.first_row + 1 for text in texts) / len(texts),
+        tokens=mean(text.first_row + 1 for text in texts),
         by_layer={kind: [AttentionShares(*row) for row in cells.mean(0).tolist()] for kind, cells in means.items()},
         by_depth={kind: [AttentionShares(*row) for row in cells.mean(1).tolist()] for kind, cells in means.items()},
-        lambdas=readings[0].lambdas(),
+        lambdas=[None if None in layer else mean(layer) for layer in lambdas],
     )
 
 
@@ -217,17 +216,15 @@ class _Text:
         ids: (T,).
         first_row: The row that predicts the first token of the answer.
         answer, context: Masks (T,) of the tokens of `AttentionShares.answer` and `.noise_context`.
-        depth_index: Index of its depth.
     """
 
     ids: torch.Tensor
     first_row: int
     answer: torch.Tensor
     context: torch.Tensor
-    depth_index: int
 
     @classmethod
-    def of(cls, prompt: NeedlePrompt, tokenizer: PreTrainedTokenizerBase, depth_index: int) -> "_Text":
+    def of(cls, prompt: NeedlePrompt, tokenizer: PreTrainedTokenizerBase) -> "_Text":
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} cannot locate its tokens in the text; use a fast tokenizer")
         encoded = tokenizer(prompt.text + prompt.target, return_offsets_mapping=True, verbose=False)
@@ -243,60 +240,64 @@ class _Text:
         # The last token predicts what comes after the answer, so its row does not count.
         length, first_row = target[-1], target[0] - 1
         ids = torch.tensor(encoded["input_ids"])
-        return cls(ids[:length], first_row, answer[:length], context[:length], depth_index)
+        return cls(ids[:length], first_row, answer[:length], context[:length])
 
 
-class _Reading:
-    """Sums over the prompts for one model, by kind of map, depth and layer."""
-
-    def __init__(self, model: PreTrainedModel, num_depths: int):
-        self.model = model
-        self.num_layers = len(attention_modules(model))
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts = torch.zeros(num_depths)
-        self.lambda_sums: list[float | None] = [None] * self.num_layers
-
-    def check(self, texts: Sequence[_Text]) -> None:
-        name, config = type(self.model).__name__, self.model.config
-        longest, limit = max(len(text.ids) for text in texts), config.max_position_embeddings
-        if longest > limit:
-            raise ValueError(
-                f"a prompt with its answer has {longest} tokens, and {name} reads {limit}; choose a smaller length"
-            )
-        highest = max(int(text.ids.max()) for text in texts)
-        if highest >= config.vocab_size:
-            raise ValueError(
-                f"{name} has a vocabulary of {config.vocab_size} tokens, and a prompt holds the token id {highest}; "
-                "model and baseline must share one tokenizer"
-            )
-
-    def add(self, text: _Text) -> None:
-        visit_attention(self.model, text.ids, lambda maps: self._add_layer(maps, text), first_row=text.first_row)
-        self.counts[text.depth_index] += 1
-
-    def _add_layer(self, maps: LayerAttention, text: _Text) -> None:
-        self._add("signal", maps.signal, maps.layer, text)
-        if maps.noise is not None and maps.lambda_ is not None:
-            self._add("noise", maps.noise, maps.layer, text)
-            self._add("difference", maps.difference, maps.layer, text)
-            before = self.lambda_sums[maps.layer] or 0.0
-            self.lambda_sums[maps.layer] = before + maps.lambda_.mean().item()
-
-    def _add(self, kind: str, maps: torch.Tensor, layer: int, text: _Text) -> None:
-        shares = row_shares(maps).cpu()  # (H, Q, T)
-        measured = (
-            shares[..., text.answer].sum(dim=-1),
-            shares[..., text.context].sum(dim=-1),
-            shares[..., 0],
-            row_entropy(shares),
+def _check_fits(model: PreTrainedModel, texts: Sequence[_Text]) -> None:
+    """Raise ValueError unless the model reads texts of that length and has all of their token ids."""
+    name, config = type(model).__name__, model.config
+    longest, limit = max(len(text.ids) for text in texts), config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(
+            f"a prompt with its answer has {longest} tokens, and {name} reads {limit}; choose a smaller length"
         )
-        sums = self.sums.setdefault(kind, torch.zeros(len(self.counts), self.num_layers, len(measured)))
-        sums[text.depth_index, layer] += torch.stack([values.mean() for values in measured])
+    highest = max(int(text.ids.max()) for text in texts)
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"{name} has a vocabulary of {config.vocab_size} tokens, and a prompt holds the token id {highest}; "
+            "model and baseline must share one tokenizer"
+        )
 
-    def means(self) -> dict[str, torch.Tensor]:
-        """(depths, layers, measures) by kind of map."""
-        return {kind: sums / self.counts[:, None, None] for kind, sums in self.sums.items()}
 
-    def lambdas(self) -> list[float | None]:
-        texts = self.counts.sum().item()
-        return [None if total is None else total / texts for total in self.lambda_sums]
+@dataclass(frozen=True)
+class _Reading:
+    """The attention of one model in one text: `AttentionShares` (layers, 4) by kind of map, and λ of each layer."""
+
+    shares: dict[str, torch.Tensor]
+    lambdas: list[float | None]
+
+
+def _read(model: PreTrainedModel, text: _Text) -> _Reading:
+    shares: dict[str, list[torch.Tensor]] = {}
+    lambdas: list[float | None] = []
+
+    def visit(maps: LayerAttention) -> None:
+        kinds = {"signal": maps.signal}
+        if maps.noise is not None:
+            kinds |= {"noise": maps.noise, "difference": maps.difference}
+        for kind, tensor in kinds.items():
+            shares.setdefault(kind, []).append(_shares(tensor, text))
+        lambdas.append(None if maps.lambda_ is None else maps.lambda_.mean().item())
+
+    visit_attention(model, text.ids, visit, first_row=text.first_row)
+    return _Reading({kind: torch.stack(layers) for kind, layers in shares.items()}, lambdas)
+
+
+def _shares(maps: torch.Tensor, text: _Text) -> torch.Tensor:
+    """`AttentionShares` of the maps (H, Q, T) of one layer, (4,)."""
+    shares = row_shares(maps).cpu()
+    measured = (
+        shares[..., text.answer].sum(dim=-1),
+        shares[..., text.context].sum(dim=-1),
+        shares[..., 0],
+        row_entropy(shares),
+    )
+    return torch.stack([values.mean() for values in measured])
+
+
+def _mean_shares(readings: Sequence[_Reading], num_depths: int) -> dict[str, torch.Tensor]:
+    """Means over the texts of each depth, (depths, layers, 4) by kind of map."""
+    return {
+        kind: torch.stack([reading.shares[kind] for reading in readings]).unflatten(0, (num_depths, -1)).mean(1)
+        for kind in readings[0].shares
+    }

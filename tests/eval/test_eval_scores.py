@@ -112,7 +112,7 @@ def test_an_expansion_scores_what_its_source_scores(folder: Path) -> None:
 @pytest.mark.slow
 def test_expanded_smollm2_scores_what_smollm2_scores(folder: Path, tmp_path: Path) -> None:
     """Exactly, on BLiMP's own sentences if they are available."""
-    from gda.commands.demo import find_demo_model
+    from gda.conversion.demo import find_demo_model
 
     try:
         source = find_demo_model()

@@ -30,7 +30,7 @@ from transformers import DynamicCache
 FOLDERS, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 TOLERANCE = 1e-5
 NEW_TOKENS = 8
-RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CONVERTED = [path.parent.name for path in sorted(FOLDERS.glob("*/source"))]
 SHARED = [name for name in CONVERTED if name != "diffllama"]  # transformers' DiffLlama has no cache of a static size
 MODELS = [path.parent.name for path in sorted(FOLDERS.glob("*/model"))]
@@ -118,6 +118,13 @@ def check_logits() -> None:
 
 
 @torch.no_grad()
+class CacheOfThreeArguments(DynamicCache):
+    """A user's cache, whose `update` has the arguments that layers of transformers 5.4 to 5.23 pass."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        return super().update(key_states, value_states, layer_idx)
+
+
 def check_cache() -> None:
     """A text in two pieces gives the logits of the whole, under each name the release has for a cache."""
     known = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
@@ -126,7 +133,8 @@ def check_cache() -> None:
         for argument in ("past_key_values", "cache"):
             if argument == "cache" and argument not in known:
                 continue
-            kept = DynamicCache(config=model.config)
+            cache_class = CacheOfThreeArguments if (5, 4) <= RELEASE < (5, 24) else DynamicCache
+            kept = cache_class(config=model.config)
             pieces = [model(piece, use_cache=True, **{argument: kept}).logits for piece in ids.tensor_split([25], 1)]
             assert kept.get_seq_length() == ids.shape[1], f"{name}: {argument} holds {kept.get_seq_length()} tokens"
             same(torch.cat(pieces, 1), logits_of(name), f"{name}, {argument}")

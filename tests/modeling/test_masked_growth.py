@@ -698,7 +698,7 @@ def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
     done = command("grow", llama, tmp_path / "out", "--masked", "--signal", 2, "--mlp", 1.5, "--depth", 3)
     assert done.code == 0, done.error
     assert "(fade 0)" in done.out
-    assert "after layers 1; the new ones are 2" in done.out
+    assert "new layers 2, after layers 1" in done.out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "masked growth" in card
     assert "(fade 0)" in card
@@ -724,7 +724,7 @@ def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
 BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
     (("--masked",), "nothing to grow by: give --signal, --mlp or --depth"),
     (("--mlp", 1.5), "--mlp adds new neurons, which only --masked can hide"),
-    (("--masked", "--width", 2), "leave away --masked or --width"),
+    (("--masked", "--width", 2), "omit --masked or --width"),
     (("--masked", "--signal", 2, "--noise-std", 0.1), "--masked makes none"),
     (("--masked", "--signal", 1), "--signal 1 is not"),
     (("--masked", "--mlp", 1), "--mlp 1 is not more than 1"),
@@ -732,7 +732,7 @@ BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
     (("--masked", "--mlp", "nan"), "--mlp nan is not more than 1"),
     (("--masked", "--mlp", "inf"), "--mlp inf is not more than 1"),
     (("--masked", "--mlp", 1e300), "--mlp 1e+300 is more than 1000"),
-    (("--masked", "--mlp", 1.33), "--mlp 1.33 times the 40 neurons of the source is no whole number"),
+    (("--masked", "--mlp", 1.33), "--mlp 1.33 times the 40 neurons of the source is not a whole number"),
     (("--masked", "--depth", 2), "--depth 2 is not more than the 2 layers"),
 ]
 
