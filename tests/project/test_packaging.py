@@ -76,7 +76,7 @@ def run_on_load(parent: ast.AST) -> Iterator[ast.AST]:
     """The parts of a file that run when it is imported."""
     for node in ast.iter_child_nodes(parent):
         for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if not for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if not for_types:
             yield node
             yield from run_on_load(node)
 
