@@ -13,8 +13,8 @@ from gda.common.options import Options, argument, option
 Model = str | Path | Any
 
 TASKS, TEXT, MODEL, OUTPUT = "Tasks", "Text", "Model", "Output"
+MORE = "Perplexity and attention"
 DEFAULT_CONTEXT = 512  # tokens
-LARGEST_SEED = 2**32 - 1
 BATCH_SIZE = re.compile(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?")
 
 
@@ -45,11 +45,15 @@ class TaskOptions(Options):
         None, "Number of documents of each task, or a fraction of them if below 1. Default: all.", panel=TASKS
     )
     num_fewshot: int | None = option(
-        None, "Number of solved examples before each question. Default: the task's own number.", panel=TASKS
+        None, "Number of solved examples before each question. Default: the task's own number.", panel=TASKS, minimum=0
     )
     apply_chat_template: bool = option(False, "Format prompts with the tokenizer's chat template.", panel=TASKS)
     seed: int | None = option(
-        None, "Seed of lm-eval's random generators, which draw the examples. Default: lm-eval's seeds.", panel=TASKS
+        None,
+        "Seed of lm-eval's random generators, which draw the examples. Default: lm-eval's seeds.",
+        panel=TASKS,
+        minimum=0,
+        maximum=2**32 - 1,
     )
     metadata: dict[str, Any] | str | None = option(
         None,
@@ -70,12 +74,8 @@ class TaskOptions(Options):
         object.__setattr__(self, "metadata", _json_object(self.metadata))
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise ValueError(f"--limit {self.limit} is neither a number of documents nor a fraction below 1")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"--num-fewshot {self.num_fewshot} is negative")
         if not BATCH_SIZE.fullmatch(str(self.batch_size)):
             raise ValueError(f"--batch-size {self.batch_size} is neither a positive number nor auto")
-        if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
-            raise ValueError(f"--seed {self.seed} is not between 0 and {LARGEST_SEED}")
 
 
 @dataclass(frozen=True)
@@ -83,23 +83,22 @@ class EvaluateOptions(TaskOptions):
     """Options of `gda eval`: those of `gda.evaluate`, a baseline, and what else to measure."""
 
     baseline: Model | None = option(None, "Second model to evaluate with the same options.", panel=MODEL)
-    show_prompts: int = option(0, "Number of requests of each task to print, as text and token ids.", panel=TASKS)
-    perplexity: str | Path | None = option(
-        None, "Text file to measure the perplexity of.", panel="Perplexity and attention", metavar="FILE"
+    show_prompts: int = option(
+        0, "Number of requests of each task to print, as text and token ids.", panel=TASKS, minimum=0
     )
+    perplexity: str | Path | None = option(None, "Text file to measure the perplexity of.", panel=MORE, metavar="FILE")
     context: int | None = option(
         None,
         f"Tokens that the model reads at a time for --perplexity. Default: {DEFAULT_CONTEXT}.",
-        panel="Perplexity and attention",
+        panel=MORE,
+        minimum=1,
     )
     stride: int | None = option(
         None,
         "Tokens between the starts of these contexts. Default: --context, so that they do not overlap.",
-        panel="Perplexity and attention",
+        panel=MORE,
     )
-    diagnostics: bool = option(
-        False, "Measure how much attention goes to the answer in retrieval prompts.", panel="Perplexity and attention"
-    )
+    diagnostics: bool = option(False, "Measure how much attention goes to the answer in retrieval prompts.", panel=MORE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,12 +107,8 @@ class EvaluateOptions(TaskOptions):
         if self.perplexity is None and (self.context is not None or self.stride is not None):
             raise ValueError("--context and --stride belong to --perplexity; name its FILE")
         context = DEFAULT_CONTEXT if self.context is None else self.context
-        if context < 1:
-            raise ValueError(f"--context {context} is not a positive number of tokens")
         if self.stride is not None and not 0 < self.stride <= context:
             raise ValueError(f"--stride {self.stride} is not between 1 and the context of {context} tokens")
-        if self.show_prompts < 0:
-            raise ValueError(f"--show-prompts {self.show_prompts} is negative")
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ class AttentionOptions(Options):
     file: str | Path | None = option(
         None, "File with the text to read. Of a .jsonl file, the field text of each line.", panel=TEXT
     )
-    max_tokens: int = option(512, "Number of tokens to read at most.", panel=TEXT)
+    max_tokens: int = option(512, "Number of tokens to read at most.", panel=TEXT, minimum=1)
     baseline: Model | None = option(
         None, "Second model to compare with, such as the source of a conversion.", panel=MODEL
     )
@@ -140,17 +135,15 @@ class AttentionOptions(Options):
         "Layers whose maps are kept, separated by commas. Fewer layers leave room for finer maps. Default: all.",
         panel=OUTPUT,
     )
-    map_megabytes: float = option(36.0, "Largest size of all maps before compression, in megabytes.", panel=OUTPUT)
+    map_megabytes: float = option(
+        36.0, "Largest size of all maps before compression, in megabytes.", panel=OUTPUT, above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layers", _layer_numbers(self.layers))
         if (self.text is None) == (self.file is None):
             raise ValueError("name one text: --text TEXT or --file FILE")
-        if self.max_tokens < 1:
-            raise ValueError(f"--max-tokens {self.max_tokens} is less than 1")
-        if not 0 < self.map_megabytes < 1e6:
-            raise ValueError(f"--map-megabytes {self.map_megabytes} is not a size in megabytes, such as 36")
 
 
 def _task_names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -7,14 +7,14 @@ import numpy as np
 
 from gda.common.html import page
 from gda.eval.attention.analysis import AttentionArrays
+from gda.eval.attention.data import AttentionData, versions
 from gda.eval.attention.maps import LayerMaps, deflated
-from gda.eval.attention.report import AttentionReport, versions
 
 TEMPLATES = Path(__file__).parent / "templates"
 DIGITS = 6  # as many as float32 has
 
 
-def to_html(report: AttentionReport) -> str:
+def to_html(report: AttentionData) -> str:
     """The page as text. Names, tokens and texts are data in it, and are always shown as text."""
     layers = [_packed(report, layer) for layer in range(report.arrays.num_layers)]
     megabytes = sum(map(len, layers)) / 1e6
@@ -30,7 +30,7 @@ def to_html(report: AttentionReport) -> str:
     )
 
 
-def _facts(report: AttentionReport) -> list[tuple[str, str]]:
+def _facts(report: AttentionData) -> list[tuple[str, str]]:
     baseline = [] if report.baseline_name is None else [("baseline", report.baseline_name)]
     return [
         ("model", report.name),
@@ -40,7 +40,7 @@ def _facts(report: AttentionReport) -> list[tuple[str, str]]:
     ]
 
 
-def _packed(report: AttentionReport, layer: int) -> str:
+def _packed(report: AttentionData, layer: int) -> str:
     """Data of one layer: received and cancelled (G, T) in float32, then scales and levels of its maps."""
     arrays = report.arrays
     parts = [arrays.received[layer]]
@@ -50,7 +50,7 @@ def _packed(report: AttentionReport, layer: int) -> str:
     return deflated(*parts, *(maps.scales for maps in kept), *(maps.levels for maps in kept))
 
 
-def _data(report: AttentionReport) -> dict[str, Any]:
+def _data(report: AttentionData) -> dict[str, Any]:
     arrays = report.arrays
     return {
         "model": report.name,

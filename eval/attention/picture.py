@@ -12,8 +12,8 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 
 from gda.eval.attention.analysis import AttentionArrays
+from gda.eval.attention.data import AttentionData
 from gda.eval.attention.maps import unpack
-from gda.eval.attention.report import AttentionReport
 
 COLOURS = {"signal": "#0b65c2", "noise": "#b85c00", "difference": "#7b3fb0", "baseline": "#4c5661"}
 BLUE, ORANGE = ["#ffffff", "#549ad6", "#06265c"], ["#ffffff", "#eb9642", "#602800"]
@@ -22,7 +22,7 @@ TITLES = {"entropy": "entropy, nats", "first_token": "share on the first token",
 MOST_MAPS = 4
 
 
-def draw(report: AttentionReport, file: IO[bytes]) -> None:
+def draw(report: AttentionData, file: IO[bytes]) -> None:
     """Draw the picture and write it as PNG."""
     layer, group = _most_cancelling(report)
     maps = _maps(report, layer, group)
@@ -40,7 +40,7 @@ def draw(report: AttentionReport, file: IO[bytes]) -> None:
         figure.savefig(file, format="png")
 
 
-def _most_cancelling(report: AttentionReport) -> tuple[int, int]:
+def _most_cancelling(report: AttentionData) -> tuple[int, int]:
     """Layer and group that cancel most, among the layers whose maps are kept."""
     layers = list(report.plan.layers)
     if report.arrays.cancelled is None:
@@ -50,7 +50,7 @@ def _most_cancelling(report: AttentionReport) -> tuple[int, int]:
     return layers[int(index)], int(group)
 
 
-def _maps(report: AttentionReport, layer: int, group: int) -> list[tuple[str, np.ndarray]]:
+def _maps(report: AttentionData, layer: int, group: int) -> list[tuple[str, np.ndarray]]:
     found = []
     for kept in (report.maps.get(layer), report.baseline_maps.get(layer)):
         for index, kind in enumerate(kept.kinds if kept is not None else []):
@@ -67,7 +67,7 @@ def _maps(report: AttentionReport, layer: int, group: int) -> list[tuple[str, np
     return means
 
 
-def _by_layer(report: AttentionReport, figure: Any) -> None:
+def _by_layer(report: AttentionData, figure: Any) -> None:
     arrays = report.arrays
     axes = figure.subplots(1, 4 if arrays.lambda_ is not None else 3)
     if arrays.lambda_ is not None and arrays.cancelled is not None:

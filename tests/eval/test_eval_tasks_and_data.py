@@ -225,7 +225,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no output": (["--tasks", BLIMP, "--output", ""], "--output '' is not a folder"),
     "output below a file": (["--tasks", BLIMP, "--output", f"{__file__}/x"], "--output"),
     "context of nothing": (["--tasks", BLIMP, "--context", "64"], "--context and --stride belong to --perplexity"),
-    "dtype": (["--tasks", BLIMP, "--dtype", "int8"], "'int8' is not one of 'auto'"),
+    "dtype": (["--tasks", BLIMP, "--dtype", "int8"], "--dtype int8 is not one of auto"),
     "metadata": (["--tasks", "gda_copy", "--metadata", "{"], "--metadata { is not JSON"),
     "metadata list": (["--tasks", "gda_copy", "--metadata", "[1]"], "is not a JSON object"),
     "setting of a task": (["--tasks", "gda_copy", "--metadata", '{"length": -1}'], "gda_copy"),

@@ -57,14 +57,14 @@ def repository_files() -> list[Path]:
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="lists the files of a git repository")
 
 
-def imports(path: Path, *, on_load: bool = False) -> set[tuple[int, str]]:
+def imports(path: Path, *, for_types: bool = True) -> set[tuple[int, str]]:
     """(level, module) of every import in a file: (0, "gda.eval"), (1, "attention_gda").
 
-    `on_load` leaves out those inside functions and under `if TYPE_CHECKING:`.
+    Without `for_types`, those under `if TYPE_CHECKING:` are left out.
     """
     found = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in run_on_load(tree) if on_load else ast.walk(tree):
+    for node in ast.walk(tree) if for_types else walk_what_runs(tree):
         if isinstance(node, ast.Import):
             found |= {(0, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -72,17 +72,16 @@ def imports(path: Path, *, on_load: bool = False) -> set[tuple[int, str]]:
     return found
 
 
-def run_on_load(parent: ast.AST) -> Iterator[ast.AST]:
-    """The parts of a file that run when it is imported."""
+def walk_what_runs(parent: ast.AST) -> Iterator[ast.AST]:
+    """All parts of a file that run at some time, those inside functions too."""
     for node in ast.iter_child_nodes(parent):
-        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if not for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
             yield node
-            yield from run_on_load(node)
+            yield from walk_what_runs(node)
 
 
 def import_graph() -> dict[str, set[str]]:
-    """By module of the package, the modules of the package that are loaded with it."""
+    """By module of the package, the modules of the package that it imports, also inside functions."""
     files = {
         package if path.stem == "__init__" else f"{package}.{path.stem}": path
         for package, folder in package_folders().items()
@@ -91,7 +90,7 @@ def import_graph() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {module: set() for module in files}
     for module, path in files.items():
         package = module if path.stem == "__init__" else module.rpartition(".")[0]
-        for level, name in imports(path, on_load=True):
+        for level, name in imports(path, for_types=False):
             parents = package.split(".")
             full = ".".join([*parents[: len(parents) - level + 1], name]) if level else name
             # `from gda.eval import models` loads gda.eval.models, `from gda.eval.models import load` does too.
