@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY, CONTEXT, BATCH = 2048, 128, 8
-ARMS: dict[str, dict[str, Any]] = {"plain": {}, "annealed through 0.2": {"lambda_target": 0.2}}
 
 
 def prepare(out: Path, steps: int) -> None:
@@ -76,16 +75,20 @@ def main() -> None:
     parser.add_argument("--pretraining-steps", type=int, default=600, help="Steps of the Llama.")
     parser.add_argument("--steps", type=int, default=200, help="Steps of each copy; annealing takes half of them.")
     parser.add_argument("--seeds", type=int, default=3, help="Runs per arm.")
+    parser.add_argument("--target", type=float, default=0.2, help="Value that λ is annealed through.")
+    parser.add_argument("--lambda-learning-rate", type=float, default=5e-3, help="Peak learning rate of λ.")
     args = parser.parse_args()
+    annealing = {"lambda_target": args.target, "lambda_anneal_steps": args.steps // 2}
+    arms: dict[str, dict[str, Any]] = {"plain": {}, f"annealed through {args.target:g}": annealing}
     import gda
 
     begun = time.process_time()
-    prepare(args.out, args.pretraining_steps)
+    if not (args.out / "gda").is_dir():
+        prepare(args.out, args.pretraining_steps)
     print(f"prepared in {time.process_time() - begun:.0f} seconds of CPU", flush=True)
-    losses: dict[str, list[float]] = {name: [] for name in ARMS}
+    losses: dict[str, list[float]] = {name: [] for name in arms}
     for seed in range(args.seeds):
-        for name, options in ARMS.items():
-            annealing = options | ({"lambda_anneal_steps": args.steps // 2} if options else {})
+        for name, options in arms.items():
             report = gda.train(
                 args.out / "gda",
                 args.out / f"{name.replace(' ', '-')}-{seed}",
@@ -96,10 +99,10 @@ def main() -> None:
                 save_every=args.steps,
                 batch_size=BATCH,
                 learning_rate=5e-4,
-                lambda_learning_rate=5e-3,
+                lambda_learning_rate=args.lambda_learning_rate,
                 seed=seed,
                 overwrite=True,
-                **annealing,
+                **options,
             )
             losses[name].append(report.last_eval_loss)
             print(
