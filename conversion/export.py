@@ -96,9 +96,7 @@ def _require_exportable(source: Source) -> GDAConfig:
     if not isinstance(config, GDAConfig):
         raise ValueError(f"{source.name} is a {config.model_type!r} model, not a GDA model")
     if config.qk_rank is not None:
-        raise ValueError(
-            f"{source.name} has qk_rank={config.qk_rank}, which no format holds; `gda fold` makes it dense first"
-        )
+        raise ValueError(f"{source.name} has qk_rank={config.qk_rank}, which no format can hold; run `gda fold` first")
     if config.fade is not None:
         state = "is in masked growth" if in_masked_growth(config) else "is fading in λ"
         raise ValueError(f"{source.name} {state}, which no format can express; train it until its fade is 1")

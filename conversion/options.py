@@ -8,6 +8,7 @@ from typing import Literal
 from gda.common.options import Options, argument, option
 
 LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "New heads", "Split", "Growth"
+COMPARISON = "Comparison"
 OUTPUT, HUB = "Output", "Hub"
 
 
@@ -31,7 +32,7 @@ class BundleOptions(Options):
 
     bundle_code: bool = option(
         True,
-        "Save the model's code beside the weights: they load with trust_remote_code where gda is not installed.",
+        "Save the model's code beside the weights, to load them with trust_remote_code where gda is not installed.",
         panel=OUTPUT,
     )
 
@@ -55,12 +56,12 @@ class WriteOptions(ShardOptions, BundleOptions, RevisionOptions):
         True, "Compare the result with its source before it appears.", panel=OUTPUT, flag="--verify/--no-verify"
     )
     resume: bool = option(False, "Continue from the files that an interrupted run finished.", panel=OUTPUT)
-    dry_run: bool = option(False, "Check everything, write nothing.", panel=OUTPUT)
+    dry_run: bool = option(False, "Check everything, but write nothing.", panel=OUTPUT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if type(self.workers) is not int or self.workers < 1:
-            raise ValueError(f"--workers {self.workers!r} is not a whole number from 1 on")
+            raise ValueError(f"--workers {self.workers!r} is not a positive integer")
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,18 @@ class SplitOptions(WriteOptions):
 
     calibration: str | Path | None = option(
         None,
-        "Text to fit the split to: a text file, or .jsonl with a field `text`. Default: Python's documentation.",
+        "Calibration text: a text file, or .jsonl with a field `text`. Default: the documentation that comes with "
+        "Python.",
         panel=SPLIT,
         metavar="FILE",
     )
     calibration_tokens: int | None = option(
-        None, "Number of tokens to read from that text. Default: 65,536.", panel=SPLIT, metavar="N"
+        None, "Number of calibration tokens. Default: 65,536.", panel=SPLIT, metavar="N"
     )
     effort: Literal["fast", "default", "best"] | None = option(
         None,
-        "fast solves heads, λ and output projections in closed form; default also trains the attention on the source's "
-        "predictions for 80 steps, best for 320 steps. Default: default.",
+        "fast: choose heads, λ and output projections in closed form. default: then also train the attention on the "
+        "source's predictions for 80 steps. best: for 320 steps. Default: default.",
         panel=SPLIT,
     )
 
@@ -90,17 +92,17 @@ class NewHeadOptions(WriteOptions):
 
     noise_heads: int | None = option(
         None,
-        "Number of noise heads that a Llama, Mistral or Qwen gets. Default: one for each KV head.",
+        "Number of noise heads to give a Llama, Mistral or Qwen. Default: one per KV head.",
         panel=NEW_HEADS,
         metavar="N",
     )
     ratio: str | int | None = option(
-        None, "Signal heads for each noise head, 4 or 4:1, instead of --noise-heads.", panel=NEW_HEADS, metavar="R"
+        None, "Signal heads per noise head, such as 4 or 4:1. Pass this or --noise-heads.", panel=NEW_HEADS, metavar="R"
     )
     lambda_type: Literal["reparameterized", "tanh", "sigmoid"] | None = option(
         None,
-        "How λ is computed: reparameterized is one number per layer; tanh and sigmoid depend on the token. "
-        "sigmoid cannot start at 0 and is for splits only. Default: reparameterized.",
+        "How λ is computed. reparameterized: one λ per layer. tanh, sigmoid: one λ per token and signal head. sigmoid "
+        "cannot start at 0 and is only for splits. Default: reparameterized.",
         panel=NEW_HEADS,
     )
     seed: int = option(0, "Seed of all random numbers.", panel=NEW_HEADS)
@@ -111,11 +113,12 @@ class HubOptions(Options):
     """Options of pushing the result to the Hub."""
 
     push_to_hub: str | None = option(
-        None, "Push OUT to this repository, such as me/llama-gda.", panel=HUB, metavar="REPO"
+        None, "Push OUT to this repository, such as me/llama-gda. Default: no push.", panel=HUB, metavar="REPO"
     )
     private: bool | None = option(
         None,
-        "Create that repository as private or public. Default: as your account creates repositories.",
+        "Create the repository as private or public, and refuse an existing one that differs. Default: your account's "
+        "setting for new repositories.",
         panel=HUB,
         flag="--private/--public",
     )
@@ -123,7 +126,7 @@ class HubOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.private is not None and self.push_to_hub is None:
-            raise ValueError("--private and --public need --push-to-hub: they say how to create its repository")
+            raise ValueError("--private and --public have no effect without --push-to-hub")
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,15 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
     out: str | Path = argument("Folder to create.")
     mode: Literal["expand", "split", "map"] | None = option(
         None,
-        "expand adds noise heads to a Llama, Mistral or Qwen and is lossless; split turns some of its heads into noise "
-        "heads, which loses a little; map renames the tensors of a Motif or DiffLlama. Default: the lossless mode.",
+        "expand: add noise heads to a Llama, Mistral or Qwen, which is lossless. split: turn some of its heads into "
+        "noise heads, which is lossy. map: rename and reorder the tensors of a Motif or DiffLlama. Default: expand or "
+        "map, by the type of SOURCE.",
         panel=LAYOUT,
     )
     qk_rank: int | None = option(
         None,
-        "Store queries, and paired keys, as a base that the heads of a group share and an update of this rank for "
-        "each head. SOURCE may then be a GDA model. Default: dense projections.",
+        "Factor queries, and paired keys, into a base that the heads of a group share and an update of this rank per "
+        "head. SOURCE may also be a GDA model. Default: dense projections.",
         panel=LAYOUT,
         metavar="RANK",
     )
@@ -152,15 +156,15 @@ class GrowOptions(NewHeadOptions):
     """Options of `gda grow`."""
 
     model: str | Path = argument(
-        "Model to grow: a GDA model, or one that `gda convert` takes; a folder, a Hub id or a .gguf file."
+        "Model to grow, a GDA model or one that `gda convert` accepts: a folder, a Hub id or a .gguf file."
     )
     out: str | Path = argument("Folder to create.")
     signal: int | float | None = option(
-        None, "Replicas of each signal head: r:1 becomes M·r:1. Default: 1.", panel=GROWTH, metavar="M"
+        None, "Number of replicas of each signal head: r:1 becomes M·r:1. Default: 1.", panel=GROWTH, metavar="M"
     )
     depth: int | None = option(
         None,
-        "Number of layers of the result. The new layers are copies that add nothing yet. Default: as many as now.",
+        "Number of layers of the result. New layers are copies that have no effect at first. Default: no new layers.",
         panel=GROWTH,
         metavar="LAYERS",
     )
@@ -172,22 +176,25 @@ class GrowOptions(NewHeadOptions):
     )
     width: int | float | None = option(
         None,
-        "Factor on the hidden size, the MLP and the numbers of heads. Default: 1.",
+        "Factor by which the hidden size, the MLP and the numbers of heads grow. Default: 1.",
         panel=GROWTH,
         metavar="M",
     )
     masked: bool = option(
         False,
-        "Start new heads, neurons and layers from random weights, which training fades in.",
+        "Give new heads, neurons and layers random weights, which training fades in.",
         panel=GROWTH,
     )
     mlp: int | float | None = option(
-        None, "Factor on the number of neurons, such as 1.5; needs --masked. Default: 1.", panel=GROWTH, metavar="M"
+        None,
+        "Factor by which the neurons of the MLP grow, such as 1.5. Needs --masked. Default: 1.",
+        panel=GROWTH,
+        metavar="M",
     )
     noise_std: float = option(
         0.01,
-        "Standard deviation of the noise that tells replicas apart, relative to the weight's. It sums to zero over "
-        "the replicas, so no logit changes.",
+        "Standard deviation of the noise that makes replicas differ, relative to that of the weight. The noise sums to "
+        "zero over the replicas, so the logits stay the same.",
         panel=GROWTH,
     )
 
@@ -216,22 +223,25 @@ class VerifyOptions(RevisionOptions):
     """Options of `gda verify`."""
 
     source: str | Path = argument("Model that OUT was converted from: a folder, a Hub id or a .gguf file.")
-    out: str | Path = argument("Folder or Hub id of the converted model.")
+    out: str | Path = argument("Converted model: a folder or a Hub id.")
     method: Literal["auto", "full", "layers", "tensors"] = option(
         "auto",
-        "full runs both models; layers runs both with one layer in memory; tensors converts every tensor again and "
-        "compares bits; auto takes full if both models fit into a quarter of the free memory, else layers.",
+        "full: run both models. layers: run both with one layer in memory at a time. tensors: convert every tensor "
+        "again and compare bits. auto: full if both models fit into a quarter of the free memory, otherwise layers; "
+        "tensors if transformers cannot run the source.",
+        panel=COMPARISON,
     )
     threshold: float | None = option(
         None,
         "Largest relative |Δlogit| that passes. Default: 1e-5, or no limit after a lossy conversion.",
+        panel=COMPARISON,
         metavar="X",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
-            raise ValueError(f"--threshold {self.threshold} is not a number from 0 on")
+            raise ValueError(f"--threshold {self.threshold} is not a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -249,21 +259,21 @@ class PushOptions(BundleOptions):
     repo: str = argument("Repository on the Hub, owner/name or name; created if it doesn't exist.")
     private: bool | None = option(
         None,
-        "Require a private or a public repository, and create it as such. Default: as it is, or as your account "
-        "creates repositories.",
+        "Create the repository as private or public, and refuse an existing one that differs. Default: your account's "
+        "setting for new repositories.",
         panel=HUB,
         flag="--private/--public",
     )
     revision: str = option("main", "Branch to push to; created if it doesn't exist.", panel=HUB, metavar="BRANCH")
     message: str | None = option(None, "Title of the commit. Default: Upload FOLDER.", panel=HUB)
-    dry_run: bool = option(False, "Check the folder and list its files; send nothing.", panel=OUTPUT)
+    dry_run: bool = option(False, "Check the folder and list its files, but push nothing.", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
 class ServeOptions(Options):
     """Options of `gda serve`."""
 
-    model: str = argument("GDA model: a folder or a Hub id, with @REVISION if you like.")
+    model: str = argument("GDA model: a folder or a Hub id, optionally with @REVISION.")
 
 
 @dataclass(frozen=True)
@@ -271,5 +281,7 @@ class DemoOptions(ReplaceOptions):
     """Options of `gda demo`."""
 
     source: str | Path | None = option(
-        None, "Another Llama to demonstrate on. Default: SmolLM2-135M-Instruct.", panel=LAYOUT
+        None,
+        "Another Llama to convert: a folder, a Hub id or a .gguf file. Default: SmolLM2-135M-Instruct.",
+        panel=LAYOUT,
     )

@@ -123,7 +123,7 @@ def check_push(repo: str | None, private: bool | None) -> None:
     if repo is not None:
         check_name(repo)
     elif private is not None:
-        raise ValueError("--private and --public are about the repository of --push-to-hub, which is not given")
+        raise ValueError("--private and --public have no effect without --push-to-hub")
 
 
 def push_result(
@@ -177,7 +177,7 @@ def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
         provenance = read_json(files[PROVENANCE_FILE])
         generated = [model_card(config, name=name, made=provenance, has_code=has) for has in (True, False)]
         if provenance.get("sha256") != source.hashes():
-            notes.append(f"{PROVENANCE_FILE} describes other weights than these and is left out")
+            notes.append(f"{PROVENANCE_FILE} describes different weights and is not pushed")
             del files[PROVENANCE_FILE]
             provenance = None
         if CARD_FILE in files and files[CARD_FILE].read_text(encoding="utf-8") in generated:
@@ -185,7 +185,7 @@ def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
     if CARD_FILE not in files:
         write_text(scratch / CARD_FILE, model_card(config, name=name, made=provenance, has_code=has_code))
     elif notes:
-        notes.append(f"{CARD_FILE} is sent unchanged; check whether it describes these weights")
+        notes.append(f"{CARD_FILE} is pushed unchanged; check that it describes these weights")
     return notes
 
 
@@ -215,7 +215,7 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
     before = api.model_info(repo, revision=report.revision)
     if private is not None and before.private is not private:
         kind = "private" if before.private else "public"
-        raise ValueError(f"{repo} exists and is {kind}; change that on its page, or choose another name")
+        raise ValueError(f"{repo} exists and is {kind}; change this on its page, or choose another name")
     held = [file.rfilename for file in before.siblings or []]
     if CARD_FILE in held and not has_card:
         files = {name: path for name, path in files.items() if name != CARD_FILE}  # keep the edited card

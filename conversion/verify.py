@@ -102,7 +102,7 @@ class VerificationFailed(CheckFailed):
         elif report.different_tensors:
             reason = f"{len(report.different_tensors)} tensors differ, the first is {report.different_tensors[0]}"
         elif not _within(report.relative, report.threshold):
-            reason = f"relative |Δlogit| is {report.relative:.2e}, the threshold is {report.threshold:.0e}"
+            reason = f"relative |Δlogit| is {report.relative:.2e}, above the threshold of {report.threshold:.0e}"
         else:
             same = 100 * ((report.greedy_match or 0.0) + (report.greedy_ties or 0.0))
             reason = f"greedy text with a cache equals the source's for only {same:.0f} % of the prompts"
@@ -217,7 +217,9 @@ def _require_same_windows(source: Source, converted: Source) -> None:
 
 def _compare_tensors(source: Source, converted: FolderSource, settings: Settings | None) -> VerifyReport:
     if settings is None:
-        raise ValueError(f"--method tensors needs {PROVENANCE_FILE} in {converted.folder}: it says how they were made")
+        raise ValueError(
+            f"--method tensors needs {PROVENANCE_FILE} in {converted.folder}: it records how each tensor was made"
+        )
     planned = plan_again(source, settings)
     for name in COMPUTED_WITH:
         if getattr(converted.config, name) != getattr(planned.config, name):

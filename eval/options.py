@@ -50,7 +50,7 @@ class TaskOptions(Options):
     apply_chat_template: bool = option(False, "Format prompts with the tokenizer's chat template.", panel=TASKS)
     seed: int | None = option(
         None,
-        "Seed of lm-eval's random generators, which draw the examples. Default: lm-eval's seeds.",
+        "Seed of lm-eval's random generators, which choose the few-shot examples. Default: lm-eval's seeds.",
         panel=TASKS,
         minimum=0,
         maximum=2**32 - 1,
@@ -65,7 +65,7 @@ class TaskOptions(Options):
     batch_size: int | str = option(1, "Number of requests in a batch, or auto.", panel=MODEL)
     device: str | None = option(None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Data type to run the model in. auto is the checkpoint's.", panel=MODEL
+        "auto", "Data type to run the model in. auto: that of the checkpoint.", panel=MODEL
     )
 
     def __post_init__(self) -> None:
@@ -80,13 +80,15 @@ class TaskOptions(Options):
 
 @dataclass(frozen=True)
 class EvaluateOptions(TaskOptions):
-    """Options of `gda eval`: those of `gda.evaluate`, a baseline, and what else to measure."""
+    """Options of `gda eval`: those of `gda.evaluate`, a baseline, and further measurements."""
 
-    baseline: Model | None = option(None, "Second model to evaluate with the same options.", panel=MODEL)
+    baseline: Model | None = option(None, "Second model to evaluate with the same options. Default: none.", panel=MODEL)
     show_prompts: int = option(
-        0, "Number of requests of each task to print, as text and token ids.", panel=TASKS, minimum=0
+        0, "Number of requests per task to print, as text and token ids.", panel=OUTPUT, minimum=0
     )
-    perplexity: str | Path | None = option(None, "Text file to measure the perplexity of.", panel=MORE, metavar="FILE")
+    perplexity: str | Path | None = option(
+        None, "Text file to measure the perplexity of. Default: none.", panel=MORE, metavar="FILE"
+    )
     context: int | None = option(
         None,
         f"Tokens that the model reads at a time for --perplexity. Default: {DEFAULT_CONTEXT}.",
@@ -95,7 +97,8 @@ class EvaluateOptions(TaskOptions):
     )
     stride: int | None = option(
         None,
-        "Tokens between the starts of these contexts. Default: --context, so that they do not overlap.",
+        "Tokens from the start of one such context to the start of the next. Default: --context, so that they do not "
+        "overlap.",
         panel=MORE,
     )
     diagnostics: bool = option(False, "Measure how much attention goes to the answer in retrieval prompts.", panel=MORE)
@@ -119,24 +122,24 @@ class AttentionOptions(Options):
         ValueError: if a value is out of range, naming the option.
     """
 
-    model: Model = argument("Model to read the attention of: a folder, a Hub id or a .gguf file.")
+    model: Model = argument("Model whose attention is shown: a folder, a Hub id or a .gguf file.")
     text: str | None = option(None, "Text to read.", panel=TEXT)
     file: str | Path | None = option(
-        None, "File with the text to read. Of a .jsonl file, the field text of each line.", panel=TEXT
+        None, "File with the text to read: a text file, or .jsonl with a field `text`.", panel=TEXT
     )
-    max_tokens: int = option(512, "Number of tokens to read at most.", panel=TEXT, minimum=1)
+    max_tokens: int = option(512, "Largest number of tokens to read.", panel=TEXT, minimum=1)
     baseline: Model | None = option(
-        None, "Second model to compare with, such as the source of a conversion.", panel=MODEL
+        None, "Second model to compare with, such as the source of a conversion. Default: none.", panel=MODEL
     )
     device: str | None = option(None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL)
-    revision: str | None = option(None, "Branch, tag or commit of a Hub id.", panel=MODEL)
+    revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=MODEL)
     layers: str | Sequence[int] | None = option(
         None,
         "Layers whose maps are kept, separated by commas. Fewer layers leave room for finer maps. Default: all.",
         panel=OUTPUT,
     )
     map_megabytes: float = option(
-        36.0, "Largest size of all maps before compression, in megabytes.", panel=OUTPUT, above=0
+        36.0, "Limit on the size of all maps before compression, in megabytes.", panel=OUTPUT, above=0
     )
 
     def __post_init__(self) -> None:

@@ -137,7 +137,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         """
         target = self.config.lambda_target if lambda_target is None else float(lambda_target)
         if self.config.fade is None and target is None:
-            raise ValueError("nothing is faded in: give lambda_target, or grow the model with `gda grow --masked`")
+            raise ValueError("nothing is faded in: pass lambda_target, or grow the model with `gda grow --masked`")
         if not 0 <= value <= 1:
             raise ValueError(f"fade must be from 0 to 1, not {value!r}")
         if target is not None and not abs(target) < torch.finfo(torch.float32).max:

@@ -81,7 +81,7 @@ class Distillation:
             ValueError: if the teacher does not fit the student.
         """
         if is_deepspeed_zero3_enabled():
-            raise ValueError(f"--teacher {source} cannot be kept whole under DeepSpeed's ZeRO-3; use FSDP2")
+            raise ValueError(f"--teacher {source} does not work with DeepSpeed's ZeRO-3, which shards it; use FSDP2")
         opened = open_source(source)
         if not opened.can_run:
             raise ValueError(
@@ -90,7 +90,7 @@ class Distillation:
         _require_equal_shapes(source, opened.config, student.config, hidden_weight)
         theirs = opened.tokenizer()
         if tokenizer is not None and theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"--teacher {source} has another tokenizer than the model; it predicts other tokens")
+            raise ValueError(f"--teacher {source} has a different tokenizer than the model")
         # Where weights are sharded, all processes but the first would wait for weights that nobody sends.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             teacher = opened.load()

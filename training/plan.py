@@ -155,7 +155,7 @@ def _count_steps(settings: TrainSettings, sequences: Sequences, processes: int) 
     if settings.lambda_anneal_steps is not None and settings.lambda_anneal_steps > steps:
         raise ValueError(
             f"--lambda-anneal-steps {settings.lambda_anneal_steps} is above the {steps} steps of this run: "
-            "annealing would not end"
+            "λ would not be faded in completely"
         )
     return steps
 

@@ -77,7 +77,7 @@ class TrainReport:
             if not valid or not isinstance(report.notes, list) or not all(isinstance(n, str) for n in report.notes):
                 raise TypeError
         except TypeError:
-            raise ValueError(f"{folder}: training.json has no valid report; start anew with --overwrite") from None
+            raise ValueError(f"{folder}: training.json has no valid report; start over with --overwrite") from None
         return report
 
     def stored(self) -> dict[str, Any]:

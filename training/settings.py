@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from gda.common.options import Options, argument, flag, option
 
-DATA, LEARNING, STEPS = "Data", "What learns", "Steps and rates"
-LAMBDA, TEACHER, LOG = "λ", "Teacher", "Log, measurements and checkpoints"
+DATA, LEARNING, STEPS = "Data", "Trained parameters", "Steps and rates"
+LAMBDA, TEACHER, LOG = "λ", "Teacher", "Log, evaluation and checkpoints"
 OUTPUT, HUB = "Output", "Hub"
 
 
@@ -32,7 +32,7 @@ class TrainSettings(Options):
     )
     eval_data: tuple[str, ...] = option(
         (),
-        "Text to measure the loss on before, during and after training. May be repeated. Default: no measurement.",
+        "Text to measure the loss on before, during and after training. May be repeated. Default: none.",
         panel=DATA,
         metavar="FILE|DATASET",
     )
@@ -49,9 +49,9 @@ class TrainSettings(Options):
 
     train: Literal["new", "attention", "all", "lora"] = option(
         "all",
-        "Parameters to train. new: those that trainable.json of MODEL calls new, the others keep every bit; attention: "
-        "the attention layers; all: everything; lora: low-rank updates of the attention's projections, with λ and the "
-        "head norms in full.",
+        "Parameters to train. new: those that MODEL's trainable.json lists; all others stay the same bit for bit. "
+        "attention: the attention layers. all: all parameters. lora: low-rank updates of the attention's projections, "
+        "with λ and the head norms in full.",
         panel=LEARNING,
     )
     lora_rank: int = option(16, "Rank of the updates of --train lora.", panel=LEARNING, minimum=1)
@@ -62,7 +62,7 @@ class TrainSettings(Options):
         panel=LEARNING,
     )
     gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass: slower, but with less memory.", panel=LEARNING
+        False, "Recompute activations in the backward pass: slower, but uses less memory.", panel=LEARNING
     )
 
     steps: int | None = option(
@@ -77,7 +77,8 @@ class TrainSettings(Options):
     )
     schedule: Literal["linear", "cosine", "wsd", "constant"] = option(
         "cosine",
-        "Learning rate after the warmup. linear and cosine fall to 0; wsd stays and falls at the end; constant stays.",
+        "Learning rate after the warmup. linear, cosine: decays to 0. wsd: stays constant and decays to 0 at the end. "
+        "constant: stays constant.",
         panel=STEPS,
     )
     warmup: float = option(0.02, "Warmup as a fraction of the steps.", panel=STEPS, minimum=0, maximum=1)
@@ -92,10 +93,10 @@ class TrainSettings(Options):
         None, "Peak learning rate of the λ parameters. Default: --learning-rate.", panel=LAMBDA, above=0
     )
     lambda_target: float | None = option(
-        None, "Anneal λ from 0 through this value to the learned λ. Default: no annealing.", panel=LAMBDA
+        None, "Fade λ in: from 0, by way of this value, to the learned λ. Default: λ is not faded in.", panel=LAMBDA
     )
     lambda_anneal_steps: int | None = option(
-        None, "Steps of the annealing. Needed with --lambda-target.", panel=LAMBDA, minimum=1
+        None, "Number of steps over which λ is faded in. Required with --lambda-target.", panel=LAMBDA, minimum=1
     )
 
     teacher: str | None = option(
@@ -105,7 +106,7 @@ class TrainSettings(Options):
     )
     distill_weight: float = option(
         0.5,
-        "Weight of the teacher's predictions in the loss. The text has the rest.",
+        "Weight of the teacher's predictions in the loss; the loss on the text has the rest, 1 − weight.",
         panel=TEACHER,
         minimum=0,
         maximum=1,
@@ -119,7 +120,7 @@ class TrainSettings(Options):
         None, "Steps between log entries. Default: a twentieth of all steps.", panel=LOG, minimum=1
     )
     eval_every: int | None = option(
-        None, "Steps between measurements on --eval-data. Default: a tenth of all steps.", panel=LOG, minimum=1
+        None, "Steps between evaluations on --eval-data. Default: a tenth of all steps.", panel=LOG, minimum=1
     )
     save_every: int | None = option(
         None, "Steps between checkpoints. Default: a tenth of all steps.", panel=LOG, minimum=1
@@ -152,7 +153,7 @@ class TrainSettings(Options):
         if self.steps is not None and self.lambda_anneal_steps is not None and self.lambda_anneal_steps > self.steps:
             raise ValueError(
                 f"--lambda-anneal-steps {self.lambda_anneal_steps} is above --steps {self.steps}: "
-                "annealing would not end"
+                "λ would not be faded in completely"
             )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} add up to more than all steps")
@@ -188,27 +189,32 @@ def _as_names(given: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """Where a training run reads and writes, and what becomes of its result."""
+    """Where a training run reads from and writes to, and what is done with its result."""
 
     plot: bool = option(False, "Draw the log as OUT/training.html.", panel=LOG)
     resume: bool = option(False, "Continue from the last checkpoint of a run that did not finish.", panel=OUTPUT)
     overwrite: bool = option(False, "Replace OUT, and a run that did not finish, if they exist.", panel=OUTPUT)
     bundle_code: bool = option(
         True,
-        "Save the model's code beside the weights: they load with trust_remote_code where gda is not installed.",
+        "Save the model's code beside the weights, to load them with trust_remote_code where gda is not installed.",
         panel=OUTPUT,
     )
-    dry_run: bool = option(False, "Check everything and count tokens and steps, but write nothing.", panel=OUTPUT)
+    dry_run: bool = option(
+        False, "Check everything, count tokens, steps and parameters, but write nothing.", panel=OUTPUT
+    )
     push_to_hub: str | None = option(
-        None, "Push OUT to this repository. Default: nothing is pushed.", panel=HUB, metavar="REPO"
+        None, "Push OUT to this repository, such as me/llama-gda. Default: no push.", panel=HUB, metavar="REPO"
     )
     private: bool | None = option(
         None,
-        "The repository must be private or public. Default: the owner's setting for new repositories.",
+        "Create the repository as private or public, and refuse an existing one that differs. Default: your account's "
+        "setting for new repositories.",
         panel=HUB,
         flag="--private/--public",
     )
-    revision: str | None = option(None, "Branch, tag or commit of MODEL on the Hub. Default: main.", panel=HUB)
+    revision: str | None = option(
+        None, "Branch, tag or commit of MODEL on the Hub. Default: its main branch.", panel=HUB
+    )
 
 
 @dataclass(frozen=True)

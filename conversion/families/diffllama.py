@@ -76,7 +76,7 @@ def notes(config: PreTrainedConfig) -> list[str]:
     """What a DiffLlama's config has and GDA's does not."""
     if config.lambda_std_dev == DiffLlamaConfig().lambda_std_dev:
         return []
-    return [f"lambda_std_dev={config.lambda_std_dev}, used to initialize λ vectors, is left out"]
+    return [f"lambda_std_dev={config.lambda_std_dev}, used to initialize λ vectors, is dropped"]
 
 
 def required_fields(config: GDAConfig) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def notes(config: PreTrainedConfig) -> list[str]:
     """Which fields of a Motif's config were assumed or are left out."""
     notes = [f"config.json has no {name}; {ASSUMED[name]} is assumed" for name in config.assumed or []]
     if config.sliding_window is not None:
-        notes.append(f"sliding_window={config.sliding_window} is left out, since use_sliding_window is not set")
+        notes.append(f"sliding_window={config.sliding_window} is dropped, because use_sliding_window is not set")
     return notes
 
 

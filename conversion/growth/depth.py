@@ -54,5 +54,5 @@ def deepen(model: Conversion, copied: list[int]) -> Conversion:
 def _of_copy(recipe: Recipe, rest: str, origin: int) -> Recipe:
     if rest.startswith(ADDS_TO_THE_STREAM):
         make = partial(torch.zeros, recipe.spec.shape, dtype=recipe.spec.dtype)
-        return Recipe(recipe.spec, (), make, f"zero: this copy of layer {origin} adds nothing yet")
+        return Recipe(recipe.spec, (), make, f"zero: this copy of layer {origin} has no effect at first")
     return replace(recipe, how=f"of layer {origin}: {recipe.how}")

@@ -20,15 +20,15 @@ def checked(options: GrowOptions) -> GrowOptions:
     layers = _layer_list(options.layers)
     if signal is width is options.depth is layers is options.mlp is None:
         operators = "--signal, --mlp or --depth" if masked else "--signal, --depth or --width"
-        raise ValueError(f"nothing to grow by: give {operators}")
+        raise ValueError(f"nothing to grow: pass {operators}")
     if masked and width is not None:
-        raise ValueError("--width replicates the whole model, which no mask can hide; omit --masked or --width")
+        raise ValueError("--width replicates the whole model, which cannot be masked; omit --masked or --width")
     if masked and options.noise_std != GrowOptions.noise_std:
-        raise ValueError("--noise-std tells replicas apart, and --masked makes none")
+        raise ValueError("--noise-std applies to replicas, and --masked makes none; omit one of them")
     if options.mlp is not None and not masked:
-        raise ValueError("--mlp adds new neurons, which only --masked can hide; --width replicates them")
+        raise ValueError("--mlp adds new neurons, which needs --masked; use --width to replicate neurons")
     if not 0 <= options.noise_std < float("inf"):
-        raise ValueError(f"--noise-std {options.noise_std} is not a number from 0 on")
+        raise ValueError(f"--noise-std {options.noise_std} is not a finite number of at least 0")
     return replace(options, signal=_factor("--signal", signal), width=_factor("--width", width), layers=layers)
 
 
@@ -53,10 +53,11 @@ def copied_layers(options: GrowOptions, layers: int) -> list[int]:
     if named is None:
         copies = 0 if depth is None else depth - layers
         return [-(-(copy + 1) * layers // copies) - 1 for copy in range(copies)]
-    if not named or (wrong := [layer for layer in named if not 0 <= layer < layers]):
+    if not named:
+        raise ValueError("--layers names no layer")
+    if wrong := [layer for layer in named if not 0 <= layer < layers]:
         raise ValueError(
-            f"--layers {','.join(map(str, wrong)) if named else 'of none'} is not among the {layers} layers of the "
-            f"source, 0 to {layers - 1}"
+            f"--layers {','.join(map(str, wrong))} is not among the {layers} layers of the source, 0 to {layers - 1}"
         )
     if depth is not None and layers + len(named) != depth:
         raise ValueError(f"--layers names {len(named)} layers, but --depth {depth} adds {depth - layers}")
@@ -80,9 +81,9 @@ def grown_neurons(times: float, old: int) -> int:
 
 def _factor(option: str, times: int | float | None) -> int | None:
     if times is not None and times > LARGEST_FACTOR:
-        raise ValueError(f"{option} {times:g} is more than {LARGEST_FACTOR}; grow in steps if that is what you mean")
+        raise ValueError(f"{option} {times:g} is more than {LARGEST_FACTOR}; grow in several steps")
     if times is not None and not (times >= 2 and times == times // 1):
-        raise ValueError(f"{option} {times:g} is not a whole number from 2 on, as a number of replicas must be")
+        raise ValueError(f"{option} {times:g} is not a number of replicas: it must be an integer of at least 2")
     return None if times is None else int(times)
 
 

@@ -47,7 +47,7 @@ def requested_noise_heads(
     if ratio is None:
         return options.noise_heads
     if options.noise_heads is not None:
-        raise ValueError("--ratio and --noise-heads say the same in two ways; pass one of them")
+        raise ValueError("--ratio and --noise-heads set the same number; pass one of them")
     signal, _, noise = str(ratio).partition(":")
     if not signal.isdecimal() or noise not in ("", "1") or int(signal) < 1:
         raise ValueError(f"--ratio {ratio} is not a ratio such as 4 or 4:1")
@@ -63,7 +63,7 @@ def losses(source: Source, recipes: dict[str, Recipe], dtype: str) -> list[str]:
     if not is_lossless(recipes, source.specs):
         notes.append(f"weights are cast to {dtype}, which is not lossless")
     if config.attention_dropout:
-        notes.append(f"attention_dropout={config.attention_dropout} is left out: differential attention has no dropout")
+        notes.append(f"attention_dropout={config.attention_dropout} is ignored: differential attention has no dropout")
     if config.model_type in LLAMALIKES and (unread := unread_fields(config)):
-        notes.append(f"transformers' {type(config).__name__} has no {', '.join(unread)}; left out")
+        notes.append(f"transformers' {type(config).__name__} does not read {', '.join(unread)}; dropped")
     return notes

@@ -45,7 +45,7 @@ def plan(source: Source, options: NewHeadOptions) -> Conversion:
     Raises:
         ValueError: for options that do not apply, and for head counts or a λ type that cannot be.
     """
-    refuse(options, SPLIT_ONLY, "is for --mode split; the other modes lose nothing to fit")
+    refuse(options, SPLIT_ONLY, "is only for --mode split")
     heads, dtype = source.config.num_attention_heads, DTYPES[options.dtype]
     possible = listed(possible_noise_heads(heads, source.config.num_key_value_heads), heads)
     noise = requested_noise_heads(
@@ -105,7 +105,7 @@ def expanded_config(
         )
     if lambda_type == "sigmoid":
         raise ValueError(
-            "--lambda-type sigmoid cannot start equal to the source, since a sigmoid is never 0; "
+            "--lambda-type sigmoid cannot start equal to the source, because a sigmoid is never 0; "
             "use reparameterized or tanh"
         )
     return GDAConfig(

@@ -49,6 +49,6 @@ def plan(source: Source, options: GrowOptions) -> Conversion:
         model = replicate_width(model, width, noise_std=noise_std, seed=seed)
     notes = list(start.notes)
     if noise_std == 0 and (signal or width):
-        notes.append("--noise-std 0: replicas are equal and have equal gradients, so training will not tell them apart")
+        notes.append("--noise-std 0: replicas are equal and get equal gradients, so they stay equal during training")
     settings = {"growth": growth.settings(options)}
     return replace(model.in_order(), mode="grow", notes=notes, settings=settings, before=start)

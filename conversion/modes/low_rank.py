@@ -47,11 +47,11 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
             with the result.
     """
     if dense.config.qk_rank is not None:
-        raise ValueError(f"{source.name} has qk_rank={dense.config.qk_rank} already; `gda fold` makes it dense first")
+        raise ValueError(f"{source.name} has qk_rank={dense.config.qk_rank} already; run `gda fold` first")
     if not source.can_run:
         raise ValueError(
             f"--qk-rank: a {source.config.model_type} model cannot be run to compare it with the result; "
-            "convert it first, and then its GDA folder with --qk-rank"
+            "convert it first, then convert the result with --qk-rank"
         )
     config = copy.deepcopy(dense.config)
     config.qk_rank = rank
@@ -102,7 +102,9 @@ def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, R
         if factors is None:
             weight = dense[name].make(*tensors)
             if not torch.isfinite(weight).all():
-                raise ValueError(f"{name} holds NaN or infinity and cannot be factorized; does the source?")
+                raise ValueError(
+                    f"{name} is not finite and cannot be factorized; does the source hold NaN or infinity?"
+                )
             assert config.qk_rank is not None  # else there would be no such tensor
             factors = factor(weight, roles=roles, head_dim=config.head_dim, rank=config.qk_rank)
             last.clear()

@@ -21,11 +21,11 @@ def plan(source: Source, options: WriteOptions) -> Conversion:
         ValueError: for options that do not apply, and for a source that GDA cannot express.
     """
     kind, dtype, notes = source.config.model_type, DTYPES[options.dtype], []
-    refuse(options, SPLIT_ONLY, "is for --mode split; the other modes lose nothing to fit")
+    refuse(options, SPLIT_ONLY, "is only for --mode split")
     refuse(
         options,
         NEW_HEADS_ONLY,
-        f"is for a Llama, Mistral or Qwen: {source.name}, a {kind} model, has its noise heads and λ",
+        f"is only for a Llama, Mistral or Qwen; {source.name} is a {kind} model and already has noise heads and λ",
     )
     if isinstance(source.config, GDAConfig):
         config = same_config(source.config, dtype)

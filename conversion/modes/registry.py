@@ -87,5 +87,5 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
     try:
         options = mode.options(source.name, "", **given, **(settings.growth or {}))
     except TypeError:
-        raise ValueError(f"{PROVENANCE_FILE} holds no growth that is known here: {settings.growth}") from None
+        raise ValueError(f"{PROVENANCE_FILE} holds an unknown growth: {settings.growth}") from None
     return plan(settings.mode, source, options)

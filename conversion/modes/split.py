@@ -48,7 +48,11 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         config=config,
         recipes=recipes,
         lossless=False,
-        notes=["heads are divided, which is not lossless", *losses(source, recipes, options.dtype), *expected],
+        notes=[
+            "some heads become noise heads, which is not lossless",
+            *losses(source, recipes, options.dtype),
+            *expected,
+        ],
         settings={"split": splitter.settings()},
         kept={"query": signal_queries(config)},
         new=(LAMBDA, SOLVED),

@@ -37,8 +37,7 @@ def split_options(heads: int, kv_heads: int) -> str:
     possible = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible_noise_heads(heads, kv_heads))
     if not possible:
         return (
-            f"signal and noise heads share a KV head, but {heads} query heads over {kv_heads} KV heads share none; "
-            "--mode expand adds noise heads"
+            f"each of the {kv_heads} KV heads has only one of the {heads} query heads; --mode expand adds noise heads"
         )
     return f"possible for --noise-heads: {possible}"
 

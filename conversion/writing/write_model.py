@@ -1,4 +1,4 @@
-"""Writing the folder of a converted model: weights, configuration, tokenizer, checks, provenance and card."""
+"""Write the folder of a converted model: weights, configuration, tokenizer, checks, provenance and card."""
 
 import shutil
 from dataclasses import asdict, dataclass, field, replace

@@ -75,7 +75,7 @@ def attention(
         same_depth = len(attention_modules(other.model)) == shape.layers
         baseline = _read(other, ids, shape.groups, plan if same_depth else None, baseline_maps, options, console)
         if not same_depth:
-            notes.append(f"{baseline.name} has another number of layers than {model.name}; its maps are omitted")
+            notes.append(f"{baseline.name} has a different number of layers than {model.name}; its maps are omitted")
     return AttentionReport(
         name=model.name,
         baseline_name=baseline.name if baseline else None,
@@ -147,7 +147,8 @@ def _open(
         source = open_source(place, revision)
         if not source.can_run:
             raise ValueError(
-                f"{place} is a {source.config.model_type}, which transformers cannot run; `gda convert` it first"
+                f"{place} is a {source.config.model_type}, which transformers cannot run; convert it with "
+                "`gda convert` first"
             )
         tokenizer = tokenizer or source.tokenizer()
         if tokenizer is None:
@@ -185,7 +186,9 @@ def _encode(opened: _Opened, text: str, text_name: str, max_tokens: int) -> tupl
 def _check_same_tokens(opened: _Opened, text: str, ids: list[int]) -> None:
     config = opened.model.config
     if max(ids) >= config.vocab_size or opened.tokenizer(text, verbose=False)["input_ids"][: len(ids)] != ids:
-        raise ValueError(f"{opened.name} has other tokens for this text; model and baseline must share one tokenizer")
+        raise ValueError(
+            f"{opened.name} has different tokens for this text; model and baseline must share one tokenizer"
+        )
     if len(ids) > (longest := int(config.max_position_embeddings)):
         raise ValueError(f"{opened.name} reads {longest} tokens, and the text has {len(ids)}; lower --max-tokens")
 

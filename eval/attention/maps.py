@@ -118,7 +118,7 @@ class MapPlan:
         if not self.heads and heads > 1:
             reductions.append(f"signal and difference maps are the mean over the {heads} signal heads of a group")
         if self.pool > 1:
-            reductions.append(f"every value of a map is the mean over {self.pool} × {self.pool} tokens")
+            reductions.append(f"each value of a map is the mean over {self.pool} × {self.pool} tokens")
         return reductions
 
 

@@ -71,7 +71,7 @@ def _by_layer(report: AttentionData, figure: Any) -> None:
     arrays = report.arrays
     axes = figure.subplots(1, 4 if arrays.lambda_ is not None else 3)
     if arrays.lambda_ is not None and arrays.cancelled is not None:
-        axes[0].plot(arrays.lambda_.mean(axis=1), color=COLOURS["noise"], label="λ, mean of the heads")
+        axes[0].plot(arrays.lambda_.mean(axis=1), color=COLOURS["noise"], label="λ, mean over heads")
         cancelled = arrays.cancelled.sum(axis=-1).mean(axis=1)
         axes[0].plot(cancelled, color=COLOURS["difference"], label="share cancelled")
         axes[0].set_title("λ and the share it cancels")

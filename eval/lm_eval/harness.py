@@ -53,7 +53,7 @@ class _CompleteOnly:
 
     def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         model, info = self.auto_class.from_pretrained(*args, **kwargs, output_loading_info=True)
-        for kind, problem in (("missing_keys", "has no"), ("mismatched_keys", "has another shape of")):
+        for kind, problem in (("missing_keys", "has no"), ("mismatched_keys", "has a different shape for")):
             if names := sorted(map(str, info[kind])):
                 others = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise ValueError(f"the checkpoint {problem} {names[0]}{others}, which its config.json requires")

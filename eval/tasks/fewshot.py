@@ -87,7 +87,7 @@ class FewShotSettings:
         require_integer("samples", self.samples, 1)
         require_integer("data_seed", self.data_seed, 0)
         if self.arrangement not in ARRANGEMENTS:
-            raise ValueError(f"`arrangement` must be one of {ARRANGEMENTS}, and is {self.arrangement!r}")
+            raise ValueError(f"`arrangement` must be one of {ARRANGEMENTS}; got {self.arrangement!r}")
 
 
 def make_documents(settings: FewShotSettings) -> list[dict[str, Any]]:

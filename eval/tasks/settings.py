@@ -57,13 +57,13 @@ def require_integer(name: str, value: Any, low: int, high: int | None = None) ->
     limits = f"at least {low}" if high is None else f"from {low} to {high}"
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
-        raise ValueError(f"`{name}` must be an integer, {limits}, and is {value!r}")
+        raise ValueError(f"`{name}` must be an integer, {limits}; got {value!r}")
 
 
 def require_share(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be a number from 0 to 1, and is {value!r}")
+        raise ValueError(f"`{name}` must be a number from 0 to 1; got {value!r}")
 
 
 def token_counter(metadata: Mapping[str, Any]) -> CountTokens:

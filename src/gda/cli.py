@@ -23,9 +23,9 @@ from gda.commands.app import app, is_main_process
 from gda.common.errors import CheckFailed
 
 INTERRUPTED = 130
-# What an interrupted command is followed by. The others just start again.
-GO_ON = dict.fromkeys(("convert", "fold", "grow", "train"), "; the same command with --resume goes on")
-GO_ON["push"] = "; the same command goes on"
+# How to continue an interrupted command. The others start over.
+GO_ON = dict.fromkeys(("convert", "fold", "grow", "train"), "; run the same command with --resume to continue")
+GO_ON["push"] = "; run the same command again to continue"
 
 
 def main() -> None:

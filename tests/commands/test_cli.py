@@ -282,7 +282,7 @@ def test_what_inspect_tells(models: Path, command: Command) -> None:
     for part, number in report.parameters.items():
         assert (part in outcome.out) == (number > 0), part
     assert f"{report.num_parameters:,}" in outcome.out
-    assert f"{report.kv_cache_bytes_per_token:,} bytes a token (its source: " in outcome.out
+    assert f"{report.kv_cache_bytes_per_token:,} bytes per token (source: " in outcome.out
     assert "0 in every layer" in outcome.out
 
 

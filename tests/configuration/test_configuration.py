@@ -213,7 +213,7 @@ BROKEN_RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"fade": float("nan"), "lambda_target": 0.2}, "fade", "from 0 to 1"),
     ({"fade": "half"}, "fade", "expected"),
     *(
-        ({name: value}, name, "must be None where fade is")
+        ({name: value}, name, "must be None if fade is")
         for name, value in (
             ("masked_signal_heads", 1),
             ("masked_neurons", 1),

@@ -112,7 +112,7 @@ def test_every_tensor_is_kept_as_it_is(dtype: torch.dtype, tmp_path: Path) -> No
     assert all(before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in before)
     assert report.verification is not None
     assert (report.verification.method, report.verification.passed) == ("tensors", True)
-    assert "nothing was run" in (tmp_path / "gda" / "README.md").read_text()
+    assert "the models were not run" in (tmp_path / "gda" / "README.md").read_text()
     made = json.loads((tmp_path / "gda" / "conversion.json").read_text())
     assert made["settings"]["mode"] == "map"
     assert {tensor["how"] for tensor in made["tensors"].values()} == {"copied"}
@@ -295,7 +295,7 @@ def test_what_only_a_llama_is_asked_is_refused_with_a_reason(
     outcome = command("convert", save_motif(tmp_path / "motif"), tmp_path / "gda", *option)
     assert outcome.code == 2
     assert outcome.error.startswith(
-        f"gda: {option[0]} is for a Llama, Mistral or Qwen: motif, a motif model, has its noise heads"
+        f"gda: {option[0]} is only for a Llama, Mistral or Qwen; motif is a motif model and already has noise heads"
     )
     assert os.listdir(tmp_path) == ["motif"]
 
@@ -328,7 +328,7 @@ def test_a_window_that_is_not_used_is_left_out_aloud(tmp_path: Path) -> None:
     report = gda.convert(
         save_motif(tmp_path / "motif", sliding_window=4096, use_sliding_window=False), tmp_path / "gda"
     )
-    assert any("sliding_window=4096 is left out" in note for note in report.notes)
+    assert any("sliding_window=4096 is dropped" in note for note in report.notes)
     assert report.config.sliding_window is None
 
 

@@ -343,7 +343,7 @@ def test_ranks_that_cannot_be(kind: str, rank: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({}, "'gda' model already"),
+        ({}, "already a GDA model"),
         ({"qk_rank": 2, "ratio": 3}, "--ratio"),
         ({"qk_rank": 2, "mode": "expand"}, "--mode"),
     ],

@@ -353,7 +353,7 @@ def test_a_deepened_model_grows_on(tmp_path: Path) -> None:
 def test_no_noise_is_said(tmp_path: Path) -> None:
     """Where there are replicas; copies of layers need none."""
     source = saved(tmp_path / "source")
-    assert "will not tell them apart" in grow(source, tmp_path / "out", width=2, noise_std=0, dry_run=True).notes[0]
+    assert "stay equal during training" in grow(source, tmp_path / "out", width=2, noise_std=0, dry_run=True).notes[0]
     assert grow(source, tmp_path / "out", depth=4, noise_std=0, dry_run=True).notes == []
 
 
@@ -461,7 +461,7 @@ def test_the_choices_of_an_expansion(tmp_path: Path) -> None:
     report = grow(llama, tmp_path / "grown", signal=2, ratio="4:1")
     assert (report.before.signal_noise_ratio, report.config.signal_noise_ratio) == (4, 8)
     for options in ({"ratio": 4}, {"noise_heads": 1}, {"lambda_type": "tanh"}):
-        with pytest.raises(ValueError, match="is for a Llama"):
+        with pytest.raises(ValueError, match="is only for a Llama"):
             grow(tmp_path / "grown", tmp_path / "out", depth=3, **options)
 
 
@@ -597,11 +597,11 @@ def test_casting_is_said_to_be_lossy(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({}, "nothing to grow by"),
-    "signal 1": ({"signal": 1}, "--signal 1 is not a whole number from 2 on"),
+    "nothing": ({}, "nothing to grow"),
+    "signal 1": ({"signal": 1}, "--signal 1 is not a number of replicas"),
     "signal 1.5": ({"signal": 1.5}, "--signal 1.5 is not"),
     "width 0": ({"width": 0}, "--width 0 is not"),
-    "width 1.5": ({"width": 1.5}, "--width 1.5 is not a whole number"),
+    "width 1.5": ({"width": 1.5}, "--width 1.5 is not a number of replicas"),
     "width nan": ({"width": float("nan")}, "--width nan is not"),
     "width inf": ({"width": float("inf")}, "--width inf is more than 1000"),
     "signal beyond measure": ({"signal": 10**30}, "--signal 1e+30 is more than 1000"),
@@ -610,7 +610,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "as many layers": ({"depth": 3}, "--depth 3 is not more"),
     "layers beyond": ({"layers": [1, 3]}, "--layers 3 is not among the 3 layers"),
     "layers below": ({"layers": [-1]}, "--layers -1 is not among"),
-    "no layers": ({"layers": []}, "--layers of none"),
+    "no layers": ({"layers": []}, "--layers names no layer"),
     "layers and depth": ({"layers": [1], "depth": 5}, "--layers names 1 layers, but --depth 5 adds 2"),
     "noise": ({"signal": 2, "noise_std": -1.0}, "--noise-std -1.0 is not"),
     "endless noise": ({"signal": 2, "noise_std": float("nan")}, "--noise-std nan is not"),
@@ -649,7 +649,7 @@ def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:
     assert "3:1, 3 layers" in dry.out
     assert "6:1, 5 layers" in dry.out
     assert "layers copied: 1, 2; the copies are 2, 4" in dry.out
-    assert "nothing was (--dry-run)" in dry.out
+    assert "nothing was written (--dry-run)" in dry.out
     assert os.listdir(tmp_path) == ["source"]
     done = command("grow", source, tmp_path / "grown", "--layers", "0,2", "--width", 2, "--json")
     assert done.code == 0, done.error

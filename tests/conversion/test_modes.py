@@ -106,8 +106,8 @@ def test_conversion_json_is_enough_to_plan_it_again(
         ({"mode": ["expand"]}, "unknown mode"),
         ({"mode": "fold"}, "use full or layers"),
         ({"mode": "map"}, "--mode map"),
-        ({"growth": {"signal": 2}}, "no growth"),
-        ({"growth": [2]}, "no growth"),
+        ({"growth": {"signal": 2}}, "unknown growth"),
+        ({"growth": [2]}, "unknown growth"),
     ],
     ids=str,
 )

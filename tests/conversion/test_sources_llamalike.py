@@ -281,8 +281,8 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", "qwen3", head_dim=8, attention_dropout=0.1)
     change_config(source, logit_scale=0.5, rope_ratio=2)
     notes = "\n".join(gda.convert(source, tmp_path / "gda").notes)
-    assert "attention_dropout=0.1 is left out" in notes
-    assert "Qwen3Config has no logit_scale, rope_ratio; left out" in notes
+    assert "attention_dropout=0.1 is ignored" in notes
+    assert "Qwen3Config does not read logit_scale, rope_ratio; dropped" in notes
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -519,7 +519,7 @@ def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp
     )
     assert told.code == 0, told
     assert told.error == ""
-    assert "note: heads are divided, which is not lossless" in told.out
+    assert "note: some heads become noise heads, which is not lossless" in told.out
     assert f"lossy: perplexity on {report.split.held_out_tokens:,} held-out tokens of text.txt" in told.out
     for value in (report.split.perplexity_source, report.split.perplexity_closed_form, report.split.perplexity):
         assert f"{value:.3f}" in told.out
@@ -551,7 +551,7 @@ def test_json_and_dry_run(llama: Path, tmp_path: Path, command: Command) -> None
     assert list(tmp_path.iterdir()) == []
     shown = command(*arguments, "--dry-run")
     assert shown.code == 0
-    assert "nothing was (--dry-run)" in shown.out
+    assert "nothing was written (--dry-run)" in shown.out
     done = command(*arguments, "--json", "--no-verify")
     assert done.code == 0
     told = json.loads(done.out)

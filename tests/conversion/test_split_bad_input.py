@@ -156,7 +156,7 @@ def test_a_source_that_is_not_finite(
 @pytest.mark.parametrize(
     ("changes", "options", "named"),
     [
-        (VARIANTS["mha"], (), ("4 query heads over 4 KV heads", "--mode expand")),
+        (VARIANTS["mha"], (), ("4 KV heads has only one of the 4 query heads", "--mode expand")),
         (VARIANTS["mha"], ("--ratio", "1:1"), ("4 query heads", "--mode expand")),
         ({}, ("--ratio", "4:1"), ("--ratio 4:1", "2 (1:1)")),
         ({}, ("--ratio", "3:1"), ("--mode split", "2 (1:1)")),
@@ -210,7 +210,7 @@ def test_a_gda_model_is_none_to_split(llama: Path, refused: Callable[..., None],
     import gda
 
     gda.convert(llama, tmp_path / "expanded", verify=False)
-    refused(named=("'gda' model already",), source=tmp_path / "expanded")
+    refused(named=("already a GDA model",), source=tmp_path / "expanded")
 
 
 def test_out_is_checked_before_anything_is_read(llama: Path, command: Command, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_notes_say_what_was_reduced(folder: Path) -> None:
         "2 of 3 layers",
     ):
         assert note in told
-    assert re.search(r"deep has another number of layers than gda", told)
+    assert re.search(r"deep has a different number of layers than gda", told)
     assert (sorted(found.maps), found.baseline_maps, len(found.tokens)) == ([0, 2], {}, 20)
     for note in found.notes:
         assert note in found.to_html()
@@ -263,7 +263,7 @@ def test_the_command_writes_page_picture_and_json(folder: Path, tmp_path: Path, 
     assert f"wrote {page}" in outcome.error
     again = command(*arguments)
     assert again.code == 2
-    assert again.error == f"gda: {page} exists; choose another place or pass --overwrite\n"
+    assert again.error == f"gda: {page} already exists; choose another path or pass --overwrite\n"
     assert command(*arguments, "--overwrite").out.startswith(f"wrote {page} (0.")
     assert sorted(path.name for path in page.parent.iterdir()) == ["a.html"]
 

@@ -722,8 +722,8 @@ def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
 
 
 BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
-    (("--masked",), "nothing to grow by: give --signal, --mlp or --depth"),
-    (("--mlp", 1.5), "--mlp adds new neurons, which only --masked can hide"),
+    (("--masked",), "nothing to grow: pass --signal, --mlp or --depth"),
+    (("--mlp", 1.5), "--mlp adds new neurons, which needs --masked"),
     (("--masked", "--width", 2), "omit --masked or --width"),
     (("--masked", "--signal", 2, "--noise-std", 0.1), "--masked makes none"),
     (("--masked", "--signal", 1), "--signal 1 is not"),

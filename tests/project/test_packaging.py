@@ -1,4 +1,4 @@
-"""The distribution: what is packaged, what a wheel holds, and the rules that keep the rooms apart."""
+"""The distribution: what is packaged, what a wheel holds, and the rules of imports between packages."""
 
 import ast
 import importlib.metadata
@@ -24,7 +24,7 @@ NOT_PACKAGED = {"tests", "benchmarks", "docs", "build", "dist"}
 REMOTE_CODE = ["configuration", "modeling_gda"]
 BRIDGE = "configuration_gda.py"
 # Dependencies point one way: configuration ← modeling_gda ← conversion ← training, eval beside training, and
-# src/gda/commands on top. Every room may import src/gda/common, which imports no room.
+# src/gda/commands on top. Every package may import src/gda/common, which imports none of them.
 ABOVE_CONVERSION = {"training", "eval", "commands", "cli"}
 MAY_NOT_IMPORT = {
     "configuration": {"modeling_gda", "conversion"} | ABOVE_CONVERSION,
@@ -174,7 +174,7 @@ def test_remote_code_imports_only_what_transformers_has(room: str) -> None:
 
 @pytest.mark.parametrize("room", MAY_NOT_IMPORT)
 def test_dependencies_point_one_way(room: str) -> None:
-    """No room imports one that is built on it, not even inside a function."""
+    """No package imports one that is built on it, not even inside a function."""
     if not (ROOT / room).is_dir():
         pytest.skip("not built yet")
     paths = list((ROOT / room).rglob("*.py"))

@@ -270,7 +270,7 @@ def test_bad_models_and_places(models: Path, tmp_path: Path, command: Command) -
 
     refused(run(tmp_path / "none"), "does not exist", tmp_path)
     refused(run(models / "llama"), "gda convert", tmp_path)
-    refused(run(models / "gda", models / "gda" / "inner"), "choose another place", tmp_path)
+    refused(run(models / "gda", models / "gda" / "inner"), "choose another folder", tmp_path)
     refused(run(models / "gda", tmp_path), "exists", tmp_path)
     gda.convert(save_llama(tmp_path / "bare", tokenizer=False), tmp_path / "bare-gda", verify=False)
     refused(run(tmp_path / "bare-gda"), "no tokenizer", tmp_path)
@@ -513,7 +513,7 @@ def test_ctrl_c(
     interrupt(2, number=number)
     outcome = command(*arguments)
     assert (outcome.code, outcome.out) == (130, "")
-    assert outcome.error == "gda: interrupted; the same command with --resume goes on\n"
+    assert outcome.error == "gda: interrupted; run the same command with --resume to continue\n"
     assert (tmp_path / "out" / "mine").read_text() == "mine"
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     monkeypatch.undo()
@@ -621,7 +621,7 @@ def test_only_the_same_run_is_resumed(
         assert files_of(tmp_path / ".out.partial") == kept
         return outcome.error
 
-    assert "holds step 2 of an unfinished run; continue it with --resume, or start anew with --overwrite" in said()
+    assert "holds step 2 of an unfinished run; continue it with --resume, or start over with --overwrite" in said()
     told = said("--resume", "--learning-rate", 1e-3)
     assert "started with --learning-rate 0.01, not with --learning-rate 0.001" in told
     assert "started with no --eval-data, not with --eval-data" in said("--resume", "--eval-data", models / "text.txt")
@@ -687,7 +687,7 @@ def test_a_checkpoint_is_a_model(models: Path, tmp_path: Path, interrupt: Callab
     checkpoint = tmp_path / ".out.partial" / "checkpoint-3"
     assert AutoTokenizer.from_pretrained(checkpoint)("the").input_ids
     assert tensors_of(checkpoint)["lm_head.weight"].dtype == torch.float32
-    with pytest.raises(ValueError, match="choose another place"):
+    with pytest.raises(ValueError, match="choose another folder"):
         gda.train(checkpoint, tmp_path / "out", data=models / "text.txt", overwrite=True, **SHORT)
     gda.train(checkpoint, tmp_path / "next", data=models / "text.txt", **(SHORT | {"steps": 2}))
     dtypes = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "gda").items()}

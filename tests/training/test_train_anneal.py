@@ -152,7 +152,7 @@ def test_a_classifier_and_copies_follow() -> None:
 def test_what_cannot_be_is_refused() -> None:
     """A value beyond, no target, a target that is no number."""
     model = model_of()
-    with pytest.raises(ValueError, match="give lambda_target"):
+    with pytest.raises(ValueError, match="pass lambda_target"):
         model.set_fade(0.5)
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="from 0 to 1"):

@@ -222,7 +222,7 @@ def test_a_teacher_is_loaded_in_float32(tmp_path: Path) -> None:
 
 
 def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
-    """No model, another vocabulary, another depth or width with --hidden-weight, another tokenizer."""
+    """No model, another vocabulary, another depth or width with --hidden-weight, different tokenizer."""
     llama = str(save_llama(tmp_path / "llama", num_hidden_layers=3))
     gda.convert(llama, tmp_path / "gda", verify=False)
     model = gda.GDAForCausalLM.from_pretrained(tmp_path / "gda")
@@ -240,5 +240,5 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
             Distillation.load(llama, other, weight=W, hidden_weight=hidden_weight)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<one more>"])
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(ValueError, match="different tokenizer"):
         Distillation.load(llama, model, weight=W, tokenizer=tokenizer)

@@ -160,7 +160,7 @@ def test_a_tiny_batch_is_learned_by_heart(layout: str, lambda_type: str) -> None
 
 def test_attention_dropout_is_refused_by_name() -> None:
     """Dropout of attention maps has no definition here: the config says which field, and why, also when set late."""
-    with pytest.raises(ValueError, match=r"attention_dropout.*define no dropout.*0\.1"):
+    with pytest.raises(ValueError, match=r"attention_dropout.*defines no dropout.*0\.1"):
         tiny_config(attention_dropout=0.1)
     config = tiny_config()
     config.attention_dropout = 0.1

@@ -112,8 +112,8 @@ class FadeCallback(TrainerCallback, ExportableState):
         if self.lambda_target is None:
             if config.fade is None:
                 raise ValueError(
-                    "FadeCallback: the model has no fade, so there is nothing to fade in; `gda grow --masked` adds "
-                    "parts to fade in, and lambda_target fades in λ"
+                    "FadeCallback: the model has no fade, so there is nothing to fade in; grow it with "
+                    "`gda grow --masked`, or pass lambda_target"
                 )
         elif config.fade and config.lambda_target != self.lambda_target:
             raise ValueError(

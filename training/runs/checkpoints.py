@@ -109,7 +109,7 @@ def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
     except Exception as error:  # torch has no common error for damaged files
         raise ValueError(
             f"--resume: {checkpoint} is damaged ({first_line(error)}); remove it to resume from the checkpoint "
-            "before it, or start anew with --overwrite"
+            "before it, or start over with --overwrite"
         ) from None
 
 

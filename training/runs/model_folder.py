@@ -38,7 +38,7 @@ def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
     model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):
-            raise ValueError(f"{folder}: weights and config.json do not fit, {kind.replace('_', ' ')}: {names[0]}")
+            raise ValueError(f"{folder}: weights and config.json do not match, {kind.replace('_', ' ')}: {names[0]}")
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     before = {name: getattr(torch, dtype) for name, dtype in dtypes_before_training(folder).items() if name in dtypes}
     return model.float(), dtypes | before

@@ -24,7 +24,7 @@ from gda.training.settings import TrainSettings
 TRAINING_FILE = "training.json"
 LOG_FILE = "training_log.jsonl"
 DATA_FOLDER = "data"
-START_ANEW = "start anew with --overwrite"
+START_ANEW = "start over with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RunIdentity:
         if (name := self.settings.first_difference(settings)) is not None:
             raise ValueError(
                 f"--resume: the run was started with {_as_flag(name, settings.get(name))}, not with "
-                f"{_as_flag(name, getattr(self.settings, name))}; pass the same, or {START_ANEW}"
+                f"{_as_flag(name, getattr(self.settings, name))}; pass the same value, or {START_ANEW}"
             )
         if (processes := begun.get("processes")) != self.processes:
             raise ValueError(

@@ -32,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 progress_console = Console(stderr=True)
+LAST_PANELS = ("Perplexity and attention", "Output", "Hub")  # of `--help`
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", metavar="", rich_help_panel="Output")]
 
@@ -46,7 +47,7 @@ def _print_version(wanted: bool) -> None:
 def _options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", metavar="", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -72,8 +73,8 @@ def command(
 
         run.__doc__ = function.__doc__
         parameters = [_parameter(each, hint) for each, hint in declared(options)]
-        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-        run.__signature__ = inspect.Signature([*parameters, *keyword_only])  # type: ignore[attr-defined]
+        parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+        run.__signature__ = inspect.Signature(sorted(parameters, key=_place_in_help))  # type: ignore[attr-defined]
         epilog = "\n".join(["Examples:", *(f"  {each}" for each in examples)]) if examples else None
         app.command(name or function.__name__, rich_help_panel=group, epilog=epilog, **settings)(run)
         return function
@@ -98,6 +99,12 @@ def _parameter(each: Field[Any], hint: Any) -> inspect.Parameter:
         default = list(default) or None
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(each.name, kind, default=default, annotation=Annotated[_as_typed(hint), info])
+
+
+def _place_in_help(parameter: inspect.Parameter) -> int:
+    """0 for most parameters, more for those of the panels that every command lists last."""
+    panels = [getattr(each, "rich_help_panel", None) for each in getattr(parameter.annotation, "__metadata__", ())]
+    return max((LAST_PANELS.index(panel) + 1 for panel in panels if panel in LAST_PANELS), default=0)
 
 
 def _as_typed(hint: Any) -> Any:

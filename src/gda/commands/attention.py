@@ -9,12 +9,16 @@ from gda.commands.app import JSON, Group, command, print_json, progress_console
 from gda.eval.options import OUTPUT, AttentionOptions
 
 Page = Annotated[
-    str | None, typer.Option(metavar="FILE", help="HTML page to write, in a single file.", rich_help_panel=OUTPUT)
+    str | None,
+    typer.Option(metavar="FILE", help="HTML page to write, a single file. Default: none.", rich_help_panel=OUTPUT),
 ]
 Picture = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Picture to write. Needs matplotlib.", rich_help_panel=OUTPUT)
+    str | None,
+    typer.Option(metavar="FILE", help="Picture to write; needs matplotlib. Default: none.", rich_help_panel=OUTPUT),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", metavar="", help="Replace existing files.", rich_help_panel=OUTPUT)
+]
 
 
 @command(
@@ -34,10 +38,10 @@ def attention(
     overwrite: Overwrite = False,
     as_json: JSON = False,
 ) -> None:
-    """Show a model's attention in one text: signal, noise and their difference, by layer, group and token.
+    """Show a model's attention on one text: signal, noise and their difference, by layer, group and token.
 
-    The page works without a network. If there are too many maps, they are averaged and the page says how; the numbers
-    are always exact.
+    The page works offline. Maps that exceed --map-megabytes are averaged, and the page says so. The numbers are always
+    computed from the full maps.
     """
     from gda.eval.attention.attention import attention as function
 

@@ -20,12 +20,12 @@ from gda.conversion.options import ConvertOptions
     ),
 )
 def convert(options: ConvertOptions, as_json: JSON = False) -> None:
-    """Convert a Llama, Mistral, Qwen2 or Qwen3 to a GDA model that computes the same and can learn more.
+    """Convert a Llama, Mistral, Qwen2 or Qwen3 into a GDA model that computes the same function.
 
-    By default every query head stays as a signal head, noise heads are added, and λ starts at 0 with a live gradient.
-    A Motif or a DiffLlama has noise heads already: its tensors are mapped as they are.
-    With --mode split, some heads of a Llama, Mistral or Qwen become noise heads, which loses a little.
-    OUT appears only when it is whole and verified.
+    By default, every query head becomes a signal head, noise heads are added, and λ starts at 0 and can be trained.
+    A Motif or a DiffLlama already has noise heads: its tensors are renamed and reordered.
+    With --mode split, some heads of a Llama, Mistral or Qwen become noise heads, which is lossy.
+    OUT appears only when it is complete and verified.
     """
     from gda.conversion.convert import convert as function
 

@@ -10,7 +10,7 @@ from gda.conversion.options import OUTPUT, DemoOptions
 
 OUT = Annotated[
     str | None,
-    typer.Option(help="Folder to keep the converted model in. Default: it is not kept.", rich_help_panel=OUTPUT),
+    typer.Option(help="Folder to save the converted model to. Default: it is not saved.", rich_help_panel=OUTPUT),
 ]
 
 

@@ -19,13 +19,21 @@ WIDTH_OF_FILES = 160  # of tables that are not printed on a screen
 
 OutputFolder = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Folder to write results.json and results.md to.", rich_help_panel=OUTPUT),
+    typer.Option(
+        metavar="DIR", help="Folder to write results.json and results.md to. Default: none.", rich_help_panel=OUTPUT
+    ),
 ]
-Html = Annotated[bool, typer.Option("--html", help="Write report.html to that folder too.", rich_help_panel=OUTPUT)]
+Html = Annotated[
+    bool,
+    typer.Option("--html", metavar="", help="Also write report.html to the --output folder.", rich_help_panel=OUTPUT),
+]
 UpdateCard = Annotated[
     bool,
     typer.Option(
-        "--update-card", help="Write the scores to the model card (README.md) in MODEL.", rich_help_panel=OUTPUT
+        "--update-card",
+        metavar="",
+        help="Write the scores to the model card (README.md) in MODEL.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 

@@ -18,7 +18,7 @@ from gda.conversion.options import ExportOptions
 def export(options: ExportOptions, as_json: JSON = False) -> None:
     """Export a GDA model to the model type it was converted from, bit for bit.
 
-    A Motif or a DiffLlama keeps its λ. A Llama, Mistral or Qwen has none, so λ must still be 0 in every layer.
+    A Motif or a DiffLlama keeps its λ. A Llama, Mistral or Qwen has no λ, so it must still be 0 in every layer.
     """
     from gda.conversion.export import export as function
 

@@ -14,7 +14,7 @@ from gda.conversion.options import FoldOptions
     ),
 )
 def fold(options: FoldOptions, as_json: JSON = False) -> None:
-    """Multiply the shared bases and low-rank updates of a GDA model out: a dense GDA model with equal logits."""
+    """Turn a GDA model with low-rank queries (qk_rank) into a dense GDA model with equal logits."""
     from gda.conversion.fold import fold as function
 
     report = function.run(options, console=progress_console)

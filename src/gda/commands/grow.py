@@ -19,11 +19,11 @@ from gda.conversion.options import GrowOptions
     ),
 )
 def grow(options: GrowOptions, as_json: JSON = False) -> None:
-    """Grow a model: more signal heads, more layers, or wider.
+    """Grow a model: add signal heads, layers or width.
 
     The grown model computes the same function and has more trainable parameters.
     With --masked, new parts start from random weights, and training fades them in.
-    Operators can be combined. OUT holds trainable.json, which names the new parameters.
+    The options can be combined. OUT contains trainable.json, which lists the new parameters.
     """
     from gda.conversion.grow import grow as function
 

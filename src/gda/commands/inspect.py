@@ -24,13 +24,13 @@ def inspect(options: InspectOptions, as_json: JSON = False) -> None:
     for part, number in report.parameters.items():
         if number:
             table.add_row(part, f"{number:,}", f"{100 * number / report.num_parameters:.2f} %")
-    table.add_row("all", f"{report.num_parameters:,}", "")
+    table.add_row("total", f"{report.num_parameters:,}", "")
     Console().print(table)
     if report.qk_rank is not None:
         typer.echo(rank_summary(report.qk_rank, report.num_parameters, report.num_dense_parameters))
     source = report.source_kv_cache_bytes_per_token
-    comparison = "" if source is None else f" (its source: {source:,})"
-    typer.echo(f"KV cache: {report.kv_cache_bytes_per_token:,} bytes a token{comparison}")
+    comparison = "" if source is None else f" (source: {source:,})"
+    typer.echo(f"KV cache: {report.kv_cache_bytes_per_token:,} bytes per token{comparison}")
     typer.echo(f"λ ({report.lambda_type}): {_lambda_summary(report.lambdas)}")
 
 

@@ -27,15 +27,15 @@ def push(options: PushOptions, as_json: JSON = False) -> None:
         print_json(report.to_dict())
         return
     for name in report.left_out:
-        typer.echo(f"note: {name} is not part of a model and is left out")
+        typer.echo(f"note: {name} is not part of a model and is not pushed")
     for note in report.notes:
         typer.echo(f"note: {note}")
     for name in report.removed:
-        typer.echo(f"note: {name} belonged to an earlier model there and is removed")
+        typer.echo(f"note: {name} belongs to an earlier model in the repository and is removed")
     size = f"{len(report.files)} files, {report.nbytes / 1e6:,.1f} MB"
     if report.dry_run:
         typer.echo("\n".join(report.files))
-        typer.echo(f"{size}: would be pushed to {report.repo}; nothing was (--dry-run)")
+        typer.echo(f"{size}: would be pushed to {report.repo}; nothing was pushed (--dry-run)")
     else:
         result = f"commit {report.commit}, {size}" if report.changed else f"already up to date, {size}"
         typer.echo(f"{report.url}: {result}")

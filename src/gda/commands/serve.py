@@ -17,9 +17,9 @@ from gda.conversion.options import ServeOptions
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def serve(options: ServeOptions, context: typer.Context) -> None:
-    """Serve a GDA model over HTTP with OpenAI's API, by `transformers serve`.
+    """Serve a GDA model over an OpenAI-compatible HTTP API, with `transformers serve`.
 
-    Without gda, `transformers serve` only loads model classes of transformers itself. Its options follow MODEL;
+    `transformers serve` alone finds only the models that are part of transformers. Pass its options after MODEL;
     `transformers serve --help` lists them.
     """
     import transformers

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     ),
 )
 def train(options: TrainOptions, as_json: JSON = False) -> None:
-    """Train a GDA model on text: all of its parameters, or only those that `gda grow` has added.
+    """Train a GDA model on text: all parameters, the attention, new parameters only, or LoRA.
 
-    Training runs on the Trainer of transformers. Ctrl-C finishes the step and writes a checkpoint; --resume continues
-    from it and ends in the same weights. New parts of a model in masked growth are faded in over the steps. OUT appears
-    only when it is complete.
+    Training uses the Trainer of transformers. Ctrl-C finishes the current step and writes a checkpoint; --resume
+    continues from it and ends with the same weights. If the model is in masked growth, its new parts are faded in over
+    the steps. OUT appears only when it is complete.
     """
     if options.only_plots:
         from gda.training.plot import plot

@@ -11,9 +11,9 @@ from gda.conversion.options import VerifyOptions
     examples=("gda verify ./llama ./llama-gda", "gda verify ./llama ./llama-gda --method tensors --json"),
 )
 def verify(options: VerifyOptions, as_json: JSON = False) -> None:
-    """Compare the logits of a converted model with its source's, and the text that both generate.
+    """Compare a converted model with its source: logits and generated text.
 
-    Exits with 1 if they differ.
+    The exit code is 1 if they differ.
     """
     from gda.conversion.verify import VerificationFailed
     from gda.conversion.verify import verify as function

@@ -1,4 +1,4 @@
-"""What commands that write a model print about it."""
+"""What the commands that write a model print about it."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def print_written(report: Any) -> None:
     if report.config.qk_rank is not None:
         typer.echo(rank_summary(report.config.qk_rank, report.num_parameters, report.num_dense_parameters))
     if report.dry_run:
-        typer.echo(f"{size}: would be written to {report.out}; nothing was (--dry-run)")
+        typer.echo(f"{size}: would be written to {report.out}; nothing was written (--dry-run)")
         return
     if report.split is not None:
         _print_split(report.split)
@@ -30,12 +30,12 @@ def _print_split(split: Any) -> None:
     shares = [layer.subtracted for layer in split.layers]
     typer.echo(
         f"lossy: perplexity on {split.held_out_tokens:,} held-out tokens of {split.calibration}: "
-        f"{split.perplexity_source:.3f} of the source, {split.perplexity_closed_form:.3f} in closed form, "
-        f"{split.perplexity:.3f} of the result ({split.perplexity / split.perplexity_source:.3f} times the source's)"
+        f"source {split.perplexity_source:.3f}, closed form {split.perplexity_closed_form:.3f}, "
+        f"result {split.perplexity:.3f} ({split.perplexity / split.perplexity_source:.3f} times the source's)"
     )
     typer.echo(
         f"λ from {min(lambdas):.3f} to {max(lambdas):.3f}; the subtracted part has {min(shares):.3f} to "
-        f"{max(shares):.3f} of the energy of an attention output; conversion.json lists the layers"
+        f"{max(shares):.3f} of the energy of the attention output; conversion.json lists the layers"
     )
 
 
@@ -49,7 +49,7 @@ def print_verification(report: Any) -> None:
     """Print a `VerifyReport` on one line."""
     done = "verified" if report.passed else "compared"
     if report.method == "tensors":
-        typer.echo(f"{done} tensor by tensor, nothing was run: {len(report.different_tensors)} differ")
+        typer.echo(f"{done} tensor by tensor, without running the models: {len(report.different_tensors)} differ")
         return
     greedy = f", same greedy text {100 * report.greedy_match:.0f} %"
     if report.greedy_ties:

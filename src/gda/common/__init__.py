@@ -1,1 +1,1 @@
-"""Helpers that every room uses. They import no room."""
+"""Code that all other packages of `gda` use. It imports none of them."""

@@ -153,7 +153,7 @@ class StagedFolder:
         """Lock the folder itself: the lock moves with it, and needs no file in it."""
         while True:
             if self.folder.is_symlink():
-                raise FileExistsError(f"{self.folder} is a link where a new folder is needed; remove it")
+                raise FileExistsError(f"{self.folder} is a link, but must be a folder; remove it")
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -228,10 +228,10 @@ def check_places(source: str | Path, out: str | Path) -> None:
         return  # perhaps a Hub id
     read, written = Path(source).resolve(), Path(out).resolve()
     if written.is_relative_to(read) or read.is_relative_to(written):
-        raise ValueError(f"{out} is the source, is in it or contains it; choose another place")
+        raise ValueError(f"{out} is the source, lies in it or contains it; choose another folder")
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """Raise FileExistsError if `out` exists and may not be replaced."""
     if os.path.lexists(out) and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another place or pass --overwrite")
+        raise FileExistsError(f"{out} already exists; choose another path or pass --overwrite")
