@@ -174,10 +174,10 @@ def strategies(arguments: argparse.Namespace) -> None:
     ids = test_ids(tokenizer, arguments.test, arguments.test_tokens)
     rows = Rows(f"{source.name}, {len(ids):,} tokens of test", source.load(), tokenizer, ids, arguments)
     begun = time.monotonic()
-    cut = min(len(calibration.windows), 64)
-    by_layer = [divided(config, found[cut]) for found in moments_of(source, calibration.windows[:cut], [cut])]
+    cut = min(len(calibration.sequences), 64)
+    by_layer = [divided(config, found[cut]) for found in moments_of(source, calibration.sequences[:cut], [cut])]
     minutes = (time.monotonic() - begun) / 60
-    tokens = cut * calibration.windows.shape[1]
+    tokens = cut * calibration.sequences.shape[1]
     for name in by_layer[0]:
         needs = (0, 0.0) if name == "naive" else (tokens, minutes)
         rows.add(name, model_of(source, [layer[name] for layer in by_layer]), *needs)
@@ -225,7 +225,7 @@ def tokens(arguments: argparse.Namespace) -> None:
     cuts = [length // 512 for length in lengths]
     by_layer = [
         {cut: divided(config, found[cut])["greedy + refit"] for cut in cuts}
-        for found in moments_of(source, calibration.windows, cuts)
+        for found in moments_of(source, calibration.sequences, cuts)
     ]
     minutes = (time.monotonic() - begun) / 60
     for cut in cuts:

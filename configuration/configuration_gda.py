@@ -289,7 +289,7 @@ class GDAConfig(PretrainedConfig):
         return super().to_dict() | dict.fromkeys(("fade", *FADED) if self.fade == 1 else ())
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json says: RoPE and dtype also in the words of transformers 4, which other readers know."""
+        """The content of config.json: RoPE and dtype also in the form of transformers 4, for other readers."""
         fields = super().to_diff_dict()
         fields |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
         return fields | ({"torch_dtype": fields["dtype"]} if "dtype" in fields else {})
@@ -441,7 +441,7 @@ FIELDS = {name: hint for name, hint in GDAConfig.__annotations__.items() if get_
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:
-    """Whether a value is what the annotation of a field says; a truth value is no number."""
+    """Whether a value has the type of a field's annotation. A bool is not a number."""
     if isinstance(hint, UnionType):
         return any(_is_of_type(value, each) for each in get_args(hint))
     if get_origin(hint) is list:
@@ -452,7 +452,7 @@ def _is_of_type(value: Any, hint: Any) -> bool:
 def _one_rope(
     rope_parameters: Any, rope_scaling: Any = None, rope_theta: Any = None, partial_rotary_factor: Any = None
 ) -> dict[str, Any]:
-    """RoPE in the words of transformers 5, from those or the words of transformers 4; both must say the same."""
+    """RoPE in the form of transformers 5, from that form or the form of transformers 4; both must agree."""
     for name, rope in (("rope_parameters", rope_parameters), ("rope_scaling", rope_scaling)):
         possible = rope is None or (isinstance(rope, dict) and not any(key in rope for key in LAYER_TYPES))
         _require(possible, name, "must be one dictionary for layers of all types", rope)
@@ -469,7 +469,7 @@ def _one_rope(
 
 
 def _rename_fade(fields: dict[str, Any]) -> None:
-    """Configs saved before `fade` said it as `growth_mask` for what is masked and `lambda_anneal` for λ."""
+    """Rename `growth_mask` (masked growth) and `lambda_anneal` (λ) of configs saved before `fade` existed."""
     growth, anneal = fields.pop("growth_mask", None), fields.pop("lambda_anneal", None)
     one = growth is None or anneal in (None, growth)
     _require(one, "fade", "is one value, and cannot be both growth_mask and lambda_anneal", (growth, anneal))
@@ -478,7 +478,7 @@ def _rename_fade(fields: dict[str, Any]) -> None:
 
 
 def _is_activation(name: str) -> bool:
-    """Whether transformers has an activation of that name, and one that no checkpoint need hold anything for."""
+    """Whether transformers has an activation of that name, and it has no weights."""
     from transformers.activations import ACT2FN  # imports transformers' modelling code, which takes seconds
 
     return name in ACT2FN and not ACT2FN[name].state_dict()

@@ -23,16 +23,16 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
     """Convert a model to GDA.
 
     - `expand` keeps every query head of a Llama, Mistral, Qwen2 or Qwen3 as a signal head and adds noise heads. λ
-      starts at exactly 0 with a live gradient, so the result computes what the source computes and can learn.
-    - `map` keeps every tensor of a Motif or a DiffLlama, bit for bit.
-    - `split` keeps the number of heads: some of them become noise heads. The result is another model, which is fitted
-      to the source on a calibration text, and the report says what that costs.
+      starts at exactly 0 with a non-zero gradient: the result computes what the source computes, and can be trained.
+    - `map` keeps every tensor of a Motif or a DiffLlama bit for bit, renamed and reordered.
+    - `split` keeps the number of heads: some of them become noise heads. The result is a different model that is fitted
+      to the source on a calibration text. This is lossy, and the report gives the loss.
 
     With `qk_rank`, the queries, and paired keys, are then factorized into a shared base and low-rank updates, as in the
     Shared DIFF Transformer (arXiv 2501.17900). At full rank, the smaller of head_dim and hidden_size, this is exact.
 
     Tensors are streamed: at most a few of them are in memory. Verification loads source and result if they fit into a
-    quarter of the free memory, else one layer at a time. `out` appears only when it is whole and verified.
+    quarter of the free memory, and otherwise one layer at a time. `out` appears only when it is complete and verified.
 
     Args:
         console: Console that shows progress. Default: none.

@@ -56,7 +56,7 @@ class ExportReport:
 
 @takes(ExportOptions)
 def export(options: ExportOptions, *, console: Console | None = None) -> ExportReport:
-    """Export a GDA model to another model type, bit for bit where nothing was trained.
+    """Export a GDA model to another model type. Tensors that were not trained equal the source's bit for bit.
 
     Args:
         console: Console that shows progress. Default: none.

@@ -18,7 +18,7 @@ def fold(options: FoldOptions, *, console: Console | None = None) -> ConvertRepo
     """Write a GDA model with `qk_rank` (arXiv 2501.17900) as the dense GDA model that computes the same.
 
     In a dtype narrower than float32 the products are rounded, so the logits are equal only up to that rounding. Tensors
-    are streamed, and `out` appears only when it is whole and verified.
+    are streamed, and `out` appears only when it is complete and verified.
 
     Args:
         console: Console that shows progress. Default: none.

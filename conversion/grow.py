@@ -58,13 +58,13 @@ class GrowReport(ConvertReport):
 
 @takes(GrowOptions)
 def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
-    """Grow a model into a larger one that computes the same for any λ.
+    """Grow a model into a larger one that computes the same function, for any λ.
 
     Several operators can be combined. They are applied in the order depth, signal, width. Each keeps the function, so
-    another order would only give other weights of the same function.
+    a different order gives different weights for the same function.
 
     - `signal`: group-differentiated growth (arXiv 2510.06949). Each signal head is replicated, r:1 becomes signal·r:1;
-      noise heads, keys and values stay. The columns of o_proj are shared out to the replicas.
+      noise heads, keys and values stay. The columns of o_proj are divided among the replicas.
     - `depth`: LLaMA-Pro (arXiv 2401.02415). Copies of layers, after their originals, with zero o_proj and down_proj.
       Every layer keeps its λ_init and its kind of attention.
     - `width`: HyperCloning (arXiv 2409.12903). Hidden size, MLP and heads are tiled; head_dim stays.
@@ -72,10 +72,10 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
       layers start from random weights and are faded in. Their fade is 0 in the result, where they have no gradient;
       `gda.training.FadeCallback` raises it to 1 during training.
 
-    Equal replicas would stay equal for ever, so `noise_std` adds noise to the weights that read them. It sums to zero
-    over each set of replicas, exactly, in the dtype of the weights: no logit changes.
+    Equal replicas would stay equal during training, so `noise_std` adds noise to the weights that read them. The noise
+    sums to exactly zero over each set of replicas in the dtype of the weights, so the logits stay the same.
 
-    Tensors are streamed, and `out` appears only when it is whole and verified. Its trainable.json names the new
+    Tensors are streamed, and `out` appears only when it is complete and verified. Its trainable.json lists the new
     parameters (`gda.common.trainable.Trainable`).
 
     Args:

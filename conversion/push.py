@@ -84,8 +84,8 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
     Raises:
         FileNotFoundError: if the folder doesn't exist.
         ValueError: if the folder doesn't hold a complete GDA language model, the Hub doesn't allow a name, or the
-            repository exists and is public instead of private or the reverse.
-        PermissionError: if the Hub knows no token that may write to the repository.
+            repository exists and is public instead of private, or vice versa.
+        PermissionError: if there is no token that may write to the repository.
         ConnectionError: if the Hub cannot be reached, or refuses.
     """
     folder, repo, revision = Path(options.folder), options.repo, options.revision

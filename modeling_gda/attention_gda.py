@@ -57,7 +57,7 @@ class GDARMSNormOfHead(nn.Module):
 
 
 class Fade(nn.Module):
-    """The config's `fade`, from 0 to 1, as a tensor: compiled models read it anew in every step."""
+    """The config's `fade`, from 0 to 1, as a tensor, which compiled models read in every step."""
 
     value: Tensor
 

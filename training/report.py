@@ -24,7 +24,7 @@ class TrainReport:
         num_parameters: Parameters of the model.
         num_trained: Parameters that were trained; of those that are partly new, only the new entries.
         first_loss: Loss of the first step, in nats per token. With a teacher, the whole loss (see `Distillation`).
-        last_loss: Mean loss since the last log entry but one.
+        last_loss: Mean loss between the last two log entries.
         first_eval_loss: Loss on `eval_data` before the first step; None without `eval_data`.
         last_eval_loss: Loss on `eval_data` after the last step.
         tokens_per_second: Over all processes, in training steps of the last session, without reading the data; None if
@@ -32,7 +32,7 @@ class TrainReport:
         peak_memory: Peak memory in bytes, of the accelerator, or of the main process when training on the CPU.
         resumed_from: Step from which the last session was resumed.
         dry_run: Whether nothing was trained and written.
-        notes: Remarks, in whole clauses.
+        notes: What the user should know.
         pushed: The report of the push to the Hub.
     """
 

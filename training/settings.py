@@ -15,7 +15,7 @@ OUTPUT, HUB = "Output", "Hub"
 
 @dataclass(frozen=True)
 class TrainSettings(Options):
-    """What a training run does: the options that training.json keeps, and that a resumed run must share.
+    """Settings of a training run. training.json records them, and a resumed run must have the same.
 
     `data`, `eval_data` and `report_to` also take a single value, and paths become strings.
 
@@ -242,5 +242,5 @@ class TrainOptions(TrainSettings, RunOptions):
 
     @property
     def settings(self) -> TrainSettings:
-        """The options that training.json keeps."""
+        """The options that training.json records."""
         return TrainSettings(**{each.name: getattr(self, each.name) for each in fields(TrainSettings)})

@@ -51,9 +51,9 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     Weights are trained in float32 and saved in the data types that they have in `model`; λ is always float32. A model
     in masked growth is faded in over the steps (`FadeCallback`), and nothing is masked in `out`.
 
-    Until it is finished, the run lives in ``.OUT.partial`` with its checkpoints, which are model folders too. Ctrl-C or
+    A run in progress is stored in ``.OUT.partial`` with its checkpoints, which are model folders too. Ctrl-C or
     SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt; a second one stops at once. `resume`
-    continues from the last complete checkpoint and ends in the weights of an uninterrupted run.
+    continues from the last complete checkpoint and ends with the same weights as an uninterrupted run.
 
     `out` appears only when it is complete. It holds the model, its tokenizer, generation config, licences, code and
     trainable.json (if `model` has one), training.json (settings and report) and training_log.jsonl.
@@ -61,7 +61,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     With `accelerate launch` or torchrun, every process calls this function. The main one writes; all return the report.
 
     Args:
-        console: Where progress is shown; nowhere if it is None or not a terminal.
+        console: Console that shows progress, if it is a terminal. Default: none.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, ImportError, OSError: for bad input, in one line that names the

@@ -217,7 +217,7 @@ class GDATrainer(Trainer):
         return entry | {name: float(logs[name]) for name in LOGGED if name in logs}
 
     def _report_layers(self, layers: dict[str, float]) -> None:
-        """Send the layers to tensorboard and the like, but not to the terminal and the Trainer's own history."""
+        """Send the layers to tensorboard, trackio and wandb, but not to the terminal and the Trainer's own history."""
         reporters = tuple(INTEGRATION_TO_CALLBACK.values())
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, reporters):

@@ -5,7 +5,7 @@ column W becomes n columns that sum to W (Net2Net, arXiv 1511.05641; HyperClonin
 
     before   y = W x                     after   y = W1 x1 + W2 x2,   x1 = x2 = x,   W1 + W2 = W
 
-With W1 = W2 the replicas would have equal gradients for ever, so they differ by a little noise that sums to zero.
+With W1 = W2 the replicas would always have equal gradients, so they differ by a little noise that sums to zero.
 """
 
 import copy

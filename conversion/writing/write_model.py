@@ -41,7 +41,7 @@ class ConvertReport:
         projection_errors: With `qk_rank`, relative error of the weight (Frobenius) for each layer, by projection: "q",
             and "k" where keys are paired. Empty for a dry run.
         notes: What is lost, assumed or left out.
-        split: How heads were divided, and what it cost; None for other modes and for a dry run.
+        split: How heads were split, and what was lost; None for other modes and for a dry run.
         sha256: Hash of each weight file; empty for a dry run.
         verification: The report of `verify`; None if it was not asked for.
         pushed: The report of `push`; None if it was not asked for.
@@ -86,7 +86,7 @@ class ConvertReport:
 def write_model(
     conversion: Conversion, source: Source, out: Path, options: WriteOptions, *, console: Console | None = None
 ) -> ConvertReport:
-    """Write a planned conversion to the folder `out`, which appears only when it is whole and verified.
+    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified.
 
     Raises:
         FileExistsError, ValueError, OSError: as `convert`.

@@ -36,7 +36,7 @@ def attention(
     tokenizer: PreTrainedTokenizerBase | None = None,
     console: Console | None = None,
 ) -> AttentionReport:
-    """Read a model's attention in one text: its maps, and the numbers of `gda.eval.attention.analysis`.
+    """Read a model's attention on one text: its maps, and the numbers of `gda.eval.attention.analysis`.
 
     One layer's maps are in memory at a time. Models run in float32, the baseline after the model. Both may also be
     models in memory, which stay on their device.

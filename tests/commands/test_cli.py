@@ -270,7 +270,7 @@ def test_what_convert_tells(tmp_path: Path, command: Command) -> None:
     assert "note: attention_dropout=0.25" in outcome.out
     assert "verified (full, 407 tokens of texts)" in outcome.out
     number = len(list((tmp_path / "gda").glob("*.safetensors")))
-    assert f"{number} file(s)" in outcome.out
+    assert f"{number} files" in outcome.out
 
 
 def test_what_inspect_tells(models: Path, command: Command) -> None:

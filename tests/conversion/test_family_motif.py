@@ -351,7 +351,7 @@ def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:
     """Heads drawn, how it was checked, and, on the way back, what is not written."""
     outcome = command("convert", save_motif(tmp_path / "motif"), tmp_path / "gda")
     assert "8 signal + 2 noise, 4:1, 3 layers" in outcome.out
-    assert "verified tensor by tensor, nothing was run: 0 differ" in outcome.out
+    assert "verified tensor by tensor, without running the models: 0 differ" in outcome.out
     outcome = command("export", tmp_path / "gda", tmp_path / "back", "--format", "motif")
     assert "note: Motif's own code is not written" in outcome.out
     assert command("verify", tmp_path / "motif", tmp_path / "gda").code == 0

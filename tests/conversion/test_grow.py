@@ -524,7 +524,7 @@ def test_settings_of_an_unknown_growth(tmp_path: Path) -> None:
     made = json.loads(path.read_text())
     made["settings"]["growth"] = {"sideways": 2}
     path.write_text(json.dumps(made))
-    with pytest.raises(ValueError, match=r"conversion\.json holds no growth"):
+    with pytest.raises(ValueError, match=r"conversion\.json holds an unknown growth"):
         gda.verify(source, tmp_path / "grown", method="tensors")
 
 

@@ -220,7 +220,7 @@ def test_numbers_of_other_weights_are_not_sent(folder: Path, hub: Hub, command: 
     assert "Verification" in (folder / "README.md").read_text()
     outcome = command("push", folder, "me/x")
     assert outcome.code == 0, outcome.error
-    assert "note: conversion.json describes other weights" in outcome.out
+    assert "note: conversion.json describes different weights" in outcome.out
     held = hub.files("me/x")
     assert "conversion.json" not in held
     assert b"Verification" not in held["README.md"]

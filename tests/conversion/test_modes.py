@@ -64,8 +64,8 @@ def test_a_mode_returns_its_conversion(mode: str, source: str, options: Any, mod
         ("split", "shared", ConvertOptions("shared", "out"), "--mode map"),
         ("map", "llama", ConvertOptions("llama", "out"), "--mode expand or split"),
         ("fold", "llama", FoldOptions("llama", "out"), "with qk_rank can be folded"),
-        ("expand", "llama", ConvertOptions("llama", "out", effort="fast"), "--effort is for --mode split"),
-        ("map", "motif", ConvertOptions("motif", "out", ratio=3), "--ratio is for a Llama"),
+        ("expand", "llama", ConvertOptions("llama", "out", effort="fast"), "--effort is only for --mode split"),
+        ("map", "motif", ConvertOptions("motif", "out", ratio=3), "--ratio is only for a Llama"),
         ("split", "llama", ConvertOptions("llama", "out", qk_rank=2), "--qk-rank goes with --mode split in two steps"),
     ],
 )

@@ -9,7 +9,7 @@ from transformers.training_args import TrainingArguments
 
 
 class FadeCallback(TrainerCallback, ExportableState):
-    """Raises the model's `fade` to 1 in a straight line, beginning with the value that the model has.
+    """Raises the model's `fade` to 1 linearly, from the value that the model has.
 
     From a model at 0, optimizer step k of T = `num_steps` runs with a fade of k / T. What is faded in is what the
     config names:
@@ -20,7 +20,7 @@ class FadeCallback(TrainerCallback, ExportableState):
 
           λ = (1 − fade) · fade · λ_target + fade · λ_learned
 
-      so that λ starts at 0, is drawn to the target, and ends as learned. DEX (arXiv 2505.16333) has a schedule of this
+      so that λ starts at 0, moves towards the target, and ends as learned. DEX (arXiv 2505.16333) has a schedule of this
       kind; the formula is the one given here, and may differ from that paper's.
 
     From step T on, the model is an ordinary one, and a model saved then has none of these fields. Evaluation runs with

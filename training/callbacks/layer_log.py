@@ -128,7 +128,7 @@ class LayerLog(TrainerCallback):
 
 
 def for_reporters(layers: list[dict[str, float]]) -> dict[str, float]:
-    """The measurements as a flat dictionary for tensorboard and the like: layers/00/lambda, …"""
+    """The measurements as a flat dictionary for tensorboard, trackio and wandb: layers/00/lambda, …"""
     width = max(2, len(str(len(layers) - 1)))
     return {
         f"layers/{index:0{width}d}/{name}": value

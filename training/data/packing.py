@@ -25,7 +25,7 @@ class SequencePacker:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know, in whole clauses."""
+        """What the user should know."""
         if self.tokenizer.eos_token_id is None:
             return ("the tokenizer has no end-of-text token, so blank lines separate documents",)
         return ()

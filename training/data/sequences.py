@@ -40,7 +40,7 @@ class Sequences:
             `IterableDataset` shuffles itself and repeats the data without end.
         count: Number of sequences; None for a stream.
         tokens: Tokens in these sequences; None for a stream.
-        notes: What the user should know, in whole clauses.
+        notes: What the user should know.
     """
 
     rows: Dataset | IterableDataset

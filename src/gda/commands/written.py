@@ -9,7 +9,8 @@ def print_written(report: Any) -> None:
     """Print notes, size, losses and verification of a `ConvertReport`."""
     for note in report.notes:
         typer.echo(f"note: {note}")
-    size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.nbytes / 1e6:,.0f} MB, {report.num_files} file(s)"
+    files = f"{report.num_files} file{'s' * (report.num_files != 1)}"
+    size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.nbytes / 1e6:,.0f} MB, {files}"
     if report.config.qk_rank is not None:
         typer.echo(rank_summary(report.config.qk_rank, report.num_parameters, report.num_dense_parameters))
     if report.dry_run:

@@ -175,5 +175,6 @@ def _documented(doc: str, options: type[Options]) -> str:
     ]
     before, found, after = doc.partition("\nArgs:\n")
     if not found:
-        return "\n".join([doc, "", "Args:", *lines])
+        before, raises, after = doc.partition("\n\nRaises:\n")
+        return "\n".join([before, "", "Args:", *lines]) + raises + after
     return f"{before}{found}{chr(10).join(lines)}\n{after}"
