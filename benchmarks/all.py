@@ -1,11 +1,11 @@
-"""Run the benchmarks of speed and memory one after another: one table, one JSON.
+"""Run all benchmarks of speed and memory, and write one table and one JSON file.
 
-    python benchmarks/all.py --quick                     # minutes: does it all run, and about how fast?
-    python benchmarks/all.py --targets --out found.json  # half an hour: what docs/performance.md aims at
+    python benchmarks/all.py --quick                     # minutes: everything once, roughly
+    python benchmarks/all.py --targets --out found.json  # half an hour: the targets in docs/performance.md
     python benchmarks/all.py --out found.json            # hours: every backend, dtype, length and batch
-    python benchmarks/all.py --out found.json --resume   # goes on with a run that was ended
+    python benchmarks/all.py --out found.json --resume   # continues an interrupted run
 
-Each script runs in a process of its own and can be run by itself; benchmarks/README.md says what each measures.
+Each script runs in its own process and can also run on its own; benchmarks/README.md says what each measures.
 """
 
 import argparse
@@ -225,8 +225,8 @@ def main() -> None:
     mode.add_argument("--quick", action="store_const", dest="mode", const="quick", default="full")
     mode.add_argument("--targets", action="store_const", dest="mode", const="targets")
     parser.add_argument("--only", nargs="+", choices=("attention", "models", "conversion", "startup"))
-    parser.add_argument("--out", type=Path, help="Where the JSON goes, anew after each script.")
-    parser.add_argument("--resume", action="store_true", help="Keep what --out holds, and run the rest.")
+    parser.add_argument("--out", type=Path, help="JSON file to write; it is updated after each script.")
+    parser.add_argument("--resume", action="store_true", help="Keep the results in --out, and run the rest.")
     options = parser.parse_args()
     if options.resume and not options.out:
         parser.error("--resume goes on with the file of --out")

@@ -1,10 +1,10 @@
-"""λ annealing against plain training: held-out losses of a small pretrained Llama after expansion, over seeds.
+"""Compare fading λ in with plain training, by held-out losses of a small expanded Llama, over seeds.
 
     python benchmarks/annealing.py --out results
 
 A tiny Llama is trained on Python's documentation and expanded by `gda convert`, so that λ starts at 0. `gda train` then
-trains copies of it with the same data, steps and rates, with and without annealing. The last tenth of the text is held
-out.
+trains copies of it on the same data with the same steps and rates, with and without fading λ in. The last tenth of the
+text is held out.
 """
 
 import argparse
@@ -72,10 +72,12 @@ def main() -> None:
     """Train all copies and print their held-out losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="Folder for models and results.json.")
-    parser.add_argument("--pretraining-steps", type=int, default=600, help="Steps of the Llama.")
-    parser.add_argument("--steps", type=int, default=200, help="Steps of each copy; annealing takes half of them.")
-    parser.add_argument("--seeds", type=int, default=3, help="Runs per arm.")
-    parser.add_argument("--target", type=float, default=0.2, help="Value that λ is annealed through.")
+    parser.add_argument("--pretraining-steps", type=int, default=600, help="Training steps of the Llama.")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="Training steps of each copy; λ is faded in over half of them."
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="Number of seeds.")
+    parser.add_argument("--target", type=float, default=0.2, help="Value of --lambda-target.")
     parser.add_argument("--lambda-learning-rate", type=float, default=5e-3, help="Peak learning rate of λ.")
     args = parser.parse_args()
     annealing = {"lambda_target": args.target, "lambda_anneal_steps": args.steps // 2}

@@ -1,11 +1,11 @@
-"""One attention layer against transformers' Llama attention with as many query and KV heads, in prefill and decode.
+"""Compare one attention layer with transformers' Llama attention of as many query and KV heads, in prefill and decode.
 
     python benchmarks/attention.py --prefill 2048 4096 --decode 2048 8192
     python benchmarks/attention.py --backend flex_attention --dtype bfloat16 --prefill 2048 --decode 2048 --batch 1
     python benchmarks/attention.py --targets
 
-Layers are those of hidden size 2,048 and head_dim 64. A decode step reads a cache of that context and appends one
-token. Prefill has no cache. With padding on the left, row i of a batch of B lacks (i + 1) / 2B of its tokens.
+Layers have hidden size 2,048 and head_dim 64. A decode step reads a cache of the given context and appends one token.
+Prefill has no cache. With left padding, (i + 1) / 2B of the tokens of row i in a batch of B are padding.
 """
 
 import argparse
@@ -143,7 +143,9 @@ def main() -> None:
     parser.add_argument("--prefill-batch", type=int, nargs="+", default=[1])
     parser.add_argument("--padding", nargs="+", choices=PADDINGS, default=["none", "left"])
     parser.add_argument("--cache", choices=CACHES, default="dynamic")
-    parser.add_argument("--targets", action="store_true", help="Only the figures that docs/performance.md aims at.")
+    parser.add_argument(
+        "--targets", action="store_true", help="Measure only the cases that have a target in docs/performance.md."
+    )
     add_options(parser, budget=5.0)
     options = parse(parser)
     found = []

@@ -1,14 +1,14 @@
-"""Converting generated Llamas against copying them: time and peak memory, by size.
+"""Compare converting generated Llamas with copying them: time and peak memory, by size.
 
     python benchmarks/conversion.py --gigabytes 0.3 2.6 8
     python benchmarks/conversion.py --quick
 
-A repetition runs `cp -r` and, in a process of its own, a conversion without verification in turn; what is reported
-are medians, of the ratios to the copy of the same repetition too. Start-up is what a model of 2 MB takes: that
-process converts one first, which imports everything, and what a second takes is subtracted. Each begins in the same
-state: what was written before is removed, nothing waits for the disk, and the source is in the page cache. Workers
-are files written at once. A conversion waits for the disk and cp does not; "on disk" is the time until all has got
-there, of both. Where cp shares blocks instead of copying them (reflinks of Btrfs or XFS) the comparison says nothing.
+Each repetition runs `cp -r` and then, in its own process, a conversion without verification. Figures are medians, also
+those of the ratios to the copy of the same repetition. To exclude start-up, the process first converts a model of 2 MB,
+which imports everything; the time of a second conversion of that model is subtracted. All runs start in the same state:
+earlier results are removed, no writes are pending, and the source is in the page cache. Workers are files written at
+once. A conversion waits for the disk and cp does not; "on disk" is the time until everything is on the disk, for both.
+If cp shares blocks instead of copying them (reflinks of Btrfs or XFS), the comparison is meaningless.
 """
 
 import argparse
@@ -146,9 +146,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shard-size", default="400MB")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="Where to work; by default the system's temporary folder.")
-    parser.add_argument("--sources", type=Path, help="Where generated models are kept, and found by the next run.")
-    parser.add_argument("--quick", action="store_true", help="A small model, once: does it run?")
+    parser.add_argument("--folder", type=Path, help="Folder to work in. Default: the system's temporary folder.")
+    parser.add_argument("--sources", type=Path, help="Folder that keeps generated models for the next run.")
+    parser.add_argument("--quick", action="store_true", help="Run once with a small model, as a smoke test.")
     parser.add_argument("--json", action="store_true")
     options = vars(parser.parse_args())
     if options["quick"]:

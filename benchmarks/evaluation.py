@@ -1,9 +1,9 @@
-"""What `gda eval` costs beside lm-eval's own command on the same Llama, the same tasks and the same data.
+"""Compare the time of `gda eval` with that of lm-eval's own command, on the same Llama, tasks and data.
 
     python benchmarks/evaluation.py LLAMA --tasks blimp_passive_1 --dataset-root DIR --repeat 5
 
-Pairs of runs alternate, each in a process of its own, start-up included. Plain lm-eval has no way to read local files
-by itself: with `--dataset-root` it is run with `datasets.load_dataset` replaced, and nothing else of ours.
+The two commands alternate, each in its own process, start-up included. lm-eval alone cannot read local files: with
+`--dataset-root`, it runs with `datasets.load_dataset` replaced and no other code of this package.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A KV cache as it is in the midst of generation, which every repetition finds as the first did."""
+"""A KV cache in the middle of generation, which is the same in every repetition."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""Growth: how exact it is by operator and layout, and its time and peak memory on a generated Llama.
+"""Measure how exact growth is, by operator and layout, and its time and peak memory on a generated Llama.
 
-The first table is |Δlogit| relative to the largest logit, in float32, of small random models whose λ is not 0. For the
-second the Llama is copied, and grown by each operator, expanded on the way, without verification; start-up (imports,
-reading headers, planning) is what a dry run takes.
+The first table gives |Δlogit| relative to the largest logit, in float32, for small random models whose λ is not 0. For
+the second, the Llama is copied, and expanded and grown by each operator without verification. Start-up (imports,
+reading headers, planning) is the time of a dry run.
 
     python benchmarks/growth.py --gigabytes 2.6 --shard-size 400MB
 """
@@ -111,8 +111,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.6)
     parser.add_argument("--shard-size", default="400MB")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="Where to work; by default the system's temporary folder.")
-    parser.add_argument("--skip-times", action="store_true", help="Only the table of exactness.")
+    parser.add_argument("--folder", type=Path, help="Folder to work in. Default: the system's temporary folder.")
+    parser.add_argument("--skip-times", action="store_true", help="Print only the table of exactness.")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:

@@ -1,4 +1,4 @@
-"""What is compared, by name: configs, attention layers and whole models with random weights."""
+"""The models that are compared, by name: configs, attention layers and whole models with random weights."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved repetitions, ratios to a peer of the same run, memory, tables and JSON.
+"""Code that the benchmarks share: interleaved repetitions, ratios to a reference in the same run, memory, tables, JSON.
 
-A machine shared with others runs at another speed from one minute to the next. So the things compared take turns, each
-repetition runs all of them once, and what is reported is the median of the ratios within a repetition.
+The speed of a shared machine changes from one minute to the next. The models therefore take turns: each repetition runs
+all of them once, and the figure is the median of the ratios within a repetition.
 """
 
 import argparse
@@ -192,11 +192,18 @@ def limit_memory() -> None:
 
 def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
     """The options that all of these scripts have."""
-    parser.add_argument("--keep-memory", action="store_true", help="Of the CPU: what is freed stays with the process.")
+    parser.add_argument("--keep-memory", action="store_true", help="Keep freed memory in the process (CPU).")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of the CPU.")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: that of one thread; with --threads 1.")
-    parser.add_argument("--budget", type=float, default=budget, help="Seconds of repetitions for each case.")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads.")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="wall: elapsed time. cpu: CPU time of one thread; needs --threads 1.",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=budget, help="Seconds that the repetitions of each case may take."
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
 
 

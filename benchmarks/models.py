@@ -1,14 +1,14 @@
-"""Whole models against transformers' Llama with as many query heads: prefill, decode, training steps, memory.
+"""Compare whole models with transformers' Llama of as many query heads: prefill, decode, training steps, memory.
 
     python benchmarks/models.py --part prefill decode --batch 1 8
     python benchmarks/models.py --part train --dtype bfloat16
 
-Random weights, head_dim 64, a vocabulary of 16,384; hidden size 2,048 and 2 layers, as wide as in attention.py, or
-hidden size 1,024 and 6 layers. Prefill fills a DynamicCache; a decode step is one call of the model with a cache of
-that context. A training step is forward, backward and AdamW over all weights; with --dtype bfloat16 weights stay in
-float32 and matrices are multiplied in bfloat16. "step" is what torch holds at most during one step beyond what it
-held before: activations, in prefill with the cache, in training with gradients. "cache" is the KV cache after the
-prefill.
+Models have random weights, head_dim 64, a vocabulary of 16,384, and hidden size 2,048 with 2 layers (as wide as in
+attention.py) or hidden size 1,024 with 6 layers. Prefill fills a DynamicCache; a decode step is one call of the model
+with a cache of the given context. A training step is forward, backward and AdamW over all weights. With --dtype
+bfloat16, weights stay in float32 in training and matrices are multiplied in bfloat16. "step" is the peak of torch's
+allocations during one step, beyond what was allocated before it: activations, in prefill also the cache, in training
+also gradients. "cache" is the size of the KV cache after the prefill.
 """
 
 import argparse
@@ -143,11 +143,13 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="sdpa")
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512, 2048], metavar="TOKENS")
     parser.add_argument("--decode", type=int, nargs="*", default=[512, 2048], metavar="CONTEXT")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="In decoding.")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="Batch sizes of decode steps.")
     parser.add_argument("--prefill-batch", type=int, nargs="+", default=[1])
     parser.add_argument("--cache", choices=CACHES, default="dynamic")
     parser.add_argument("--padding", nargs="+", choices=PADDINGS, default=["none"])
-    parser.add_argument("--train", type=int, default=512, metavar="TOKENS", help="Of each row of a training step.")
+    parser.add_argument(
+        "--train", type=int, default=512, metavar="TOKENS", help="Tokens of each row of a training step."
+    )
     parser.add_argument("--train-batch", type=int, default=2)
     add_options(parser, budget=10.0)
     options = parse(parser)

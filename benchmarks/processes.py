@@ -1,4 +1,4 @@
-"""Work done in processes of its own."""
+"""Run work in separate processes."""
 
 import multiprocessing
 import os

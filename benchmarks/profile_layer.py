@@ -1,8 +1,8 @@
-"""Where the time of one attention layer goes: its operations, against what the machine could do at its best.
+"""Show where the time of one attention layer goes, by operation, compared with the limit of the machine.
 
     python benchmarks/profile_layer.py --names Llama "GDA 3:1" --prefill 2048 --decode 8192
 
-The limit is measured in the same run: matrix multiplication at 2,048³ for FLOPs, reading 256 MiB for bytes. A layer's
+The limit is measured in the same run: matrix products of size 2,048³ for FLOPs, reading 256 MiB for bytes. A layer's
 FLOPs are those of its projections and of the causal half of QKᵀ and AV; its bytes in a decode step are its weights and
 the cached keys and values, read once, and with a dynamic cache read and written once more.
 """

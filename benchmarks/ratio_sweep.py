@@ -1,16 +1,16 @@
-"""Loss against the ratio of signal to noise heads: tiny models from scratch, at equal FLOPs and equal data.
+"""Measure the loss by ratio of signal to noise heads: tiny models from scratch, with equal FLOPs and equal data.
 
     python benchmarks/ratio_sweep.py sweep --text wikitext2_valid.txt --held-out wikitext2_test.txt
 
-A Transformer (transformers' Llama) and GDA 1:1 to 7:1 are trained for every seed by transformers' Trainer. All have as
-nearly 24 query heads as their ratio allows, the same width, depth and KV heads; what differs in FLOPs (4:1 has 25 query
-heads; fewer signal heads make a smaller output projection) goes into the MLP, so that all are within 0.5 %. With one
-seed, all read the same rows in the same order: text, and as many rows of retrieval tasks of `gda eval`, with a loss on
-what is asked there alone. Measured are the loss on text that was not read, and what is answered right, token by token,
-of other rows.
+For every seed, transformers' Trainer trains a Transformer (transformers' Llama) and GDA 1:1 to 7:1. All models have the
+same width, depth and KV heads, and 24 query heads or the nearest number that the ratio allows. FLOPs differ (4:1 has 25
+query heads, and fewer signal heads make a smaller output projection); the width of the MLP makes up for this, so that
+all models are within 0.5 %. All models of one seed read the same rows in the same order: text, and as many rows of the
+retrieval tasks of `gda eval`, with a loss on the answers only. The results are the loss on held-out text and the share
+of correct answer tokens in held-out rows.
 
-Each finished run is a file in the folder; the same command goes on with those that are missing, and the table and the
-plot are of what has finished, which they say. A run takes one thread: --jobs 2 fills two cores.
+Each finished run is a file in the folder. The same command continues with the missing runs; table and plot show the
+finished runs and say how many there are. A run uses one thread: --jobs 2 uses two cores.
 """
 
 import argparse
@@ -355,9 +355,11 @@ def main() -> None:
         command.add_argument("--learning-rate", type=float, default=3e-3)
         command.add_argument("--seeds", type=int, default=3)
         if name == "sweep":
-            command.add_argument("--text", type=Path, help="to train on; by default Python's documentation")
-            command.add_argument("--held-out", type=Path, help="to measure on; by default the last tenth of the text")
-            command.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+            command.add_argument("--text", type=Path, help="Training text. Default: Python's documentation.")
+            command.add_argument(
+                "--held-out", type=Path, help="Text to measure the loss on. Default: the last tenth of --text."
+            )
+            command.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, one thread each.")
         elif name == "one":
             command.add_argument("--name", choices=RATIOS, required=True)
             command.add_argument("--seed", type=int, default=0)

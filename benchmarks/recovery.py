@@ -1,16 +1,17 @@
-"""How much of what a split lost does training give back?
+"""Measure how much of the loss of a split is recovered by training.
 
     python benchmarks/recovery.py ./llama ./llama-split --data valid.txt --test test.txt
 
-The split model and its source are trained on the same windows in the same order with the same settings, and measured
-before and after on text that neither has read. The source is the control: what both learn of the text is no recovery.
-The gap is the difference of the two losses, in nats a token; the gap of perplexities is its exponential.
+The split model and its source are trained on the same sequences in the same order with the same settings, and measured
+before and after on held-out text. The source is the control: what both learn from the text is not recovery. The gap is
+the difference of the two losses, in nats per token; the ratio of the perplexities is its exponential.
 
-With --teacher the split learns from predictions. Of `control` they are those of the source after its own training. Of
-`source` they are those of the source as it is, which is then the control: taught by itself it has nothing to learn.
+With --teacher, the split learns from predictions: those of the source after its own training (`control`), or those of
+the untrained source (`source`). In the latter case the untrained source is also the control, because it cannot learn
+from itself.
 
-Each training is a process of its own, so that its peak memory is its own, and its result a file in --out: the same
-command goes on with what is missing.
+Each training runs in its own process, so that its peak memory can be measured, and writes its result to a file in
+--out. The same command continues with the missing runs.
 """
 
 import argparse
@@ -145,22 +146,29 @@ def report(results: dict[str, dict[str, Any]], as_json: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="The folder of the Llama.")
-    parser.add_argument("split", help="The folder of what `gda convert --mode split` made of it.")
+    parser.add_argument("source", help="Folder of the Llama.")
+    parser.add_argument("split", help="Folder of its split, from `gda convert --mode split`.")
     parser.add_argument("--data", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--out", default="recovery")
     parser.add_argument("--train", default="all", choices=("all", "attention"))
-    parser.add_argument("--steps", type=int, help="by default once through the data")
-    parser.add_argument("--teacher", choices=("source", "control"), help="whose predictions the split learns from")
-    parser.add_argument("--teacher-weight", type=float, default=1.0, help="against the text itself, from 0 to 1")
+    parser.add_argument("--steps", type=int, help="Training steps. Default: one pass over the data.")
+    parser.add_argument(
+        "--teacher", choices=("source", "control"), help="Model whose predictions the split learns from."
+    )
+    parser.add_argument(
+        "--teacher-weight",
+        type=float,
+        default=1.0,
+        help="Weight of these predictions, from 0 to 1; the text has the rest.",
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--lambda-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=int, default=5, help="steps")
+    parser.add_argument("--warmup", type=int, default=5, help="Warmup steps.")
     parser.add_argument("--test-tokens", type=int, default=30_720)
-    parser.add_argument("--bf16", action="store_true", help="multiply matrices in bfloat16")
+    parser.add_argument("--bf16", action="store_true", help="Multiply matrices in bfloat16.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""What a shared base with low-rank updates costs and saves: parameters, and time of a forward pass, against dense.
+"""Compare a shared base with low-rank updates to dense projections: parameters, and time of a forward pass.
 
-One model of middle size with dense projections and with each rank, random weights, as a Shared DIFF Transformer
-(arXiv 2501.17900). Repetitions are interleaved: each runs every model once, and a ratio is the median of the ratios to
-the dense model of the same repetition.
+The models are of medium size, with random weights: one with dense projections, and one for each rank, as in the Shared
+DIFF Transformer (arXiv 2501.17900). Repetitions are interleaved: each runs every model once. A figure is the median of
+the ratios to the dense model within a repetition.
 
     python benchmarks/shared_diff.py --tokens 512 --repeat 11
 """

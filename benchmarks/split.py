@@ -1,20 +1,19 @@
-"""What splitting the heads of a Llama costs, by how it is done.
+"""Measure what is lost by splitting the heads of a Llama, by method.
 
     python benchmarks/split.py strategies ./llama --calibration valid.txt --test test.txt --dataset-root data
     python benchmarks/split.py tokens ./llama --calibration valid.txt --test test.txt
     python benchmarks/split.py shape
 
-`strategies` divides the heads in several ways and compares perplexity and, with --dataset-root, BLiMP with the source:
+`strategies` splits the heads in several ways and compares perplexity and, with --dataset-root, BLiMP with the source:
 
     naive      the last head of each group becomes its noise head, λ = 0.1, the output projection keeps its columns
-    energy     the head of least output energy does
-    greedy     the heads and λ that `gda convert` chooses, with the output projection's own columns
-    + refit    with the output projection solved again for that choice; "greedy + refit" is --effort fast
+    energy     the same with the head of least output energy
+    greedy     the heads and λ that `gda convert` chooses; the output projection keeps its columns
+    + refit    the output projection is fitted to that choice; "greedy + refit" is --effort fast
     default    greedy + refit, then trained: --effort default
 
-`tokens` does so for several lengths of calibration text. `shape` makes a small Llama with 8 query heads a KV head,
-trains it for some minutes on the documentation of Python, and splits it 7:1, 3:1 and 1:1, so that no choice rests on
-one model.
+`tokens` compares several lengths of calibration text. `shape` generates a small Llama with 8 query heads per KV head,
+trains it for some minutes on the documentation of Python, and splits it 7:1, 3:1 and 1:1, as a second model.
 """
 
 import argparse
@@ -301,13 +300,13 @@ def main() -> None:
         command.set_defaults(run=function)
         if function is not shape:
             command.add_argument("source")
-            command.add_argument("--calibration", required=True, help="text that the split is fitted to")
-            command.add_argument("--test", required=True, help="text that perplexity is of")
+            command.add_argument("--calibration", required=True, help="Calibration text.")
+            command.add_argument("--test", required=True, help="Text to measure the perplexity of.")
         command.add_argument("--test-tokens", type=int, default=10240)
-        command.add_argument("--dataset-root", help="where nyu-mll/blimp is")
-        command.add_argument("--limit", type=int, help="pairs of each paradigm")
-        command.add_argument("--json", help="file to write the rows to")
-        command.add_argument("--tokens", type=int, default=65536, help="of calibration")
+        command.add_argument("--dataset-root", help="Folder that contains nyu-mll/blimp.")
+        command.add_argument("--limit", type=int, help="Number of pairs of each paradigm.")
+        command.add_argument("--json", help="JSON file to write the rows to.")
+        command.add_argument("--tokens", type=int, default=65536, help="Number of calibration tokens.")
     commands.choices["strategies"].add_argument("--efforts", default="fast,default")
     commands.choices["tokens"].add_argument("--lengths", default="2048,4096,8192,16384,32768,65536")
     commands.choices["shape"].add_argument("--steps", type=int, default=400)

@@ -1,10 +1,10 @@
-"""What it costs to begin: imports, `--help`, and loading a GDA model against the Llama that it was made of.
+"""Measure start-up: imports, `--help`, and loading a GDA model compared with the Llama that it was converted from.
 
     python benchmarks/startup.py --repeat 7
 
-Each figure is a median over processes of their own, with files in the page cache; they take turns, and the first of
-each is not counted. Ratios are to the peer named: for `gda --help` it is the command of huggingface_hub. Models have
-random weights in bfloat16; loading is `from_pretrained`, after all imports.
+Each figure is a median over separate processes, with files in the page cache. The cases take turns, and the first
+process of each is not counted. Ratios are relative to the reference named; for `gda --help` it is the command of
+huggingface_hub. Models have random weights in bfloat16. Loading is `from_pretrained`, after all imports.
 """
 
 import argparse
@@ -119,8 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.5, help="Size of the model that is loaded.")
     parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="Where to work; by default the system's temporary folder.")
-    parser.add_argument("--quick", action="store_true", help="A small model, each once: does it run?")
+    parser.add_argument("--folder", type=Path, help="Folder to work in. Default: the system's temporary folder.")
+    parser.add_argument("--quick", action="store_true", help="Run each case once with a small model, as a smoke test.")
     parser.add_argument("--json", action="store_true")
     options = vars(parser.parse_args())
     if options["quick"]:

@@ -76,7 +76,7 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     """Evaluate a model, and its baseline with the same options.
 
     Args:
-        console: Where progress is shown. Default: nowhere.
+        console: Console that shows progress. Default: none.
 
     Returns:
         The report, or None in all but the first of several processes.

@@ -38,7 +38,7 @@ def choose_what_learns(
 
     Args:
         model: The model, in the data type in which it is trained.
-        what: "new": what trainable.json in `folder` lists as new; of a parameter that is partly new, only the new entries.
+        what: "new": what trainable.json in `folder` lists; of a partly new parameter, only the new entries.
             "attention": all parameters of the attention layers, with λ and the norms in them. "all": everything.
             "lora": low-rank updates of the attention's linear layers. λ and the head norms are trained in full, because
             new heads would have no effect with a λ that stays 0.

@@ -58,7 +58,7 @@ class TrainSettings(Options):
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
         "Data type of matrix products. auto: bfloat16 for a bfloat16 model on a GPU that supports it, or if "
-        "`accelerate launch` asks for it; otherwise float32. Weights are float32 while they are trained.",
+        "`accelerate launch` asks for it; otherwise float32. Weights are float32 during training.",
         panel=LEARNING,
     )
     gradient_checkpointing: bool = option(
@@ -127,7 +127,10 @@ class TrainSettings(Options):
     )
     keep: int = option(1, "Checkpoints to keep during training.", panel=LOG, minimum=1)
     report_to: tuple[str, ...] = option(
-        (), "Log to tensorboard, trackio or wandb as well. May be repeated. Default: only to OUT.", panel=LOG
+        (),
+        "Log to tensorboard, trackio or wandb as well. May be repeated. Default: only to OUT.",
+        panel=LOG,
+        metavar="NAME",
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The models whose numbers are checked: their configs, their weights, and those weights in float64."""
+"""The models of the correctness check: configs, weights, and the weights in float64."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is compared in the speed part: Llama, GDA and DiffLlama of one shape, and what counting says of them."""
+"""The models of the speed comparison: Llama, GDA and DiffLlama of one shape, with their FLOPs and bytes."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,11 +1,11 @@
-"""Does GDA compute the same on a GPU? Logits, gradients and greedy text against a float64 reference on the CPU.
+"""Check that GDA computes the same on a GPU: logits, gradients and greedy text against a float64 reference on the CPU.
 
-The reference for logits and gradients is tests/support/naive.py: the equations loop by loop in float64, with the very
-weights that the model has after it was loaded in its dtype. The reference for text is the model's own argmax without a
-cache, prompt by prompt; every cache and every way of batching must repeat it. Weights are random and scaled so that
-logits lie far apart: in float32 all tokens must be equal. In bfloat16 a near tie may fall either way, and then all that
-follows differs. So where a text first differs, the reference's logits of the two tokens must be within TIE standard
-deviations.
+The reference for logits and gradients is tests/support/naive.py, the equations as plain loops in float64, with the
+weights that the model has after loading in its dtype. The reference for text is the model's own argmax without a cache,
+prompt by prompt; every cache and every kind of batching must give the same text. Weights are random and scaled so that
+logits lie far apart. In float32, all tokens must be equal. In bfloat16, near ties can be decided either way, and the
+text after them differs. At the first difference, the reference's logits of the two tokens must therefore be within TIE
+standard deviations.
 
 TF32 is off: float32 means float32.
 """

@@ -1,7 +1,7 @@
-"""What the parts of the GPU run share: options, a JSON file that is whole after every row, a budget, timing.
+"""Code that the parts of the GPU run share: options, a JSON file that is complete after every row, a budget, timing.
 
-A part adds a row as soon as it is known, so a run that is cut off loses at most the row under way. A case that fails
-becomes a row with its error, and the part goes on.
+A part adds each row as soon as it is known, so an interrupted run loses at most the current row. A case that fails
+becomes a row with its error, and the part continues.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="Folder of the JSON file.")
     parser.add_argument("--budget", type=float, default=120.0, help="Seconds until further cases are skipped.")
-    parser.add_argument("--smoke", action="store_true", help="Tiny sizes: does it run?")
+    parser.add_argument("--smoke", action="store_true", help="Use tiny sizes, as a smoke test.")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Key retrieval among distractors: the synthetic task of the sweep, made on the device in plain torch.
+"""Key retrieval among distractors: the synthetic task of the sweep, generated on the device in plain torch.
 
-A row is a context of two-token cells and then questions. Some cells, at random places, hold a pair (key, value) and no
-key occurs twice; all other cells are noise: a filler, then another filler or, as a lure, a value that belongs to no
-key. After the context come keys that are asked for, each followed by its value. The loss is on those values alone.
+A row is a context of two-token cells, followed by questions. Some cells, at random positions, hold a pair (key, value),
+and no key occurs twice. All other cells are noise: a filler, then another filler or, as a distractor, a value that
+belongs to no key. The questions are keys, each followed by its value. The loss is computed on these values only.
 """
 
 from dataclasses import dataclass

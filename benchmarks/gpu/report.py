@@ -1,4 +1,4 @@
-"""The GPU figures as tables: on the screen, and in docs/performance.md between its two markers.
+"""Print the GPU figures as tables, or write them to docs/performance.md between its two markers.
 
     python benchmarks/gpu/report.py FOLDER                                  # a short table of everything
     python benchmarks/gpu/report.py FOLDER --write docs/performance.md      # rewrites the section on GPUs

@@ -1,13 +1,13 @@
 """Speed and memory of one attention layer and of whole models on a GPU, in bfloat16, against transformers' Llama.
 
-The layer has the shape of Llama-3-8B's attention, the model that of Llama-3.2-1B (contestants.py). Contestants take
-turns in every case; times are those of CUDA events, medians over rounds; `speed` is the Llama's time over the own,
-the median over rounds; `limit` is the speed that counting allows: FLOPs for prefill and training, bytes for decoding.
-`peak_mb` is what the allocator holds at most during one run beyond what it held before.
+The layer has the shape of Llama-3-8B's attention, and the model that of Llama-3.2-1B (contestants.py). The models take
+turns in every case. Times are from CUDA events, as medians over rounds. `speed` is the Llama's time divided by the
+model's time, as a median over rounds. `limit` is the speed that follows from FLOPs for prefill and training, and from
+bytes for decoding. `peak_mb` is the peak of allocated memory during one run, beyond what was allocated before it.
 
 A decode step reads a cache of the given context and appends a token. `eager` steps use a DynamicCache, which copies
-itself with every token; `CUDA graph` steps use a StaticCache and are captured once. A training step of a layer is
-forward and backward; of a model it is that and fused AdamW, all in bfloat16.
+itself with every token. `CUDA graph` steps use a StaticCache and are captured once. A training step of a layer is
+forward and backward; that of a model also includes fused AdamW. Everything is in bfloat16.
 """
 
 from collections.abc import Callable, Iterator, Mapping

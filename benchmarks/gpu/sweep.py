@@ -1,17 +1,17 @@
 """Key retrieval against the ratio of signal to noise heads: tiny models from scratch, equal data, about equal FLOPs.
 
-Models are a few layers deep, so a GPU is idle most of a training step. Hence all variants of one seed train at the same
-time: each captures its whole training step in a CUDA graph, and the graphs are replayed on a stream each. One seed is
-one block: its variants read the same rows in the same order, and it counts only when all of them have finished.
+Models have few layers, so the GPU is idle during most of a training step. All variants of one seed therefore train at
+the same time: each captures its whole training step in a CUDA graph, and each graph is replayed on its own stream. One
+seed is one block: its variants read the same rows in the same order, and it counts only when all of them have finished.
 
-How the difficulty is chosen, before any GDA is trained: the Transformer alone is trained on each difficulty of LADDER
-with two seeds of its own. The first whose mean accuracy lies in WANTED is taken; if there is none, the one closest to
-its middle. So there is room above and below the Transformer.
+The difficulty is chosen before any GDA is trained. The Transformer alone is trained on each difficulty of LADDER with
+two seeds of its own. The first difficulty with a mean accuracy in WANTED is taken, or else the one closest to its
+middle, so that the variants can be better or worse than the Transformer.
 
-How many steps a training has follows from the time that is left: a few steps of one block are timed, and there are as
-many, within STEPS, as let about BLOCKS blocks fit.
+The number of training steps follows from the remaining time: a few steps of one block are timed, and the number, within
+STEPS, is chosen so that about BLOCKS blocks fit.
 
-What differs in FLOPs between variants goes into the width of the MLP, as in ratio_sweep.py.
+The width of the MLP makes up for the differences in FLOPs between variants, as in ratio_sweep.py.
 """
 
 import argparse
@@ -285,7 +285,7 @@ def summary(found: list[Row], size: Size, length: int) -> list[Row]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--seeds", type=int, default=100, help="Blocks at most.")
+    parser.add_argument("--seeds", type=int, default=100, help="Largest number of blocks.")
     options: argparse.Namespace = parser.parse_args()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as many streams as variants; read when CUDA starts
     torch.backends.cuda.matmul.allow_tf32 = True  # equal for all variants; a third of the time

@@ -169,7 +169,7 @@ class Splitter:
         Args:
             folder: Folder for working files; keep it until the recipes have been used.
             dtype: Dtype of the result; None keeps the source's.
-            console: Where progress is shown; None shows nothing.
+            console: Console that shows progress, or None.
 
         Raises:
             ValueError: if `folder` has work with another source, text or setting, or the source gives values that

@@ -177,7 +177,7 @@ def diagnose(
         tokenizer: Tokenizer of the model and the baseline.
         settings: Settings of the prompts. Default: those of the task `gda_needles`.
         baseline: Another model to compare with, such as the source of a conversion.
-        console: Where progress is shown. Default: nowhere.
+        console: Console that shows progress. Default: none.
 
     Raises:
         ValueError: if a setting is out of range, the length is too short for the needles or too long for a model, the

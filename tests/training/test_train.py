@@ -346,7 +346,7 @@ def test_a_vocabulary_of_another_size(models: Path, tmp_path: Path, command: Com
     shutil.copytree(models / "gda", tmp_path / "gda")
     change_config(tmp_path / "gda", vocab_size=250)
     outcome = command("train", tmp_path / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
-    refused(outcome, "do not fit, mismatched keys: ", tmp_path)
+    refused(outcome, "do not match, mismatched keys: ", tmp_path)
     assert "weight" in outcome.error
 
 

@@ -20,8 +20,8 @@ class FadeCallback(TrainerCallback, ExportableState):
 
           λ = (1 − fade) · fade · λ_target + fade · λ_learned
 
-      so that λ starts at 0, moves towards the target, and ends as learned. DEX (arXiv 2505.16333) has a schedule of this
-      kind; the formula is the one given here, and may differ from that paper's.
+      so that λ starts at 0, moves towards the target, and ends as learned. DEX (arXiv 2505.16333) has a schedule of
+      this kind; the formula here is our own and may differ from that paper's.
 
     From step T on, the model is an ordinary one, and a model saved then has none of these fields. Evaluation runs with
     the fade of its step, a checkpoint's config.json records it, and the best model, if it is loaded at the end, gets

@@ -86,7 +86,7 @@ def open_sequences(
         vocab_size: Embeddings of the model.
         scratch: A folder that all processes share.
         option: The option that named the data, for errors.
-        console: Where progress is shown; nowhere if it is None or not a terminal.
+        console: Console that shows progress, if it is a terminal. Default: none.
 
     Raises:
         FileNotFoundError, ValueError, ConnectionError: naming the file or dataset, and the line or row where there is

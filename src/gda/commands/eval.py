@@ -58,8 +58,8 @@ def evaluate(
 ) -> None:
     """Run tasks of lm-evaluation-harness on a model and, with the same options, on a baseline.
 
-    Tasks are lm-eval's, with data from the Hub or from local files, or this package's, which generate their data:
-    gda_tasks consists of gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and gda_fewshot_by_arrangement.
+    Tasks are lm-eval's, with data from the Hub or local files, or this package's, which generate their data. The group
+    gda_tasks contains gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and gda_fewshot_by_arrangement.
     """
     from gda.eval.card import update_card as write_card
     from gda.eval.evaluate import evaluate_with_baseline

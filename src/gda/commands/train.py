@@ -19,8 +19,7 @@ if TYPE_CHECKING:
         "gda train ./llama-gda ./trained --data text.txt --steps 2000 --resume",
         "gda train ./bigger ./trained --data rows.jsonl --data more.parquet --train new",
         "gda train ./llama-split ./recovered --data text.txt --teacher ./llama --lambda-learning-rate 1e-3",
-        "gda train me/llama-gda ./trained --data HuggingFaceFW/fineweb-edu:sample-10BT --streaming --steps 20000 "
-        "--schedule wsd --report-to tensorboard",
+        "gda train me/llama-gda ./trained --data HuggingFaceFW/fineweb-edu:sample-10BT --streaming --steps 20000",
         "gda train ./trained --plot",
         "accelerate launch --num_processes 8 -m gda.cli train ./llama-gda ./trained --data text.txt",
     ),
