@@ -268,7 +268,7 @@ def test_what_convert_tells(tmp_path: Path, command: Command) -> None:
     assert outcome.code == 0
     assert "query heads  s s n  s s n" in outcome.out
     assert "note: attention_dropout=0.25" in outcome.out
-    assert "verified (full, 407 tokens of texts)" in outcome.out
+    assert "verified (full, 407 tokens of text)" in outcome.out
     number = len(list((tmp_path / "gda").glob("*.safetensors")))
     assert f"{number} files" in outcome.out
 

@@ -43,7 +43,7 @@ def _print_split(split: Any) -> None:
 def rank_summary(rank: int, parameters: int, dense: int) -> str:
     """One line on the size of a model with `qk_rank`, compared with dense projections."""
     change = 100 * (parameters / dense - 1)
-    return f"qk_rank {rank}: {parameters:,} parameters, {change:+.2f} % of the {dense:,} with dense projections"
+    return f"qk_rank {rank}: {parameters:,} parameters, {change:+.2f} % compared with {dense:,} with dense projections"
 
 
 def print_verification(report: Any) -> None:
