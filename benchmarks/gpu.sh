@@ -54,7 +54,7 @@ for room in configuration modeling_gda conversion training eval; do ln -s "$root
 for wheel in "$root"/.whl/*.whl; do
   [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$scratch/wheels"
 done
-export PYTHONPATH="$scratch/tree:$root/benchmarks:$root/tests:$scratch/wheels${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$scratch/tree:$root/benchmarks:$root/tests/support:$scratch/wheels${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 left() { echo $((budget - SECONDS)); }

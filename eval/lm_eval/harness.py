@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import gda  # noqa: F401 - registers the model type "gda", so that folders load without trust_remote_code
+import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
 from gda.eval.device import choose_device
 
 try:

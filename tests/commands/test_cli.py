@@ -74,7 +74,7 @@ def test_every_command_is_listed_and_tested_here(command: Command) -> None:
         assert name in help_.out
 
 
-@pytest.mark.parametrize("name", ["", "convert"])
+@pytest.mark.parametrize("name", ["", "convert", "train", "eval"])
 def test_help_imports_nothing_heavy(name: str) -> None:
     """In a process that was started as `gda`: neither transformers nor torch, and nothing of ours that needs them."""
     script = (

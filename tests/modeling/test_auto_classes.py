@@ -142,7 +142,7 @@ def test_the_command_registers_with_the_first_model_code() -> None:
         "sys.argv[0] = '/somewhere/gda'\n"
         "import gda\n"
         "assert not sys.modules.keys() & {'transformers', 'torch', 'numpy', 'huggingface_hub'}\n"
-        "import gda.conversion.sources, transformers\n"
+        "import gda.conversion.sources.open, transformers\n"
         "model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model('gda', **TINY))\n"
         "assert type(model) is gda.GDAForCausalLM\n"
     )
