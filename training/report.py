@@ -27,10 +27,10 @@ class TrainReport:
         last_loss: Mean loss between the last two log entries.
         first_eval_loss: Loss on `eval_data` before the first step; None without `eval_data`.
         last_eval_loss: Loss on `eval_data` after the last step.
-        tokens_per_second: Over all processes, in training steps of the last session, without reading the data; None if
-            it had no step.
+        tokens_per_second: Over all processes, in the training steps since the run was started or last resumed, without
+            reading the data; None if there was no step.
         peak_memory: Peak memory in bytes, of the accelerator, or of the main process when training on the CPU.
-        resumed_from: Step from which the last session was resumed.
+        resumed_from: Step from which the run was last resumed; None if it was not.
         dry_run: Whether nothing was trained and written.
         notes: What the user should know.
         pushed: The report of the push to the Hub.

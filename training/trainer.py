@@ -50,7 +50,7 @@ class GDATrainer(Trainer):
         kwargs: As for the Trainer.
 
     Attributes:
-        throughput: Steps, seconds and tokens of this session.
+        throughput: Steps, seconds and tokens since the start or the last resume.
 
     Raises:
         ValueError: if this process sees several GPUs. Start one process for each.

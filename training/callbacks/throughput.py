@@ -10,7 +10,7 @@ class ThroughputCallback(TrainerCallback):
     """Counts steps, seconds and tokens of training steps, without evaluation, checkpoints and reading the data.
 
     Attributes:
-        steps, seconds, tokens: Totals of this session. `tokens` counts those of all processes.
+        steps, seconds, tokens: Totals since the start or the last resume. `tokens` counts those of all processes.
     """
 
     def __init__(self) -> None:
