@@ -27,8 +27,6 @@ def checked(options: GrowOptions) -> GrowOptions:
         raise ValueError("--noise-std tells replicas apart, and --masked makes none")
     if options.mlp is not None and not masked:
         raise ValueError("--mlp adds new neurons, which only --masked can hide; --width replicates them")
-    if not 0 <= options.noise_std < float("inf"):
-        raise ValueError(f"--noise-std {options.noise_std} is not a number from 0 on")
     return replace(options, signal=_factor("--signal", signal), width=_factor("--width", width), layers=layers)
 
 

@@ -65,17 +65,21 @@ class Options:
     """Base of the options of one command.
 
     Raises:
-        ValueError: if a field with a fixed set of choices has another value, or a number is outside its limits.
+        ValueError: if a field with a fixed set of choices has another value, or a number is outside its limits or
+            should be whole.
     """
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for each in fields(self):
             allowed, value = choices(hints[each.name]), getattr(self, each.name)
-            if allowed and value is not None and value not in allowed:
-                raise ValueError(f"{flag(each.name)} {value} is not one of {', '.join(map(str, allowed))}")
-            if value is not None:
-                _check_limits(each, value)
+            if value is None:
+                continue
+            if allowed and value not in allowed:
+                raise ValueError(f"{flag(each.name)} {value or repr(value)} is not one of {', '.join(allowed)}")
+            if isinstance(value, float) and _is_whole(hints[each.name]):
+                raise ValueError(f"{flag(each.name)} {value} is not a whole number")
+            _check_limits(each, value)
 
 
 def _check_limits(each: Field[Any], value: Any) -> None:
@@ -100,6 +104,12 @@ def flag(name: str) -> str:
 def is_union(hint: Any) -> bool:
     """Whether a type hint is a union, written as `A | B` or as Optional."""
     return get_origin(hint) in (Union, UnionType)
+
+
+def _is_whole(hint: Any) -> bool:
+    """Whether the only numbers that a type hint allows are whole."""
+    kinds = get_args(hint) if is_union(hint) else (hint,)
+    return int in kinds and float not in kinds
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
