@@ -69,8 +69,10 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
         CheckFailed: if a loss, a gradient or a parameter is not finite. The last checkpoint is kept and named.
         KeyboardInterrupt: if the run was interrupted.
     """
-    if options.out is None:
-        raise ValueError("OUT is missing; name the folder to create")
+    if options.out is None:  # the command draws the log of an earlier run then
+        raise ValueError("out is missing; to draw the log of an earlier run, call gda.training.plot.plot")
+    if not str(options.out):
+        raise ValueError("OUT is empty; name a folder to create")
     out = Path(options.out)
     if options.push_to_hub is not None:
         check_name(options.push_to_hub)

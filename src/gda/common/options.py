@@ -86,6 +86,8 @@ def _check_limits(each: Field[Any], value: Any) -> None:
     minimum, maximum, above = (each.metadata.get(name) for name in ("minimum", "maximum", "above"))
     if (minimum, maximum, above) == (None, None, None):
         return
+    if not isinstance(value, int | float):
+        raise ValueError(f"{flag(each.name)} {value!r} is not a number")
     if not math.isfinite(value):
         raise ValueError(f"{flag(each.name)} {value} is not a finite number")
     if minimum is not None and value < minimum:
@@ -156,7 +158,10 @@ def takes(
                 near = get_close_matches(name, known, n=1)
                 hint = f"; did you mean `{near[0]}`?" if near else ""
                 raise TypeError(f"{function.__name__}() has no argument `{name}`{hint}")
-            bound = public.bind(*args, **given).arguments
+            try:
+                bound = public.bind(*args, **given).arguments
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}(): {error}") from None
             passed_on = {each.name: bound.pop(each.name) for each in own if each.name in bound}
             if rest is not None:
                 passed_on |= passed_on.pop(rest, {})
