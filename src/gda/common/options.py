@@ -73,7 +73,7 @@ class Options:
         hints = get_type_hints(type(self))
         for each in fields(self):
             allowed, value = choices(hints[each.name]), getattr(self, each.name)
-            if value is None:
+            if value is None and type(None) in _kinds(hints[each.name]):
                 continue
             if allowed and value not in allowed:
                 raise ValueError(f"{flag(each.name)} {value or repr(value)} is not one of {', '.join(allowed)}")
@@ -86,7 +86,7 @@ def _check_limits(each: Field[Any], value: Any) -> None:
     minimum, maximum, above = (each.metadata.get(name) for name in ("minimum", "maximum", "above"))
     if (minimum, maximum, above) == (None, None, None):
         return
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{flag(each.name)} {value!r} is not a number")
     if not math.isfinite(value):
         raise ValueError(f"{flag(each.name)} {value} is not a finite number")
@@ -110,8 +110,11 @@ def is_union(hint: Any) -> bool:
 
 def _is_whole(hint: Any) -> bool:
     """Whether the only numbers that a type hint allows are whole."""
-    kinds = get_args(hint) if is_union(hint) else (hint,)
-    return int in kinds and float not in kinds
+    return int in _kinds(hint) and float not in _kinds(hint)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if is_union(hint) else (hint,)
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
