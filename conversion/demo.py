@@ -61,7 +61,7 @@ def demo(options: DemoOptions, out: str | Path | None = None, *, console: Consol
     """
     begun = time.monotonic()
     console = console or Console(quiet=True)
-    location = options.source or find_demo_model()
+    location = find_demo_model() if options.source is None else options.source
     with quiet_transformers():
         opened = open_source(location)
         tokenizer = opened.tokenizer()

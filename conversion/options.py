@@ -1,6 +1,5 @@
 """Options of the commands that convert, check and share models. Nothing heavy is imported, so `--help` is fast."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,17 +50,12 @@ class WriteOptions(ShardOptions, BundleOptions, RevisionOptions):
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
         "keep", "Data type of the weights. λ is always float32.", panel=OUTPUT
     )
-    workers: int = option(1, "Number of weight files to write at once.", panel=OUTPUT, metavar="N")
+    workers: int = option(1, "Number of weight files to write at once.", panel=OUTPUT, metavar="N", minimum=1)
     verify: bool = option(
         True, "Compare the result with its source before it appears.", panel=OUTPUT, flag="--verify/--no-verify"
     )
     resume: bool = option(False, "Continue from the files that an interrupted run finished.", panel=OUTPUT)
     dry_run: bool = option(False, "Check everything, but write nothing.", panel=OUTPUT)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if type(self.workers) is not int or self.workers < 1:
-            raise ValueError(f"--workers {self.workers!r} is not a positive integer")
 
 
 @dataclass(frozen=True)
@@ -196,6 +190,7 @@ class GrowOptions(NewHeadOptions):
         "Standard deviation of the noise that makes replicas differ, relative to that of the weight. The noise sums to "
         "zero over the replicas, so the logits stay the same.",
         panel=GROWTH,
+        minimum=0,
     )
 
 
@@ -236,12 +231,8 @@ class VerifyOptions(RevisionOptions):
         "Largest relative |Δlogit| that passes. Default: 1e-5, or no limit after a lossy conversion.",
         panel=COMPARISON,
         metavar="X",
+        minimum=0,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threshold is not None and not 0 <= self.threshold < math.inf:
-            raise ValueError(f"--threshold {self.threshold} is not a finite number of at least 0")
 
 
 @dataclass(frozen=True)

@@ -114,18 +114,6 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
             return _send(report, files, options.private, has_card, message)
 
 
-def check_push(repo: str | None, private: bool | None) -> None:
-    """Check `--push-to-hub` and `--private` before the work that ends in a push.
-
-    Raises:
-        ValueError: if `private` is given without `repo`, or the Hub doesn't allow that name.
-    """
-    if repo is not None:
-        check_name(repo)
-    elif private is not None:
-        raise ValueError("--private and --public have no effect without --push-to-hub")
-
-
 def push_result(
     out: Path, repo: str, *, private: bool | None, bundle_code: bool, console: Console | None = None
 ) -> PushReport:

@@ -79,8 +79,6 @@ def find_model(
         FileNotFoundError: if it does not exist.
         ValueError: if it has no tokenizer, is not a model folder, or its config.json cannot be a model's.
     """
-    if str(model) == "":
-        raise ValueError("the name of the model is empty; name a folder, a Hub id or a .gguf file")
     given = read_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else copy.deepcopy(tokenizer)
     if isinstance(model, torch.nn.Module):
         if given is None:

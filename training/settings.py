@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gda.common.options import Options, argument, flag, option
+from gda.conversion.options import OUTPUT, BundleOptions, HubOptions, RevisionOptions
 
 DATA, LEARNING, STEPS = "Data", "Trained parameters", "Steps and rates"
 LAMBDA, TEACHER, LOG = "λ", "Teacher", "Log, evaluation and checkpoints"
-OUTPUT, HUB = "Output", "Hub"
 
 
 @dataclass(frozen=True)
@@ -191,32 +191,14 @@ def _as_names(given: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
+class RunOptions(BundleOptions, RevisionOptions, HubOptions):
     """Where a training run reads from and writes to, and what is done with its result."""
 
     plot: bool = option(False, "Draw the log as OUT/training.html.", panel=LOG)
     resume: bool = option(False, "Continue from the last checkpoint of a run that did not finish.", panel=OUTPUT)
     overwrite: bool = option(False, "Replace OUT, and a run that did not finish, if they exist.", panel=OUTPUT)
-    bundle_code: bool = option(
-        True,
-        "Save the model's code beside the weights, to load them with trust_remote_code where gda is not installed.",
-        panel=OUTPUT,
-    )
     dry_run: bool = option(
         False, "Check everything, count tokens, steps and parameters, but write nothing.", panel=OUTPUT
-    )
-    push_to_hub: str | None = option(
-        None, "Push OUT to this repository, such as me/llama-gda. Default: no push.", panel=HUB, metavar="REPO"
-    )
-    private: bool | None = option(
-        None,
-        "Create the repository as private or public, and refuse an existing one that differs. Default: your account's "
-        "setting for new repositories.",
-        panel=HUB,
-        flag="--private/--public",
-    )
-    revision: str | None = option(
-        None, "Branch, tag or commit of MODEL on the Hub. Default: its main branch.", panel=HUB
     )
 
 
@@ -235,8 +217,6 @@ class TrainOptions(TrainSettings, RunOptions):
         if self.out is None:
             raise ValueError("OUT is missing; name the folder to create")
         super().__post_init__()
-        if self.private is not None and self.push_to_hub is None:
-            raise ValueError("--private and --public have no effect without --push-to-hub")
 
     @property
     def only_plots(self) -> bool:

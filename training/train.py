@@ -17,8 +17,8 @@ from gda._version import __version__
 from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
-from gda.conversion.push import PushReport, check_push, push_result
-from gda.conversion.sources.hub import require_token
+from gda.conversion.push import PushReport, push_result
+from gda.conversion.sources.hub import check_name, require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.readers import read_gda_config
 from gda.training.callbacks.checkpoints import CheckpointCallback
@@ -69,10 +69,13 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
         CheckFailed: if a loss, a gradient or a parameter is not finite. The last checkpoint is kept and named.
         KeyboardInterrupt: if the run was interrupted.
     """
-    if options.out is None:
-        raise ValueError("OUT is missing; name the folder to create")
+    if options.out is None:  # the command draws the log of an earlier run then
+        raise ValueError("out is missing; to draw the log of an earlier run, call gda.training.plot.plot")
+    if not str(options.out):
+        raise ValueError("OUT is empty; name a folder to create")
     out = Path(options.out)
-    check_push(options.push_to_hub, options.private)
+    if options.push_to_hub is not None:
+        check_name(options.push_to_hub)
     processes = Processes()
     with quiet_transformers():
         source = processes.together(lambda: _check_inputs(options, out))

@@ -202,6 +202,8 @@ def _inexpressible_field(config: GDAConfig, model_type: str) -> str | None:
             return name
     if config.hidden_act == "poly_norm":
         return "hidden_act"
+    if model_type == "llama" and config.hidden_size % config.num_signal_heads:
+        return "num_signal_heads"  # LlamaConfig wants it to divide hidden_size, even if head_dim is given
     back = source_fields(target_config(config, model_type))
     differing = [name for name in DIFFERING_FIELDS if back[name] != getattr(config, name)]
     if "sliding_window" in differing and not slides(config):

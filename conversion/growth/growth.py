@@ -27,8 +27,6 @@ def checked(options: GrowOptions) -> GrowOptions:
         raise ValueError("--noise-std applies to replicas, and --masked makes none; omit one of them")
     if options.mlp is not None and not masked:
         raise ValueError("--mlp adds new neurons, which needs --masked; use --width to replicate neurons")
-    if not 0 <= options.noise_std < float("inf"):
-        raise ValueError(f"--noise-std {options.noise_std} is not a finite number of at least 0")
     return replace(options, signal=_factor("--signal", signal), width=_factor("--width", width), layers=layers)
 
 

@@ -30,7 +30,7 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"{repo} is not a valid repository name: {first_line(error)}") from None
+        raise ValueError(f"{repo!r} is not a valid repository name: {first_line(error)}") from None
 
 
 def require_token(repo: str) -> None:

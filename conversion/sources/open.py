@@ -26,8 +26,9 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
 
     Raises:
         FileNotFoundError: if it is none of them.
-        ValueError: if it does not hold a checkpoint that can be converted.
+        ValueError: if it does not hold a checkpoint that can be converted, or is empty.
     """
+    _refuse_empty(location)
     path = Path(location)
     if revision is not None and path.exists():
         raise ValueError(f"--revision is for a Hub id, but {location} is a local path")
@@ -46,11 +47,18 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: if it is neither a folder nor a repository on the Hub.
+        ValueError: if it is empty.
         PermissionError, ConnectionError: if the Hub cannot be reached or denies access.
     """
+    _refuse_empty(location)
     path = Path(location)
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(location)) or str(location).startswith("."):
         raise FileNotFoundError(f"{location} does not exist")
     return download(str(location), revision, [*MODEL_PATTERNS, "README.md"])
+
+
+def _refuse_empty(location: str | Path) -> None:
+    if not str(location):  # as a path, this would be the current folder
+        raise ValueError("the name of a model is empty; name a folder, a Hub id or a .gguf file")

@@ -1,7 +1,7 @@
 """The content of trainable.json: which parameters of a model are new, by the features that their axes count."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from gda.conversion.tensors.recipes import meta_model
 
 
 def describe_new(
-    config: GDAConfig, names: Iterable[str], *, kept: Mapping[str, Tensor], new: Iterable[str] = ()
+    config: GDAConfig, names: Iterable[str], *, kept: Mapping[str, Tensor], new: Collection[str] = ()
 ) -> Trainable:
     """Describe the new parameters of a model.
 
@@ -26,6 +26,8 @@ def describe_new(
     """
     parameters = [NewParameters(pattern, None) for pattern in new]
     for name in names:
+        if any(re.fullmatch(pattern, name) for pattern in new):
+            continue
         axes = [":" if kind is None or kind not in kept else slices(kept[kind].tolist()) for kind in axes_of(name)]
         partly_new = NewParameters(_in_every_layer(name), axes)
         if any(axis != ":" for axis in axes) and partly_new not in parameters:

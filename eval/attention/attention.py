@@ -141,8 +141,6 @@ def _open(
         if tokenizer is None:
             raise ValueError(f"a {role} in memory needs its tokenizer: attention(model, tokenizer=…)")
         return _Opened(place.name_or_path or type(place).__name__, place, tokenizer, True)
-    if not str(place):
-        raise ValueError(f"the name of the {role} is empty; name a folder, a Hub id or a .gguf file")
     with quiet_transformers():
         source = open_source(place, revision)
         if not source.can_run:

@@ -120,6 +120,21 @@ def test_what_a_llama_cannot_compute_is_refused_by_name(changes: dict[str, Any],
     assert os.listdir(tmp_path) == ["gda"]
 
 
+def test_signal_heads_that_do_not_divide_the_hidden_size(tmp_path: Path) -> None:
+    """LlamaConfig refuses them even if head_dim is given; MistralConfig does not."""
+    model = tiny_model(
+        hidden_size=32, num_attention_heads=8, num_noise_heads=2, num_key_value_heads=2, head_dim=8, lambda_init=0.0
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lambda" in name:
+                parameter.zero_()
+    model.save_pretrained(tmp_path / "gda")
+    with pytest.raises(ValueError, match="num_signal_heads=6 has no counterpart in a Llama; --format mistral can"):
+        gda.export(tmp_path / "gda", tmp_path / "back")
+    gda.export(tmp_path / "gda", tmp_path / "back", format="mistral")
+
+
 def test_layers_named_sliding_without_a_window_cannot_slip_through(tmp_path: Path) -> None:
     """sliding_window given, but layer_types all full: this computes what a Llama computes, and is exported or named."""
     model = tiny_model(sliding_window=4, layer_types=["full_attention"] * 2, lambda_init=0.0)

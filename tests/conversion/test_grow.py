@@ -612,7 +612,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "layers below": ({"layers": [-1]}, "--layers -1 is not among"),
     "no layers": ({"layers": []}, "--layers names no layer"),
     "layers and depth": ({"layers": [1], "depth": 5}, "--layers names 1 layers, but --depth 5 adds 2"),
-    "noise": ({"signal": 2, "noise_std": -1.0}, "--noise-std -1.0 is not"),
+    "noise": ({"signal": 2, "noise_std": -1.0}, "--noise-std -1.0 is below 0"),
     "endless noise": ({"signal": 2, "noise_std": float("nan")}, "--noise-std nan is not"),
     "dtype": ({"signal": 2, "dtype": "int8"}, "--dtype int8"),
 }

@@ -219,12 +219,11 @@ def check_places(source: str | Path, out: str | Path) -> None:
     """Refuse an OUT that would overwrite its source.
 
     Raises:
-        ValueError: if either is empty, or one contains the other.
+        ValueError: if OUT is empty, or one contains the other.
     """
-    for name, place in (("SOURCE", source), ("OUT", out)):
-        if not str(place):
-            raise ValueError(f"{name} is empty; name a folder")
-    if not Path(source).exists():
+    if not str(out):
+        raise ValueError("OUT is empty; name a folder to create")
+    if not str(source) or not Path(source).exists():
         return  # perhaps a Hub id
     read, written = Path(source).resolve(), Path(out).resolve()
     if written.is_relative_to(read) or read.is_relative_to(written):

@@ -65,23 +65,29 @@ class Options:
     """Base of the options of one command.
 
     Raises:
-        ValueError: if a field with a fixed set of choices has another value, or a number is outside its limits.
+        ValueError: if a field with a fixed set of choices has another value, or a number is outside its limits or
+            should be whole.
     """
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for each in fields(self):
             allowed, value = choices(hints[each.name]), getattr(self, each.name)
-            if allowed and value is not None and value not in allowed:
-                raise ValueError(f"{flag(each.name)} {value} is not one of {', '.join(map(str, allowed))}")
-            if value is not None:
-                _check_limits(each, value)
+            if value is None and type(None) in _kinds(hints[each.name]):
+                continue
+            if allowed and value not in allowed:
+                raise ValueError(f"{flag(each.name)} {value or repr(value)} is not one of {', '.join(allowed)}")
+            if isinstance(value, float) and _is_whole(hints[each.name]):
+                raise ValueError(f"{flag(each.name)} {value} is not a whole number")
+            _check_limits(each, value)
 
 
 def _check_limits(each: Field[Any], value: Any) -> None:
     minimum, maximum, above = (each.metadata.get(name) for name in ("minimum", "maximum", "above"))
     if (minimum, maximum, above) == (None, None, None):
         return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{flag(each.name)} {value!r} is not a number")
     if not math.isfinite(value):
         raise ValueError(f"{flag(each.name)} {value} is not a finite number")
     if minimum is not None and value < minimum:
@@ -100,6 +106,15 @@ def flag(name: str) -> str:
 def is_union(hint: Any) -> bool:
     """Whether a type hint is a union, written as `A | B` or as Optional."""
     return get_origin(hint) in (Union, UnionType)
+
+
+def _is_whole(hint: Any) -> bool:
+    """Whether the only numbers that a type hint allows are whole."""
+    return int in _kinds(hint) and float not in _kinds(hint)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if is_union(hint) else (hint,)
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
@@ -146,7 +161,10 @@ def takes(
                 near = get_close_matches(name, known, n=1)
                 hint = f"; did you mean `{near[0]}`?" if near else ""
                 raise TypeError(f"{function.__name__}() has no argument `{name}`{hint}")
-            bound = public.bind(*args, **given).arguments
+            try:
+                bound = public.bind(*args, **given).arguments
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}(): {error}") from None
             passed_on = {each.name: bound.pop(each.name) for each in own if each.name in bound}
             if rest is not None:
                 passed_on |= passed_on.pop(rest, {})
