@@ -81,14 +81,14 @@ class LogitDifferences:
 
 
 def prompt_ids(source: Source) -> tuple[str, list[torch.Tensor]]:
-    """Token ids (1, T) of the prompts, and what they are: "text" or "random ids".
+    """Token ids (1, T) of the prompts, and what they are: "texts" or "random ids".
 
     Ids are random, with a fixed seed, where the source has no tokenizer, or one with ids beyond its vocabulary.
     """
     if (tokenizer := source.tokenizer()) is not None:
         prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
         if all(ids and max(ids) < source.config.vocab_size for ids in prompts):
-            return "text", [torch.tensor([ids]) for ids in prompts]
+            return "texts", [torch.tensor([ids]) for ids in prompts]
     generator = torch.Generator().manual_seed(0)
     shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
     return "random ids", list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1))

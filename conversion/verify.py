@@ -53,7 +53,7 @@ class VerifyReport:
     Attributes:
         method: "full": both models run; "layers": both run with one layer in memory, and each layer is read once;
             "tensors": every tensor is converted again and compared bit for bit, and no model runs.
-        prompts: "text", or "random ids" if the source has no tokenizer that can be loaded and fits it; "none" with
+        prompts: "texts", or "random ids" if the source has no tokenizer that can be loaded and fits it; "none" with
             "tensors".
         tokens: Number of positions compared.
         relative: max |Δlogit| / max |logit|.

@@ -37,8 +37,8 @@ class Calibration:
             "calibration": self.name,
             "sha256": self.sha256,
             "context": self.sequences.shape[1],
-            "sequences": len(self.sequences),
-            "held_out_sequences": len(self.held_out),
+            "windows": len(self.sequences),
+            "held_out_windows": len(self.held_out),
         }
 
 

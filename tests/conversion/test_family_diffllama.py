@@ -62,7 +62,7 @@ def test_every_method_of_verify(method: str, tmp_path: Path) -> None:
     gda.convert(source, tmp_path / "gda", verify=False)
     report = gda.verify(source, tmp_path / "gda", method=method)
     assert report.passed
-    assert report.prompts == ("none" if method == "tensors" else "text")
+    assert report.prompts == ("none" if method == "tensors" else "texts")
     tensors = tensors_of(tmp_path / "gda")
     tensors["model.layers.1.self_attn.subln.weight"][0] = 2.0
     save_file(tensors, tmp_path / "gda" / "model.safetensors", metadata={"format": "pt"})

@@ -555,7 +555,7 @@ def test_a_gguf_converts_to_what_transformers_reads(
     report = gda.convert(path, tmp_path / "gda")
     assert report.verification is not None
     assert report.verification.passed
-    assert report.verification.prompts == "text"
+    assert report.verification.prompts == "texts"
     original = source_model(model_type, hidden_size=64, intermediate_size=96, **changes)
     assert relative_error(logits(load(tmp_path / "gda"), some_ids()), logits(original, some_ids())) <= 1e-5
     assert gda.verify(path, tmp_path / "gda", method="tensors").passed

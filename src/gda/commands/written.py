@@ -55,9 +55,10 @@ def print_verification(report: Any) -> None:
     greedy = f", same greedy text {100 * report.greedy_match:.0f} %"
     if report.greedy_ties:
         greedy += f" and {100 * report.greedy_ties:.0f} % up to a tie"
+    read = "text" if report.prompts == "texts" else report.prompts
     limit = "no limit" if report.threshold is None else f"limit {report.threshold:.0e}"
     typer.echo(
-        f"{done} ({report.method}, {report.tokens} tokens of {report.prompts}): |Δlogit| max {report.max_abs:.2e}, "
+        f"{done} ({report.method}, {report.tokens} tokens of {read}): |Δlogit| max {report.max_abs:.2e}, "
         f"mean {report.mean_abs:.2e}, relative {report.relative:.2e} ({limit}); KL {report.kl:.2e}; "
         f"same top token {100 * report.top1_agreement:.1f} %{greedy}"
     )
