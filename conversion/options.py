@@ -105,7 +105,7 @@ class HubOptions(Options):
     """Options of pushing the result to the Hub."""
 
     push_to_hub: str | None = option(
-        None, "Push OUT to this repository, such as me/llama-gda.", panel=HUB, metavar="REPO"
+        None, "Push OUT to this repository, such as me/llama-gda. Default: no push.", panel=HUB, metavar="REPO"
     )
     private: bool | None = option(
         None,
