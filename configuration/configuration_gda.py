@@ -334,11 +334,7 @@ class GDAConfig(PretrainedConfig):
             yield getattr(self, name) >= 1, name, "must be at least 1"
         for name in ("rms_norm_eps", "head_norm_eps"):
             yield 0 < getattr(self, name) < FLOAT32_MAX, name, "must be positive, and finite in float32"
-        yield (
-            0 <= self.initializer_range < FLOAT32_MAX,
-            "initializer_range",
-            "must be at least 0, and finite in float32",
-        )
+        yield 0 <= self.initializer_range < FLOAT32_MAX, "initializer_range", "must be finite in float32, not below 0"
         row = self.pad_token_id is None or -self.vocab_size <= self.pad_token_id < self.vocab_size
         yield row, "pad_token_id", f"must be an index of one of the {self.vocab_size} embeddings"
         known = self.hidden_act == "poly_norm" or _is_activation(self.hidden_act)
