@@ -60,5 +60,5 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
 
 
 def _refuse_empty(location: str | Path) -> None:
-    if not str(location):  # as a path, this would be the current folder
+    if not str(location).strip():  # an empty path would be the current folder
         raise ValueError("the name of a model is empty; name a folder, a Hub id or a .gguf file")

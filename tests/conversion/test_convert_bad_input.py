@@ -442,7 +442,7 @@ def test_a_source_that_is_no_model_folder(
     assert_refused(outcome)
     if source == "":
         assert "is the source" not in outcome.error
-        assert "SOURCE" in outcome.error
+        assert "is empty" in outcome.error
     assert os.listdir(tmp_path) == ["here"]
     assert os.listdir(tmp_path / "here") == []
 
