@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 import gda
 from gda import GDAConfig, GDAForCausalLM, GDAForSequenceClassification
@@ -23,6 +24,7 @@ from gda.training import FadeCallback
 from ..support import naive
 from ..support.checkpoints import needs_smollm2
 from ..support.commands import Command
+from ..support.fading import Recorder, StopAt, trainer_arguments
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
@@ -405,30 +407,7 @@ def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
 DATA = [{"input_ids": ids, "labels": ids} for ids in token_ids(32, 8)]
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    plain: dict[str, Any] = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "seed": 3,
-    }
-    return TrainingArguments(output_dir=str(folder), **plain | options)
-
-
-class Recorder(FadeCallback):
-    """Notes the mask of each step."""
-
-    def __init__(self, num_steps: int, lambda_target: float | None = None):
-        super().__init__(num_steps, lambda_target)
-        self.seen: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_begin(args, state, control, **kwargs)
-        self.seen.append(kwargs["model"].config.fade)
+arguments = partial(trainer_arguments, max_steps=8)
 
 
 def small_grown_model(mask: float = 0.0) -> GDAForCausalLM:
@@ -506,16 +485,6 @@ def test_resuming_keeps_the_schedule(read: str, restored: bool, start: float, tm
     assert first.seen + callback.seen == pytest.approx(wanted.seen)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, msg=name)
-
-
-class StopAt(TrainerCallback):
-    """Ends training after a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
 
 
 def test_a_finished_growth_is_resumed_as_a_plain_model(tmp_path: Path) -> None:

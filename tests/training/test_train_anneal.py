@@ -4,19 +4,21 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 import gda
 from gda import GDAForCausalLM, GDAForSequenceClassification
 from gda.training import FadeCallback
 
 from ..support import naive
+from ..support.fading import Recorder, StopAt, trainer_arguments
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
 pytestmark = pytest.mark.sampled
@@ -211,47 +213,19 @@ def test_inspect_verify_and_export(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the callback
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    plain: dict[str, Any] = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "seed": 3,
-    }
-    return TrainingArguments(output_dir=str(folder), **plain | options)
+arguments = partial(trainer_arguments, max_steps=6)
 
 
-class Recorder(FadeCallback):
-    """Records the progress of annealing in each step."""
-
-    def __init__(self, num_steps: int = 4, lambda_target: float = TARGET):
-        super().__init__(num_steps, lambda_target)
-        self.seen: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_begin(args, state, control, **kwargs)
-        self.seen.append(kwargs["model"].config.fade)
-
-
-class StopAt(TrainerCallback):
-    """Stops training after a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
+def recorder(num_steps: int = 4, lambda_target: float = TARGET) -> Recorder:
+    """A recorder of λ fading in."""
+    return Recorder(num_steps, lambda_target)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_callback_raises_it_by_optimizer_steps(accumulated: int, tmp_path: Path) -> None:
     """From 0, in a straight line to 1; evaluation sees the value of its step; the saved model is plain."""
     model = model_of()
-    callback = Recorder()
+    callback = recorder()
     trainer = Trainer(
         model,
         arguments(tmp_path, gradient_accumulation_steps=accumulated, eval_strategy="steps", eval_steps=2),
@@ -274,11 +248,11 @@ def test_the_callback_raises_it_by_optimizer_steps(accumulated: int, tmp_path: P
 def test_resuming_keeps_the_schedule(stop: int, read: str, restored: bool, tmp_path: Path) -> None:
     """The rest of the values, and the weights, are those of an uninterrupted run; on the way it is in config.json."""
     whole = model_of()
-    wanted = Recorder()
+    wanted = recorder()
     Trainer(whole, arguments(tmp_path / "whole"), train_dataset=DATA, callbacks=[wanted]).train()
 
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": stop}
-    first = Recorder()
+    first = recorder()
     callbacks = [first, StopAt(stop)]
     Trainer(model_of(), arguments(tmp_path / "run", **options), train_dataset=DATA, callbacks=callbacks).train()
     checkpoint = tmp_path / "run" / f"checkpoint-{stop}"
@@ -287,7 +261,7 @@ def test_resuming_keeps_the_schedule(stop: int, read: str, restored: bool, tmp_p
 
     model = model_of() if read == "made anew" else AutoModelForCausalLM.from_pretrained(checkpoint)
     options |= {"restore_callback_states_from_checkpoint": restored}
-    trainer = Trainer(model, arguments(tmp_path / "run", **options), train_dataset=DATA, callbacks=[Recorder()])
+    trainer = Trainer(model, arguments(tmp_path / "run", **options), train_dataset=DATA, callbacks=[recorder()])
     trainer.train(resume_from_checkpoint=str(checkpoint))
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, msg=name)
@@ -300,7 +274,7 @@ def test_a_model_left_on_the_way_goes_on(tmp_path: Path) -> None:
     """Another training takes it from where it is to 1."""
     model = model_of()
     model.set_fade(0.5, lambda_target=TARGET)
-    callback = Recorder()
+    callback = recorder()
     Trainer(model, arguments(tmp_path, max_steps=4), train_dataset=DATA, callbacks=[callback]).train()
     assert callback.seen == pytest.approx([0.625, 0.75, 0.875, 1])
 
@@ -309,7 +283,7 @@ def test_an_adapter_of_peft_is_raised_through(tmp_path: Path) -> None:
     """LoRA around the model hands the call on."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(model_of(), peft.LoraConfig(r=2, target_modules=["o_proj"]))
-    Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[Recorder()]).train()
+    Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[recorder()]).train()
     assert model.config.fade == 0.5
 
 
@@ -322,12 +296,12 @@ def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     begun = model_of()
     begun.set_fade(0.5, lambda_target=0.1)
     with pytest.raises(ValueError, match=r"pass lambda_target=0\.1"):
-        Trainer(begun, arguments(tmp_path), train_dataset=DATA, callbacks=[Recorder()]).train()
+        Trainer(begun, arguments(tmp_path), train_dataset=DATA, callbacks=[recorder()]).train()
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
-    Trainer(model_of(), arguments(tmp_path, max_steps=2, **options), train_dataset=DATA, callbacks=[Recorder()]).train()
+    Trainer(model_of(), arguments(tmp_path, max_steps=2, **options), train_dataset=DATA, callbacks=[recorder()]).train()
     for other, remedy in (
-        (Recorder(5), "pass num_steps=4"),
-        (Recorder(lambda_target=0.1), f"pass lambda_target={TARGET}"),
+        (recorder(5), "pass num_steps=4"),
+        (recorder(lambda_target=0.1), f"pass lambda_target={TARGET}"),
     ):
         trainer = Trainer(model_of(), arguments(tmp_path, **options), train_dataset=DATA, callbacks=[other])
         with pytest.raises(ValueError, match=remedy):
