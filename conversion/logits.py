@@ -173,11 +173,8 @@ def _logits_by_layers(
 ) -> Iterator[torch.Tensor]:
     """Yield logits (1, T, vocabulary) of each prompt and (rows, T, vocabulary) of `rows`; one layer is in memory.
 
-    Args:
-        source: The model.
-        prompts: Ids (1, T), which run without a cache.
-        rows: Ids (rows, T), which run with a cache: the first `prefill` of each at once, the others one by one.
-        prefill: None runs the rows without a cache.
+    Prompts (1, T) run without a cache, and rows (rows, T) with one: the first `prefill` ids of each at once, the others
+    one by one. Without `prefill`, rows run without a cache, too.
     """
     model = LayerwiseModel(source.config, source.read)
     # All ids are embedded at once: some sources dequantize the embeddings each time they are read.

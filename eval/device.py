@@ -4,11 +4,7 @@ import torch
 
 
 def choose_device(device: str | None) -> str:
-    """`device` if it exists; for None, "cuda" if there is a GPU and "cpu" otherwise.
-
-    Raises:
-        ValueError: if the device does not exist, naming those that do. (lm-eval would silently use another one.)
-    """
+    """`device`, which must exist (lm-eval would use another one). None: a GPU if there is one, else the CPU."""
     available = ["cpu"]
     if torch.cuda.is_available():
         available = ["cuda", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

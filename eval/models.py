@@ -49,11 +49,7 @@ class Candidate:
         return in_background(lambda: {path.name: sha256(path) for path in self.weight_files})
 
     def load(self, options: TaskOptions, *, show_prompts: int = 0, progress: bool = True) -> GDALM:
-        """Load the model for lm-eval, with the batch size, device and data type of `options`.
-
-        Raises:
-            ValueError: if it cannot be loaded.
-        """
+        """Load the model for lm-eval, with the batch size, device and data type of `options`."""
         arguments: dict[str, Any] = {"batch_size": options.batch_size, "tokenizer": self.tokenizer}
         arguments |= {"show_prompts": show_prompts, "progress": progress}
         with quiet_transformers():

@@ -105,11 +105,7 @@ def save_learned(model: nn.Module, folder: Path, *, writes: bool) -> None:
 
 
 def load_learned(model: nn.Module, folder: Path) -> None:
-    """Load what `save_learned` has saved.
-
-    Raises:
-        ValueError: if the file is missing, or holds other parameters.
-    """
+    """Load what `save_learned` has saved; ValueError if the file is missing or holds other parameters."""
     path = folder / LEARNED_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing; a checkpoint of --train lora has one")

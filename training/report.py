@@ -65,11 +65,7 @@ class TrainReport:
 
     @classmethod
     def from_dict(cls, stored: Any, out: Path, folder: Path) -> "TrainReport":
-        """The report that training.json in `folder` stores.
-
-        Raises:
-            ValueError: naming the folder, if it is not a report.
-        """
+        """The report that training.json in `folder` stores; ValueError naming the folder if it is not valid."""
         numbers = {each.name for each in fields(cls)} - {"out", "notes", "pushed", "dry_run"}
         try:
             report = cls(**stored, out=out)

@@ -223,11 +223,7 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
-    """Refuse a Llama-like configuration with fields that its class in transformers ignores silently.
-
-    Raises:
-        ValueError: naming file and field.
-    """
+    """Raise ValueError for a Llama-like configuration with fields that its class in transformers ignores silently."""
     if config.model_type not in LLAMALIKES:
         return
     for name in UNSUPPORTED_ROPE:

@@ -11,11 +11,7 @@ LARGEST_FACTOR = 1000
 
 
 def checked(options: GrowOptions) -> GrowOptions:
-    """The options with whole factors as integers and --layers as a list.
-
-    Raises:
-        ValueError: naming the option, for a growth that no model can have.
-    """
+    """The options with whole factors as integers and --layers as a list; ValueError for an impossible growth."""
     signal, width, masked = options.signal, options.width, options.masked
     layers = _layer_list(options.layers)
     if signal is width is options.depth is layers is options.mlp is None:
@@ -63,11 +59,7 @@ def copied_layers(options: GrowOptions, layers: int) -> list[int]:
 
 
 def grown_neurons(times: float, old: int) -> int:
-    """`times` the `old` neurons of an MLP.
-
-    Raises:
-        ValueError: for a factor that gives no larger whole number.
-    """
+    """`times` the `old` neurons of an MLP; ValueError for a factor that gives no larger whole number."""
     if not 1 < times < float("inf"):
         raise ValueError(f"--mlp {times:g} is not more than 1")
     if times > LARGEST_FACTOR:

@@ -138,18 +138,11 @@ def shared_out(
 
 
 def split_exactly(weight: Tensor, count: int, noise: Tensor | None = None) -> Tensor:
-    """`count` tensors near `weight` / `count` + `noise` that sum to `weight` exactly, in the dtype of `weight`.
+    """`count` tensors (count, …) near `weight` / `count` + `noise` that sum to `weight` exactly, in its dtype.
 
     Shares are whole multiples of the last binary digit of a share, as the weight itself is. So the dtype holds each
-    share exactly, even a narrow one; noise that would need more digits is reduced.
-
-    Args:
-        weight: Any shape.
-        count: Number of shares, from 1.
-        noise: (count, …); its mean over the shares is subtracted.
-
-    Returns:
-        (count, …).
+    share exactly, even a narrow one; noise that would need more digits is reduced. The mean of the noise (count, …)
+    over the shares is subtracted.
     """
     if count == 1:
         return weight.unsqueeze(0)

@@ -40,11 +40,7 @@ LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
 
 
 def plan(source: Source, options: NewHeadOptions) -> Conversion:
-    """Add noise heads to a Llama, Mistral or Qwen.
-
-    Raises:
-        ValueError: for options that do not apply, and for head counts or a λ type that cannot be.
-    """
+    """Add noise heads to a Llama, Mistral or Qwen."""
     refuse(options, SPLIT_ONLY, "is only for --mode split")
     heads, dtype = source.config.num_attention_heads, DTYPES[options.dtype]
     possible = listed(possible_noise_heads(heads, source.config.num_key_value_heads), heads)

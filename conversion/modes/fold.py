@@ -15,11 +15,7 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
 def plan(source: Source, options: WriteOptions) -> Conversion:
-    """Multiply the factored projections of a GDA model out.
-
-    Raises:
-        ValueError: if its projections are dense already.
-    """
+    """Multiply the factored projections of a GDA model out; ValueError if they are dense already."""
     factored, dtype = source.config, DTYPES[options.dtype]
     assert isinstance(factored, GDAConfig)
     if factored.qk_rank is None:

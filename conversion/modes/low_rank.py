@@ -194,14 +194,7 @@ def folded(base: Tensor, down: Tensor, up: Tensor, *, roles: int, head_dim: int)
 def layer_errors(
     config: GDAConfig, dense: dict[str, Recipe], read: Callable[[str], Tensor], written: Callable[[str], Tensor]
 ) -> dict[str, list[float]]:
-    """Relative error |W − (B + P_k R_k)| / |W| (Frobenius) of the written tensors, by projection and layer.
-
-    Args:
-        config: Configuration of the factored model.
-        dense: Recipes of the dense model.
-        read: Reads a tensor of the source.
-        written: Reads a tensor of the factored checkpoint.
-    """
+    """Relative error |W − (B + P_k R_k)| / |W| (Frobenius) of the written tensors, by projection and layer."""
     errors: dict[str, list[float]] = {}
     for projection, roles in config.factored_projections.items():
         errors[projection] = []

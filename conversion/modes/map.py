@@ -15,11 +15,7 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
 def plan(source: Source, options: WriteOptions) -> Conversion:
-    """Keep every tensor of a differential model, under GDA's name and in GDA's order of rows.
-
-    Raises:
-        ValueError: for options that do not apply, and for a source that GDA cannot express.
-    """
+    """Keep every tensor of a differential model, under GDA's name and in GDA's order of rows."""
     kind, dtype, notes = source.config.model_type, DTYPES[options.dtype], []
     refuse(options, SPLIT_ONLY, "is only for --mode split")
     refuse(

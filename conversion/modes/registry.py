@@ -53,11 +53,7 @@ def default_mode(source: Source) -> str:
 
 
 def plan(name: str, source: Source, options: WriteOptions) -> Conversion:
-    """Plan a conversion by the mode `name`, with the options of its command.
-
-    Raises:
-        ValueError: for a source or options that the mode does not take.
-    """
+    """Plan a conversion by the mode `name`, with the options of its command."""
     mode, kind = MODES[name], source.config.model_type
     if kind not in mode.sources:
         raise ValueError(f"{source.name} is a {kind!r} model: {mode.needs}")

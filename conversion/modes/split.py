@@ -19,12 +19,7 @@ SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
 
 
 def plan(source: Source, options: ConvertOptions) -> Conversion:
-    """Divide the query heads of a source into signal and noise heads, and fit the result to the source.
-
-    Raises:
-        FileNotFoundError, ValueError: for options that do not apply, head counts that cannot be split, and a
-            calibration text that is missing or too short.
-    """
+    """Divide the query heads of a source into signal and noise heads, and fit the result to the source."""
     if options.qk_rank is not None:
         raise ValueError("--qk-rank goes with --mode split in two steps: split first, then factorize the result")
     heads, dtype = source.config.num_attention_heads, DTYPES[options.dtype]

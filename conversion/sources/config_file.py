@@ -84,11 +84,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 
 
 def check_fields(fields: dict[str, Any], path: Path) -> None:
-    """Check the fields of a config.json; those of a GDA model more strictly.
-
-    Raises:
-        ValueError: naming `path`, the field, the rule and the value.
-    """
+    """Raise ValueError, naming `path` and the field, for an invalid config.json; stricter for a GDA model."""
 
     def require(holds: bool, name: str, rule: str) -> None:
         if not holds:

@@ -50,11 +50,7 @@ class FolderSource(Source):
         return model.eval()
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of each file of weights.
-
-        Raises:
-            ValueError: if a file from the Hub has another SHA-256 than the Hub gave for it.
-        """
+        """SHA-256 of each file of weights; ValueError if it is not the one that the Hub gave."""
         digests = super().hashes()
         if self.revision is not None:
             for file, digest in digests.items():

@@ -34,11 +34,7 @@ def check_name(repo: str) -> None:
 
 
 def require_token(repo: str) -> None:
-    """Check the user's token with the Hub before work that ends in a push.
-
-    Raises:
-        PermissionError, ConnectionError: as `push` would.
-    """
+    """Check the user's token before work that ends in a push; raise the errors of `push`."""
     with hub_errors(repo, "main"):
         token = HfApi().whoami().get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
@@ -58,11 +54,7 @@ def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def check_downloaded(path: Path, digest: str) -> None:
-    """Compare a file's SHA-256 with the one that the Hub gave, which is its name in the Hub's cache.
-
-    Raises:
-        ValueError: if they differ.
-    """
+    """Raise ValueError unless a file's SHA-256 is the one that the Hub gave, which is its name in the Hub's cache."""
     blob = path.resolve()
     if SHA256.fullmatch(blob.name) and blob.name != digest:
         raise ValueError(f"{path.name} is damaged: its SHA-256 is not the one that the Hub gave; remove {blob}")

@@ -54,11 +54,7 @@ class Source(ABC):
 
     @abstractmethod
     def load(self) -> PreTrainedModel:
-        """Load the whole model in float32 by transformers, for evaluation, with sdpa attention.
-
-        Raises:
-            ValueError: if transformers cannot load it.
-        """
+        """Load the whole model in float32 for evaluation, with sdpa attention; ValueError if transformers cannot."""
 
     @abstractmethod
     def copy_assets(self, folder: Path) -> None:
@@ -81,11 +77,7 @@ class Source(ABC):
         return {path.name: sha256(path) for path in self.weight_files}
 
     def _check_tensors(self, where: Path) -> None:
-        """Compare the tensors with those that the config asks for, and drop superfluous ones that are harmless.
-
-        Raises:
-            ValueError: naming the first tensor that is missing, unknown or of another shape.
-        """
+        """Raise ValueError unless the tensors are those of the config; drop superfluous ones that are harmless."""
         expected = self._expected_specs(where)
         for name, spec in expected.items():
             if name not in self.specs:

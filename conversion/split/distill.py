@@ -89,10 +89,8 @@ class Distillation:
     def train(self, plan: Plan, sequences: torch.Tensor, last_states: torch.Tensor) -> Iterator[float]:
         """Train to the last step of the plan, and yield the loss of each step, in nats per token.
 
-        Args:
-            plan: Number of steps and order.
-            sequences: Token ids (sequences, T).
-            last_states: Inputs of the source's last norm, (sequences, T, hidden).
+        `sequences` are token ids (sequences, T), and `last_states` the inputs of the source's last norm, (sequences, T,
+        hidden).
         """
         every = max(1, plan.steps // CHECKPOINTS)
         head = self.model.head()

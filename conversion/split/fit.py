@@ -20,15 +20,8 @@ def fit_layers(
 ) -> Iterator[Split]:
     """Split the heads of one layer after another, except the layers that `work` already holds.
 
-    After the last layer, `last_states` returns its outputs.
-
-    Args:
-        source: The source model.
-        config: Configuration of the result.
-        sequences: Token ids (sequences, T).
-        fitted: How many of the sequences, from the first on, moments may be computed from.
-        lambdas: λ to try.
-        work: Where results and activations are stored.
+    Moments are computed from the first `fitted` of the `sequences`, token ids (sequences, T). After the last layer,
+    `last_states` returns its outputs.
 
     Raises:
         ValueError: if a layer of the source gives values that are not finite.

@@ -89,13 +89,7 @@ def split_recipes(
 ) -> dict[str, Recipe]:
     """How each tensor of the result is made, in the order in which transformers saves them.
 
-    Args:
-        config: Configuration of the result.
-        source: The source's tensors.
-        splits: The split of each layer.
-        trained: Returns a trained attention tensor, given its layer and its name in the layer; None without training.
-        seed: Seed of the λ vectors.
-        dtype: Dtype of the result; None keeps the source's.
+    `trained` returns a trained attention tensor, given its layer and its name in the layer; None without training.
     """
     recipes = {}
     for name, spec in checkpoint_specs(config).items():

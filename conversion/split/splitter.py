@@ -166,14 +166,12 @@ class Splitter:
     def run(self, folder: Path, *, dtype: torch.dtype | None, console: Console | None) -> SplitResult:
         """Split the source, or continue an interrupted split.
 
-        Args:
-            folder: Folder for working files; keep it until the recipes have been used.
-            dtype: Dtype of the result; None keeps the source's.
-            console: Console that shows progress, or None.
+        Keep `folder`, which holds working files, until the recipes of the result have been used. A `dtype` of None
+        keeps the source's.
 
         Raises:
-            ValueError: if `folder` has work with another source, text or setting, or the source gives values that
-                are not finite.
+            ValueError: if `folder` has work with another source, text or setting, or the source gives values that are
+                not finite.
             OSError: if the disk has no room for the work.
         """
         self.work = Work(folder, self._fingerprint())

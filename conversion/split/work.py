@@ -40,11 +40,7 @@ class Work:
             )
 
     def allocate(self, name: str, *shape: int) -> torch.Tensor:
-        """A float32 tensor in a mapped file: zeros at first, later what it last held.
-
-        Raises:
-            OSError: naming the file, if the disk has no room for it.
-        """
+        """A float32 tensor in a mapped file: zeros at first, later what it last held; OSError if the disk is full."""
         path, size = self.folder / f"{name}.bin", math.prod(shape)
         _reserve(path, size * torch.float32.itemsize)
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)

@@ -26,11 +26,7 @@ class FileRange:
     stamp: tuple[int, int]
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes in pieces. Each piece is overwritten by the next one.
-
-        Raises:
-            OSError, ValueError: naming the file, if it cannot be read or has changed.
-        """
+        """Yield the bytes in pieces. Each piece is overwritten by the next one."""
         view, done = memoryview(bytearray(CHUNK)), 0
         with self._opened() as descriptor:
             while done < self.nbytes:
@@ -39,11 +35,7 @@ class FileRange:
                 done += size
 
     def read_into(self, buffer: memoryview, name: str) -> None:
-        """Fill `buffer`, of `nbytes` bytes, with the bytes.
-
-        Raises:
-            ValueError: naming the file and `name`, if the file cannot be read or has changed.
-        """
+        """Fill `buffer`, of `nbytes` bytes, with the bytes; ValueError naming `name` if they cannot be read."""
         done = 0
         try:
             with self._opened() as descriptor:

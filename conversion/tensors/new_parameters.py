@@ -18,11 +18,8 @@ def describe_new(
 ) -> Trainable:
     """Describe the new parameters of a model.
 
-    Args:
-        config: Configuration of the model.
-        names: Names of its tensors.
-        kept: Which features are not new, as booleans, by kind of feature; kinds that are absent have no new ones.
-        new: Patterns of the names of parameters that are new as a whole.
+    `kept` says which features are not new, as booleans, by kind of feature; kinds that are absent have no new ones.
+    `new` are patterns of the names of parameters that are new as a whole.
     """
     parameters = [NewParameters(pattern, None) for pattern in new]
     for name in names:

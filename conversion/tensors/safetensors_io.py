@@ -111,22 +111,13 @@ class SafetensorsReader:
             raise ValueError(f"{path} is damaged: {first_line(error)}") from None
 
     def read(self, name: str) -> torch.Tensor:
-        """Read the tensor `name` into new memory.
-
-        Raises:
-            KeyError: if there is no such tensor.
-            ValueError: naming file and tensor, if the file can no longer be read or has changed.
-        """
+        """Read the tensor `name` into new memory; ValueError if the file can no longer be read or has changed."""
         tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
         self._ranges[name].read_into(_memory_of(tensor), f"tensor {name}")
         return tensor
 
     def stored(self, name: str) -> FileRange:
-        """The bytes of the tensor `name` in its file.
-
-        Raises:
-            KeyError: if there is no such tensor.
-        """
+        """The bytes of the tensor `name` in its file."""
         return self._ranges[name]
 
 
@@ -145,17 +136,10 @@ def _ranges(path: Path, stamp: tuple[int, int]) -> dict[str, FileRange]:
 def write_safetensors(
     path: Path, specs: dict[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor | FileRange]]
 ) -> str:
-    """Write a safetensors file tensor by tensor, with the same bytes as `safetensors.torch.save_file`.
+    """Write a safetensors file tensor by tensor, with the bytes of `safetensors.torch.save_file`; return its SHA-256.
 
-    The file appears when it is complete.
-
-    Args:
-        path: The file to create.
-        specs: Shape and dtype of every tensor.
-        tensors: The tensors, or their bytes in another safetensors file, in the order of `file_order(specs)`.
-
-    Returns:
-        The file's SHA-256.
+    `tensors` gives tensors, or their bytes in another safetensors file, in the order of `file_order(specs)`. The file
+    appears when it is complete.
 
     Raises:
         ValueError: if a tensor has another shape or dtype than its spec.

@@ -17,13 +17,9 @@ MODES = {path.name.split(".")[0].removeprefix("mode_"): path for path in TEMPLAT
 
 
 def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has_code: bool) -> str:
-    """The text of a README.md with metadata.
+    """The text of a README.md with metadata, from `made`, the content of conversion.json.
 
-    Args:
-        config: Configuration of the model.
-        name: Name of the model, for one without conversion.json.
-        made: Content of conversion.json; None if there is none.
-        has_code: Whether the model's code is saved beside it.
+    Without conversion.json, `made` is None and `name` is the model's name.
 
     Raises:
         ValueError: if `made` is not the content of a conversion.json of ours.

@@ -97,11 +97,7 @@ def write_provenance(
 
 
 def read_settings(folder: Path) -> Settings | None:
-    """The settings in `folder`/conversion.json; None if there is no such file.
-
-    Raises:
-        ValueError: if the file is not one of ours.
-    """
+    """The settings in `folder`/conversion.json; None if there is no such file, ValueError if it is not one of ours."""
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         return None

@@ -16,16 +16,7 @@ def staged_model(
     """Yield a folder to fill by `write_checkpoint`, and rename it to `out` when the block ends.
 
     If the block fails, the folder is removed. Resumable work is kept if it is interrupted, or if continuing it fails,
-    unless its result failed a check.
-
-    Args:
-        out: The final place.
-        overwrite: Replace what is there.
-        resumable: Whether the work can be continued by a later process.
-        resume: Whether to continue the work of an earlier process.
-
-    Raises:
-        FileExistsError, BlockingIOError: as `StagedFolder`.
+    unless its result failed a check. Errors are those of `StagedFolder`.
     """
     staged = StagedFolder(out, overwrite=overwrite, resume=resume)
     try:

@@ -26,11 +26,7 @@ FILENAME_PATTERN = "model{suffix}.safetensors"
 
 
 def shards_of(recipes: dict[str, Recipe], max_shard_size: str | int) -> dict[str, list[str]]:
-    """Tensor names by file, in the files and order of `save_pretrained` with the same `max_shard_size`.
-
-    Raises:
-        ValueError: if `max_shard_size` is not a positive size such as "5GB".
-    """
+    """Tensor names by file, in the files and order of `save_pretrained` with the same `max_shard_size`."""
     size = _parsed_size(max_shard_size)
     split = split_state_dict_into_shards_factory(
         {name: recipe.spec for name, recipe in recipes.items()},
@@ -64,15 +60,8 @@ def write_checkpoint(
 ) -> dict[str, str]:
     """Write the weights into `folder`, continuing from the shards that an earlier process finished.
 
-    Args:
-        folder: Its manifest lists the finished shards with their SHA-256. Unknown files are removed.
-        recipes: How each tensor is made, in the order of the index.
-        source: The checkpoint that the recipes read.
-        max_shard_size: As in `save_pretrained`.
-        settings: What the bytes depend on, apart from the source.
-        keep: Names in the folder that are not removed.
-        workers: Number of shards to write at once.
-        console: Console that shows progress.
+    A manifest lists the finished shards with their SHA-256. Files in the folder that are unknown and not in `keep` are
+    removed. `settings` are what the bytes depend on, apart from the source.
 
     Returns:
         SHA-256 of each weight file.

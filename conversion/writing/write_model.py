@@ -86,12 +86,7 @@ class ConvertReport:
 def write_model(
     conversion: Conversion, source: Source, out: Path, options: WriteOptions, *, console: Console | None = None
 ) -> ConvertReport:
-    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified.
-
-    Raises:
-        FileExistsError, ValueError, OSError: as `convert`.
-        VerificationFailed: as `convert`.
-    """
+    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified."""
     report = _planned_report(conversion, out, options)
     if options.dry_run:
         return report

@@ -105,11 +105,7 @@ def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visi
 
 
 def attention_modules(model: PreTrainedModel) -> list[Any]:
-    """The attention module of each layer.
-
-    Raises:
-        ValueError: if there is none, or they are differential but not GDA's.
-    """
+    """The attention module of each layer; ValueError if there is none, or they are differential but not GDA's."""
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
     if not modules:
         raise ValueError(
@@ -346,9 +342,7 @@ def _check_finite(maps: LayerAttention, dtype: torch.dtype) -> None:
 def token_shares(maps: LayerAttention, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`AttentionArrays.received` and `.cancelled` of one layer, (G, T) in float32.
 
-    Args:
-        maps: Maps of the layer.
-        groups: Number of groups for a layer without noise heads; a single group if the heads cannot be divided.
+    In a layer without noise heads there are `groups` groups, or one if the heads cannot be divided.
     """
     if maps.noise is None:
         groups = groups if len(maps.signal) % groups == 0 else 1

@@ -78,14 +78,8 @@ class MapPlan:
     ) -> "MapPlan":
         """The finest plan of at most `limit` bytes before compression, or else the coarsest plan.
 
-        Args:
-            layers: Layers whose maps are wanted.
-            groups: Number of groups in a layer.
-            heads: Number of signal heads in a group.
-            tokens: Length of the text.
-            limit: Size in bytes.
-            differential: Whether there are noise and difference maps.
-            baseline: Whether each group also has a map of the baseline.
+        A layer has `groups` groups of `heads` signal heads, noise and difference maps if `differential`, and a map of
+        the baseline for each group if there is a `baseline`.
         """
         plans = [
             cls(tuple(layers), pool, each_head, -(-tokens // pool))
@@ -123,13 +117,7 @@ class MapPlan:
 
 
 def group_maps(maps: LayerAttention, plan: MapPlan, groups: int) -> list[tuple[MapKind, torch.Tensor]]:
-    """The maps (G, n, n) of each kind that `plan` keeps of a layer, in float32, averaged as it says.
-
-    Args:
-        maps: All rows of the layer's maps.
-        plan: What to keep.
-        groups: G; for a layer with noise heads, the number of its noise maps.
-    """
+    """The maps (G, n, n) of each kind that `plan` keeps of a layer, in float32, averaged as it says."""
     kinds = plan.kinds(len(maps.signal) // groups, differential=maps.noise is not None)
     found: list[torch.Tensor] = []
     for kind in kinds:

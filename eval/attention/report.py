@@ -43,11 +43,7 @@ class AttentionReport(AttentionData):
 
 
 def check_output(out: str | Path, overwrite: bool, option: str) -> Path:
-    """The path of a file to write.
-
-    Raises:
-        FileExistsError, ValueError: if it cannot be written there, naming the option.
-    """
+    """The path of a file to write; an error that names the option if it cannot be written there."""
     path = Path(out)
     if not str(out) or path.is_dir():
         raise ValueError(f"{option} {str(out) or '(empty)'} is not a file; name one, such as report.html")

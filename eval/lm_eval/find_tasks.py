@@ -82,11 +82,7 @@ def _task_under_way(error: Exception) -> str | None:
 
 
 def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) -> tuple[TaskManager, list[str]]:
-    """A task manager that knows `names`, and the names with each pattern replaced by what it matches.
-
-    Raises:
-        ValueError: for an unknown name, with similar ones.
-    """
+    """A task manager that knows `names`, and the names with each pattern replaced by what it matches."""
     texts = _definitions()
     wanted = [name for name in names if not _is_file(name)]
     if any(_is_file(name) and _defines_group(name) for name in names):

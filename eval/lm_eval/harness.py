@@ -67,16 +67,7 @@ class GDALM(HFLM):
     Unlike HFLM it refuses checkpoints with missing weights, log-likelihoods that are not finite, and prompts of this
     package's generated tasks that do not fit the model. For other tasks it counts the requests that were cut.
 
-    Args:
-        pretrained: A model folder, a Hub id or a model in memory.
-        backend: "causal".
-        device: Default: a GPU if there is one, else the CPU.
-        show_prompts: Number of requests of each task to keep in `received`.
-        progress: Whether lm-eval shows progress bars.
-        kwargs: Arguments of HFLM.
-
-    Raises:
-        ValueError: if weights are missing, or the tokenizer has neither BOS nor EOS.
+    `received` holds the first `show_prompts` requests of each task.
     """
 
     AUTO_MODEL_CLASS: Any
@@ -168,11 +159,7 @@ class GDALM(HFLM):
         return dict(sum(filter(None, self.gather_object(self._cut) or []), Counter()))
 
     def _count_cut(self, task: str, length: int, room: int) -> None:
-        """Count a request that does not fit.
-
-        Raises:
-            ValueError: for a generated task, where the answer may be in the part that would be cut.
-        """
+        """Count a request that does not fit; ValueError for a generated task, whose answer might be cut."""
         if length <= room or room <= 0:  # without any room lm-eval itself refuses
             return
         if task.startswith(GENERATED_TASKS):
@@ -183,10 +170,7 @@ class GDALM(HFLM):
         self._cut[task] += 1
 
     def _check_finite(self, requests: list[Instance], values: Iterable[float]) -> None:
-        """
-        Raises:
-            ValueError: for a log-likelihood that is not finite: lm-eval would choose the first answer.
-        """
+        """Raise ValueError for a log-likelihood that is not finite: lm-eval would choose the first answer."""
         for request, value in zip(requests, values, strict=True):
             if not math.isfinite(value):
                 raise ValueError(
@@ -206,9 +190,6 @@ class GDALM(HFLM):
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """
-    Raises:
-        ValueError: if the tokenizer has no token to begin a text with.
-    """
+    """Raise ValueError if the tokenizer has no token to begin a text with."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has neither BOS nor EOS, and a text must begin with one of them")

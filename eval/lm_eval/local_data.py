@@ -74,12 +74,7 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def load_local(root: Path, path: str, name: str | None, split: str | None = None) -> Any:
-    """The dataset `path`, configuration `name`, from its folder under `root`.
-
-    Raises:
-        FileNotFoundError: naming the missing file.
-        ValueError: naming the empty or damaged file.
-    """
+    """The dataset `path`, configuration `name`, from its folder under `root`."""
     folder = root / path / (name or "")
     if name is None and not _files(folder) and _files(folder / "default"):
         folder = folder / "default"

@@ -24,17 +24,7 @@ SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rando
 
 
 def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **lm_eval_options: Any) -> dict[str, Any]:
-    """Run tasks on a model, both loaded, and return lm-eval's dictionary.
-
-    Args:
-        lm: The model.
-        tasks: The tasks.
-        options: How they are run.
-        lm_eval_options: Further arguments of `lm_eval.simple_evaluate`.
-
-    Raises:
-        ValueError: if the tasks cannot be run on the model.
-    """
+    """Run tasks on a model, both loaded, and return lm-eval's dictionary."""
     if options.apply_chat_template and lm.tokenizer.chat_template is None:
         raise ValueError("--apply-chat-template: the tokenizer has no chat template")
     limit = options.limit

@@ -41,11 +41,7 @@ class CopySettings:
 
 
 def make_documents(settings: CopySettings, count: CountTokens) -> list[dict[str, Any]]:
-    """One document per sequence: `text`, the sequence; `prefix`, the cue; `target`, what follows it; and its `place`.
-
-    Raises:
-        ValueError: if the length is too short for the cue and the words to copy.
-    """
+    """One document per sequence: `text`, the sequence; `prefix`, the cue; `target`, what follows; its `place`."""
     return [
         _make_document(settings, count, Random(f"copy {settings.data_seed} {index}"))
         for index in range(settings.samples)

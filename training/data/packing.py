@@ -31,11 +31,7 @@ class SequencePacker:
         return ()
 
     def blocks(self, sources: Sequence[DocumentSource]) -> Iterator[NDArray[np.int32]]:
-        """Blocks of sequences (n, context), and finally the remainder (1, fewer than context).
-
-        Raises:
-            ValueError: if a token id has no embedding in the model.
-        """
+        """Blocks of sequences (n, context), and finally the remainder (1, fewer than context)."""
         ids: list[int] = []
         for pieces in _batches(piece for source in sources for piece in source.pieces()):
             for tokenized in self._tokenize(pieces):

@@ -42,11 +42,7 @@ class RunIdentity:
         return vars(self) | {"settings": self.settings.to_dict()}
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
-        """Compare with the identity in training.json of the interrupted run in `folder`.
-
-        Raises:
-            ValueError: naming the first difference.
-        """
+        """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
         settings = begun.get("settings")
         if not isinstance(settings, dict):
             raise ValueError(f"{folder / TRAINING_FILE} does not describe a run; {START_ANEW}")

@@ -60,11 +60,7 @@ def attention(
 def _check_outputs(
     options: AttentionOptions, out: str | None, png: str | None, *, overwrite: bool, as_json: bool
 ) -> None:
-    """Check that everything can be written before anything is run.
-
-    Raises:
-        FileExistsError, ValueError, ImportError: naming the option.
-    """
+    """Check that everything can be written before anything is run."""
     from gda.eval.attention.report import check_output
 
     if out is None and png is None and not as_json:

@@ -83,11 +83,7 @@ def evaluate(
 
 
 def _check_outputs(options: EvaluateOptions, output: str | None, *, html: bool, update_card: bool) -> None:
-    """Check that everything can be written before anything is run.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Check that everything can be written before anything is run."""
     from gda.eval.card import read_card
 
     if html and output is None:

@@ -63,11 +63,7 @@ def _open_no_link(path: str, flags: int) -> int:
 
 
 def sync(path: Path) -> None:
-    """Write the bytes of a file, or the names in a folder, to disk.
-
-    Raises:
-        OSError: naming the file or folder, if that fails.
-    """
+    """Write the bytes of a file, or the names in a folder, to disk. An OSError names it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -101,11 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: naming the file, if it is not valid JSON.
-    """
+    """Read a JSON file; ValueError naming the file if it is not valid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -216,11 +208,7 @@ def remove(path: Path) -> None:
 
 
 def check_places(source: str | Path, out: str | Path) -> None:
-    """Refuse an OUT that would overwrite its source.
-
-    Raises:
-        ValueError: if OUT is empty, or one contains the other.
-    """
+    """Raise ValueError if OUT is empty, or OUT and its source contain one another."""
     if not str(out):
         raise ValueError("OUT is empty; name a folder to create")
     if not str(source) or not Path(source).exists():

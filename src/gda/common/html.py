@@ -21,12 +21,8 @@ def page(
 ) -> str:
     """Render a template that extends `page.html.jinja`. Every value is escaped.
 
-    Args:
-        template: The template file. Templates that it extends or includes are beside it or among the common ones.
-        style: A style sheet, added to the common one.
-        script: A script, added to the common charts.
-        data: Data for the script, as JSON. Numbers that are not finite become null.
-        context: Values for the template.
+    `style` and `script` are files, added to the common ones. `data` is given to the script as JSON; numbers that are
+    not finite become null.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, TEMPLATES]),

@@ -26,11 +26,7 @@ def mean_perplexity(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]) ->
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, *, context: int = 512) -> float:
-    """Perplexity of `ids` (T,), read in sequences of `context` tokens without overlap, as `mean_perplexity`.
-
-    Raises:
-        ValueError: if there are fewer than two tokens.
-    """
+    """Perplexity of two or more `ids` (T,), read in sequences of `context` tokens without overlap."""
     if len(ids) < 2:
         raise ValueError("perplexity needs at least two tokens")
     sequences = ids.split(context)

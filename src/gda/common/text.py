@@ -53,11 +53,7 @@ def text_pieces(path: Path) -> Iterator[str]:
 
 
 def jsonl_texts(path: Path, field: str) -> Iterator[str]:
-    """Yield the value of `field` in each line of a JSON Lines file; blank lines are skipped.
-
-    Raises:
-        ValueError: naming the file, the line and the problem.
-    """
+    """Yield the value of `field` in each line of a JSON Lines file; blank lines are skipped."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield _text_of(path, number, line, field)
