@@ -18,7 +18,7 @@ from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import diffllama, motif
-from gda.conversion.families.llamalike import LLAMALIKES, require_target, target_config
+from gda.conversion.families.llamalike import LLAMALIKES, require_target, save_target_config, target_config
 from gda.conversion.modes.expand import drop_noise_rows
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.open import open_source
@@ -192,7 +192,7 @@ def _llamalike_format(model_type: str) -> Format:
     return Format(
         check=partial(_require_llamalike, model_type=model_type),
         recipes=partial(_llamalike_recipes, model_type=model_type),
-        write_config=lambda config, folder: target_config(config, model_type).save_pretrained(folder),
+        write_config=lambda config, folder: save_target_config(target_config(config, model_type), config, folder),
     )
 
 
@@ -207,6 +207,6 @@ FORMATS = {
     "diffllama": Format(
         check=_require_diffllama,
         recipes=diffllama.exported_recipes,
-        write_config=lambda config, folder: diffllama.exported_config(config).save_pretrained(folder),
+        write_config=lambda config, folder: save_target_config(diffllama.exported_config(config), config, folder),
     ),
 }

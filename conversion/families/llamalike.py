@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from gda.common.files import read_json, write_json
 from gda.configuration.configuration_gda import GDAConfig
 
 # Fields with the same name and meaning in all of them and in GDA.
@@ -180,6 +181,19 @@ def target_config(config: GDAConfig, model_type: str) -> PreTrainedConfig:
         dtype=config.dtype,
         architectures=[target.architecture],
     )
+
+
+def save_target_config(target: PreTrainedConfig, config: GDAConfig, folder: Path) -> None:
+    """Write `folder`/config.json with the field names of transformers 5 and, beside them, those of transformers 4.
+
+    transformers 5 saves `rope_parameters` and `dtype` only. transformers 4 and engines such as mlx-lm read `rope_theta`
+    and `rope_scaling`; without them they compute with a default, silently.
+    """
+    target.save_pretrained(folder)
+    path = folder / "config.json"
+    fields = read_json(path)
+    fields |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+    write_json(path, dict(sorted((fields | {"torch_dtype": fields["dtype"]}).items())))
 
 
 def require_target(config: GDAConfig, model_type: str) -> None:

@@ -193,8 +193,6 @@ def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec]) -> dict[s
 
 def write_exported_config(config: GDAConfig, folder: Path) -> None:
     """Write `folder`/config.json as Motif's own code reads it, with the older names of RoPE fields."""
-    rope = dict(config.rope_parameters or {})
-    theta = rope.pop("rope_theta")
     written = {
         "architectures": ["MotifForCausalLM"],
         "model_type": "Motif",
@@ -205,8 +203,8 @@ def write_exported_config(config: GDAConfig, folder: Path) -> None:
         "attn_rms_norm_eps": config.head_norm_eps,
         "use_bias": config.attention_bias,
         "attention_dropout": 0.0,
-        "rope_theta": theta,
-        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
         "sliding_window": None,
         "use_sliding_window": False,
         "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),

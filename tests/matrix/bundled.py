@@ -47,11 +47,11 @@ HEADS = {
 
 
 def load(folder: Path, auto: str = "AutoModelForCausalLM", **settings: Any) -> Any:
-    """The model of a folder by its own code, in evaluation mode; of a source, by transformers' own class."""
+    """The model of a folder by its own code, in evaluation mode; what is no GDA model, by transformers' own class."""
     model = getattr(transformers, auto).from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, **({"attn_implementation": "sdpa"} | settings)
     )
-    if folder.name != "source":
+    if folder.name not in ("source", "exported"):
         assert type(model).__module__.startswith("transformers_modules."), f"{type(model)} is no bundled code"
     return model.eval()
 
@@ -167,6 +167,17 @@ def check_greedy() -> None:
 
 def same_text(got: Tensor, wanted: Tensor, what: str) -> None:
     assert torch.equal(got, wanted), f"{what}: other tokens"
+
+
+@torch.no_grad()
+def check_exported() -> None:
+    """What a model is exported to computes the same in transformers' own class, and greedy text is the same."""
+    for folder in sorted(FOLDERS.glob("*/exported")):
+        name = folder.parent.name
+        both_words(folder, name)
+        model, ids = load(folder), ids_of(name)
+        same(model(ids, use_cache=False).logits, logits_of(name), name)
+        same_text(greedy(model, ids), greedy(gda_model(name), ids), name)
 
 
 def check_beams() -> None:
@@ -450,6 +461,7 @@ CHECKS: Checks = {
     "outputs": check_outputs,
     "heads": check_heads,
     "save": check_save,
+    "exported": check_exported,
     "fewer layers": check_fewer_layers,
     "lost cache": check_lost_cache,
     "paged": check_paged,

@@ -1,7 +1,8 @@
 """The models that every release is given, saved or converted once by the installed package.
 
-Each has a folder: `model` is the GDA model, `source` what it was converted from, if it was. `expected.safetensors`
-holds token ids, and what a model without a source computes from them by `tests/support/naive.py`.
+Each has a folder: `model` is the GDA model. If it was converted, `source` is what from, and `exported` what it is
+exported to. `expected.safetensors` holds token ids, and what a model without a source computes from them by
+`tests/support/naive.py`.
 """
 
 import json
@@ -28,7 +29,7 @@ import gda
 from gda import GDAConfig, GDAForCausalLM
 
 from ..support import naive
-from ..support.llamas import VOCAB_SIZE, byte_tokenizer
+from ..support.llamas import VOCAB_SIZE, byte_tokenizer, with_older_names
 from ..support.tiny import make_asymmetric, tiny_model
 
 LENGTH, NEW_TOKENS = 40, 8  # the text is longer than every window, and than llama3's first context
@@ -80,12 +81,18 @@ def make(root: Path) -> None:
         _save_source(root / name / "source", name, seed)
         options = {"lambda_type": "tanh"} if name == "tanh" else {}
         gda.convert(root / name / "source", root / name / "model", **options)
+        gda.export(root / name / "model", root / name / "exported", format=source_type(root / name / "source"))
         save_file({"ids": token_ids(seed)}, root / name / "expected.safetensors")
     for seed, (name, fields) in enumerate(LIVE.items(), len(SOURCES)):
         model = tiny_model(vocab_size=VOCAB_SIZE, pad_token_id=0, seed=seed, **fields)
         model.save_pretrained(root / name / "model")
         save_file(_expected(model, token_ids(seed)), root / name / "expected.safetensors")
     (root / "text.txt").write_text("The cat sat on the mat, and another cat sat in the other hat.\n" * 40)
+
+
+def source_type(folder: Path) -> str:
+    """The model type of a saved model."""
+    return str(json.loads((folder / "config.json").read_text())["model_type"])
 
 
 def token_ids(seed: int) -> Tensor:
@@ -101,9 +108,7 @@ def _save_source(folder: Path, name: str, seed: int) -> None:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     _change_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # 4 knows no other
-    rope = model.config.rope_parameters
-    scaling = None if rope["rope_type"] == "default" else {key: rope[key] for key in rope if key != "rope_theta"}
-    _change_json(folder / "config.json", rope_theta=rope["rope_theta"], rope_scaling=scaling, torch_dtype="float32")
+    _change_json(folder / "config.json", **with_older_names(json.loads((folder / "config.json").read_text())))
 
 
 def _change_json(path: Path, **changes: Any) -> None:

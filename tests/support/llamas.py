@@ -133,6 +133,14 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}, indent=2))
 
 
+def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of transformers 5 with transformers 4's names for RoPE and the dtype beside."""
+    rope = config["rope_parameters"]
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    older = {"rope_theta": rope["rope_theta"], "rope_scaling": scaling, "torch_dtype": config["dtype"]}
+    return config | older | ({"rope_scaling": None} if rope["rope_type"] == "default" else {})
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """The bytes of every file under `folder`, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if not path.is_dir()}
