@@ -58,12 +58,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark long tests as slow, and of sampled ones all cases but a few, spread evenly over them."""
+    """Mark as slow what is not in the normal run, and of sampled tests all cases but a few, spread evenly over them."""
     cases_of: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
             cases_of.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        if item.get_closest_marker("long"):
+        if item.get_closest_marker("long") or item.get_closest_marker("engines"):
             item.add_marker("slow")
     for cases in cases_of.values():
         fast = {index * len(cases) // FAST_CASES for index in range(FAST_CASES)}

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
+from packages import cache_folder, install, pip
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -58,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         "--cache",
         type=Path,
         metavar="FOLDER",
-        default=Path.home() / ".cache" / "gda-upstream-tests",
+        default=cache_folder("gda-upstream-tests"),
         help="where engines are kept between runs (default: %(default)s)",
     )
     arguments, options = parser.parse_known_args()
@@ -66,20 +69,6 @@ def parse_arguments() -> argparse.Namespace:
     if unknown := set(arguments.engines) - set(ENGINES):
         parser.error(f"no such engine: {', '.join(sorted(unknown))}; choose from {', '.join(ENGINES)}")
     return arguments
-
-
-def pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps"], check=True)
-
-
-def install(folder: Path, *requirements: str) -> Path:
-    """Packages in a folder of their own, from an earlier run or else by pip."""
-    if not folder.exists():
-        print(f"Installing {folder.name} to {folder}", flush=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-            pip("install", "--target", f"{name}/packages", *requirements)
-            Path(name, "packages").rename(folder)
-    return folder
 
 
 def unpack(folder: Path, engine: Engine) -> Path:
