@@ -22,10 +22,8 @@ NO_LABEL = -100  # a token that is not predicted, as everywhere in transformers
 class DistillationLosses:
     """The teacher's parts of the loss: sums over the predicted tokens, divided by `num_items`.
 
-    Attributes:
-        kl: KL(teacher ‖ student) of the softened predictions, in nats.
-        hidden: Squared distance of hidden states relative to the teacher's square, averaged over layers; None if not
-            wanted.
+    `kl` is KL(teacher ‖ student) of the softened predictions, in nats. `hidden`, if wanted, is the squared distance of
+    hidden states relative to the teacher's square, averaged over layers.
     """
 
     kl: Tensor
@@ -68,18 +66,7 @@ class Distillation:
         hidden_weight: float = 0.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> "Distillation":
-        """Load the teacher in float32.
-
-        Args:
-            source: A folder, a Hub id or a `.gguf` file.
-            student: The model that learns from it.
-            weight, temperature, hidden_weight: As above.
-            tokenizer: The student's, which must equal the teacher's.
-
-        Raises:
-            FileNotFoundError: if the teacher does not exist.
-            ValueError: if the teacher does not fit the student.
-        """
+        """Load the teacher (a folder, Hub id or `.gguf` file) in float32; ValueError if it does not fit."""
         if is_deepspeed_zero3_enabled():
             raise ValueError(f"--teacher {source} does not work with DeepSpeed's ZeRO-3, which shards it; use FSDP2")
         opened = open_source(source)
@@ -109,12 +96,9 @@ class Distillation:
         )
 
     def compare(self, student: Any, teacher: Any, labels: Tensor, num_items: Tensor | int) -> DistillationLosses:
-        """The losses of the student's outputs against the teacher's.
+        """The losses of the student's outputs against the teacher's: logits (B, T, vocabulary) and hidden states.
 
-        Args:
-            student, teacher: Outputs with logits (B, T, vocabulary), and with hidden states if they are compared.
-            labels: Token ids (B, T). The predictions before each label that is not −100 are compared.
-            num_items: Divisor of the sums over tokens.
+        Predictions before each of the `labels` (B, T) that is not −100 are compared. Sums are divided by `num_items`.
         """
         predicted = pad(labels[:, 1:], (0, 1), value=NO_LABEL).flatten().ne(NO_LABEL)  # (B · T,)
         kl = divergence(student.logits, teacher.logits, predicted, self.temperature) / num_items
@@ -131,15 +115,10 @@ class Distillation:
 
 
 def divergence(student: Tensor, teacher: Tensor, predicted: Tensor, temperature: float) -> Tensor:
-    """KL(teacher ‖ student) in nats, summed over tokens.
+    """KL(teacher ‖ student) in nats of logits (B, T, vocabulary), summed over the `predicted` tokens (B · T,).
 
     Float32 probabilities are computed for one chunk of tokens at a time, and again in the backward pass. For long
     contexts they would otherwise be the largest tensors of the training.
-
-    Args:
-        student, teacher: Logits (B, T, vocabulary).
-        predicted: Which tokens count (B · T,).
-        temperature: Divisor of the logits.
     """
     chunks = zip(
         *(each.flatten(0, -2).split(CHUNK) for each in (student, teacher, predicted.unsqueeze(-1))), strict=True

@@ -24,16 +24,9 @@ ADAPTER = "default"
 
 
 def with_lora(model: PreTrainedModel, rank: int, seed: int, trained: list[str]) -> "PeftModel":
-    """Freeze a model and add low-rank updates to the linear layers of its attention.
+    """Freeze a model and add updates of `rank`, scaled by 2, to the linear layers of its attention.
 
-    Args:
-        model: The model, which is changed.
-        rank: Rank of the updates. They are scaled by 2 (alpha = 2 · rank).
-        seed: Seed of their initialization.
-        trained: Names of parameters that are trained in full.
-
-    Raises:
-        ImportError: if PEFT is not installed.
+    The parameters named in `trained` are trained in full. ImportError if PEFT is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -67,11 +60,9 @@ def merged(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
 
 
 def merged_state(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of `merged(model)`, without changing the model.
+    """The state dict of `merged(model)`, without changing the model of PEFT.
 
-    Args:
-        model: A model of PEFT.
-        state: Its full state dict, where the model's own is sharded.
+    Where the model is sharded, `state` is its full state dict.
     """
     state = model.state_dict() if state is None else state
     adapted = ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
@@ -92,12 +83,9 @@ def merged_state(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[
 
 
 def save_learned(model: nn.Module, folder: Path, *, writes: bool) -> None:
-    """Save all trained parameters, from which training is resumed. All processes must call this together.
+    """Save all trained parameters, from which training is resumed, if this process `writes`.
 
-    Args:
-        model: A model of PEFT.
-        folder: The checkpoint.
-        writes: Whether this process writes the file.
+    All processes must call this together.
     """
     learned = {name: full_tensor(each.detach()).cpu().contiguous() for name, each in _trained(model).items()}
     if writes:

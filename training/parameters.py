@@ -1,7 +1,6 @@
 """Which parameters of a model are trained, at which rates, and which of them decay."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,19 +96,18 @@ def optimizer_groups(
     learning_rate: float,
     lambda_learning_rate: float | None,
     weight_decay: float,
-    never_decay: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Three parameter groups for an optimizer: with weight decay, without, and λ last. Any of them may be empty.
+
+    Partly trained parameters do not decay, because decay would change their old entries.
 
     Args:
         model: Its parameters that require a gradient are grouped.
         learning_rate: Learning rate of the first two groups.
         lambda_learning_rate: Learning rate of λ; None for the same one.
-        weight_decay: Weight decay of the first group. Partly trained parameters are in the second, because decay would
-            change their old entries.
-        never_decay: Names of further parameters for the second group.
+        weight_decay: Weight decay of the first group.
     """
-    kept = set(never_decay) | partly_frozen(model).keys()
+    kept = partly_frozen(model).keys()
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "keep": [], "lambda": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -39,13 +39,7 @@ LAYER_CHARTS = {
 
 @dataclass
 class TrainingLog:
-    """The content of a log.
-
-    Attributes:
-        curves: By name, points (step, value) in the order of the steps.
-        layers: By name, points (step, value of each layer).
-        notes: Remarks about the log and how it is drawn.
-    """
+    """The content of a log: by name, points (step, value) and (step, value of each layer) in order; and notes."""
 
     curves: dict[str, list[tuple[int, float]]]
     layers: dict[str, list[tuple[int, list[float | None]]]]

@@ -23,7 +23,6 @@ from gda.training.lora import is_adapted, load_learned, merged_state, save_learn
 from gda.training.parameters import optimizer_groups, partly_frozen
 from gda.training.sharding import FrozenEntriesCallback
 
-# Fields of the config that rise during training and that the log shows.
 # Numbers of a training entry of the log, beside step, epoch and tokens.
 LOGGED = (
     *("loss", "learning_rate", "lambda_learning_rate", "grad_norm", "tokens_per_second"),

@@ -61,12 +61,8 @@ HARMLESS_FIELDS = ("auto_map", "transformers_weights", "head_dim", "layer_types"
 class Llamalike:
     """How configurations of one model type are translated.
 
-    Attributes:
-        name: Its name in messages.
-        config_class: transformers' configuration class.
-        architecture: transformers' language-model class.
-        reads: Returns the `DIFFERING_FIELDS` of a configuration, except those with default values.
-        writes: Returns the type's own fields, besides `SHARED_FIELDS`, for a `GDAConfig`.
+    `reads` returns the `DIFFERING_FIELDS` of a configuration, except those with default values. `writes` returns the
+    type's own fields, besides `SHARED_FIELDS`, for a `GDAConfig`.
     """
 
     name: str

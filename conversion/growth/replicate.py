@@ -108,20 +108,12 @@ def _replicated_recipe(
 def shared_out(
     weight: Tensor, rows: Tensor | None, columns: Tensor, noise: float, generator: torch.Generator
 ) -> Tensor:
-    """Repeat the rows of a weight, and share each column out to its replicas so that they sum to it.
+    """Repeat the rows of a weight (out, in), and share each column out to its replicas so that they sum to it.
 
-    The sum is exact in the dtype of the weight, a narrow one too, for any number of replicas.
-
-    Args:
-        weight: (out, in).
-        rows: The old row of each new one, which has its own noise; None keeps the rows.
-        columns: The old column of each new one.
-        noise: Standard deviation of the difference between replicas, before it is made to sum to zero. It is less
-            where an entry is too small to hold it exactly: no share becomes twice as large.
-        generator: Generator of the noise.
-
-    Returns:
-        (new out, new in) in the dtype of `weight`.
+    `rows` and `columns` give the old row and column of each new one. The sum is exact in the dtype of the weight, a
+    narrow one too, for any number of replicas. `noise` is the standard deviation of the difference between replicas,
+    before it is made to sum to zero. It is less where an entry is too small to hold it exactly: no share becomes twice
+    as large.
     """
     origin = torch.arange(len(weight)) if rows is None else rows
     share = occurrences(columns)

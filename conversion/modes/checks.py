@@ -34,14 +34,8 @@ def requested_noise_heads(
 ) -> int | None:
     """The number of noise heads that --noise-heads or --ratio asks for; None if neither is given.
 
-    Args:
-        options: The options of the command.
-        query_heads: Query heads of the source.
-        counted_in_heads: Whether the noise heads are some of these, or are added to them.
-        possible: Completes an error message: the numbers that are possible.
-
-    Raises:
-        ValueError: for a ratio that is malformed or does not divide the heads, and if both options are given.
+    `counted_in_heads` says whether noise heads are some of the source's `query_heads`, or are added to them. `possible`
+    completes an error message with the numbers that are possible.
     """
     ratio = options.ratio
     if ratio is None:

@@ -135,17 +135,10 @@ def full_rank(config: GDAConfig) -> int:
 
 
 def factor(weight: Tensor, *, roles: int, head_dim: int, rank: int, rounds: int = ROUNDS) -> dict[str, Tensor]:
-    """Factorize a dense weight in float64.
+    """Factorize a dense weight (H · d, hidden) in float64; `roles` heads share a base.
 
-    Args:
-        weight: (H · d, hidden), groups of `roles` heads.
-        roles: Number of heads that share a base.
-        head_dim: d.
-        rank: R, from 1 to the smaller of d and hidden.
-        rounds: Number of times that updates and base are solved; with 1 the base is the mean of the heads.
-
-    Returns:
-        `base` (H / roles · d, hidden), `down` (H · R, hidden) and `up` (H · d, R), as in `GDAConfig.qk_rank`.
+    Updates and base are solved `rounds` times; with 1 the base is the mean of the heads. Returns `base` (H / roles · d,
+    hidden), `down` (H · R, hidden) and `up` (H · d, R), as in `GDAConfig.qk_rank`.
     """
     dense = weight.double().unflatten(0, (-1, roles, head_dim))  # (groups, roles, d, hidden)
     basis = None

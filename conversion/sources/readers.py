@@ -68,17 +68,10 @@ def require_known_type(model_type: str, where: Path) -> None:
 
 
 def read_tokenizer(location: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or a Hub id; code beside it is never run.
+    """Load the tokenizer of a model folder or a Hub id; code beside it is never run. ValueError if there is none.
 
     transformers chooses the tokenizer class by `tokenizer_class` of tokenizer_config.json and by the `model_type` of
     config.json, so the same files can be read by another class, with other token ids, once config.json says "gda".
-
-    Args:
-        location: A folder, or a Hub id.
-        kwargs: Passed on to `AutoTokenizer.from_pretrained`, such as `gguf_file`.
-
-    Raises:
-        ValueError: if transformers cannot load a tokenizer from there.
     """
     try:
         with quiet_transformers():

@@ -45,14 +45,9 @@ class Calibration:
 def read_calibration(
     path: str | Path | None, tokenizer: PreTrainedTokenizerBase | None, *, tokens: int, longest: int, vocab_size: int
 ) -> Calibration:
-    """Read a text and cut it into sequences.
+    """Read a text, or Python's own documentation, and cut its first `tokens` into sequences.
 
-    Args:
-        path: A text file, or a `.jsonl` file with a field `text` in each line. None: Python's own documentation.
-        tokenizer: The source's tokenizer.
-        tokens: Largest number of tokens to read; an incomplete last sequence is dropped.
-        longest: The longest sequence that the source supports.
-        vocab_size: The source's vocabulary size.
+    They are at most as long as `longest` and `CONTEXT`. An incomplete last sequence is dropped.
 
     Raises:
         FileNotFoundError, ValueError: naming the file, and the line if there is one.

@@ -28,13 +28,7 @@ ATTENTION = "self_attn."
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train, and in which order.
-
-    Attributes:
-        steps: Number of steps.
-        seed: Seed of the order of sequences.
-        mixed_precision: Multiply matrices in bfloat16.
-    """
+    """How long to train, in which order of the sequences, and whether matrices are multiplied in bfloat16."""
 
     steps: int
     seed: int
@@ -57,10 +51,8 @@ class Plan:
 class Distillation:
     """Trains the attention of a split model.
 
-    Args:
-        model: The split model.
-        start: Returns the initial attention tensors of a layer, by their names in the layer.
-        work: Where weights, moments and checkpoints are stored.
+    `start` returns the initial attention tensors of a layer, by their names in the layer. Weights, moments and
+    checkpoints are stored in `work`.
     """
 
     def __init__(self, model: LayerwiseModel, start: Callable[[int], dict[str, torch.Tensor]], work: Work):

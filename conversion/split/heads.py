@@ -20,13 +20,7 @@ RIDGE = 1e-6  # relative to the mean of the diagonal; 1e-6 to 1e-3 give the same
 
 
 class Moments:
-    """Second moments of the outputs of a layer's heads, and of the layer's attention.
-
-    Args:
-        width: H · d.
-        hidden: Hidden size.
-        device: Device of the moments.
-    """
+    """Second moments of the outputs (H · d) of a layer's heads, and of the layer's attention (hidden)."""
 
     def __init__(self, width: int, hidden: int, device: torch.device | str = "cpu"):
         settings: dict = {"dtype": torch.float64, "device": device}
@@ -72,13 +66,7 @@ def split_layer(
 ) -> Split:
     """Split the heads of a layer with the least error, over the λ in `lambdas`.
 
-    Args:
-        moments: Moments of the layer.
-        output: The source's output projection (hidden, H · d), for the error before the fit.
-        num_noise_heads: N, a multiple of the number of KV heads.
-        num_kv_heads: G.
-        head_dim: d.
-        lambdas: λ to try.
+    `output` is the source's output projection (hidden, H · d), for the error before the fit.
     """
     width = len(moments.heads)
     covariance = moments.heads + _ridge(moments.heads)

@@ -101,12 +101,7 @@ class LayerLog(TrainerCallback):
             self.gradients.append({kind: _norm(gradients) for kind, gradients in kinds.items() if gradients})
 
     def collect(self, step: int, reduce: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
-        """The measurements of `step` by layer; empty if it was not measured.
-
-        Args:
-            step: The step.
-            reduce: Sums a tensor over processes.
-        """
+        """The measurements of `step` by layer; empty if it was not measured. `reduce` sums a tensor over processes."""
         if self.step != step or self.sums is None:
             return []
         layers = []

@@ -71,26 +71,15 @@ def open_sequences(
     """Tokenize documents, join them with an end-of-text token after each, and cut them into sequences.
 
     Tokens at the end that do not fill a sequence are dropped. The sequences do not depend on the number of processes:
-    one process tokenizes and writes a file into `scratch`, for which the others wait. A later run with the same data,
-    tokenizer and context reads this file again. Neither the data nor the sequences have to fit into memory.
+    one process tokenizes and writes a file into `scratch`, which all share, and the others wait for it. A later run
+    with the same data, tokenizer and context reads this file again. Neither the data nor the sequences have to fit into
+    memory.
 
-    Args:
-        names: Text files (one document each), .jsonl, .json, .csv and .parquet files (one document per row), folders
-            of such files, and datasets on the Hub: NAME[:CONFIG[:SPLIT]], by default the split `train`.
-        tokenizer: The model's.
-        context: Tokens per sequence.
-        text_field: The field of a row that holds its text.
-        streaming: Read while training. Nothing is written, and only the beginning is read here. A buffer of a thousand
-            sequences is shuffled with `seed`. A resumed run reads again what was read before.
-        seed: Seed of the shuffle buffer.
-        vocab_size: Embeddings of the model.
-        scratch: A folder that all processes share.
-        option: The option that named the data, for errors.
-        console: Console that shows progress, if it is a terminal. Default: none.
+    With `streaming`, nothing is written, and only the beginning is read here. A buffer of a thousand sequences is
+    shuffled with `seed`. A resumed run reads again what was read before.
 
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: naming the file or dataset, and the line or row where there is
-            one.
+        FileNotFoundError, ValueError, ConnectionError: naming the file or dataset, and the line or row.
     """
     packer = SequencePacker(tokenizer, context, vocab_size, ", ".join(map(str, names)))
     find = partial(find_sources, names, text_field, streaming=streaming, option=option)

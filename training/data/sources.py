@@ -54,10 +54,8 @@ logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 class DocumentSource:
     """A file or a dataset that holds documents.
 
-    Attributes:
-        identity: JSON-ready values that change when the content does.
-        pieces: Reads the documents in order, from the beginning. Raises ValueError naming the file or dataset, and the
-            line or row where there is one.
+    `identity` are JSON-ready values that change when the content does. `pieces` reads the documents in order, from the
+    beginning.
     """
 
     identity: list[Any]
@@ -67,17 +65,7 @@ class DocumentSource:
 def find_sources(
     names: Sequence[str | Path], text_field: str, *, streaming: bool, option: str = "--data"
 ) -> list[DocumentSource]:
-    """Find files, folders of files (in the order of their paths) and datasets NAME[:CONFIG[:SPLIT]] on the Hub.
-
-    Args:
-        names: What to read, in this order.
-        text_field: The field of a row that holds its text.
-        streaming: Read datasets on the Hub while training instead of downloading them.
-        option: The option that named them, for errors.
-
-    Raises:
-        FileNotFoundError, ValueError, ConnectionError: naming the file or dataset.
-    """
+    """Find files, folders of files (in the order of their paths) and datasets NAME[:CONFIG[:SPLIT]] on the Hub."""
     found: list[DocumentSource] = []
     for name in names:
         path = Path(name)

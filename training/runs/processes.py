@@ -31,13 +31,7 @@ def launcher_wants_bfloat16() -> bool:
 
 
 class Processes:
-    """This process among those started by `accelerate launch` or torchrun; the only one if neither was used.
-
-    Attributes:
-        count: Number of processes on all machines.
-        index: Index of this one.
-        is_main: Whether this one writes and prints.
-    """
+    """This process, number `index` of the `count` that `accelerate launch` or torchrun started; the main one writes."""
 
     def __init__(self) -> None:
         state = PartialState(cpu=on_cpu())

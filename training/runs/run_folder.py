@@ -144,13 +144,10 @@ class RunFolder:
             remove(path)
 
     def finish(self, origin: Mapping[str, Any], report: TrainReport) -> None:
-        """Add the report to training.json, remove checkpoints and tokenized data, and rename the folder to OUT.
+        """Add the report and `origin` to training.json, remove checkpoints and tokenized data, and rename the folder to
+        OUT.
 
         Once the report is written the result is complete: after a kill, a resumed run only cleans up.
-
-        Args:
-            origin: What else training.json says about the run.
-            report: The report.
         """
         if self.state.report is None:
             sync_tree(self.path)  # the report implies that the model is on the disk
