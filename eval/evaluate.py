@@ -17,7 +17,7 @@ from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
 from gda.common.screen import shows_progress
 from gda.common.text import read_text
-from gda.eval.attention.diagnostics import PromptSettings, diagnose
+from gda.eval.attention.diagnostics import diagnose, read_prompt_settings
 from gda.eval.compare import compare
 from gda.eval.device import choose_device
 from gda.eval.lm_eval.find_tasks import load_tasks
@@ -89,7 +89,7 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     choose_device(options.device)
     prompts = None
     if options.diagnostics:
-        prompts = PromptSettings.from_metadata(_metadata(options), alone=not options.tasks)
+        prompts = read_prompt_settings(_metadata(options), alone=not options.tasks)
     text = None if options.perplexity is None else _read_text(Path(options.perplexity))
     candidates = _find_models(options)
     results, loaded = [], []

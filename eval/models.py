@@ -26,16 +26,7 @@ WEIGHTS = "*.safetensors"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that was found but is not loaded yet.
-
-    Attributes:
-        name: Name of the model.
-        place: Its folder, or the model itself if it is in memory.
-        tokenizer: Its tokenizer.
-        revision: Commit, for a Hub id.
-        weight_files: Files of its weights; none for a model in memory.
-        gguf: The opened file, for a GGUF file.
-    """
+    """A model that was found but is not loaded: `place` is its folder, or the model itself if it is in memory."""
 
     name: str
     place: Path | torch.nn.Module

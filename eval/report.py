@@ -25,19 +25,7 @@ WITHIN = {True: "yes", False: "NO", None: ""}
 
 @dataclass(frozen=True)
 class ModelResult:
-    """Results of one model.
-
-    Attributes:
-        name: Name of the model.
-        revision: Commit, for a Hub id.
-        results: lm-eval's dictionary; {"results": {}} without tasks.
-        perplexity: Perplexity of the text; None without one.
-        prompts: The first requests of each task, if they were asked for.
-        sha256: SHA-256 of each weight file.
-        seconds: Duration, loading included.
-        dtype: Data type that the model ran in.
-        notes: What a reader of the numbers should know.
-    """
+    """Results of one model: lm-eval's dictionary ({"results": {}} without tasks), and what else was measured."""
 
     name: str
     revision: str | None
@@ -65,15 +53,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """The report of `gda eval`.
-
-    Attributes:
-        model: Results of the model.
-        baseline: Results of the baseline; None without one.
-        rows: Scores of both side by side.
-        options: The options of the run.
-        diagnostics: Attention on retrieval prompts; None if it was not asked for.
-    """
+    """The report of `gda eval`: the scores of the model and of its baseline side by side."""
 
     model: ModelResult
     baseline: ModelResult | None

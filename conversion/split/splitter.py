@@ -99,16 +99,8 @@ class SplitResult:
 class Splitter:
     """Splits the heads of every layer of a source, and fits the remaining attention to the source's.
 
-    Memory holds one layer and its moments; activations and trained weights are files in the work folder. A resumed
-    run continues from there.
-
-    Args:
-        source: The source.
-        config: Configuration from `split_config`.
-        calibration: A text file, or a `.jsonl` file with a field `text`. None: Python's documentation.
-        tokens: Largest number of tokens to read. None: `DEFAULT_TOKENS`.
-        effort: One of `EFFORTS`. None: "default".
-        seed: Seed of the λ vectors and of the order of training.
+    Memory holds one layer and its moments; activations and trained weights are files in the work folder. A resumed run
+    continues from there. `config` is from `split_config`; the other arguments are options of `gda convert`.
 
     Raises:
         FileNotFoundError, ValueError: for a text that cannot be read or is too short, and for an unknown effort.

@@ -17,14 +17,8 @@ FINGERPRINT_FILE = "begun.json"
 class Work:
     """A folder of tensors that survives a killed process.
 
-    `allocate` maps a file into memory. `save` writes tensors and facts atomically.
-
-    Args:
-        folder: The folder; created if it doesn't exist.
-        fingerprint: Source, text and settings that the work depends on, as JSON-ready values.
-
-    Raises:
-        ValueError: if the folder holds work with another fingerprint.
+    `allocate` maps a file into memory. `save` writes tensors and facts atomically. `fingerprint` is what the work
+    depends on; ValueError if the folder holds work with another one.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):

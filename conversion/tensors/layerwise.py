@@ -43,12 +43,7 @@ def layer_prefix(index: int) -> str:
 class LayerwiseModel:
     """A causal language model whose caller reads the tensors of a layer, in float32, before running it.
 
-    Sequences are complete and have no padding.
-
-    Args:
-        config: The model's configuration.
-        read: Returns the tensor with a given name.
-        device: Device to compute on.
+    `read` returns the tensor with a given name. Sequences are complete and have no padding.
     """
 
     def __init__(

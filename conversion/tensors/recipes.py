@@ -19,14 +19,7 @@ LAMBDA_VECTOR_STD = 0.1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make one tensor of the result.
-
-    Attributes:
-        spec: Its shape and dtype.
-        sources: Names of the source tensors that it needs.
-        make: Makes it from these tensors.
-        how: The same in words, for conversion.json.
-    """
+    """How to make one tensor of the result from the source tensors named in `sources`; `how` says it in words."""
 
     spec: TensorSpec
     sources: tuple[str, ...]

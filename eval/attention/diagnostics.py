@@ -6,7 +6,7 @@ the signal maps, the noise maps and their difference, and for the maps of a base
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from statistics import mean
 from typing import Any
 
@@ -18,61 +18,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.screen import shows_progress
 from gda.eval.attention.analysis import LayerAttention, row_entropy, row_shares, visit_attention
 from gda.eval.tables import TextTable
-from gda.eval.tasks.needles import DEPTHS, NeedlePrompt, NeedleSettings, make_prompts
+from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
 from gda.eval.tasks.settings import read_settings, tokens_of
 
 # The settings of the task gda_needles.
 DEFAULTS = NeedleSettings(length=512, depth="all", needles=6, queries=1, digits=7, samples=20, data_seed=0)
 
 
-@dataclass(frozen=True)
-class PromptSettings:
-    """Settings of the prompts.
+def read_prompt_settings(metadata: Mapping[str, Any], *, alone: bool = False) -> NeedleSettings:
+    """The settings that `--metadata` gives to the retrieval tasks.
 
-    Attributes:
-        length: Length of a prompt at most, in tokens.
-        needles: Number of sentences with a magic number.
-        queries: Number of magic numbers asked for.
-        digits: Number of digits of a magic number.
-        samples: Number of prompts at each depth. They differ between depths in the order of their sentences only.
-        seed: Seed of the prompts, like the task's `data_seed`.
-        depths: Positions of the answer in the context, from 0 to 1.
+    `alone` says that no task reads the metadata, so that every name must be a setting.
+
+    Raises:
+        ValueError: for a name that is not a setting, or a value out of range.
     """
+    names = [field.name for field in fields(DEFAULTS)]
+    unknown = [name for name in metadata if name == "seed" or (alone and name not in names)]
+    settings = read_settings(NeedleSettings, {**asdict(DEFAULTS), **metadata})
+    if unknown:
+        raise ValueError(f"metadata: --diagnostics has no setting `{unknown[0]}`; it has {', '.join(names)}")
+    return settings
 
-    length: int = DEFAULTS.length
-    needles: int = DEFAULTS.needles
-    queries: int = DEFAULTS.queries
-    digits: int = DEFAULTS.digits
-    samples: int = DEFAULTS.samples // len(DEPTHS)
-    seed: int = DEFAULTS.data_seed
-    depths: Sequence[float] = DEPTHS
 
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], *, alone: bool = False) -> "PromptSettings":
-        """The settings that `--metadata` gives to the retrieval tasks. Their `samples` are divided among the depths.
-
-        Args:
-            metadata: Settings that differ from those of `gda_needles`.
-            alone: Whether no task reads the metadata, so that every name must be a setting of these prompts.
-
-        Raises:
-            ValueError: for a name that is not a setting, or a value out of range.
-        """
-        names = [field.name for field in fields(DEFAULTS)]
-        unknown = [name for name in metadata if name == "seed" or (alone and name not in names)]
-        task = read_settings(NeedleSettings, {**asdict(DEFAULTS), **metadata})
-        if unknown:
-            raise ValueError(f"metadata: --diagnostics has no setting `{unknown[0]}`; it has {', '.join(names)}")
-        depths = DEPTHS if task.depth == "all" else (float(task.depth),)
-        samples = -(-task.samples // len(depths))
-        return cls(task.length, task.needles, task.queries, task.digits, samples, task.data_seed, depths)
-
-    def prompts(self, depth: float, tokenizer: PreTrainedTokenizerBase) -> list[NeedlePrompt]:
-        """The prompts with the answer at `depth`."""
-        settings = NeedleSettings(
-            self.length, depth, self.needles, self.queries, self.digits, self.samples, data_seed=self.seed
-        )
-        return make_prompts(settings, tokens_of(tokenizer))
+def _prompts_by_depth(settings: NeedleSettings) -> list[NeedleSettings]:
+    """Settings for each depth. Prompts of two depths differ in the order of their sentences only."""
+    samples = -(-settings.samples // len(settings.depths))
+    return [replace(settings, depth=depth, samples=samples) for depth in settings.depths]
 
 
 @dataclass(frozen=True)
@@ -97,18 +69,18 @@ class AttentionShares:
 
 @dataclass(frozen=True)
 class DiagnosticsReport:
-    """Attention on retrieval prompts.
+    """Attention on retrieval prompts, by kind of map: "signal", and "noise" and "difference" for a GDA model.
+
+    "baseline" is the baseline's maps, or its difference maps if it is a GDA model.
 
     Attributes:
-        settings: Settings of the prompts.
         tokens: Mean length of a prompt.
-        by_layer: Means over the depths for each layer, by kind of map: "signal"; "noise" and "difference" for a GDA
-            model; "baseline" for the baseline's maps, its difference maps if it is a GDA model.
-        by_depth: Means over the layers for each depth, by kind of map.
+        by_layer: Means over the depths for each layer.
+        by_depth: Means over the layers for each depth.
         lambdas: λ of each layer, the mean over heads and rows; None for a layer without noise heads.
     """
 
-    settings: PromptSettings
+    settings: NeedleSettings
     tokens: float
     by_layer: dict[str, list[AttentionShares]]
     by_depth: dict[str, list[AttentionShares]]
@@ -117,7 +89,10 @@ class DiagnosticsReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         found = asdict(self)
-        return {**found.pop("settings"), "depths": list(map(float, self.settings.depths)), **found}
+        settings = found.pop("settings")
+        by_depth = {"depths": list(self.settings.depths), "samples": _prompts_by_depth(self.settings)[0].samples}
+        del settings["depth"]
+        return settings | {"seed": settings.pop("data_seed")} | by_depth | found
 
     def to_markdown(self) -> str:
         """Both tables in Markdown."""
@@ -162,7 +137,7 @@ def _cell(layers: Sequence[AttentionShares], layer: int) -> str:
 def diagnose(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: PromptSettings | None = None,
+    settings: NeedleSettings = DEFAULTS,
     *,
     baseline: PreTrainedModel | None = None,
     console: Console | None = None,
@@ -172,21 +147,13 @@ def diagnose(
     The model reads each prompt with its answer, and the rows that predict the answer count. Earlier rows are computed
     by the model's own attention backend and cost no maps.
 
-    Args:
-        model: A GDA model, or one like Llama.
-        tokenizer: Tokenizer of the model and the baseline.
-        settings: Settings of the prompts. Default: those of the task `gda_needles`.
-        baseline: Another model to compare with, such as the source of a conversion.
-        console: Console that shows progress. Default: none.
-
     Raises:
         ValueError: if a setting is out of range, the length is too short for the needles or too long for a model, the
             tokenizer cannot locate its tokens in the text, or a model's attention cannot be read.
     """
-    settings = settings or PromptSettings()
-    if not settings.depths:
-        raise ValueError("depths is empty; name at least one")
-    texts = [_Text.of(prompt, tokenizer) for depth in settings.depths for prompt in settings.prompts(depth, tokenizer)]
+    count = tokens_of(tokenizer)
+    prompts = [prompt for each in _prompts_by_depth(settings) for prompt in make_prompts(each, count)]
+    texts = [_Text.of(prompt, tokenizer) for prompt in prompts]
     models = [model] if baseline is None else [model, baseline]
     for each in models:
         _check_fits(each, texts)
@@ -210,12 +177,9 @@ def diagnose(
 
 @dataclass(frozen=True)
 class _Text:
-    """A prompt with its answer in tokens.
+    """A prompt with its answer in tokens `ids` (T,), and masks (T,) of those of the answer and of the noise context.
 
-    Attributes:
-        ids: (T,).
-        first_row: The row that predicts the first token of the answer.
-        answer, context: Masks (T,) of the tokens of `AttentionShares.answer` and `.noise_context`.
+    `first_row` is the row that predicts the first token of the answer.
     """
 
     ids: torch.Tensor

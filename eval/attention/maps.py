@@ -21,12 +21,10 @@ LEVELS, SIGNED_LEVELS = 255, 127
 
 @dataclass(frozen=True)
 class MapKind:
-    """One of the maps of each group.
+    """One of the maps of each group, and whether its values may be negative.
 
-    Attributes:
-        name: "signal", "noise", "difference" or "baseline", followed by the head's number in its group if it is not
-            the mean over the group.
-        signed: Whether values may be negative.
+    Its name is "signal", "noise", "difference" or "baseline", followed by the head's number in its group if it is not
+    the mean over the group.
     """
 
     name: str
@@ -35,10 +33,9 @@ class MapKind:
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """The maps kept of one layer.
+    """The maps kept of one layer, of K kinds.
 
     Attributes:
-        kinds: The K kinds of map.
         scales: Largest magnitude of each map, (G, K) in float32.
         levels: Levels of the lower triangle of each map, (G, K, n (n + 1) / 2) in 8 bits.
     """

@@ -37,12 +37,10 @@ class TaskManagerWithOurs(TaskManager):
 def load_tasks(
     names: Sequence[str], *, dataset_root: str | Path | None = None, metadata: dict[str, Any] | None = None
 ) -> list[Task | Group]:
-    """Load tasks and groups with their datasets.
+    """Load tasks, groups and tags of lm-eval or of this package, by names, patterns such as "blimp_*" or YAML files.
 
-    Args:
-        names: Names of tasks, groups or tags of lm-eval or of this package, patterns such as "blimp_*", or YAML files.
-        dataset_root: Folder of the datasets. Default: wherever the task says, as a rule the Hub.
-        metadata: Settings of generated tasks: "tokenizer", "length", "data_seed" and others.
+    Without `dataset_root`, each task reads its dataset from where its definition says, as a rule the Hub. `metadata`
+    are settings of generated tasks, such as "tokenizer" and "length".
 
     Raises:
         ValueError: for an unknown name, with similar ones, and for data that does not fit its task.

@@ -64,6 +64,11 @@ class NeedleSettings:
         if self.depth != "all":
             require_share("depth", self.depth)
 
+    @property
+    def depths(self) -> tuple[float, ...]:
+        """The depths that the prompts have in turn."""
+        return DEPTHS if self.depth == "all" else (float(self.depth),)
+
 
 @dataclass(frozen=True)
 class NeedlePrompt:
@@ -99,7 +104,7 @@ def make_prompts(settings: NeedleSettings, count: CountTokens) -> list[NeedlePro
     Raises:
         ValueError: if the length is too short for the needles and the question.
     """
-    depths = DEPTHS if settings.depth == "all" else (float(settings.depth),)
+    depths = settings.depths
     return [
         _make_prompt(settings, count, Random(f"needles {settings.data_seed} {index}"), depths[index % len(depths)])
         for index in range(settings.samples)

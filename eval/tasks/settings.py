@@ -27,11 +27,9 @@ def read_settings(
 ) -> "Settings":
     """Read the settings of a task.
 
-    Args:
-        kind: Class of the settings.
-        metadata: What lm-eval passes to a `custom_dataset`: the `metadata` of the task's YAML file, overridden by the
-            user's `--metadata`, together with the model's arguments.
-        sweep: What the task of a sweep fixes (`dataset_kwargs` in its YAML file). It overrides both.
+    `metadata` is what lm-eval passes to a `custom_dataset`: the `metadata` of the task's YAML file, overridden by the
+    user's `--metadata`, together with the model's arguments. `sweep`, the `dataset_kwargs` of the YAML file, overrides
+    both.
 
     Raises:
         ValueError: for a name that resembles a setting, a missing setting, or a value out of range. (`seed` causes a

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gda import convert
-from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, PromptSettings, diagnose
+from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, diagnose, read_prompt_settings
 from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.tasks import TASKS_FOLDER
-from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
+from gda.eval.tasks.needles import DEPTHS, NeedlePrompt, NeedleSettings, make_prompts
 from gda.eval.tasks.settings import tokens_of
 
 from ..support.llamas import VOCAB_SIZE, byte_tokenizer, llama_model, save_llama
@@ -30,8 +30,8 @@ def gda_model(**changes: Any) -> PreTrainedModel:
 
 
 def report_of(model: PreTrainedModel, *, baseline: PreTrainedModel | None = None, **settings: Any) -> DiagnosticsReport:
-    defaults = {"length": LENGTH, "needles": NEEDLES, "samples": 1, "depths": (0.0, 0.5)}
-    return diagnose(model, byte_tokenizer(), PromptSettings(**(defaults | settings)), baseline=baseline)
+    chosen = replace(DEFAULTS, **({"length": LENGTH, "needles": NEEDLES, "samples": len(DEPTHS)} | settings))
+    return diagnose(model, byte_tokenizer(), chosen, baseline=baseline)
 
 
 def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[float, float, float, float]:
@@ -71,7 +71,7 @@ def test_shares_of_differences_equal_the_loops(changes: dict[str, Any], queries:
     report = report_of(model, queries=queries)
     model.set_attn_implementation("eager")
     expected: list[list[tuple[float, ...]]] = []
-    for depth in (0.0, 0.5):
+    for depth in DEPTHS:
         settings = NeedleSettings(LENGTH, depth, NEEDLES, queries, digits=7, samples=1, data_seed=0)
         [prompt] = make_prompts(settings, tokens_of(tokenizer))
         ids = tokenizer(prompt.text + prompt.target, return_tensors="pt").input_ids
@@ -127,22 +127,22 @@ def test_a_baseline_that_is_a_gda_model_of_more_layers() -> None:
 
 def test_a_seed_decides_the_prompts() -> None:
     model = gda_model()
-    assert report_of(model, seed=3) == report_of(model, seed=3)
-    assert report_of(model, seed=3) != report_of(model, seed=4)
+    assert report_of(model, data_seed=3) == report_of(model, data_seed=3)
+    assert report_of(model, data_seed=3) != report_of(model, data_seed=4)
 
 
 def test_the_report_reads_as_json_markdown_and_tables() -> None:
     report = report_of(gda_model(), baseline=llama_model(max_position_embeddings=1024))
     fields = json.loads(json.dumps(report.to_dict()))
     assert fields["by_layer"]["noise"][1]["entropy"] == report.by_layer["noise"][1].entropy
-    assert (fields["length"], fields["samples"], fields["depths"]) == (LENGTH, 1, [0.0, 0.5])
+    assert (fields["length"], fields["samples"], fields["depths"]) == (LENGTH, 1, [0.0, 0.25, 0.5, 0.75, 1.0])
     assert LENGTH - 120 < fields["tokens"] <= LENGTH
     lines = report.to_markdown().splitlines()
     of_difference = report.by_depth["difference"]
-    assert "| maps | 0 % | 50 % | mean |" in lines
-    mean = sum(shares.answer for shares in of_difference) / 2, sum(shares.noise_context for shares in of_difference) / 2
+    assert "| maps | 0 % | 25 % | 50 % | 75 % | 100 % | mean |" in lines
+    mean = [sum(getattr(shares, name) for shares in of_difference) / 5 for name in ("answer", "noise_context")]
     cells = [f"{shares.answer:.3f} / {shares.noise_context:.3f}" for shares in of_difference]
-    assert f"| difference | {cells[0]} | {cells[1]} | {mean[0]:.3f} / {mean[1]:.3f} |" in lines
+    assert f"| difference | {' | '.join(cells)} | {mean[0]:.3f} / {mean[1]:.3f} |" in lines
     assert "| layer | λ | signal | noise | difference | baseline |" in lines
     first = report.by_layer["signal"][0]
     shown = f"{first.answer:.3f} / {first.noise_context:.3f} / {first.first_token:.3f} / {first.entropy:.2f}"
@@ -157,18 +157,15 @@ def test_defaults_are_those_of_the_task() -> None:
     written = (TASKS_FOLDER / "needles.yaml").read_text()
     for name, value in asdict(DEFAULTS).items():
         assert f"\n  {name}: {value}\n" in written
-    assert PromptSettings.from_metadata({}) == PromptSettings()
+    assert read_prompt_settings({}) == DEFAULTS
 
 
 def test_every_setting_of_the_retrieval_task_applies() -> None:
-    told = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "data_seed": 9}
-    given = {"length": 300, "needles": 3, "queries": 2, "digits": 5, "seed": 9}
-    of_seven = PromptSettings.from_metadata(told | {"samples": 7})
-    assert asdict(of_seven) == given | {"depths": (0.0, 0.25, 0.5, 0.75, 1.0), "samples": 2}
-    told |= {"depth": 1, "samples": 3}
-    report = diagnose(gda_model(), byte_tokenizer(), PromptSettings.from_metadata(told))
-    fields = report.to_dict()
-    assert fields == fields | given | {"depths": [1.0], "samples": 3}
+    given = {"length": 300, "needles": 3, "queries": 2, "digits": 5}
+    for metadata, depths, samples in (({"samples": 7}, list(DEPTHS), 2), ({"depth": 1, "samples": 3}, [1.0], 3)):
+        settings = read_prompt_settings(given | {"data_seed": 9} | metadata)
+        fields = diagnose(gda_model(), byte_tokenizer(), settings).to_dict()
+        assert fields == fields | given | {"seed": 9, "depths": depths, "samples": samples}
 
 
 @pytest.mark.parametrize(
@@ -187,14 +184,13 @@ def test_invalid_metadata_is_refused_before_anything_runs(metadata: dict[str, An
 
 
 def test_metadata_of_another_task_is_ignored() -> None:
-    assert PromptSettings.from_metadata({"pairs": 3}) == PromptSettings()
+    assert read_prompt_settings({"pairs": 3}) == DEFAULTS
 
 
 def test_invalid_settings_are_refused() -> None:
     for options, said in (
         ({"length": 50}, "`length` 50 is too short"),
-        ({"depths": (0.5, 1.5)}, "`depth`"),
-        ({"depths": ()}, "depths"),
+        ({"depth": 1.5}, "`depth`"),
         ({"samples": 0}, "`samples`"),
         ({"length": 2000}, "reads 1024; choose a smaller length"),
     ):

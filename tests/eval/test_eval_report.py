@@ -165,10 +165,10 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     told = json.loads((tmp_path / "results.json").read_text())["gda"]
     assert told["diagnostics"]["lambdas"] == [0.0, 0.0]
     assert told["comparison"] == []
-    from gda.eval.attention.diagnostics import PromptSettings, diagnose
+    from gda.eval.attention.diagnostics import DEFAULTS, diagnose
 
     ours, llama = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("gda", "llama"))
-    settings = PromptSettings(length=400, digits=5, depths=(0.5,), samples=3, seed=7)
+    settings = replace(DEFAULTS, length=400, digits=5, depth=0.5, samples=3, data_seed=7)
     expected = diagnose(ours, byte_tokenizer(), settings, baseline=llama)
     assert told["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
     assert expected.to_markdown().strip() in (tmp_path / "results.md").read_text()

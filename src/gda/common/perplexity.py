@@ -11,11 +11,9 @@ from gda.common.numbers import exponential
 
 
 def mean_perplexity(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """exp of the mean negative log-likelihood over sequences; infinity where that exceeds a float.
+    """exp of the mean negative log-likelihood over sequences of logits (T, vocabulary) and ids (T,).
 
-    Args:
-        predictions: Logits (T, vocabulary) and ids (T,) of each sequence. The first token of a sequence, which is
-            predicted from nothing, is not counted.
+    The first token of a sequence is not counted. Infinity where the result exceeds a float.
     """
     total, counted = 0.0, 0
     for logits, ids in predictions:
@@ -69,15 +67,8 @@ def text_perplexity(
 
     The first token is predicted from BOS, or from EOS if the tokenizer has no BOS, so every token is counted. With
     `stride` = `context`, the default, sequences don't overlap, except that the last one starts early enough to be
-    complete: this is lm-eval's rolling log-likelihood.
-
-    Args:
-        model: A language model.
-        tokenizer: Its tokenizer.
-        text: The text.
-        context: Tokens that the model reads at a time.
-        stride: Tokens from the start of one sequence to the start of the next, at most `context`.
-        advance: Called with the number of tokens done and their total, for progress.
+    complete: this is lm-eval's rolling log-likelihood. `advance` is called with the number of tokens done and their
+    total.
 
     Raises:
         ValueError: for an empty text or an impossible stride.

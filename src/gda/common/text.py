@@ -18,12 +18,7 @@ def python_documentation() -> str:
 def read_text(path: Path, option: str) -> tuple[str, str]:
     """The name and the text of a UTF-8 file. For `.jsonl`, the fields `text` of its lines, separated by blank lines.
 
-    Args:
-        path: The file.
-        option: The option that names the file, for error messages.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file, and the line if there is one.
+    Errors name the file and its `option`, and the line if there is one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{option} {path} is not a file")
