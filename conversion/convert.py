@@ -34,12 +34,6 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
     Tensors are streamed: at most a few of them are in memory. Verification loads source and result if they fit into a
     quarter of the free memory, and otherwise one layer at a time. `out` appears only when it is complete and verified.
 
-    Args:
-        console: Console that shows progress. Default: none.
-
-    Returns:
-        A report of the conversion.
-
     Raises:
         FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
         PermissionError, ConnectionError: if the Hub does not give the source or take the result.

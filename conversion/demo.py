@@ -53,7 +53,6 @@ def demo(options: DemoOptions, out: str | Path | None = None, *, console: Consol
 
     Args:
         out: Folder to keep the converted model in. Default: it is not kept.
-        console: Console to print on. Default: none.
 
     Raises:
         FileNotFoundError: naming the remedy, if the model is not available.

@@ -58,9 +58,6 @@ class ExportReport:
 def export(options: ExportOptions, *, console: Console | None = None) -> ExportReport:
     """Export a GDA model to another model type. Tensors that were not trained equal the source's bit for bit.
 
-    Args:
-        console: Console that shows progress. Default: none.
-
     Raises:
         ValueError: naming the field or the layer, if the other type cannot compute what the model computes.
         FileNotFoundError, FileExistsError: for bad input.

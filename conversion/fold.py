@@ -20,12 +20,6 @@ def fold(options: FoldOptions, *, console: Console | None = None) -> ConvertRepo
     In a dtype narrower than float32 the products are rounded, so the logits are equal only up to that rounding. Tensors
     are streamed, and `out` appears only when it is complete and verified.
 
-    Args:
-        console: Console that shows progress. Default: none.
-
-    Returns:
-        A report, as from `convert`.
-
     Raises:
         ValueError: if there is nothing to fold, and for other bad input.
         FileNotFoundError, FileExistsError, OSError: for bad input.

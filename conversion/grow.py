@@ -78,12 +78,6 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
     Tensors are streamed, and `out` appears only when it is complete and verified. Its trainable.json lists the new
     parameters (`gda.common.trainable.Trainable`).
 
-    Args:
-        console: Console that shows progress. Default: none.
-
-    Returns:
-        A report of the growth.
-
     Raises:
         FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.

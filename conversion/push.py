@@ -78,9 +78,6 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
     one doesn't have, such as other shards or a chat template, are removed: they would be loaded with it. The folder is
     not changed: card and code are added to the commit if the folder lacks them.
 
-    Args:
-        console: Console that shows progress. Default: none.
-
     Raises:
         FileNotFoundError: if the folder doesn't exist.
         ValueError: if the folder doesn't hold a complete GDA language model, the Hub doesn't allow a name, or the

@@ -118,9 +118,6 @@ class VerificationFailed(CheckFailed):
 def verify(options: VerifyOptions, *, console: Console | None = None) -> VerifyReport:
     """Compare a converted model with its source.
 
-    Args:
-        console: Console that shows progress. Default: none.
-
     Raises:
         FileNotFoundError, ValueError: for bad input.
         CheckFailed: if the converted model doesn't accept the cache that transformers passes it.

@@ -75,9 +75,6 @@ def evaluate(
 def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None = None) -> EvalReport | None:
     """Evaluate a model, and its baseline with the same options.
 
-    Args:
-        console: Console that shows progress. Default: none.
-
     Returns:
         The report, or None in all but the first of several processes.
 

@@ -60,9 +60,6 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
 
     With `accelerate launch` or torchrun, every process calls this function. The main one writes; all return the report.
 
-    Args:
-        console: Console that shows progress, if it is a terminal. Default: none.
-
     Raises:
         FileNotFoundError, FileExistsError, ValueError, ImportError, OSError: for bad input, in one line that names the
             remedy.

@@ -43,7 +43,6 @@ def attention(
 
     Args:
         tokenizer: Tokenizer of a model in memory, or one to use instead of the model's own.
-        console: Console that shows progress. Default: none.
 
     Raises:
         FileNotFoundError, ValueError: for bad input, in one line that names the remedy.

@@ -14,6 +14,7 @@ greet("Ada", times=3)        # and, by gda.commands.app.command, `gda greet Ada 
 import functools
 import inspect
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -142,7 +143,8 @@ def takes(
 ) -> Callable[[Callable[Concatenate[Any, P], R]], Any]:
     """Decorate `function(options, …)` so that it is called with the fields of `options` as its arguments.
 
-    The result has their signature, and its docstring explains each. Its attribute `run` is the function itself.
+    The result has their signature, and its docstring explains them and `console`. Its attribute `run` is the function
+    itself.
     """
 
     def decorate(function: Callable[Concatenate[Any, P], R]) -> Any:
@@ -172,7 +174,7 @@ def takes(
 
         call.run = function  # type: ignore[attr-defined]  # for a caller that has the options ready
         call.__signature__ = public  # type: ignore[attr-defined]
-        call.__doc__ = _documented(function.__doc__ or "", options)
+        call.__doc__ = _documented(function.__doc__ or "", options, own)
         return call
 
     return decorate
@@ -184,15 +186,17 @@ def _parameter(each: Field[Any], hint: Any) -> inspect.Parameter:
     return inspect.Parameter(each.name, kind, default=default, annotation=hint)
 
 
-def _documented(doc: str, options: type[Options]) -> str:
-    """The docstring with a line for each option at the place of its line "Args:"."""
-    doc = inspect.cleandoc(doc)
+def _documented(doc: str, options: type[Options], own: list[inspect.Parameter]) -> str:
+    """The docstring with a line for each option, and for `console`, first in its section "Args:"."""
+    help = {each.name: each.metadata["help"] for each, _ in declared(options)}
+    if any(each.name == "console" for each in own):
+        help["console"] = "Console that shows progress. Default: none."
     lines = [
-        textwrap.fill(f"{each.name}: {each.metadata['help']}", 116, initial_indent="    ", subsequent_indent=" " * 8)
-        for each, _ in declared(options)
+        textwrap.fill(f"{name}: {text}", 116, initial_indent="    ", subsequent_indent=" " * 8)
+        for name, text in help.items()
     ]
-    before, found, after = doc.partition("\nArgs:\n")
+    before, found, after = inspect.cleandoc(doc).partition("\nArgs:\n")
     if not found:
-        before, raises, after = doc.partition("\n\nRaises:\n")
-        return "\n".join([before, "", "Args:", *lines]) + raises + after
-    return f"{before}{found}{chr(10).join(lines)}\n{after}"
+        before, *rest = re.split(r"\n\n(?=(?:Returns|Raises):\n)", before, maxsplit=1)
+        before, after = f"{before}\n", "\n".join(["", *rest])
+    return f"{before}\nArgs:\n{chr(10).join(lines)}\n{after}"
