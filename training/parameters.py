@@ -57,23 +57,17 @@ def choose_what_learns(
     if what == "lora":
         return with_lora(model, lora_rank, seed, [name for name in names if is_lambda(name) or HEAD_NORM.search(name)])
     if what == "new":
-        _freeze_old(model, Trainable.read(folder))
+        if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+            raise ValueError(
+                "--train new does not work with DeepSpeed's ZeRO-3, which hides rows of weights; use FSDP2"
+            )
+        Trainable.read(folder).freeze_others(model)
     elif what in ("attention", "all"):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(what == "all" or ATTENTION.search(name) is not None)
     else:
         raise ValueError(f"--train {what} is not one of new, attention, all, lora")
     return model
-
-
-def _freeze_old(model: PreTrainedModel, trainable: Trainable) -> None:
-    if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
-        raise ValueError("--train new does not work with DeepSpeed's ZeRO-3, which hides rows of weights; use FSDP2")
-    trainable.freeze_others(model, whole=False)
-    for name, parameter in model.named_parameters():
-        new = trainable.new_entries(name, parameter)
-        if new is not None and not bool(new.all()):
-            parameter.new_entries = new  # type: ignore[attr-defined]
 
 
 def partly_frozen(model: nn.Module) -> dict[str, Tensor]:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from gda.common.perplexity import mean_perplexity
+from gda.common.subtraction import SUMS, measurements, subtraction_measured
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
 BATCH = 4  # sequences at a time
@@ -36,11 +36,12 @@ def measure(
     measured = Measurements()
     states = list(model.embed(sequences).split(BATCH))
     for index in range(model.num_layers):
-        layer = tensors(index)
-        with _RecordSubtraction(model.layer(index).self_attn, layer["self_attn.o_proj.weight"]) as record:
+        layer, sums = tensors(index), torch.zeros(len(SUMS), device=model.device)
+        with subtraction_measured(model.layer(index).self_attn, sums):
             states = [model.run(index, layer, each) for each in states]
-        measured.lambda_.append(record.lambda_ / len(states))
-        measured.subtracted.append(record.noise / max(record.difference, math.ulp(0)))
+        of_layer = measurements(sums.tolist())
+        measured.lambda_.append(of_layer["lambda"])
+        measured.subtracted.append(of_layer["subtracted"])
     measured.perplexity = perplexity(model, sequences, torch.cat(states))
     return measured
 
@@ -52,29 +53,3 @@ def perplexity(model: LayerwiseModel, sequences: torch.Tensor, states: torch.Ten
     return mean_perplexity(
         (head(each.to(model.device)), ids.to(model.device)) for ids, each in zip(sequences, states, strict=True)
     )
-
-
-class _RecordSubtraction:
-    """While entered, records λ and the energies of λ · noise and of the difference in an attention's output."""
-
-    def __init__(self, attention: Any, output: torch.Tensor):
-        self.attention, self.output = attention, output
-        self.lambda_ = self.noise = self.difference = 0.0
-
-    def __enter__(self) -> "_RecordSubtraction":
-        self.hook = self.attention.subtract.register_forward_hook(self._record)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hook.remove()
-
-    def _record(
-        self, subtract: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], difference: torch.Tensor
-    ) -> None:
-        signal, noise, lambda_ = inputs
-        self.lambda_ += lambda_.mean().item()
-        self.noise += self._energy(subtract.forward(torch.zeros_like(signal), noise, lambda_))  # without this hook
-        self.difference += self._energy(difference)
-
-    def _energy(self, heads: torch.Tensor) -> float:
-        return (heads.flatten(2) @ self.output.T).square().mean().item()

@@ -382,26 +382,21 @@ def test_what_is_new_and_what_is_not(layout: str, growth: dict[str, Any], tmp_pa
             assert torch.equal(kept.flatten(), before[name].flatten()), name
 
 
-def test_freezing_what_is_old(tmp_path: Path) -> None:
-    """As wholes, parameters that hold something new learn; in parts, only what is new of them moves."""
+def test_freeze_others_trains_only_new_entries(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", lambda_type="tanh", attention_bias=True)
     report = grow(source, tmp_path / "grown", signal=2, depth=4)
     assert report.new_layers == [3]
-    begun = load(tmp_path / "grown").state_dict()
-    for whole in (True, False):
-        model = load(tmp_path / "grown")
-        learning = set(report.trainable.freeze_others(model, whole=whole))
-        assert "model.layers.3.input_layernorm.weight" in learning
-        assert "model.layers.0.self_attn.lambda_proj.weight" in learning
-        assert not any("0.mlp" in name or "embed" in name or "0.self_attn.k_proj" in name for name in learning)
-        trained(model)
-        for name, parameter in model.named_parameters():
-            moved = parameter != begun[name]
-            entries = report.trainable.new_entries(name, parameter)
-            if name not in learning:
-                assert not moved.any(), name
-            elif not whole:
-                assert not moved[~entries].any(), name
+    begun, model = load(tmp_path / "grown").state_dict(), load(tmp_path / "grown")
+    learning = set(report.trainable.freeze_others(model))
+    assert "model.layers.3.input_layernorm.weight" in learning
+    assert "model.layers.0.self_attn.lambda_proj.weight" in learning
+    assert not any("0.mlp" in name or "embed" in name or "0.self_attn.k_proj" in name for name in learning)
+    trained(model)
+    for name, parameter in model.named_parameters():
+        moved = parameter != begun[name]
+        entries = report.trainable.new_entries(name, parameter)
+        old = ~entries if name in learning else torch.ones_like(moved)
+        assert not moved[old].any(), name
     with pytest.raises(ValueError, match="is it the model's"):
         report.trainable.freeze_others(torch.nn.Linear(2, 2))
 

@@ -17,11 +17,11 @@ from transformers.training_args import TrainingArguments
 
 from gda.common.files import write_text
 from gda.common.numbers import finite
+from gda.common.subtraction import SUMS, measurements, subtraction_measured
 from gda.modeling_gda.attention_gda import GDAAttention
 from gda.training.parameters import is_lambda
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-MEASURES = ("tokens", "lambda", "signal", "noise", "subtracted", "difference")
 
 
 class LayerLog(TrainerCallback):
@@ -48,7 +48,7 @@ class LayerLog(TrainerCallback):
     def __init__(self, path: str | Path | None):
         self.path = None if path is None else Path(path)
         self.step: int | None = None
-        self.sums: Tensor | None = None  # (layers, MEASURES): means, each times its number of tokens
+        self.sums: Tensor | None = None  # (layers, SUMS)
         self.gradients: list[dict[str, float]] = []
 
     # ----------------------------------------------------------------------------------------------------------- lines
@@ -80,10 +80,10 @@ class LayerLog(TrainerCallback):
             return
         if self.step != step or self.sums is None:
             self.step, self.gradients = step, []
-            self.sums = torch.zeros(len(attentions), len(MEASURES), device=attentions[0].o_proj.weight.device)
+            self.sums = torch.zeros(len(attentions), len(SUMS), device=attentions[0].o_proj.weight.device)
         with contextlib.ExitStack() as stack:
             for attention in attentions:
-                stack.enter_context(_measured(attention, self.sums[attention.layer_idx]))
+                stack.enter_context(subtraction_measured(attention, self.sums[attention.layer_idx]))
             yield
 
     def read_gradients(self, model: nn.Module) -> None:
@@ -104,20 +104,10 @@ class LayerLog(TrainerCallback):
         """The measurements of `step` by layer; empty if it was not measured. `reduce` sums a tensor over processes."""
         if self.step != step or self.sums is None:
             return []
-        layers = []
-        for index, row in enumerate(reduce(self.sums).double().tolist()):
-            sums = dict(zip(MEASURES, row, strict=True))
-            tokens = max(sums["tokens"], 1.0)
-            layers.append(
-                {
-                    "layer": index,
-                    "lambda": sums["lambda"] / tokens,
-                    "signal_norm": math.sqrt(sums["signal"] / tokens),
-                    "noise_norm": math.sqrt(sums["noise"] / tokens),
-                    "subtracted": sums["subtracted"] / max(sums["difference"], math.ulp(0)),
-                }
-                | (self.gradients[index] if self.gradients else {})
-            )
+        layers = [
+            {"layer": index, **measurements(row), **(self.gradients[index] if self.gradients else {})}
+            for index, row in enumerate(reduce(self.sums).double().tolist())
+        ]
         self.step = self.sums = None
         return layers
 
@@ -131,41 +121,6 @@ def for_reporters(layers: list[dict[str, float]]) -> dict[str, float]:
         for name, value in layer.items()
         if name != "layer"
     }
-
-
-@contextlib.contextmanager
-def _measured(attention: GDAAttention, sums: Tensor) -> Iterator[None]:
-    """Add the measurements of an attention layer inside the block to `sums`, the row of that layer."""
-
-    def measure(subtract: Any, inputs: tuple[Tensor, Tensor, Tensor], difference: Tensor) -> None:
-        signal, noise, lambda_ = inputs
-        # Autocast would cache a copy of the projection's weight made here without a gradient, and use it later.
-        with torch.no_grad(), torch.autocast(signal.device.type, enabled=False):
-            whole = subtract.forward(signal.float(), noise.float(), lambda_)  # without this hook
-            values = (
-                torch.ones((), device=sums.device),
-                lambda_.float().mean(),
-                signal.float().square().mean(),
-                noise.float().square().mean(),
-                _energy(attention, signal.float() - whole),
-                _energy(attention, whole),
-            )
-            sums.add_(torch.stack(values), alpha=signal.shape[0] * signal.shape[1])
-
-    hook = attention.subtract.register_forward_hook(measure)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _energy(attention: GDAAttention, heads: Tensor) -> Tensor:
-    """Mean square of the output projection of heads (B, T, C, S/C, width), without its bias."""
-    if attention.num_masked_heads:
-        heads = attention.mask_new_heads(heads)
-    project = attention.o_proj
-    heads = heads.flatten(2).to(project.weight.dtype)
-    return (project(heads) - project(torch.zeros_like(heads[:1, :1]))).float().square().mean()
 
 
 def _norm(gradients: list[Tensor]) -> float:

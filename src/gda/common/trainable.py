@@ -104,13 +104,11 @@ class Trainable:
                 old &= here.view([-1 if each == axis else 1 for each in range(parameter.dim())])
         return ~old
 
-    def freeze_others(self, model: nn.Module, *, whole: bool = True) -> list[str]:
-        """Freeze the parameters that are not new; return the names of those that are trained.
+    def freeze_others(self, model: nn.Module) -> list[str]:
+        """Freeze what is not new in a model with the names of the grown checkpoint; return the names that are trained.
 
-        Args:
-            model: A model with the parameter names of the grown checkpoint.
-            whole: Train parameters that are new in part as a whole. Otherwise a hook keeps the gradient of their old
-                part at zero; use no weight decay then, which moves weights without a gradient.
+        The gradient of the old part of a partly new parameter is kept at zero. Its attribute `new_entries` says which
+        entries are new; give it no weight decay, which moves weights without a gradient.
 
         Raises:
             ValueError: if no parameter of the model is new.
@@ -122,8 +120,9 @@ class Trainable:
             if new is None:
                 continue
             trained.append(name)
-            if not whole and not bool(new.all()):
+            if not bool(new.all()):
                 parameter.register_hook(_masking(new))
+                parameter.new_entries = new  # type: ignore[attr-defined]
         if not trained:
             raise ValueError(f"no parameter of the model is named in {TRAINABLE_FILE}; is it the model's?")
         return trained
