@@ -1,4 +1,4 @@
-"""What a config.json may not hold is refused where it is read, naming the file and the field."""
+"""A hostile config.json is refused when it is read, with the names of the file and the field."""
 
 import json
 from collections.abc import Callable
@@ -65,8 +65,8 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize(("changes", "field"), HOSTILE, ids=lambda value: str(value)[:70])
-def test_a_hostile_config_is_refused_by_name(changes: dict[str, Any], field: str, reader: str, folder: Path) -> None:
-    """One line that names the file and the field, from each function that reads a config.json."""
+def test_hostile_config_is_refused(changes: dict[str, Any], field: str, reader: str, folder: Path) -> None:
+    """By each function that reads a config.json, in one line that names the file and the field."""
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=rf"config\.json: {field} ") as error:
         READERS[reader](folder)
@@ -74,8 +74,8 @@ def test_a_hostile_config_is_refused_by_name(changes: dict[str, Any], field: str
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_evaluation_refuses_it_too(folder: Path) -> None:
-    """Before anything of the model is loaded."""
+def test_evaluation_refuses_hostile_config(folder: Path) -> None:
+    """Before the model is loaded."""
     change_config(folder, num_hidden_layers=2**31)
     save_llama(folder / "llama")
     with pytest.raises(ValueError, match=r"config\.json: num_hidden_layers must be from 1 to"):
@@ -83,16 +83,16 @@ def test_evaluation_refuses_it_too(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_config_that_holds_more_than_fields_is_read(reader: str, folder: Path) -> None:
-    """What transformers writes, what other tools write, and what older versions of transformers call it."""
+def test_additional_entries_are_allowed(reader: str, folder: Path) -> None:
+    """Those that transformers, older versions of it and other tools write."""
     extra = {"num_labels": 3, "torch_dtype": "bfloat16", "rope_theta": 100.0, "cls": 1, "somebody_elses": nested(15)}
     change_config(folder, **extra, text_config=None, quantization_config=None, id2label={"0": "a", "-1": "b", "2": "c"})
     read = READERS[reader](folder)
     assert isinstance(read, GDAConfig if reader != "read_config_file" else dict)
 
 
-def test_rules_of_gda_models_are_for_them_alone(folder: Path) -> None:
-    """A model that is evaluated may be of any type."""
+def test_gda_rules_apply_only_to_gda_models(folder: Path) -> None:
+    """Evaluation accepts any model type."""
     changes = {"model_type": "other", "text_config": {"a": 1}, "is_encoder_decoder": True, "dtype": "auto"}
     change_config(folder, **changes)
     assert read_config_file(folder)["text_config"] == {"a": 1}
@@ -102,21 +102,18 @@ def test_rules_of_gda_models_are_for_them_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "1", "null"])
-def test_no_dictionary(text: str, folder: Path) -> None:
-    """A config.json is a dictionary of fields."""
+def test_config_must_be_a_dictionary(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json names no model_type"):
         read_config_file(folder)
 
 
-def test_no_file(tmp_path: Path) -> None:
-    """A folder without config.json is no model's."""
+def test_missing_config(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         read_config_file(tmp_path)
 
 
-def test_an_odd_name_is_shown_on_one_line(folder: Path) -> None:
-    """A name may hold anything that JSON can write."""
+def test_odd_field_name_is_printed_on_one_line(folder: Path) -> None:
     held = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(held | {"a\nb": nested(50)}))
     with pytest.raises(ValueError, match=r"config\.json: 'a\\nb' must not nest deeper than 20 levels$"):

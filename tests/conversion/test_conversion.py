@@ -1,4 +1,4 @@
-"""A converted Llama computes what the Llama computes, can learn, and is laid out as transformers lays it out."""
+"""A converted Llama computes the same function, can be trained, and has the files that transformers writes."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def convert(source: Path, out: Path, **options: Any) -> ConvertReport:
 
 
 def some_ids(vocab_size: int, seed: int = 0) -> Tensor:
-    """Two sequences, long enough to pass the original context of the scaled RoPEs."""
+    """Two sequences that are longer than the original context of the scaled RoPEs."""
     return torch.randint(vocab_size, (2, 50), generator=torch.Generator().manual_seed(seed))
 
 
@@ -47,8 +47,8 @@ def some_ids(vocab_size: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_greedy_tokens_are_those_of_the_llama(variant: str, tmp_path: Path) -> None:
-    """Every kind of Llama gives equal logits and the same greedy text with cache, and verification agrees."""
+def test_logits_and_greedy_tokens_equal_the_llamas(variant: str, tmp_path: Path) -> None:
+    """For every kind of Llama, with a cache; verification agrees."""
     source = save_llama(tmp_path / "llama", **VARIANTS[variant])
     report = gda.convert(source, tmp_path / "gda", max_shard_size="30KB")
 
@@ -71,8 +71,8 @@ def test_logits_and_greedy_tokens_are_those_of_the_llama(variant: str, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_checkpoint_loads_in_its_own_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Loaded without a dtype, weights are in the source's dtype and λ in float32; logits are the Llama's there too."""
+def test_checkpoint_loads_in_its_own_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Without a dtype argument, weights have the source's dtype, λ is float32, and logits equal the Llama's."""
     source = save_llama(tmp_path / "llama", dtype=dtype)
     convert(source, tmp_path / "gda")
     llama, converted = load(source, "auto"), load(tmp_path / "gda", "auto")
@@ -83,8 +83,8 @@ def test_the_checkpoint_loads_in_its_own_dtype(dtype: torch.dtype, tmp_path: Pat
     assert relative_error(logits(converted, ids), logits(llama, ids)) <= 1e-2
 
 
-def test_a_source_whose_config_names_no_dtype_keeps_that_of_its_weights(tmp_path: Path) -> None:
-    """Where config.json names no dtype, the converted model still loads in the dtype of its weights."""
+def test_source_config_without_dtype(tmp_path: Path) -> None:
+    """The converted model still loads in the dtype of its weights."""
     source = save_llama(tmp_path / "llama", dtype=torch.bfloat16)
     change_config(source, dtype=...)
     convert(source, tmp_path / "gda")
@@ -95,7 +95,7 @@ def test_a_source_whose_config_names_no_dtype_keeps_that_of_its_weights(tmp_path
 @pytest.mark.parametrize(
     "scaling", [None, {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 3.0}], ids=str
 )
-def test_configs_of_older_transformers_are_understood(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
+def test_configs_of_older_transformers_are_read(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
     """rope_theta and rope_scaling at top level, torch_dtype, and no head_dim or num_key_value_heads."""
     source = save_llama(tmp_path / "llama", num_key_value_heads=4, max_position_embeddings=32)
     change_config(source, rope_parameters=..., dtype=..., head_dim=..., num_key_value_heads=..., torch_dtype="float32")
@@ -108,8 +108,8 @@ def test_configs_of_older_transformers_are_understood(scaling: dict[str, Any] | 
     assert relative_error(logits(converted, ids), logits(llama, ids)) <= 1e-5
 
 
-def test_a_config_that_says_nothing_of_rope_keeps_llamas_default(tmp_path: Path) -> None:
-    """A Llama without any RoPE field has theta 10,000; GDA's own default, 500,000, must not slip in."""
+def test_config_without_rope_keeps_llamas_default(tmp_path: Path) -> None:
+    """A Llama without RoPE fields has theta 10,000, not GDA's default of 500,000."""
     source = save_llama(tmp_path / "llama")
     change_config(source, rope_parameters=...)
     convert(source, tmp_path / "gda")
@@ -119,8 +119,8 @@ def test_a_config_that_says_nothing_of_rope_keeps_llamas_default(tmp_path: Path)
     assert relative_error(logits(converted, ids), logits(llama, ids)) <= 1e-5
 
 
-def test_old_inv_freq_buffers_and_a_spare_tied_head_are_left_out(tmp_path: Path) -> None:
-    """Tensors that transformers computes or ties are not carried along, and the result is still lossless."""
+def test_inv_freq_buffers_and_tied_head_are_dropped(tmp_path: Path) -> None:
+    """The result is still lossless without tensors that transformers computes or ties."""
     source = save_llama(tmp_path / "llama", tie_word_embeddings=True)
     tensors = tensors_of(source)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -133,8 +133,8 @@ def test_old_inv_freq_buffers_and_a_spare_tied_head_are_left_out(tmp_path: Path)
 
 
 @pytest.mark.parametrize("method", ["full", "layers"])
-def test_a_tied_config_with_a_head_of_its_own_is_never_passed_as_equal(method: str, tmp_path: Path) -> None:
-    """A tied config beside a different lm_head: transformers unties it, so dropping it may not be reported as equal."""
+def test_tied_config_with_different_lm_head_fails_verification(method: str, tmp_path: Path) -> None:
+    """transformers unties such a model, so dropping its lm_head changes the result."""
     source = save_llama(tmp_path / "llama", tie_word_embeddings=True)
     tensors = tensors_of(source)
     tensors["lm_head.weight"] = 2.0 * tensors["model.embed_tokens.weight"].flip(0)
@@ -157,8 +157,8 @@ def test_a_tied_config_with_a_head_of_its_own_is_never_passed_as_equal(method: s
 
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
 @pytest.mark.parametrize("noise_heads", [2, 4, 8])
-def test_every_new_weight_learns(noise_heads: int, lambda_type: str, tmp_path: Path) -> None:
-    """λ has a gradient at step 0, and every noise row of q_proj, weight and bias, after two optimizer steps."""
+def test_every_new_weight_gets_a_gradient(noise_heads: int, lambda_type: str, tmp_path: Path) -> None:
+    """λ has a gradient at step 0, and every noise row of q_proj (weight and bias) after two optimizer steps."""
     source = save_llama(tmp_path / "llama", **EIGHT_OVER_FOUR)
     convert(source, tmp_path / "gda", noise_heads=noise_heads, lambda_type=lambda_type)
     model = load(tmp_path / "gda").train()
@@ -188,8 +188,8 @@ def test_every_new_weight_learns(noise_heads: int, lambda_type: str, tmp_path: P
 
 
 @pytest.mark.parametrize("noise_heads", [1, 2, 4, 8])
-def test_lambda_starts_at_exactly_zero_from_vectors_that_are_not(noise_heads: int, tmp_path: Path) -> None:
-    """Both exponentials are of the same number, the four vectors are not zero, and layers differ."""
+def test_lambda_is_exactly_zero_with_nonzero_vectors(noise_heads: int, tmp_path: Path) -> None:
+    """The two exponentials are equal, no vector is zero, and the vectors differ between layers."""
     source = save_llama(tmp_path / "llama", **EIGHT_OVER_FOUR)
     convert(source, tmp_path / "gda", noise_heads=noise_heads)
     assert gda.inspect(tmp_path / "gda").lambdas == [0.0, 0.0]
@@ -209,10 +209,10 @@ def test_lambda_starts_at_exactly_zero_from_vectors_that_are_not(noise_heads: in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("noise_heads", [1, 2, 4, 8])
-def test_signal_rows_are_the_sources_rows_and_noise_rows_their_mean(
+def test_signal_rows_equal_the_source_and_noise_rows_their_mean(
     noise_heads: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Bit for bit: r signal heads in the source's order, then one noise head; the rest of the model is untouched."""
+    """The ratio is signal : noise. By default there is one noise head per KV head."""
     source = save_llama(tmp_path / "llama", dtype=dtype, **EIGHT_OVER_FOUR)
     convert(source, tmp_path / "gda", noise_heads=noise_heads)
     before, after = tensors_of(source), tensors_of(tmp_path / "gda")
@@ -251,10 +251,8 @@ def test_signal_rows_are_the_sources_rows_and_noise_rows_their_mean(
     ],
     ids=str,
 )
-def test_noise_heads_and_ratio_are_two_names_for_one_choice(
-    options: dict[str, Any], noise_heads: int, tmp_path: Path
-) -> None:
-    """The ratio is signal : noise; without either there is one noise head a KV head."""
+def test_noise_heads_and_ratio_agree(options: dict[str, Any], noise_heads: int, tmp_path: Path) -> None:
+    """The ratio is signal : noise. By default there is one noise head per KV head."""
     report = convert(save_llama(tmp_path / "llama", **EIGHT_OVER_FOUR), tmp_path / "gda", **options)
     config = GDAConfig.from_pretrained(tmp_path / "gda")
     assert config.num_noise_heads == report.config.num_noise_heads == noise_heads
@@ -266,8 +264,8 @@ def test_noise_heads_and_ratio_are_two_names_for_one_choice(
     [{"noise_heads": 3}, {"noise_heads": 0}, {"noise_heads": -4}, {"noise_heads": 16}, {"ratio": 3}, {"ratio": "16:1"}],
     ids=str,
 )
-def test_impossible_numbers_are_refused_with_the_possible_ones(options: dict[str, Any], tmp_path: Path) -> None:
-    """The message lists every number of noise heads that the source can take, and nothing is left."""
+def test_impossible_noise_heads_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    """The message lists every possible number, and no files are left."""
     source = save_llama(tmp_path / "llama", **EIGHT_OVER_FOUR)
     with pytest.raises(ValueError, match=r"1 \(8:1\), 2 \(4:1\), 4 \(2:1\), 8 \(1:1\)"):
         convert(source, tmp_path / "gda", **options)
@@ -277,10 +275,10 @@ def test_impossible_numbers_are_refused_with_the_possible_ones(options: dict[str
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "possible"), [(9, 3, {1, 3, 9}), (6, 2, {1, 2, 6}), (4, 4, {1, 2, 4}), (6, 1, {1, 2, 3, 6})]
 )
-def test_what_is_called_possible_is_what_converts(
+def test_exactly_the_listed_numbers_of_noise_heads_convert(
     heads: int, kv_heads: int, possible: set[int], tmp_path: Path
 ) -> None:
-    """By trying every number: those that divide the signal heads and fit the KV heads convert, no other does."""
+    """Numbers convert if they divide the signal heads and fit the KV heads, and no others do."""
     changes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 36, "head_dim": 4}
     source = save_llama(tmp_path / "llama", **({**changes, "hidden_size": 4 * heads}))
     converted = set()
@@ -293,8 +291,8 @@ def test_what_is_called_possible_is_what_converts(
     assert converted == possible
 
 
-def test_sigmoid_is_refused_since_it_cannot_start_at_zero(tmp_path: Path) -> None:
-    """σ is never 0, so the lossless conversion names the two types that can."""
+def test_sigmoid_is_refused(tmp_path: Path) -> None:
+    """σ is never 0. The message names the two types that can start at 0."""
     with pytest.raises(ValueError, match="reparameterized or tanh"):
         convert(save_llama(tmp_path / "llama"), tmp_path / "gda", lambda_type="sigmoid")
     assert os.listdir(tmp_path) == ["llama"]
@@ -302,7 +300,7 @@ def test_sigmoid_is_refused_since_it_cannot_start_at_zero(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_casts_everything_but_lambda(dtype: str, tmp_path: Path) -> None:
-    """Each tensor is the source's, cast; λ stays in float32; config.json names the dtype."""
+    """λ stays in float32, and config.json names the dtype."""
     source = save_llama(tmp_path / "llama", dtype=torch.bfloat16, attention_bias=True)
     convert(source, tmp_path / "gda", dtype=dtype)
     wanted = getattr(torch, dtype)
@@ -315,8 +313,8 @@ def test_dtype_casts_everything_but_lambda(dtype: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_cast_that_loses_nothing_must_still_be_equal(dtype: str, tmp_path: Path) -> None:
-    """bfloat16 to float32, or to bfloat16, is lossless: the limit of 1e-5 holds, and the card claims no loss."""
+def test_lossless_casts_are_verified_as_lossless(dtype: str, tmp_path: Path) -> None:
+    """From bfloat16 to float32 or bfloat16, the limit of 1e-5 applies, and the card mentions no loss."""
     source = save_llama(tmp_path / "llama", dtype=torch.bfloat16)
     report = gda.convert(source, tmp_path / "gda", dtype=dtype)
     assert report.verification is not None
@@ -324,8 +322,8 @@ def test_a_cast_that_loses_nothing_must_still_be_equal(dtype: str, tmp_path: Pat
     assert "not lossless" not in (tmp_path / "gda" / "README.md").read_text()
 
 
-def test_a_lower_dtype_reports_and_does_not_fail(tmp_path: Path) -> None:
-    """float32 to bfloat16 loses bits: the differences are reported, without a limit, and the card says so."""
+def test_lossy_cast_is_reported(tmp_path: Path) -> None:
+    """From float32 to bfloat16, differences are reported without a limit, and the card says so."""
     source = save_llama(tmp_path / "llama")
     report = gda.convert(source, tmp_path / "gda", dtype="bfloat16")
     assert report.verification is not None
@@ -342,8 +340,8 @@ def test_a_lower_dtype_reports_and_does_not_fail(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB", "1KB"])
 @pytest.mark.parametrize("variant", ["gqa", "tied", "mlp_bias", "bf16", "fp16"])
-def test_files_are_byte_for_byte_those_of_save_pretrained(variant: str, max_shard_size: str, tmp_path: Path) -> None:
-    """Names, order and bytes of shards and of the index are what transformers writes for the same model."""
+def test_files_equal_those_of_save_pretrained(variant: str, max_shard_size: str, tmp_path: Path) -> None:
+    """Names, order and bytes of the shards and the index."""
     source = save_llama(tmp_path / "llama", **VARIANTS[variant], num_hidden_layers=3)
     report = convert(source, tmp_path / "gda", max_shard_size=max_shard_size)
     # A model that was made, not loaded: one that from_pretrained made is saved in alphabetical order instead.
@@ -362,8 +360,8 @@ def test_files_are_byte_for_byte_those_of_save_pretrained(variant: str, max_shar
     assert ("model.safetensors.index.json" in ours) == (max_shard_size != "5GB")
 
 
-def test_one_file_is_byte_for_byte_that_of_save_file(tmp_path: Path) -> None:
-    """A mixture of four dtypes, 0-dimensional shapes excepted, is laid out as safetensors.torch.save_file does."""
+def test_file_equals_that_of_safetensors_save_file(tmp_path: Path) -> None:
+    """With tensors of four dtypes."""
     from gda.conversion.tensors.safetensors_io import TensorSpec, file_order, write_safetensors
 
     dtypes = [torch.float16, torch.float64, torch.bfloat16, torch.float32]
@@ -379,8 +377,8 @@ def test_one_file_is_byte_for_byte_that_of_save_file(tmp_path: Path) -> None:
     assert digest == hashlib.sha256((tmp_path / "theirs").read_bytes()).hexdigest()
 
 
-def test_tokenizer_template_generation_config_and_licence_are_copied_byte_for_byte(tmp_path: Path) -> None:
-    """Every file a user needs is in OUT, unchanged; nothing else of the source is."""
+def test_companion_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    """Tokenizer, chat template, generation config and licence; no other file of the source."""
     source = save_llama(tmp_path / "llama")
     (source / "LICENSE").write_bytes(b"A licence.\r\n")
     (source / "USE_POLICY.md").write_text("Be kind.")
@@ -408,8 +406,8 @@ def test_tokenizer_template_generation_config_and_licence_are_copied_byte_for_by
     assert made <= set(after)
 
 
-def test_the_tokenizer_of_out_is_the_sources(tmp_path: Path) -> None:
-    """AutoTokenizer on OUT gives the same ids and the same chat text."""
+def test_tokenizer_of_out_equals_the_sources(tmp_path: Path) -> None:
+    """AutoTokenizer gives the same ids and the same chat text."""
     source = save_llama(tmp_path / "llama")
     convert(source, tmp_path / "gda")
     original, copied = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "gda")
@@ -419,16 +417,16 @@ def test_the_tokenizer_of_out_is_the_sources(tmp_path: Path) -> None:
     assert copied.apply_chat_template(messages, tokenize=False) == "<|user|>Hi"
 
 
-def test_a_source_without_a_generation_config_gets_the_one_of_its_config(tmp_path: Path) -> None:
-    """OUT always holds a generation config, so that it stops at the source's end token."""
+def test_generation_config_is_created_from_the_config(tmp_path: Path) -> None:
+    """So that generation stops at the source's end token."""
     source = save_llama(tmp_path / "llama")
     (source / "generation_config.json").unlink()
     convert(source, tmp_path / "gda")
     assert load(tmp_path / "gda").generation_config.eos_token_id == load(source).generation_config.eos_token_id == 1
 
 
-def test_config_json_holds_every_field_and_no_setting(tmp_path: Path) -> None:
-    """config.json spells out every field of GDAConfig, and what is of the conversion alone is not in it."""
+def test_config_json_holds_every_field(tmp_path: Path) -> None:
+    """It has all fields of GDAConfig and no settings of the conversion."""
     import dataclasses
 
     from transformers import PreTrainedConfig
@@ -452,8 +450,8 @@ def test_config_json_holds_every_field_and_no_setting(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "gda" / "config.json").read_bytes()
 
 
-def test_conversion_json_tells_where_everything_came_from(tmp_path: Path) -> None:
-    """Source hashes, settings, versions, output hashes and an origin for each output tensor, with no path or date."""
+def test_conversion_json_records_the_origin_of_everything(tmp_path: Path) -> None:
+    """Hashes of source and result, settings, versions and the origin of each tensor, without paths and dates."""
     source = save_llama(tmp_path / "llama", **VARIANTS["shards"])
     report = gda.convert(source, tmp_path / "gda", ratio=4, seed=5, lambda_type="tanh", max_shard_size="20KB")
     told = json.loads((tmp_path / "gda" / "conversion.json").read_text())
@@ -490,8 +488,8 @@ def test_conversion_json_tells_where_everything_came_from(tmp_path: Path) -> Non
     assert str(tmp_path) not in json.dumps(told)
 
 
-def test_the_model_card_holds_the_numbers_of_this_conversion(tmp_path: Path) -> None:
-    """huggingface_hub parses the card; it names library, tags and the source's licence, and the verified numbers."""
+def test_model_card_has_metadata_and_verified_numbers(tmp_path: Path) -> None:
+    """huggingface_hub parses it; it names the library, tags and the source's licence."""
     source = save_llama(tmp_path / "llama")
     (source / "README.md").write_text("---\nlicense: llama3.2\nlanguage:\n- en\n---\n# A Llama\n")
     report = gda.convert(source, tmp_path / "gda", dtype="bfloat16")
@@ -510,8 +508,8 @@ def test_the_model_card_holds_the_numbers_of_this_conversion(tmp_path: Path) -> 
     assert f"{100 * verification.greedy_match:.2f} %" in card.text
 
 
-def test_the_card_says_when_nothing_was_verified(tmp_path: Path) -> None:
-    """Without verification the card claims no numbers."""
+def test_model_card_without_verification(tmp_path: Path) -> None:
+    """It contains no numbers."""
     convert(save_llama(tmp_path / "llama"), tmp_path / "gda")
     text = huggingface_hub.ModelCard.load(tmp_path / "gda" / "README.md").text
     assert "Not verified." in text
@@ -521,8 +519,8 @@ def test_the_card_says_when_nothing_was_verified(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- determinism
 
 
-def test_one_seed_gives_the_same_bytes_in_every_file(tmp_path: Path) -> None:
-    """Two conversions of equal sources under the same name are equal, file for file, verification included."""
+def test_same_seed_gives_the_same_files(tmp_path: Path) -> None:
+    """Two conversions of equal sources are equal byte for byte, verification included."""
     outputs = []
     for place in ("first", "second"):
         source = save_llama(tmp_path / place / "llama", **VARIANTS["shards"])
@@ -532,8 +530,7 @@ def test_one_seed_gives_the_same_bytes_in_every_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
-def test_another_seed_changes_noise_rows_and_lambda_vectors_alone(lambda_type: str, tmp_path: Path) -> None:
-    """What comes from the source does not depend on the seed; each noise head and each λ vector does."""
+def test_seed_changes_only_noise_rows_and_lambda_vectors(lambda_type: str, tmp_path: Path) -> None:
     source = save_llama(tmp_path / "llama", attention_bias=True)
     for seed in (0, 1):
         convert(source, tmp_path / str(seed), seed=seed, lambda_type=lambda_type)
@@ -550,8 +547,8 @@ def test_another_seed_changes_noise_rows_and_lambda_vectors_alone(lambda_type: s
             assert torch.equal(first[name], second[name]), name
 
 
-def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
-    """Sums over large matrices are split over threads: what is written must not depend on how."""
+def test_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
+    """Sums over large matrices are divided among threads."""
     source = save_llama(
         tmp_path / "llama", hidden_size=512, num_attention_heads=16, num_key_value_heads=4, head_dim=32, vocab_size=300
     )
@@ -569,8 +566,8 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ dry run
 
 
-def test_a_dry_run_writes_nothing_and_reports_what_would_be(tmp_path: Path) -> None:
-    """Its numbers are those of the real conversion; it leaves no file and no folder, not even OUT's parents."""
+def test_dry_run_writes_nothing_and_reports_the_same_numbers(tmp_path: Path) -> None:
+    """Not even the parents of OUT are created."""
     source = save_llama(tmp_path / "llama", **VARIANTS["shards"])
     options: dict[str, Any] = {"ratio": 2, "max_shard_size": "20KB"}
     dry = gda.convert(source, tmp_path / "deep" / "gda", dry_run=True, **options)
@@ -590,8 +587,8 @@ def test_a_dry_run_writes_nothing_and_reports_what_would_be(tmp_path: Path) -> N
     assert real.num_files == len(list((tmp_path / "gda").glob("*.safetensors"))) > 1
 
 
-def test_the_report_is_json(tmp_path: Path) -> None:
-    """`to_dict` survives JSON unchanged, with the verification in it."""
+def test_report_is_json_serializable(tmp_path: Path) -> None:
+    """The dictionary includes the verification."""
     report = gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda")
     told = report.to_dict()
     assert json.loads(json.dumps(told, allow_nan=False)) == told
@@ -599,16 +596,15 @@ def test_the_report_is_json(tmp_path: Path) -> None:
     assert (told["num_signal_heads"], told["num_noise_heads"]) == (4, 2)
 
 
-def test_attention_dropout_is_left_out_and_said_so(tmp_path: Path) -> None:
-    """Differential attention defines no dropout, so the source's is dropped with a note."""
+def test_attention_dropout_is_dropped_with_a_note(tmp_path: Path) -> None:
+    """Differential attention has no dropout."""
     source = save_llama(tmp_path / "llama", attention_dropout=0.1)
     report = convert(source, tmp_path / "gda")
     assert any("attention_dropout=0.1" in note for note in report.notes)
     assert load(tmp_path / "gda").config.attention_dropout == 0
 
 
-def test_missing_parents_of_out_are_made(tmp_path: Path) -> None:
-    """OUT may lie in folders that are not there yet."""
+def test_missing_parents_of_out_are_created(tmp_path: Path) -> None:
     convert(save_llama(tmp_path / "llama"), tmp_path / "a" / "b" / "gda")
     assert os.listdir(tmp_path / "a" / "b") == ["gda"]
 
@@ -616,8 +612,8 @@ def test_missing_parents_of_out_are_made(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- verification
 
 
-def test_full_and_layer_by_layer_agree_on_the_numbers(tmp_path: Path) -> None:
-    """Two ways to run the same models: with a lossy cast, their differences are the same to rounding."""
+def test_full_and_layers_methods_agree(tmp_path: Path) -> None:
+    """With a lossy cast, both report the same differences up to rounding."""
     source = save_llama(tmp_path / "llama", **VARIANTS["mlp_bias"])
     convert(source, tmp_path / "gda", dtype="bfloat16")
     full, layers = (gda.verify(source, tmp_path / "gda", method=method) for method in ("full", "layers"))
@@ -631,8 +627,8 @@ def test_full_and_layer_by_layer_agree_on_the_numbers(tmp_path: Path) -> None:
     assert layers.greedy_match is not None
 
 
-def test_the_reported_numbers_are_those_of_the_definition(tmp_path: Path) -> None:
-    """max, mean, KL and agreement recomputed here from both models' logits on the same prompts."""
+def test_reported_numbers_match_their_definitions(tmp_path: Path) -> None:
+    """max, mean, KL and agreement, computed here from the logits of both models."""
     from gda.conversion.logits import PROMPTS
 
     source = save_llama(tmp_path / "llama")
@@ -657,7 +653,7 @@ def test_the_reported_numbers_are_those_of_the_definition(tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", ["full", "layers", "tensors"])
 @pytest.mark.parametrize("tensor", ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_every_method_detects_a_changed_weight(method: str, tensor: str, tmp_path: Path) -> None:
-    """An untouched result passes, and one changed element in any tensor that matters fails."""
+    """An unchanged result passes, and a change in any tensor that affects the output fails."""
     source = save_llama(tmp_path / "llama")
     convert(source, tmp_path / "gda")
     assert gda.verify(source, tmp_path / "gda", method=method).passed
@@ -673,8 +669,8 @@ def test_every_method_detects_a_changed_weight(method: str, tensor: str, tmp_pat
         assert report.relative > 1e-5
 
 
-def test_tensors_sees_what_running_cannot(tmp_path: Path) -> None:
-    """With λ at 0 a changed noise row moves no logit: `full` passes, `tensors` names it."""
+def test_tensors_method_detects_changes_without_effect(tmp_path: Path) -> None:
+    """While λ is 0, a changed noise row changes no logit: `full` passes, and `tensors` names it."""
     source = save_llama(tmp_path / "llama")
     convert(source, tmp_path / "gda")
     tensors = tensors_of(tmp_path / "gda")
@@ -685,8 +681,8 @@ def test_tensors_sees_what_running_cannot(tmp_path: Path) -> None:
     assert gda.verify(source, tmp_path / "gda", method="tensors").different_tensors == [name]
 
 
-def test_the_threshold_decides(tmp_path: Path) -> None:
-    """A difference passes a threshold above it and fails one below."""
+def test_threshold(tmp_path: Path) -> None:
+    """A difference passes a threshold above it and fails one below it."""
     source = save_llama(tmp_path / "llama")
     convert(source, tmp_path / "gda", dtype="bfloat16")
     relative = gda.verify(source, tmp_path / "gda", method="layers").relative
@@ -697,8 +693,8 @@ def test_the_threshold_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["full", "layers"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_fail_even_a_lossy_conversion(method: str, value: float, tmp_path: Path) -> None:
-    """NaN and infinity fail with no threshold at all."""
+def test_nonfinite_logits_fail_a_lossy_conversion(method: str, value: float, tmp_path: Path) -> None:
+    """Without any threshold."""
     source = save_llama(tmp_path / "llama")
     convert(source, tmp_path / "gda", dtype="bfloat16")
     tensors = tensors_of(tmp_path / "gda")
@@ -709,8 +705,7 @@ def test_logits_that_are_not_finite_fail_even_a_lossy_conversion(method: str, va
     assert not report.passed
 
 
-def test_a_source_that_is_not_finite_is_said_to_be_so(tmp_path: Path) -> None:
-    """A NaN in the source cannot be verified away: the message names it instead of a difference of 0."""
+def test_nonfinite_source_is_named_in_the_error(tmp_path: Path) -> None:
     source = save_llama(tmp_path / "llama")
     tensors = tensors_of(source)
     tensors["model.norm.weight"][3] = float("nan")
@@ -720,8 +715,8 @@ def test_a_source_that_is_not_finite_is_said_to_be_so(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["llama"]
 
 
-def test_a_source_without_a_tokenizer_is_verified_on_seeded_random_ids(tmp_path: Path) -> None:
-    """Such a source converts and verifies like others, on the same ids every time."""
+def test_source_without_tokenizer_is_verified_on_random_ids(tmp_path: Path) -> None:
+    """The ids are the same every time."""
     source = save_llama(tmp_path / "llama", tokenizer=False)
     report = gda.convert(source, tmp_path / "gda", dtype="bfloat16")
     assert report.verification is not None
@@ -730,8 +725,8 @@ def test_a_source_without_a_tokenizer_is_verified_on_seeded_random_ids(tmp_path:
     assert gda.verify(source, tmp_path / "gda") == report.verification
 
 
-def test_verification_that_fails_leaves_no_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result that differs is not renamed into place: no OUT, nothing beside it, no parents made for it."""
+def test_failed_verification_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No OUT, nothing beside it, and no parents created for it."""
     from gda.conversion.modes import expand
 
     right = expand._with_noise_rows
@@ -744,8 +739,8 @@ def test_verification_that_fails_leaves_no_out(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("moved", ["renamed source", "no conversion.json"])
-def test_verify_stands_on_the_two_folders_alone(moved: str, tmp_path: Path) -> None:
-    """The source's name is free, and without conversion.json a model is held to be lossless."""
+def test_verify_needs_only_the_two_folders(moved: str, tmp_path: Path) -> None:
+    """The source may have another name. Without conversion.json, the conversion is assumed to be lossless."""
     source = save_llama(tmp_path / "llama")
     convert(source, tmp_path / "gda")
     if moved == "renamed source":
@@ -776,8 +771,8 @@ print(int(peak[1]) * 1024 - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
-    """A 300 MB checkpoint converts within 150 MB beyond what the imports take; its largest tensor has 8 MB."""
+def test_peak_memory_is_bounded(tmp_path: Path) -> None:
+    """A 300 MB checkpoint whose largest tensor has 8 MB converts within 150 MB beyond the imports."""
     config = llama_config(
         hidden_size=1024,
         intermediate_size=4096,

@@ -1,4 +1,4 @@
-"""Bad input to the command: exit code 2, one line that names the file or field, nothing left behind."""
+"""Bad input to `gda convert`: exit code 2, one line that names the file or field, and no files left behind."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SHARD_2 = "model-00002-of-00004.safetensors"
 
 @pytest.fixture(autouse=True)
 def offline_and_brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test asks the Hub for anything, and verification, which is not what is tested here, is short."""
+    """Make no requests to the Hub, and shorten verification, which is not tested here."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(logits, "GREEDY_TOKENS", 2)
     monkeypatch.setattr(logits, "PROMPTS", logits.PROMPTS[:2])
@@ -40,7 +40,7 @@ def offline_and_brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama in one file, `one`, and one in four shards, `shards`; not to be changed."""
+    """A folder with a Llama in one file, `one`, and one in four shards, `shards`. Tests must not change it."""
     folder = tmp_path_factory.mktemp("llamas")
     save_llama(folder / "one")
     save_llama(folder / "shards", **VARIANTS["shards"])
@@ -68,7 +68,7 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Load a safetensors file, let `change` work on its tensors, and write it back."""
+    """Load a safetensors file, call `change` on its tensors, and write it back."""
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -267,8 +267,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_source_is_refused_in_one_line(what: str, shards: Path, tmp_path: Path, command: Command) -> None:
-    """The line names the file, the tensor or the field, the source is untouched, and there is no OUT."""
+def test_broken_source_is_refused(what: str, shards: Path, tmp_path: Path, command: Command) -> None:
+    """One line names the file, tensor or field. The source is unchanged, and there is no OUT."""
     breaking, named = BROKEN[what]
     breaking(shards)
     before = files_of(shards)
@@ -282,10 +282,10 @@ def test_a_broken_source_is_refused_in_one_line(what: str, shards: Path, tmp_pat
 
 @pytest.mark.parametrize("what", ["a shard is truncated", "index points above", "mixtral", "pickles only"])
 @pytest.mark.parametrize("name", ["verify", "inspect", "export"])
-def test_the_other_commands_refuse_a_broken_model_too(
+def test_other_commands_refuse_a_broken_model(
     name: str, what: str, llamas: Path, tmp_path: Path, command: Command
 ) -> None:
-    """verify, inspect and export read converted folders with the same care."""
+    """verify, inspect and export check converted folders in the same way."""
     gda.convert(llamas / "shards", tmp_path / "gda", verify=False, max_shard_size="20KB")
     breaking, named = BROKEN[what]
     breaking(tmp_path / "gda")
@@ -299,15 +299,15 @@ def test_the_other_commands_refuse_a_broken_model_too(
 
 
 def test_truncated_single_file(one: Path, tmp_path: Path, command: Command) -> None:
-    """A download that was cut off: the file is named."""
+    """The message names the file."""
     with open(one / WEIGHTS, "r+b") as file:
         file.truncate((one / WEIGHTS).stat().st_size - 1)
     assert_refused(command("convert", one, tmp_path / "gda"), WEIGHTS)
     assert os.listdir(tmp_path) == ["llama"]
 
 
-def test_a_pickle_is_never_opened(one: Path, tmp_path: Path, command: Command) -> None:
-    """A pickle that would leave a mark if it were loaded: refused, and there is no mark."""
+def test_pickle_is_never_loaded(one: Path, tmp_path: Path, command: Command) -> None:
+    """A pickle with a visible side effect is refused, and the side effect does not occur."""
     import pickle
 
     class Mark:
@@ -336,7 +336,7 @@ def test_code_in_the_source_is_never_run(one: Path, tmp_path: Path, command: Com
 def test_damaged_files_beside_the_weights(
     file: str, content: bytes, one: Path, tmp_path: Path, command: Command
 ) -> None:
-    """A damaged tokenizer or generation config: refused in one line, or copied as it is; never a traceback."""
+    """A damaged tokenizer or generation config is refused in one line or copied as it is, without a traceback."""
     (one / file).write_bytes(content)
     outcome = command("convert", one, tmp_path / "gda")
     if outcome.code == 0:
@@ -389,26 +389,26 @@ def test_damaged_files_beside_the_weights(
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("dry_run", [False, True], ids=["", "dry run"])
-def test_a_bad_option_is_refused_in_one_line(
+def test_bad_option_is_refused(
     options: list[str], named: str, dry_run: bool, one: Path, tmp_path: Path, command: Command
 ) -> None:
-    """The line names the option; a dry run refuses what the run would refuse."""
+    """One line names the option, with --dry-run too."""
     dry = ["--dry-run"] if dry_run else []
     assert_refused(command("convert", one, tmp_path / "gda", "--no-verify", *dry, *options), named)
     assert os.listdir(tmp_path) == ["llama"]
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, None, True])
-def test_a_bad_shard_size_from_python(size: Any, one: Path, tmp_path: Path) -> None:
-    """The Python function refuses sizes that are no positive number or text by ValueError."""
+def test_bad_shard_size_from_python(size: Any, one: Path, tmp_path: Path) -> None:
+    """ValueError for a size that is neither text nor a positive number."""
     with pytest.raises(ValueError, match="max-shard-size"):
         gda.convert(one, tmp_path / "gda", verify=False, max_shard_size=size)
     assert os.listdir(tmp_path) == ["llama"]
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, None, True, "2"])
-def test_a_bad_number_of_workers_from_python(workers: Any, one: Path, tmp_path: Path) -> None:
-    """The Python function refuses what is no positive whole number by ValueError."""
+def test_bad_number_of_workers_from_python(workers: Any, one: Path, tmp_path: Path) -> None:
+    """ValueError for anything but a positive integer."""
     with pytest.raises(ValueError, match="workers"):
         gda.convert(one, tmp_path / "gda", verify=False, workers=workers)
     assert os.listdir(tmp_path) == ["llama"]
@@ -417,25 +417,22 @@ def test_a_bad_number_of_workers_from_python(workers: Any, one: Path, tmp_path: 
 @pytest.mark.parametrize(
     "arguments", [[], ["SOURCE"], ["SOURCE", "OUT", "more"]], ids=["none", "no OUT", "one too many"]
 )
-def test_a_wrong_number_of_arguments(arguments: list[str], command: Command) -> None:
-    """Exit code 2, in one line."""
+def test_wrong_number_of_arguments(arguments: list[str], command: Command) -> None:
+    """Exit code 2 and one line."""
     assert_refused(command("convert", *arguments))
 
 
 # --------------------------------------------------------------------------------------------------------- places
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path, command: Command) -> None:
-    """The line names it."""
+def test_missing_source(tmp_path: Path, command: Command) -> None:
     assert_refused(command("convert", tmp_path / "nowhere", tmp_path / "gda"), str(tmp_path / "nowhere"))
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("source", ["", ".", "/", " "])
-def test_a_source_that_is_no_model_folder(
-    source: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An empty string is no folder, and not the one that we are in."""
+def test_source_without_a_model(source: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty string is not the current folder."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     outcome = command("convert", source, tmp_path / "gda")
@@ -447,8 +444,8 @@ def test_a_source_that_is_no_model_folder(
     assert os.listdir(tmp_path / "here") == []
 
 
-def test_an_empty_out(one: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An empty OUT is refused, with --overwrite too: it is not the folder that we are in."""
+def test_empty_out_is_refused(one: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With --overwrite too: it is not the current folder."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "precious").write_text("mine")
     monkeypatch.chdir(tmp_path / "here")
@@ -458,10 +455,9 @@ def test_an_empty_out(one: Path, command: Command, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("out", [".", "..", "/"])
-def test_an_out_that_cannot_be_replaced(
+def test_working_folder_and_its_parents_are_not_overwritten(
     out: str, one: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The folder that we are in, its parent and the root are never overwritten."""
     (tmp_path / "a" / "here").mkdir(parents=True)
     (tmp_path / "a" / "here" / "precious").write_text("mine")
     monkeypatch.chdir(tmp_path / "a" / "here")
@@ -475,8 +471,8 @@ def test_an_out_that_cannot_be_replaced(
 @pytest.mark.parametrize(
     "name", ["no such id", "a/b/c", "a//b", "-", "..", "a..b/c", "no-such-org/no-such-model", "x" * 500, "日本", "a\0b"]
 )
-def test_a_bad_hub_id(name: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is neither a folder nor an id that the Hub knows: one line."""
+def test_bad_hub_id(name: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for a name that is neither a folder nor a valid Hub id."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert_refused(command("convert", name, tmp_path / "gda"))
@@ -484,10 +480,10 @@ def test_a_bad_hub_id(name: str, tmp_path: Path, command: Command, monkeypatch: 
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling link"])
-def test_an_out_that_exists(
+def test_existing_out_is_refused(
     kind: str, one: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, command: Command
 ) -> None:
-    """It stays as it is, and the line names the remedy."""
+    """OUT is unchanged, and the message names the remedy."""
     out = tmp_path / "gda"
     if kind == "file":
         out.write_text("mine")
@@ -503,34 +499,33 @@ def test_an_out_that_exists(
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "overwrite"])
 @pytest.mark.parametrize("inside", ["", "sub", "sub/sub", "../llama"])
-def test_out_may_not_be_the_source_or_lie_in_it(
+def test_out_inside_the_source_is_refused(
     inside: str, options: list[str], one: Path, tmp_path: Path, command: Command
 ) -> None:
-    """Not even with --overwrite, and however it is spelled."""
+    """With --overwrite too, and with any spelling of the path."""
     before = files_of(one)
     assert_refused(command("convert", one, one / inside, *options), "source")
     assert files_of(one) == before
     assert os.listdir(tmp_path) == ["llama"]
 
 
-def test_out_may_not_hold_the_source(tmp_path: Path, llamas: Path, command: Command) -> None:
-    """`--overwrite` of a folder that the source lies in would delete the source."""
+def test_out_that_contains_the_source_is_refused(tmp_path: Path, llamas: Path, command: Command) -> None:
+    """Overwriting it would delete the source."""
     shutil.copytree(llamas / "one", tmp_path / "models" / "llama")
     before = files_of(tmp_path / "models")
     assert_refused(command("convert", tmp_path / "models" / "llama", tmp_path / "models", "--overwrite"), "source")
     assert files_of(tmp_path / "models") == before
 
 
-def test_out_may_not_be_a_link_to_the_source(one: Path, tmp_path: Path, command: Command) -> None:
-    """A link is followed before the two are compared."""
+def test_out_that_links_to_the_source_is_refused(one: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "link").symlink_to(one)
     before = files_of(one)
     assert_refused(command("convert", one, tmp_path / "link", "--overwrite"), "source")
     assert files_of(one) == before
 
 
-def test_export_may_not_replace_its_own_model(llamas: Path, tmp_path: Path, command: Command) -> None:
-    """`gda export X X --overwrite`, or into X, would delete what it reads."""
+def test_export_into_its_own_model_is_refused(llamas: Path, tmp_path: Path, command: Command) -> None:
+    """Overwriting it would delete the model."""
     gda.convert(llamas / "one", tmp_path / "gda", verify=False)
     before = files_of(tmp_path / "gda")
     for out in (tmp_path / "gda", tmp_path / "gda" / "llama", tmp_path):
@@ -539,8 +534,7 @@ def test_export_may_not_replace_its_own_model(llamas: Path, tmp_path: Path, comm
         assert files_of(tmp_path / "gda") == before, out
 
 
-def test_a_parent_of_out_that_is_a_file(one: Path, tmp_path: Path, command: Command) -> None:
-    """The line names it."""
+def test_parent_of_out_is_a_file(one: Path, tmp_path: Path, command: Command) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file" / "gda", tmp_path / "file" / "deep" / "gda"):
         assert_refused(command("convert", one, out, "--no-verify"), str(tmp_path / "file"))
@@ -548,25 +542,24 @@ def test_a_parent_of_out_that_is_a_file(one: Path, tmp_path: Path, command: Comm
     assert sorted(os.listdir(tmp_path)) == ["file", "llama"]
 
 
-def test_a_name_too_long_for_the_file_system(one: Path, tmp_path: Path, command: Command) -> None:
-    """An OSError of the system is passed on in one line; parents that were made are removed."""
+def test_name_too_long_for_the_file_system(one: Path, tmp_path: Path, command: Command) -> None:
+    """The system's error is printed in one line, and created parents are removed."""
     assert_refused(command("convert", one, tmp_path / "deep" / ("x" * 250), "--no-verify"), "too long")
     assert os.listdir(tmp_path) == ["llama"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 @pytest.mark.parametrize("file", ["config.json", WEIGHTS])
-def test_a_file_that_may_not_be_read(file: str, one: Path, tmp_path: Path, command: Command) -> None:
-    """The line names it."""
+def test_file_without_read_permission(file: str, one: Path, tmp_path: Path, command: Command) -> None:
     (one / file).chmod(0)
     assert_refused(command("convert", one, tmp_path / "gda"), file)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
-def test_a_file_that_cannot_be_read(
+def test_permission_error_from_the_system(
     file: str, one: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PermissionError from the system, also where root runs the tests."""
+    """Simulated, so that it also occurs when root runs the tests."""
     read_text, copyfile = Path.read_text, shutil.copyfile
 
     def refuse(path: Any) -> None:
@@ -579,8 +572,7 @@ def test_a_file_that_cannot_be_read(
     assert os.listdir(tmp_path) == ["llama"]
 
 
-def test_a_gguf_that_is_not_there_or_not_one(tmp_path: Path, command: Command) -> None:
-    """The line names the file."""
+def test_missing_or_invalid_gguf(tmp_path: Path, command: Command) -> None:
     assert_refused(command("convert", tmp_path / "no.gguf", tmp_path / "gda"), "no.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
     assert_refused(command("convert", tmp_path / "bad.gguf", tmp_path / "gda"), "bad.gguf")
@@ -589,8 +581,8 @@ def test_a_gguf_that_is_not_there_or_not_one(tmp_path: Path, command: Command) -
     assert sorted(os.listdir(tmp_path)) == ["bad.gguf", "notes.txt"]
 
 
-def test_verify_of_two_models_that_do_not_belong_together(llamas: Path, tmp_path: Path, command: Command) -> None:
-    """Another vocabulary, another depth or no GDA model at all: exit code 2 or a failed check, never a traceback."""
+def test_verify_of_unrelated_models(llamas: Path, tmp_path: Path, command: Command) -> None:
+    """Another vocabulary, another depth or no GDA model: exit code 2 or a failed check, without a traceback."""
     gda.convert(llamas / "one", tmp_path / "gda", verify=False)
     other = save_llama(tmp_path / "other", vocab_size=300, tokenizer=False)
     assert_refused(command("verify", other, tmp_path / "gda"), "vocabulary")
@@ -608,8 +600,7 @@ def test_verify_of_two_models_that_do_not_belong_together(llamas: Path, tmp_path
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"settings": 3}', '{"settings": {"dtype": "no"}}', '{"settings": {}}']
 )
-def test_a_conversion_json_that_is_not_ours(content: str, llamas: Path, tmp_path: Path, command: Command) -> None:
-    """verify names the file."""
+def test_foreign_conversion_json(content: str, llamas: Path, tmp_path: Path, command: Command) -> None:
     gda.convert(llamas / "one", tmp_path / "gda", verify=False)
     (tmp_path / "gda" / "conversion.json").write_text(content)
     assert_refused(command("verify", llamas / "one", tmp_path / "gda"), "conversion.json")
@@ -626,10 +617,10 @@ def test_a_conversion_json_that_is_not_ours(content: str, llamas: Path, tmp_path
         ("seed", None),
     ],
 )
-def test_settings_that_no_conversion_had(
+def test_invalid_settings_in_conversion_json(
     field: str, value: Any, llamas: Path, tmp_path: Path, command: Command
 ) -> None:
-    """Values in conversion.json are not trusted: verify refuses in one line, or finds that the tensors differ."""
+    """verify refuses them in one line, or reports different tensors."""
     gda.convert(llamas / "one", tmp_path / "gda", verify=False)
     path = tmp_path / "gda" / "conversion.json"
     told = json.loads(path.read_text())
@@ -643,10 +634,10 @@ def test_settings_that_no_conversion_had(
 @pytest.mark.parametrize(
     "changes", [{"return_dict": False}, {"output_hidden_states": "0"}, {"output_attentions": True}], ids=str
 )
-def test_preferences_in_the_config_do_not_disturb_verification(
+def test_output_options_in_the_config_do_not_affect_verification(
     changes: dict[str, Any], one: Path, tmp_path: Path, command: Command
 ) -> None:
-    """What a config says of outputs says nothing of the model: it converts, and verifies or is refused in one line."""
+    """The model converts and verifies, or is refused in one line."""
     change_config(one, **changes)
     outcome = command("convert", one, tmp_path / "gda")
     if outcome.code:
@@ -655,8 +646,8 @@ def test_preferences_in_the_config_do_not_disturb_verification(
         assert "verified (full" in outcome.out
 
 
-def test_an_index_without_metadata(shards: Path, tmp_path: Path, command: Command) -> None:
-    """transformers cannot load it, we can: it converts, or is refused in one line that names the index."""
+def test_index_without_metadata(shards: Path, tmp_path: Path, command: Command) -> None:
+    """transformers cannot load it. It converts, or one line names the index."""
     (shards / INDEX).write_text(json.dumps({"weight_map": weight_map(shards)}))
     outcome = command("convert", shards, tmp_path / "gda")
     if outcome.code:
@@ -687,10 +678,10 @@ def test_any_config_converts_or_is_refused(changes: dict[str, Any], llamas: Path
     bits=st.integers(0, 255),
     data=st.data(),
 )
-def test_any_damage_converts_or_is_refused(
+def test_any_damaged_file_converts_or_is_refused(
     file: str, position: float, bits: int, data: st.DataObject, llamas: Path, tmp_path: Path
 ) -> None:
-    """A flipped byte in the index, in a header or in the config, or a file that was cut off there."""
+    """A flipped byte in the index, a header or the config, or a truncated file."""
     source = Path(shutil.copytree(llamas / "shards", tmp_path / "llama", dirs_exist_ok=True))
     content = bytearray((source / file).read_bytes())
     end = 8 + struct.unpack("<Q", content[:8])[0] if file == SHARD_2 else len(content)

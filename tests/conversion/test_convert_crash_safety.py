@@ -1,7 +1,7 @@
-"""A conversion that is killed, interrupted, crowded out or out of space leaves OUT absent or whole.
+"""A conversion that is killed, interrupted or out of disk space leaves a complete OUT or none.
 
-Processes are killed for real: a forked child counts what it is about to do to the file system (Python's audit events)
-and sends itself SIGKILL at a given one, so that every moment between two operations is tried.
+Processes are really killed: a forked child counts its changes of the file system (Python's audit events) and sends
+itself SIGKILL at a given one, so that every moment between two operations is tested.
 """
 
 import errno
@@ -36,7 +36,7 @@ SHARD_SIZE = "20KB"
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A Llama whose conversion has several shards."""
+    """A Llama that converts to several shards."""
     return save_llama(tmp_path / "llama", dtype=torch.bfloat16, max_shard_size=SHARD_SIZE)
 
 
@@ -46,7 +46,7 @@ def convert(source: Path, out: Path, **options: Any) -> Any:
 
 
 def reference(source: Path, place: Path, **options: Any) -> dict[str, bytes]:
-    """The files of a conversion that nothing happened to."""
+    """The files of an undisturbed conversion."""
     convert(source, place / "reference", **options)
     files = files_of(place / "reference")
     shutil.rmtree(place / "reference")
@@ -54,7 +54,7 @@ def reference(source: Path, place: Path, **options: Any) -> dict[str, bytes]:
 
 
 def finished_shards(partial: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of each shard that the manifest in a left-over folder calls finished."""
+    """Inode and change time of each shard that the manifest of an unfinished folder lists."""
     manifest = partial / "manifest.json"
     names = json.loads(manifest.read_text())["finished"] if manifest.exists() else []
     return {name: ((partial / name).stat().st_ino, (partial / name).stat().st_mtime_ns) for name in names}
@@ -63,10 +63,8 @@ def finished_shards(partial: Path) -> dict[str, tuple[int, int]]:
 # ---------------------------------------------------------------------------------------------------------- killed
 
 
-def test_killed_at_any_moment_out_is_absent_or_whole_and_resume_ends_in_the_same_bytes(
-    source: Path, tmp_path: Path
-) -> None:
-    """For every change of the file system in turn; finished shards are not written again."""
+def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
+    """OUT is complete or absent, --resume gives the same bytes, and finished shards are not written again."""
     place = tmp_path / "place"
     expected = reference(source, place)
     out, partial = place / "gda", place / ".gda.partial"
@@ -97,10 +95,8 @@ def test_killed_at_any_moment_out_is_absent_or_whole_and_resume_ends_in_the_same
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_killed_at_any_moment_a_run_with_other_settings_leaves_nothing_of_the_first(
-    resume: bool, source: Path, tmp_path: Path
-) -> None:
-    """Afresh, a later run never mixes the killed one's files into OUT; with --resume it does so or refuses."""
+def test_killed_and_run_again_with_other_settings(resume: bool, source: Path, tmp_path: Path) -> None:
+    """Without --resume, OUT contains nothing of the killed run. With --resume, the run is refused or does the same."""
     place = tmp_path / "place"
     other = {"max_shard_size": "5GB", "seed": 1}
     expected = reference(source, place, **other)
@@ -126,8 +122,8 @@ def test_killed_at_any_moment_a_run_with_other_settings_leaves_nothing_of_the_fi
 
 
 @pytest.mark.parametrize("limit", [1, 5_000, 12_000])
-def test_killed_in_the_middle_of_a_write(limit: int, source: Path, tmp_path: Path) -> None:
-    """A file that is torn by the kill is neither in OUT nor taken for finished."""
+def test_killed_during_a_write(limit: int, source: Path, tmp_path: Path) -> None:
+    """The torn file is neither in OUT nor counted as finished."""
     place = tmp_path / "place"
     expected = reference(source, place)
 
@@ -144,8 +140,8 @@ def test_killed_in_the_middle_of_a_write(limit: int, source: Path, tmp_path: Pat
     assert os.listdir(place) == ["gda"]
 
 
-def test_killed_while_overwriting_the_old_model_is_never_lost(source: Path, tmp_path: Path) -> None:
-    """At every moment the old or the new folder is whole, in its place or beside it; a later run tidies up."""
+def test_killed_while_overwriting_keeps_a_complete_model(source: Path, tmp_path: Path) -> None:
+    """The old or the new folder is complete at every moment, and a later run cleans up."""
     place = tmp_path / "place"
     new = reference(source, place)
     out, replaced = place / "gda", place / ".gda.replaced"
@@ -173,10 +169,7 @@ def test_killed_while_overwriting_the_old_model_is_never_lost(source: Path, tmp_
     assert states == {"old", "between", "new"}
 
 
-def test_a_failed_second_rename_puts_the_old_model_back(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If the new folder cannot be renamed into place, OUT is what it was."""
+def test_failed_rename_restores_the_old_model(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "place" / "gda"
     convert(source, out)
     old = files_of(out)
@@ -194,8 +187,7 @@ def test_a_failed_second_rename_puts_the_old_model_back(
     assert os.listdir(out.parent) == ["gda"]
 
 
-def test_the_killed_process_whole_is_loadable(source: Path, tmp_path: Path) -> None:
-    """What --resume finishes is a model that transformers loads and that verifies."""
+def test_resumed_model_loads_and_verifies(source: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     assert killed_at(12, place, lambda: convert(source, place / "gda"))
     report = gda.convert(source, place / "gda", resume=True, max_shard_size=SHARD_SIZE)
@@ -208,7 +200,7 @@ def test_the_killed_process_whole_is_loadable(source: Path, tmp_path: Path) -> N
 
 
 def interrupt_at_shard(monkeypatch: pytest.MonkeyPatch, shard: int, error: BaseException | None = None) -> None:
-    """Let the conversion be interrupted (by SIGINT, or by `error`) when it is about to write that shard."""
+    """Interrupt the conversion (with SIGINT, or `error`) just before it writes that shard."""
     write = stream.write_safetensors
     written = 0
 
@@ -225,10 +217,8 @@ def interrupt_at_shard(monkeypatch: pytest.MonkeyPatch, shard: int, error: BaseE
     monkeypatch.setattr(stream, "write_safetensors", interrupted)
 
 
-def test_a_finished_shard_that_was_damaged_is_written_again(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its hash tells; the intact shards are kept."""
+def test_damaged_finished_shard_is_written_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hash differs. Intact shards are kept."""
     place = tmp_path / "place"
     expected = reference(source, place)
     interrupt_at_shard(monkeypatch, 4)
@@ -248,10 +238,10 @@ def test_a_finished_shard_that_was_damaged_is_written_again(
 
 
 @pytest.mark.parametrize("difference", ["seed", "noise_heads", "lambda_type", "dtype", "max_shard_size", "source"])
-def test_resume_with_another_source_or_other_settings_is_refused_and_keeps_the_work(
+def test_resume_with_other_source_or_settings_is_refused(
     difference: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The refusal names the remedy and costs nothing: with the right settings the work goes on."""
+    """The message names the remedy, and the work is kept."""
     place = tmp_path / "place"
     expected = reference(source, place)
     interrupt_at_shard(monkeypatch, 3)
@@ -279,10 +269,10 @@ def test_resume_with_another_source_or_other_settings_is_refused_and_keeps_the_w
     assert files_of(place / "gda") == expected
 
 
-def test_resume_knows_the_source_however_its_path_is_spelled(
+def test_resume_with_another_spelling_of_the_source_path(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Begun with a relative path, gone on with by an absolute one: finished shards are not written again."""
+    """Finished shards are not written again."""
     expected = reference(source, tmp_path / "place")
     monkeypatch.chdir(source.parent)
     assert killed_at(20, tmp_path / "place", lambda: convert(Path(source.name), tmp_path / "place" / "gda"))
@@ -296,10 +286,8 @@ def test_resume_knows_the_source_however_its_path_is_spelled(
         assert (held.st_ino, held.st_mtime_ns) == identity
 
 
-def test_resume_notices_a_source_that_was_changed_in_place(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Shards of the old weights are never mixed with shards of the new ones."""
+def test_resume_with_a_changed_source_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of old and new weights are never mixed."""
     place = tmp_path / "place"
     interrupt_at_shard(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -311,10 +299,8 @@ def test_resume_notices_a_source_that_was_changed_in_place(
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"fingerprint": 1}', '{"finished": {}}', "\0"])
-def test_a_manifest_that_is_not_one_is_an_error_in_one_line_or_a_fresh_start(
-    manifest: str, source: Path, tmp_path: Path
-) -> None:
-    """Whatever a crash left in the manifest, nothing but ValueError comes of it, and no wrong OUT."""
+def test_damaged_manifest(manifest: str, source: Path, tmp_path: Path) -> None:
+    """ValueError or a fresh start, and never a wrong OUT."""
     place = tmp_path / "place"
     expected = reference(source, place)
     (place / ".gda.partial").mkdir(parents=True)
@@ -331,8 +317,7 @@ def test_a_manifest_that_is_not_one_is_an_error_in_one_line_or_a_fresh_start(
         assert not (place / "gda").exists()
 
 
-def test_resume_with_nothing_to_resume_starts_afresh(source: Path, tmp_path: Path) -> None:
-    """--resume may always be passed."""
+def test_resume_without_earlier_work_starts_over(source: Path, tmp_path: Path) -> None:
     expected = reference(source, tmp_path / "place")
     convert(source, tmp_path / "place" / "gda", resume=True)
     assert files_of(tmp_path / "place" / "gda") == expected
@@ -341,10 +326,8 @@ def test_resume_with_nothing_to_resume_starts_afresh(source: Path, tmp_path: Pat
 # ----------------------------------------------------------------------------------------------------- two at once
 
 
-def test_a_second_process_is_refused_while_the_first_writes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second, in a process of its own, ends with exit code 2 and one line, and the first is not disturbed."""
+def test_second_process_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It exits with code 2 and one line, and the first process is not affected."""
     place = tmp_path / "place"
     expected = reference(source, place)
     write = stream.write_safetensors
@@ -376,8 +359,8 @@ def test_a_second_process_is_refused_while_the_first_writes(
     assert files_of(place / "gda") == expected
 
 
-def test_the_lock_holds_until_out_is_in_place(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the very last moment, just before the rename, a second process cannot get hold of the folder and empty it."""
+def test_lock_is_held_until_out_is_renamed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just before the rename, a second process cannot lock and empty the folder."""
     out = tmp_path / "place" / "gda"
     expected = reference(source, tmp_path / "place")
     rename = os.rename
@@ -397,10 +380,8 @@ def test_the_lock_holds_until_out_is_in_place(source: Path, tmp_path: Path, monk
     assert refused == [True]
 
 
-def test_a_lock_on_a_folder_that_has_just_moved_counts_for_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first ends between the second's opening and locking: the second then has a folder and a lock of its own."""
+def test_lock_on_a_renamed_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the first process finishes between open and lock of the second, the second gets its own folder and lock."""
     out = tmp_path / "gda"
     first = StagedFolder(out)
     (first.folder / "weights").write_text("whole")
@@ -423,10 +404,10 @@ def test_a_lock_on_a_folder_that_has_just_moved_counts_for_nothing(
     assert os.listdir(tmp_path) == ["gda"]
 
 
-def test_an_out_that_appears_meanwhile_is_not_replaced(
+def test_out_that_appears_during_the_conversion_is_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without --overwrite, what somebody else put at OUT during the conversion stays."""
+    """Without --overwrite."""
     out = tmp_path / "place" / "gda"
     write_provenance = write_module.write_provenance
 
@@ -455,10 +436,10 @@ def test_an_out_that_appears_meanwhile_is_not_replaced(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_failure_leaves_nothing(
+def test_failure_leaves_no_files(
     error: BaseException, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No OUT, nothing beside it, no parents that were made for it."""
+    """No OUT, nothing beside it, and no parents created for it."""
     interrupt_at_shard(monkeypatch, 2, error)
     with pytest.raises(type(error)):
         convert(source, tmp_path / "deep" / "er" / "gda")
@@ -466,7 +447,7 @@ def test_a_failure_leaves_nothing(
 
 
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
-    """Exit code and standard error of `gda` with `arguments`, run here."""
+    """Exit code and standard error of `gda` with `arguments`, run in this process."""
     monkeypatch.setattr(sys, "argv", ["gda", *map(str, arguments)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
@@ -474,10 +455,10 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
     return int(exit_.value.code or 0), capsys.readouterr().err
 
 
-def test_no_space_is_seen_before_anything_is_written(
+def test_missing_disk_space_is_reported_first(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit 2, one line with what is free and what is needed, nothing left."""
+    """Exit code 2, one line with the free and the required space, and no files."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     code, error = cli(capsys, monkeypatch, "convert", source, tmp_path / "deep" / "gda")
@@ -488,10 +469,10 @@ def test_no_space_is_seen_before_anything_is_written(
     assert os.listdir(tmp_path) == ["llama"]
 
 
-def test_space_that_runs_out_while_writing(
+def test_disk_full_while_writing(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit 2, one line, nothing left."""
+    """Exit code 2, one line, and no files."""
     interrupt_at_shard(monkeypatch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     code, error = cli(capsys, monkeypatch, "convert", source, tmp_path / "deep" / "gda", "--max-shard-size", SHARD_SIZE)
     assert code == 2
@@ -500,8 +481,8 @@ def test_space_that_runs_out_while_writing(
     assert os.listdir(tmp_path) == ["llama"]
 
 
-def test_a_real_write_that_fails_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    """The kernel refuses a write in the middle of a shard (a file-size limit, as a quota would): the file is named."""
+def test_failed_write_leaves_no_files(source: Path, tmp_path: Path) -> None:
+    """The kernel refuses a write in the middle of a shard (file-size limit), and the message names the file."""
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
@@ -514,10 +495,10 @@ def test_a_real_write_that_fails_leaves_nothing(source: Path, tmp_path: Path) ->
     assert os.listdir(tmp_path) == ["llama"]
 
 
-def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(
+def test_ctrl_c_keeps_finished_shards(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGINT: exit 130, a line that names --resume, and the finished shards are there for it."""
+    """Exit code 130 and a line that names --resume."""
     out = tmp_path / "gda"
     expected = reference(source, tmp_path / "place")
     interrupt_at_shard(monkeypatch, 3)
@@ -538,8 +519,7 @@ def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(
         assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == identity
 
 
-def test_export_is_whole_or_absent_too(source: Path, tmp_path: Path) -> None:
-    """The same house rules for the way back: killed at any moment, the exported folder is absent or whole."""
+def test_killed_export_is_complete_or_absent(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "gda")
     place = tmp_path / "place"
     gda.export(tmp_path / "gda", place / "llama", max_shard_size=SHARD_SIZE)
@@ -568,14 +548,14 @@ def test_export_is_whole_or_absent_too(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [2, 3, 50])
 def test_several_workers_write_the_same_bytes(workers: int, source: Path, tmp_path: Path) -> None:
-    """Fewer, as many and more than there are shards."""
+    """With fewer workers than shards, as many, and more."""
     expected = reference(source, tmp_path / "place")
     convert(source, tmp_path / "gda", workers=workers)
     assert files_of(tmp_path / "gda") == expected
 
 
-def test_killed_with_several_workers_resume_ends_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    """OUT is absent or whole, and what the manifest calls finished is not written again."""
+def test_killed_with_several_workers_and_resumed(source: Path, tmp_path: Path) -> None:
+    """OUT is complete or absent, and finished shards are not written again."""
     place = tmp_path / "place"
     expected = reference(source, place)
     moment, kept = 0, set()
@@ -593,10 +573,8 @@ def test_killed_with_several_workers_resume_ends_in_the_same_bytes(source: Path,
     assert max(kept) >= 3
 
 
-def test_a_shard_that_fails_ends_the_other_workers(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error is that of the shard, nobody writes on, and nothing is left."""
+def test_failed_shard_stops_the_other_workers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is that of the shard, and no files are left."""
     interrupt_at_shard(monkeypatch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with pytest.raises(OSError, match="No space left"):
         convert(source, tmp_path / "gda", workers=2)
@@ -604,7 +582,7 @@ def test_a_shard_that_fails_ends_the_other_workers(
 
 
 def test_ctrl_c_stops_several_workers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is left running, and a run with one worker goes on from what is there."""
+    """No worker is left running, and a run with one worker can resume."""
     expected = reference(source, tmp_path / "place")
     interrupt_at_shard(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""DiffLlama of transformers: its logits are kept, its weights come back bit for bit."""
+"""transformers' DiffLlama: converted with equal logits, and exported bit for bit."""
 
 import json
 from pathlib import Path
@@ -36,8 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
-    """The converted model against transformers' own class, by `verify` and here, whole and from the cache."""
+def test_logits_equal_transformers(variant: str, tmp_path: Path) -> None:
+    """With and without a cache, here and by `verify`."""
     source = save_diffllama(tmp_path / "diffllama", **VARIANTS[variant])
     report = gda.convert(source, tmp_path / "gda")
     assert report.verification is not None
@@ -57,7 +57,7 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "layers", "tensors"])
 def test_every_method_of_verify(method: str, tmp_path: Path) -> None:
-    """All three pass, on texts; and all three see a changed weight."""
+    """All three pass, and all three detect a changed weight."""
     source = save_diffllama(tmp_path / "diffllama", tokenizer=True, num_key_value_heads=4)
     gda.convert(source, tmp_path / "gda", verify=False)
     report = gda.verify(source, tmp_path / "gda", method=method)
@@ -71,8 +71,8 @@ def test_every_method_of_verify(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_there_and_back_is_the_same_diffllama_bit_for_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Weights and config are the source's, and transformers loads them as its own class."""
+def test_round_trip_is_bit_for_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Weights and config equal the source's, and transformers loads them."""
     source = save_diffllama(tmp_path / "diffllama", dtype=dtype, **VARIANTS[variant])
     gda.convert(source, tmp_path / "gda")
     gda.export(tmp_path / "gda", tmp_path / "back", format="diffllama")
@@ -83,8 +83,7 @@ def test_there_and_back_is_the_same_diffllama_bit_for_bit(variant: str, dtype: t
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "back"), DiffLlamaForCausalLM)
 
 
-def test_a_trained_model_is_exported_with_its_lambda(tmp_path: Path) -> None:
-    """λ vectors and weights may move: a DiffLlama computes them."""
+def test_trained_model_is_exported_with_lambda(tmp_path: Path) -> None:
     source = save_diffllama(tmp_path / "diffllama")
     gda.convert(source, tmp_path / "gda")
     tensors = tensors_of(tmp_path / "gda")
@@ -99,8 +98,8 @@ def test_a_trained_model_is_exported_with_its_lambda(tmp_path: Path) -> None:
     assert relative_error(logits(source, ids), trained) > 1e-3
 
 
-def test_a_trained_head_norm_is_refused_by_its_layer(tmp_path: Path) -> None:
-    """A DiffLlama's norm has no weight to hold it."""
+def test_trained_head_norm_is_refused(tmp_path: Path) -> None:
+    """A DiffLlama's norm has no weight. The message names the layer."""
     gda.convert(save_diffllama(tmp_path / "diffllama"), tmp_path / "gda")
     tensors = tensors_of(tmp_path / "gda")
     tensors["model.layers.2.self_attn.subln.weight"][5] = 1.001
@@ -128,10 +127,8 @@ def test_a_trained_head_norm_is_refused_by_its_layer(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_a_diffllama_cannot_compute_is_refused_by_name(
-    changes: dict[str, Any], named: str, tmp_path: Path
-) -> None:
-    """The message names the field or the layer, and nothing is written."""
+def test_inexpressible_models_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """The message names the field or layer, and no files are written."""
     fitting = {"kv_layout": "paired", "num_attention_heads": 8, "num_noise_heads": 4, "head_norm": True}
     tiny_model(**(fitting | changes)).save_pretrained(tmp_path / "gda")
     with pytest.raises(ValueError, match=named):
@@ -139,14 +136,13 @@ def test_what_a_diffllama_cannot_compute_is_refused_by_name(
     assert not (tmp_path / "back").exists()
 
 
-def test_lambda_std_dev_is_not_lost_in_silence(tmp_path: Path) -> None:
-    """A standard deviation that only initialization reads is named in the notes."""
+def test_lambda_std_dev_is_noted(tmp_path: Path) -> None:
     source = save_diffllama(tmp_path / "diffllama", lambda_std_dev=0.2)
     assert any("lambda_std_dev=0.2" in note for note in gda.convert(source, tmp_path / "gda").notes)
 
 
-def test_a_dropout_of_attention_is_refused_as_transformers_does(tmp_path: Path) -> None:
-    """One line that names file and field."""
+def test_attention_dropout_is_refused(tmp_path: Path) -> None:
+    """One line names the file and the field."""
     source = save_diffllama(tmp_path / "diffllama")
     change_config(source, attention_dropout=0.1)
     with pytest.raises(ValueError, match="attention_dropout"):
@@ -154,8 +150,8 @@ def test_a_dropout_of_attention_is_refused_as_transformers_does(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("heads", [2, 4, 10])
-def test_halves_and_pairs(heads: int) -> None:
-    """Head h of the first half is followed by head h of the second, rows within a head in their order."""
+def test_halves_to_pairs_and_back(heads: int) -> None:
+    """Head h of the first half is followed by head h of the second."""
     rows = torch.arange(heads * 3).unsqueeze(-1) * torch.ones(1, 2)
     pairs = halves_to_pairs(rows, 3)
     for pair in range(heads // 2):
@@ -167,8 +163,7 @@ def test_halves_and_pairs(heads: int) -> None:
     assert torch.equal(halves_to_pairs(rows[:, 0], 3), pairs[:, 0])
 
 
-def test_the_preset_is_transformers_default() -> None:
-    """`diffllama` has the sizes of `DiffLlamaConfig()`."""
+def test_preset_equals_transformers_default() -> None:
     preset, source = GDAConfig.preset("diffllama"), DiffLlamaConfig()
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         assert getattr(preset, name) == getattr(source, name)

@@ -1,4 +1,4 @@
-"""Motif-2 and Motif-2.6B: read, computed as their equations say, and given back bit for bit."""
+"""Motif-2 and Motif-2.6B: converted, compared with their equations, and exported bit for bit."""
 
 import json
 import os
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def by_hand(fields: dict[str, Any]) -> GDAConfig:
-    """The equations of a Motif's config.json as a GDAConfig, written down here and not by the converter."""
+    """The GDAConfig for a Motif's config.json, written independently of the converter."""
     heads = fields["num_attention_heads"]
     theta = fields.get("rope_theta") or fields["rope_parameters"]["rope_theta"]
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "hidden_act")
@@ -61,7 +61,7 @@ def by_hand(fields: dict[str, Any]) -> GDAConfig:
 
 
 def converted(folder: Path, **changes: Any) -> Path:
-    """A tiny Motif in `folder`/motif, and what it becomes, whose path is returned."""
+    """A tiny Motif in `folder`/motif, and the path of its conversion."""
     gda.convert(save_motif(folder / "motif", **changes), folder / "gda")
     return folder / "gda"
 
@@ -70,8 +70,8 @@ def converted(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_converted_motif_computes_the_equations(variant: str, tmp_path: Path) -> None:
-    """Logits against the loop-by-loop reading of the source's own tensors and config, whole and from the cache."""
+def test_converted_motif_matches_the_equations(variant: str, tmp_path: Path) -> None:
+    """Logits against the loops of the reference, with and without a cache."""
     folder = converted(tmp_path, **VARIANTS[variant])
     config = by_hand(motif_config(**VARIANTS[variant]))
     ids = token_ids(2, 11)
@@ -94,8 +94,8 @@ def test_a_converted_motif_computes_the_equations(variant: str, tmp_path: Path) 
         ("rms_norm_eps", 1e-3),
     ],
 )
-def test_the_agreement_rests_on_each_field(field: str, wrong: Any, tmp_path: Path) -> None:
-    """Another value of one field is another model: the comparison above could not pass with it."""
+def test_every_field_affects_the_comparison(field: str, wrong: Any, tmp_path: Path) -> None:
+    """With another value of any field, the comparison above fails."""
     state, right, ids = tensors_of(save_motif(tmp_path / "motif")), by_hand(motif_config()), token_ids(1, 11)
     other = by_hand(motif_config())
     setattr(other, field, wrong)
@@ -104,8 +104,8 @@ def test_the_agreement_rests_on_each_field(field: str, wrong: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_tensor_is_kept_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Names, dtypes and bits are the source's; the report says that nothing was run, and so does the card."""
+def test_every_tensor_is_unchanged(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Names, dtypes and bits. Report and card say that no model was run."""
     report = gda.convert(save_motif(tmp_path / "motif", dtype=dtype), tmp_path / "gda")
     before, after = tensors_of(tmp_path / "motif"), tensors_of(tmp_path / "gda")
     assert before.keys() == after.keys()
@@ -118,8 +118,8 @@ def test_every_tensor_is_kept_as_it_is(dtype: torch.dtype, tmp_path: Path) -> No
     assert {tensor["how"] for tensor in made["tensors"].values()} == {"copied"}
 
 
-def test_lambda_stays_in_float32_under_a_lower_dtype(tmp_path: Path) -> None:
-    """--dtype narrows the weights, not λ, and is said to be lossy."""
+def test_lambda_stays_in_float32(tmp_path: Path) -> None:
+    """--dtype casts the other weights and is reported as lossy."""
     report = gda.convert(save_motif(tmp_path / "motif"), tmp_path / "gda", dtype="bfloat16")
     dtypes = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "gda").items()}
     assert all((dtype == torch.float32) == (".lambda_" in name) for name, dtype in dtypes.items())
@@ -128,8 +128,8 @@ def test_lambda_stays_in_float32_under_a_lower_dtype(tmp_path: Path) -> None:
     assert report.verification.passed
 
 
-def test_the_converted_config_says_everything(tmp_path: Path) -> None:
-    """Each field that decides what is computed, and none of the source's remote code."""
+def test_converted_config(tmp_path: Path) -> None:
+    """It has every field that affects the result, and no reference to remote code."""
     config = json.loads((converted(tmp_path) / "config.json").read_text())
     wanted = {
         "model_type": "gda",
@@ -153,8 +153,7 @@ def test_the_converted_config_says_everything(tmp_path: Path) -> None:
     assert first == pytest.approx(-0.00991528, abs=1e-8)  # 0.8 − 0.6 · e^0.3
 
 
-def test_tokenizer_and_licence_come_along_and_code_does_not(tmp_path: Path) -> None:
-    """What lies beside the weights is copied, except what could be run."""
+def test_tokenizer_and_licence_are_copied_but_not_code(tmp_path: Path) -> None:
     source = save_motif(tmp_path / "motif")
     byte_tokenizer().save_pretrained(source)
     (source / "LICENSE").write_text("as you like")
@@ -166,8 +165,8 @@ def test_tokenizer_and_licence_come_along_and_code_does_not(tmp_path: Path) -> N
     assert not {"modeling_motif.py", "configuration_motif.py"} & there
 
 
-def test_verify_compares_tensors_and_runs_nothing(tmp_path: Path) -> None:
-    """`auto` is tensor by tensor, a changed tensor is named, and running is refused with the reason."""
+def test_verify_compares_tensors(tmp_path: Path) -> None:
+    """`auto` chooses "tensors", a changed tensor is named, and running is refused with the reason."""
     folder = converted(tmp_path)
     assert gda.verify(tmp_path / "motif", folder).method == "tensors"
     for method in ("full", "layers"):
@@ -189,8 +188,8 @@ def test_verify_compares_tensors_and_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_there_and_back_is_the_same_motif_bit_for_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The file of weights is the same file; the config has the fields that Motif's code reads, with their values."""
+def test_round_trip_is_bit_for_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The weight file is identical, and the config has the fields that Motif's code reads."""
     folder = converted(tmp_path, **VARIANTS[variant], dtype=dtype)
     gda.export(folder, tmp_path / "back", format="motif")
     there, back = tmp_path / "motif", tmp_path / "back"
@@ -210,8 +209,8 @@ def test_there_and_back_is_the_same_motif_bit_for_bit(variant: str, dtype: torch
     assert GDAConfig.from_pretrained(tmp_path / "again").to_dict() == GDAConfig.from_pretrained(folder).to_dict()
 
 
-def test_scaled_rope_there_and_back(tmp_path: Path) -> None:
-    """The older names of RoPE's fields: rope_theta and rope_scaling."""
+def test_round_trip_with_scaled_rope(tmp_path: Path) -> None:
+    """With the older names rope_theta and rope_scaling."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     folder = converted(tmp_path, rope_scaling=scaling)
     config = GDAConfig.from_pretrained(folder)
@@ -247,8 +246,8 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_a_config_that_cannot_be_is_refused_in_one_line(name: str, tmp_path: Path, command: Command) -> None:
-    """File, field and reason on standard error, exit 2, nothing written."""
+def test_impossible_config_is_refused(name: str, tmp_path: Path, command: Command) -> None:
+    """File, field and reason in one line, exit code 2, and no files."""
     changes, named = BAD_CONFIGS[name]
     source = save_motif(tmp_path / "motif")
     change_config(source, **changes)
@@ -276,7 +275,7 @@ def test_a_config_that_cannot_be_is_refused_in_one_line(name: str, tmp_path: Pat
 def test_tensors_that_do_not_fit_the_config_are_named(
     change: Any, named: str, tmp_path: Path, command: Command
 ) -> None:
-    """The first that is absent, superfluous or of another shape."""
+    """The first one that is missing, superfluous or of another shape."""
     source = save_motif(tmp_path / "motif")
     tensors = tensors_of(source)
     change(tensors)
@@ -288,10 +287,8 @@ def test_tensors_that_do_not_fit_the_config_are_named(
 
 
 @pytest.mark.parametrize("option", [("--ratio", "4"), ("--noise-heads", "2"), ("--lambda-type", "tanh")])
-def test_what_only_a_llama_is_asked_is_refused_with_a_reason(
-    option: tuple[str, str], tmp_path: Path, command: Command
-) -> None:
-    """A Motif has its noise heads and λ: an option that would set them is not passed over in silence."""
+def test_options_for_llamas_are_refused(option: tuple[str, str], tmp_path: Path, command: Command) -> None:
+    """A Motif already has noise heads and λ."""
     outcome = command("convert", save_motif(tmp_path / "motif"), tmp_path / "gda", *option)
     assert outcome.code == 2
     assert outcome.error.startswith(
@@ -300,8 +297,8 @@ def test_what_only_a_llama_is_asked_is_refused_with_a_reason(
     assert os.listdir(tmp_path) == ["motif"]
 
 
-def test_modes_are_refused_where_they_do_not_fit(tmp_path: Path, command: Command) -> None:
-    """expand is for what has no noise heads, map for what has; naming the fitting one changes nothing."""
+def test_wrong_mode_is_refused(tmp_path: Path, command: Command) -> None:
+    """expand is for models without noise heads, and map for models with them."""
     motif, llama = save_motif(tmp_path / "motif"), save_llama(tmp_path / "llama")
     outcome = command("convert", motif, tmp_path / "gda", "--mode", "expand")
     assert outcome.code == 2
@@ -313,8 +310,7 @@ def test_modes_are_refused_where_they_do_not_fit(tmp_path: Path, command: Comman
     assert command("convert", motif, tmp_path / "gda", "--mode", "map").code == 0
 
 
-def test_what_config_json_lacks_is_assumed_aloud(tmp_path: Path, command: Command) -> None:
-    """An eps that the config does not name is what the ports of Motif take, and a note says so."""
+def test_missing_fields_get_defaults_with_a_note(tmp_path: Path, command: Command) -> None:
     source = save_motif(tmp_path / "motif", attn_rms_norm_eps=..., rope_theta=...)
     outcome = command("convert", source, tmp_path / "gda")
     assert "note: config.json has no attn_rms_norm_eps; 1e-05 is assumed" in outcome.out
@@ -323,8 +319,7 @@ def test_what_config_json_lacks_is_assumed_aloud(tmp_path: Path, command: Comman
     assert (config.head_norm_eps, config.rope_parameters["rope_theta"]) == (1e-5, 10000.0)
 
 
-def test_a_window_that_is_not_used_is_left_out_aloud(tmp_path: Path) -> None:
-    """A number that Qwen-like configs carry without using it."""
+def test_unused_window_is_dropped_with_a_note(tmp_path: Path) -> None:
     report = gda.convert(
         save_motif(tmp_path / "motif", sliding_window=4096, use_sliding_window=False), tmp_path / "gda"
     )
@@ -332,8 +327,8 @@ def test_a_window_that_is_not_used_is_left_out_aloud(tmp_path: Path) -> None:
     assert report.config.sliding_window is None
 
 
-def test_a_motif_on_the_hub_is_converted_without_its_code(tmp_path: Path, hub: Hub, command: Command) -> None:
-    """By its id: config and weights are downloaded, the code beside them is not asked for."""
+def test_motif_on_the_hub_is_converted_without_its_code(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """Config and weights are downloaded, and the code beside them is not."""
     source = save_motif(tmp_path / "motif")
     for name in ("configuration_motif.py", "modeling_motif.py"):
         (source / name).write_text("raise SystemExit")
@@ -347,8 +342,8 @@ def test_a_motif_on_the_hub_is_converted_without_its_code(tmp_path: Path, hub: H
     assert (made["source"]["model_type"], made["source"]["revision"]) == ("motif", commit)
 
 
-def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:
-    """Heads drawn, how it was checked, and, on the way back, what is not written."""
+def test_output_of_the_commands(tmp_path: Path, command: Command) -> None:
+    """The head map, the verification and, for export, what is not written."""
     outcome = command("convert", save_motif(tmp_path / "motif"), tmp_path / "gda")
     assert "8 signal + 2 noise, 4:1, 3 layers" in outcome.out
     assert "verified tensor by tensor, without running the models: 0 differ" in outcome.out
@@ -375,8 +370,8 @@ def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:
     ],
     ids=str,
 )
-def test_what_a_motif_cannot_compute_is_refused_by_name(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
-    """The message names the field or the layer, and nothing is written."""
+def test_inexpressible_models_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """The message names the field or layer, and no files are written."""
     fitting = {"kv_layout": "paired", "lambda_init_offset": -1, "head_norm": True, "hidden_act": "poly_norm"}
     tiny_model(**(fitting | changes)).save_pretrained(tmp_path / "gda")
     with pytest.raises(ValueError, match=named):
@@ -384,8 +379,8 @@ def test_what_a_motif_cannot_compute_is_refused_by_name(changes: dict[str, Any],
     assert not (tmp_path / "back").exists()
 
 
-def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of a Motif that are done are kept, as a Llama's are."""
+def test_killed_conversion_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished shards are kept."""
     from gda.conversion.tensors.safetensors_io import SafetensorsReader
 
     source = save_motif(tmp_path / "motif")

@@ -1,4 +1,4 @@
-"""Tensors are read from their files byte for byte, in chunks or into memory; errors name the file."""
+"""Tensors are read from their files byte for byte, in chunks or into memory, and errors name the file."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ SIZE = 2 * CHUNK + 12_345
 
 @pytest.fixture
 def content(tmp_path: Path) -> bytes:
-    """What is in the file `source`: more than two chunks, of no round size."""
+    """The bytes of the file `source`: more than two chunks."""
     content = os.urandom(SIZE + 100)
     (tmp_path / "source").write_bytes(content)
     return content
@@ -46,8 +46,8 @@ def test_every_byte_is_read(nbytes: int, content: bytes, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("cut", [0, SIZE // 2])
-def test_a_file_that_changed_is_refused_by_name(cut: int, content: bytes, tmp_path: Path) -> None:
-    """Whether it was cut or written anew since its header was read."""
+def test_changed_file_is_refused(cut: int, content: bytes, tmp_path: Path) -> None:
+    """Truncated or rewritten after its header was read."""
     stored = file_range(tmp_path)
     (tmp_path / "source").write_bytes(content[:cut] if cut else bytes(len(content)))
     os.utime(tmp_path / "source", ns=(1, 1))
@@ -55,15 +55,13 @@ def test_a_file_that_changed_is_refused_by_name(cut: int, content: bytes, tmp_pa
         list(stored.chunks())
 
 
-def test_a_file_that_ends_too_early_is_named(content: bytes, tmp_path: Path) -> None:
-    """Also if it is cut between the opening and the reading, which no stamp tells."""
+def test_truncated_file_is_named(content: bytes, tmp_path: Path) -> None:
+    """Also if it is truncated between opening and reading."""
     with pytest.raises(ValueError, match="source ends before"):
         list(file_range(tmp_path, offset=200).chunks())
 
 
-def test_an_error_names_the_file(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's own error does not say which file it was."""
-
+def test_system_errors_name_the_file(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bad_sector(*_: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -72,9 +70,7 @@ def test_an_error_names_the_file(content: bytes, tmp_path: Path, monkeypatch: py
         list(file_range(tmp_path).chunks())
 
 
-def test_a_conversion_has_the_same_bytes_when_every_tensor_is_read_into_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_into_memory_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several files."""
     source = save_llama(tmp_path / "llama", dtype=torch.bfloat16, max_shard_size="20KB")
     gda.convert(source, tmp_path / "a" / "gda", max_shard_size="20KB")
@@ -83,8 +79,8 @@ def test_a_conversion_has_the_same_bytes_when_every_tensor_is_read_into_memory(
     assert files_of(tmp_path / "b" / "gda") == files_of(tmp_path / "a" / "gda")
 
 
-def test_where_tensors_lie(tmp_path: Path) -> None:
-    """As the library reads them, whatever their names are."""
+def test_tensor_ranges_match_safetensors(tmp_path: Path) -> None:
+    """For any tensor names."""
     tensors = {"a": torch.randn(3, 5), "ü": torch.randn(4).bfloat16(), "empty": torch.empty(0, 2)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"a": "text"})
     reader = SafetensorsReader(tmp_path)
@@ -125,8 +121,8 @@ main()
 
 
 @pytest.mark.parametrize(("moment", "reason"), [("before", "has changed"), ("while", "ends before its header says")])
-def test_a_file_that_is_cut_while_a_tensor_is_computed_is_one_line(moment: str, reason: str, tmp_path: Path) -> None:
-    """Exit code 2, naming file and tensor, in a process that a mapped file would kill with SIGBUS."""
+def test_file_truncated_during_a_conversion(moment: str, reason: str, tmp_path: Path) -> None:
+    """Exit code 2 and one line with file and tensor. A mapped file would kill the process with SIGBUS."""
     source = save_llama(tmp_path / "llama", max_shard_size="20KB")
     shard = SafetensorsReader(source).stored(COMPUTED).path
     command = [sys.executable, "-c", CUT, moment, COMPUTED, source, tmp_path / "gda"]
@@ -138,10 +134,8 @@ def test_a_file_that_is_cut_while_a_tensor_is_computed_is_one_line(moment: str, 
     assert not (tmp_path / "gda").exists()
 
 
-def test_a_bad_sector_under_a_tensor_is_one_line(
-    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Exit code 2, naming file and tensor."""
+def test_read_error_during_a_conversion(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2 and one line with file and tensor."""
     source = save_llama(tmp_path / "llama", max_shard_size="20KB")
     stored, preadv = SafetensorsReader(source).stored(COMPUTED), os.preadv
 
@@ -160,10 +154,8 @@ def test_a_bad_sector_under_a_tensor_is_one_line(
 
 
 @pytest.mark.parametrize("most", [1, 1000, None])
-def test_tensors_are_read_whole_however_little_comes_at_once(
-    most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit what the library reads: every dtype, no elements and no dimensions included."""
+def test_short_reads_are_continued(most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every dtype, and for tensors without elements or dimensions."""
     tensors = {
         "a": torch.randn(30, 50).bfloat16(),
         "b": torch.randn(7, dtype=torch.float64),

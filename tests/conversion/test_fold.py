@@ -1,4 +1,4 @@
-"""Dense projections become a shared base and updates of low rank, by the best that a rank allows; and dense again."""
+"""Factoring dense projections into a shared base and low-rank updates, and folding them into dense ones again."""
 
 import json
 import os
@@ -60,8 +60,8 @@ SHAPES = [(3, 4, 8, 100), (2, 3, 8, 24), (1, 6, 8, 16), (2, 2, 16, 12), (1, 2, 2
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-def test_folding_is_loop_by_loop_the_equation() -> None:
-    """W_k = B + P_k R_k, with the rows where GDAConfig says that they are."""
+def test_folded_equals_the_equation() -> None:
+    """W_k = B + P_k R_k, head by head."""
     groups, roles, d, hidden, rank = 2, 3, 4, 5, 2
     generator = torch.Generator().manual_seed(0)
     base, down, up = (
@@ -79,7 +79,7 @@ def test_folding_is_loop_by_loop_the_equation() -> None:
 
 @each_shape
 def test_full_rank_is_exact_and_more_rank_is_never_worse(shape: tuple[int, int, int, int]) -> None:
-    """Up to the smaller of d and hidden, where nothing is left but the rounding of float64."""
+    """Full rank is the smaller of d and hidden; its error is float64 rounding."""
     _, roles, d, hidden = shape
     weight = random_weight(*shape)
     errors = [error_of(weight, roles, d, rank) for rank in range(1, min(d, hidden) + 1)]
@@ -89,8 +89,8 @@ def test_full_rank_is_exact_and_more_rank_is_never_worse(shape: tuple[int, int, 
 
 @each_shape
 @pytest.mark.parametrize("rank", [1, 2])
-def test_updates_are_the_truncated_svd_of_what_the_base_leaves(rank: int, shape: tuple[int, int, int, int]) -> None:
-    """With the mean as base the error is that of torch's own SVD, role by role; and rounds only ever improve on it."""
+def test_updates_are_a_truncated_svd(rank: int, shape: tuple[int, int, int, int]) -> None:
+    """With the mean as base, the error equals that of torch's SVD. More rounds never increase it."""
     groups, roles, d, _ = shape
     weight = random_weight(*shape)
     heads = weight.double().unflatten(0, (groups, roles, d))
@@ -101,8 +101,8 @@ def test_updates_are_the_truncated_svd_of_what_the_base_leaves(rank: int, shape:
     assert all(after <= before * 1.001 + 1e-12 for before, after in pairwise(errors))
 
 
-def test_what_has_the_form_is_found_again() -> None:
-    """A base and updates that made a weight are not given back, but a base and updates that make it are."""
+def test_factorizable_weights_are_factored_exactly() -> None:
+    """The factors may differ from those that made the weight, but their product does not."""
     generator = torch.Generator().manual_seed(3)
     base, down, up = (
         torch.randn(*shape, generator=generator) for shape in ((32, 64), (2 * 4 * 2, 64), (2 * 4 * 16, 2))
@@ -112,8 +112,8 @@ def test_what_has_the_form_is_found_again() -> None:
     assert error_of(weight, 4, 16, 2, rounds=60) < 0.02
 
 
-def test_factors_share_their_size_and_none_is_dead() -> None:
-    """Row by row down is as large as up; where roles are equal, up keeps a size for the gradient of down."""
+def test_factors_have_equal_norms_and_no_zero_rows() -> None:
+    """Where roles are equal, `up` keeps a size that gives `down` a gradient."""
     weight = random_weight(2, 4, 8, 40)
     parts = factor(weight, roles=4, head_dim=8, rank=3)
     torch.testing.assert_close(
@@ -131,7 +131,7 @@ def test_factors_share_their_size_and_none_is_dead() -> None:
 
 @pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
 def test_full_rank_and_fold_give_equal_logits(fields: dict[str, Any], tmp_path: Path) -> None:
-    """A dense GDA model, factored at full rank, and folded: 1e-5 each, biases and λ as they were."""
+    """A dense GDA model factored at full rank, and folded again: 1e-5 each. Biases and λ do not change."""
     dense = saved(tmp_path / "dense", attention_bias=True, **fields)
     report = gda.convert(dense, tmp_path / "shared", qk_rank=8)
     assert report.verification is not None
@@ -155,8 +155,8 @@ def test_full_rank_and_fold_give_equal_logits(fields: dict[str, Any], tmp_path: 
 @pytest.mark.slow
 @each_layout
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "sigmoid", "tanh"])
-def test_a_low_rank_folds_to_itself(lambda_type: str, layout: str, tmp_path: Path) -> None:
-    """Folding is exact at any rank; the config is the dense model's."""
+def test_folding_is_exact_at_any_rank(lambda_type: str, layout: str, tmp_path: Path) -> None:
+    """The config is that of the dense model."""
     fields = LAYOUTS[layout] | {"lambda_type": lambda_type, "head_norm": True, "qk_norm": True}
     saved(tmp_path / "shared", qk_rank=3, attention_bias=True, **fields)
     gda.fold(tmp_path / "shared", tmp_path / "folded")
@@ -171,8 +171,8 @@ def test_a_low_rank_folds_to_itself(lambda_type: str, layout: str, tmp_path: Pat
 @pytest.mark.parametrize(
     "variant", [{}, {"attention_bias": True}, {"num_key_value_heads": 1}, {"head_dim": 16}], ids=str
 )
-def test_a_llama_is_expanded_and_factored(variant: dict[str, Any], tmp_path: Path) -> None:
-    """At full rank the model computes what the Llama computes; below it, it says that it doesn't."""
+def test_llama_is_expanded_and_factored(variant: dict[str, Any], tmp_path: Path) -> None:
+    """At full rank the function is the same. A lower rank is reported as lossy."""
     llama = save_llama(tmp_path / "llama", **variant)
     full = variant.get("head_dim", 8)
     report = gda.convert(llama, tmp_path / "full", qk_rank=full)
@@ -189,8 +189,8 @@ def test_a_llama_is_expanded_and_factored(variant: dict[str, Any], tmp_path: Pat
 
 @pytest.mark.slow
 @each_layout
-def test_errors_by_layer_are_those_of_the_files(layout: str, tmp_path: Path) -> None:
-    """Reported, and kept in conversion.json, for queries and for paired keys: as computed here from the tensors."""
+def test_errors_by_layer_match_the_files(layout: str, tmp_path: Path) -> None:
+    """In the report and in conversion.json, for queries and paired keys."""
     dense = saved(tmp_path / "dense", attention_bias=True, num_hidden_layers=3, **LAYOUTS[layout])
     report = gda.convert(dense, tmp_path / "shared", qk_rank=3)
     before, after = tensors_of(dense), tensors_of(tmp_path / "shared")
@@ -213,8 +213,8 @@ def test_errors_by_layer_are_those_of_the_files(layout: str, tmp_path: Path) -> 
 
 
 @each_layout
-def test_parameters_are_counted_against_dense_ones(layout: str, tmp_path: Path) -> None:
-    """By convert's report and by inspect, part by part, as the modules have them."""
+def test_parameter_counts_beside_dense_ones(layout: str, tmp_path: Path) -> None:
+    """In the reports of convert and inspect."""
     dense = saved(tmp_path / "dense", attention_bias=True, **LAYOUTS[layout])
     report = gda.convert(dense, tmp_path / "shared", qk_rank=2, verify=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "shared")
@@ -232,8 +232,8 @@ def test_parameters_are_counted_against_dense_ones(layout: str, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "lossless"), [("keep", False), ("float32", True)])
-def test_rounding_to_a_narrow_dtype_is_said(dtype: str, lossless: bool, tmp_path: Path) -> None:
-    """In bfloat16 neither full rank nor fold is exact to 1e-5, and both say so; in float32 both are."""
+def test_rounding_to_a_narrow_dtype_is_reported(dtype: str, lossless: bool, tmp_path: Path) -> None:
+    """In bfloat16, neither full rank nor folding is exact to 1e-5; in float32, both are."""
     dense = saved(tmp_path / "dense", torch.bfloat16)
     report = gda.convert(dense, tmp_path / "shared", qk_rank=8, dtype=dtype)
     assert (report.notes == []) == lossless
@@ -247,8 +247,8 @@ def test_rounding_to_a_narrow_dtype_is_said(dtype: str, lossless: bool, tmp_path
     assert report.verification.relative < (ROUNDING if lossless else 0.1)
 
 
-def test_a_wider_dtype_is_not_called_a_loss(tmp_path: Path) -> None:
-    """Of bfloat16 factored in float32, what is lost is lost by the rank: on the screen and in the card."""
+def test_wider_dtype_is_not_reported_as_lossy(tmp_path: Path) -> None:
+    """For a bfloat16 model factored in float32, only the rank is lossy."""
     dense = saved(tmp_path / "dense", torch.bfloat16)
     report = gda.convert(dense, tmp_path / "shared", qk_rank=3, dtype="float32", verify=False)
     assert len(report.notes) == 1
@@ -256,8 +256,8 @@ def test_a_wider_dtype_is_not_called_a_loss(tmp_path: Path) -> None:
     assert "cast" not in (tmp_path / "shared" / "README.md").read_text()
 
 
-def test_not_finite_weights_fail(tmp_path: Path) -> None:
-    """A lossy conversion passes whatever the difference, but not with NaN; nothing is left."""
+def test_nonfinite_weights_fail(tmp_path: Path) -> None:
+    """A lossy conversion passes with any difference, but not with NaN."""
     dense = saved(tmp_path / "dense")
     tensors = tensors_of(dense)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
@@ -267,8 +267,8 @@ def test_not_finite_weights_fail(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["dense"]
 
 
-def test_not_finite_queries_are_refused_by_name(tmp_path: Path) -> None:
-    """No factorization is there to be found; the message names the tensor."""
+def test_nonfinite_queries_are_refused(tmp_path: Path) -> None:
+    """The message names the tensor."""
     dense = saved(tmp_path / "dense")
     tensors = tensors_of(dense)
     tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
@@ -278,8 +278,8 @@ def test_not_finite_queries_are_refused_by_name(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["dense"]
 
 
-def test_the_same_bytes_in_shards_and_again(tmp_path: Path) -> None:
-    """A cut between base, down and up of one projection changes no tensor, and a second run no byte."""
+def test_bytes_do_not_depend_on_shards(tmp_path: Path) -> None:
+    """The factors of one projection may be in different shards, and a second run gives the same bytes."""
     dense = saved(tmp_path / "dense", attention_bias=True)
     for name, size in (("one", "5GB"), ("again", "5GB"), ("many", "3KB")):
         gda.convert(dense, tmp_path / name, qk_rank=3, max_shard_size=size, verify=False)
@@ -290,8 +290,8 @@ def test_the_same_bytes_in_shards_and_again(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
-def test_an_interrupted_factorization_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --resume: the same bytes, and the errors of every layer, also of those that the killed run wrote."""
+def test_interrupted_factorization_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives the same bytes and the errors of every layer."""
     dense = saved(tmp_path / "dense", num_hidden_layers=3)
     options: dict[str, Any] = {"qk_rank": 3, "max_shard_size": "10KB", "verify": False}
     whole = gda.convert(dense, tmp_path / "whole", **options)
@@ -314,8 +314,8 @@ def test_an_interrupted_factorization_is_taken_up(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_verify_knows_them(tmp_path: Path) -> None:
-    """Later, by running; comparing bits is refused with a reason."""
+def test_verify_factored_models(tmp_path: Path) -> None:
+    """By running them; comparing bits is refused with a reason."""
     dense = saved(tmp_path / "dense")
     gda.convert(dense, tmp_path / "shared", qk_rank=3)
     gda.fold(tmp_path / "shared", tmp_path / "folded")
@@ -332,8 +332,7 @@ def test_verify_knows_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 9, -2])
 @pytest.mark.parametrize("kind", ["llama", "gda"])
-def test_ranks_that_cannot_be(kind: str, rank: int, tmp_path: Path) -> None:
-    """By field, rule and value; nothing is left."""
+def test_impossible_ranks_are_refused(kind: str, rank: int, tmp_path: Path) -> None:
     source = save_llama(tmp_path / "source") if kind == "llama" else saved(tmp_path / "source")
     with pytest.raises(ValueError, match=rf"qk_rank must be from 1 to 8.*got {rank}"):
         gda.convert(source, tmp_path / "out", qk_rank=rank)
@@ -349,8 +348,8 @@ def test_ranks_that_cannot_be(kind: str, rank: int, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_means_nothing_for_a_gda_model(options: dict[str, Any], named: str, tmp_path: Path) -> None:
-    """It has noise heads and λ already; only --qk-rank makes another model of it."""
+def test_options_that_do_not_apply_to_a_gda_model(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """It already has noise heads and λ; only --qk-rank applies."""
     dense = saved(tmp_path / "dense")
     with pytest.raises(ValueError, match=named):
         gda.convert(dense, tmp_path / "out", **options)
@@ -358,8 +357,8 @@ def test_what_means_nothing_for_a_gda_model(options: dict[str, Any], named: str,
 
 
 @pytest.mark.slow
-def test_relatives(tmp_path: Path) -> None:
-    """A DiffLlama is mapped and factored at once; a Motif, which cannot be run, in two steps, and is told so."""
+def test_diffllama_and_motif(tmp_path: Path) -> None:
+    """A DiffLlama is mapped and factored at once. A Motif cannot be run, so the message asks for two steps."""
     save_diffllama(tmp_path / "diffllama")
     report = gda.convert(tmp_path / "diffllama", tmp_path / "shared", qk_rank=8)
     assert set(report.projection_errors) == {"q", "k"}
@@ -370,8 +369,8 @@ def test_relatives(tmp_path: Path) -> None:
         gda.convert(tmp_path / "motif", tmp_path / "out", qk_rank=2)
 
 
-def test_a_model_with_a_rank_is_folded_first(tmp_path: Path) -> None:
-    """For another rank, and for export: both say how."""
+def test_factored_models_must_be_folded_first(tmp_path: Path) -> None:
+    """Before another factorization and before export."""
     shared = saved(tmp_path / "shared", qk_rank=3)
     with pytest.raises(ValueError, match="gda fold"):
         gda.convert(shared, tmp_path / "out", qk_rank=2)
@@ -381,8 +380,7 @@ def test_a_model_with_a_rank_is_folded_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "llama", "nothing", "broken"])
-def test_fold_refuses_what_it_means_nothing_for(kind: str, tmp_path: Path) -> None:
-    """Each with its reason, and nothing is left."""
+def test_fold_refuses_other_models(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     if kind == "dense":
         saved(folder)
@@ -400,8 +398,8 @@ def test_fold_refuses_what_it_means_nothing_for(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_commands(tmp_path: Path, command: Command) -> None:
-    """convert tells parameters against dense ones, the error of each layer, and that it is lossy; fold undoes it."""
+def test_output_of_the_commands(tmp_path: Path, command: Command) -> None:
+    """convert prints the parameters beside the dense ones and the error of each layer. fold reverses it."""
     llama = save_llama(tmp_path / "llama")
     dry = command("convert", llama, tmp_path / "shared", "--qk-rank", 2, "--dry-run")
     assert dry.code == 0
@@ -426,8 +424,7 @@ def test_the_commands(tmp_path: Path, command: Command) -> None:
     assert command("convert", llama, tmp_path / "out", "--qk-rank", 0).code == 2
 
 
-def test_fold_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
-    """An existing OUT stays unless told; a dry run makes nothing."""
+def test_fold_overwrite_and_dry_run(tmp_path: Path) -> None:
     shared = saved(tmp_path / "shared", qk_rank=3)
     assert gda.fold(shared, tmp_path / "folded", dry_run=True).sha256 == {}
     assert os.listdir(tmp_path) == ["shared"]
@@ -439,8 +436,8 @@ def test_fold_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_smollm2
-def test_smollm2_at_a_low_rank_and_folded(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct, expanded and factored at rank 32: fewer parameters, errors as measured, fold exact."""
+def test_smollm2_factored_and_folded(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct, expanded and factored at rank 32: fewer parameters, measured errors, exact folding."""
     from gda.conversion.demo import find_demo_model
 
     report = gda.convert(find_demo_model(), tmp_path / "shared", qk_rank=32)

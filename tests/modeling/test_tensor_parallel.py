@@ -347,7 +347,7 @@ def test_a_sharded_model_is_saved_with_its_own_code(name: str, outcome: dict[tup
         "modeling_gda.py": "modeling_gda",
         "attention_gda.py": "modeling_gda",
     }
-    assert case["code"] == {file: (root / room / file).read_text() for file, room in homes.items()}
+    assert case["code"] == {file: (root / folder / file).read_text() for file, folder in homes.items()}
     assert case["auto_map"] == AUTO_MAP
 
 

@@ -39,11 +39,15 @@ MAY_NOT_IMPORT = {
 def package_folders() -> dict[str, Path]:
     """The folder of each package that setup.cfg lists, found as setuptools finds it."""
     options = setup_cfg()["options"]
-    rooms = dict(line.split(" = ") for line in options["package_dir"].split("\n") if line)
+    packages_by_prefix = dict(line.split(" = ") for line in options["package_dir"].split("\n") if line)
     folders = {}
     for package in options["packages"].split():
-        room = max((room for room in rooms if f"{package}.".startswith(f"{room}.")), key=len)
-        folders[package] = ROOT / rooms[room] / package.removeprefix(room).strip(".").replace(".", "/")
+        package_dir = max(
+            (package_dir for package_dir in packages_by_prefix if f"{package}.".startswith(f"{package_dir}.")), key=len
+        )
+        folders[package] = (
+            ROOT / packages_by_prefix[package_dir] / package.removeprefix(package_dir).strip(".").replace(".", "/")
+        )
     return folders
 
 
@@ -150,19 +154,19 @@ def test_no_file_names_a_path_of_this_machine() -> None:
 def test_remote_code_is_flat_and_its_names_are_unique() -> None:
     """Saving copies the files of both folders into one: only the bridge may have its name twice."""
     assert [path.name for path in (ROOT / "modeling_gda").rglob("*.py") if path.parent.name != "modeling_gda"] == []
-    names = Counter(path.name for room in REMOTE_CODE for path in (ROOT / room).glob("*.py"))
+    names = Counter(path.name for package_dir in REMOTE_CODE for path in (ROOT / package_dir).glob("*.py"))
     assert {name for name, count in names.items() if count > 1} == {BRIDGE, "__init__.py"}
     tree = ast.parse((ROOT / "modeling_gda" / BRIDGE).read_text(encoding="utf-8"))
     statements = [ast.unparse(node) for node in tree.body]
     assert statements == ["from gda.configuration.configuration_gda import GDAConfig", "__all__ = ['GDAConfig']"]
 
 
-@pytest.mark.parametrize("room", REMOTE_CODE)
-def test_remote_code_imports_only_what_transformers_has(room: str) -> None:
+@pytest.mark.parametrize("package_dir", REMOTE_CODE)
+def test_remote_code_imports_only_what_transformers_has(package_dir: str) -> None:
     """Files that travel with a checkpoint import their neighbours by one dot and, beside them, no new library."""
     known = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
     relative_import = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
-    for path in (ROOT / room).glob("*.py"):
+    for path in (ROOT / package_dir).glob("*.py"):
         found = imports(path)
         assert {level for level, _ in found} <= {0, 1}, path.name
         roots = {module.split(".")[0] for level, module in found if level == 0}
@@ -172,17 +176,19 @@ def test_remote_code_imports_only_what_transformers_has(room: str) -> None:
         assert set(relative_import.findall(path.read_text(encoding="utf-8"))) == neighbours, path.name
 
 
-@pytest.mark.parametrize("room", MAY_NOT_IMPORT)
-def test_dependencies_point_one_way(room: str) -> None:
+@pytest.mark.parametrize("package_dir", MAY_NOT_IMPORT)
+def test_dependencies_point_one_way(package_dir: str) -> None:
     """No package imports one that is built on it, not even inside a function."""
-    if not (ROOT / room).is_dir():
+    if not (ROOT / package_dir).is_dir():
         pytest.skip("not built yet")
-    paths = list((ROOT / room).rglob("*.py"))
+    paths = list((ROOT / package_dir).rglob("*.py"))
     assert paths
     for path in paths:
         modules = {module for level, module in imports(path) if level == 0}
         forbidden = {
-            module for module in modules if module.startswith("gda.") and module.split(".")[1] in MAY_NOT_IMPORT[room]
+            module
+            for module in modules
+            if module.startswith("gda.") and module.split(".")[1] in MAY_NOT_IMPORT[package_dir]
         }
         assert forbidden == set(), path.name
 

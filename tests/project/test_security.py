@@ -202,8 +202,8 @@ def test_nothing_in_the_package_asks_for_remote_code_or_pickles() -> None:
     """`trust_remote_code` is False wherever it is passed, and nothing of ours reads a pickle or starts a shell."""
     forbidden = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "eval", "exec", "os.system", "os.popen"}
     root = Path(__file__).parents[2]
-    for room in ("src/gda", "configuration", "modeling_gda", "conversion", "training", "eval"):
-        for path in (root / room).rglob("*.py"):
+    for folder in ("src/gda", "configuration", "modeling_gda", "conversion", "training", "eval"):
+        for path in (root / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call):
                     assert ast.unparse(node.func) not in forbidden, f"{path}, line {node.lineno}"
