@@ -164,7 +164,7 @@ class Splitter:
         Raises:
             ValueError: if `folder` has work with another source, text or setting, or the source gives values that are
                 not finite.
-            OSError: if the disk has no room for the work.
+            OSError: if the disk has no space for the work.
         """
         self.work = Work(folder, self._fingerprint())
         self.read = _Cache(self.source)
@@ -288,14 +288,14 @@ class _Cache:
     def __init__(self, source: Source):
         self._source = source
         self._kept: dict[str, torch.Tensor] = {}
-        self._room = memory_to_use()
+        self._unused = memory_to_use()
 
     def __call__(self, name: str) -> torch.Tensor:
         if name in self._kept:
             return self._kept[name]
         tensor = self._source.read(name)
-        if (size := 4 * tensor.numel()) <= self._room:
-            self._room -= size
+        if (size := 4 * tensor.numel()) <= self._unused:
+            self._unused -= size
             self._kept[name] = tensor = tensor.float()
         return tensor
 

@@ -158,13 +158,13 @@ class GDALM(HFLM):
         """Number of cut requests by task: those of all processes in the first process."""
         return dict(sum(filter(None, self.gather_object(self._cut) or []), Counter()))
 
-    def _count_cut(self, task: str, length: int, room: int) -> None:
+    def _count_cut(self, task: str, length: int, limit: int) -> None:
         """Count a request that does not fit; ValueError for a generated task, whose answer might be cut."""
-        if length <= room or room <= 0:  # without any room lm-eval itself refuses
+        if length <= limit or limit <= 0:  # lm-eval itself refuses a limit of 0
             return
         if task.startswith(GENERATED_TASKS):
             raise ValueError(
-                f"task {task}: a prompt of {length} tokens does not fit the model, which has room for {room}; "
+                f"task {task}: a prompt of {length} tokens does not fit the model, which has room for {limit}; "
                 "ask for shorter prompts with --metadata '{\"length\": …}', or omit the task"
             )
         self._cut[task] += 1

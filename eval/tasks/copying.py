@@ -50,10 +50,10 @@ def make_documents(settings: CopySettings, count: CountTokens) -> list[dict[str,
 
 def _make_document(settings: CopySettings, count: CountTokens, random: Random) -> dict[str, Any]:
     sequence = made_up_words(random, settings.length)  # each takes at least one token
-    room, kept = settings.length, 0
+    left, kept = settings.length, 0
     for word in sequence:
-        room -= count(f" {word}")
-        if room < 0:
+        left -= count(f" {word}")
+        if left < 0:
             break
         kept += 1
     needed = CUE + settings.copied

@@ -141,15 +141,15 @@ def _make_prompt(settings: NeedleSettings, count: CountTokens, random: Random, d
         )
 
     prose: list[str] = []
-    room = settings.length - count(prompt([]).text)
-    if room < 0:
+    left = settings.length - count(prompt([]).text)
+    if left < 0:
         raise ValueError(
             f"`length` {settings.length} is too short for {settings.needles} needles and the question, "
-            f"which take {settings.length - room}"
+            f"which take {settings.length - left}"
         )
-    while room > 0:
+    while left > 0:
         prose.append(sentence(random))
-        room -= count(f" {prose[-1]}")
+        left -= count(f" {prose[-1]}")
     made = prompt(prose)
     while count(made.text) > settings.length:
         prose.pop()

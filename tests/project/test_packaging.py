@@ -39,15 +39,11 @@ MAY_NOT_IMPORT = {
 def package_folders() -> dict[str, Path]:
     """The folder of each package that setup.cfg lists, found as setuptools finds it."""
     options = setup_cfg()["options"]
-    packages_by_prefix = dict(line.split(" = ") for line in options["package_dir"].split("\n") if line)
+    roots = dict(line.split(" = ") for line in options["package_dir"].split("\n") if line)
     folders = {}
     for package in options["packages"].split():
-        package_dir = max(
-            (package_dir for package_dir in packages_by_prefix if f"{package}.".startswith(f"{package_dir}.")), key=len
-        )
-        folders[package] = (
-            ROOT / packages_by_prefix[package_dir] / package.removeprefix(package_dir).strip(".").replace(".", "/")
-        )
+        root = max((root for root in roots if f"{package}.".startswith(f"{root}.")), key=len)
+        folders[package] = ROOT / roots[root] / package.removeprefix(root).strip(".").replace(".", "/")
     return folders
 
 
@@ -154,19 +150,19 @@ def test_no_file_names_a_path_of_this_machine() -> None:
 def test_remote_code_is_flat_and_its_names_are_unique() -> None:
     """Saving copies the files of both folders into one: only the bridge may have its name twice."""
     assert [path.name for path in (ROOT / "modeling_gda").rglob("*.py") if path.parent.name != "modeling_gda"] == []
-    names = Counter(path.name for package_dir in REMOTE_CODE for path in (ROOT / package_dir).glob("*.py"))
+    names = Counter(path.name for folder in REMOTE_CODE for path in (ROOT / folder).glob("*.py"))
     assert {name for name, count in names.items() if count > 1} == {BRIDGE, "__init__.py"}
     tree = ast.parse((ROOT / "modeling_gda" / BRIDGE).read_text(encoding="utf-8"))
     statements = [ast.unparse(node) for node in tree.body]
     assert statements == ["from gda.configuration.configuration_gda import GDAConfig", "__all__ = ['GDAConfig']"]
 
 
-@pytest.mark.parametrize("package_dir", REMOTE_CODE)
-def test_remote_code_imports_only_what_transformers_has(package_dir: str) -> None:
+@pytest.mark.parametrize("folder", REMOTE_CODE)
+def test_remote_code_imports_only_what_transformers_has(folder: str) -> None:
     """Files that travel with a checkpoint import their neighbours by one dot and, beside them, no new library."""
     known = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
     relative_import = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
-    for path in (ROOT / package_dir).glob("*.py"):
+    for path in (ROOT / folder).glob("*.py"):
         found = imports(path)
         assert {level for level, _ in found} <= {0, 1}, path.name
         roots = {module.split(".")[0] for level, module in found if level == 0}
@@ -176,19 +172,17 @@ def test_remote_code_imports_only_what_transformers_has(package_dir: str) -> Non
         assert set(relative_import.findall(path.read_text(encoding="utf-8"))) == neighbours, path.name
 
 
-@pytest.mark.parametrize("package_dir", MAY_NOT_IMPORT)
-def test_dependencies_point_one_way(package_dir: str) -> None:
+@pytest.mark.parametrize("folder", MAY_NOT_IMPORT)
+def test_dependencies_point_one_way(folder: str) -> None:
     """No package imports one that is built on it, not even inside a function."""
-    if not (ROOT / package_dir).is_dir():
+    if not (ROOT / folder).is_dir():
         pytest.skip("not built yet")
-    paths = list((ROOT / package_dir).rglob("*.py"))
+    paths = list((ROOT / folder).rglob("*.py"))
     assert paths
     for path in paths:
         modules = {module for level, module in imports(path) if level == 0}
         forbidden = {
-            module
-            for module in modules
-            if module.startswith("gda.") and module.split(".")[1] in MAY_NOT_IMPORT[package_dir]
+            module for module in modules if module.startswith("gda.") and module.split(".")[1] in MAY_NOT_IMPORT[folder]
         }
         assert forbidden == set(), path.name
 
