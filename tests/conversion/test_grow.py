@@ -1,4 +1,4 @@
-"""A grown model computes what it computed before, has more to learn with, and says what of it is new."""
+"""A grown model computes the same function, has more trainable parameters, and lists the new ones."""
 
 import json
 import math
@@ -83,8 +83,8 @@ def grow(source: Path, out: Path, **options: Any) -> Any:
 
 @each_operator
 @pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
-def test_logits_stay(fields: dict[str, Any], growth: dict[str, Any], tmp_path: Path) -> None:
-    """MHA, GQA, MQA, more and fewer noise than KV heads, both layouts, with a live λ and biases."""
+def test_logits_do_not_change(fields: dict[str, Any], growth: dict[str, Any], tmp_path: Path) -> None:
+    """MHA, GQA, MQA, fewer and more noise heads than KV heads, both layouts, non-zero λ and biases."""
     source = saved(tmp_path / "source", attention_bias=True, mlp_bias=True, **fields)
     grow(source, tmp_path / "grown", **growth)
     assert error(source, tmp_path / "grown") <= TOLERANCE
@@ -93,10 +93,10 @@ def test_logits_stay(fields: dict[str, Any], growth: dict[str, Any], tmp_path: P
 @each_operator
 @each_layout
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_logits_stay_with_every_field(
+def test_logits_do_not_change_with_any_field(
     fields: dict[str, Any], layout: str, growth: dict[str, Any], tmp_path: Path
 ) -> None:
-    """λ types and schedules, norms, activations, ties, windows, shared bases; in shards as in one file."""
+    """λ types and schedules, norms, activations, tied embeddings, windows, shared bases; in one file and in shards."""
     source = saved(tmp_path / "source", **LAYOUTS[layout], **fields)
     grow(source, tmp_path / "grown", max_shard_size="30KB", **growth)
     assert error(source, tmp_path / "grown") <= TOLERANCE
@@ -104,8 +104,8 @@ def test_logits_stay_with_every_field(
 
 @each_operator
 @each_layout
-def test_a_grown_model_follows_the_equations(layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
-    """Its config and tensors, read loop by loop, give the logits of the source read loop by loop."""
+def test_grown_model_matches_the_equations(layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
+    """The loops of the reference give equal logits for source and result."""
     source = saved(tmp_path / "source", head_norm=True, **LAYOUTS[layout])
     grow(source, tmp_path / "grown", **growth)
     ids = token_ids(1, 7)
@@ -118,8 +118,8 @@ def test_a_grown_model_follows_the_equations(layout: str, growth: dict[str, Any]
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("growth", [{"signal": 3}, {"width": 3}, {"signal": 2, "depth": 4, "width": 2}], ids=str)
-def test_narrow_dtypes_are_exact_too(growth: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
-    """A third of a weight is no number of theirs, and noise is not: but the shares sum to the weight."""
+def test_growth_is_exact_in_narrow_dtypes(growth: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    """The shares of a weight sum to it exactly, although a third of it is not representable."""
     source = saved(tmp_path / "source", dtype, tie_word_embeddings=True)
     report = gda.grow(source, tmp_path / "grown", **growth)
     assert report.notes == []
@@ -128,8 +128,8 @@ def test_narrow_dtypes_are_exact_too(growth: dict[str, Any], dtype: torch.dtype,
     assert all(tensor.dtype in (dtype, torch.float32) for tensor in tensors_of(tmp_path / "grown").values())
 
 
-def test_greedy_text_stays(tmp_path: Path) -> None:
-    """With a cache, of a model with a tokenizer: `gda.grow` verifies it by itself."""
+def test_greedy_text_does_not_change(tmp_path: Path) -> None:
+    """With a cache; `gda.grow` verifies it."""
     report = gda.grow(save_llama(tmp_path / "llama"), tmp_path / "grown", signal=2, depth=3, width=2)
     assert report.verification is not None
     assert report.verification.passed
@@ -142,8 +142,8 @@ def test_greedy_text_stays(tmp_path: Path) -> None:
 
 @each_layout
 @pytest.mark.parametrize("times", [2, 3])
-def test_signal_heads_are_replicated_beside_themselves(times: int, layout: str, tmp_path: Path) -> None:
-    """Rows of q_proj and W_λ repeated, noise rows as they are, columns of o_proj shared out; the rest bit for bit."""
+def test_signal_heads_are_replicated_beside_the_originals(times: int, layout: str, tmp_path: Path) -> None:
+    """Rows of q_proj and W_λ are repeated, and columns of o_proj are divided; the rest is unchanged bit for bit."""
     source = saved(tmp_path / "source", lambda_type="tanh", attention_bias=True, head_norm=True, **LAYOUTS[layout])
     report = grow(source, tmp_path / "grown", signal=times)
     assert report.config.signal_noise_ratio == times * 3
@@ -171,7 +171,7 @@ def test_signal_heads_are_replicated_beside_themselves(times: int, layout: str, 
 @each_layout
 @pytest.mark.parametrize("tied", [True, False])
 def test_width_tiles_whole_groups(tied: bool, layout: str, tmp_path: Path) -> None:
-    """What is written is tiled, what is read is shared out: with tied embeddings by the last norm, else by the head."""
+    """Written axes are tiled, and read axes are divided; tied embeddings divide the last norm instead of the head."""
     fields = {"attention_bias": True, "mlp_bias": True, "head_norm": True, "hidden_act": "poly_norm"}
     source = saved(tmp_path / "source", tie_word_embeddings=tied, **fields, **LAYOUTS[layout])
     report = grow(source, tmp_path / "grown", width=2)
@@ -200,8 +200,8 @@ def test_width_tiles_whole_groups(tied: bool, layout: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_copied_layers_add_nothing(tmp_path: Path) -> None:
-    """o_proj and down_proj are zero, weight and bias; all else of a copy is its original's, λ and window too."""
+def test_copied_layers_have_no_effect(tmp_path: Path) -> None:
+    """o_proj and down_proj are zero; everything else equals the original layer, λ and window included."""
     windows = ["sliding_attention", "full_attention", "sliding_attention"]
     source = saved(
         tmp_path / "source", attention_bias=True, mlp_bias=True, sliding_window=3, layer_types=windows, head_norm=True
@@ -222,8 +222,8 @@ def test_copied_layers_add_nothing(tmp_path: Path) -> None:
                 assert torch.equal(new, before[name]), name
 
 
-def test_a_single_lambda_init_stays_one(tmp_path: Path) -> None:
-    """Only what differs by layer becomes a list."""
+def test_single_lambda_init_is_kept(tmp_path: Path) -> None:
+    """Only values that differ between layers become a list."""
     report = grow(saved(tmp_path / "source", lambda_init=0.1), tmp_path / "grown", depth=4)
     assert report.config.lambda_init == 0.1
 
@@ -242,7 +242,7 @@ def test_a_single_lambda_init_stays_one(tmp_path: Path) -> None:
     ],
 )
 def test_copies_are_spread_evenly(layers: int, depth: int, copied: list[int]) -> None:
-    """Also where the depth is no multiple, and where there are more copies than layers."""
+    """Also if the depth is not a multiple, and if there are more copies than layers."""
     assert copied_layers(GrowOptions("source", "out", depth=depth), layers) == copied
 
 
@@ -257,7 +257,7 @@ numbers = st.floats(-60000, 60000) | st.floats(-1e-7, 1e-7)
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_shares_sum_to_the_weight(values: list[float], count: int, noise: float, dtype: torch.dtype) -> None:
-    """Exactly, in every dtype, for every count, size and noise; and each is near its share."""
+    """Exactly, for every dtype, number of shares, size and noise; and each is close to its share."""
     weight = torch.tensor(values).to(dtype)
     drawn = noise * torch.randn(count, len(weight), generator=torch.Generator().manual_seed(0)) if noise else None
     shares = split_exactly(weight, count, drawn)
@@ -271,16 +271,16 @@ def test_shares_sum_to_the_weight(values: list[float], count: int, noise: float,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("count", [2, 3, 5, 7])
-def test_shares_of_small_weights_sum_too(count: int, dtype: torch.dtype) -> None:
-    """Where noise is far above the weight it is made less, down to shares that use every digit they have."""
+def test_shares_of_small_weights_sum_exactly(count: int, dtype: torch.dtype) -> None:
+    """Noise far above the weight is reduced, down to shares that use every digit."""
     generator = torch.Generator().manual_seed(0)
     weight = (1e-4 * torch.randn(20000, generator=generator)).to(dtype)
     shares = split_exactly(weight, count, torch.randn(count, len(weight), generator=generator))
     assert torch.equal(shares.double().sum(0), weight.double())
 
 
-def test_noise_is_as_large_as_asked(tmp_path: Path) -> None:
-    """Relative to the weight's deviation, √(1 − 1/r) of it since r replicas sum to zero; at most a share's own size."""
+def test_noise_has_the_requested_size(tmp_path: Path) -> None:
+    """Relative to the weight's deviation, times √(1 − 1/r) because r replicas sum to zero."""
     source = saved(tmp_path / "source")
     before = tensors_of(source)
     for noise_std, least in ((0.0, 0.0), (0.01, 0.9), (0.1, 0.7), (1.0, 0.2)):
@@ -296,7 +296,7 @@ def test_noise_is_as_large_as_asked(tmp_path: Path) -> None:
 
 
 def trained(model: GDAForCausalLM, steps: int = 2) -> dict[str, Tensor]:
-    """Gradients of the last of some steps of SGD on random tokens, by name."""
+    """Gradients, by name, of the last of several SGD steps on random tokens."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     ids = torch.arange(61).repeat(2).view(2, 61)
     for _ in range(steps):
@@ -309,8 +309,8 @@ def trained(model: GDAForCausalLM, steps: int = 2) -> dict[str, Tensor]:
 @each_operator
 @each_layout
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
-def test_new_parameters_learn(lambda_type: str, layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
-    """After two optimizer steps each has a gradient, in what is new of it."""
+def test_new_parameters_get_gradients(lambda_type: str, layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
+    """Each new part has one after two optimizer steps."""
     source = saved(tmp_path / "source", lambda_type=lambda_type, attention_bias=True, **LAYOUTS[layout])
     grow(source, tmp_path / "grown", **growth)
     model, new = load(tmp_path / "grown"), Trainable.read(tmp_path / "grown")
@@ -325,8 +325,8 @@ def test_new_parameters_learn(lambda_type: str, layout: str, growth: dict[str, A
 @pytest.mark.parametrize(
     "growth", [{"signal": 2}, {"signal": 2, "depth": 5}, {"width": 2}, {"signal": 2, "width": 2}], ids=str
 )
-def test_replicas_part(growth: dict[str, Any], layout: str, tmp_path: Path) -> None:
-    """After two steps no two signal heads have equal rows; without noise they stay equal for ever."""
+def test_replicas_diverge(growth: dict[str, Any], layout: str, tmp_path: Path) -> None:
+    """After two steps no two signal heads are equal. Without noise, they stay equal."""
     source = saved(tmp_path / "source", lambda_type="tanh", **LAYOUTS[layout])
     for noise_std in (0.01, 0.0):
         grow(source, tmp_path / "grown", noise_std=noise_std, overwrite=True, **growth)
@@ -338,8 +338,8 @@ def test_replicas_part(growth: dict[str, Any], layout: str, tmp_path: Path) -> N
             assert any(equal) == (noise_std == 0)
 
 
-def test_a_deepened_model_grows_on(tmp_path: Path) -> None:
-    """Where o_proj is zero replicas part all the same, and nothing is added until then."""
+def test_deepened_model_can_grow_again(tmp_path: Path) -> None:
+    """Replicas also diverge where o_proj is zero."""
     source = saved(tmp_path / "source")
     grow(source, tmp_path / "deep", depth=4)
     report = gda.grow(tmp_path / "deep", tmp_path / "grown", signal=2)
@@ -350,8 +350,8 @@ def test_a_deepened_model_grows_on(tmp_path: Path) -> None:
     assert output.unflatten(1, (6, 2, 8)).sum(dim=2).abs().max() == 0
 
 
-def test_no_noise_is_said(tmp_path: Path) -> None:
-    """Where there are replicas; copies of layers need none."""
+def test_zero_noise_is_noted(tmp_path: Path) -> None:
+    """Only if there are replicas."""
     source = saved(tmp_path / "source")
     assert "stay equal during training" in grow(source, tmp_path / "out", width=2, noise_std=0, dry_run=True).notes[0]
     assert grow(source, tmp_path / "out", depth=4, noise_std=0, dry_run=True).notes == []
@@ -362,8 +362,8 @@ def test_no_noise_is_said(tmp_path: Path) -> None:
 
 @each_operator
 @each_layout
-def test_what_is_new_and_what_is_not(layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
-    """What is not new has as many entries as the source; where a tensor reads nothing new they are the source's."""
+def test_trainable_json_marks_exactly_the_new_entries(layout: str, growth: dict[str, Any], tmp_path: Path) -> None:
+    """The others are as many as the source's, and equal to them where nothing new is read."""
     source = saved(tmp_path / "source", lambda_type="tanh", attention_bias=True, **LAYOUTS[layout])
     report = grow(source, tmp_path / "grown", **growth)
     model, new = load(tmp_path / "grown"), Trainable.read(tmp_path / "grown")
@@ -402,8 +402,8 @@ def test_freeze_others_trains_only_new_entries(tmp_path: Path) -> None:
 
 
 @each_operator
-def test_peft_takes_it_as_it_is(growth: dict[str, Any], tmp_path: Path) -> None:
-    """`LoraConfig(**peft)` adapts and saves modules that hold something new, and no other; they learn."""
+def test_peft_config(growth: dict[str, Any], tmp_path: Path) -> None:
+    """`LoraConfig(**peft)` adapts and saves exactly the modules with new entries, and they are trained."""
     peft = pytest.importorskip("peft")
     source = saved(tmp_path / "source", lambda_type="tanh", head_norm=True)
     report = grow(source, tmp_path / "grown", **growth)
@@ -424,8 +424,8 @@ def test_peft_takes_it_as_it_is(growth: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["[]", "{}", '{"parameters": [{"pattern": "(", "kept": null}], "peft": {}}', "not JSON"]
 )
-def test_a_trainable_json_that_is_none(content: str, tmp_path: Path) -> None:
-    """In one line that names the file; likewise where there is none."""
+def test_invalid_trainable_json(content: str, tmp_path: Path) -> None:
+    """One line names the file. A missing file gives a similar line."""
     with pytest.raises(FileNotFoundError, match=r"trainable\.json"):
         Trainable.read(tmp_path)
     (tmp_path / "trainable.json").write_text(content)
@@ -437,8 +437,8 @@ def test_a_trainable_json_that_is_none(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["gqa", "mha", "mqa", "mlp_bias", "tied", "llama3", "shards"])
-def test_a_llama_grows_at_once(variant: str, tmp_path: Path) -> None:
-    """Expanded on the way, tensor by tensor: the bytes of an expansion that is grown, and the Llama's logits."""
+def test_llama_is_expanded_and_grown_at_once(variant: str, tmp_path: Path) -> None:
+    """The bytes equal those of an expansion that is grown, and the logits those of the Llama."""
     llama = save_llama(tmp_path / "llama", **VARIANTS[variant])
     gda.convert(llama, tmp_path / "gda", lambda_type="tanh", verify=False, seed=3)
     growth: dict[str, Any] = {"signal": 2, "depth": 3, "width": 2, "seed": 3}
@@ -450,8 +450,8 @@ def test_a_llama_grows_at_once(variant: str, tmp_path: Path) -> None:
     assert report.verification.threshold == TOLERANCE
 
 
-def test_the_choices_of_an_expansion(tmp_path: Path) -> None:
-    """Ratio or noise heads before growth; a GDA model leaves none."""
+def test_expansion_options(tmp_path: Path) -> None:
+    """--ratio and --noise-heads apply to a Llama, and not to a GDA model."""
     llama = save_llama(tmp_path / "llama")
     report = grow(llama, tmp_path / "grown", signal=2, ratio="4:1")
     assert (report.before.signal_noise_ratio, report.config.signal_noise_ratio) == (4, 8)
@@ -461,8 +461,8 @@ def test_the_choices_of_an_expansion(tmp_path: Path) -> None:
 
 
 @each_operator
-def test_relatives_grow_at_once(growth: dict[str, Any], tmp_path: Path) -> None:
-    """A DiffLlama is run against the result; a Motif, which cannot be, is compared tensor by tensor."""
+def test_diffllama_and_motif_grow_at_once(growth: dict[str, Any], tmp_path: Path) -> None:
+    """A DiffLlama is run and compared. A Motif cannot be run, so its tensors are compared."""
     report = gda.grow(save_diffllama(tmp_path / "diffllama"), tmp_path / "grown", **growth)
     assert report.verification is not None
     assert report.verification.method == "full"
@@ -480,8 +480,8 @@ def test_relatives_grow_at_once(growth: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @each_operator
-def test_verify_knows_them(growth: dict[str, Any], tmp_path: Path) -> None:
-    """By every method, later as well; and it fails where a tensor was changed."""
+def test_verify_grown_models(growth: dict[str, Any], tmp_path: Path) -> None:
+    """Every method passes, and fails for a changed tensor."""
     source = saved(tmp_path / "source")
     grow(source, tmp_path / "grown", **growth)
     for method in ("full", "layers", "tensors"):
@@ -493,7 +493,7 @@ def test_verify_knows_them(growth: dict[str, Any], tmp_path: Path) -> None:
         assert not gda.verify(source, tmp_path / "grown", method=method).passed
 
 
-def test_growth_that_is_wrong_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_growth_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification runs before OUT appears."""
     source = saved(tmp_path / "source")
     monkeypatch.setattr("gda.conversion.growth.replicate.reads", lambda name, axis, config: False)
@@ -502,8 +502,8 @@ def test_growth_that_is_wrong_makes_nothing(tmp_path: Path, monkeypatch: pytest.
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_a_config_changed_by_hand_is_noticed(tmp_path: Path) -> None:
-    """Equal tensors under another schedule of λ or other windows compute something else."""
+def test_edited_config_fails_verification(tmp_path: Path) -> None:
+    """With another λ schedule or other windows, equal tensors compute something else."""
     source = saved(tmp_path / "source")
     grow(source, tmp_path / "grown", depth=4)
     change_config(tmp_path / "grown", lambda_init=[0.1, 0.2, 0.3, 0.4])
@@ -512,7 +512,7 @@ def test_a_config_changed_by_hand_is_noticed(tmp_path: Path) -> None:
 
 
 def test_settings_of_an_unknown_growth(tmp_path: Path) -> None:
-    """A conversion.json that was written by hand, or by a later version."""
+    """For example from a later version, or edited."""
     source = saved(tmp_path / "source")
     grow(source, tmp_path / "grown", depth=4)
     path = tmp_path / "grown" / "conversion.json"
@@ -523,8 +523,8 @@ def test_settings_of_an_unknown_growth(tmp_path: Path) -> None:
         gda.verify(source, tmp_path / "grown", method="tensors")
 
 
-def test_what_the_folder_tells(tmp_path: Path) -> None:
-    """conversion.json the settings and where tensors came from, the card the growth, inspect the heads and layers."""
+def test_conversion_json_card_and_inspect(tmp_path: Path) -> None:
+    """Settings and origins, the growth, and the heads and layers."""
     llama = save_llama(tmp_path / "llama")
     report = gda.grow(llama, tmp_path / "grown", signal=2, depth=4)
     made = json.loads((tmp_path / "grown" / "conversion.json").read_text())
@@ -542,16 +542,16 @@ def test_what_the_folder_tells(tmp_path: Path) -> None:
     assert (tmp_path / "grown" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
 
 
-def test_the_card_of_a_model_with_a_shared_base(tmp_path: Path) -> None:
-    """Says that it is, and no error of a factorization that growth did not do."""
+def test_card_of_a_model_with_qk_rank(tmp_path: Path) -> None:
+    """It mentions the rank, and no errors of a factorization."""
     grow(saved(tmp_path / "source", qk_rank=3), tmp_path / "grown", signal=2)
     card = (tmp_path / "grown" / "README.md").read_text()
     assert "an update of rank 3" in card
     assert "Relative error" not in card
 
 
-def test_an_interrupted_growth_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --resume: the same bytes; without OUT meanwhile."""
+def test_interrupted_growth_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives the same bytes, and OUT is absent before."""
     source = saved(tmp_path / "source")
     options: dict[str, Any] = {"signal": 2, "depth": 5, "width": 2, "max_shard_size": "30KB"}
     whole = grow(source, tmp_path / "whole", **options)
@@ -577,8 +577,8 @@ def test_an_interrupted_growth_is_taken_up(tmp_path: Path, monkeypatch: pytest.M
     assert all(one[name] == other[name] for name in one if name != "README.md")
 
 
-def test_casting_is_said_to_be_lossy(tmp_path: Path) -> None:
-    """Only the cast is; the growth in the narrow dtype is that of the cast weights."""
+def test_cast_is_reported_as_lossy(tmp_path: Path) -> None:
+    """Growth in the narrow dtype is exact for the cast weights."""
     source = saved(tmp_path / "source")
     report = gda.grow(source, tmp_path / "grown", signal=3, dtype="bfloat16")
     assert "cast to bfloat16" in report.notes[0]
@@ -614,8 +614,8 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("options", "named"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_growth_that_cannot_be(options: dict[str, Any], named: str, tmp_path: Path, command: Command) -> None:
-    """In Python by option and value, at the command line in one line with exit code 2; nothing is left."""
+def test_impossible_growth_is_refused(options: dict[str, Any], named: str, tmp_path: Path, command: Command) -> None:
+    """One line names option and value, with exit code 2 and no files."""
     source = saved(tmp_path / "source")
     with pytest.raises(ValueError, match=re.escape(named)):
         gda.grow(source, tmp_path / "deep" / "out", **options)
@@ -629,15 +629,14 @@ def test_growth_that_cannot_be(options: dict[str, Any], named: str, tmp_path: Pa
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_masked_growth_under_way_is_finished_first(tmp_path: Path) -> None:
-    """A model whose new parts are masked says so."""
+def test_unfinished_masked_growth_is_refused(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", fade=0.5, masked_signal_heads=1)
     with pytest.raises(ValueError, match="masked growth"):
         grow(source, tmp_path / "out", depth=4)
 
 
-def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:
-    """Heads, layers and size before and after, which layers are copied, the verification; with --json the report."""
+def test_output_of_the_command(tmp_path: Path, command: Command) -> None:
+    """Heads, layers and size before and after, copied layers, verification; with --json the report."""
     source = saved(tmp_path / "source")
     dry = command("grow", source, tmp_path / "grown", "--signal", 2, "--depth", 5, "--dry-run")
     assert dry.code == 0, dry.error
@@ -660,7 +659,7 @@ def test_what_the_command_tells(tmp_path: Path, command: Command) -> None:
 
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:
-    """What is none, and an OUT that exists or holds the source."""
+    """Sources that are not models, and an OUT that exists or contains the source."""
     source = saved(tmp_path / "source")
     with pytest.raises(FileNotFoundError):
         gda.grow(tmp_path / "absent", tmp_path / "out", depth=4)
@@ -674,8 +673,8 @@ def test_other_sources_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_smollm2
-def test_smollm2_to_six_to_one_and_36_layers(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct, expanded to 3:1 on the way, with twice the signal heads and 36 layers: the same text."""
+def test_smollm2_grown_to_6_to_1_and_36_layers(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct, expanded to 3:1 first: the same text."""
     from gda.conversion.demo import find_demo_model
 
     report = gda.grow(find_demo_model(), tmp_path / "grown", signal=2, depth=36)

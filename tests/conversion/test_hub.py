@@ -1,4 +1,4 @@
-"""Push and pull over HTTP, by the real clients, to a Hub on this machine; and all that can go wrong on the way."""
+"""Push and pull over HTTP with the real clients and a local Hub, including everything that can fail."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def put(hub: Hub, repo: str, folder: Path) -> str:
-    """Have `hub` hold a folder, as if it had been pushed; return the commit."""
+    """Store a folder in `hub` as if it had been pushed, and return the commit."""
     files = {path: Blob(data, path.endswith(".safetensors")) for path, data in files_of(folder).items()}
     huggingface_hub.create_repo(repo)
     return hub.repos[repo].commit("main", "all of it", files)
@@ -44,8 +44,8 @@ def put(hub: Hub, repo: str, folder: Path) -> str:
 
 
 @torch.no_grad()
-def test_a_model_in_memory_goes_there_and_comes_back(hub: Hub) -> None:
-    """`push_to_hub` and `from_pretrained` by id: the same logits, from shards, with the code in the repository."""
+def test_push_to_hub_and_from_pretrained(hub: Hub) -> None:
+    """Logits are equal, with shards, and the repository contains the code."""
     model = tiny_model(head_norm=True, lambda_type="sigmoid")
     model.push_to_hub("me/tiny", max_shard_size=SHARDS)
     held = hub.files("me/tiny")
@@ -60,7 +60,7 @@ def test_a_model_in_memory_goes_there_and_comes_back(hub: Hub) -> None:
 
 @torch.no_grad()
 def test_revisions_hold_different_models(hub: Hub) -> None:
-    """What was pushed to a branch is got from it, and from its commit."""
+    """A model pushed to a branch is loaded from it and from its commit."""
     first, second = tiny_model(seed=1), tiny_model(seed=2)
     first.push_to_hub("me/tiny")
     huggingface_hub.create_branch("me/tiny", branch="v2")
@@ -71,8 +71,8 @@ def test_revisions_hold_different_models(hub: Hub) -> None:
         assert torch.equal(pulled(ids).logits, model(ids).logits), revision
 
 
-def test_gda_push_sends_every_file_as_it_is(folder: Path, hub: Hub, command: Command) -> None:
-    """The repository holds the folder byte for byte; tokenizer and chat template come back from it."""
+def test_gda_push_sends_the_folder(folder: Path, hub: Hub, command: Command) -> None:
+    """The repository equals the folder byte for byte, and tokenizer and chat template load from it."""
     outcome = command("push", folder, "me/llama-gda", "--json")
     assert outcome.code == 0, outcome.error
     told = json.loads(outcome.out)
@@ -89,8 +89,8 @@ def test_gda_push_sends_every_file_as_it_is(folder: Path, hub: Hub, command: Com
     assert tokenizer(text) == AutoTokenizer.from_pretrained(folder)(text)
 
 
-def test_a_second_push_sends_no_weights(folder: Path, hub: Hub, command: Command) -> None:
-    """The Hub has them by their hashes: nothing is put twice."""
+def test_second_push_sends_no_weights(folder: Path, hub: Hub, command: Command) -> None:
+    """The Hub has them already, by their hashes."""
     assert command("push", folder, "me/x").code == 0
     puts = hub.asked("^PUT")
     assert puts == len(list(folder.glob("*.safetensors")))
@@ -102,7 +102,7 @@ def test_a_second_push_sends_no_weights(folder: Path, hub: Hub, command: Command
 
 @torch.no_grad()
 def test_files_of_an_earlier_model_are_removed(folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
-    """Weights in one file, a chat template: they would be loaded with the new shards. What is of no model stays."""
+    """A single weight file or a chat template would be loaded with the new shards. Other files are kept."""
     gda.convert(save_llama(tmp_path / "other", seed=5), tmp_path / "single", verify=False)
     assert command("push", tmp_path / "single", "me/x").code == 0
     theirs = {"NOTES.md": b"notes", "LICENSE": b"a licence", "adapter_model.safetensors": b"an adapter"}
@@ -120,8 +120,7 @@ def test_files_of_an_earlier_model_are_removed(folder: Path, tmp_path: Path, hub
     assert torch.equal(pulled(ids).logits, pushed(ids).logits)
 
 
-def test_a_branch_is_made_and_main_stays(folder: Path, hub: Hub, command: Command) -> None:
-    """`--revision` makes the branch; the first branch holds nothing of it."""
+def test_branch_is_created_and_main_is_unchanged(folder: Path, hub: Hub, command: Command) -> None:
     outcome = command("push", folder, "me/x", "--revision", "v2", "--message", "the second")
     assert outcome.code == 0, outcome.error
     assert f"{hub.url}/me/x/tree/v2" in outcome.out
@@ -130,16 +129,15 @@ def test_a_branch_is_made_and_main_stays(folder: Path, hub: Hub, command: Comman
 
 
 @pytest.mark.parametrize(("option", "private"), [("--private", True), ("--public", False)])
-def test_a_repository_is_made_private_or_public(
+def test_repository_is_created_private_or_public(
     option: str, private: bool, folder: Path, hub: Hub, command: Command
 ) -> None:
-    """As asked."""
     assert command("push", folder, "me/x", option).code == 0
     assert hub.repos["me/x"].private is private
 
 
-def test_convert_pushes_what_it_made(tmp_path: Path, hub: Hub, command: Command) -> None:
-    """`gda convert … --push-to-hub`, from a Llama on the Hub: the card names it and its licence."""
+def test_convert_and_push(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """From a Llama on the Hub; the card names it and its licence."""
     llama = save_llama(tmp_path / "llama", max_shard_size=SHARDS)
     (llama / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en, de]\n---\nA Llama.\n")
     (llama / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -165,8 +163,8 @@ def test_convert_pushes_what_it_made(tmp_path: Path, hub: Hub, command: Command)
     assert gda.verify("some-one/llama", "me/llama-gda").relative <= 1e-5
 
 
-def test_what_a_folder_lacks_is_in_the_commit_and_not_in_the_folder(tmp_path: Path, hub: Hub, command: Command) -> None:
-    """A folder without card and code, as a trainer may leave: both are made for the commit."""
+def test_missing_card_and_code_are_added_to_the_commit(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """The folder itself does not change."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "trained")
     for name in CODE:
@@ -182,8 +180,8 @@ def test_what_a_folder_lacks_is_in_the_commit_and_not_in_the_folder(tmp_path: Pa
     assert "trust_remote_code=True" in card.text
 
 
-def test_without_code_there_is_none_and_no_mention_of_it(folder: Path, hub: Hub, command: Command) -> None:
-    """`--no-bundle-code`, over a push with code: no file of it, no auto_map, no word in the card; and back again."""
+def test_push_without_code(folder: Path, hub: Hub, command: Command) -> None:
+    """After a push with code: the files, auto_map and the card's section are gone. A later push restores them."""
     assert command("push", folder, "me/x").code == 0
     outcome = command("push", folder, "me/x", "--no-bundle-code")
     assert outcome.code == 0
@@ -198,8 +196,8 @@ def test_without_code_there_is_none_and_no_mention_of_it(folder: Path, hub: Hub,
     assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
 
 
-def test_what_is_no_part_of_a_model_is_left_out_and_named(folder: Path, hub: Hub, command: Command) -> None:
-    """Pickles, checkpoints of a trainer and somebody's scripts stay here."""
+def test_other_files_are_left_out_and_named(folder: Path, hub: Hub, command: Command) -> None:
+    """Pickles, checkpoints of a trainer and scripts."""
     (folder / "optimizer.pt").write_bytes(b"a pickle")
     (folder / "train.py").write_text("print('mine')")
     (folder / "checkpoint-5").mkdir()
@@ -211,8 +209,8 @@ def test_what_is_no_part_of_a_model_is_left_out_and_named(folder: Path, hub: Hub
     assert not {"optimizer.pt", "train.py", "checkpoint-5/model.safetensors"} & set(hub.files("me/x"))
 
 
-def test_numbers_of_other_weights_are_not_sent(folder: Path, hub: Hub, command: Command) -> None:
-    """Weights that were trained after the conversion: its hashes and its verification do not speak of them."""
+def test_conversion_json_of_other_weights_is_not_sent(folder: Path, hub: Hub, command: Command) -> None:
+    """After training, its hashes and verification no longer apply."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.lm_head.weight += 1
@@ -226,8 +224,8 @@ def test_numbers_of_other_weights_are_not_sent(folder: Path, hub: Hub, command: 
     assert b"Verification" not in held["README.md"]
 
 
-def test_a_card_that_is_there_is_kept(folder: Path, hub: Hub, command: Command) -> None:
-    """A folder without one does not put a made one over somebody's own."""
+def test_existing_card_is_kept(folder: Path, hub: Hub, command: Command) -> None:
+    """A folder without a card does not replace an edited card in the repository."""
     huggingface_hub.create_repo("me/x")
     theirs = b"---\nlicense: mit\n---\nMine.\n"
     huggingface_hub.upload_file(path_or_fileobj=theirs, path_in_repo="README.md", repo_id="me/x")
@@ -236,8 +234,8 @@ def test_a_card_that_is_there_is_kept(folder: Path, hub: Hub, command: Command) 
     assert hub.files("me/x")["README.md"] == theirs
 
 
-def test_a_language_that_yaml_takes_for_a_truth_value(tmp_path: Path, hub: Hub) -> None:
-    """Norwegian stays Norwegian."""
+def test_language_that_yaml_reads_as_false(tmp_path: Path, hub: Hub) -> None:
+    """Norwegian's `no`."""
     llama = save_llama(tmp_path / "llama")
     (llama / "README.md").write_text("---\nlanguage: [no, en]\n---\n")
     gda.convert(llama, tmp_path / "gda", verify=False)
@@ -245,8 +243,7 @@ def test_a_language_that_yaml_takes_for_a_truth_value(tmp_path: Path, hub: Hub) 
 
 
 @pytest.mark.parametrize(("noise_heads", "runs"), [(1, False), (2, True)])
-def test_the_card_names_the_engines_that_can_run_it(noise_heads: int, runs: bool, tmp_path: Path) -> None:
-    """vLLM where it can, and never a command that fails."""
+def test_card_names_only_engines_that_can_run_the_model(noise_heads: int, runs: bool, tmp_path: Path) -> None:
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", noise_heads=noise_heads, verify=False)
     card = (tmp_path / "gda" / "README.md").read_text()
     assert ("vllm serve" in card) is runs
@@ -254,8 +251,8 @@ def test_the_card_names_the_engines_that_can_run_it(noise_heads: int, runs: bool
     assert "transformers serve" not in card
 
 
-def test_a_dry_run_asks_the_hub_nothing(folder: Path, hub: Hub, command: Command) -> None:
-    """It lists what would be sent, and needs no token."""
+def test_dry_run_makes_no_requests(folder: Path, hub: Hub, command: Command) -> None:
+    """It lists the files and needs no token."""
     outcome = command("push", folder, "me/x", "--dry-run")
     assert outcome.code == 0, outcome.error
     assert "model.safetensors.index.json" in outcome.out.splitlines()
@@ -274,8 +271,8 @@ def refused(command: Command, *arguments: object) -> str:
     return outcome.error
 
 
-def test_a_push_without_a_token(folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says how to log in."""
+def test_push_without_a_token(folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says how to log in."""
     monkeypatch.delenv("HF_TOKEN")
     error = refused(command, "push", folder, "me/x")
     assert "hf auth login" in error
@@ -283,10 +280,10 @@ def test_a_push_without_a_token(folder: Path, hub: Hub, command: Command, monkey
 
 
 @pytest.mark.parametrize("token", [READER, "hf_nonsense"])
-def test_a_push_with_a_token_that_may_not(
+def test_push_with_a_read_only_token(
     token: str, folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says what to do, and does not print the token."""
+    """The message names the remedy and does not contain the token."""
     monkeypatch.setenv("HF_TOKEN", token)
     error = refused(command, "push", folder, "me/x")
     assert "me/x" in error
@@ -295,10 +292,10 @@ def test_a_push_with_a_token_that_may_not(
 
 
 @pytest.mark.parametrize("token", ["", READER])
-def test_convert_asks_for_the_token_before_the_work(
+def test_convert_checks_the_token_first(
     token: str, tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody converts for an hour to hear then that he is not logged in, or may not write."""
+    """A missing or read-only token is reported before the conversion."""
     monkeypatch.setenv("HF_TOKEN", token)
     source = save_llama(tmp_path / "llama")
     error = refused(command, "convert", source, tmp_path / "gda", "--push-to-hub", "me/x")
@@ -306,13 +303,12 @@ def test_convert_asks_for_the_token_before_the_work(
     assert not (tmp_path / "gda").exists()
 
 
-def test_convert_with_private_and_no_repository(tmp_path: Path, hub: Hub, command: Command) -> None:
-    """An option without effect is a mistake."""
+def test_private_without_push_is_refused(tmp_path: Path, hub: Hub, command: Command) -> None:
     assert "--push-to-hub" in refused(command, "convert", save_llama(tmp_path / "llama"), tmp_path / "gda", "--private")
 
 
-def test_a_push_that_fails_after_a_conversion_says_how_to_go_on(tmp_path: Path, hub: Hub, command: Command) -> None:
-    """The model is there; only the push is to be done again."""
+def test_failed_push_after_a_conversion(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """The model is kept, and the message says how to push it."""
     hub.faults.append(Fault("POST .*/commit/main", refuse=Refusal(400, "not today")))
     out = tmp_path / "gda"
     error = refused(command, "convert", save_llama(tmp_path / "llama"), out, "--push-to-hub", "me/x")
@@ -323,10 +319,10 @@ def test_a_push_that_fails_after_a_conversion_says_how_to_go_on(tmp_path: Path, 
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/x y", "me/..", "-x"])
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
-def test_a_push_to_a_name_that_cannot_be(
+def test_invalid_repository_name(
     name: str, option: list[str], folder: Path, hub: Hub, command: Command, tmp_path: Path
 ) -> None:
-    """It is named, before anything is asked; a conversion that ends in a push does not begin."""
+    """It is refused before any request, and before a conversion starts."""
     assert name in refused(command, "push", *option, "--", folder, name)
     out = tmp_path / "out"
     assert name in refused(command, "convert", tmp_path / "llama", out, f"--push-to-hub={name}", *option)
@@ -335,25 +331,24 @@ def test_a_push_to_a_name_that_cannot_be(
 
 
 @pytest.mark.parametrize("revision", ["", "a b", "/x"])
-def test_a_push_to_a_branch_that_cannot_be(revision: str, folder: Path, hub: Hub, command: Command) -> None:
-    """It is named."""
+def test_invalid_branch_name(revision: str, folder: Path, hub: Hub, command: Command) -> None:
     assert "--revision" in refused(command, "push", folder, "me/x", "--revision", revision)
     assert hub.log == []
 
 
 @pytest.mark.parametrize(("there", "asked"), [("--public", "--private"), ("--private", "--public")])
-def test_what_is_to_be_private_is_not_published(
+def test_push_private_to_a_public_repository_is_refused(
     there: str, asked: str, folder: Path, hub: Hub, command: Command
 ) -> None:
-    """A repository that is there keeps its kind, so a push that asks for the other kind does not happen."""
+    """And the other way round."""
     assert command("push", folder, "me/x", there).code == 0
     (folder / "generation_config.json").write_text("{}")
     assert f"is {there[2:]}" in refused(command, "push", folder, "me/x", asked)
     assert hub.files("me/x")["generation_config.json"] != b"{}"
 
 
-def test_an_interrupted_upload_goes_on(folder: Path, hub: Hub, command: Command) -> None:
-    """What was sent before the connection broke is not sent again, and the model is whole in the end."""
+def test_interrupted_upload_resumes(folder: Path, hub: Hub, command: Command) -> None:
+    """Files that were sent are not sent again, and the model is complete in the end."""
     hub.faults.append(Fault("PUT /lfs/", refuse=Refusal(413, "the line is bad")))
     error = refused(command, "push", folder, "me/x")
     assert "the line is bad" in error
@@ -368,8 +363,8 @@ def test_an_interrupted_upload_goes_on(folder: Path, hub: Hub, command: Command)
 
 
 @pytest.mark.slow
-def test_a_killed_push_goes_on(folder: Path, hub: Hub, command: Command) -> None:
-    """SIGKILL while weights are under way: the repository holds no model until the push is done again."""
+def test_killed_push_resumes(folder: Path, hub: Hub, command: Command) -> None:
+    """After SIGKILL during the upload, the repository has no model until the next push."""
     process = subprocess.Popen([sys.executable, "-m", "gda.cli", "push", folder, "me/x"])
     hub.faults.append(Fault("PUT /lfs/", kill=process))
     assert process.wait(timeout=120) == -signal.SIGKILL
@@ -378,15 +373,15 @@ def test_a_killed_push_goes_on(folder: Path, hub: Hub, command: Command) -> None
     assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
 
 
-def test_weights_that_arrive_damaged_are_refused(folder: Path, hub: Hub, command: Command) -> None:
-    """The Hub finds another hash than was announced: the push fails, nothing is committed."""
+def test_damaged_upload_is_refused(folder: Path, hub: Hub, command: Command) -> None:
+    """The Hub finds another hash than announced: the push fails, and nothing is committed."""
     hub.faults.append(Fault("PUT /lfs/", damage=0))
     assert "SHA-256" in refused(command, "push", folder, "me/x")
     assert set(hub.files("me/x")) == {".gitattributes"}
 
 
-def test_an_interrupted_download_goes_on(tmp_path: Path, hub: Hub) -> None:
-    """The connection breaks in the middle of the weights: the rest is asked for by range, and the result is right."""
+def test_interrupted_download_resumes(tmp_path: Path, hub: Hub) -> None:
+    """The rest is requested by range, and the result is correct."""
     llama = save_llama(tmp_path / "llama")
     put(hub, "some-one/llama", llama)
     hub.faults.append(Fault(r"GET .*/model\.safetensors", cut_after=5000))
@@ -397,10 +392,9 @@ def test_an_interrupted_download_goes_on(tmp_path: Path, hub: Hub) -> None:
         assert torch.equal(tensors_of(tmp_path / "gda")[name], tensor), name
 
 
-def test_a_download_that_stopped_is_taken_up_by_the_next_run(
+def test_stopped_download_is_resumed_by_the_next_run(
     tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Hub goes away for good in the middle; the next run goes on where the first one stopped."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     put(hub, "some-one/llama", save_llama(tmp_path / "llama"))
     hub.faults += [Fault(r"GET .*/model\.safetensors", cut_after=cut) for cut in (5000, *[0] * 9)]
@@ -410,8 +404,8 @@ def test_a_download_that_stopped_is_taken_up_by_the_next_run(
     assert command("convert", "some-one/llama", tmp_path / "gda").code == 0
 
 
-def test_a_download_with_a_wrong_hash_is_refused(tmp_path: Path, hub: Hub, command: Command) -> None:
-    """One bit differs from what the Hub announced: no model, and the file to remove is named."""
+def test_download_with_a_wrong_hash_is_refused(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """One flipped bit: no model, and the message names the file to remove."""
     put(hub, "some-one/llama", save_llama(tmp_path / "llama"))
     hub.faults.append(Fault(r"GET .*/model\.safetensors", damage=-1))
     error = refused(command, "convert", "some-one/llama", tmp_path / "gda", "--no-verify")
@@ -423,8 +417,7 @@ def test_a_download_with_a_wrong_hash_is_refused(tmp_path: Path, hub: Hub, comma
     assert command("convert", "some-one/llama", tmp_path / "gda").code == 0
 
 
-def test_a_revision_that_is_not_there(tmp_path: Path, hub: Hub, command: Command) -> None:
-    """It is named, by our command and by transformers."""
+def test_missing_revision(tmp_path: Path, hub: Hub, command: Command) -> None:
     put(hub, "some-one/llama", save_llama(tmp_path / "llama"))
     error = refused(command, "convert", "some-one/llama", tmp_path / "gda", "--revision", "v9")
     assert "some-one/llama@v9" in error
@@ -433,25 +426,25 @@ def test_a_revision_that_is_not_there(tmp_path: Path, hub: Hub, command: Command
         AutoModelForCausalLM.from_pretrained("me/tiny", revision="v9")
 
 
-def test_a_repository_that_is_not_there(tmp_path: Path, hub: Hub, command: Command) -> None:
-    """It may be private: the remedy is said."""
+def test_missing_repository(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """It may be private, so the message says how to log in."""
     error = refused(command, "convert", "some-one/nothing", tmp_path / "gda")
     assert "some-one/nothing is not on the Hub" in error
     assert "hf auth login" in error
 
 
-def test_a_private_repository_and_no_token(
+def test_private_repository_without_a_token(
     folder: Path, tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if it were not there, with the remedy; with the token it is got."""
+    """Like a missing repository; with a token, it is downloaded."""
     assert command("push", folder, "me/x", "--private").code == 0
     monkeypatch.delenv("HF_TOKEN")
     assert "hf auth login" in refused(command, "inspect", "me/x")
     monkeypatch.undo()
 
 
-def test_a_hub_that_is_away(folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens at the address: one line, not a traceback."""
+def test_unreachable_hub(folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line and no traceback."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     error = refused(command, "push", folder, "me/x")
@@ -463,8 +456,8 @@ def test_a_hub_that_is_away(folder: Path, hub: Hub, command: Command, monkeypatc
     "what",
     ["nothing", "a llama", "a shard is missing", "a file", "an adapter", "a classifier", "a broken conversion.json"],
 )
-def test_a_push_of_no_whole_gda_model(what: str, folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
-    """It is refused before anything is sent."""
+def test_incomplete_model_is_not_pushed(what: str, folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
+    """It is refused before any request."""
     place = {"nothing": tmp_path / "none", "a llama": tmp_path / "llama", "a file": folder / "config.json"}
     if what == "a shard is missing":
         next(folder.glob("*.safetensors")).unlink()

@@ -1,4 +1,4 @@
-"""One Conversion per mode: what writing, verification and the card take, and how verification plans it again."""
+"""One Conversion per mode: what writing, verification and the card use, and how verification plans it again."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..support.tiny import tiny_model
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with enough heads to divide, a Motif and a GDA model with a shared base."""
+    """A Llama with enough heads to split, a Motif, and a GDA model with qk_rank."""
     folder = tmp_path_factory.mktemp("models")
     save_llama(folder / "llama")
     save_motif(folder / "motif")
@@ -45,8 +45,8 @@ def test_each_mode_has_a_file_and_a_paragraph_of_the_card() -> None:
         ("fold", "shared", FoldOptions("shared", "out")),
     ],
 )
-def test_a_mode_returns_its_conversion(mode: str, source: str, options: Any, models: Path) -> None:
-    """Its recipes read tensors of the source and make the tensors of its config; nothing is read yet."""
+def test_mode_returns_a_conversion(mode: str, source: str, options: Any, models: Path) -> None:
+    """Its recipes read tensors of the source and make the tensors of its config. No tensor is read yet."""
     opened = open_source(models / source)
     conversion = plan(mode, opened, options)
     assert isinstance(conversion, Conversion)
@@ -69,7 +69,9 @@ def test_a_mode_returns_its_conversion(mode: str, source: str, options: Any, mod
         ("split", "llama", ConvertOptions("llama", "out", qk_rank=2), "--qk-rank goes with --mode split in two steps"),
     ],
 )
-def test_a_mode_refuses_what_it_cannot_do(mode: str, source: str, options: Any, named: str, models: Path) -> None:
+def test_mode_refuses_unsuitable_sources_and_options(
+    mode: str, source: str, options: Any, named: str, models: Path
+) -> None:
     with pytest.raises(ValueError, match=named):
         plan(mode, open_source(models / source), options)
 
@@ -86,7 +88,7 @@ def test_a_mode_refuses_what_it_cannot_do(mode: str, source: str, options: Any, 
 def test_conversion_json_is_enough_to_plan_it_again(
     source: str, options: dict[str, Any], models: Path, tmp_path: Path
 ) -> None:
-    """With the options that it was made with: the same tensors, made in the same way, and the same config."""
+    """With the recorded options, tensors, recipes and config are the same."""
     convert = gda.grow if options.keys() & {"signal", "depth"} else gda.convert
     report = convert(models / source, tmp_path / "out", verify=False, bundle_code=False, **options)
     settings = read_settings(tmp_path / "out")
@@ -111,10 +113,8 @@ def test_conversion_json_is_enough_to_plan_it_again(
     ],
     ids=str,
 )
-def test_settings_that_describe_no_conversion_of_the_source(
-    changed: dict[str, Any], named: str, models: Path, tmp_path: Path
-) -> None:
-    """A conversion.json that was changed by hand ends in one line."""
+def test_edited_settings_are_refused(changed: dict[str, Any], named: str, models: Path, tmp_path: Path) -> None:
+    """One line."""
     gda.convert(models / "llama", tmp_path / "out", verify=False)
     path = tmp_path / "out" / "conversion.json"
     made = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Saved means saved: what a command writes is on the disk before it is renamed into place."""
+"""Everything that a command writes is synced to disk before it is renamed into place."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 class Disk:
-    """What was asked of the file system, in order: ("sync", inode, size, time of change), ("rename", from, to)."""
+    """Records calls to the file system in order: ("sync", inode, size, change time), ("rename", from, to)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -42,12 +42,12 @@ class Disk:
         return renamed
 
     def place_of(self, call: tuple[Any, ...]) -> int:
-        """The number of the last such call."""
+        """Index of the last such call."""
         return max(number for number, made in enumerate(self.calls) if made == call)
 
 
 def state(status: os.stat_result) -> tuple[int, int, int]:
-    """What a file is and when it was changed; of a folder, what it is."""
+    """Type and change time of a file; for a folder, only its type."""
     if stat.S_ISDIR(status.st_mode):
         return status.st_ino, 0, 0
     return status.st_ino, status.st_size, status.st_mtime_ns
@@ -55,7 +55,7 @@ def state(status: os.stat_result) -> tuple[int, int, int]:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A Llama in shards, GDA models with dense and with factored projections, and a text."""
+    """A Llama in shards, GDA models with dense and factored projections, and a text."""
     save_llama(tmp_path / "llama", max_shard_size="20KB")
     gda.convert(tmp_path / "llama", tmp_path / "gda", verify=False, max_shard_size="20KB")
     gda.convert(tmp_path / "llama", tmp_path / "factored", verify=False, qk_rank=2)
@@ -74,8 +74,8 @@ MAKERS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_all_is_on_the_disk_before_out_has_its_name(name: str, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file as it is in OUT, and each folder; the name of OUT, and those of the parents made for it, after."""
+def test_out_is_synced_before_it_is_renamed(name: str, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and folder. The names of OUT and of its created parents are synced afterwards."""
     out = sources / "made" / "deep" / "out"
     disk = Disk(monkeypatch)
     MAKERS[name](sources, out)
@@ -88,16 +88,14 @@ def test_all_is_on_the_disk_before_out_has_its_name(name: str, sources: Path, mo
         assert disk.place_of(("sync", *state(parent.stat()))) > renamed, parent
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file, the renaming, the folder."""
+def test_file_is_synced_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     write_text(tmp_path / "file", "text")
     file, folder = state((tmp_path / "file").stat()), state(tmp_path.stat())
     assert disk.calls == [("sync", *file), ("rename", ".file.tmp", "file"), ("sync", *folder)]
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files and folders, then the file that says so, then its own name."""
+def test_checkpoint_is_synced_before_it_is_marked_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tmp_path / "checkpoint-3"
     (checkpoint / "inner").mkdir(parents=True)
     for file in (checkpoint / "a", checkpoint / "inner" / "b"):
@@ -111,10 +109,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("moment", [1, 5, 12])
-def test_a_disk_that_does_not_take_a_file_is_one_line(
-    moment: int, sources: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is still to be written may fail at fsync alone: exit code 2, the file named, no OUT."""
+def test_failed_sync_is_reported(moment: int, sources: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2, one line that names the file, and no OUT."""
     real, left = os.fsync, moment
 
     def fails(descriptor: int) -> None:
@@ -134,8 +130,8 @@ def test_a_disk_that_does_not_take_a_file_is_one_line(
     assert not (sources / "out").exists()
 
 
-def test_a_file_system_that_syncs_no_folders_is_put_up_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some over networks say EINVAL of a folder; of a file that is an error."""
+def test_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EINVAL is ignored for a folder and is an error for a file."""
 
     def refuses(_: int) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

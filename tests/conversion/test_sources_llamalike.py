@@ -1,4 +1,4 @@
-"""Mistral, Qwen2 and Qwen3 become GDA models that compute what transformers' own classes compute, and come back."""
+"""Mistral, Qwen2 and Qwen3: converted with logits equal to transformers' classes, and exported again."""
 
 import json
 import os
@@ -72,7 +72,7 @@ each_type = pytest.mark.parametrize("model_type", CLASSES)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a source of each type, to copy from."""
+    """A folder with a source of each type. Tests copy them."""
     folder = tmp_path_factory.mktemp("sources")
     for model_type in CLASSES:
         save_source(folder / model_type, model_type, **({"head_dim": 8} if model_type == "qwen3" else {}))
@@ -88,8 +88,8 @@ def save_variant(folder: Path, variant: str) -> Path:
 
 
 @each_variant
-def test_logits_and_greedy_tokens_are_those_of_the_source(variant: str, tmp_path: Path) -> None:
-    """Beyond every window, in one call and token by token from the cache; verification agrees by its own means."""
+def test_logits_and_greedy_tokens_equal_the_source(variant: str, tmp_path: Path) -> None:
+    """Beyond every window, in one call and token by token with a cache; verification agrees."""
     source = save_variant(tmp_path / "source", variant)
     report = gda.convert(source, tmp_path / "gda", max_shard_size="30KB")
     original, converted = load(source), load(tmp_path / "gda")
@@ -112,7 +112,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_source(variant: str, tmp_path
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2, layer_types", "qwen3, layer_types"])
 def test_left_padding_and_backends(variant: str, attention: str, tmp_path: Path) -> None:
-    """A batch with padding on the left, windows and all, by each backend."""
+    """A left-padded batch with every window and every backend."""
     gda.convert(save_variant(tmp_path / "source", variant), tmp_path / "gda", verify=False)
     models = [load(tmp_path / name, attn_implementation=attention) for name in ("source", "gda")]
     ids, mask = some_ids(), torch.ones(2, LENGTH, dtype=torch.long)
@@ -122,8 +122,8 @@ def test_left_padding_and_backends(variant: str, attention: str, tmp_path: Path)
     assert relative_error(got[mask.bool()], expected[mask.bool()]) <= 1e-5
 
 
-def test_a_window_decides(tmp_path: Path) -> None:
-    """Beyond the window the result is not that of another window: the tests above see it."""
+def test_window_affects_the_output(tmp_path: Path) -> None:
+    """Otherwise the tests above could not detect a wrong window."""
     source = save_variant(tmp_path / "source", "mistral, window")
     gda.convert(source, tmp_path / "gda", verify=False)
     expected = logits(load(source), some_ids())
@@ -134,7 +134,7 @@ def test_a_window_decides(tmp_path: Path) -> None:
 @pytest.mark.slow
 @each_variant
 def test_verification_by_layers_and_by_tensors(variant: str, tmp_path: Path) -> None:
-    """Both hold for what was converted, and neither for a change in the weights."""
+    """Both pass for a conversion and fail for changed weights."""
     source = save_variant(tmp_path / "source", variant)
     gda.convert(source, tmp_path / "gda", verify=False)
     assert gda.verify(source, tmp_path / "gda", method="tensors").passed
@@ -151,7 +151,7 @@ def test_verification_by_layers_and_by_tensors(variant: str, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2, layer_types", "qwen3, layer_types", "qwen3"])
 def test_full_and_layers_give_the_same_numbers(variant: str, tmp_path: Path) -> None:
-    """Run layer by layer, a window is a window: a model with other weights is as far away by both."""
+    """Also with windows, for a model with other weights."""
     source = save_variant(tmp_path / "source", variant)
     gda.convert(source, tmp_path / "gda", verify=False)
     tensors = tensors_of(tmp_path / "gda")
@@ -170,10 +170,8 @@ def test_full_and_layers_give_the_same_numbers(variant: str, tmp_path: Path) -> 
     [{"sliding_window": 4095}, {"sliding_window": None, "layer_types": ["full_attention"] * 2}],
     ids=["another", "none"],
 )
-def test_a_window_that_no_prompt_reaches_is_compared_all_the_same(
-    changes: dict[str, Any], method: str, tmp_path: Path
-) -> None:
-    """4,096 tokens are not run to verify: the windows themselves are compared, and the layer is named."""
+def test_windows_longer_than_the_prompts_are_compared(changes: dict[str, Any], method: str, tmp_path: Path) -> None:
+    """Verification compares the windows themselves and names the layer."""
     source = save_variant(tmp_path / "source", "mistral, window beyond the sequence")
     gda.convert(source, tmp_path / "gda", verify=False)
     change_config(tmp_path / "gda", **changes)
@@ -184,8 +182,8 @@ def test_a_window_that_no_prompt_reaches_is_compared_all_the_same(
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
 @pytest.mark.parametrize("noise_heads", [1, 2, 4])
 @each_type
-def test_every_new_weight_learns(model_type: str, noise_heads: int, lambda_type: str, tmp_path: Path) -> None:
-    """λ is exactly 0 with a gradient at the first step; after it every noise row and bias has one, by head."""
+def test_every_new_weight_gets_a_gradient(model_type: str, noise_heads: int, lambda_type: str, tmp_path: Path) -> None:
+    """λ is exactly 0 with a gradient at the first step. After it, every noise row and bias has a gradient."""
     source = save_source(tmp_path / "source", model_type, head_dim=8)
     gda.convert(source, tmp_path / "gda", noise_heads=noise_heads, lambda_type=lambda_type, verify=False)
     assert gda.inspect(tmp_path / "gda").lambdas == [0.0, 0.0]
@@ -208,8 +206,8 @@ def test_every_new_weight_learns(model_type: str, noise_heads: int, lambda_type:
 
 
 @each_type
-def test_tensors_are_the_sources_and_biases_stand_where_they_stood(model_type: str, tmp_path: Path) -> None:
-    """All but q_proj bit for bit; signal rows of q_proj too; no tensor is added but λ."""
+def test_tensors_equal_the_sources(model_type: str, tmp_path: Path) -> None:
+    """Bit for bit, including the signal rows and biases of q_proj. Only λ is added."""
     source = save_source(tmp_path / "source", model_type, head_dim=8, dtype=torch.bfloat16)
     gda.convert(source, tmp_path / "gda", verify=False)
     before, after = tensors_of(source), tensors_of(tmp_path / "gda")
@@ -223,8 +221,8 @@ def test_tensors_are_the_sources_and_biases_stand_where_they_stood(model_type: s
             assert torch.equal(after[name], tensor), name
 
 
-def test_the_checkpoint_loads_in_its_own_dtype(tmp_path: Path) -> None:
-    """In bfloat16, norms of q and k included, logits are the source's to bfloat16's rounding."""
+def test_checkpoint_loads_in_its_own_dtype(tmp_path: Path) -> None:
+    """In bfloat16, logits equal the source's up to rounding."""
     source = save_variant(tmp_path / "source", "qwen3, bf16, shards")
     gda.convert(source, tmp_path / "gda", verify=False)
     original, converted = load(source, "auto"), load(tmp_path / "gda", "auto")
@@ -236,8 +234,8 @@ def test_the_checkpoint_loads_in_its_own_dtype(tmp_path: Path) -> None:
 
 
 @each_variant
-def test_config_json_says_what_the_source_says(variant: str, tmp_path: Path) -> None:
-    """Every field that `source_fields` gives is in config.json, and a window that no layer uses is not."""
+def test_config_json_has_the_fields_of_the_source(variant: str, tmp_path: Path) -> None:
+    """A window that no layer uses is omitted."""
     source = save_variant(tmp_path / "source", variant)
     report = gda.convert(source, tmp_path / "gda", verify=False)
     config = load(source).config
@@ -255,8 +253,8 @@ def test_config_json_says_what_the_source_says(variant: str, tmp_path: Path) -> 
     assert made["source"]["head_dim"] == fields["head_dim"]
 
 
-def test_inspect_knows_the_cache_and_the_parts(tmp_path: Path) -> None:
-    """A Qwen2 names no head_dim; its cache is known all the same, and so are biases and norms."""
+def test_inspect_cache_and_parts(tmp_path: Path) -> None:
+    """For a Qwen2 without head_dim, with biases and norms."""
     gda.convert(save_variant(tmp_path / "source", "qwen2"), tmp_path / "gda", verify=False)
     report = gda.inspect(tmp_path / "gda")
     assert report.source_kv_cache_bytes_per_token == report.kv_cache_bytes_per_token == 2 * 2 * 2 * 8 * 4
@@ -265,7 +263,7 @@ def test_inspect_knows_the_cache_and_the_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_configs_of_older_transformers_are_understood(tmp_path: Path) -> None:
+def test_configs_of_older_transformers_are_read(tmp_path: Path) -> None:
     """Qwen2.5's own config.json: rope_theta, torch_dtype and use_mrope at top level, no layer_types."""
     source = save_source(tmp_path / "source", "qwen2")
     change_config(source, rope_parameters=..., layer_types=..., dtype=..., sliding_window=32768)
@@ -276,8 +274,8 @@ def test_configs_of_older_transformers_are_understood(tmp_path: Path) -> None:
     assert relative_error(logits(load(tmp_path / "gda"), some_ids()), logits(load(source), some_ids())) <= 1e-5
 
 
-def test_what_is_left_out_is_told(tmp_path: Path) -> None:
-    """Dropout of attention, and fields that transformers' class does not know, each by name."""
+def test_dropped_fields_are_noted(tmp_path: Path) -> None:
+    """attention_dropout, and fields that transformers' class does not read."""
     source = save_source(tmp_path / "source", "qwen3", head_dim=8, attention_dropout=0.1)
     change_config(source, logit_scale=0.5, rope_ratio=2)
     notes = "\n".join(gda.convert(source, tmp_path / "gda").notes)
@@ -338,8 +336,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_would_be_dropped_or_guessed_is_refused_in_one_line(what: str, tmp_path: Path, command: Command) -> None:
-    """Exit code 2, one line that names the field or the type, no OUT."""
+def test_unsupported_fields_are_refused(what: str, tmp_path: Path, command: Command) -> None:
+    """Exit code 2 and one line with the field or type."""
     model_type, changes, named = REFUSED[what]
     source = save_source(tmp_path / "source", model_type, **({"head_dim": 8} if model_type == "qwen3" else {}))
     change_config(source, **changes)
@@ -365,16 +363,15 @@ def test_any_config_converts_or_is_refused(data: st.DataObject, sources: Path, t
 
 
 @pytest.mark.parametrize("num_hidden_layers", [10**9, 10**30])
-def test_more_layers_than_memory_holds_are_refused_at_once(num_hidden_layers: int, tmp_path: Path) -> None:
-    """Qwen's config class makes a list with an entry for each layer."""
+def test_huge_number_of_layers_is_refused(num_hidden_layers: int, tmp_path: Path) -> None:
+    """Qwen's config class creates a list with an entry for each layer."""
     source = save_source(tmp_path / "source", "qwen2")
     change_config(source, num_hidden_layers=num_hidden_layers, layer_types=...)
     with pytest.raises(ValueError, match="num_hidden_layers"):
         gda.convert(source, tmp_path / "gda")
 
 
-def test_tokenizer_files_of_mistral_come_along(tmp_path: Path) -> None:
-    """Those that its own tools read, byte for byte."""
+def test_tokenizer_files_of_mistral_are_copied(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", "mistral")
     names = ("tekken.json", "tokenizer.model.v3")
     for name in names:
@@ -385,8 +382,7 @@ def test_tokenizer_files_of_mistral_come_along(tmp_path: Path) -> None:
         assert [(tmp_path / folder / name).read_bytes() for name in names] == [name.encode() for name in names]
 
 
-def test_the_list_of_types_is_told(tmp_path: Path, command: Command) -> None:
-    """A type that cannot be converted is answered with those that can."""
+def test_unknown_type_is_refused_with_the_known_ones(tmp_path: Path, command: Command) -> None:
     source = save_source(tmp_path / "source", "qwen2")
     change_config(source, model_type="qwen2_moe")
     outcome = command("convert", source, tmp_path / "gda")
@@ -397,8 +393,8 @@ def test_the_list_of_types_is_told(tmp_path: Path, command: Command) -> None:
 
 
 @each_variant
-def test_there_and_back_is_the_same_model_bit_for_bit(variant: str, tmp_path: Path) -> None:
-    """Tensors and other files are the source's, config.json but for windows that no layer has, and so are logits."""
+def test_round_trip_is_bit_for_bit(variant: str, tmp_path: Path) -> None:
+    """Tensors, logits and other files equal the source's, and config.json except for unused windows."""
     model_type, changes = VARIANTS[variant]
     source = save_variant(tmp_path / "source", variant)
     lambda_type = "tanh" if len(variant) % 2 else None  # which the way back does not depend on
@@ -437,10 +433,8 @@ NOT_HELD: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("what", NOT_HELD)
-def test_what_the_target_cannot_hold_is_refused_with_the_format_that_can(
-    what: str, tmp_path: Path, command: Command
-) -> None:
-    """One line names the field, its value and the format; nothing is left."""
+def test_export_names_a_format_that_can_hold_the_model(what: str, tmp_path: Path, command: Command) -> None:
+    """One line names the field, its value and the format, and no files are left."""
     variant, target, named, hint = NOT_HELD[what]
     gda.convert(save_variant(tmp_path / "source", variant), tmp_path / "gda", verify=False)
     outcome = command("export", tmp_path / "gda", tmp_path / "back", "--format", target)
@@ -450,8 +444,7 @@ def test_what_the_target_cannot_hold_is_refused_with_the_format_that_can(
     assert sorted(os.listdir(tmp_path)) == ["gda", "source"]
 
 
-def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
-    """Where nothing is lost by it, another type than the source's will do: the logits are the same."""
+def test_mistral_without_a_window_is_exported_as_llama(tmp_path: Path) -> None:
     source = save_variant(tmp_path / "source", "mistral")
     gda.convert(source, tmp_path / "gda", verify=False)
     gda.export(tmp_path / "gda", tmp_path / "llama", format="llama")
@@ -459,8 +452,8 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["motif", "diffllama"])
-def test_a_bias_of_its_own_is_not_dropped_by_the_relatives(target: str, tmp_path: Path) -> None:
-    """`use_bias` and DiffLlama's `attention_bias` say all projections at once."""
+def test_output_bias_is_refused_by_motif_and_diffllama(target: str, tmp_path: Path) -> None:
+    """One field of theirs sets the biases of all projections."""
     fields = {"lambda_init_offset": -1} if target == "motif" else {}
     model = tiny_model(
         kv_layout="paired",
@@ -477,7 +470,7 @@ def test_a_bias_of_its_own_is_not_dropped_by_the_relatives(target: str, tmp_path
 
 
 def test_target_and_source_fields_are_inverse() -> None:
-    """For a Llama too: what `target_config` writes, `source_fields` reads."""
+    """`source_fields` reads what `target_config` writes, for a Llama too."""
     for config in (llama_config(attention_bias=True, mlp_bias=True), llama_config()):
         fields = source_fields(config)
         made = gda.GDAConfig(**fields, num_attention_heads=6, num_noise_heads=2, lambda_init=0.0)
@@ -489,8 +482,8 @@ def test_target_and_source_fields_are_inverse() -> None:
 
 
 @pytest.mark.parametrize("target", ["llama", *CLASSES])
-def test_whole_numbers_where_transformers_wants_fractions(target: str) -> None:
-    """GDAConfig takes 1 for 1.0, and transformers' classes do not."""
+def test_integers_for_float_fields(target: str) -> None:
+    """GDAConfig accepts 1 for 1.0, and transformers' classes do not."""
     config = tiny_config(rms_norm_eps=1, initializer_range=0)
     made = target_config(config, target)
     assert (made.rms_norm_eps, made.initializer_range) == (1.0, 0.0)
@@ -503,8 +496,8 @@ def test_whole_numbers_where_transformers_wants_fractions(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2", "qwen3, layer_types"])
-def test_a_shared_base_of_full_rank_and_its_fold(variant: str, tmp_path: Path) -> None:
-    """With `qk_rank` and folded again, verified by both ways of running: equal to the source, biases and norms too."""
+def test_full_rank_and_fold(variant: str, tmp_path: Path) -> None:
+    """Verified with both methods: equal to the source, biases and norms included."""
     source = save_variant(tmp_path / "source", variant)
     report = gda.convert(source, tmp_path / "shared", qk_rank=8)
     assert report.verification is not None
@@ -521,8 +514,8 @@ def test_a_shared_base_of_full_rank_and_its_fold(variant: str, tmp_path: Path) -
 
 @pytest.mark.slow
 @each_type
-def test_a_hub_id(model_type: str, hub: Hub, tmp_path: Path) -> None:
-    """From the Hub, at its commit, with a card that names the base model."""
+def test_hub_id(model_type: str, hub: Hub, tmp_path: Path) -> None:
+    """At its commit, with a card that names the base model."""
     save_source(tmp_path / "source", model_type, head_dim=8)
     huggingface_hub.HfApi().create_repo(f"me/{model_type}")
     huggingface_hub.HfApi().upload_folder(repo_id=f"me/{model_type}", folder_path=tmp_path / "source")
@@ -546,10 +539,10 @@ def gguf_of(path: Path, model_type: str, *, architecture: str | None = None, **o
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(("model_type", "head_dim"), [("qwen2", None), ("qwen3", 128)], ids=["qwen2", "qwen3"])
-def test_a_gguf_converts_to_what_transformers_reads(
+def test_gguf_equals_the_model_it_was_written_from(
     model_type: str, head_dim: int | None, tied: bool, tmp_path: Path
 ) -> None:
-    """Biases, norms of q and k, rows in the order of these architectures: equal to the model that was written."""
+    """With biases, q/k norms and the row order of each architecture."""
     changes: dict[str, Any] = {"tie_word_embeddings": tied} | ({} if head_dim is None else {"head_dim": head_dim})
     path = gguf_of(tmp_path / "tiny.gguf", model_type, changes=changes)
     report = gda.convert(path, tmp_path / "gda")
@@ -563,8 +556,8 @@ def test_a_gguf_converts_to_what_transformers_reads(
     assert relative_error(logits(load(tmp_path / "back"), some_ids()), logits(original, some_ids())) <= 1e-5
 
 
-def test_a_mistral_gguf_is_a_llama_as_llama_cpp_has_it(tmp_path: Path) -> None:
-    """llama.cpp knows a Mistral as a Llama; without a window that is what it is."""
+def test_mistral_gguf_converts_as_a_llama(tmp_path: Path) -> None:
+    """llama.cpp stores a Mistral as a Llama, which is the same without a window."""
     changes = {"sliding_window": None, "head_dim": 16}
     path = gguf_of(tmp_path / "tiny.gguf", "mistral", architecture="llama", changes=changes)
     report = gda.convert(path, tmp_path / "gda")
@@ -594,8 +587,7 @@ GGUF_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", GGUF_REFUSED)
-def test_a_gguf_that_transformers_would_not_read_right_is_refused(what: str, tmp_path: Path, command: Command) -> None:
-    """One line names what it is, and there is no OUT."""
+def test_gguf_that_transformers_misreads_is_refused(what: str, tmp_path: Path, command: Command) -> None:
     model_type, options, named = GGUF_REFUSED[what]
     path = gguf_of(tmp_path / "tiny.gguf", model_type, **options)
     outcome = command("convert", path, tmp_path / "gda", "--no-verify")

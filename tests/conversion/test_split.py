@@ -1,4 +1,4 @@
-"""A Llama's own heads divided into signal and noise: what stays, what is fitted, what is trained, and what is told."""
+"""Splitting a Llama's heads: which tensors stay, which are fitted and trained, and what is reported."""
 
 import json
 import math
@@ -57,14 +57,14 @@ def save_variant(folder: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 4 query heads over 2 KV heads, beside a text; not to be changed."""
+    """A Llama of 4 query heads over 2 KV heads, beside a text. Tests must not change it."""
     folder = tmp_path_factory.mktemp("sources")
     save_text(folder / "text.txt")
     return save_llama(folder / "llama")
 
 
 def mean_kl(source: Any, result: Any, ids: Tensor) -> float:
-    """KL(source ‖ result) in nats a token."""
+    """KL(source ‖ result) in nats per token."""
     with torch.no_grad():
         expected, found = (model(ids, use_cache=False).logits.log_softmax(-1) for model in (source, result))
     return kl_div(found, expected, reduction="none", log_target=True).sum(-1).mean().item()
@@ -74,10 +74,10 @@ def mean_kl(source: Any, result: Any, ids: Tensor) -> float:
 
 
 @each_split
-def test_every_row_is_the_source_s(name: str, tmp_path: Path) -> None:
-    """Where nothing was trained, q, k and v, and biases, are rows of the source, bit for bit, in its dtype.
+def test_untrained_rows_equal_the_source(name: str, tmp_path: Path) -> None:
+    """q, k, v and their biases consist of rows of the source, bit for bit and in its dtype.
 
-    Rows of q are those that the report names; MLP, norms, embeddings and all else but o_proj and λ is untouched.
+    The rows of q are those in the report. All other tensors except o_proj and λ are unchanged.
     """
     source = save_variant(tmp_path / "llama", name)
     report = split(source, tmp_path / "gda", **SPLITS[name][1])
@@ -97,8 +97,8 @@ def test_every_row_is_the_source_s(name: str, tmp_path: Path) -> None:
 
 
 @each_split
-def test_the_output_projection_is_a_least_squares_fit(name: str, tmp_path: Path) -> None:
-    """By lstsq in float64 on what transformers' own Llama gives for the calibration text; so are the errors."""
+def test_output_projection_is_a_least_squares_fit(name: str, tmp_path: Path) -> None:
+    """Compared with lstsq in float64 on activations of transformers' Llama; errors are compared as well."""
     source = save_variant(tmp_path / "llama", name)
     report = split(source, tmp_path / "gda", dtype="float32", **SPLITS[name][1])
     fitted, _ = windows_of(source, tmp_path / "text.txt")
@@ -125,8 +125,8 @@ def test_the_output_projection_is_a_least_squares_fit(name: str, tmp_path: Path)
         assert layer.error_before == pytest.approx(left.item(), rel=1e-3)
 
 
-def test_moments_are_taken_in_float64_of_a_narrow_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The activations of a bfloat16 source are float32, and their moments float64."""
+def test_moments_of_a_narrow_source_are_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The activations of a bfloat16 source are float32."""
     seen = []
     right = fit.split_layer
 
@@ -144,10 +144,8 @@ def test_moments_are_taken_in_float64_of_a_narrow_source(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("effort", ["fast", "default"])
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh", "sigmoid"])
-def test_the_result_loads_and_is_what_the_report_says(
-    lambda_type: str, effort: str, llama: Path, tmp_path: Path
-) -> None:
-    """λ, perplexities, and what the subtraction contributes, measured again on the loaded model."""
+def test_result_matches_the_report(lambda_type: str, effort: str, llama: Path, tmp_path: Path) -> None:
+    """λ, perplexities and the subtracted share, measured again on the loaded model."""
     report = split(llama, tmp_path / "gda", effort=effort, lambda_type=lambda_type).split
     fitted, held_out = windows_of(llama, llama.parent / "text.txt")
     assert (report.tokens, report.held_out_tokens) == (fitted.numel(), held_out.numel())
@@ -180,8 +178,8 @@ def test_the_result_loads_and_is_what_the_report_says(
         assert layer.subtracted == pytest.approx(share.item(), rel=1e-3)
 
 
-def test_lambda_init_of_the_config_is_that_of_the_report(llama: Path, tmp_path: Path) -> None:
-    """After the closed form λ is λ_init in each layer, of the λ that are tried; it is not 0."""
+def test_lambda_init_matches_the_report(llama: Path, tmp_path: Path) -> None:
+    """After the closed form, each layer has one of the λ that are tried, and none is 0."""
     report = split(llama, tmp_path / "gda")
     lambdas = json.loads((tmp_path / "gda" / "config.json").read_text())["lambda_init"]
     assert len(lambdas) == 2
@@ -192,8 +190,8 @@ def test_lambda_init_of_the_config_is_that_of_the_report(llama: Path, tmp_path: 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh", "sigmoid"])
-def test_the_result_can_learn(lambda_type: str, effort: str, llama: Path, tmp_path: Path) -> None:
-    """Every λ parameter has a gradient; so does every noise row, at once or, where λ is 0 yet, after one step."""
+def test_result_is_trainable(lambda_type: str, effort: str, llama: Path, tmp_path: Path) -> None:
+    """Every λ parameter and every noise row has a gradient, at once or after one step if λ is still 0."""
     report = split(llama, tmp_path / "gda", effort=effort, lambda_type=lambda_type)
     model = load(tmp_path / "gda").train()
     _, held_out = windows_of(llama, llama.parent / "text.txt")
@@ -223,10 +221,10 @@ def test_the_result_can_learn(lambda_type: str, effort: str, llama: Path, tmp_pa
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def test_training_comes_closer_to_the_source_and_changes_attention_alone(
+def test_training_reduces_kl_and_changes_only_attention(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KL to the source falls on the text that is trained on and on text that is not."""
+    """On the training text and on held-out text."""
     monkeypatch.setattr(split_module, "EFFORTS", {"fast": 0, "default": 30})
     monkeypatch.setattr(distill, "RELATIVE_LEARNING_RATE", 0.02)
     split(llama, tmp_path / "fast")
@@ -243,8 +241,8 @@ def test_training_comes_closer_to_the_source_and_changes_attention_alone(
 
 @pytest.mark.parametrize("variant", ["gqa", "mlp_bias", "tied", "qwen3", "mistral"])
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
-def test_gradients_layer_by_layer_are_those_of_the_whole_model(lambda_type: str, variant: str, tmp_path: Path) -> None:
-    """One step against autograd through all of `GDAForCausalLM`, for every tensor of every attention."""
+def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, tmp_path: Path) -> None:
+    """One step against autograd through `GDAForCausalLM`, for every attention tensor."""
     if variant in VARIANTS:
         source = save_llama(tmp_path / "source", **VARIANTS[variant])
     else:
@@ -285,8 +283,8 @@ def test_gradients_layer_by_layer_are_those_of_the_whole_model(lambda_type: str,
             assert relative_error(gradient, attention[name].grad) < 1e-5, (layer, name)
 
 
-def test_an_update_is_adam_s(llama: Path, tmp_path: Path) -> None:
-    """Weights after three steps are those of torch.optim.Adam with the same gradients and rates."""
+def test_updates_equal_adam(llama: Path, tmp_path: Path) -> None:
+    """After three steps, weights equal those of torch.optim.Adam."""
     split(llama, tmp_path / "gda")
     tensors = load(tmp_path / "gda").state_dict()
     fitted, _ = windows_of(llama, llama.parent / "text.txt")
@@ -317,8 +315,8 @@ def test_an_update_is_adam_s(llama: Path, tmp_path: Path) -> None:
     assert relative_error(ours, theirs.detach()) < 1e-5
 
 
-def test_every_window_is_read_once_before_one_is_read_again() -> None:
-    """Whatever the number of windows; the order depends on the seed."""
+def test_every_sequence_is_read_once_per_epoch() -> None:
+    """For any number of sequences; the order depends on the seed."""
     for windows in (1, 2, 4, 5, 7, 40):
         plan = Plan(30, 0, mixed_precision=False)
         drawn = torch.cat([plan.batch(step, windows) for step in range(30)])
@@ -347,7 +345,9 @@ def test_every_window_is_read_once_before_one_is_read_again() -> None:
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_mistral_and_qwen(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    """Perplexity of the source is that of transformers' own class, in windows and beyond; the result's is as told."""
+    """The source's perplexity equals that of transformers' class, within and beyond windows; the result's equals the
+    report.
+    """
     source = save_source(tmp_path / "source", model_type, **changes)
     report = split(source, tmp_path / "gda", effort="default", dtype="float32", verify=True)
     _, held_out = windows_of(source, tmp_path / "text.txt")
@@ -362,7 +362,7 @@ def test_mistral_and_qwen(model_type: str, changes: dict[str, Any], tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
 def test_gguf(quantization: str, tmp_path: Path) -> None:
-    """A file gives the split that the Llama which transformers reads from it gives."""
+    """A GGUF file gives the same split as the Llama that transformers reads from it."""
     gguf = pytest.importorskip("gguf")
     kind = None if quantization == "F32" else gguf.GGMLQuantizationType[quantization]
     file = write_gguf(tmp_path / "model.gguf", llama_model(**SHAPE), quantization=kind)
@@ -381,8 +381,8 @@ def test_gguf(quantization: str, tmp_path: Path) -> None:
         assert relative_error(got[name], tensor) < 1e-3, name
 
 
-def test_a_narrow_source_keeps_its_dtype_and_nearly_its_perplexity(tmp_path: Path) -> None:
-    """The report's perplexity is that before rounding; what is written differs by no more than rounding does."""
+def test_narrow_source_keeps_its_dtype(tmp_path: Path) -> None:
+    """The reported perplexity is that before rounding, and the saved model differs by rounding only."""
     source = save_llama(tmp_path / "llama", dtype=torch.bfloat16, max_shard_size="20KB")
     report = split(source, tmp_path / "gda", effort="default", max_shard_size="20KB")
     assert report.num_files > 1
@@ -394,8 +394,8 @@ def test_a_narrow_source_keeps_its_dtype_and_nearly_its_perplexity(tmp_path: Pat
     assert report.split.perplexity == pytest.approx(measured, rel=0.02)
 
 
-def test_two_conversions_with_one_seed_give_equal_bytes_and_another_seed_does_not(llama: Path, tmp_path: Path) -> None:
-    """Every file, trained too; the seed is that of λ vectors and of the order of training."""
+def test_seed_determines_the_bytes(llama: Path, tmp_path: Path) -> None:
+    """In every file, with training. The seed affects λ vectors and the order of training."""
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         split(llama, tmp_path / name, effort="default", seed=seed)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
@@ -404,8 +404,8 @@ def test_two_conversions_with_one_seed_give_equal_bytes_and_another_seed_does_no
         assert torch.equal(one[name], other[name]) == (".self_attn." not in name), name
 
 
-def test_more_tokens_than_the_text_has_and_jsonl(llama: Path, tmp_path: Path) -> None:
-    """All of the text is read; texts of JSONL have a blank line between them, whatever characters they hold."""
+def test_short_text_and_jsonl(llama: Path, tmp_path: Path) -> None:
+    """The whole text is read. Texts of a JSON Lines file are joined by blank lines."""
     texts = [llama.parent.joinpath("text.txt").read_text()[at : at + 900] for at in range(0, 9000, 900)]
     texts[3] += "\u2028\x85\u2029 and on"
     lines = "\n".join(json.dumps({"id": 1, "text": text}, ensure_ascii=False) for text in texts)
@@ -428,7 +428,7 @@ def test_more_tokens_than_the_text_has_and_jsonl(llama: Path, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def divided(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A finished split with its report; not to be changed."""
+    """A finished split with its report. Tests must not change it."""
     out = tmp_path_factory.mktemp("divided") / "gda"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_module, "EFFORTS", {"default": STEPS})
@@ -437,8 +437,8 @@ def divided(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return out, report
 
 
-def test_conversion_json_holds_the_report(divided: tuple[Path, Any]) -> None:
-    """As it is returned; and the conversion is not said to be lossless."""
+def test_conversion_json_has_the_report(divided: tuple[Path, Any]) -> None:
+    """And the conversion is recorded as lossy."""
     out, report = divided
     made = json.loads((out / "conversion.json").read_text())
     assert made["split"] == report.split.to_dict() == report.to_dict()["split"]
@@ -453,8 +453,8 @@ def test_conversion_json_holds_the_report(divided: tuple[Path, Any]) -> None:
     assert math.isfinite(report.split.perplexity)
 
 
-def test_the_card_says_that_it_is_lossy_and_what_was_chosen(divided: tuple[Path, Any]) -> None:
-    """Perplexities, and a row of the table for each layer."""
+def test_card_reports_the_loss(divided: tuple[Path, Any]) -> None:
+    """Perplexities, and a table row for each layer."""
     out, report = divided
     card = (out / "README.md").read_text()
     assert "**This is lossy**" in card
@@ -469,8 +469,8 @@ def test_the_card_says_that_it_is_lossy_and_what_was_chosen(divided: tuple[Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "full", "layers"])
-def test_verify_runs_both_and_has_no_limit(method: str, llama: Path, divided: tuple[Path, Any]) -> None:
-    """The difference is told; a threshold that is asked for is kept."""
+def test_verify_has_no_limit_by_default(method: str, llama: Path, divided: tuple[Path, Any]) -> None:
+    """It reports the difference; a given threshold is applied."""
     report = gda.verify(llama, divided[0], method=method)
     assert report.passed
     assert report.threshold is None
@@ -479,8 +479,8 @@ def test_verify_runs_both_and_has_no_limit(method: str, llama: Path, divided: tu
     assert not gda.verify(llama, divided[0], method=method, threshold=1e-5).passed
 
 
-def test_what_a_split_model_cannot_do_is_refused(llama: Path, divided: tuple[Path, Any], tmp_path: Path) -> None:
-    """Bits cannot be compared; and there is no Llama that it is."""
+def test_unavailable_operations_are_refused(llama: Path, divided: tuple[Path, Any], tmp_path: Path) -> None:
+    """Comparing bits, and exporting to a Llama."""
     with pytest.raises(ValueError, match="fits depend on the machine; use full or layers"):
         gda.verify(llama, divided[0], method="tensors")
     with pytest.raises(ValueError, match="layer 0"):
@@ -488,8 +488,7 @@ def test_what_a_split_model_cannot_do_is_refused(llama: Path, divided: tuple[Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_result_that_is_not_finite_is_no_result(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verification has no limit for a split, but for what is no number."""
+def test_nonfinite_result_fails(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = fit.split_layer
 
     def broken(moments: Moments, output: Tensor, **options: Any) -> Any:
@@ -504,8 +503,8 @@ def test_a_result_that_is_not_finite_is_no_result(llama: Path, tmp_path: Path, m
 
 
 @pytest.mark.slow
-def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp_path: Path, command: Command) -> None:
-    """The commands on a split model, and what the split itself prints."""
+def test_output_of_the_commands(llama: Path, divided: tuple[Path, Any], tmp_path: Path, command: Command) -> None:
+    """inspect, push and the split itself."""
     out, report = divided
     shown = command("inspect", out)
     assert shown.code == 0
@@ -526,10 +525,10 @@ def test_inspect_push_and_the_screen(llama: Path, divided: tuple[Path, Any], tmp
     assert files_of(tmp_path / "gda") == files_of(out)
 
 
-def test_a_split_with_merged_kv_heads_by_an_earlier_version_is_still_read(
+def test_merged_kv_heads_of_an_earlier_version_are_read(
     divided: tuple[Path, Any], tmp_path: Path, command: Command
 ) -> None:
-    """Earlier versions could merge KV heads first, and said so in conversion.json."""
+    """Earlier versions could merge KV heads first and recorded it in conversion.json."""
     folder = Path(shutil.copytree(divided[0], tmp_path / "gda"))
     made = json.loads((folder / "conversion.json").read_text())
     made["settings"]["split"]["merge_kv"] = 2
@@ -542,7 +541,7 @@ def test_a_split_with_merged_kv_heads_by_an_earlier_version_is_still_read(
 
 
 def test_json_and_dry_run(llama: Path, tmp_path: Path, command: Command) -> None:
-    """--json gives what Python returns, and nothing else; --dry-run checks the text and writes nothing."""
+    """--json prints only what Python returns; --dry-run checks the text and writes no files."""
     text = llama.parent / "text.txt"
     arguments = ("convert", llama, tmp_path / "gda", "--mode", "split", "--effort", "fast", "--calibration", text)
     dry = command(*arguments, "--dry-run", "--json")
@@ -559,8 +558,7 @@ def test_json_and_dry_run(llama: Path, tmp_path: Path, command: Command) -> None
     assert told["split"] == json.loads((tmp_path / "gda" / "conversion.json").read_text())["split"]
 
 
-def test_without_a_text_python_s_documentation_is_read_and_named(llama: Path, tmp_path: Path) -> None:
-    """On the screen it is, by the name of the calibration."""
+def test_default_calibration_text_is_named(llama: Path, tmp_path: Path) -> None:
     report = split(llama, tmp_path / "gda", calibration=None)
     assert report.split.calibration == "the documentation of Python"
     assert "the documentation of Python" in (tmp_path / "gda" / "README.md").read_text()

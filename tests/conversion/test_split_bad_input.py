@@ -1,4 +1,4 @@
-"""Bad input to `gda convert --mode split`: exit code 2, one line that names file, field and remedy, nothing left."""
+"""Bad input to `gda convert --mode split`: exit code 2, one line with file, field and remedy, and no files left."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.sampled
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 4 query heads over 2 KV heads, beside a text; not to be changed."""
+    """A Llama of 4 query heads over 2 KV heads, beside a text. Tests must not change it."""
     folder = tmp_path_factory.mktemp("sources")
     save_text(folder / "text.txt")
     return save_llama(folder / "llama")
@@ -28,7 +28,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refused(command: Command, llama: Path, tmp_path: Path) -> Callable[..., None]:
-    """A split with these options is refused, with one line that holds all of `named`, and OUT is not begun."""
+    """A split with these options is refused in one line that contains all of `named`, and OUT is not started."""
 
     def check(*options: object, named: tuple[str, ...], source: Path = llama, mode: str = "split") -> None:
         (tmp_path / "place").mkdir(exist_ok=True)
@@ -74,49 +74,47 @@ CALIBRATIONS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CALIBRATIONS)
-def test_a_text_that_cannot_be_read(name: str, refused: Callable[..., None], tmp_path: Path) -> None:
-    """The file, the line where there is one, and what is wrong with it; a dry run says the same."""
+def test_unreadable_text(name: str, refused: Callable[..., None], tmp_path: Path) -> None:
+    """The message names the file, the line if there is one, and the problem; a dry run says the same."""
     file, content, named = CALIBRATIONS[name]
     (tmp_path / file).write_bytes(content)
     refused("--calibration", tmp_path / file, named=named)
     refused("--calibration", tmp_path / file, "--dry-run", named=named)
 
 
-def test_a_text_that_is_not_there(refused: Callable[..., None], tmp_path: Path) -> None:
-    """No such file, or a folder."""
+def test_missing_text(refused: Callable[..., None], tmp_path: Path) -> None:
     refused("--calibration", tmp_path / "none.txt", named=("--calibration", "none.txt"))
     refused("--calibration", tmp_path, named=("--calibration", str(tmp_path)))
 
 
 @pytest.mark.parametrize("tokens", ["0", "-5", "255"])
 def test_too_few_tokens(tokens: str, llama: Path, refused: Callable[..., None]) -> None:
-    """A window to fit to and one to judge by is the least."""
+    """At least one sequence to fit to and one to hold out."""
     text = llama.parent / "text.txt"
     refused("--calibration", text, "--calibration-tokens", tokens, named=("--calibration-tokens", tokens, "256"))
 
 
-def test_tokens_that_are_no_number(llama: Path, refused: Callable[..., None]) -> None:
-    """typer's own message."""
+def test_tokens_must_be_a_number(llama: Path, refused: Callable[..., None]) -> None:
     refused("--calibration-tokens", "many", named=("--calibration-tokens", "integer"))
 
 
 # ---------------------------------------------------------------------------------------------------------- the source
 
 
-def test_a_source_without_a_tokenizer(refused: Callable[..., None], tmp_path: Path) -> None:
+def test_source_without_a_tokenizer(refused: Callable[..., None], tmp_path: Path) -> None:
     """It cannot read a text; --mode expand needs none."""
     source = save_llama(tmp_path / "llama", tokenizer=False)
     refused(named=("no tokenizer", "--mode expand"), source=source)
 
 
-def test_a_tokenizer_of_another_model(llama: Path, refused: Callable[..., None], tmp_path: Path) -> None:
-    """Ids that have no embedding."""
+def test_tokenizer_of_another_model(llama: Path, refused: Callable[..., None], tmp_path: Path) -> None:
+    """Its ids have no embedding."""
     source = save_llama(tmp_path / "llama", vocab_size=100)
     refused("--calibration", llama.parent / "text.txt", named=("tokenizer", "100"), source=source)
 
 
-def test_a_tokenizer_that_gives_nothing(llama: Path, refused: Callable[..., None], tmp_path: Path) -> None:
-    """A word-level vocabulary without the words of the text, and without an unknown token."""
+def test_tokenizer_without_matching_words(llama: Path, refused: Callable[..., None], tmp_path: Path) -> None:
+    """A word-level vocabulary without the words of the text and without an unknown token."""
     source = save_llama(tmp_path / "llama", tokenizer=False)
     words = Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -138,10 +136,8 @@ NAMES = {
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor", NAMES)
-def test_a_source_that_is_not_finite(
-    tensor: str, value: float, llama: Path, refused: Callable[..., None], tmp_path: Path
-) -> None:
-    """NaN anywhere is found where it comes out first, without verification too; work that resumes is kept."""
+def test_nonfinite_source(tensor: str, value: float, llama: Path, refused: Callable[..., None], tmp_path: Path) -> None:
+    """NaN is reported for the module where it appears first, without verification too; resumable work is kept."""
     source = save_llama(tmp_path / "llama")
     tensors = load_file(source / "model.safetensors")
     tensors[tensor][:] = value
@@ -174,18 +170,17 @@ def test_a_source_that_is_not_finite(
 def test_heads_that_cannot_be_split(
     changes: dict[str, Any], options: tuple[object, ...], named: tuple[str, ...], refused: Any, tmp_path: Path
 ) -> None:
-    """The refusal lists what is possible, or says what is instead."""
+    """The message lists the possible numbers, or names an alternative."""
     refused(*options, named=named, source=save_llama(tmp_path / "llama", **changes))
 
 
 @pytest.mark.parametrize("effort", ["foo", "", "Fast"])
-def test_an_effort_that_is_none(effort: str, llama: Path, refused: Callable[..., None]) -> None:
-    """The three are listed."""
+def test_unknown_effort(effort: str, llama: Path, refused: Callable[..., None]) -> None:
     refused("--effort", effort, named=("--effort", "fast, default, best"))
 
 
-def test_other_options_that_do_not_go_together(llama: Path, refused: Callable[..., None]) -> None:
-    """A λ type that is none; a rank, which is a second step."""
+def test_conflicting_options(llama: Path, refused: Callable[..., None]) -> None:
+    """An unknown λ type, and --qk-rank, which needs a second step."""
     refused("--lambda-type", "foo", named=("--lambda-type foo", "reparameterized, tanh, sigmoid"))
     refused("--qk-rank", 4, named=("--qk-rank", "--mode split", "two steps"))
 
@@ -193,28 +188,24 @@ def test_other_options_that_do_not_go_together(llama: Path, refused: Callable[..
 @pytest.mark.parametrize(
     "option", [("--calibration", "text.txt"), ("--calibration-tokens", 4096), ("--effort", "fast")]
 )
-def test_options_of_a_split_are_refused_elsewhere(option: tuple[object, ...], refused: Callable[..., None]) -> None:
-    """Where nothing is fitted."""
+def test_split_options_are_refused_in_other_modes(option: tuple[object, ...], refused: Callable[..., None]) -> None:
     refused(*option, mode="expand", named=(str(option[0]), "--mode split"))
 
 
-def test_a_relative_has_noise_heads_already(refused: Callable[..., None], tmp_path: Path) -> None:
-    """A Motif is mapped."""
+def test_motif_cannot_be_split(refused: Callable[..., None], tmp_path: Path) -> None:
     from ..support.relatives import save_motif
 
     refused(named=("--mode split", "--mode map"), source=save_motif(tmp_path / "motif"))
 
 
-def test_a_gda_model_is_none_to_split(llama: Path, refused: Callable[..., None], tmp_path: Path) -> None:
-    """It is one already."""
+def test_gda_model_cannot_be_split(llama: Path, refused: Callable[..., None], tmp_path: Path) -> None:
     import gda
 
     gda.convert(llama, tmp_path / "expanded", verify=False)
     refused(named=("already a GDA model",), source=tmp_path / "expanded")
 
 
-def test_out_is_checked_before_anything_is_read(llama: Path, command: Command, tmp_path: Path) -> None:
-    """An OUT that exists is refused, and stays."""
+def test_existing_out_is_refused_first(llama: Path, command: Command, tmp_path: Path) -> None:
     (tmp_path / "gda").mkdir()
     outcome = command("convert", llama, tmp_path / "gda", "--mode", "split")
     assert_refused(outcome, "--overwrite")

@@ -1,6 +1,6 @@
-"""Which heads become noise heads, and the output projection that goes with them, against least squares on the features.
+"""The choice of noise heads and the fitted output projection, against least squares on the features.
 
-The references see what the closed form never stores: every output of every head.
+The references use every output of every head, which the closed form never stores.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ HIDDEN, HEAD_DIM = 12, 3
 
 
 class Layer(NamedTuple):
-    """Outputs of heads o (tokens, H · d), an output projection (hidden, H · d), and what it makes of them."""
+    """Outputs of heads o (tokens, H · d), an output projection (hidden, H · d), and the output of both."""
 
     heads: Tensor
     output: Tensor
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
 
 
 def some_layer(heads: int, seed: int = 0, tokens: int = 400, head_dim: int = HEAD_DIM) -> Layer:
-    """Heads that have something in common, each of another size; the target is more than they can explain."""
+    """Correlated heads of different sizes, and a target that they cannot explain completely."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
@@ -41,7 +41,7 @@ def some_layer(heads: int, seed: int = 0, tokens: int = 400, head_dim: int = HEA
 
 
 def moments_of(layer: Layer, pieces: int = 3) -> Moments:
-    """Its moments, added piece by piece."""
+    """Its moments, accumulated in pieces."""
     moments = Moments(layer.heads.shape[1], len(layer.output))
     for heads, target in zip(layer.heads.chunk(pieces), layer.target.chunk(pieces), strict=True):
         moments.add(heads.unsqueeze(0), target.unsqueeze(0))
@@ -66,7 +66,7 @@ def groups_of(order: list[int], noise: int) -> list[tuple[list[int], int]]:
 
 
 def naive_features(heads: Tensor, order: list[int], noise: int, lambda_: float, head_dim: int = HEAD_DIM) -> Tensor:
-    """o_i − λ o_noise(i), one head after another."""
+    """o_i − λ o_noise(i), head by head."""
     of = heads.unflatten(1, (-1, head_dim))
     return torch.cat(
         [of[:, head] - lambda_ * of[:, last] for signal, last in groups_of(order, noise) for head in signal], dim=1
@@ -78,13 +78,13 @@ def error_of(features: Tensor, weight: Tensor, target: Tensor) -> float:
 
 
 def least_error(features: Tensor, target: Tensor) -> tuple[float, Tensor]:
-    """By a dense least-squares fit: the error it leaves, and the weight (hidden, S · d)."""
+    """A dense least-squares fit: its error and weight (hidden, S · d)."""
     weight = torch.linalg.lstsq(features, target).solution.T
     return error_of(features, weight, target), weight
 
 
 def all_orders(heads: int, noise: int) -> Iterator[list[int]]:
-    """Every division of heads into groups of signals and a noise head, up to the order of signals and of groups."""
+    """Every division of heads into groups of signal heads and a noise head, up to the order of signals and groups."""
 
     def divided(left: list[int]) -> Iterator[list[int]]:
         if not left:
@@ -101,8 +101,8 @@ def all_orders(heads: int, noise: int) -> Iterator[list[int]]:
     return divided(list(range(heads)))
 
 
-def test_all_orders_are_all() -> None:
-    """The reference itself: each division once, none left out."""
+def test_all_orders_is_complete() -> None:
+    """Checks the reference: each division once."""
 
     def division(order: tuple[int, ...] | list[int], noise: int) -> frozenset[tuple[frozenset[int], int]]:
         return frozenset((frozenset(signal), last) for signal, last in groups_of(list(order), noise))
@@ -118,8 +118,8 @@ def test_all_orders_are_all() -> None:
 
 @pytest.mark.parametrize("lambda_", [-0.3, 0.0, 0.1, 0.5])
 @pytest.mark.parametrize(("heads", "noise", "kv_heads"), [(9, 3, 3), (4, 2, 2), (4, 1, 1), (8, 2, 1), (8, 4, 2)])
-def test_output_and_errors_are_those_of_least_squares(heads: int, noise: int, kv_heads: int, lambda_: float) -> None:
-    """W and both errors, against a fit of the features themselves."""
+def test_output_and_errors_equal_least_squares(heads: int, noise: int, kv_heads: int, lambda_: float) -> None:
+    """W and both errors, against a fit of the features."""
     layer = some_layer(heads)
     split = split_of(layer, noise, kv_heads, [lambda_])
     features = naive_features(layer.heads, split.order, noise, lambda_)
@@ -134,7 +134,7 @@ def test_output_and_errors_are_those_of_least_squares(heads: int, noise: int, kv
 
 
 def test_moments_are_sums_in_float64() -> None:
-    """Whatever dtype comes in: many small terms beside a large one are not lost, as in a narrow sum they would be."""
+    """For any input dtype; many small terms beside a large one are not lost."""
     moments = Moments(2, 1)
     heads, target = torch.ones(1, 4096, 2, dtype=torch.bfloat16), torch.full((1, 4096, 1), 2.0, dtype=torch.bfloat16)
     heads[0, 0], target[0, 0] = 256.0, 512.0
@@ -146,7 +146,7 @@ def test_moments_are_sums_in_float64() -> None:
 
 
 def test_heads_stay_in_their_kv_group() -> None:
-    """Each group of the order holds heads of one KV head, each head once, signals in the source's order."""
+    """Each group has heads of one KV head, each head once, and signals in the source's order."""
     split = split_of(some_layer(12), 6, 3, [0.1])
     assert sorted(split.order) == list(range(12))
     for number, (signal, last) in enumerate(groups_of(split.order, 6)):
@@ -159,8 +159,8 @@ def test_heads_stay_in_their_kv_group() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("heads", "noise"), [(3, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4)])
-def test_the_order_of_one_group_is_the_best_of_all(heads: int, noise: int, seed: int) -> None:
-    """By brute force: every order is fitted, and none leaves less."""
+def test_order_of_one_group_is_optimal(heads: int, noise: int, seed: int) -> None:
+    """By brute force."""
     layer = some_layer(heads, seed, tokens=120, head_dim=2)
     split = split_of(layer, noise, 1, [0.2], head_dim=2)
     least = min(
@@ -172,7 +172,7 @@ def test_the_order_of_one_group_is_the_best_of_all(heads: int, noise: int, seed:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_each_group_is_chosen_given_all_heads_of_the_others(seed: int) -> None:
-    """By brute force in each group, beside the undivided heads of the others."""
+    """By brute force in each group, with the undivided heads of the others."""
     heads, kv_heads, lambda_ = 12, 3, 0.2
     layer = some_layer(heads, seed)
     split = split_of(layer, kv_heads, kv_heads, [lambda_])
@@ -191,7 +191,7 @@ def test_each_group_is_chosen_given_all_heads_of_the_others(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("heads", "noise", "kv_heads"), [(9, 3, 3), (8, 2, 2), (8, 4, 2), (16, 4, 2)])
 def test_never_worse_than_the_last_head_of_each_group(heads: int, noise: int, kv_heads: int, seed: int) -> None:
-    """The naive order, fitted as well."""
+    """The naive choice, also with a fitted output projection."""
     layer = some_layer(heads, seed)
     split = split_of(layer, noise, kv_heads, [0.1])
     naive = least_error(naive_features(layer.heads, list(range(heads)), noise, 0.1), layer.target)[0]
@@ -199,8 +199,8 @@ def test_never_worse_than_the_last_head_of_each_group(heads: int, noise: int, kv
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_lambda_is_the_one_that_leaves_least(seed: int) -> None:
-    """Of those given, in any order; each is tried with the heads that are best for it."""
+def test_lambda_has_the_least_error(seed: int) -> None:
+    """Among those given, in any order, each with its best heads."""
     layer = some_layer(6, seed)
     lambdas = [0.6, 0.1, 0.3, -0.2]
     alone = {lambda_: split_of(layer, 2, 2, [lambda_]) for lambda_ in lambdas}
@@ -211,8 +211,8 @@ def test_lambda_is_the_one_that_leaves_least(seed: int) -> None:
     assert together.error_after == alone[best].error_after
 
 
-def test_a_lambda_that_is_in_the_data_is_found() -> None:
-    """Where the target needs the difference with λ = 0.3 and nothing else, that is found, with its noise head."""
+def test_lambda_of_the_data_is_found() -> None:
+    """If the target needs exactly the difference with λ = 0.3, λ and its noise head are found."""
     layer = some_layer(4)
     features = naive_features(layer.heads, [0, 1, 3, 2], 1, 0.3)
     target = features @ layer.output[:, : features.shape[1]].T
@@ -225,8 +225,8 @@ def test_a_lambda_that_is_in_the_data_is_found() -> None:
 # -------------------------------------------------------------------------------------------------- singular moments
 
 
-def test_a_head_that_gives_nothing_becomes_the_noise_head_and_nothing_is_lost() -> None:
-    """Its rows and columns of the moments are zero."""
+def test_zero_head_becomes_the_noise_head() -> None:
+    """Without any loss."""
     layer = some_layer(4)
     layer.heads[:, HEAD_DIM : 2 * HEAD_DIM] = 0
     target = layer.heads @ layer.output.T
@@ -237,7 +237,7 @@ def test_a_head_that_gives_nothing_becomes_the_noise_head_and_nothing_is_lost() 
 
 
 def test_of_two_equal_heads_one_becomes_the_noise_head() -> None:
-    """Moments of no full rank: signal 1 − λ times itself, which the output projection makes up for."""
+    """The moments are singular; the output projection compensates for the factor 1 − λ."""
     layer = some_layer(4)
     layer.heads[:, 3 * HEAD_DIM :] = layer.heads[:, HEAD_DIM : 2 * HEAD_DIM]
     target = layer.heads @ layer.output.T
@@ -247,8 +247,8 @@ def test_of_two_equal_heads_one_becomes_the_noise_head() -> None:
     assert torch.isfinite(split.output).all()
 
 
-def test_fewer_tokens_than_the_heads_are_wide() -> None:
-    """The fit is then exact on these tokens, and finite."""
+def test_fewer_tokens_than_features() -> None:
+    """The fit is exact on these tokens, and finite."""
     layer = some_layer(8, tokens=10)
     split = split_of(layer, 2, 2, [0.1])
     assert 0 <= split.error_after + 1e-9 < 1e-3
@@ -257,8 +257,8 @@ def test_fewer_tokens_than_the_heads_are_wide() -> None:
 
 
 @pytest.mark.parametrize("zero", ["heads", "output"])
-def test_an_attention_that_gives_nothing_is_left_alone(zero: str) -> None:
-    """As the attention of a layer that was just put in: its output is zero, and so are the errors."""
+def test_zero_attention_gives_zero_errors(zero: str) -> None:
+    """As in a newly inserted layer."""
     layer = some_layer(4)
     getattr(layer, zero).zero_()
     split = split_of(layer._replace(target=layer.heads @ layer.output.T), 2, 2, [0.1, 0.3])

@@ -1,6 +1,6 @@
-"""A split that is killed, interrupted or out of space goes on from what is done, and OUT is absent or whole.
+"""A split that is killed, interrupted or out of disk space resumes from finished work, and OUT is complete or absent.
 
-Processes are killed for real, as in test_convert_crash_safety.
+Processes are really killed, as in test_convert_crash_safety.
 """
 
 import errno
@@ -41,7 +41,7 @@ def llama(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def expected(llama: Path, tmp_path: Path) -> dict[str, bytes]:
-    """The files of a split that nothing happened to."""
+    """The files of an undisturbed split."""
     trained(llama, tmp_path / "place" / "gda")
     files = files_of(tmp_path / "place" / "gda")
     shutil.rmtree(tmp_path / "place" / "gda")
@@ -53,7 +53,7 @@ def trained(llama: Path, out: Path, **options: Any) -> Any:
 
 
 def after(times: int, right: Callable[..., Any], happens: Callable[[], object]) -> Callable[..., Any]:
-    """`right`, before whose call number `times` + 1 something happens."""
+    """`right`, with an action before call number `times` + 1."""
     called = 0
 
     def function(*arguments: Any, **options: Any) -> Any:
@@ -82,7 +82,7 @@ each_stop = pytest.mark.parametrize(
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Count calls of each stage from now on."""
+    """Count calls of each stage."""
     counts = dict.fromkeys(STAGES, 0)
 
     def counted(stage: str, of: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +98,7 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def expected_calls(stage: str, done: int) -> dict[str, int]:
-    """What is left to do when a run was stopped in that stage."""
+    """Calls that remain if a run was stopped in that stage."""
     at = list(STAGES).index(stage)
     return {
         name: 0 if index < at else total - done if index == at else total
@@ -107,7 +107,7 @@ def expected_calls(stage: str, done: int) -> dict[str, int]:
 
 
 @each_stop
-def test_killed_and_resumed_is_the_same_model_and_nothing_is_done_twice(
+def test_killed_and_resumed(
     stage: str,
     done: int,
     llama: Path,
@@ -115,7 +115,7 @@ def test_killed_and_resumed_is_the_same_model_and_nothing_is_done_twice(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Layers that are divided and steps that are saved stay; the files are those of an unbroken run."""
+    """The files equal those of an uninterrupted run, and finished layers and saved steps are not repeated."""
     out = tmp_path / "place" / "gda"
     owner, name, _ = STAGES[stage]
 
@@ -142,7 +142,7 @@ def test_ctrl_c_keeps_the_work(
     monkeypatch: pytest.MonkeyPatch,
     command: Command,
 ) -> None:
-    """Exit 130, a line that names --resume, no OUT; and --resume goes on."""
+    """Exit code 130, a line that names --resume, and no OUT; --resume continues."""
     out = tmp_path / "place" / "gda"
     owner, name, _ = STAGES[stage]
     arguments = (
@@ -163,7 +163,7 @@ def test_ctrl_c_keeps_the_work(
 
 
 def test_killed_at_any_moment_between_files(llama: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """At every few changes of the file system: OUT is absent or whole, and `work` is never in it."""
+    """OUT is complete or absent, and never contains `work`."""
     place = tmp_path / "place"
     out = place / "gda"
     moment, absent = 1, 0
@@ -194,14 +194,14 @@ def test_killed_at_any_moment_between_files(llama: Path, expected: dict[str, byt
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_another_setting_is_refused_and_keeps_the_work(
+def test_other_settings_are_refused(
     change: dict[str, Any],
     llama: Path,
     expected: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One line that names the remedy; with the right settings the work goes on."""
+    """One line names the remedy, and the work is kept."""
     out = tmp_path / "place" / "gda"
     with monkeypatch.context() as patch:
         owner, name, _ = STAGES["training"]
@@ -223,10 +223,10 @@ def test_another_setting_is_refused_and_keeps_the_work(
     assert files_of(out) == expected
 
 
-def test_without_resume_nothing_of_a_killed_run_is_used(
+def test_work_is_not_used_without_resume(
     llama: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With other settings before it, too."""
+    """Also if the settings differed."""
     out = tmp_path / "place" / "gda"
     owner, name, _ = STAGES["training"]
 
@@ -242,8 +242,8 @@ def test_without_resume_nothing_of_a_killed_run_is_used(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\0"])
-def test_damaged_work_is_an_error_in_one_line(content: str, llama: Path, tmp_path: Path, command: Command) -> None:
-    """Whatever a crash left of the file that says whose work it is."""
+def test_damaged_fingerprint_file(content: str, llama: Path, tmp_path: Path, command: Command) -> None:
+    """One line."""
     work = tmp_path / "place" / ".gda.partial" / "work"
     work.mkdir(parents=True)
     (work / "begun.json").write_text(content)
@@ -261,8 +261,8 @@ def test_damaged_work_is_an_error_in_one_line(content: str, llama: Path, tmp_pat
 
 
 @pytest.mark.parametrize("limit", [1_000, 20_000, 150_000])
-def test_a_full_disk_is_an_error_that_names_the_file(limit: int, llama: Path, tmp_path: Path) -> None:
-    """The kernel refuses larger files (as a quota would); memory that is mapped to no block would kill the process."""
+def test_full_disk_names_the_file(limit: int, llama: Path, tmp_path: Path) -> None:
+    """The kernel refuses larger files; writing to unallocated mapped memory would kill the process."""
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -275,10 +275,10 @@ def test_a_full_disk_is_an_error_that_names_the_file(limit: int, llama: Path, tm
     assert os.listdir(tmp_path / "place") == []
 
 
-def test_room_that_runs_out_while_training(
+def test_disk_full_while_training(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
-    """Exit 2, one line, nothing left."""
+    """Exit code 2, one line, and no files."""
     from gda.conversion.split import work
 
     def full(*_: Any) -> str:
@@ -295,8 +295,8 @@ def test_room_that_runs_out_while_training(
     assert os.listdir(tmp_path / "place") == []
 
 
-def test_a_failure_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is no number, in the middle of training."""
+def test_failure_leaves_no_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss becomes NaN during training."""
     monkeypatch.setattr(Distillation, "_train_on", lambda *_: float("nan"))
     with pytest.raises(ValueError, match="training loss is not finite"):
         trained(llama, tmp_path / "place" / "gda")
@@ -307,10 +307,10 @@ def test_a_failure_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_a_few_layers(tmp_path: Path) -> None:
-    """Of a Llama of 300 MB, trained too, in a process of its own that keeps no tensors it can read again.
+def test_peak_memory_is_bounded(tmp_path: Path) -> None:
+    """For a Llama of 300 MB, with training, in a process that does not cache tensors.
 
-    What is mapped from files is not counted: the system gives it back when it needs the room.
+    Memory mapped from files is not counted, because the system reclaims it when needed.
     """
     save_text(tmp_path / "text.txt")
     save_llama(
@@ -353,7 +353,7 @@ def test_memory_is_that_of_a_few_layers(tmp_path: Path) -> None:
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that belong to no file."""
+    """Bytes of this process that do not belong to a file."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024

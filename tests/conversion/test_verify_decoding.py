@@ -1,4 +1,4 @@
-"""Verification decodes: a lossless conversion must give its source's greedy text with a cache, in both methods."""
+"""Verification also decodes: a lossless conversion must give the source's greedy text with a cache."""
 
 import functools
 from collections.abc import Callable
@@ -28,14 +28,14 @@ METHOD = pytest.mark.parametrize("method", METHODS)
 
 
 def converted(tmp_path: Path, **options: Any) -> tuple[Path, Path]:
-    """A Llama with a tokenizer, and its conversion, not verified."""
+    """A Llama with a tokenizer, and its conversion without verification."""
     source = save_llama(tmp_path / "llama")
     gda.convert(source, tmp_path / "gda", verify=False, **options)
     return source, tmp_path / "gda"
 
 
 def drop_cache(monkeypatch: pytest.MonkeyPatch, part: type) -> None:
-    """Let a part of the model ignore the cache it is handed, as a model does that knows it by another name."""
+    """Make a part of the model ignore its cache, like a model that expects it under another name."""
     forward: Callable[..., Any] = part.forward  # type: ignore[attr-defined]
 
     @functools.wraps(forward)
@@ -47,10 +47,10 @@ def drop_cache(monkeypatch: pytest.MonkeyPatch, part: type) -> None:
 
 @METHOD
 @pytest.mark.parametrize("part", [GDAAttention, GDADecoderLayer, GDAModel])
-def test_a_model_that_drops_its_cache_fails(
+def test_model_that_drops_its_cache_fails(
     part: type, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its logits without a cache are the source's, and its greedy text is not."""
+    """Its logits without a cache are equal, but its greedy text is not."""
     source, out = converted(tmp_path)
     assert gda.verify(source, out, method=method).greedy_match == 1.0
     drop_cache(monkeypatch, part)
@@ -63,10 +63,8 @@ def test_a_model_that_drops_its_cache_fails(
 
 
 @METHOD
-def test_a_fault_that_source_and_result_share_fails(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GDA source would drop its cache as well: its text is made without one."""
+def test_fault_shared_by_source_and_result_fails(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GDA source would drop its cache as well, so it decodes without one."""
     source = save_llama(tmp_path / "llama")
     gda.convert(source, tmp_path / "gda", verify=False)
     gda.grow(tmp_path / "gda", tmp_path / "grown", signal=2, verify=False)
@@ -78,10 +76,8 @@ def test_a_fault_that_source_and_result_share_fails(
     assert not report.passed
 
 
-def test_convert_and_verify_end_with_1_and_one_line(
-    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The line names the share of equal texts and what to do; there is no OUT."""
+def test_convert_and_verify_exit_with_1(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line with the share of equal texts and the remedy, and no OUT."""
     source, out = converted(tmp_path)
     drop_cache(monkeypatch, GDAAttention)
     for arguments in (("convert", source, tmp_path / "again"), ("verify", source, out)):
@@ -94,10 +90,10 @@ def test_convert_and_verify_end_with_1_and_one_line(
 
 
 @METHOD
-def test_a_model_that_refuses_the_cache_ends_with_1_and_one_line(
+def test_model_that_refuses_the_cache_exits_with_1(
     method: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later transformers may hand it over under a name that the model does not know: its TypeError is the line."""
+    """The TypeError about an unknown cache argument is printed in one line."""
     source, out = converted(tmp_path)
     monkeypatch.setattr(attention_gda, "CACHE_ARGUMENT", "renamed")
     outcome = command("verify", source, out, "--method", method)
@@ -107,7 +103,7 @@ def test_a_model_that_refuses_the_cache_ends_with_1_and_one_line(
 
 
 def with_twin_tokens(tmp_path: Path, difference: float) -> tuple[Path, Path]:
-    """Each token of the source has a twin with the same logit, which in the result is larger by that share."""
+    """Give each token of the source a twin whose logit in the result is larger by that share."""
     source, out = converted(tmp_path)
     for folder, factor in ((source, 1.0), (out, 1.0 + difference)):
         tensors = tensors_of(folder)
@@ -118,8 +114,8 @@ def with_twin_tokens(tmp_path: Path, difference: float) -> tuple[Path, Path]:
 
 
 @METHOD
-def test_a_tie_of_logits_is_excused(method: str, tmp_path: Path) -> None:
-    """Where rounding decides between two tokens, texts may part there; the report says how many did."""
+def test_ties_pass(method: str, tmp_path: Path) -> None:
+    """Texts may differ where rounding decides between two tokens; the report counts them."""
     source, out = with_twin_tokens(tmp_path, 2e-6)
     report = gda.verify(source, out, method=method)
     assert report.passed
@@ -130,8 +126,8 @@ def test_a_tie_of_logits_is_excused(method: str, tmp_path: Path) -> None:
 
 
 @METHOD
-def test_tokens_that_are_further_apart_are_no_tie(method: str, tmp_path: Path) -> None:
-    """The second token of the source lies 1e-3 behind: text that has it is another, whatever the threshold."""
+def test_larger_differences_are_not_ties(method: str, tmp_path: Path) -> None:
+    """With a second token 1e-3 behind, another text fails at any threshold."""
     source, out = with_twin_tokens(tmp_path, 1e-3)
     tensors = tensors_of(source)
     tensors["lm_head.weight"][VOCAB_SIZE // 2 :] *= 1 - 1e-3
@@ -145,10 +141,9 @@ def test_tokens_that_are_further_apart_are_no_tie(method: str, tmp_path: Path) -
 
 
 @METHOD
-def test_the_greedy_text_of_a_lossy_conversion_may_differ(
+def test_greedy_text_of_a_lossy_conversion_may_differ(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is reported."""
     source, out = converted(tmp_path, dtype="bfloat16")
     drop_cache(monkeypatch, GDAAttention)
     report = gda.verify(source, out, method=method)
@@ -159,8 +154,8 @@ def test_the_greedy_text_of_a_lossy_conversion_may_differ(
 
 @METHOD
 @pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
-def test_verification_is_sdpa_whatever_config_json_names(field: str, method: str, tmp_path: Path) -> None:
-    """Flash attention is not installed here; source and result are compared all the same."""
+def test_verification_uses_sdpa(field: str, method: str, tmp_path: Path) -> None:
+    """Also if config.json names flash attention, which is not installed."""
     source = save_llama(tmp_path / "llama")
     change_config(source, **{field: "flash_attention_2"})
     assert gda.convert(source, tmp_path / "gda").verification is not None
@@ -168,16 +163,16 @@ def test_verification_is_sdpa_whatever_config_json_names(field: str, method: str
     assert gda.verify(source, tmp_path / "gda", method=method).passed
 
 
-def test_layers_of_a_source_run_without_its_dropout(tmp_path: Path) -> None:
-    """Verification layer by layer evaluates the source, as loading it whole does."""
+def test_layers_run_in_evaluation_mode(tmp_path: Path) -> None:
+    """A source may have dropout."""
     source = save_llama(tmp_path / "llama", attention_dropout=0.5)
     gda.convert(source, tmp_path / "gda", verify=False)
     assert gda.verify(source, tmp_path / "gda", method="layers").passed
 
 
 @pytest.mark.parametrize("windows", [False, True])
-def test_decoding_a_layer_with_a_cache_equals_running_it_without(windows: bool, tmp_path: Path) -> None:
-    """For each layer, a window that is shorter than the prefill included."""
+def test_layerwise_decoding_equals_the_full_run(windows: bool, tmp_path: Path) -> None:
+    """For each layer, also with a window shorter than the prefill."""
     kinds = ["sliding_attention", "full_attention"]
     tiny_model(**({"sliding_window": 4, "layer_types": kinds} if windows else {})).save_pretrained(tmp_path / "gda")
     source = FolderSource(tmp_path / "gda")
