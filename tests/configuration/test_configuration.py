@@ -1,4 +1,4 @@
-"""GDAConfig: its defaults, its rules, its file, and that whatever it lets through runs."""
+"""GDAConfig: defaults, rules, config.json, and models of every valid configuration."""
 
 import json
 from itertools import product
@@ -59,7 +59,7 @@ FIXED: dict[str, Any] = {"attention_dropout": 0.0}
 
 
 def test_defaults() -> None:
-    """`GDAConfig()` alone is Llama-3-8B with 40 query heads, 8 of them noise, 8 KV heads, and the plainest GDA."""
+    """`GDAConfig()` has Llama-3-8B's shape, with 40 query heads, of which 8 are noise heads, and 8 KV heads."""
     config = GDAConfig()
     expected = {
         "vocab_size": 128256,
@@ -97,20 +97,19 @@ def test_defaults() -> None:
     ("heads", "noise", "signal", "ratio"), [(40, 8, 32, 4), (12, 3, 9, 3), (2, 1, 1, 1), (8, 1, 7, 7), (24, 4, 20, 5)]
 )
 def test_derived_head_counts(heads: int, noise: int, signal: int, ratio: int) -> None:
-    """Signal heads are what is left of the query heads, and the ratio is signal over noise."""
+    """Signal heads are the query heads minus the noise heads; the ratio is signal heads per noise head."""
     config = tiny_config(num_attention_heads=heads, num_noise_heads=noise, num_key_value_heads=1)
     assert (config.num_signal_heads, config.signal_noise_ratio) == (signal, ratio)
 
 
 @pytest.mark.parametrize("name", ["num_signal_heads", "signal_noise_ratio", "signal_group_size", "value_width"])
 def test_derived_properties_are_read_only(name: str) -> None:
-    """A derived property cannot be set to something that the fields contradict."""
     with pytest.raises(AttributeError):
         setattr(tiny_config(), name, 1)
 
 
 def test_value_width() -> None:
-    """Values are head_dim wide in the shared layout and twice that in the paired one."""
+    """head_dim in the shared layout, and twice that in the paired one."""
     assert tiny_config(head_dim=10).value_width == 10
     assert tiny_config(head_dim=10, kv_layout="paired").value_width == 20
 
@@ -128,20 +127,20 @@ def test_value_width() -> None:
     ids=str,
 )
 def test_lambda_init_of_a_layer(fields: dict[str, Any], expected: list[float]) -> None:
-    """λ_init follows the depth schedule unless it is given for all layers or for each."""
+    """The depth schedule, one value for all layers, or a list."""
     config = tiny_config(**fields)
     assert [config.layer_lambda_init(layer) for layer in (0, 1)] == pytest.approx(expected, abs=1e-12)
 
 
 def test_layer_types_are_filled_in() -> None:
-    """Without `layer_types` all layers slide if there is a window, and none does otherwise."""
+    """Without `layer_types`, all layers slide if there is a window, and none otherwise."""
     assert tiny_config(num_hidden_layers=3).layer_types == ["full_attention"] * 3
     assert tiny_config(num_hidden_layers=3, sliding_window=4).layer_types == ["sliding_attention"] * 3
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_bias_of_the_output_follows_the_others_unless_told(bias: bool) -> None:
-    """`attention_out_bias` is filled in at construction, and written as it is; None afterwards is refused by name."""
+def test_attention_out_bias_defaults_to_attention_bias(bias: bool) -> None:
+    """It is set at construction and saved. Setting it to None later is refused."""
     assert tiny_config(attention_bias=bias).attention_out_bias is bias
     config = tiny_config(attention_bias=bias, attention_out_bias=not bias)
     assert json.loads(config.to_json_string())["attention_out_bias"] is not bias
@@ -157,7 +156,7 @@ def test_the_bias_of_the_output_follows_the_others_unless_told(bias: bool) -> No
 
 @pytest.mark.parametrize("fields", [{}, {"lambda_type": "tanh"}, {"head_norm": True, "qk_norm": True}], ids=str)
 def test_tensor_parallel_plan_names_modules(fields: dict[str, Any]) -> None:
-    """Every entry of the tensor-parallel plan stands for modules that the model has."""
+    """Every entry of the plan matches modules of the model."""
     model = GDAModel(tiny_config(**fields))
     names = {name for name, _ in model.named_modules()}
     for pattern in model.config.base_model_tp_plan:
@@ -253,7 +252,7 @@ BROKEN_RULES: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("changes", "field", "rule"), BROKEN_RULES, ids=lambda value: str(value)[:60])
 def test_broken_rule_is_named(changes: dict[str, Any], field: str, rule: str) -> None:
-    """An impossible config is a ValueError that names the field and its rule."""
+    """The ValueError names the field and its rule."""
     tiny_config()
     with pytest.raises(ValueError, match="GDAConfig") as error:
         tiny_config(**changes)
@@ -268,7 +267,7 @@ def test_broken_rule_is_named(changes: dict[str, Any], field: str, rule: str) ->
     ids=str,
 )
 def test_error_shows_the_value(changes: dict[str, Any], value: str) -> None:
-    """The message ends with the value that broke the rule."""
+    """At the end of the message."""
     with pytest.raises(ValueError, match="GDAConfig") as error:
         tiny_config(**changes)
     assert str(error.value).endswith(f"got {value}.")
@@ -292,14 +291,14 @@ TYPOS = {
 
 
 @pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
-def test_typo_of_an_own_field(typo: str, meant: str) -> None:
-    """A misspelt field of ours is refused, with the field that was meant."""
+def test_misspelled_field_is_refused(typo: str, meant: str) -> None:
+    """The message names the field that was probably meant."""
     with pytest.raises(ValueError, match=f"no field `{typo}`; did you mean `{meant}`"):
         tiny_config(**{typo: 1})
 
 
 def test_other_arguments_are_kept() -> None:
-    """An argument that resembles none of our fields is somebody else's and is written to config.json."""
+    """Arguments that resemble none of our fields are saved in config.json."""
     config = tiny_config(source_of_data="a tool")
     assert json.loads(config.to_json_string())["source_of_data"] == "a tool"
 
@@ -318,28 +317,27 @@ def test_other_arguments_are_kept() -> None:
     ],
     ids=str,
 )
-def test_the_names_before_fade(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """`growth_mask` and `lambda_anneal` of a config saved earlier are read as `fade`."""
+def test_names_before_fade(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """`growth_mask` and `lambda_anneal` in older configs are read as `fade`."""
     assert GDAConfig.from_dict(tiny_config().to_dict() | old).to_dict() == tiny_config(**new).to_dict()
 
 
 @pytest.mark.parametrize("model_class", [GDAModel, GDAForCausalLM])
-def test_rules_hold_again_where_a_model_is_built(model_class: type) -> None:
-    """A field that was changed after construction is checked before anything is built from it."""
+def test_rules_are_checked_when_a_model_is_built(model_class: type) -> None:
+    """For fields that were changed after construction."""
     config = tiny_config()
     config.num_noise_heads = 3
     with pytest.raises(ValueError, match=r"GDAConfig\.num_noise_heads must divide"):
         model_class(config)
 
 
-def test_wrong_type_is_refused_where_it_is_set() -> None:
-    """Setting a field to a value of a wrong type is a ValueError that names the field."""
+def test_wrong_type_is_refused_on_assignment() -> None:
     with pytest.raises(ValueError, match=r"GDAConfig\.hidden_size: .*expected int, got str"):
         tiny_config().hidden_size = "24"
 
 
-def test_every_field_is_tried() -> None:
-    """The table of values above covers all fields and holds no default."""
+def test_every_field_is_tested() -> None:
+    """The table of values above covers all fields and contains no default."""
     assert NO_DEFAULT.keys() | FIXED.keys() == OWN_FIELDS
     default = GDAConfig()
     assert not [name for name, value in NO_DEFAULT.items() if getattr(default, name) == value]
@@ -347,7 +345,7 @@ def test_every_field_is_tried() -> None:
 
 @pytest.mark.parametrize("fields", [{}, NO_DEFAULT], ids=["defaults", "no-default"])
 def test_json_round_trip(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Every field is written to config.json, also at its default, and comes back as it was."""
+    """Every field is saved, also with its default value, and is read back unchanged."""
     config = GDAConfig(**fields)
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -360,15 +358,17 @@ def test_json_round_trip(fields: dict[str, Any], tmp_path: Path) -> None:
         assert {name: getattr(loaded, name) for name in OWN_FIELDS} == {name: written[name] for name in OWN_FIELDS}
 
 
-def test_auto_config_makes_gda() -> None:
-    """AutoConfig knows the model type "gda"."""
+def test_auto_config() -> None:
     config = AutoConfig.for_model("gda", num_attention_heads=6, num_noise_heads=1, num_key_value_heads=1)
     assert type(config) is GDAConfig
     assert config.signal_noise_ratio == 5
 
 
 def heads_are_possible(heads: int, noise: int, key_value: int, kv_layout: str) -> bool:
-    """The rules of head counts, stated once more: signal i and noise i // r must be able to find their KV heads."""
+    """The rules of head counts, written independently: signal i and noise i
+
+    r must find their KV heads.
+    """
     signal = heads - noise
     if noise < 1 or key_value < 1 or signal < 1 or signal % noise:
         return False
@@ -378,8 +378,8 @@ def heads_are_possible(heads: int, noise: int, key_value: int, kv_layout: str) -
 
 
 @pytest.mark.parametrize("kv_layout", ["shared", "paired"])
-def test_heads_are_refused_exactly_where_they_are_impossible(kv_layout: str) -> None:
-    """Over a grid of head counts, the config accepts all that is possible and nothing else."""
+def test_exactly_the_possible_head_counts_are_accepted(kv_layout: str) -> None:
+    """Over a grid of head counts."""
     outcomes = set()
     for heads, noise, key_value in product(range(1, 11), range(5), range(7)):
         counts = {"num_attention_heads": heads, "num_noise_heads": noise, "num_key_value_heads": key_value}
@@ -405,7 +405,7 @@ def check_it_runs(config: GDAConfig) -> None:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(ANY_FIELDS)
 def test_any_integers_run_or_are_refused_by_name(fields: dict[str, Any]) -> None:
-    """Whatever the integers are, either the model runs or a ValueError names one of their fields."""
+    """For any integers, the model runs or a ValueError names one of the fields."""
     try:
         config = tiny_config(**fields)
     except ValueError as error:
@@ -418,8 +418,8 @@ def test_any_integers_run_or_are_refused_by_name(fields: dict[str, Any]) -> None
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(possible_fields())
-def test_what_obeys_the_rules_runs(fields: dict[str, Any]) -> None:
-    """No config that obeys the rules is refused, and each of them gives finite logits."""
+def test_every_valid_config_runs(fields: dict[str, Any]) -> None:
+    """It is accepted and gives finite logits."""
     check_it_runs(tiny_config(**fields))
 
 
@@ -471,26 +471,24 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "field"), IMPOSSIBLE, ids=lambda value: str(value)[:70])
 def test_impossible_values_are_refused_by_name(changes: dict[str, Any], field: str) -> None:
-    """A value that no model can be built of, or none with finite logits, is a ValueError that names its field."""
+    """The ValueError names the field."""
     with pytest.raises(ValueError, match=rf"^GDAConfig\.{field}"):
         tiny_config(**changes)
 
 
-def test_a_field_named_as_an_argument_of_python() -> None:
-    """A field `cls` in a dictionary of fields is not taken for the argument of a class method."""
+def test_field_named_cls() -> None:
+    """A field `cls` is not taken for the argument of a class method."""
     assert GDAConfig.from_dict(tiny_config().to_dict() | {"cls": 1}).cls == 1
 
 
-def test_a_long_value_is_shown_in_short() -> None:
-    """A message can be read, whatever the value is."""
+def test_long_values_are_shortened_in_messages() -> None:
     for name in ("hidden_act", "num_noise_heads", "lambda_init", "rope_parameters"):
         with pytest.raises(ValueError, match=f"GDAConfig.{name}") as error:
             tiny_config(**{name: "a" * 70_000})
         assert len(str(error.value)) < 1000
 
 
-def test_config_file_holds_no_class_variable(tmp_path: Path) -> None:
-    """What belongs to the class stays out of config.json, so that a loaded config is the saved one."""
+def test_config_json_has_no_class_variables(tmp_path: Path) -> None:
     config = tiny_config()
     config.save_pretrained(tmp_path)
     assert GDAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
@@ -498,8 +496,8 @@ def test_config_file_holds_no_class_variable(tmp_path: Path) -> None:
     assert not written.keys() & {"default_theta", "keys_to_ignore_at_inference", "base_model_pp_plan"}
 
 
-def test_config_of_a_model_reloads_with_it(tmp_path: Path) -> None:
-    """A model made of no default comes back from its folder with the same config and the same logits."""
+def test_model_without_defaults_reloads(tmp_path: Path) -> None:
+    """A model without any default value reloads with the same config and logits."""
     model = tiny_model(GDAConfig(**NO_DEFAULT))
     model.save_pretrained(tmp_path)
     loaded = GDAForCausalLM.from_pretrained(tmp_path)

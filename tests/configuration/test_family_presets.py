@@ -1,4 +1,4 @@
-"""Presets of known shapes: sizes, parameter counts, and names that are nearly right."""
+"""Presets of known shapes: sizes, parameter counts, and unknown names."""
 
 import re
 from pathlib import Path
@@ -36,20 +36,20 @@ def on_meta(config: GDAConfig) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def test_every_preset_is_tried() -> None:
+def test_every_preset_is_tested() -> None:
     assert set(BILLIONS) == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", BILLIONS)
-def test_a_preset_builds_and_has_its_size(name: str) -> None:
-    """On the meta device, at full size; the count agrees with the name to its last digit."""
+def test_preset_has_its_size(name: str) -> None:
+    """On the meta device; the parameter count agrees with the name."""
     count = on_meta(GDAConfig.preset(name)).num_parameters() / 1e9
     digits = len(str(BILLIONS[name]).split(".")[1])
     assert round(count, digits) == BILLIONS[name]
 
 
 def test_motif_2_at_full_size_has_its_tensors() -> None:
-    """643 tensors, each of the shape that two independent ports agree on."""
+    """643 tensors, with the shapes that two independent ports agree on."""
     model = on_meta(GDAConfig.preset("motif-2-12.7b"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert len(shapes) == 643
@@ -86,8 +86,8 @@ def test_motif_2_at_full_size_has_its_tensors() -> None:
     assert round(sum(tensor.numel() for tensor in on_meta(read).state_dict().values()) / 1e9, 1) == 12.7
 
 
-def test_changes_go_over_the_fields_and_leave_the_preset_alone() -> None:
-    """Configs write into their RoPE fields: a preset must not be what they write into."""
+def test_overrides_do_not_change_the_preset() -> None:
+    """Configs modify their RoPE fields, so presets must not share them."""
     first = GDAConfig.preset("motif-2-12.7b", num_hidden_layers=2, rope_parameters={"rope_theta": 5.0})
     assert (first.num_hidden_layers, first.rope_parameters["rope_theta"]) == (2, 5.0)
     GDAConfig.preset("motif-2-12.7b").rope_parameters["rope_theta"] = 7.0
@@ -107,14 +107,14 @@ def test_changes_go_over_the_fields_and_leave_the_preset_alone() -> None:
         ("xyz", "there are motif-2-12.7b"),
     ],
 )
-def test_an_unknown_name_is_answered_with_those_that_resemble_it(wrong: str, meant: str) -> None:
-    """`did you mean`, or the list."""
+def test_unknown_preset(wrong: str, meant: str) -> None:
+    """The message suggests a similar name or lists all."""
     with pytest.raises(ValueError, match=meant):
         GDAConfig.preset(wrong)
 
 
-def test_the_table_of_the_family_names_what_there_is() -> None:
-    """Each preset stands in docs/family.md, and each test file that it names exists."""
+def test_family_table_names_presets_and_tests() -> None:
+    """Each preset is in docs/family.md, and each test file named there exists."""
     root = Path(__file__).resolve().parents[2]
     text = (root / "docs" / "family.md").read_text(encoding="utf-8")
     assert [name for name in PRESETS if f"`{name}`" not in text and not name.endswith("-expand")] == []
@@ -162,8 +162,8 @@ def test_the_table_of_the_family_names_what_there_is() -> None:
         ),
     ],
 )
-def test_presets_of_diff_are_what_its_arguments_make(name: str, fields: dict[str, Any]) -> None:
-    """The modules of Microsoft's repository count pairs of heads in V1 and differences in V2."""
+def test_diff_presets_match_microsofts_arguments(name: str, fields: dict[str, Any]) -> None:
+    """Microsoft's modules count pairs of heads in V1 and differences in V2."""
     preset = GDAConfig.preset(name)
     assert {field: getattr(preset, field) for field in fields} == fields
 
@@ -196,8 +196,8 @@ LLAMAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-def test_presets_of_llamas_are_what_their_expansion_makes(name: str) -> None:
-    """Every field that decides what is computed, of the Llama's own config expanded."""
+def test_llama_presets_equal_expanded_configs(name: str) -> None:
+    """In every field that affects the result."""
     llama = LlamaConfig(
         **LLAMAS[name],
         vocab_size=128256,
@@ -216,8 +216,8 @@ def test_presets_of_llamas_are_what_their_expansion_makes(name: str) -> None:
 
 @pytest.mark.slow
 @needs_smollm2
-def test_the_preset_of_smollm2_is_what_its_conversion_makes(tmp_path: Path) -> None:
-    """The config of SmolLM2-135M itself, from the GGUF file that the demo uses."""
+def test_smollm2_preset_equals_its_conversion(tmp_path: Path) -> None:
+    """For the GGUF file that the demo uses."""
     config = gda.convert(find_demo_model(), tmp_path / "gda", dry_run=True).config
     preset = GDAConfig.preset("smollm2-135m-expand")
     own = {"dtype", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "rms_norm_eps"}

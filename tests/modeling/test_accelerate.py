@@ -1,4 +1,4 @@
-"""Meta devices, offloading and loading: what accelerate and from_pretrained need of a model."""
+"""Meta devices, offloading and loading with accelerate and from_pretrained."""
 
 import copy
 import pickle
@@ -52,7 +52,7 @@ def tiny_config(layout: str, lambda_type: str, **fields: Any) -> GDAConfig:
 
 
 def tiny_model(layout: str, lambda_type: str, **fields: Any) -> GDAForCausalLM:
-    """A model whose every weight differs from what its initialization would give."""
+    """A model in which every weight differs from its initialization."""
     generator = torch.Generator().manual_seed(0)
     model = GDAForCausalLM(tiny_config(layout, lambda_type, **fields)).eval()
     with torch.no_grad():
@@ -67,7 +67,7 @@ def token_ids() -> torch.Tensor:
 
 
 def without(folder: Path, names: str) -> set[str]:
-    """Take the tensors that match `names` out of a saved checkpoint; return what was taken."""
+    """Remove the tensors that match `names` from a saved checkpoint, and return them."""
     tensors = load_file(folder / "model.safetensors")
     gone = {name for name in tensors if re.search(names, name)}
     save_file({k: v for k, v in tensors.items() if k not in gone}, folder / "model.safetensors", {"format": "pt"})
@@ -76,7 +76,7 @@ def without(folder: Path, names: str) -> set[str]:
 
 @pytest.fixture
 def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill whatever torch hands out uninitialized with NaN, which a forgotten initialization then shows."""
+    """Fill uninitialized tensors with NaN, so that a missing initialization is visible."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     yield
@@ -85,10 +85,10 @@ def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @each_case
 @each_meta_device
-def test_a_meta_model_has_shapes_and_no_storage(
+def test_meta_model_has_shapes_and_no_storage(
     layout: str, lambda_type: str, on_meta_device: Callable[[], AbstractContextManager]
 ) -> None:
-    """A model is made without memory, with the names, shapes and dtypes of a real one, and tells its λ_init."""
+    """Names, shapes and dtypes are those of a real model, and λ_init is known."""
     real = tiny_model(layout, lambda_type)
     with on_meta_device():
         empty = GDAForCausalLM(real.config)
@@ -106,7 +106,7 @@ def test_a_meta_model_has_shapes_and_no_storage(
 
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
 def test_initialization_fills_a_materialized_meta_model(lambda_type: str) -> None:
-    """`to_empty` then `initialize_weights` leaves no parameter or buffer as it was found in memory."""
+    """`to_empty` and `initialize_weights` initialize every parameter and buffer."""
     with torch.device("meta"):
         model = GDAForCausalLM(tiny_config("shared", lambda_type))
     model.to_empty(device="cpu")
@@ -122,7 +122,7 @@ def test_initialization_fills_a_materialized_meta_model(lambda_type: str) -> Non
 @pytest.mark.slow
 @each_case
 def test_load_checkpoint_and_dispatch_over_disk(layout: str, lambda_type: str, tmp_path: Path) -> None:
-    """accelerate fills an empty model and runs a layer, its bare λ vectors with it, from disk: equal logits."""
+    """accelerate runs a layer, λ vectors included, from disk with equal logits."""
     model = tiny_model(layout, lambda_type)
     model.save_pretrained(tmp_path / "model")
     with init_empty_weights():
@@ -138,7 +138,7 @@ def test_load_checkpoint_and_dispatch_over_disk(layout: str, lambda_type: str, t
 
 @each_case
 def test_from_pretrained_with_a_layer_on_disk(layout: str, lambda_type: str, tmp_path: Path) -> None:
-    """A device map that sends a layer to disk gives the logits, and the tokens, of the model in memory."""
+    """Logits and tokens equal those of the model in memory."""
     model = tiny_model(layout, lambda_type)
     model.save_pretrained(tmp_path / "model")
     spread = GDAForCausalLM.from_pretrained(
@@ -154,8 +154,8 @@ def test_from_pretrained_with_a_layer_on_disk(layout: str, lambda_type: str, tmp
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_automatic_device_map_splits_no_layer(layout: str) -> None:
-    """Whatever memory there is, a decoder layer stays whole; without `_no_split_modules` it would not."""
+def test_automatic_device_map_splits_no_layer(layout: str) -> None:
+    """For any amount of memory; without `_no_split_modules` it would."""
     with init_empty_weights():
         model = GDAForCausalLM(tiny_config(layout, "reparameterized", num_hidden_layers=3))
     sizes = compute_module_sizes(model)
@@ -174,8 +174,8 @@ def test_an_automatic_device_map_splits_no_layer(layout: str) -> None:
 
 @each_case
 @pytest.mark.parametrize("shard", ["5GB", "8KB"])
-def test_saved_weights_come_back_bit_for_bit(layout: str, lambda_type: str, shard: str, tmp_path: Path) -> None:
-    """from_pretrained draws no random number for a tensor it loaded, from one file or from many shards."""
+def test_saved_weights_reload_bit_for_bit(layout: str, lambda_type: str, shard: str, tmp_path: Path) -> None:
+    """from_pretrained initializes no tensor that it loads, from one file or many shards."""
     model = tiny_model(layout, lambda_type)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is (shard == "8KB")
@@ -191,10 +191,8 @@ def test_saved_weights_come_back_bit_for_bit(layout: str, lambda_type: str, shar
 
 @pytest.mark.parametrize("names", ["lambda_", "lambda_q1"])
 @pytest.mark.parametrize("layout", ["shared", "paired"])
-def test_missing_lambda_vectors_are_drawn_as_for_a_new_model(
-    layout: str, names: str, tmp_path: Path, dirty_memory: None
-) -> None:
-    """λ vectors that a checkpoint lacks are N(0, 0.1²) as in a new model; what it holds, λ too, is not drawn again."""
+def test_missing_lambda_vectors_are_initialized(layout: str, names: str, tmp_path: Path, dirty_memory: None) -> None:
+    """They are N(0, 0.1²), as in a new model. Tensors in the checkpoint are kept."""
     model = tiny_model(layout, "reparameterized", num_hidden_layers=8, head_dim=16)
     model.save_pretrained(tmp_path)
     gone = without(tmp_path, names)
@@ -218,10 +216,8 @@ def test_missing_lambda_vectors_are_drawn_as_for_a_new_model(
         (r"subln\.weight", 1.0),
     ],
 )
-def test_other_missing_tensors_start_at_their_value(
-    names: str, value: float, tmp_path: Path, dirty_memory: None
-) -> None:
-    """PolyNorm and norms that a checkpoint lacks get the values of a new model, not what memory held."""
+def test_other_missing_tensors_are_initialized(names: str, value: float, tmp_path: Path, dirty_memory: None) -> None:
+    """PolyNorm and norms get the values of a new model."""
     model = tiny_model("shared", "reparameterized")
     model.save_pretrained(tmp_path)
     gone = without(tmp_path, names)
@@ -231,8 +227,7 @@ def test_other_missing_tensors_start_at_their_value(
         torch.testing.assert_close(again.get_parameter(name), torch.full_like(model.get_parameter(name), value))
 
 
-def test_a_missing_projection_of_lambda_is_drawn(tmp_path: Path, dirty_memory: None) -> None:
-    """W_λ that a checkpoint lacks is drawn as any projection is."""
+def test_missing_lambda_projection_is_initialized(tmp_path: Path, dirty_memory: None) -> None:
     model = tiny_model("shared", "sigmoid", hidden_size=64, initializer_range=0.05)
     model.save_pretrained(tmp_path)
     gone = without(tmp_path, "lambda_proj")
@@ -243,10 +238,10 @@ def test_a_missing_projection_of_lambda_is_drawn(tmp_path: Path, dirty_memory: N
 
 @each_case
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_is_equal_and_its_own(
+def test_copies_are_equal_and_independent(
     layout: str, lambda_type: str, copied: Callable[[GDAForCausalLM], GDAForCausalLM]
 ) -> None:
-    """deepcopy and pickle give the same logits from weights of their own."""
+    """By deepcopy and by pickle."""
     model = tiny_model(layout, lambda_type, tie_word_embeddings=True)
     ids = token_ids()
     wanted = model(ids).logits

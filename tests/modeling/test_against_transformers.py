@@ -1,4 +1,4 @@
-"""GDA agrees with models of transformers: Llama, Mistral, Qwen2 and Qwen3 where λ is 0, DiffLlama where λ is live."""
+"""Logits equal those of transformers' Llama, Mistral, Qwen2 and Qwen3 at λ = 0, and of DiffLlama at any λ."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def source_model(
 
 
 def gda_like(source: PreTrainedModel, num_noise: int = 2, **fields: Any) -> GDAForCausalLM:
-    """A GDA of the source's shape and weights: its query heads are the signal heads, the noise is random, λ is 0."""
+    """A GDA model with the source's shape and weights, random noise heads and λ = 0."""
     config = source.config
     same = {name: getattr(config, name) for name in SHAPE} | {
         "num_attention_heads": config.num_attention_heads + num_noise,
@@ -88,7 +88,7 @@ def gda_like(source: PreTrainedModel, num_noise: int = 2, **fields: Any) -> GDAF
 
 
 def put_signal_heads(into: Tensor, heads: Tensor, ratio: int) -> None:
-    """Write query heads over the signal heads of q_proj, whose rows are groups [signal_1 … signal_r, noise]."""
+    """Write query heads to the signal heads of q_proj, whose rows are groups [signal_1 … signal_r, noise]."""
     for i, head in enumerate(heads.split(HEAD_DIM)):
         row = (i // ratio * (ratio + 1) + i % ratio) * HEAD_DIM
         into[row : row + HEAD_DIM] = head
@@ -96,7 +96,7 @@ def put_signal_heads(into: Tensor, heads: Tensor, ratio: int) -> None:
 
 @torch.no_grad()
 def decoded(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
-    """Logits of a prompt, then of one token at a time from the cache."""
+    """Logits of a prompt, and then of single tokens with a cache."""
     cache = DynamicCache(config=model.config)
     sizes = [prompt] + [1] * (ids.shape[1] - prompt)
     return torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)], dim=1)
@@ -110,15 +110,15 @@ def decoded(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
     ids=["plain", "tied", "biases", "multi-head"],
 )
 def test_llama(fields: dict[str, Any], num_noise: int, zero: dict[str, Any]) -> None:
-    """A Llama's weights as signal heads and λ = 0 give the Llama's logits, whatever the noise heads hold."""
+    """With the Llama's weights as signal heads and λ = 0, for any noise heads."""
     llama = source_model(LlamaForCausalLM, LlamaConfig, **fields)
     ids = token_ids(2, 13)
     assert relative_error(logits(gda_like(llama, num_noise, **zero), ids), logits(llama, ids)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("zero", LAMBDA_ZERO.values(), ids=LAMBDA_ZERO)
-def test_lambda_is_what_makes_the_difference(zero: dict[str, Any]) -> None:
-    """The same weights with another λ leave the Llama, so its agreement does rest on λ = 0."""
+def test_nonzero_lambda_changes_the_logits(zero: dict[str, Any]) -> None:
+    """So the agreement with the Llama depends on λ = 0."""
     llama = source_model(LlamaForCausalLM, LlamaConfig)
     model, ids = gda_like(llama, **zero), token_ids(2, 13)
     for name, parameter in model.named_parameters():
@@ -143,7 +143,7 @@ ROPE = {
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("kind", ROPE)
 def test_rope_types(kind: str, length: int) -> None:
-    """Every RoPE type of transformers turns GDA's heads as it turns Llama's, below and above its trained length."""
+    """Every RoPE type of transformers, below and above the trained length."""
     rope = {"rope_type": kind, "rope_theta": 100.0, **ROPE[kind]}
     llama = source_model(LlamaForCausalLM, LlamaConfig, rope_parameters=rope)
     model, ids = gda_like(llama, lambda_init=0.0), token_ids(2, length)
@@ -155,8 +155,8 @@ def test_rope_types(kind: str, length: int) -> None:
         assert relative_error(plain, expected) > 1e-3
 
 
-def test_every_rope_type_is_tried() -> None:
-    """The table above holds every RoPE type that this transformers can compute."""
+def test_every_rope_type_is_tested() -> None:
+    """The table above has every RoPE type of the installed transformers."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     assert set(ROPE) == {"default", *ROPE_INIT_FUNCTIONS}
@@ -164,7 +164,7 @@ def test_every_rope_type_is_tried() -> None:
 
 @pytest.mark.parametrize("num_noise", [1, 2, 6], ids="noise{}".format)
 def test_mistral_sliding_window(num_noise: int) -> None:
-    """A window of W tokens is Mistral's window, over the whole sequence and from the cache."""
+    """With and without a cache."""
     mistral = source_model(MistralForCausalLM, MistralConfig, sliding_window=5)
     model, ids = gda_like(mistral, num_noise, lambda_init=0.0), token_ids(2, 13)
     expected = logits(mistral, ids)
@@ -177,7 +177,7 @@ def test_mistral_sliding_window(num_noise: int) -> None:
 
 
 def test_qwen2_biases() -> None:
-    """Biases before attention, and none after it."""
+    """Biases of q, k and v, and none of o_proj."""
     qwen = source_model(Qwen2ForCausalLM, Qwen2Config)
     model, ids = gda_like(qwen, lambda_init=0.0), token_ids(2, 13)
     attention = model.model.layers[0].self_attn
@@ -187,14 +187,13 @@ def test_qwen2_biases() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"attention_bias": True}], ids=["plain", "biases"])
 def test_qwen3_qk_norm(fields: dict[str, Any]) -> None:
-    """`qk_norm` is Qwen3's norm of queries and keys."""
     qwen = source_model(Qwen3ForCausalLM, Qwen3Config, **fields)
     model, ids = gda_like(qwen, lambda_init=0.0, qk_norm=True), token_ids(2, 13)
     assert relative_error(logits(model, ids), logits(qwen, ids)) <= TOLERANCE
 
 
 def test_qwen3_mixed_layer_types() -> None:
-    """`layer_types` are Qwen3's: full attention below, a sliding window above."""
+    """Full attention in the first layers, and a sliding window in the others."""
     qwen = source_model(Qwen3ForCausalLM, Qwen3Config, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     model, ids = gda_like(qwen, lambda_init=0.0, qk_norm=True), token_ids(2, 13)
     assert model.config.layer_types == ["full_attention", "sliding_attention"]
@@ -203,10 +202,10 @@ def test_qwen3_mixed_layer_types() -> None:
 
 
 def gda_like_diffllama(source: DiffLlamaForCausalLM) -> GDAForCausalLM:
-    """A paired 1:1 GDA of a DiffLlama, whose heads come in halves: all signal heads first, then all noise heads.
+    """A paired 1:1 GDA model with the weights of a DiffLlama.
 
-    The first half of its KV heads holds the signal keys and the slabs v1, the second the noise keys and the slabs v2;
-    in GDA the two members of a pair are neighbours. Its norm of head outputs has no weight.
+    A DiffLlama's heads come in halves: all signal heads, then all noise heads; likewise the keys, and the slabs v1 and
+    v2. In GDA, the two members of a pair are neighbours. A DiffLlama's head norm has no weight.
     """
     config = source.config
     fields = {name: getattr(config, name) for name in SHAPE} | {
@@ -232,7 +231,7 @@ def gda_like_diffllama(source: DiffLlamaForCausalLM) -> GDAForCausalLM:
 @pytest.mark.parametrize("key_value", [8, 4, 2], ids="kv{}".format)
 @pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "rms_norm_eps": 0.01}], ids=["plain", "biases"])
 def test_diffllama(fields: dict[str, Any], key_value: int) -> None:
-    """The paired layout at 1:1 with head norm is DiffLlama, λ live and different by layer, also from the cache."""
+    """The paired layout at 1:1 with head norm and a different λ in each layer, with and without a cache."""
     source = source_model(
         DiffLlamaForCausalLM,
         DiffLlamaConfig,
@@ -252,8 +251,8 @@ def test_diffllama(fields: dict[str, Any], key_value: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_and_keys_are_rotated_as_llamas_bit_for_bit(dtype: torch.dtype) -> None:
-    """In a conversion nothing else comes between a Llama and equal logits."""
+def test_rope_equals_llamas_bit_for_bit(dtype: torch.dtype) -> None:
+    """So that a converted model can equal its source exactly."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, 11, heads, 6, generator=generator).to(dtype) for heads in (5, 2))
     angles = torch.randn(2, 11, 3, generator=generator).repeat(1, 1, 2)

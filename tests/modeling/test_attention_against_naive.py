@@ -1,4 +1,4 @@
-"""The model agrees with the loop-by-loop reference of its equations, in float32 to 1e-5."""
+"""The model agrees with the reference loops of its equations, to 1e-5 in float32."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ LENGTH = 11
 
 
 def shared_heads() -> dict[str, dict[str, Any]]:
-    """Every ratio with noise heads above, equal to and, where the signal heads allow it, below the KV heads."""
+    """Every ratio, with more, as many and fewer noise heads than KV heads."""
     cases = {}
     for ratio in (1, 2, 3, 4, 5, 7):
         for noise, key_value in ((4, 2), (2, 2), (3, 3), (2, 1), (1, 1)):
@@ -35,7 +35,7 @@ def shared_heads() -> dict[str, dict[str, Any]]:
 
 
 def paired_heads() -> dict[str, dict[str, Any]]:
-    """Paired ratios with one, and with several, signal and noise heads for each pair of KV heads."""
+    """Ratios with one and several signal and noise heads per pair of KV heads."""
     paired = {"kv_layout": "paired"}
     cases = {}
     for ratio in (1, 2, 3, 4, 5, 7):
@@ -93,32 +93,31 @@ def agree(fields: dict[str, Any], attention: str = "sdpa") -> float:
 
 @pytest.mark.parametrize("fields", shared_heads().values(), ids=shared_heads())
 def test_shared_ratios(fields: dict[str, Any]) -> None:
-    """Every query head reads the KV head of its group, and every noise map meets its own signal maps."""
+    """Every query head reads the KV head of its group, and every noise map is subtracted from its own signal maps."""
     assert agree(fields) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fields", paired_heads().values(), ids=paired_heads())
 def test_paired_ratios(fields: dict[str, Any]) -> None:
-    """Signal and noise read their own key of the pair, and both value slabs in order."""
+    """Signal and noise heads read their own keys, and both value slabs in order."""
     assert agree(fields) <= TOLERANCE
 
 
 @pytest.mark.parametrize("kv_layout", ["shared", "paired"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_variants(fields: dict[str, Any], kv_layout: str) -> None:
-    """Every field of the config has the meaning that the equations give it, in both layouts."""
+    """Every field of the config, in both layouts."""
     assert agree({"kv_layout": kv_layout, **fields}) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fields", PATHS.values(), ids=PATHS)
 def test_eager_agrees(fields: dict[str, Any]) -> None:
-    """The eager backend agrees on every path, too."""
     assert agree(fields, attention="eager") <= TOLERANCE
 
 
 @pytest.mark.parametrize("kv_layout", ["shared", "paired"])
 def test_float64_agrees_to_rope_rounding(kv_layout: str) -> None:
-    """In float64 what remains is the float32 arithmetic of RoPE, norms and softmax that transformers prescribes."""
+    """transformers computes RoPE, norms and softmax in float32."""
     model = tiny_model(kv_layout=kv_layout, head_norm=True, lambda_type="sigmoid").double()
     ids = token_ids(1, LENGTH)
     with torch.no_grad():
@@ -133,7 +132,7 @@ def reference(model: GDAForCausalLM, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("fields", PATHS.values(), ids=PATHS)
 @torch.no_grad()
 def test_token_by_token(fields: dict[str, Any]) -> None:
-    """Decoding one token at a time from the cache gives the logits of the whole sequence."""
+    """Decoding with a cache equals one pass over the sequence."""
     model, ids = tiny_model(**fields), token_ids(2, LENGTH)
     cache = DynamicCache(config=model.config)
     steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(LENGTH)]
@@ -145,7 +144,7 @@ def test_token_by_token(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fields", PATHS.values(), ids=PATHS)
 @torch.no_grad()
 def test_chunked_prefill(fields: dict[str, Any], sizes: tuple[int, ...]) -> None:
-    """A prompt that enters the cache in pieces gives the logits of the whole sequence."""
+    """A prompt in several pieces equals one pass over the sequence."""
     model, ids = tiny_model(**fields), token_ids(2, sum(sizes))
     cache = DynamicCache(config=model.config)
     pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)]
@@ -156,7 +155,7 @@ def test_chunked_prefill(fields: dict[str, Any], sizes: tuple[int, ...]) -> None
 @pytest.mark.parametrize("fields", PATHS.values(), ids=PATHS)
 @torch.no_grad()
 def test_left_padded_batch(fields: dict[str, Any], positions: str) -> None:
-    """Padding on the left changes nothing: each row gives the logits that it gives alone, wherever positions start."""
+    """Each row equals the row alone, for any start of the positions."""
     model = tiny_model(**fields)
     padding = torch.tensor([4, 0, 1])
     mask = (torch.arange(LENGTH) >= padding.unsqueeze(1)).long()
@@ -172,7 +171,7 @@ def test_left_padded_batch(fields: dict[str, Any], positions: str) -> None:
 @pytest.mark.parametrize("fields", PATHS.values(), ids=PATHS)
 @torch.no_grad()
 def test_left_padded_decoding(fields: dict[str, Any]) -> None:
-    """A padded prompt and then one token at a time from the cache: each row gives the logits it gives alone."""
+    """A padded prompt and then single tokens with a cache: each row equals the row alone."""
     model, prompt = tiny_model(**fields), 6
     padding = torch.tensor([3, 0])
     mask = (torch.arange(LENGTH) >= padding.unsqueeze(1)).long()
@@ -218,7 +217,7 @@ ROPE = {
 @pytest.mark.parametrize("kind", ROPE)
 @torch.no_grad()
 def test_rope_kinds(kind: str, kv_layout: str) -> None:
-    """With a live λ, every RoPE kind rotates signal and noise alike, by the angles of a Llama with the same RoPE."""
+    """With non-zero λ, every RoPE type rotates signal and noise heads by a Llama's angles."""
     rope = {"rope_type": kind, "rope_theta": 100.0, **ROPE[kind]}
     model = tiny_model(tiny_config(kv_layout=kv_layout, rope_parameters=rope, max_position_embeddings=8))
     llama = LlamaConfig(

@@ -1,4 +1,4 @@
-"""`import gda` is enough for the Auto classes, and every head saves, loads and trains."""
+"""After `import gda`, the Auto classes work, and every head saves, loads and trains."""
 
 import json
 import pickle
@@ -46,7 +46,7 @@ def outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 def test_auto_classes(
     auto_class: Any, model_class: type[PreTrainedModel], fields: dict[str, Any], kv_layout: str, tmp_path: Path
 ) -> None:
-    """Each Auto class makes its class of a config, and of a folder the model that was saved there."""
+    """Each Auto class creates its class from a config, and loads a saved model from a folder."""
     config = tiny_config(pad_token_id=0, kv_layout=kv_layout, **fields)
     model = auto_class.from_config(config)
     assert type(model) is model_class
@@ -64,7 +64,7 @@ def test_auto_classes(
 @each_layout
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_sharded_checkpoint(kv_layout: str, tied: bool, tmp_path: Path) -> None:
-    """A checkpoint in many small shards holds each tensor once under its name, and loads as the same model."""
+    """Each tensor is in one shard under its name, and the model reloads."""
     model = tiny_model(kv_layout=kv_layout, tie_word_embeddings=tied, head_norm=True, qk_norm=True)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     shards = list(tmp_path.glob("model-*.safetensors"))
@@ -104,7 +104,7 @@ SHARED_NAMES = {
 @each_layout
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "sigmoid"])
 def test_names_and_shapes_of_tensors(kv_layout: str, lambda_type: str) -> None:
-    """The tensors of a checkpoint have the names of Llama's and Motif's, and the shapes that the heads imply."""
+    """The names of Llama's and Motif's tensors, with shapes that follow from the heads."""
     model = tiny_model(
         kv_layout=kv_layout,
         lambda_type=lambda_type,
@@ -126,7 +126,6 @@ def test_names_and_shapes_of_tensors(kv_layout: str, lambda_type: str) -> None:
 
 
 def test_importing_gda_imports_no_optional_library() -> None:
-    """`import gda` imports the model classes, which it registers, and nothing that only some commands need."""
     script = (
         "import sys, gda\n"
         "assert 'gda.modeling_gda.modeling_gda' in sys.modules\n"
@@ -135,8 +134,8 @@ def test_importing_gda_imports_no_optional_library() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_the_command_registers_with_the_first_model_code() -> None:
-    """Started as the command `gda`, `import gda` imports no library; what opens models registers the type."""
+def test_command_registers_the_type_when_it_opens_a_model() -> None:
+    """Started as the command `gda`, `import gda` imports no library."""
     script = (
         "import sys\n"
         "sys.argv[0] = '/somewhere/gda'\n"
@@ -167,8 +166,8 @@ FROM_A_CONFIG = (
         "import pickle; config = pickle.loads(pickled); import transformers, gda",
     ],
 )
-def test_the_order_of_imports_does_not_matter(order: str) -> None:
-    """Whichever of gda, transformers and the first config comes first, the Auto classes know the type."""
+def test_order_of_imports_does_not_matter(order: str) -> None:
+    """Of gda, transformers and the first config."""
     config = tiny_config()
     fields = f"fields = {config.to_diff_dict()!r}\nfields.pop('model_type')\n"
     script = f"pickled = {pickle.dumps(config)!r}\n{fields}{order}\n{FROM_A_CONFIG}"
@@ -177,8 +176,8 @@ def test_the_order_of_imports_does_not_matter(order: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModelForTokenClassification"])
-def test_a_fresh_process_needs_only_the_import(auto_class: str, tmp_path: Path) -> None:
-    """After `import gda` and nothing else a folder loads, whichever class is asked first."""
+def test_fresh_process_needs_only_the_import(auto_class: str, tmp_path: Path) -> None:
+    """With each Auto class as the first one used."""
     tiny_model().save_pretrained(tmp_path)
     script = (
         "import sys, gda, transformers\n"
@@ -191,7 +190,6 @@ def test_a_fresh_process_needs_only_the_import(auto_class: str, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_without_the_import_the_type_is_unknown(tmp_path: Path) -> None:
-    """Where gda is not imported, transformers does not know the type: the registration is what makes it load."""
     tiny_config().save_pretrained(tmp_path, bundle_code=False)
     script = "import sys, transformers; transformers.AutoConfig.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, capture_output=True, text=True)
@@ -202,7 +200,7 @@ def test_without_the_import_the_type_is_unknown(tmp_path: Path) -> None:
 @each_layout
 @torch.no_grad()
 def test_sequence_classification_reads_the_last_token(kv_layout: str) -> None:
-    """(B, num_labels), read at the last token that is not padding, on whichever side the padding is."""
+    """(B, num_labels) at the last token that is not padding, with padding on either side."""
     config = tiny_config(pad_token_id=0, kv_layout=kv_layout, num_labels=4)
     model = make_asymmetric(gda.GDAForSequenceClassification(config))
     ids = token_ids(1, 6).clamp(min=1)
@@ -215,7 +213,7 @@ def test_sequence_classification_reads_the_last_token(kv_layout: str) -> None:
 
 
 def loss_and_gradients(model: PreTrainedModel, **labels: Tensor) -> Tensor:
-    """The loss of a batch; all parameters must get a gradient from it."""
+    """The loss of a batch, after checking that every parameter has a gradient."""
     loss = model(token_ids(2, 9).clamp(min=1), **labels).loss
     loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -228,7 +226,7 @@ def loss_and_gradients(model: PreTrainedModel, **labels: Tensor) -> Tensor:
 @each_layout
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "sigmoid", "tanh"])
 def test_causal_lm_loss(kv_layout: str, lambda_type: str) -> None:
-    """The loss is the cross entropy of the reference's logits with the next token, and λ gets a gradient."""
+    """The cross entropy of the reference's logits; λ has a gradient."""
     model = tiny_model(kv_layout=kv_layout, lambda_type=lambda_type)
     ids = token_ids(2, 9).clamp(min=1)
     labels = ids.clone()
@@ -241,7 +239,7 @@ def test_causal_lm_loss(kv_layout: str, lambda_type: str) -> None:
 
 @each_layout
 def test_sequence_classification_loss(kv_layout: str) -> None:
-    """Labels (B,) give the cross entropy of the (B, num_labels) logits."""
+    """Labels (B,) and logits (B, num_labels)."""
     config = tiny_config(pad_token_id=0, kv_layout=kv_layout, num_labels=4)
     model = make_asymmetric(gda.GDAForSequenceClassification(config))
     labels = torch.tensor([3, 1])
@@ -254,7 +252,7 @@ def test_sequence_classification_loss(kv_layout: str) -> None:
 
 @each_layout
 def test_token_classification(kv_layout: str) -> None:
-    """(B, T, num_labels), and the cross entropy of every token's label."""
+    """Logits (B, T, num_labels), and the cross entropy of every token's label."""
     model = make_asymmetric(gda.GDAForTokenClassification(tiny_config(kv_layout=kv_layout, num_labels=5)))
     labels = torch.randint(5, (2, 9), generator=torch.Generator().manual_seed(1))
     (logits,) = outputs(model, token_ids(2, 9).clamp(min=1))
@@ -265,7 +263,7 @@ def test_token_classification(kv_layout: str) -> None:
 
 @each_layout
 def test_question_answering(kv_layout: str) -> None:
-    """Start and end logits (B, T) each, and the mean of their two cross entropies."""
+    """Start and end logits (B, T), and the mean of their cross entropies."""
     model = make_asymmetric(gda.GDAForQuestionAnswering(tiny_config(kv_layout=kv_layout)))
     start, end = torch.tensor([2, 5]), torch.tensor([4, 8])
     logits = outputs(model, token_ids(2, 9).clamp(min=1))
@@ -279,7 +277,7 @@ def test_question_answering(kv_layout: str) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @torch.no_grad()
 def test_embeddings_resize(tied: bool, tmp_path: Path) -> None:
-    """More and fewer tokens keep the logits of those that stay, and the resized model saves and loads."""
+    """Remaining tokens keep their logits, and the resized model saves and loads."""
     model, ids = tiny_model(tie_word_embeddings=tied), token_ids(2, 9).clamp(max=49)
     expected = model(ids).logits
     for size in (70, 50):
@@ -295,8 +293,8 @@ def test_embeddings_resize(tied: bool, tmp_path: Path) -> None:
         assert torch.equal(loaded(ids).logits, logits)
 
 
-def test_registered_names() -> None:
-    """Every public name of the models can be had from the front door, and an unknown one is an AttributeError."""
+def test_public_names() -> None:
+    """Every public name can be imported from gda; an unknown one is an AttributeError."""
     for name in ("GDAModel", "GDAForCausalLM", "GDAForSequenceClassification"):
         assert name in dir(gda)
         assert getattr(gda, name).config_class is gda.GDAConfig
@@ -306,8 +304,8 @@ def test_registered_names() -> None:
 
 
 @pytest.mark.slow
-def test_a_config_that_was_unpickled_is_known(tmp_path: Path) -> None:
-    """A worker that receives its config by pickle builds the model, though it never called the config's constructor."""
+def test_unpickled_config_builds_a_model(tmp_path: Path) -> None:
+    """In a worker process that never called the config's constructor."""
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(tiny_config()))
     program = (
         "import pickle, sys, transformers; config = pickle.load(open(sys.argv[1], 'rb'));"
@@ -319,16 +317,16 @@ def test_a_config_that_was_unpickled_is_known(tmp_path: Path) -> None:
     assert done.stdout.split() == ["GDAModel"]
 
 
-def test_public_names_stay_what_they_are() -> None:
-    """A name fetched twice is the same object: no module takes the place of a function of its name."""
+def test_public_names_are_stable() -> None:
+    """No module replaces a function of the same name."""
     for name in gda.__all__:
         first = getattr(gda, name)
         assert getattr(gda, name) is first
         assert isinstance(first, str) or callable(first), name
 
 
-def test_a_dtype_may_be_left_to_the_weights(tmp_path: Path) -> None:
-    """As transformers' server does; where there are no weights, none can decide."""
+def test_dtype_auto(tmp_path: Path) -> None:
+    """As in transformers' server. Without weights there is no dtype to use."""
     tiny_config().save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path, dtype="auto").dtype == "auto"
     with pytest.raises(ValueError, match=r"GDAConfig\.dtype .* got 'auto'"):
@@ -348,8 +346,8 @@ FIRST_LAYERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fields", FIRST_LAYERS.values(), ids=FIRST_LAYERS)
 @torch.no_grad()
-def test_the_first_layers_of_a_model(fields: dict[str, Any], tmp_path: Path) -> None:
-    """`num_hidden_layers=1` loads the first layer alone; a model that is cut by hand can be saved and loaded again."""
+def test_first_layers_of_a_model(fields: dict[str, Any], tmp_path: Path) -> None:
+    """`num_hidden_layers=1` loads the first layer only; a model that was cut by hand can be saved and loaded."""
     model, ids = tiny_model(num_hidden_layers=3, **fields), token_ids(2, 9)
     model.save_pretrained(tmp_path / "whole")
     first = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", num_hidden_layers=1).eval()

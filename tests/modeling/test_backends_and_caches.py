@@ -1,4 +1,4 @@
-"""Every attention backend, cache and way to generate gives what the equations give; λ stays in float32."""
+"""Every attention backend, cache and way to generate gives the reference's results, and λ stays in float32."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +78,7 @@ def reference(model: GDAForCausalLM, ids: Tensor) -> Tensor:
 @every_kind
 @torch.no_grad()
 def test_backends_agree(fields: dict[str, Any]) -> None:
-    """eager, sdpa and flex_attention give the same logits, with and without padding."""
+    """eager, sdpa and flex_attention, with and without padding."""
     model, ids = tiny_model(**fields), token_ids(2, 11)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -97,7 +97,7 @@ def test_backends_agree(fields: dict[str, Any]) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_compiles() -> None:
-    """flex_attention gives the same logits when it is compiled, as it is by default."""
+    """Compiled, as it is by default, it gives the same logits."""
     model, ids = tiny_model(head_dim=16), token_ids(1, 11)
     model.set_attn_implementation("flex_attention")
     assert relative_error(model(ids).logits, reference(model, ids)) <= TOLERANCE
@@ -105,7 +105,7 @@ def test_flex_attention_compiles() -> None:
 
 @pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_is_supported(backend: str) -> None:
-    """Asking for flash attention fails, where it does, for want of its package or a GPU and not of support."""
+    """Requesting it fails only because its package or a GPU is missing."""
     assert GDAForCausalLM._supports_flash_attn
     assert GDAForCausalLM._supports_sdpa
     assert GDAForCausalLM._supports_flex_attn
@@ -130,7 +130,7 @@ def flash_in_plain_torch(
     sliding_window: int | None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What a flash kernel does with what it is given: queries at the end of the keys, causality by its own flag."""
+    """What a flash kernel computes: queries at the end of the keys, causal by a flag of its own."""
     assert query.shape[-1] == key.shape[-1] == value.shape[-1]
     assert key.shape == value.shape
     assert query.shape[1] % key.shape[1] == 0
@@ -150,8 +150,8 @@ def flash_in_plain_torch(
 
 @every_kind
 @torch.no_grad()
-def test_flash_attention_is_given_what_it_needs(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel with flash attention's conventions, in its place, gives the same logits, also from a cache."""
+def test_flash_attention_conventions(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with a flash kernel's conventions gives the same logits, with a cache too."""
     monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash_in_plain_torch)
     model, ids = tiny_model(**fields), token_ids(2, 11)
     model.config._attn_implementation_internal = "flash_attention_2"
@@ -166,14 +166,14 @@ def test_flash_attention_is_given_what_it_needs(fields: dict[str, Any], monkeypa
 
 @each_layout
 def test_flash_attention_finds_the_dtype_of_the_weights(kv_layout: str) -> None:
-    """With float32 queries, transformers' flash attention casts to the dtype of the layer's weights."""
+    """transformers casts float32 queries to the dtype of the layer's weights."""
     attention = tiny_model(kv_layout=kv_layout).bfloat16().model.layers[0].self_attn
     assert get_target_dtype(torch.zeros(1, 1, 1, 8), attention) == torch.bfloat16
 
 
 @pytest.fixture
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The shapes of query, key and value of each call of the backend "counting"."""
+    """The shapes of query, key and value in each call of the backend "counting"."""
     calls: Calls = []
 
     def counting(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +188,7 @@ def attention_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 @every_kind
 @torch.no_grad()
 def test_attention_calls_of_a_layer(fields: dict[str, Any], attention_calls: Calls) -> None:
-    """The shared layout is one call a layer, the paired four; no value is wider than its key; all KV heads go in."""
+    """One call in the shared layout and four in the paired one, with all KV heads and no values wider than keys."""
     model, ids = tiny_model(attention="counting", **fields), token_ids(2, 11)
     config = model.config
     assert relative_error(model(ids).logits, reference(model, ids)) <= TOLERANCE
@@ -210,7 +210,7 @@ def test_attention_calls_of_a_layer(fields: dict[str, Any], attention_calls: Cal
 def test_attention_calls_while_generating(
     attention_calls: Calls,
 ) -> None:
-    """Each decoding step, too, is one call a layer, of one query token."""
+    """One call per layer and decoding step, with one query token."""
     model = tiny_model(attention="counting")
     model.generate(token_ids(1, PROMPT), max_new_tokens=4, do_sample=False)
     assert [query[2] for query, _, _ in attention_calls] == [PROMPT] * 2 + [1] * 6
@@ -220,7 +220,7 @@ def test_attention_calls_while_generating(
 @each_layout
 @torch.no_grad()
 def test_packed_sequences(kv_layout: str) -> None:
-    """Sequences packed into one row, told apart by positions that start again, do not see each other."""
+    """Sequences in one row, separated by restarting positions, do not attend to each other."""
     model, ids = tiny_model(kv_layout=kv_layout), token_ids(1, 9)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     logits = model(ids, position_ids=positions, use_cache=False).logits
@@ -235,7 +235,7 @@ def test_packed_sequences(kv_layout: str) -> None:
 @every_kind
 @torch.no_grad()
 def test_attention_maps(fields: dict[str, Any], lambda_type: str) -> None:
-    """`attentions` are the differential maps (B, S, T, T): the reference's, with rows that sum to 1 − λ."""
+    """`attentions` are the differential maps (B, S, T, T), and their rows sum to 1 − λ."""
     model, ids = tiny_model(attention="eager", lambda_type=lambda_type, **fields), token_ids(2, 9)
     lambdas = recorded_lambdas(model, lambda: model(ids))
     outputs = model(ids, output_attentions=True)
@@ -250,7 +250,7 @@ def test_attention_maps(fields: dict[str, Any], lambda_type: str) -> None:
 
 
 def recorded_lambdas(model: GDAForCausalLM, call: Callable[[], Any]) -> list[Tensor]:
-    """λ of each layer, as its subtraction gets it while `call` runs."""
+    """λ of each layer as the subtraction receives it during `call`."""
     lambdas: list[Tensor] = []
     hooks = [
         layer.self_attn.subtract.register_forward_hook(lambda _, inputs, __: lambdas.append(inputs[2]))
@@ -266,7 +266,7 @@ def recorded_lambdas(model: GDAForCausalLM, call: Callable[[], Any]) -> list[Ten
 @each_layout
 @torch.no_grad()
 def test_attention_maps_while_generating(kv_layout: str) -> None:
-    """`generate` returns the maps of the prompt and then one row for each new token."""
+    """`generate` returns the maps of the prompt, and one row for each new token."""
     model, prompt = tiny_model(attention="eager", kv_layout=kv_layout, head_norm=True), token_ids(2, PROMPT)
     output = model.generate(
         prompt, max_new_tokens=4, do_sample=False, output_attentions=True, return_dict_in_generate=True
@@ -283,8 +283,8 @@ def test_attention_maps_while_generating(kv_layout: str) -> None:
 
 @each_layout
 @torch.no_grad()
-def test_attention_maps_are_made_only_when_asked_for(kv_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without `output_attentions` there are none, and hidden states come one a layer and one more."""
+def test_attention_maps_are_computed_on_request(kv_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `output_attentions` there are none. Hidden states: one per layer, plus the embeddings."""
     model = tiny_model(attention="eager", kv_layout=kv_layout)
     forbidden = staticmethod(lambda *_: pytest.fail("maps that nobody asked for"))
     for layer in model.model.layers:
@@ -295,8 +295,7 @@ def test_attention_maps_are_made_only_when_asked_for(kv_layout: str, monkeypatch
 
 
 @torch.no_grad()
-def test_attention_maps_asked_for_in_the_config() -> None:
-    """`config.output_attentions` asks for the maps, too."""
+def test_attention_maps_requested_in_the_config() -> None:
     model, ids = tiny_model(attention="eager"), token_ids(2, 9)
     expected = model(ids, output_attentions=True).attentions
     model.config.output_attentions = True
@@ -309,7 +308,7 @@ def test_attention_maps_asked_for_in_the_config() -> None:
 
 @torch.no_grad()
 def decoded(model: GDAForCausalLM, ids: Tensor, cache: Cache, prompt: int = PROMPT) -> Tensor:
-    """Logits of a prompt, then of one token at a time from the cache."""
+    """Logits of a prompt, and then of single tokens with a cache."""
     sizes = [prompt] + [1] * (ids.shape[1] - prompt)
     return torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)], dim=1)
 
@@ -317,7 +316,7 @@ def decoded(model: GDAForCausalLM, ids: Tensor, cache: Cache, prompt: int = PROM
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @every_kind
 def test_static_cache(fields: dict[str, Any], backend: str) -> None:
-    """A static cache, larger than needed, gives the logits of the whole sequence."""
+    """A static cache that is larger than needed gives the logits of the whole sequence."""
     model, ids = tiny_model(attention=backend, **fields), token_ids(2, 13)
     cache = StaticCache(config=model.config, max_cache_len=20)
     assert relative_error(decoded(model, ids, cache), reference(model, ids)) <= TOLERANCE
@@ -327,7 +326,7 @@ def test_static_cache(fields: dict[str, Any], backend: str) -> None:
 
 @each_layout
 def test_sliding_window_cache_keeps_a_window(kv_layout: str) -> None:
-    """Sliding layers keep no more than their window, full layers everything, and nothing is lost by it."""
+    """Sliding layers cache at most their window, full layers everything, and logits are equal."""
     model, ids = tiny_model(kv_layout=kv_layout, **MIXED), token_ids(2, 13)
     cache = DynamicCache(config=model.config)
     assert relative_error(decoded(model, ids, cache), reference(model, ids)) <= TOLERANCE
@@ -337,7 +336,7 @@ def test_sliding_window_cache_keeps_a_window(kv_layout: str) -> None:
 
 
 class NoStream:
-    """Stands in for a CUDA stream where there is no CUDA: all is done in the order in which it is asked for."""
+    """Replaces a CUDA stream where there is no CUDA, and runs everything in order."""
 
     def __enter__(self) -> None: ...
 
@@ -349,7 +348,7 @@ class NoStream:
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 @every_kind
 def test_offloaded_cache(fields: dict[str, Any], implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that is kept in main memory and brought back layer by layer gives the reference's tokens."""
+    """A cache in main memory gives the reference's tokens."""
     model, prompt = tiny_model(**fields), token_ids(2, PROMPT)
     expected = uncached_greedy(model, prompt)
     if torch.cuda.is_available():
@@ -368,7 +367,7 @@ def test_offloaded_cache(fields: dict[str, Any], implementation: str, monkeypatc
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """What quanto's C++ extension does: bytes of two or four integers into integers."""
+    """Unpack bytes into two- or four-bit integers, as quanto's C++ extension does."""
     return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
@@ -390,7 +389,7 @@ def quantized_cache(model: GDAForCausalLM, backend: str, monkeypatch: pytest.Mon
 @every_full_kind
 @torch.no_grad()
 def test_quantized_cache(fields: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step from a quantized cache is the step from the keys and values that it restores, and near the exact one."""
+    """A step equals that from the dequantized keys and values, and is close to the exact one."""
     model, ids = tiny_model(**fields), token_ids(2, PROMPT + 1)
     cache = quantized_cache(model, backend, monkeypatch)
     model(ids[:, :PROMPT], past_key_values=cache)
@@ -408,7 +407,7 @@ def test_quantized_cache(fields: dict[str, Any], backend: str, monkeypatch: pyte
 @pytest.mark.parametrize("backend", ["quanto", "hqq", "fp8"])
 @each_layout
 def test_generate_from_a_quantized_cache(kv_layout: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`generate` runs over a quantized cache, and its first token, which sees the exact prompt, is the exact one."""
+    """The first token, which reads the exact prompt, is exact."""
     model, prompt = tiny_model(kv_layout=kv_layout), token_ids(2, PROMPT)
     cache = quantized_cache(model, backend, monkeypatch)
     got = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, past_key_values=cache)
@@ -421,7 +420,7 @@ def test_generate_from_a_quantized_cache(kv_layout: str, backend: str, monkeypat
 @every_full_kind
 @torch.no_grad()
 def test_cache_is_as_large_as_a_llamas(fields: dict[str, Any], kind: str) -> None:
-    """The cache holds the bytes of a Llama's with the same KV heads, whatever the noise heads and the layout."""
+    """For the same KV heads, with any noise heads and layout."""
     model = tiny_model(**fields)
     config = model.config
     llama = LlamaForCausalLM(
@@ -447,8 +446,8 @@ def test_cache_is_as_large_as_a_llamas(fields: dict[str, Any], kind: str) -> Non
 
 
 @each_layout
-def test_a_cache_that_would_not_be_used_is_refused(kv_layout: str) -> None:
-    """A cache by a name that transformers may give it one day is an error, not text without a memory."""
+def test_unused_cache_is_refused(kv_layout: str) -> None:
+    """A cache under an unknown argument name is an error; otherwise it would be ignored silently."""
     model = tiny_model(kv_layout=kv_layout)
     cache = DynamicCache(config=model.config)
     message = rf"a DynamicCache as `kv_store`.*transformers {transformers.__version__}.*`{CACHE_ARGUMENT}`"
@@ -458,8 +457,8 @@ def test_a_cache_that_would_not_be_used_is_refused(kv_layout: str) -> None:
 
 
 @each_layout
-def test_generation_fails_once_the_cache_is_renamed(kv_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the release after the next rename: the layers are handed what the attention does not look for."""
+def test_generation_fails_if_the_cache_argument_is_renamed(kv_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later release of transformers might do."""
     monkeypatch.setattr(attention_gda, "CACHE_ARGUMENT", "kv_store")
     with pytest.raises(TypeError, match=f"a DynamicCache as `{CACHE_ARGUMENT}`"):
         tiny_model(kv_layout=kv_layout).generate(token_ids(1, PROMPT), max_new_tokens=2, do_sample=False)
@@ -469,7 +468,7 @@ def test_generation_fails_once_the_cache_is_renamed(kv_layout: str, monkeypatch:
 
 
 def uncached_greedy(model: GDAForCausalLM, prompt: Tensor, new_tokens: int = NEW_TOKENS) -> Tensor:
-    """The reference's most likely tokens, each from a whole new pass over the sequence."""
+    """The reference's most likely tokens, each from a pass over the whole sequence."""
     sequence = prompt
     for _ in range(new_tokens):
         sequence = torch.cat((sequence, reference(model, sequence)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
@@ -483,7 +482,7 @@ def uncached_greedy(model: GDAForCausalLM, prompt: Tensor, new_tokens: int = NEW
 )
 @every_kind
 def test_greedy(fields: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Greedy generation, from whatever cache, gives the reference's tokens."""
+    """With every cache."""
     model, prompt = tiny_model(**fields), token_ids(2, PROMPT)
     got = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False, **settings)
     assert torch.equal(got, uncached_greedy(model, prompt))
@@ -491,7 +490,7 @@ def test_greedy(fields: dict[str, Any], settings: dict[str, Any]) -> None:
 
 @each_layout
 def test_generate_from_embeddings(kv_layout: str) -> None:
-    """A prompt given as embeddings is continued as the prompt itself."""
+    """A prompt given as embeddings gives the same tokens."""
     model, prompt = tiny_model(kv_layout=kv_layout), token_ids(2, PROMPT)
     embedded = model.get_input_embeddings()(prompt).detach()
     got = model.generate(inputs_embeds=embedded, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -504,7 +503,7 @@ def test_generate_from_embeddings(kv_layout: str) -> None:
 
 @each_layout
 def test_sampled(kv_layout: str) -> None:
-    """With a seed, sampling from the cache draws what sampling from the reference's probabilities draws."""
+    """With a seed, sampling with a cache equals sampling from the reference's probabilities."""
     model, prompt = tiny_model(kv_layout=kv_layout), token_ids(2, PROMPT)
     torch.manual_seed(3)
     got = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
@@ -519,7 +518,7 @@ def test_sampled(kv_layout: str) -> None:
 
 @each_layout
 def test_beam_search(kv_layout: str) -> None:
-    """Beams reorder the cache rightly: the tokens are those without a cache, the scores the reference's."""
+    """Beams reorder the cache correctly: tokens equal those without a cache, and scores those of the reference."""
     model, prompt = tiny_model(kv_layout=kv_layout), token_ids(2, PROMPT)
     settings: dict[str, Any] = {
         "max_new_tokens": NEW_TOKENS,
@@ -541,7 +540,7 @@ def test_beam_search(kv_layout: str) -> None:
 @pytest.mark.parametrize("assistant_layout", ["shared", "paired"])
 @each_layout
 def test_assisted(kv_layout: str, assistant_layout: str) -> None:
-    """A smaller GDA as assistant, right or wrong in its guesses, does not change the tokens."""
+    """A smaller GDA model as assistant does not change the tokens, whether its guesses are right or wrong."""
     model, prompt = tiny_model(kv_layout=kv_layout), token_ids(1, PROMPT)
     stranger = tiny_model(kv_layout=assistant_layout, num_hidden_layers=1, seed=5)
     for assistant in (stranger, tiny_model(kv_layout=kv_layout)):
@@ -554,7 +553,7 @@ def test_assisted(kv_layout: str, assistant_layout: str) -> None:
 )
 @every_kind
 def test_left_padding(fields: dict[str, Any], settings: dict[str, Any]) -> None:
-    """In a left-padded batch each prompt gets the tokens that it gets alone."""
+    """In a left-padded batch, each prompt gets the tokens that it gets alone."""
     model = tiny_model(pad_token_id=0, **fields)
     prompts = [token_ids(1, length, seed=length) for length in (3, PROMPT, 5)]
     ids = torch.cat([torch.nn.functional.pad(prompt, (PROMPT - prompt.shape[1], 0)) for prompt in prompts])
@@ -572,7 +571,7 @@ def test_left_padding(fields: dict[str, Any], settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("backend", ["sdpa", "paged|eager"])
 @every_kind
 def test_continuous_batching(fields: dict[str, Any], backend: str) -> None:
-    """`generate_batch` over a paged cache gives each prompt the reference's tokens, also where prompts share pages."""
+    """`generate_batch` gives each prompt the reference's tokens, also for prompts that share pages."""
     model = tiny_model(**fields)
     model.set_attn_implementation(backend)
     first = token_ids(1, PROMPT)[0].tolist()
@@ -593,7 +592,7 @@ def test_continuous_batching(fields: dict[str, Any], backend: str) -> None:
 
 
 def norm_error(got: Tensor, expected: Tensor) -> float:
-    """‖got − expected‖ / ‖expected‖: rounding errors of a whole tensor, where the largest is a matter of luck."""
+    """‖got − expected‖ / ‖expected‖, which is less sensitive to single entries than the largest error."""
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
@@ -602,7 +601,7 @@ def norm_error(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", HALF_TOLERANCE, ids=str)
 @torch.no_grad()
 def test_half_precision(kv_layout: str, lambda_type: str, dtype: torch.dtype) -> None:
-    """bfloat16 and float16 run on both backends, cached and not, near float32 and in their own dtype."""
+    """bfloat16 and float16 with both backends, with and without a cache, are close to float32."""
     model = tiny_model(kv_layout=kv_layout, lambda_type=lambda_type, head_norm=True, hidden_act="poly_norm")
     ids = token_ids(2, 9)
     expected = reference(model, ids)
@@ -621,7 +620,7 @@ def test_half_precision(kv_layout: str, lambda_type: str, dtype: torch.dtype) ->
 def test_loading_in_half_precision_keeps_lambda(
     kv_layout: str, lambda_type: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Loaded in half precision, λ's parameters are the float32 ones to the last bit, everything else is half."""
+    """λ's parameters stay float32 bit for bit; all others are cast."""
     model = tiny_model(kv_layout=kv_layout, lambda_type=lambda_type)
     model.save_pretrained(tmp_path)
     loaded = GDAForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -650,7 +649,7 @@ def test_loading_in_half_precision_keeps_lambda(
 @every_lambda_type
 @torch.no_grad()
 def test_lambda_is_computed_in_float32_from_half_weights(lambda_type: str) -> None:
-    """Where λ's parameters themselves were cast, λ is still computed, and used, in float32."""
+    """Also if λ's own parameters were cast."""
     model = tiny_model(lambda_type=lambda_type).to(torch.bfloat16)
     attention = model.model.layers[1].self_attn
     assert all(parameter.dtype == torch.bfloat16 for parameter in attention.parameters())
@@ -669,7 +668,7 @@ def test_lambda_is_computed_in_float32_from_half_weights(lambda_type: str) -> No
 @each_layout
 @torch.no_grad()
 def test_lambda_is_computed_in_float32_under_autocast(kv_layout: str, lambda_type: str) -> None:
-    """Under autocast λ is what it is without, and the forward pass stays near float32."""
+    """λ is unchanged, and the forward pass is close to float32."""
     model, ids = tiny_model(kv_layout=kv_layout, lambda_type=lambda_type), token_ids(2, 9)
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(2, 9, model.config.hidden_size)
@@ -697,8 +696,8 @@ def test_subtraction_is_rounded_once(lambda_shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("lambda_type", ["sigmoid", "tanh"])
-def test_quantizing_weights_leaves_lambda_alone(lambda_type: str, tmp_path: Path) -> None:
-    """Where the other projections are loaded as integers, λ's stays the float32 one that is computed in float32."""
+def test_quantization_keeps_lambda(lambda_type: str, tmp_path: Path) -> None:
+    """If other projections are loaded as integers, λ's stays float32."""
     pytest.importorskip("optimum.quanto")
     model = tiny_model(lambda_type=lambda_type)
     model.save_pretrained(tmp_path)

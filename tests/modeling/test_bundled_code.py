@@ -1,4 +1,4 @@
-"""The code that a saved model carries: it runs where this package is not, and stays unused where it is."""
+"""The code saved with a model runs where the package is absent, and is not used where it is installed."""
 
 import json
 import os
@@ -43,7 +43,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 @pytest.fixture(scope="session")
 def python_without_gda(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter whose environment has all that this one has, except this package."""
+    """An interpreter with the packages of this environment except gda."""
     place = tmp_path_factory.mktemp("env")
     venv.EnvBuilder(symlinks=True).create(place)
     installed = Path(sysconfig.get_path("purelib"))
@@ -55,7 +55,7 @@ def python_without_gda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path | str, script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script offline, in a folder that holds nothing of ours."""
+    """Run a script offline, in a folder without our files."""
     return subprocess.run(
         [python, "-c", textwrap.dedent(script), *map(str, arguments)],
         cwd="/",
@@ -114,8 +114,8 @@ WITHOUT_GDA = """
 
 @pytest.mark.slow
 @each_layout
-def test_it_runs_where_the_package_is_not(layout: str, tmp_path: Path, python_without_gda: Path) -> None:
-    """Every Auto class, generate, pipeline, save and reload, from a folder whose name is no name of a module."""
+def test_bundled_code_runs_without_the_package(layout: str, tmp_path: Path, python_without_gda: Path) -> None:
+    """Every Auto class, generate, pipeline, save and reload, from a folder whose name is not an identifier."""
     folder, again = tmp_path / "Motif-2-12.7B.v1", tmp_path / "again-1.0"
     model = saved(folder, layout)
     done = run(python_without_gda, WITHOUT_GDA, folder, again, tmp_path / "results.pt")
@@ -139,8 +139,8 @@ def test_it_runs_where_the_package_is_not(layout: str, tmp_path: Path, python_wi
 
 
 @pytest.mark.slow
-def test_a_converted_llama_runs_where_the_package_is_not(tmp_path: Path, python_without_gda: Path) -> None:
-    """What `gda convert` writes needs the flag there, and nothing else."""
+def test_converted_llama_runs_without_the_package(tmp_path: Path, python_without_gda: Path) -> None:
+    """With trust_remote_code only."""
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "llama-1.0-gda", verify=False)
     load = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={})"
     done = run(python_without_gda, load.format(True), tmp_path / "llama-1.0-gda")
@@ -182,8 +182,8 @@ PLAIN_LM_EVAL = """
 
 
 @pytest.mark.slow
-def test_lm_eval_scores_it_alike_where_the_package_is_not(tmp_path: Path, python_without_gda: Path) -> None:
-    """`--model hf` with trust_remote_code gives each log-likelihood that `gda.evaluate` gives."""
+def test_lm_eval_without_the_package(tmp_path: Path, python_without_gda: Path) -> None:
+    """`--model hf` with trust_remote_code gives the log-likelihoods of `gda.evaluate`."""
     folder, data, task = tmp_path / "model-1.0", tmp_path / "pairs.jsonl", tmp_path / "pairs.yaml"
     saved(folder, "shared")
     pairs = [("the cat sleeps", "the cat sleep"), ("they go there", "they goes there"), ("an ox", "a ox")]
@@ -201,8 +201,8 @@ def test_lm_eval_scores_it_alike_where_the_package_is_not(tmp_path: Path, python
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trusted", [None, True])
-def test_with_the_package_the_installed_class_is_taken_without_a_word(trusted: bool | None, tmp_path: Path) -> None:
-    """No flag, no warning, no remote code: not even with the flag."""
+def test_installed_classes_take_precedence(trusted: bool | None, tmp_path: Path) -> None:
+    """Without warnings and without remote code, with and without the flag."""
     saved(tmp_path, "shared")
     for name in CODE:
         (tmp_path / name).write_text("raise SystemExit('this must not be run')\n")
@@ -218,8 +218,8 @@ def test_with_the_package_the_installed_class_is_taken_without_a_word(trusted: b
     assert done.stderr == ""
 
 
-def test_the_files_are_the_packages_own(tmp_path: Path) -> None:
-    """Byte for byte the source, the config in the place of the bridge; by saving a model, and by converting."""
+def test_bundled_files_equal_the_source(tmp_path: Path) -> None:
+    """Byte for byte, with the real config file in place of the bridge; after saving and after converting."""
     tiny_model().save_pretrained(tmp_path / "saved")
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "converted", verify=False)
     for folder in ("saved", "converted"):
@@ -228,8 +228,8 @@ def test_the_files_are_the_packages_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_a_file_names_its_licence_and_version(name: str) -> None:
-    """At its head; and it says nothing of a package that may not be there."""
+def test_bundled_files_name_licence_and_version(name: str) -> None:
+    """And they do not refer to the package, which may be absent."""
     text = (CODE[name] / name).read_text()
     head = " ".join(text.splitlines()[:3])
     assert "Apache License 2.0" in head
@@ -238,7 +238,7 @@ def test_a_file_names_its_licence_and_version(name: str) -> None:
 
 
 def test_config_json_maps_every_auto_class(tmp_path: Path) -> None:
-    """Whichever class was saved; and each entry names a class that is in the file."""
+    """For every saved class; each entry names a class in the file."""
     gda.GDAForTokenClassification(tiny_config(num_labels=4)).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map == configuration_gda.AUTO_MAP
@@ -247,8 +247,8 @@ def test_config_json_maps_every_auto_class(tmp_path: Path) -> None:
         assert re.search(rf"^class {class_name}\(", (tmp_path / f"{module}.py").read_text(), re.MULTILINE)
 
 
-def test_a_config_saved_without_code_asks_for_none(tmp_path: Path) -> None:
-    """`bundle_code=False`, also for a config that came with code."""
+def test_config_saved_without_code(tmp_path: Path) -> None:
+    """`bundle_code=False` removes auto_map, also from a config that had one."""
     config = tiny_config()
     config.save_pretrained(tmp_path / "with")
     AutoConfig.from_pretrained(tmp_path / "with").save_pretrained(tmp_path / "without", bundle_code=False)
@@ -256,8 +256,8 @@ def test_a_config_saved_without_code_asks_for_none(tmp_path: Path) -> None:
     assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())
 
 
-def test_a_class_of_somebody_elses_is_left_to_him(tmp_path: Path) -> None:
-    """A config class derived from ours has code that is not known here: none is claimed."""
+def test_derived_config_class_gets_no_auto_map(tmp_path: Path) -> None:
+    """The code of a class derived from ours is not bundled."""
 
     class TheirConfig(gda.GDAConfig):
         model_type = "theirs"
@@ -270,7 +270,7 @@ def test_a_class_of_somebody_elses_is_left_to_him(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_convert_without_code(tmp_path: Path, command: Command) -> None:
-    """`--no-bundle-code`: none in the folder, and the card does not speak of it."""
+    """`--no-bundle-code`: no code in the folder, and no mention in the card."""
     source = save_llama(tmp_path / "llama")
     assert command("convert", source, tmp_path / "gda", "--no-bundle-code").code == 0
     assert not list((tmp_path / "gda").glob("*.py"))
@@ -278,8 +278,8 @@ def test_convert_without_code(tmp_path: Path, command: Command) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "gda").config.num_noise_heads == 2
 
 
-def test_a_malicious_folder_is_not_run_by_our_commands(tmp_path: Path, command: Command) -> None:
-    """`auto_map` in a source, whatever it says, is not followed: no command ever sets the flag."""
+def test_auto_map_of_a_source_is_not_followed(tmp_path: Path, command: Command) -> None:
+    """No command sets trust_remote_code."""
     source = save_llama(tmp_path / "llama")
     (source / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass C: pass\n")
     change_config(

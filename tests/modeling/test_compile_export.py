@@ -50,7 +50,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def scattered(model: PreTrainedModel) -> Any:
-    """Weights with rows of unequal size, so that exchanged heads cannot give equal logits."""
+    """Weights with rows of different sizes, so that exchanged heads change the logits."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -65,7 +65,7 @@ def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
 
 
 class Graphs(list[torch.fx.GraphModule]):
-    """A compiler backend that runs graphs as they are, and keeps them."""
+    """A compiler backend that runs graphs unchanged and records them."""
 
     def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable:
         self.append(graph)
@@ -81,8 +81,8 @@ class Graphs(list[torch.fx.GraphModule]):
 
 @each_layout
 @each_lambda_type
-def test_forward_compiles_whole(layout: str, lambda_type: str) -> None:
-    """The forward pass with a padding mask is one graph, with one attention call a layer (paired: four)."""
+def test_forward_compiles_to_one_graph(layout: str, lambda_type: str) -> None:
+    """With a padding mask, and with one attention call per layer (paired: four)."""
     model = tiny_model(layout, lambda_type)
     ids, mask = token_ids(), torch.ones(2, 12, dtype=torch.long)
     mask[0, :3] = 0
@@ -98,8 +98,8 @@ def test_forward_compiles_whole(layout: str, lambda_type: str) -> None:
 
 @pytest.mark.parametrize(("layout", "lambda_type"), [("shared", "sigmoid"), ("paired", "reparameterized")])
 @pytest.mark.parametrize("fields", [EXTRAS | ONE_LAYER, SLIDING_LAYER], ids=["extras", "sliding"])
-def test_training_compiles_whole(layout: str, lambda_type: str, fields: dict[str, Any]) -> None:
-    """Loss and gradients through the traced backward pass are those of eager execution."""
+def test_training_compiles_to_one_graph(layout: str, lambda_type: str, fields: dict[str, Any]) -> None:
+    """Loss and gradients equal those of eager execution."""
     model = tiny_model(layout, lambda_type, **fields).train()
     ids = token_ids()
     model(ids, labels=ids, use_cache=False).loss.backward()
@@ -111,7 +111,7 @@ def test_training_compiles_whole(layout: str, lambda_type: str, fields: dict[str
 
 
 def decode(model: PreTrainedModel, step: Callable, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits (B, T, vocab) of a prompt in one call of `model` and of the rest token by token through `step`."""
+    """Logits (B, T, vocab) of a prompt from `model`, and then token by token from `step`."""
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 4)
     with torch.no_grad():
         logits = [model(ids[:, :prompt], past_key_values=cache).logits]
@@ -124,8 +124,8 @@ def decode(model: PreTrainedModel, step: Callable, ids: torch.Tensor, prompt: in
 
 @each_layout
 @each_lambda_type
-def test_a_decode_step_with_a_static_cache_compiles_once(layout: str, lambda_type: str) -> None:
-    """One graph serves every step, and its logits are those of the whole sequence in one uncached call."""
+def test_decode_step_compiles_once(layout: str, lambda_type: str) -> None:
+    """One graph serves every step, and logits equal those of one uncached pass."""
     model = tiny_model(layout, lambda_type)
     ids = token_ids()
     graphs = Graphs()
@@ -137,8 +137,8 @@ def test_a_decode_step_with_a_static_cache_compiles_once(layout: str, lambda_typ
 
 @pytest.mark.parametrize("layout", ["shared", "paired"])
 @pytest.mark.parametrize("fields", [EXTRAS, SLIDING], ids=["extras", "sliding"])
-def test_decoding_variants_compile_whole(layout: str, fields: dict[str, Any]) -> None:
-    """Norms, PolyNorm and a sliding window, whose static cache rolls over, break no graph either."""
+def test_decoding_variants_compile_to_one_graph(layout: str, fields: dict[str, Any]) -> None:
+    """Norms, PolyNorm and a sliding window with a rolling static cache."""
     model = tiny_model(layout, "tanh", **fields)
     ids = token_ids()
     graphs = Graphs()
@@ -149,7 +149,7 @@ def test_decoding_variants_compile_whole(layout: str, fields: dict[str, Any]) ->
 
 @each_layout
 def test_generate_with_a_compiled_static_cache(layout: str) -> None:
-    """`generate` compiles the decode step by itself, whole, and writes the tokens it writes uncompiled."""
+    """`generate` compiles the decode step to one graph and gives the same tokens."""
     model = tiny_model(layout, "sigmoid")
     ids = token_ids()
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
@@ -166,7 +166,7 @@ def test_generate_with_a_compiled_static_cache(layout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_forward() -> None:
-    """The code that inductor writes for the processor gives the eager logits."""
+    """The compiled CPU code gives the eager logits."""
     model = tiny_model("shared", "sigmoid", num_hidden_layers=1)
     ids = token_ids()
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_inductor_compiles_forward() -> None:
 
 
 def export(model: PreTrainedModel, *, strict: bool, dynamic: bool) -> torch.export.ExportedProgram:
-    """Export the forward pass for ids (2, 12), or for any batch and length."""
+    """Export the forward pass for ids (2, 12), or for any batch size and length."""
     sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=512)}
     return torch.export.export(
         model,
@@ -205,7 +205,7 @@ def export(model: PreTrainedModel, *, strict: bool, dynamic: bool) -> torch.expo
     ],
 )
 def test_export_gives_an_equal_program(make_model: Callable[[], PreTrainedModel], strict: bool, dynamic: bool) -> None:
-    """The exported program gives the model's logits, with dynamic shapes for sizes it has not seen: as for Llama."""
+    """Logits are equal, with dynamic shapes also for other sizes."""
     model = make_model()
     program = export(model, strict=strict, dynamic=dynamic).module()
     sizes = [(2, 12), (3, 5), (1, 20)] if dynamic else [(2, 12)]
@@ -216,8 +216,8 @@ def test_export_gives_an_equal_program(make_model: Callable[[], PreTrainedModel]
 
 
 @pytest.mark.parametrize("layout", ["shared", "paired"])
-def test_a_saved_program_is_the_model(layout: str, tmp_path: Any) -> None:
-    """An exported program survives its file, λ and all other weights included."""
+def test_exported_program_saves_and_loads(layout: str, tmp_path: Any) -> None:
+    """With all weights, λ included."""
     model = tiny_model(layout, "reparameterized")
     torch.export.save(export(model, strict=False, dynamic=False), tmp_path / "model.pt2")
     wanted = model(token_ids(), use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Masked growth: at 0 the model is the one that grew, at 1 one like any other, and between them it is the equations."""
+"""Masked growth: at fade 0 the model before growth, at 1 an ordinary model, and in between the equations."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def base_config(layout: str = "gqa", **fields: Any) -> GDAConfig:
 
 
 def grown_config(base: GDAConfig, mask: float | None = 0.0) -> GDAConfig:
-    """Twice the signal heads, more neurons and a new layer between the two; without a mask, the same for good."""
+    """Twice the signal heads, more neurons and a new layer between the two; without a fade, the final model."""
     config = copy.deepcopy(base)
     config.num_attention_heads = 2 * base.num_signal_heads + base.num_noise_heads
     config.intermediate_size = NEURONS
@@ -82,7 +82,7 @@ def grown_config(base: GDAConfig, mask: float | None = 0.0) -> GDAConfig:
 
 
 def grown_model(base: GDAForCausalLM, mask: float | None = 0.0, seed: int = 5) -> GDAForCausalLM:
-    """A model with other weights everywhere, into which those of `base` are then put, head by head."""
+    """A model with random weights, into which those of `base` are copied, head by head."""
     model = tiny_model(grown_config(base.config, mask), seed=seed)
     state, old = model.state_dict(), base.state_dict()
     with torch.no_grad():
@@ -100,7 +100,7 @@ def grown_model(base: GDAForCausalLM, mask: float | None = 0.0, seed: int = 5) -
 
 
 def places(name: str, old: GDAConfig, new: GDAConfig) -> tuple[list[int] | None, list[int] | None]:
-    """The rows or columns of a grown tensor where those of the old one are."""
+    """The rows or columns of a grown tensor that hold the old one's."""
     heads = [old_head(i, old, new) for i in range(old.num_signal_heads)]
     if ".q_proj." in name:
         rows = {query(i, old): query(head, new) for i, head in enumerate(heads)}
@@ -116,7 +116,7 @@ def places(name: str, old: GDAConfig, new: GDAConfig) -> tuple[list[int] | None,
 
 
 def old_head(head: int, old: GDAConfig, new: GDAConfig) -> int:
-    """Where signal head `head` is after growth: the old heads of a set that reads the same are followed by new ones."""
+    """Index of signal head `head` after growth: new heads follow the old ones of each set that reads the same."""
     size = old.signal_group_size
     return head // size * new.signal_group_size + head % size
 
@@ -140,7 +140,7 @@ def logits(model: GDAForCausalLM, ids: Tensor | None = None) -> Tensor:
 
 
 def new_entries(model: GDAForCausalLM, base: GDAConfig) -> dict[str, Tensor]:
-    """By name, which entries of each parameter are new; parameters that hold none are left out."""
+    """By name, which entries of each parameter are new; parameters without any are left out."""
     found = {}
     for name, parameter in model.named_parameters():
         new = torch.ones_like(parameter, dtype=torch.bool)
@@ -162,8 +162,8 @@ def new_entries(model: GDAForCausalLM, base: GDAConfig) -> dict[str, Tensor]:
 @each_layout
 @each_lambda_type
 @pytest.mark.parametrize("fields", [{}, EXTRAS], ids=["plain", "extras"])
-def test_at_0_it_is_the_model_that_grew(layout: str, lambda_type: str, fields: dict[str, Any]) -> None:
-    """Whatever the new weights are: large ones leave the logits where they were."""
+def test_fade_0_equals_the_model_before_growth(layout: str, lambda_type: str, fields: dict[str, Any]) -> None:
+    """For any new weights, even large ones."""
     base = tiny_model(base_config(layout, lambda_type=lambda_type, **fields))
     model = grown_model(base)
     assert relative_error(logits(model), logits(base)) <= ROUNDING
@@ -178,8 +178,8 @@ def test_at_0_it_is_the_model_that_grew(layout: str, lambda_type: str, fields: d
 @each_layout
 @each_lambda_type
 @pytest.mark.parametrize("fields", [{}, EXTRAS], ids=["plain", "extras"])
-def test_at_1_it_is_the_plain_model_bit_for_bit(layout: str, lambda_type: str, fields: dict[str, Any]) -> None:
-    """A model of the same weights without a word of growth gives the very same logits."""
+def test_fade_1_equals_the_ordinary_model(layout: str, lambda_type: str, fields: dict[str, Any]) -> None:
+    """Bit for bit, with the same weights."""
     base = tiny_model(base_config(layout, lambda_type=lambda_type, **fields))
     model = grown_model(base)
     plain = grown_model(base, mask=None)
@@ -192,8 +192,10 @@ def test_at_1_it_is_the_plain_model_bit_for_bit(layout: str, lambda_type: str, f
 @each_lambda_type
 @pytest.mark.parametrize("fields", [{}, EXTRAS], ids=["plain", "extras"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_between_it_is_the_equations(layout: str, lambda_type: str, fields: dict[str, Any], attention: str) -> None:
-    """At 0.4, logits and maps are those of the loops."""
+def test_fade_in_between_matches_the_equations(
+    layout: str, lambda_type: str, fields: dict[str, Any], attention: str
+) -> None:
+    """Logits and maps at 0.4."""
     base = tiny_model(base_config(layout, lambda_type=lambda_type, **fields))
     model = grown_model(base, mask=0.4)
     model.set_attn_implementation(attention)
@@ -208,8 +210,8 @@ def test_between_it_is_the_equations(layout: str, lambda_type: str, fields: dict
             assert relative_error(got, maps) <= ROUNDING
 
 
-def test_only_heads_only_neurons_only_layers() -> None:
-    """Each kind of growth stands alone; a new layer leaves the hidden states as they were, bit for bit."""
+def test_each_kind_of_growth_alone() -> None:
+    """A new layer leaves hidden states unchanged bit for bit."""
     for growth in ({"masked_signal_heads": 1}, {"masked_neurons": 11}, {"masked_layers": [1]}):
         masked = tiny_model(base_config(fade=0.3, **growth))
         wanted = naive.run(masked.state_dict(), masked.config, token_ids(2, 7))
@@ -221,8 +223,8 @@ def test_only_heads_only_neurons_only_layers() -> None:
 
 
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
-def test_decoding_with_a_cache_is_masked_as_well(layout: str) -> None:
-    """Token by token, at 0 and between."""
+def test_decoding_with_a_cache(layout: str) -> None:
+    """Token by token, at 0 and in between."""
     base = tiny_model(base_config(layout, lambda_type="tanh", **EXTRAS))
     model = grown_model(base)
     ids = token_ids(2, 6)
@@ -235,8 +237,8 @@ def test_decoding_with_a_cache_is_masked_as_well(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["gqa", "fewer noise than KV", "paired"])
 @each_lambda_type
-def test_every_new_parameter_has_a_gradient_above_0_and_none_at_0(layout: str, lambda_type: str) -> None:
-    """What is masked by 0 does not learn, row by row; from the first step above it all of it does."""
+def test_new_parameters_have_gradients_only_above_0(layout: str, lambda_type: str) -> None:
+    """Row by row."""
     base = tiny_model(base_config(layout, lambda_type=lambda_type, **EXTRAS | {"tie_word_embeddings": False}))
     model = grown_model(base)
     ids = torch.cat([torch.randperm(61, generator=torch.Generator().manual_seed(s))[None] for s in (1, 2)])
@@ -256,8 +258,8 @@ def test_every_new_parameter_has_a_gradient_above_0_and_none_at_0(layout: str, l
 
 
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
-def test_the_mask_is_saved_and_read(layout: str, tmp_path: Path) -> None:
-    """config.json says the value of the moment, with its digits; the weights hold nothing of it."""
+def test_fade_is_saved_and_loaded(layout: str, tmp_path: Path) -> None:
+    """config.json has its value with all digits, and the weights do not depend on it."""
     model = grown_model(tiny_model(base_config(layout, **EXTRAS)))
     model.set_fade(1 / 3)
     model.save_pretrained(tmp_path)
@@ -277,8 +279,8 @@ def test_the_mask_is_saved_and_read(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_code_in_the_folder_masks_too(tmp_path: Path) -> None:
-    """Where the package is absent, the files beside the weights mask, change the mask and save it."""
+def test_bundled_code_fades(tmp_path: Path) -> None:
+    """Without the package, the saved code applies, changes and saves the fade."""
     model = grown_model(tiny_model(base_config(lambda_type="tanh")), mask=0.4)
     model.save_pretrained(tmp_path / "model")
     torch.save(logits(model), tmp_path / "logits.pt")
@@ -296,8 +298,7 @@ def test_code_in_the_folder_masks_too(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["fade"] == 0.75
 
 
-def test_at_1_a_saved_model_says_nothing_of_growth(tmp_path: Path) -> None:
-    """Its config.json is that of the plain model, and so is what is read from it."""
+def test_fade_1_is_saved_as_an_ordinary_model(tmp_path: Path) -> None:
     base = tiny_model(base_config(**EXTRAS))
     model, plain = grown_model(base), grown_model(base, mask=None)
     model.set_fade(1)
@@ -313,8 +314,8 @@ def test_at_1_a_saved_model_says_nothing_of_growth(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["meta", "disk", "device map"])
-def test_however_it_is_loaded_the_mask_has_its_value(loaded: str, tmp_path: Path) -> None:
-    """Empty models that are filled later, layers on disk, and `initialize_weights`."""
+def test_fade_is_set_by_every_way_of_loading(loaded: str, tmp_path: Path) -> None:
+    """Meta models that are filled later, layers on disk, and `initialize_weights`."""
     model = grown_model(tiny_model(base_config(**EXTRAS | {"tie_word_embeddings": False})), mask=0.4)
     model.save_pretrained(tmp_path / "model")
     if loaded == "meta":
@@ -343,8 +344,8 @@ def test_however_it_is_loaded_the_mask_has_its_value(loaded: str, tmp_path: Path
     assert torch.equal(logits(again), logits(model))
 
 
-def test_a_classifier_and_copies_follow_the_mask() -> None:
-    """The body of a classifier has a config of its own; a deep copy has a mask of its own."""
+def test_set_fade_on_classifiers_and_copies() -> None:
+    """The body of a classifier has its own config, and a deep copy its own fade."""
     base = base_config()
     model = make_asymmetric(GDAForSequenceClassification(copy.deepcopy(grown_config(base))))
     model.set_fade(0.25)
@@ -357,8 +358,8 @@ def test_a_classifier_and_copies_follow_the_mask() -> None:
 
 
 @pytest.mark.slow
-def test_an_exported_program_is_masked_as_the_model_is() -> None:
-    """The mask is among the program's buffers."""
+def test_exported_program_has_the_fade() -> None:
+    """As a buffer."""
     model = grown_model(tiny_model(base_config(**EXTRAS)), mask=0.4)
     ids = token_ids(2, 9)
     program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}).module()
@@ -366,8 +367,7 @@ def test_an_exported_program_is_masked_as_the_model_is() -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_a_mask_is_from_0_to_1(value: float) -> None:
-    """And is there."""
+def test_fade_must_be_from_0_to_1(value: float) -> None:
     with pytest.raises(ValueError, match="from 0 to 1"):
         tiny_model(grown_config(base_config())).set_fade(value)
     with pytest.raises(ValueError, match="nothing is faded in"):
@@ -380,8 +380,8 @@ def test_a_mask_is_from_0_to_1(value: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
 @pytest.mark.parametrize("train", [False, True])
-def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
-    """One graph, whole, serves every value of the mask, from 0 to 1."""
+def test_compiled_model_serves_every_fade(layout: str, train: bool) -> None:
+    """With one graph."""
     torch._dynamo.reset()
     graphs = []
 
@@ -420,10 +420,8 @@ def small_grown_model(mask: float = 0.0) -> GDAForCausalLM:
     [(0.0, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]), (0.5, [0.625, 0.75, 0.875, 1, 1, 1, 1, 1])],
 )
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_the_callback_raises_the_mask_by_optimizer_steps(
-    start: float, wanted: list[float], accumulated: int, tmp_path: Path
-) -> None:
-    """In a straight line from where it is; the model that is saved at the end is plain, and equals the trained one."""
+def test_callback_raises_the_fade_linearly(start: float, wanted: list[float], accumulated: int, tmp_path: Path) -> None:
+    """From its current value; the model saved at the end is ordinary and equals the trained one."""
     model = small_grown_model(start)
     callback = Recorder(4)
     options = {"gradient_accumulation_steps": accumulated}
@@ -438,8 +436,8 @@ def test_the_callback_raises_the_mask_by_optimizer_steps(
 
 
 @pytest.mark.slow
-def test_after_two_steps_every_new_parameter_has_moved(tmp_path: Path) -> None:
-    """With the Trainer, from a mask of 0."""
+def test_every_new_parameter_changes_within_two_steps(tmp_path: Path) -> None:
+    """With the Trainer, from a fade of 0."""
     base = tiny_model(base_config(use_cache=False, **EXTRAS | {"tie_word_embeddings": False}))
     model = grown_model(base)
     before = copy.deepcopy(model.state_dict())
@@ -459,7 +457,7 @@ def test_after_two_steps_every_new_parameter_has_moved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("start", [0.0, 0.2])
 def test_resuming_keeps_the_schedule(read: str, restored: bool, start: float, tmp_path: Path) -> None:
-    """Interrupted after 3 of 8 steps, the rest of the masks, and the weights, are those of an uninterrupted run."""
+    """After an interruption at step 3 of 8, fades and weights equal those of an uninterrupted run."""
     whole = small_grown_model(start)
     wanted = Recorder(6)
     Trainer(whole, arguments(tmp_path / "whole"), train_dataset=DATA, callbacks=[wanted]).train()
@@ -487,8 +485,8 @@ def test_resuming_keeps_the_schedule(read: str, restored: bool, start: float, tm
         torch.testing.assert_close(model.state_dict()[name], tensor, msg=name)
 
 
-def test_a_finished_growth_is_resumed_as_a_plain_model(tmp_path: Path) -> None:
-    """A checkpoint whose masks were 1 holds no mask: nothing is left to raise, and nothing is refused."""
+def test_finished_growth_resumes_as_an_ordinary_model(tmp_path: Path) -> None:
+    """A checkpoint at fade 1 has no fade, and resuming is not refused."""
     options = {"save_strategy": "steps", "save_steps": 4}
     first = arguments(tmp_path, max_steps=4, **options)
     Trainer(small_grown_model(), first, train_dataset=DATA, callbacks=[FadeCallback(3)]).train()
@@ -498,8 +496,8 @@ def test_a_finished_growth_is_resumed_as_a_plain_model(tmp_path: Path) -> None:
     assert trainer.train(resume_from_checkpoint=True).global_step == 8
 
 
-def test_a_schedule_may_begin_with_a_later_part_of_training(tmp_path: Path) -> None:
-    """A checkpoint of a training without the callback: its first step is the one that comes."""
+def test_schedule_can_start_at_a_later_step(tmp_path: Path) -> None:
+    """From the checkpoint of a training without the callback."""
     options = {"save_strategy": "steps", "save_steps": 2}
     Trainer(small_grown_model(), arguments(tmp_path, max_steps=2, **options), train_dataset=DATA).train()
     callback = Recorder(4)
@@ -508,8 +506,8 @@ def test_a_schedule_may_begin_with_a_later_part_of_training(tmp_path: Path) -> N
     assert callback.seen == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
 
 
-def test_the_best_model_has_its_own_mask(tmp_path: Path) -> None:
-    """Loaded at the end, its weights come with the mask that they were saved with."""
+def test_best_model_has_its_own_fade(tmp_path: Path) -> None:
+    """If it is loaded at the end."""
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     options |= {"load_best_model_at_end": True, "learning_rate": 3.0}
     model = small_grown_model()
@@ -528,16 +526,15 @@ def test_the_best_model_has_its_own_mask(tmp_path: Path) -> None:
     assert torch.equal(logits(saved), logits(model.eval()))
 
 
-def test_an_adapter_of_peft_is_raised_through(tmp_path: Path) -> None:
-    """LoRA around the model hands the call on."""
+def test_callback_with_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(small_grown_model(), peft.LoraConfig(r=2, target_modules=["o_proj"]))
     Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[FadeCallback(4)]).train()
     assert model.config.fade == 0.5
 
 
-def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
-    """Each by one line: no steps, no mask, and another number of steps than the checkpoint was made with."""
+def test_callback_refuses_bad_input(tmp_path: Path) -> None:
+    """One line each: no steps, no fade, and another number of steps than the checkpoint's."""
     with pytest.raises(ValueError, match="num_steps of at least 1, not 0"):
         FadeCallback(0)
     plain = Trainer(tiny_model(), arguments(tmp_path), train_dataset=DATA, callbacks=[FadeCallback(4)])
@@ -562,7 +559,7 @@ def saved(folder: Path, config: GDAConfig, **options: Any) -> Path:
 
 
 def wanted_config(base: GDAConfig) -> GDAConfig:
-    """What growth by `--signal 2 --mlp 1.5 --depth 3` makes of two layers: a third after the last, with its λ_init."""
+    """The result of `--signal 2 --mlp 1.5 --depth 3` on two layers: a third one at the end, with its λ_init."""
     config = copy.deepcopy(base)
     config.num_attention_heads = 2 * base.num_signal_heads + base.num_noise_heads
     config.intermediate_size = 60
@@ -583,7 +580,7 @@ def wanted_config(base: GDAConfig) -> GDAConfig:
 def test_grow_masked_keeps_the_logits_and_the_old_weights(
     layout: str, lambda_type: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """All three kinds at once, by each method of verification; trainable.json tells exactly what is new."""
+    """All three kinds at once, with each method of verification; trainable.json lists exactly the new entries."""
     base = saved(tmp_path / "base", base_config(layout, lambda_type=lambda_type, **fields), max_shard_size="20KB")
     assert len(list(base.glob("*.safetensors"))) > 1
     report = gda.grow(base, tmp_path / "out", masked=True, signal=2, mlp=1.5, depth=3)
@@ -614,8 +611,8 @@ def test_grow_masked_keeps_the_logits_and_the_old_weights(
 
 @each_layout
 @each_lambda_type
-def test_new_heads_stand_where_the_mask_expects_them(layout: str, lambda_type: str, tmp_path: Path) -> None:
-    """Head by head, the old weights of a grown layer are where the loops of this file put them."""
+def test_new_heads_are_where_the_mask_expects_them(layout: str, lambda_type: str, tmp_path: Path) -> None:
+    """Head by head."""
     base = tiny_model(base_config(layout, lambda_type=lambda_type, attention_bias=True))
     base.save_pretrained(tmp_path / "base")
     gda.grow(tmp_path / "base", tmp_path / "out", masked=True, signal=3, verify=False)
@@ -630,8 +627,8 @@ def test_new_heads_stand_where_the_mask_expects_them(layout: str, lambda_type: s
         assert torch.equal(found if columns is None else found[:, columns], tensor), name
 
 
-def test_new_weights_are_those_of_a_new_model(tmp_path: Path) -> None:
-    """Mean and deviation of every tensor of a new layer are those that GDAForCausalLM gives it; no two are alike."""
+def test_new_weights_are_initialized_as_in_a_new_model(tmp_path: Path) -> None:
+    """Mean and deviation of every tensor of a new layer, and no two are equal."""
     fields = EXTRAS | {"hidden_size": 64, "head_dim": 32, "qk_rank": 8, "initializer_range": 0.03}
     for lambda_type in ("reparameterized", "tanh"):
         base = saved(tmp_path / lambda_type, base_config("paired", lambda_type=lambda_type, **fields))
@@ -651,8 +648,8 @@ def test_new_weights_are_those_of_a_new_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_grow_masked_as_well(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The old ones bit for bit, the new ones in their dtype, λ in its own."""
+def test_masked_growth_in_narrow_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Old weights are unchanged bit for bit, new ones have their dtype, and λ its own."""
     tiny_model(base_config()).to(dtype).save_pretrained(tmp_path / "base")
     report = gda.grow(tmp_path / "base", tmp_path / "out", masked=True, signal=2, depth=4)
     assert report.verification is not None
@@ -661,8 +658,8 @@ def test_narrow_weights_grow_masked_as_well(dtype: torch.dtype, tmp_path: Path) 
     assert model.model.layers[1].self_attn.q_proj.weight.dtype == dtype
 
 
-def test_a_llama_grows_masked_at_once(tmp_path: Path, command: Command) -> None:
-    """From a Llama to a growing GDA model in one command; then trained to its end, and plain."""
+def test_llama_is_expanded_and_grown_masked(tmp_path: Path, command: Command) -> None:
+    """Then trained to the end, it is an ordinary model."""
     llama = save_llama(tmp_path / "llama", tie_word_embeddings=True)
     done = command("grow", llama, tmp_path / "out", "--masked", "--signal", 2, "--mlp", 1.5, "--depth", 3)
     assert done.code == 0, done.error
@@ -706,8 +703,8 @@ BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
 ]
 
 
-def test_impossible_masked_growth_is_one_line(tmp_path: Path, command: Command) -> None:
-    """Exit code 2, the option by name, and no OUT."""
+def test_impossible_masked_growth_is_refused(tmp_path: Path, command: Command) -> None:
+    """Exit code 2, one line with the option, and no OUT."""
     base = saved(tmp_path / "base", base_config())
     for options, message in BAD_GROWTH:
         done = command("grow", base, tmp_path / "out", *options)
@@ -717,8 +714,8 @@ def test_impossible_masked_growth_is_one_line(tmp_path: Path, command: Command) 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_growing_model_neither_grows_again_nor_is_exported(tmp_path: Path, command: Command) -> None:
-    """Until its masks are 1: a line says so. A base and low-rank updates it may have, and lose."""
+def test_growing_model_cannot_grow_or_be_exported(tmp_path: Path, command: Command) -> None:
+    """Until its fade is 1. Factorization and folding work."""
     base = saved(tmp_path / "base", base_config(lambda_init=0.0))
     gda.grow(base, tmp_path / "out", masked=True, signal=2)
     for arguments_ in (
@@ -737,8 +734,8 @@ def test_a_growing_model_neither_grows_again_nor_is_exported(tmp_path: Path, com
 
 @pytest.mark.slow
 @needs_smollm2
-def test_smollm2_writes_what_it_wrote(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct with 94 million parameters more behind a mask of 0: logits and greedy text stay."""
+def test_smollm2_text_does_not_change(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct with 94 million new parameters at fade 0: equal logits and text."""
     report = gda.grow(find_demo_model(), tmp_path / "grown", masked=True, signal=2, mlp=1.5, depth=36)
     assert (report.num_parameters_before, report.num_parameters) == (137_840_448, 231_409_728)
     assert report.verification is not None

@@ -1,4 +1,4 @@
-"""Shared DIFF Transformer: queries, and paired keys, as a base that roles share and an update of low rank for each."""
+"""Shared DIFF Transformer: queries, and paired keys, as a shared base and a low-rank update per role."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -51,29 +51,28 @@ def agree(attention: str = "sdpa", **fields: Any) -> float:
 
 @pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_every_role_reads_its_base_and_its_update(rank: int, fields: dict[str, Any]) -> None:
-    """W_base + P_k R_k, head by head, whatever the numbers of signal, noise and KV heads."""
+def test_projection_matches_the_equation(rank: int, fields: dict[str, Any]) -> None:
+    """W_base + P_k R_k, head by head, for any numbers of heads."""
     assert agree(qk_rank=rank, **fields) <= TOLERANCE
 
 
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_variants(fields: dict[str, Any], kv_layout: str) -> None:
-    """With every λ type, with biases, norms, windows, and head widths of their own."""
+    """Every λ type, biases, norms, windows and head widths."""
     assert agree(kv_layout=kv_layout, **fields) <= TOLERANCE
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 @BOTH_LAYOUTS
 def test_backends(kv_layout: str, attention: str) -> None:
-    """The attention is that of dense projections, so every backend takes it."""
     assert agree(attention, kv_layout=kv_layout) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fields", PATHS.values(), ids=PATHS)
 @torch.no_grad()
 def test_decoding(fields: dict[str, Any]) -> None:
-    """A prompt and then one token at a time from the cache."""
+    """A prompt and then single tokens with a cache."""
     model, ids = tiny_model(qk_rank=3, **fields), token_ids(2, LENGTH)
     cache = DynamicCache(config=model.config)
     pieces = [(0, 6), *pairwise(range(6, LENGTH + 1))]
@@ -89,30 +88,29 @@ def test_decoding(fields: dict[str, Any]) -> None:
     [(0, {}), (-1, {}), (9, {}), (25, {"head_dim": 32}), (3, {"head_dim": 2})],
     ids=str,
 )
-def test_ranks_that_cannot_be_are_refused(rank: int, fields: dict[str, Any]) -> None:
-    """Below 1, or above the smaller of head_dim and hidden_size: the message names field, rule and value."""
+def test_impossible_ranks_are_refused(rank: int, fields: dict[str, Any]) -> None:
+    """Below 1, or above the smaller of head_dim and hidden_size."""
     possible = min(tiny_config(**fields).head_dim, 24)
     with pytest.raises(ValueError, match=rf"qk_rank must be from 1 to {possible}.*got {rank}\."):
         tiny_config(qk_rank=rank, **fields)
 
 
-def test_a_rank_set_later_is_refused_when_a_model_is_built() -> None:
-    """The rules run again where a field has been changed since the config was made."""
+def test_invalid_rank_is_refused_when_a_model_is_built() -> None:
+    """For a field that was changed after construction."""
     config = tiny_config()
     config.qk_rank = 9
     with pytest.raises(ValueError, match="qk_rank"):
         GDAForCausalLM(config)
 
 
-def test_a_name_like_it_is_a_typo() -> None:
-    """The message names the field."""
+def test_misspelled_field_is_refused() -> None:
     with pytest.raises(ValueError, match="did you mean `qk_rank`"):
         tiny_config(qk_ranks=4)
 
 
 @BOTH_LAYOUTS
 def test_tensors_and_shapes(kv_layout: str) -> None:
-    """The names and shapes that GDAConfig documents; keys stay dense where signal and noise share them."""
+    """As GDAConfig documents them. Shared keys stay dense."""
     model = GDAForCausalLM(
         tiny_config(qk_rank=3, attention_bias=True, kv_layout=kv_layout, **heads(8, 4, 4))
     )  # 2:1; paired: 2 pairs
@@ -146,8 +144,8 @@ def test_tensors_and_shapes(kv_layout: str) -> None:
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("rank", [1, 4, 32])
 @torch.no_grad()
-def test_queries_and_keys_start_as_large_as_dense_ones(rank: int, kv_layout: str) -> None:
-    """Their standard deviation at initialization is that of a dense model, within 10 %; and half of it is shared."""
+def test_initial_scale_equals_that_of_dense_projections(rank: int, kv_layout: str) -> None:
+    """Within 10 %, and half of the variance is shared."""
     fields = heads(12, 4, 4, kv_layout=kv_layout, hidden_size=256, head_dim=64, num_hidden_layers=1)
     hidden = torch.randn(1, 512, 256, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -166,7 +164,7 @@ def test_queries_and_keys_start_as_large_as_dense_ones(rank: int, kv_layout: str
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "sigmoid", "tanh"])
 def test_every_tensor_has_a_gradient_from_the_start(lambda_type: str, kv_layout: str) -> None:
-    """Every row of base, down and up, and no role the same as another."""
+    """Every row of base, down and up, and a different one for each role."""
     torch.manual_seed(0)
     model = GDAForCausalLM(tiny_config(qk_rank=3, kv_layout=kv_layout, lambda_type=lambda_type, attention_bias=True))
     ids = token_ids(2, LENGTH)
@@ -180,8 +178,8 @@ def test_every_tensor_has_a_gradient_from_the_start(lambda_type: str, kv_layout:
 
 
 @BOTH_LAYOUTS
-def test_it_learns(kv_layout: str) -> None:
-    """Some steps of AdamW bring the loss on one batch down to a tenth."""
+def test_training_reduces_the_loss(kv_layout: str) -> None:
+    """To a tenth on one batch, with AdamW."""
     torch.manual_seed(0)
     model = GDAForCausalLM(tiny_config(qk_rank=2, kv_layout=kv_layout)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -202,7 +200,7 @@ def test_it_learns(kv_layout: str) -> None:
 @BOTH_LAYOUTS
 @torch.no_grad()
 def test_save_and_load(kv_layout: str, tmp_path: Path) -> None:
-    """Names, config and logits survive; transformers builds it on the meta device on the way."""
+    """Names, config and logits."""
     model, ids = tiny_model(qk_rank=3, kv_layout=kv_layout, attention_bias=True), token_ids(2, LENGTH)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -213,7 +211,6 @@ def test_save_and_load(kv_layout: str, tmp_path: Path) -> None:
 
 
 def test_missing_tensors_are_initialized_as_from_scratch(tmp_path: Path) -> None:
-    """A base that a checkpoint lacks is drawn as a new one; what the checkpoint has stays."""
     model = tiny_model(qk_rank=3, hidden_size=256, head_dim=32)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".0.self_attn.q_base" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -224,7 +221,7 @@ def test_missing_tensors_are_initialized_as_from_scratch(tmp_path: Path) -> None
     assert torch.equal(first.q_up.weight, model.model.layers[0].self_attn.q_up.weight)
 
 
-def test_meta_device_has_shapes_and_no_memory() -> None:
+def test_meta_model() -> None:
     """An 8 B model is built without memory, and is smaller than the dense one."""
     factored, dense = (meta_model(GDAConfig(qk_rank=rank)) for rank in (32, None))
     assert all(parameter.is_meta for parameter in factored.parameters())
@@ -234,7 +231,7 @@ def test_meta_device_has_shapes_and_no_memory() -> None:
 
 @BOTH_LAYOUTS
 def test_generate(kv_layout: str) -> None:
-    """Greedy text with either cache is that of no cache."""
+    """Greedy text with each cache equals that without one."""
     model = tiny_model(qk_rank=3, kv_layout=kv_layout)
     ids = token_ids(2, 5)
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -247,7 +244,7 @@ def test_generate(kv_layout: str) -> None:
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant: bool, kv_layout: str) -> None:
-    """Gradients are those without it."""
+    """Gradients are the same."""
     ids = token_ids(2, LENGTH)
     found = []
     for checkpointing in (False, True):
@@ -263,7 +260,7 @@ def test_gradient_checkpointing(use_reentrant: bool, kv_layout: str) -> None:
 @BOTH_LAYOUTS
 @torch.no_grad()
 def test_compiles_in_one_graph(kv_layout: str) -> None:
-    """torch.compile(fullgraph=True), in one graph, with equal logits."""
+    """With equal logits."""
     torch._dynamo.reset()
     model, ids = tiny_model(qk_rank=3, kv_layout=kv_layout, attention_bias=True), token_ids(2, LENGTH)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -272,7 +269,7 @@ def test_compiles_in_one_graph(kv_layout: str) -> None:
 
 @BOTH_LAYOUTS
 def test_flash_attention_finds_a_dtype(kv_layout: str) -> None:
-    """For float32 queries it asks for the dtype of the first Linear among the attention's modules."""
+    """For float32 queries it uses the dtype of the first Linear module of the attention."""
     model = tiny_model(qk_rank=3, kv_layout=kv_layout).to(torch.bfloat16)
     for layer in model.model.layers:
         linear = next(module for module in layer.self_attn.modules() if isinstance(module, torch.nn.Linear))
@@ -281,7 +278,7 @@ def test_flash_attention_finds_a_dtype(kv_layout: str) -> None:
 
 @BOTH_LAYOUTS
 def test_bfloat16_autocast(kv_layout: str) -> None:
-    """A float32 model under autocast gives finite gradients of every factor."""
+    """Every factor has finite gradients."""
     model, ids = tiny_model(qk_rank=3, kv_layout=kv_layout, attention_bias=True).train(), token_ids(2, LENGTH)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(ids, labels=ids).loss
@@ -291,8 +288,8 @@ def test_bfloat16_autocast(kv_layout: str) -> None:
 
 
 @BOTH_LAYOUTS
-def test_a_replica_projects_with_its_own_factors(kv_layout: str) -> None:
-    """`nn.DataParallel` copies modules, and what stands for q_proj must multiply with the copy's weights."""
+def test_data_parallel_replicas_use_their_own_factors(kv_layout: str) -> None:
+    """`nn.DataParallel` copies modules, and the projection must use the copy's weights."""
     attention = tiny_model(qk_rank=3, kv_layout=kv_layout).model.layers[0].self_attn
     replica = attention._replicate_for_data_parallel()
     hidden = torch.randn(1, 5, attention.config.hidden_size)

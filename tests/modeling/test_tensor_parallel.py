@@ -1,7 +1,7 @@
-"""Tensor parallelism and FSDP2, as transformers does them, on two processes: equal to one process.
+"""Tensor parallelism and FSDP2 of transformers, on two processes: results equal those of one process.
 
-Run as a program, this file is one of the two processes: it computes every case, and rank 0 leaves what it found in a
-file. The tests compare.
+Run as a program, this file is one of the two processes: it computes every case, and rank 0 writes the results to a
+file, which the tests read.
 """
 
 import json
@@ -79,7 +79,7 @@ PRECISIONS = {"float32": (1e-4, 1e-4), "bfloat16": (1e-3, 2e-2), "mixed": (1e-2,
 
 
 def scattered(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights with rows of unequal size, so that exchanged heads cannot give equal logits."""
+    """Weights with rows of different sizes, so that exchanged heads change the logits."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -108,7 +108,7 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def ranks_agree(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether every rank holds these values, to rounding: a sum that only one rank took would show."""
+    """Whether all ranks have these values, up to rounding."""
     for tensor in tensors.values():
         mean = tensor.clone()
         dist.all_reduce(mean)
@@ -129,7 +129,7 @@ def generated(model: PreTrainedModel) -> torch.Tensor:
 
 
 def measured(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model computes: logits without and with gradients, tokens with either cache, loss and gradients."""
+    """Results of a model: logits with and without gradients, tokens with each cache, loss and gradients."""
     ids = token_ids()
     with torch.no_grad():
         found: dict[str, Any] = {"logits": model(ids).logits}
@@ -219,7 +219,7 @@ def run_cases(rank: int, port: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
-    """What two processes found, by case."""
+    """Results of two processes, by case."""
     folder = tmp_path_factory.mktemp("parallel")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -248,7 +248,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], d
 
 
 def checked(outcome: dict[tuple[str, ...], dict[str, Any]], *case: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What two processes and what one process found, of a case that ran and was cut."""
+    """Results of two processes and of one process, for a case that ran."""
     result = outcome[case]
     assert "error" not in result, result["error"]
     assert result["is_cut"]
@@ -268,8 +268,8 @@ each_cut_model = pytest.mark.parametrize("name", TENSOR_PARALLEL)
 
 @pytest.mark.slow
 @each_cut_model
-def test_two_ranks_compute_what_one_does(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
-    """Logits, loss and greedy tokens (either cache) of two ranks are those of one process, on both ranks."""
+def test_two_ranks_equal_one(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """Logits, loss and greedy tokens with each cache, on both ranks."""
     found, wanted = checked(outcome, "tp", name)
     for logits in ("logits", "training_logits", "loss"):
         torch.testing.assert_close(found[logits], wanted[logits], rtol=1e-4, atol=1e-4)
@@ -279,8 +279,8 @@ def test_two_ranks_compute_what_one_does(name: str, outcome: dict[tuple[str, ...
 
 @pytest.mark.slow
 @each_cut_model
-def test_two_ranks_learn_what_one_does(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
-    """Every gradient equals that of one process: cut weights, and the λ vectors and norms that ranks share."""
+def test_gradients_of_two_ranks_equal_those_of_one(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """Of sharded weights, and of the λ vectors and norms that ranks share."""
     found, wanted = checked(outcome, "tp", name)
     assert found["gradients"].keys() == wanted["gradients"].keys()
     for weight, gradient in wanted["gradients"].items():
@@ -296,8 +296,8 @@ def test_two_ranks_learn_what_one_does(name: str, outcome: dict[tuple[str, ...],
         *(pytest.param(name, marks=sums_too_often) for name in ("qwen3", "shared", "paired")),
     ],
 )
-def test_two_ranks_accumulate_what_one_does(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
-    """A second backward pass adds to the gradients; transformers' own Qwen3 shows which ones it gets wrong."""
+def test_accumulated_gradients_of_two_ranks(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """transformers' own Qwen3 shows which ones it gets wrong."""
     found, wanted = checked(outcome, "tp", name)
     for weight, gradient in wanted["accumulated"].items():
         assert_near(found["accumulated"][weight], gradient, weight)
@@ -305,8 +305,8 @@ def test_two_ranks_accumulate_what_one_does(name: str, outcome: dict[tuple[str, 
 
 @pytest.mark.slow
 @each_cut_model
-def test_a_cut_model_saves_whole_tensors(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
-    """save_pretrained from two ranks writes the checkpoint that one process writes, bit for bit."""
+def test_sharded_model_saves_whole_tensors(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """save_pretrained on two ranks writes the same bytes as one process."""
     checked(outcome, "tp", name)
     equal = outcome["tp", name]["saved_equal"]
     assert equal
@@ -314,20 +314,18 @@ def test_a_cut_model_saves_whole_tensors(name: str, outcome: dict[tuple[str, ...
 
 
 @pytest.mark.slow
-def test_a_cut_through_a_pair_is_refused(outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
-    """Ranks that would get one and a half pairs of KV heads stop with an error that names the field."""
+def test_splitting_a_pair_of_kv_heads_is_refused(outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """The error names the field."""
     assert "num_key_value_heads" in outcome["tp", "cut-pair"].get("error", "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", FULLY_SHARDED)
-def test_fully_sharded_training_is_that_of_one_process(
-    name: str, precision: str, outcome: dict[tuple[str, ...], dict[str, Any]]
-) -> None:
-    """FSDP2: the mean loss of two half batches, and every gradient, are those of the whole batch in one process.
+def test_fsdp2_equals_one_process(name: str, precision: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """The mean loss of two half batches, and every gradient.
 
-    In float32, in bfloat16 with its λ in float32, and in float32 computed in bfloat16.
+    In float32, in bfloat16 with λ in float32, and in float32 computed in bfloat16.
     """
     found, wanted = checked(outcome, "fsdp", name, precision)
     of_loss, of_gradients = PRECISIONS[precision]
@@ -338,8 +336,8 @@ def test_fully_sharded_training_is_that_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FULLY_SHARDED if name != "llama"])
-def test_a_sharded_model_is_saved_with_its_own_code(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
-    """FSDP2 swaps the class of the model for one made in torch: that one's file is none of ours."""
+def test_fsdp2_model_is_saved_with_its_code(name: str, outcome: dict[tuple[str, ...], dict[str, Any]]) -> None:
+    """FSDP2 replaces the class of the model by one created in torch."""
     case = outcome["fsdp", name, "float32"]
     root = Path(__file__).parents[2]
     homes = {
@@ -352,7 +350,7 @@ def test_a_sharded_model_is_saved_with_its_own_code(name: str, outcome: dict[tup
 
 
 def complaints(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What transformers warns of when it checks the plan of a model against its tensors."""
+    """Warnings of transformers when it checks the plan against the tensors."""
     found: list[str] = []
     monkeypatch.setattr(tensor_parallel.logger, "warning", found.append)
     tensor_parallel.verify_tp_plan(list(model.state_dict()), model._tp_plan)
@@ -360,8 +358,8 @@ def complaints(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 @pytest.mark.parametrize("name", [name for name in TENSOR_PARALLEL if "poly-norm" not in name])
-def test_the_plan_covers_what_llamas_covers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers finds no rule without a tensor, and no tensor without a rule but the norms of Llama's layers."""
+def test_plan_covers_every_tensor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers finds no rule without a tensor, and no tensor without a rule except norms, as for Llama."""
     of_llama = complaints(FULLY_SHARDED["llama"](), monkeypatch)
     assert len(of_llama) == 1
     assert "input_layernorm" in of_llama[0]
@@ -369,8 +367,8 @@ def test_the_plan_covers_what_llamas_covers(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", TENSOR_PARALLEL)
-def test_every_rule_of_the_plan_finds_its_module(name: str) -> None:
-    """Resolving the plan for two ranks gives a style to each attention projection and λ parameter of each layer."""
+def test_every_rule_of_the_plan_matches_modules(name: str) -> None:
+    """For two ranks, each attention projection and λ parameter of each layer has a style."""
     model = TENSOR_PARALLEL[name]()
     rules = {name.removeprefix("model.").replace("layers.*", "layers.0") for name in model._tp_plan}
     modules = {name.removeprefix("model.") for name, _ in model.named_modules()}
