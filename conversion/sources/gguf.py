@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import io
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ class GGUFSource(Source):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         try:
-            from gguf import GGUFReader
+            import gguf
         except ImportError:
             raise ImportError("reading a GGUF file requires the package gguf: pip install gguf") from None
         self.path = path
@@ -62,7 +64,7 @@ class GGUFSource(Source):
         self.weight_files = [path]
         self._stamp = stamp_of(path)
         try:
-            self._reader = GGUFReader(path)
+            self._reader = gguf.GGUFReader(path)
             self._require_layers()
             self.config = self._read_config()
         except Exception as error:  # a damaged file can make the reader raise anything
@@ -76,6 +78,21 @@ class GGUFSource(Source):
         }
         self._check_tensors(path)
 
+    @contextlib.contextmanager
+    def _parsed_once(self) -> Iterator[None]:
+        """Let transformers use the file's parsed header and one name map, each of which takes it seconds to make.
+
+        It makes a reader for the config, the tokenizer and the weights, and a name map for each module of the model.
+        """
+        package: Any = import_module("gguf")  # transformers looks both names up there whenever it reads a file
+        original = package.GGUFReader, package.get_tensor_name_map
+        package.GGUFReader = lambda path: self._reader if Path(path) == self.path else original[0](path)
+        package.get_tensor_name_map = functools.cache(original[1])
+        try:
+            yield
+        finally:
+            package.GGUFReader, package.get_tensor_name_map = original
+
     def _require_layers(self) -> None:
         """Refuse more layers than tensors: transformers creates lists and tables of that length."""
         layers = self._metadata("block_count")
@@ -85,7 +102,7 @@ class GGUFSource(Source):
             )
 
     def _read_config(self) -> PreTrainedConfig:
-        with quiet_transformers():
+        with quiet_transformers(), self._parsed_once():
             read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
         config = type(read)(**fields)  # without attributes that a saved config should not have
@@ -121,7 +138,8 @@ class GGUFSource(Source):
         processor_class = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
         self._processor = processor_class(config=self.config.to_dict())
         try:
-            names = get_gguf_hf_weights_map(meta_model(self.config), self._processor)
+            with self._parsed_once():
+                names = get_gguf_hf_weights_map(meta_model(self.config), self._processor)
         except NotImplementedError:  # if general.name is "mistral", transformers assumes that type
             raise ValueError(
                 f"{self.path}: transformers has no table of GGUF tensors for a {self.config.model_type}; "
@@ -149,9 +167,10 @@ class GGUFSource(Source):
         return torch.tensor(processed.weights, dtype=torch.float32)
 
     def load(self) -> PreTrainedModel:
-        # transformers' own reader, so that verification is independent of ours. Its progress bar cannot be disabled.
+        # transformers dequantizes, names and orders the weights, so that verification is independent of `read`. Its
+        # progress bar cannot be disabled.
         try:
-            with contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()), self._parsed_once():
                 model = AutoModelForCausalLM.from_pretrained(
                     self.path.parent,
                     gguf_file=self.path.name,
@@ -168,7 +187,8 @@ class GGUFSource(Source):
 
     @functools.cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return find_tokenizer(self.path.parent, gguf_file=self.path.name)
+        with self._parsed_once():
+            return find_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def copy_assets(self, folder: Path) -> None:
         if (tokenizer := self.tokenizer()) is not None:

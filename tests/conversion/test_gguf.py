@@ -207,6 +207,34 @@ def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
         assert not np.array_equal(source.read(name).numpy(), tensor.numpy())
 
 
+@pytest.mark.parametrize("command", ["convert", "demo"])
+def test_a_file_is_parsed_once_and_names_are_mapped_once(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers makes a reader for config, tokenizer and weights each, and a name map for each module."""
+    made = {"readers": 0, "name maps": 0}
+    reader_init, map_init = gguf.GGUFReader.__init__, gguf.TensorNameMap.__init__
+
+    def count_reader(self: Any, *arguments: Any) -> None:
+        made["readers"] += 1
+        reader_init(self, *arguments)
+
+    def count_map(self: Any, *arguments: Any) -> None:
+        made["name maps"] += 1
+        map_init(self, *arguments)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", count_reader)
+    monkeypatch.setattr(gguf.TensorNameMap, "__init__", count_map)
+    reader_class, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
+    if command == "convert":
+        assert gda.convert(path, tmp_path / "gda").verification is not None
+    else:
+        gda.demo(source=path)
+    assert made == {"readers": 1, "name maps": 2}  # ours, and the one of transformers that verification relies on
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader_class, name_map)
+
+
 # ------------------------------------------------------------------------------------------- the model of the demo
 
 
