@@ -1,4 +1,4 @@
-"""The command line: help with examples, cheap to start, JSON alone on standard output, and the exit codes."""
+"""The command line: help, start-up, JSON on standard output, and exit codes."""
 
 import json
 import os
@@ -37,14 +37,14 @@ FOUND = shutil.which("gda") or str(Path(sys.executable).with_name("gda"))
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama, `llama`, and its conversion, `gda`; not to be changed."""
+    """A folder with a Llama, `llama`, and its conversion, `gda`. Tests must not change it."""
     folder = tmp_path_factory.mktemp("models")
     gda.convert(save_llama(folder / "llama"), folder / "gda", verify=False)
     return folder
 
 
 def tamper(folder: Path) -> None:
-    """Change one weight that matters."""
+    """Change one weight that affects the output."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -56,7 +56,7 @@ def tamper(folder: Path) -> None:
 @pytest.mark.parametrize("option", ["--help", "-h"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(name: str, option: str, command: Command) -> None:
-    """Each command's help shows how it is called, and its arguments."""
+    """Each command's help has examples and lists its arguments."""
     outcome = command(name, option)
     assert outcome.code == 0
     assert "Example" in outcome.out
@@ -65,7 +65,7 @@ def test_help_has_an_example(name: str, option: str, command: Command) -> None:
 
 
 def test_every_command_is_listed_and_tested_here(command: Command) -> None:
-    """`gda --help` names each command; a command that is not in this file's list fails here."""
+    """`gda --help` lists exactly the commands that this file tests."""
     registered = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
     assert registered == set(COMMANDS)
     help_ = command("--help")
@@ -76,7 +76,7 @@ def test_every_command_is_listed_and_tested_here(command: Command) -> None:
 
 @pytest.mark.parametrize("name", ["", "convert", "train", "eval"])
 def test_help_imports_nothing_heavy(name: str) -> None:
-    """In a process that was started as `gda`: neither transformers nor torch, and nothing of ours that needs them."""
+    """Neither transformers nor torch, nor modules of ours that need them."""
     script = (
         "import sys\n"
         "sys.argv[0] = 'gda'\n"
@@ -97,13 +97,12 @@ def test_help_imports_nothing_heavy(name: str) -> None:
 
 
 def test_version(command: Command) -> None:
-    """`gda --version` is the package's version, alone."""
     assert command("--version") == Outcome(0, f"{gda.__version__}\n", "")
 
 
 @pytest.mark.slow
-def test_the_installed_command(models: Path) -> None:
-    """The console script runs: version, and an error with its exit code, in one line."""
+def test_installed_command(models: Path) -> None:
+    """The console script: the version, and an error with its exit code in one line."""
     done = subprocess.run([FOUND, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"{gda.__version__}\n"
     bad = subprocess.run([FOUND, "inspect", str(models / "llama")], capture_output=True, text=True, check=False)
@@ -112,8 +111,7 @@ def test_the_installed_command(models: Path) -> None:
     assert len(bad.stderr.splitlines()) == 1
 
 
-def test_no_command_shows_the_help(command: Command) -> None:
-    """`gda` alone tells what there is."""
+def test_gda_alone_shows_the_help(command: Command) -> None:
     outcome = command()
     assert "convert" in outcome.out + outcome.error
     assert "Traceback" not in outcome.error
@@ -122,8 +120,8 @@ def test_no_command_shows_the_help(command: Command) -> None:
 # ------------------------------------------------------------------------------------------------------------- JSON
 
 
-def test_json_alone_on_standard_output(models: Path, tmp_path: Path, command: Command) -> None:
-    """Each command with --json prints one JSON value to standard output, equal to what Python returns."""
+def test_json_output(models: Path, tmp_path: Path, command: Command) -> None:
+    """Each command with --json prints one JSON value, equal to the report from Python."""
     converted = command("convert", models / "llama", tmp_path / "gda", "--json", "--ratio", "2:1")
     assert converted.code == 0
     told = json.loads(converted.out)
@@ -146,7 +144,7 @@ def test_json_alone_on_standard_output(models: Path, tmp_path: Path, command: Co
 
 @pytest.mark.slow
 def test_progress_goes_to_standard_error(models: Path, tmp_path: Path) -> None:
-    """In processes of their own, at a terminal of sorts: what is on standard output parses as JSON, nothing else is."""
+    """On a terminal, standard output still parses as JSON."""
     done = subprocess.run(
         [FOUND, "convert", str(models / "llama"), str(tmp_path / "gda"), "--json"],
         capture_output=True,
@@ -158,10 +156,8 @@ def test_progress_goes_to_standard_error(models: Path, tmp_path: Path) -> None:
     assert "writing" in done.stderr
 
 
-def test_nothing_is_printed_to_standard_error_where_it_is_no_terminal(
-    models: Path, tmp_path: Path, command: Command
-) -> None:
-    """A log file gets no progress bars and no blank lines."""
+def test_log_files_get_no_progress_bars(models: Path, tmp_path: Path, command: Command) -> None:
+    """If standard error is not a terminal, nothing is printed to it."""
     assert command("convert", models / "llama", tmp_path / "gda").error == ""
     assert command("verify", models / "llama", tmp_path / "gda").error == ""
     assert command("export", tmp_path / "gda", tmp_path / "back").error == ""
@@ -173,8 +169,8 @@ def test_nothing_is_printed_to_standard_error_where_it_is_no_terminal(
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["", "json"])
 @pytest.mark.parametrize("method", ["full", "layers", "tensors"])
-def test_a_failed_check_exits_1(method: str, as_json: bool, models: Path, tmp_path: Path, command: Command) -> None:
-    """The numbers on standard output, the verdict in one line on standard error."""
+def test_failed_check_exits_1(method: str, as_json: bool, models: Path, tmp_path: Path, command: Command) -> None:
+    """Numbers on standard output, and one line on standard error."""
     folder = Path(shutil.copytree(models / "gda", tmp_path / "gda"))
     options = ["--method", method, *["--json"] * as_json]
     assert command("verify", models / "llama", folder, *options).code == 0
@@ -190,10 +186,10 @@ def test_a_failed_check_exits_1(method: str, as_json: bool, models: Path, tmp_pa
         assert "verified" not in outcome.out
 
 
-def test_a_conversion_that_fails_its_check_exits_1_and_leaves_nothing(
+def test_failed_conversion_exits_1_without_files(
     models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --json too: one line on standard error, nothing on standard output, no OUT."""
+    """With --json too: one line on standard error, and no OUT."""
     from gda.conversion.modes import expand
 
     right = expand._with_noise_rows
@@ -206,8 +202,8 @@ def test_a_conversion_that_fails_its_check_exits_1_and_leaves_nothing(
         assert list(tmp_path.iterdir()) == [], options
 
 
-def test_the_threshold_option_decides(models: Path, tmp_path: Path, command: Command) -> None:
-    """Exit 0 above the difference, 1 below it."""
+def test_threshold_option(models: Path, tmp_path: Path, command: Command) -> None:
+    """Exit 0 above the difference, and 1 below it."""
     gda.convert(models / "llama", tmp_path / "gda", dtype="bfloat16", verify=False)
     assert command("verify", models / "llama", tmp_path / "gda").code == 0
     assert command("verify", models / "llama", tmp_path / "gda", "--threshold", "0.9").code == 0
@@ -215,18 +211,18 @@ def test_the_threshold_option_decides(models: Path, tmp_path: Path, command: Com
 
 
 @pytest.mark.parametrize("threshold", ["nan", "-1", "inf", "x"])
-def test_a_threshold_that_is_none_is_refused(threshold: str, models: Path, command: Command) -> None:
-    """Not a number, negative, infinite: exit 2."""
+def test_invalid_threshold(threshold: str, models: Path, command: Command) -> None:
+    """NaN, negative, infinite: exit code 2."""
     outcome = command("verify", models / "llama", models / "gda", "--threshold", threshold)
     assert outcome.code == 2
     assert "threshold" in outcome.error
 
 
 @pytest.mark.parametrize("name", ["convert", "grow", "verify", "export"])
-def test_an_interruption_exits_130(
+def test_interruption_exits_130(
     name: str, models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGINT anywhere in a command: exit 130, no traceback."""
+    """Without a traceback."""
     from gda.conversion.tensors.safetensors_io import SafetensorsReader
 
     monkeypatch.setattr(SafetensorsReader, "read", lambda self, name: signal.raise_signal(signal.SIGINT))
@@ -244,8 +240,8 @@ def test_an_interruption_exits_130(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_of_ours_is_not_hidden(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug is not bad input: an unexpected exception is not turned into exit 2."""
+def test_unexpected_exceptions_are_not_caught(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug must not look like bad input."""
     from gda.conversion.tensors.safetensors_io import SafetensorsReader
 
     def broken(self: SafetensorsReader, name: str) -> torch.Tensor:
@@ -261,8 +257,8 @@ def test_an_error_of_ours_is_not_hidden(models: Path, tmp_path: Path, monkeypatc
 # -------------------------------------------------------------------------------------------------------- texts
 
 
-def test_what_convert_tells(tmp_path: Path, command: Command) -> None:
-    """The head map, what was left out, the verification and the size, each from the report."""
+def test_output_of_convert(tmp_path: Path, command: Command) -> None:
+    """Head map, notes, verification and size, as in the report."""
     source = save_llama(tmp_path / "llama", attention_dropout=0.25)
     outcome = command("convert", source, tmp_path / "gda", "--max-shard-size", "20KB")
     assert outcome.code == 0
@@ -273,8 +269,8 @@ def test_what_convert_tells(tmp_path: Path, command: Command) -> None:
     assert f"{number} files" in outcome.out
 
 
-def test_what_inspect_tells(models: Path, command: Command) -> None:
-    """Parts, cache against the source's, and λ."""
+def test_output_of_inspect(models: Path, command: Command) -> None:
+    """Parts, KV cache beside the source's, and λ."""
     outcome = command("inspect", models / "gda")
     report = gda.inspect(models / "gda")
     assert outcome.code == 0
@@ -287,8 +283,8 @@ def test_what_inspect_tells(models: Path, command: Command) -> None:
 
 
 @pytest.mark.parametrize("option", ["--no-verify", "--verify"])
-def test_options_reach_the_conversion(option: str, tmp_path: Path, command: Command) -> None:
-    """Each option of the command does what the argument of the function does, byte for byte."""
+def test_options_match_the_function_arguments(option: str, tmp_path: Path, command: Command) -> None:
+    """Byte for byte the same result."""
     source = save_llama(tmp_path / "llama", **VARIANTS["shards"])
     outcome = command(
         *("convert", source, tmp_path / "gda", "--mode", "expand", "--noise-heads", 1, "--lambda-type", "tanh"),

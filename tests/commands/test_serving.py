@@ -1,8 +1,8 @@
-"""Serving: transformers' own server on a converted model, and what vLLM and SGLang ask of a model they run.
+"""Serving: `transformers serve` with a converted model, and the requirements of vLLM and SGLang.
 
-Neither engine is installed here (`tests/upstream/engines` runs them). What they do to a model is done to it by a
-stand-in: an attention of the engine's own for each layer, with its KV cache, called with one sequence and answering
-(T, H · d); norms and linear layers exchanged by class name and by the plan; layers of other ranks left out.
+Neither engine is installed here (`tests/upstream/engines` runs them). A stand-in modifies a model as they do: each
+layer gets the engine's attention with its own KV cache, which is called with one sequence and returns (T, H · d); norms
+and linear layers are replaced by class name and plan; layers of other ranks are left out.
 """
 
 import copy
@@ -45,7 +45,7 @@ each_served = pytest.mark.parametrize("fields", SERVED.values(), ids=SERVED)
 
 
 class EngineAttention:
-    """One layer's attention in an engine: heads and widths by the config, keys and values kept from call to call."""
+    """One layer's attention in an engine: heads and widths from the config, and a KV cache."""
 
     def __init__(self, config: gda.GDAConfig):
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -54,7 +54,7 @@ class EngineAttention:
         self.scale = 0.0
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """(T, H · d), (T, G · d), (T, G · d) → (T, H · d), causally after what was seen."""
+        """(T, H · d), (T, G · d), (T, G · d) → (T, H · d), causal over the cache."""
         self.calls += 1
         self.keys = torch.cat((self.keys, key.view(-1, self.kv_heads, self.width)))
         self.values = torch.cat((self.values, value.view(-1, self.kv_heads, self.width)))
@@ -88,13 +88,13 @@ def engine_attention(
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers knows the attentions of engines while a test runs."""
+    """Registers the attention of an engine with transformers during a test."""
     for name in ("engine", "vllm", "sglang"):
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, engine_attention)
 
 
 def served(model: gda.GDAForCausalLM, ids: torch.Tensor, chunks: list[int]) -> tuple[torch.Tensor, int]:
-    """Last hidden states of `ids` (T,), fed to the decoder in `chunks`, and the attention calls that took."""
+    """Last hidden states of `ids` (T,), fed to the decoder in `chunks`, and the attention calls."""
     decoder = copy.deepcopy(model.model)
     decoder.config._attn_implementation = "engine"
     attentions = {layer: EngineAttention(decoder.config) for layer in range(decoder.config.num_hidden_layers)}
@@ -115,8 +115,8 @@ def served(model: gda.GDAForCausalLM, ids: torch.Tensor, chunks: list[int]) -> t
 
 @each_served
 @torch.no_grad()
-def test_an_engine_computes_what_transformers_does(fields: dict[str, Any]) -> None:
-    """Prefill, a chunk and single steps through the engine's attention and cache: one call a layer each."""
+def test_engine_equals_transformers(fields: dict[str, Any]) -> None:
+    """Prefill, a chunk and single tokens, with one attention call per layer."""
     model = tiny_model(**fields)
     ids = token_ids(12)
     states, calls = served(model, ids, [5, 4, 1, 1, 1])
@@ -132,8 +132,8 @@ def test_an_engine_computes_what_transformers_does(fields: dict[str, Any]) -> No
         ({"num_noise_heads": 1, "num_attention_heads": 5, "num_key_value_heads": 2}, "fewer noise heads"),
     ],
 )
-def test_what_an_engine_cannot_run_is_refused(fields: dict[str, Any], reason: str, name: str) -> None:
-    """When the engine loads the model, which is after it has named its attention in the config; in one line."""
+def test_unsupported_models_are_refused(fields: dict[str, Any], reason: str, name: str) -> None:
+    """In one line when the engine loads the model."""
     config = tiny_config(**fields)
     config._attn_implementation = name
     with pytest.raises(ValueError, match=reason) as error:
@@ -142,8 +142,7 @@ def test_what_an_engine_cannot_run_is_refused(fields: dict[str, Any], reason: st
     assert "\n" not in str(error.value)
 
 
-def test_the_class_says_that_it_can_be_served() -> None:
-    """By what engines ask before they take a model."""
+def test_class_attributes_that_engines_check() -> None:
     assert gda.GDAForCausalLM._supports_attention_backend
     assert gda.GDAModel.is_backend_compatible()
     model = tiny_model()
@@ -152,8 +151,8 @@ def test_the_class_says_that_it_can_be_served() -> None:
     assert all(getattr(module, "is_causal", True) for module in model.modules())
 
 
-def test_an_engine_may_set_what_it_reads_of_the_config() -> None:
-    """vLLM assigns `rope_theta`; transformers up to 5.20, of a tied model, its plan."""
+def test_config_fields_that_engines_set() -> None:
+    """vLLM sets `rope_theta`; transformers up to 5.20 sets the plan of a tied model."""
     config = tiny_config()
     config.rope_theta = 77.0
     assert config.rope_parameters["rope_theta"] == config.rope_theta == 77.0
@@ -163,8 +162,8 @@ def test_an_engine_may_set_what_it_reads_of_the_config() -> None:
 
 @each_served
 @torch.no_grad()
-def test_norms_may_be_exchanged_by_their_name(fields: dict[str, Any]) -> None:
-    """Engines put a plain RMSNorm in the place of each module whose class name ends so: nothing may be lost by it."""
+def test_norms_can_be_replaced_by_class_name(fields: dict[str, Any]) -> None:
+    """Engines replace each module whose class name ends in RMSNorm."""
     model = tiny_model(**fields)
     ids = token_ids(1, 9)
     expected = model(ids).logits
@@ -181,8 +180,8 @@ def test_norms_may_be_exchanged_by_their_name(fields: dict[str, Any]) -> None:
 
 
 @each_served
-def test_the_plan_cuts_every_linear_layer_as_meant(fields: dict[str, Any]) -> None:
-    """An engine takes the first pattern that matches the beginning of a name, and a few styles."""
+def test_tensor_parallel_plan_for_engines(fields: dict[str, Any]) -> None:
+    """An engine uses the first pattern that matches the start of a name, and supports few styles."""
     model = tiny_model(**fields).model
     cut = {"q_proj", "q_base", "q_down", "k_proj", "v_proj", "gate_proj", "up_proj"}
     whole = {"gate_proj", "up_proj", "down_proj"} if fields.get("hidden_act") == "poly_norm" else set()
@@ -195,15 +194,16 @@ def test_the_plan_cuts_every_linear_layer_as_meant(fields: dict[str, Any]) -> No
 
 
 class OfAnotherRank(nn.Module):
-    """What an engine leaves in the place of a layer that another rank has: it hands on its first argument."""
+    """Replaces a layer of another rank: it returns its first argument."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """(T, H · d), (T, G · d), (T, G · d) → (T, H · d), causal over the cache."""
         return args[0] if args else next(iter(kwargs.values()))
 
 
 @torch.no_grad()
-def test_layers_may_lie_on_two_ranks() -> None:
-    """By the pipeline plan: embeddings and the first layers here, the last layers and the norm there."""
+def test_pipeline_plan() -> None:
+    """Embeddings and the first layers on one rank, the last layers and the norm on the other."""
     model = tiny_model(num_hidden_layers=3).model
     ids = token_ids(1, 8)
     expected = model(ids).last_hidden_state
@@ -216,9 +216,7 @@ def test_layers_may_lie_on_two_ranks() -> None:
 
 
 @pytest.mark.parametrize("what", ["nothing", "llama", "classifier"])
-def test_what_is_no_language_model_is_refused_before_a_server_starts(
-    what: str, tmp_path: Path, command: Command
-) -> None:
+def test_serve_refuses_other_models_before_starting(what: str, tmp_path: Path, command: Command) -> None:
     """In one line."""
     save_llama(tmp_path / "llama")
     gda.GDAForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "classifier")
@@ -232,7 +230,7 @@ def test_what_is_no_language_model_is_refused_before_a_server_starts(
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> str:
-    """What an HTTP server answers."""
+    """The response of an HTTP server."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
@@ -241,7 +239,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> str:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """`gda serve` in a process of its own, on a converted Llama: its address, and the model's folder."""
+    """The address of `gda serve`, in its own process, and the folder of its model."""
     folder = tmp_path / "llama-1.0-gda"
     gda.convert(save_llama(tmp_path / "llama"), folder, verify=False)
     with socket.socket() as probe:
@@ -268,7 +266,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 @pytest.mark.slow
 @torch.no_grad()
 def test_transformers_serves_a_converted_model(server: tuple[str, Path]) -> None:
-    """Over HTTP as OpenAI's clients ask: a chat, the same chat as a stream, both what `generate` gives."""
+    """A chat and a streamed chat over HTTP give what `generate` gives."""
     address, folder = server
     messages = [{"role": "user", "content": "the thing in an other"}]
     body = {"model": str(folder), "messages": messages, "max_tokens": 6, "temperature": 0}

@@ -365,10 +365,7 @@ def test_auto_config() -> None:
 
 
 def heads_are_possible(heads: int, noise: int, key_value: int, kv_layout: str) -> bool:
-    """The rules of head counts, written independently: signal i and noise i
-
-    r must find their KV heads.
-    """
+    """The rules of head counts, written independently: signal i and noise i // r must find their KV heads."""
     signal = heads - noise
     if noise < 1 or key_value < 1 or signal < 1 or signal % noise:
         return False

@@ -1,4 +1,4 @@
-"""Attention maps layer by layer: equal to the reference loops and to the eager backend, and their statistics."""
+"""Attention maps by layer, compared with the reference loops and the eager backend, and their statistics."""
 
 import gc
 import math

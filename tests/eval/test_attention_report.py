@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def live_model(**changes: Any) -> GDAForCausalLM:
-    """A model whose vocabulary is that of `byte_tokenizer`, and whose λ depends on the token."""
+    """A model with the vocabulary of `byte_tokenizer` and a token-dependent λ."""
     changes = {"vocab_size": len(byte_tokenizer()), "lambda_type": "sigmoid", "num_hidden_layers": 3} | changes
     return tiny_model(tiny_config(**changes))
 
@@ -51,7 +51,7 @@ def save_model(folder: Path, model: GDAForCausalLM) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GDA model, `gda`, and a Llama of as many layers, `llama`; not to be changed."""
+    """A GDA model, `gda`, and a Llama with as many layers, `llama`. Tests must not change it."""
     folder = tmp_path_factory.mktemp("attention")
     save_model(folder / "gda", live_model())
     save_llama(folder / "llama", num_hidden_layers=3, num_attention_heads=6, hidden_size=48)
@@ -82,7 +82,7 @@ def test_received_and_cancelled_equal_the_loops(name: str) -> None:
 
 
 def counted(maps: LayerAttention) -> tuple[np.ndarray, np.ndarray]:
-    """Received and cancelled (G, T), one number at a time, over the rows from the second."""
+    """Received and cancelled (G, T), computed in loops over the rows from the second on."""
     assert maps.noise is not None
     assert maps.lambda_ is not None
     groups, heads = len(maps.noise), len(maps.signal) // len(maps.noise)
@@ -109,8 +109,8 @@ def test_arrays_of_a_llama() -> None:
 
 
 @pytest.mark.slow
-def test_a_report_keeps_one_layer_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The maps of earlier layers are freed when those of a layer are computed; `visit` gets all rows."""
+def test_one_layer_of_maps_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps of earlier layers are freed, and `visit` gets all rows."""
     alive: list[weakref.ref[torch.Tensor]] = []
     shares = analysis.token_shares
 
@@ -134,7 +134,7 @@ def test_a_report_keeps_one_layer_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("signed", "levels"), [(False, LEVELS), (True, SIGNED_LEVELS)])
-def test_a_packed_map_is_within_the_documented_error(signed: bool, levels: int) -> None:
+def test_packed_maps_are_within_the_documented_error(signed: bool, levels: int) -> None:
     """m (q + 1/4) / n² for every value; signs and zeros are exact."""
     maps = torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(0)).pow(6).tril()
     if signed:
@@ -169,8 +169,8 @@ def test_pooled_maps_are_means_over_causal_tokens(pool: int) -> None:
             assert got[1, row, column].item() == pytest.approx(sum(square) / len(square))
 
 
-def test_the_finest_plan_that_fits() -> None:
-    """Every head if possible, then the mean of a group, then squares of tokens; `reductions` says which."""
+def test_plan_is_the_finest_that_fits() -> None:
+    """First every head, then means over groups, then over squares of tokens; `reductions` names them."""
     big: dict[str, Any] = {"groups": 8, "heads": 4, "tokens": 512}
     plan = MapPlan.that_fits(range(40), **big, limit=36_000_000)
     assert (plan.pool, plan.heads, plan.size) == (2, False, 256)
@@ -184,8 +184,8 @@ def test_the_finest_plan_that_fits() -> None:
     assert MapPlan.that_fits(range(400), **big, limit=1).pool == 16
 
 
-def test_kept_maps_are_those_of_the_model(report: AttentionReport, folder: Path) -> None:
-    """Each kind, head by head, within the error; the baseline's are means over the heads that match a group."""
+def test_kept_maps_match_the_model(report: AttentionReport, folder: Path) -> None:
+    """Head by head, within the error. The baseline's are means over the heads that correspond to a group."""
     model = GDAForCausalLM.from_pretrained(folder / "gda")
     llama = LlamaForCausalLM.from_pretrained(folder / "llama")
     layers: list[LayerAttention] = []
@@ -224,8 +224,8 @@ def shown(kept: Any) -> dict[str, list[np.ndarray]]:
     }
 
 
-def test_notes_say_what_was_reduced(folder: Path) -> None:
-    """A cut text, averaged maps, omitted layers, and a baseline of another depth."""
+def test_notes_list_reductions(folder: Path) -> None:
+    """A cut text, averaged maps, omitted layers, and a baseline with another depth."""
     found = gda.attention(
         folder / "gda", baseline=save_llama(folder / "deep", num_hidden_layers=4), text=TEXT, max_tokens=20,
         layers=[2, 0], map_megabytes=0.001,
@@ -268,7 +268,8 @@ def test_the_command_writes_page_picture_and_json(folder: Path, tmp_path: Path, 
     assert sorted(path.name for path in page.parent.iterdir()) == ["a.html"]
 
 
-def test_bad_input_is_one_line_before_anything_is_run(folder: Path, tmp_path: Path, command: Command) -> None:
+def test_bad_input_is_refused_first(folder: Path, tmp_path: Path, command: Command) -> None:
+    """In one line, before a model runs."""
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "text.txt").write_text(TEXT)
@@ -316,8 +317,8 @@ def test_models_that_cannot_be_compared_or_read(folder: Path, tmp_path: Path) ->
         gda.attention(broken, text=TEXT)
 
 
-def test_tokens_are_shown_as_text(folder: Path) -> None:
-    """Spaces and line ends as visible signs, parts of a character as their piece, control characters as numbers."""
+def test_token_labels(folder: Path) -> None:
+    """Visible spaces and line ends, pieces for parts of a character, numbers for control characters."""
     found = gda.attention(folder / "gda", text="the hen\n€\u202e")
     assert "".join(found.tokens).startswith("the␣hen↵")
     assert all(token.isprintable() and token for token in found.tokens)
@@ -326,8 +327,7 @@ def test_tokens_are_shown_as_text(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_has_a_policy_and_no_address(report: AttentionReport) -> None:
-    """It fetches nothing, and no script but its own may run, not even one inside the page."""
+def test_page_fetches_nothing_and_runs_only_its_script(report: AttentionReport) -> None:
     text = report.to_html()
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
     assert policy.startswith("default-src &#39;none&#39;")
@@ -340,8 +340,8 @@ def test_the_page_has_a_policy_and_no_address(report: AttentionReport) -> None:
     assert "@media print" in text
 
 
-def test_the_page_shows_the_numbers_and_answers_keys(report: AttentionReport, tmp_path: Path) -> None:
-    """Arrows move through layers and groups, Shift + arrows over tokens; the page shows the report's numbers."""
+def test_page_numbers_and_keys(report: AttentionReport, tmp_path: Path) -> None:
+    """Arrows move through layers and groups, and Shift + arrows through tokens; the numbers are the report's."""
     path = report.write_html(tmp_path / "report.html")
     arrays = report.arrays
     assert arrays.cancelled is not None
@@ -414,7 +414,7 @@ def test_the_page_shows_the_numbers_and_answers_keys(report: AttentionReport, tm
         assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
-def test_pointing_at_maps_and_cells(report: AttentionReport, tmp_path: Path) -> None:
+def test_pointer_on_maps_and_cells(report: AttentionReport, tmp_path: Path) -> None:
     with opened(report.write_html(tmp_path / "report.html")) as page:
         box = page.locator("#navigator canvas").bounding_box()
         page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] - 6)
@@ -425,8 +425,8 @@ def test_pointing_at_maps_and_cells(report: AttentionReport, tmp_path: Path) -> 
         assert f"1 “{report.tokens[1]}”" in page.inner_text("#text-readout")
 
 
-def test_light_dark_and_print(report: AttentionReport, tmp_path: Path) -> None:
-    """The page follows the system's colour scheme, also when it changes, and prints in light colours."""
+def test_page_in_light_dark_and_print(report: AttentionReport, tmp_path: Path) -> None:
+    """It follows the system's colour scheme, also when it changes, and prints in light colours."""
     path = report.write_html(tmp_path / "report.html")
     corner = "[...document.querySelector('.panel canvas').getContext('2d').getImageData(200, 4, 1, 1).data].slice(0, 3)"
     with opened(path) as page:
@@ -443,8 +443,8 @@ def test_light_dark_and_print(report: AttentionReport, tmp_path: Path) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 420
 
 
-def test_names_and_texts_that_are_markup_stay_text(tmp_path: Path, command: Command) -> None:
-    """In the names of the model and the text and in the text itself, also after interaction."""
+def test_markup_is_escaped(tmp_path: Path, command: Command) -> None:
+    """In the names of the model and the text, and in the text itself."""
     name = "x " + HOSTILE.replace("/", "∕") + "<!--<script>"
     model = save_model(tmp_path / name, live_model())
     text = tmp_path / "<b onload=alert(2)>.txt"
@@ -465,8 +465,8 @@ def test_names_and_texts_that_are_markup_stay_text(tmp_path: Path, command: Comm
         shown_page.hover("#text span:nth-child(5)")
 
 
-def test_a_llama_alone_a_lambda_of_zero_and_one_token(folder: Path, tmp_path: Path) -> None:
-    """Signal maps only; noise that cancels nothing; a text of a single token."""
+def test_llama_zero_lambda_and_single_token(folder: Path, tmp_path: Path) -> None:
+    """Signal maps only; noise that cancels nothing; a text of one token."""
     llama = gda.attention(folder / "llama", text=TEXT)
     assert llama.most_cancelled() == []
     with opened(llama.write_html(tmp_path / "llama.html")) as page:
@@ -489,8 +489,8 @@ def test_a_llama_alone_a_lambda_of_zero_and_one_token(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.long
-def test_forty_layers_of_eight_groups_and_512_tokens(tmp_path: Path) -> None:
-    """The page keeps to its size, says what it averaged, and opens."""
+def test_page_of_a_large_model(tmp_path: Path) -> None:
+    """40 layers, 8 groups, 512 tokens: the page stays within its size and names what it averaged."""
     shape = {"num_hidden_layers": 40, "num_attention_heads": 40, "num_noise_heads": 8, "num_key_value_heads": 8}
     model = live_model(**shape, max_position_embeddings=512)
     found = gda.attention(model, tokenizer=byte_tokenizer(), text=TEXT * 30)

@@ -1,4 +1,4 @@
-"""Where a model attends: equal to loops over characters and tokens, and the report."""
+"""Attention on the answer of retrieval prompts, compared with loops over characters and tokens, and its report."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def report_of(model: PreTrainedModel, *, baseline: PreTrainedModel | None = None
 
 
 def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[float, float, float, float]:
-    """Shares of one layer's maps (H, T, T) for a prompt with its answer, token by token."""
+    """Shares of one layer's maps (H, T, T) for a prompt with its answer, computed token by token."""
     encoded = tokenizer(prompt.text + prompt.target, return_offsets_mapping=True)
     offsets, said = encoded["offset_mapping"], len(prompt.text)
     rows = [index - 1 for index, (_, end) in enumerate(offsets) if end > said]
@@ -89,7 +89,7 @@ def assert_shares(got: AttentionShares, expected: list[tuple[float, ...]]) -> No
     assert [got.answer, got.noise_context, got.first_token, got.entropy] == pytest.approx(means, abs=1e-5)
 
 
-def test_a_llama_beside_its_twin() -> None:
+def test_llama_as_its_own_baseline() -> None:
     llama = llama_model(max_position_embeddings=1024)
     report = report_of(llama, baseline=llama)
     assert list(report.by_layer) == list(report.by_depth) == ["signal", "baseline"]
@@ -112,26 +112,26 @@ def test_an_expanded_llama_attends_like_its_source(tmp_path: Path) -> None:
             assert astuple(got) == pytest.approx(astuple(expected), abs=1e-5)
 
 
-def test_lambda_is_the_layers() -> None:
+def test_lambda_of_each_layer() -> None:
     assert report_of(gda_model()).lambdas == pytest.approx([0.3, 0.4])
     token_dependent = report_of(gda_model(lambda_type="sigmoid")).lambdas
     assert all(value is not None and 0 < value < 1 for value in token_dependent)
 
 
-def test_a_baseline_that_is_a_gda_model_of_more_layers() -> None:
+def test_gda_baseline_with_more_layers() -> None:
     deeper = gda_model(num_hidden_layers=3)
     report = report_of(gda_model(), baseline=deeper)
     assert report.by_layer["baseline"] == report_of(deeper).by_layer["difference"]
     assert report.to_markdown().count("\n| 2 |  |  |  |  | 0.") == 1
 
 
-def test_a_seed_decides_the_prompts() -> None:
+def test_seed_determines_the_prompts() -> None:
     model = gda_model()
     assert report_of(model, data_seed=3) == report_of(model, data_seed=3)
     assert report_of(model, data_seed=3) != report_of(model, data_seed=4)
 
 
-def test_the_report_reads_as_json_markdown_and_tables() -> None:
+def test_report_as_json_markdown_and_tables() -> None:
     report = report_of(gda_model(), baseline=llama_model(max_position_embeddings=1024))
     fields = json.loads(json.dumps(report.to_dict()))
     assert fields["by_layer"]["noise"][1]["entropy"] == report.by_layer["noise"][1].entropy
@@ -153,7 +153,7 @@ def test_the_report_reads_as_json_markdown_and_tables() -> None:
     assert shown in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_defaults_are_those_of_the_task() -> None:
+def test_defaults_equal_the_task() -> None:
     written = (TASKS_FOLDER / "needles.yaml").read_text()
     for name, value in asdict(DEFAULTS).items():
         assert f"\n  {name}: {value}\n" in written

@@ -34,7 +34,7 @@ BLIMP = "blimp_passive_1"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama, `llama`, its expansion, `gda`, another model, `other`, and `data`; not to be changed."""
+    """A Llama, `llama`, its expansion, `gda`, another model, `other`, and `data`. Tests must not change it."""
     return write_models(tmp_path_factory.mktemp("report"), "other")
 
 
@@ -47,8 +47,8 @@ def results(scores: dict[str, float], values: dict[int, float] | None = None, na
     return {"results": {"t": {"alias": "t", "sample_len": 4, **scores}}, "samples": {"t": samples}}
 
 
-def test_differences_are_judged_document_by_document() -> None:
-    """Both models answered the same documents: the spread of the differences counts, not that of the scores."""
+def test_standard_error_of_paired_differences() -> None:
+    """Both models answered the same documents, so the spread of the differences counts."""
     ours = {0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0}
     theirs = {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0}
     (row,) = compare(
@@ -60,7 +60,7 @@ def test_differences_are_judged_document_by_document() -> None:
     assert row.within is True
 
 
-def test_scores_that_are_not_means_are_judged_by_both_errors() -> None:
+def test_standard_error_of_unpaired_scores() -> None:
     """A perplexity, and scores of unknown documents."""
     for values in ({}, {0: -3.0, 1: -4.0}):
         ours = results({"word_perplexity,none": 20.0, "word_perplexity_stderr,none": 3.0}, values, "word_perplexity")
@@ -70,7 +70,7 @@ def test_scores_that_are_not_means_are_judged_by_both_errors() -> None:
 
 
 def test_unknown_errors_give_no_verdict() -> None:
-    """Unless the scores are equal; a metric that the baseline lacks has no difference."""
+    """Unless the scores are equal. A metric that the baseline lacks has no difference."""
     unknown = {"acc,none": 0.5, "acc_stderr,none": "N/A"}
     assert compare(results(unknown), results({"acc,none": 0.4}))[0].within is None
     assert compare(results(unknown), results(unknown))[0].within is True
@@ -82,8 +82,8 @@ def test_unknown_errors_give_no_verdict() -> None:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def test_the_files_hold_the_report(folder: Path, tmp_path: Path, command: Command) -> None:
-    """lm-eval's own format with baseline, settings, versions and hashes under "gda"; a table in Markdown."""
+def test_report_files(folder: Path, tmp_path: Path, command: Command) -> None:
+    """lm-eval's format with baseline, settings, versions and hashes under "gda", and a Markdown table."""
     outcome = command(
         *("eval", folder / "other", "--baseline", folder / "gda", "--tasks", f"{BLIMP},gsm8k", "--limit", 4),
         *("--dataset-root", folder / "data", "--num-fewshot", 1, "--batch-size", 2, "--json"),
@@ -116,8 +116,8 @@ def test_the_files_hold_the_report(folder: Path, tmp_path: Path, command: Comman
     assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["report.html", "results.json", "results.md"]
 
 
-def test_the_screen_shows_the_table_and_prompts(folder: Path, command: Command) -> None:
-    """Whole names, scores with errors, the verdict, and prompts; progress goes to standard error."""
+def test_output_on_the_screen(folder: Path, command: Command) -> None:
+    """Full names, scores with errors, the verdict and prompts; progress goes to standard error."""
     outcome = command(
         *("eval", folder / "gda", "--baseline", folder / "llama", "--tasks", BLIMP, "--limit", 6),
         *("--dataset-root", folder / "data", "--show-prompts", 2),
@@ -130,8 +130,7 @@ def test_the_screen_shows_the_table_and_prompts(folder: Path, command: Command) 
     assert "it/s" not in outcome.error  # nobody watches a bar
 
 
-def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Path, command: Command) -> None:
-    """A bar for each score, both colour schemes, no address, and a name that looks like markup stays text."""
+def test_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Path, command: Command) -> None:
     name = "<b onload=alert(1)>[red]|`&"
     named = copy_of(folder / "gda", tmp_path / name, None)
     outcome = command(
@@ -154,7 +153,7 @@ def test_the_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Pa
 
 
 def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Path, command: Command) -> None:
-    """On the screen, in JSON, Markdown and HTML; the settings of the retrieval tasks apply."""
+    """On the screen and in JSON, Markdown and HTML; settings of the retrieval tasks apply."""
     arguments = (
         *("eval", folder / "gda", "--baseline", folder / "llama", "--diagnostics", "--output", tmp_path, "--html"),
         *("--metadata", '{"length": 400, "depth": 0.5, "samples": 3, "digits": 5, "data_seed": 7}', "--seed", 3),
@@ -176,8 +175,8 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_two_models_of_one_name_get_different_names(folder: Path, tmp_path: Path, command: Command) -> None:
-    """Their paths, and "(baseline)" if a model is compared with itself."""
+def test_two_models_with_the_same_name(folder: Path, tmp_path: Path, command: Command) -> None:
+    """They are named by their paths, and "(baseline)" if a model is compared with itself."""
     outcome = command(
         *("eval", folder / "gda", "--baseline", folder / "gda", "--tasks", BLIMP, "--limit", 2, "--json"),
         *("--dataset-root", folder / "data"),
@@ -202,7 +201,7 @@ def copy_of(folder: Path, place: Path, card: str | None) -> Path:
 
 @pytest.fixture(scope="module")
 def report(folder: Path) -> EvalReport:
-    """BLiMP on the model `gda`; not to be changed."""
+    """BLiMP on the model `gda`. Tests must not change it."""
     found = evaluate_with_baseline(folder / "gda", tasks=BLIMP, dataset_root=folder / "data")
     assert found is not None
     return found
@@ -230,8 +229,8 @@ Words — and   more.
 
 
 @pytest.mark.slow
-def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Path, command: Command) -> None:
-    """Other results, fields and the text stay; a repeated run changes nothing; a limited run is another result."""
+def test_update_card(folder: Path, tmp_path: Path, command: Command) -> None:
+    """Other results, fields and text are kept; a repeated run changes nothing; a limited run is another result."""
     model = copy_of(folder / "gda", tmp_path / "m", CARD)
     arguments = ("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--update-card")
     texts = []
@@ -258,7 +257,7 @@ def test_the_card_gets_the_scores_and_keeps_the_rest(folder: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("card", [None, "# Only a title\n", "---\n---\nText", CARD.replace("\n", "\r\n")])
 def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalReport, tmp_path: Path) -> None:
-    """A missing one, one without metadata, one with empty metadata, one with Windows line ends."""
+    """A missing card, one without metadata, with empty metadata, and with Windows line ends."""
     model = copy_of(folder / "gda", tmp_path / "m", card)
     text = updated(model, report)
     assert updated(model, report) == text
@@ -267,7 +266,7 @@ def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalRep
 
 
 def test_other_settings_make_another_result(report: EvalReport) -> None:
-    """Metadata, template, dtype, and the limit of a group, for which lm-eval gives no number of documents."""
+    """Metadata, template, dtype, and the limit of a group."""
     from gda.eval.card import _arguments
 
     options = replace(report.options, limit=4, metadata={"length": 64}, apply_chat_template=True, dtype="bfloat16")
@@ -279,7 +278,7 @@ def test_other_settings_make_another_result(report: EvalReport) -> None:
     }
 
 
-def test_an_invalid_card_is_refused_before_the_run(folder: Path, tmp_path: Path, command: Command) -> None:
+def test_invalid_card_is_refused_before_the_run(folder: Path, tmp_path: Path, command: Command) -> None:
     model = copy_of(folder / "gda", tmp_path / "m", "---\n- a\n---\n")
     outcome = command("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--update-card")
     assert outcome.code == 2
@@ -287,7 +286,7 @@ def test_an_invalid_card_is_refused_before_the_run(folder: Path, tmp_path: Path,
     assert "running" not in outcome.error
 
 
-def test_the_page_of_an_earlier_run_is_removed(report: EvalReport, tmp_path: Path) -> None:
+def test_report_html_of_an_earlier_run_is_removed(report: EvalReport, tmp_path: Path) -> None:
     """NaN and infinity are null in JSON."""
     from gda.eval.report import to_json, write_report
 
@@ -299,16 +298,15 @@ def test_the_page_of_an_earlier_run_is_removed(report: EvalReport, tmp_path: Pat
     assert (told["gda"]["comparison"][0]["score"], told["gda"]["comparison"][0]["stderr"]) == (None, None)
 
 
-def test_a_context_beyond_the_model_is_noted(folder: Path, tmp_path: Path) -> None:
-    """It has 512 positions."""
+def test_context_above_the_models_limit_is_noted(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The cat thanked the hen.")
     found = evaluate_with_baseline(folder / "gda", perplexity=tmp_path / "text.txt", context=600)
     assert found is not None
     assert found.model.notes == ["perplexity: the model reads 512 tokens at a time, not 600"]
 
 
-def test_the_card_of_a_conversion_keeps_its_bytes(folder: Path, report: EvalReport, tmp_path: Path) -> None:
-    """All but the model-index, byte for byte."""
+def test_card_of_a_conversion_keeps_its_bytes(folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    """All except the model-index."""
     before = (folder / "gda/README.md").read_text()
     text = updated(copy_of(folder / "gda", tmp_path / "m", before), report)
     front = text.split("---\n")[1]
@@ -318,7 +316,7 @@ def test_the_card_of_a_conversion_keeps_its_bytes(folder: Path, report: EvalRepo
 
 
 @pytest.mark.parametrize("card", ["---\n a: [\n---\n", "---\nmodel-index: 3\n---\n", "---\n- a\n---\n"])
-def test_an_invalid_card_is_refused(card: str, folder: Path, report: EvalReport, tmp_path: Path) -> None:
+def test_invalid_card_is_refused(card: str, folder: Path, report: EvalReport, tmp_path: Path) -> None:
     """The error names it, and the file does not change."""
     model = copy_of(folder / "gda", tmp_path / "m", card)
     with pytest.raises(ValueError, match=r"README.md: its metadata is not valid"):

@@ -1,4 +1,4 @@
-"""Scores follow from a model's logits, whichever way it is evaluated."""
+"""Scores follow from a model's logits, for every way to run the evaluation."""
 
 import json
 import os
@@ -25,7 +25,9 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama, `llama`, its expansion, `gda`, a GDA model with a live λ, `live`, and `data`; not to be changed."""
+    """A Llama, `llama`, its expansion, `gda`, a GDA model with non-zero λ, `live`, and `data`. Tests must not change
+    it.
+    """
     return write_models(tmp_path_factory.mktemp("scores"), "live")
 
 
@@ -64,7 +66,7 @@ def test_log_likelihoods_follow_from_the_logits(model: str, folder: Path) -> Non
     assert results["results"][BLIMP]["acc,none"] == sum(right) / len(right)
 
 
-def test_few_shot_examples_are_read(folder: Path) -> None:
+def test_few_shot_examples_in_prompts(folder: Path) -> None:
     """A task from a YAML file with two examples before each question, on local data."""
     results = evaluate(folder, tasks=str(folder / "data" / "toy_sums.yaml"), batch_size=3)
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
@@ -84,7 +86,6 @@ def test_few_shot_examples_are_read(folder: Path) -> None:
     [("sdpa", 16), ("eager", 1), ("eager", 16), pytest.param("flex_attention", 16, marks=pytest.mark.slow)],
 )
 def test_backends_and_batch_sizes_agree(attention: str, batch_size: int, folder: Path) -> None:
-    """Neither padding nor the attention backend changes a score."""
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live", attn_implementation=attention)
     tokenizer = AutoTokenizer.from_pretrained(folder / "live")
     flex = attention == "flex_attention"  # compiled anew for each shape: it gets one
@@ -97,8 +98,8 @@ def test_backends_and_batch_sizes_agree(attention: str, batch_size: int, folder:
         assert found["results"][task] == expected["results"][task]
 
 
-def test_an_expansion_scores_what_its_source_scores(folder: Path) -> None:
-    """Exactly: likelihoods, generated texts and every metric."""
+def test_expansion_scores_equal_the_source(folder: Path) -> None:
+    """Likelihoods, generated texts and every metric."""
     tasks = [BLIMP, "gsm8k", "gda_copy_length_64"]
     options = {"tasks": tasks, "batch_size": 4, "num_fewshot": 1, "limit": 4}
     ours, source = evaluate(folder, "gda", **options), evaluate(folder, "llama", **options)
@@ -110,8 +111,8 @@ def test_an_expansion_scores_what_its_source_scores(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_expanded_smollm2_scores_what_smollm2_scores(folder: Path, tmp_path: Path) -> None:
-    """Exactly, on BLiMP's own sentences if they are available."""
+def test_expanded_smollm2_scores_equal_smollm2(folder: Path, tmp_path: Path) -> None:
+    """On BLiMP's own sentences if they are available."""
     from gda.conversion.demo import find_demo_model
 
     try:
@@ -142,8 +143,8 @@ def run(*arguments: object, cwd: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gda", "hf"])
-def test_the_command_line_of_lm_eval_gives_the_same(kind: str, folder: Path, tmp_path: Path) -> None:
-    """`python -m gda.eval run`, with our model type or lm-eval's, gives the same results and knows our tasks."""
+def test_lm_eval_command_line_gives_the_same_scores(kind: str, folder: Path, tmp_path: Path) -> None:
+    """`python -m gda.eval run`, with our model type and with lm-eval's; it also knows our tasks."""
     tasks = [BLIMP, "gda_copy_length_64"]
     run(
         *("-m", "gda.eval", "run", "--model", kind, "--model_args", f"pretrained={folder / 'live'}", "--device", "cpu"),
@@ -158,7 +159,7 @@ def test_the_command_line_of_lm_eval_gives_the_same(kind: str, folder: Path, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_score_what_one_scores(folder: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
     """`accelerate launch` on CPUs: processes share the documents, and one writes."""
     tasks = [BLIMP, "gsm8k"]
     printed = run(
@@ -176,8 +177,8 @@ def test_two_processes_score_what_one_scores(folder: Path, tmp_path: Path) -> No
             assert {key: metrics[task][key] for key in expected[task]} == pytest.approx(expected[task])
 
 
-def test_later_versions_of_lm_eval_find_the_model_type() -> None:
-    """The distribution declares an entry point."""
+def test_entry_point_of_lm_eval() -> None:
+    """Later versions of lm-eval find the model type by it."""
     import importlib.metadata
 
     from lm_eval.api.registry import get_model
@@ -186,8 +187,8 @@ def test_later_versions_of_lm_eval_find_the_model_type() -> None:
     assert entry.load() is get_model("gda")
 
 
-def test_a_model_in_memory_is_not_changed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """It scores what its folder scores; weights, mode and tokenizer stay, and git is not called."""
+def test_model_in_memory_is_not_changed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It gives the scores of its folder; weights, mode and tokenizer stay, and git is not called."""
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
     loaded.train()
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
@@ -203,8 +204,7 @@ def test_a_model_in_memory_is_not_changed(folder: Path, capfd: pytest.CaptureFix
     json.dumps(found["configs"])
 
 
-def test_a_seed_selects_the_examples(folder: Path) -> None:
-    """The same seed gives the same prompts, another seed gives others."""
+def test_seed_selects_the_few_shot_examples(folder: Path) -> None:
     task = str(folder / "data" / "toy_sums.yaml")
     prompts = [
         [sample["arguments"][0][0] for sample in evaluate(folder, tasks=task, seed=seed)["samples"]["toy_sums"]]
@@ -213,8 +213,8 @@ def test_a_seed_selects_the_examples(folder: Path) -> None:
     assert prompts[0] == prompts[1] != prompts[2]
 
 
-def test_shown_prompts_are_what_the_model_received(folder: Path) -> None:
-    """Text and ids of the first requests of each task; lm-eval cuts the beginning of a long prompt."""
+def test_shown_prompts_equal_the_model_input(folder: Path) -> None:
+    """Text and ids of the first requests of each task; lm-eval cuts the beginning of long prompts."""
     from gda.eval.evaluate import evaluate_with_baseline
 
     options: dict[str, Any] = {"tasks": [BLIMP, "gsm8k"], "dataset_root": folder / "data", "batch_size": 2}
@@ -234,8 +234,7 @@ def test_shown_prompts_are_what_the_model_received(folder: Path) -> None:
     assert report.model.notes[1].startswith("blimp_passive_1: --num-fewshot 7 was ignored")
 
 
-def test_a_chat_template_is_applied(folder: Path) -> None:
-    """The prompt is the template filled with the question."""
+def test_chat_template_is_applied(folder: Path) -> None:
     task = str(folder / "data" / "toy_sums.yaml")
     found = evaluate(folder, tasks=task, apply_chat_template=True, limit=2)
     prompt = found["samples"]["toy_sums"][0]["arguments"][0][0]

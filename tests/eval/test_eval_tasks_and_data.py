@@ -1,4 +1,4 @@
-"""Tasks are found by name as in lm-eval, datasets come from local files, and bad input is one line."""
+"""Tasks are found by name as in lm-eval, datasets come from local files, and errors are one line."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ BLIMP = "blimp_passive_1"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset root; not to be changed."""
+    """A dataset root. Tests must not change it."""
     return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama; not to be changed."""
+    """A tiny Llama. Tests must not change it."""
     return save_llama(tmp_path_factory.mktemp("model") / "llama")
 
 
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_names_mean_the_same_as_in_lm_eval() -> None:
-    """A task, a group, a tag over several folders, a pattern: the same entries as in the full index."""
+    """A task, a group, a tag over several folders and a pattern give the same entries as the full index."""
     from lm_eval.tasks import TaskManager
 
     from gda.eval.lm_eval.find_tasks import find_tasks
@@ -56,8 +56,8 @@ def test_names_mean_the_same_as_in_lm_eval() -> None:
                     assert manager.task_index[member].yaml_path == everything.task_index[member].yaml_path
 
 
-def test_a_name_does_not_parse_every_task_file() -> None:
-    """For a task of one folder, only that folder and ours are parsed."""
+def test_only_needed_task_files_are_parsed() -> None:
+    """For a task of one folder, that folder and ours."""
     from gda.eval.lm_eval.find_tasks import find_tasks
 
     manager, _ = find_tasks([BLIMP])
@@ -70,15 +70,15 @@ def test_a_name_does_not_parse_every_task_file() -> None:
 @pytest.mark.parametrize(
     ("name", "meant"), [("blimp_pasive_1", "blimp_passive_1"), ("gsm8", "gsm8k"), ("gda_nedles", "gda_needles")]
 )
-def test_an_unknown_task_gets_a_suggestion(name: str, meant: str) -> None:
-    """From all of lm-eval's tasks and ours."""
+def test_unknown_task_gets_a_suggestion(name: str, meant: str) -> None:
+    """From lm-eval's tasks and ours."""
     from gda.eval.lm_eval.find_tasks import find_tasks
 
     with pytest.raises(ValueError, match=rf"unknown task '{name}'; did you mean .*\b{meant}\b.*\?"):
         find_tasks([name])
 
 
-def test_a_name_like_no_other_gets_none() -> None:
+def test_unknown_task_without_similar_names() -> None:
     """The error says how to list the tasks."""
     from gda.eval.lm_eval.find_tasks import find_tasks
 
@@ -110,8 +110,8 @@ def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
         assert blimp.get_config(field) == definition[field]
 
 
-def test_strings_stay_strings(tmp_path: Path) -> None:
-    """A date in JSON stays a string, blank lines are ignored, and the configuration `default` may be omitted."""
+def test_strings_are_not_converted(tmp_path: Path) -> None:
+    """A date stays a string; blank lines are ignored, and the configuration `default` may be omitted."""
     from gda.eval.lm_eval.local_data import load_local
 
     write_jsonl(tmp_path / "d/default/test.jsonl", [{"day": "2018-01-22", "n": None}, {"day": "x", "n": [1]}])
@@ -124,7 +124,7 @@ def test_strings_stay_strings(tmp_path: Path) -> None:
     assert load_local(tmp_path, "d", None, split="test").num_rows == 2
 
 
-def test_a_field_that_the_first_row_lacks_is_kept(tmp_path: Path) -> None:
+def test_field_missing_in_the_first_row(tmp_path: Path) -> None:
     """Every row has every field; missing values are None."""
     from gda.eval.lm_eval.local_data import load_local
 
@@ -132,15 +132,14 @@ def test_a_field_that_the_first_row_lacks_is_kept(tmp_path: Path) -> None:
     assert load_local(tmp_path, "d", None)["test"].to_list() == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
 
 
-def test_an_error_in_a_group_names_its_task(data: Path) -> None:
-    """Only one task of lm-eval's group `blimp` has data here."""
+def test_error_in_a_group_names_the_task(data: Path) -> None:
     from gda.eval.lm_eval.find_tasks import load_tasks
 
     with pytest.raises(FileNotFoundError, match=r"^task blimp_\w+: "):
         load_tasks(["blimp"], dataset_root=data)
 
 
-def test_our_tasks_are_known_beside_those_of_a_folder(data: Path) -> None:
+def test_our_tasks_with_include_path(data: Path) -> None:
     from gda.eval.lm_eval.find_tasks import TaskManagerWithOurs
 
     for given in (data, str(data), [data]):
@@ -176,8 +175,8 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_damaged_data_is_one_line(case: str, data: Path, model: Path, tmp_path: Path, command: Command) -> None:
-    """It names the task and the file."""
+def test_damaged_data(case: str, data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """One line names the task and the file."""
     root = shutil.copytree(data, tmp_path / "data")
     spoil, task, words = SPOILT[case]
     spoil(root)
@@ -190,8 +189,8 @@ def test_damaged_data_is_one_line(case: str, data: Path, model: Path, tmp_path: 
     assert "Traceback" not in outcome.error
 
 
-def test_a_task_that_needs_the_network_says_so(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline: the error names the task, its dataset, and where its files are expected."""
+def test_task_that_needs_the_network(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, the error names the task, its dataset and where its files are expected."""
     import datasets
 
     def offline(*_: Any, **__: Any) -> None:
@@ -241,8 +240,8 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(case: str, model: Path, command: Command) -> None:
-    """Exit 2, and the last line names the option or the remedy."""
+def test_bad_input_is_refused(case: str, model: Path, command: Command) -> None:
+    """Exit code 2, and the last line names the option or the remedy."""
     arguments, word = BAD[case]
     outcome = command("eval", model, *arguments)
     assert outcome.code == 2
@@ -254,8 +253,8 @@ def test_bad_input_is_one_line(case: str, model: Path, command: Command) -> None
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_not_a_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
-    """No folder, no config, no weights, no tokenizer, damaged weights: exit 2 and one line."""
+def test_folder_that_is_not_a_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """No folder, config, weights or tokenizer, or damaged weights: exit code 2 and one line."""
     (tmp_path / "empty").mkdir()
     broken = {
         "absent": tmp_path / "absent",
@@ -273,22 +272,22 @@ def test_a_folder_that_is_not_a_model(data: Path, model: Path, tmp_path: Path, c
 
 
 @pytest.mark.slow
-def test_a_request_that_cannot_fit_is_one_line(data: Path, model: Path, command: Command) -> None:
+def test_request_that_does_not_fit(data: Path, model: Path, command: Command) -> None:
     """GSM8K generates 256 tokens, and the model reads 128."""
     outcome = command("eval", model, "--tasks", "gsm8k", "--dataset-root", data)
     assert outcome.code == 2
     assert "at most 128 tokens" in outcome.error.strip().splitlines()[-1]
 
 
-def test_a_model_in_memory_needs_its_tokenizer(model: Path) -> None:
+def test_model_in_memory_needs_a_tokenizer(model: Path) -> None:
     from ..support.llamas import llama_model
 
     with pytest.raises(ValueError, match="needs its tokenizer"):
         gda.evaluate(llama_model(), tasks=BLIMP)
 
 
-def test_a_missing_chat_template_is_refused(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
-    """--apply-chat-template without a template: exit 2."""
+def test_missing_chat_template_is_refused(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """Exit code 2."""
     folder = shutil.copytree(model, tmp_path / "plain", ignore=shutil.ignore_patterns("chat_template*"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
@@ -298,10 +297,8 @@ def test_a_missing_chat_template_is_refused(data: Path, model: Path, tmp_path: P
     assert "no chat template" in outcome.error
 
 
-def test_a_bad_baseline_is_refused_before_the_model_runs(
-    data: Path, model: Path, tmp_path: Path, command: Command
-) -> None:
-    """One without a tokenizer, and one whose tokenizer has neither BOS nor EOS."""
+def test_bad_baseline_is_refused_first(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """Without a tokenizer, or with one that has neither BOS nor EOS."""
     bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     unmarked = shutil.copytree(model, tmp_path / "unmarked")
     settings = json.loads((unmarked / "tokenizer_config.json").read_text())
@@ -314,8 +311,8 @@ def test_a_bad_baseline_is_refused_before_the_model_runs(
         assert "running" not in outcome.error
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
-    """transformers would initialize them; lm-eval's own way of loading is refused as well."""
+def test_checkpoint_with_missing_weights_is_refused(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
+    """transformers would initialize them. lm-eval's own way of loading is covered too."""
     from safetensors.torch import load_file, save_file
 
     from gda.eval.lm_eval.harness import GDALM
@@ -331,8 +328,8 @@ def test_a_checkpoint_that_lacks_weights_is_refused(data: Path, model: Path, tmp
         GDALM(str(folder), device="cpu")
 
 
-def test_a_model_that_gives_nan_is_refused(data: Path, model: Path, command: Command, tmp_path: Path) -> None:
-    """lm-eval would always choose its first answer."""
+def test_nan_log_likelihood_is_refused(data: Path, model: Path, command: Command, tmp_path: Path) -> None:
+    """lm-eval would always choose the first answer."""
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(model, tmp_path / "nan")
@@ -348,8 +345,8 @@ def test_a_model_that_gives_nan_is_refused(data: Path, model: Path, command: Com
 
 
 @pytest.mark.parametrize("task", ["gda_needles_length_512", "gda_copy_length_256"])
-def test_a_generated_prompt_that_does_not_fit_is_refused(task: str, model: Path, command: Command) -> None:
-    """The model reads 128 tokens, and the answer may be in the part that would be cut."""
+def test_generated_prompt_that_does_not_fit_is_refused(task: str, model: Path, command: Command) -> None:
+    """The answer may be in the part that would be cut."""
     outcome = command("eval", model, "--tasks", task, "--limit", 2)
     assert outcome.code == 2
     last = outcome.error.strip().splitlines()[-1]
@@ -358,7 +355,7 @@ def test_a_generated_prompt_that_does_not_fit_is_refused(task: str, model: Path,
 
 
 @pytest.mark.slow
-def test_the_command_line_of_lm_eval_answers_in_one_line(data: Path, model: Path, tmp_path: Path) -> None:
+def test_errors_of_the_lm_eval_command_line(data: Path, model: Path, tmp_path: Path) -> None:
     """An empty data file causes no traceback."""
     import subprocess
     import sys

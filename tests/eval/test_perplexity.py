@@ -18,7 +18,7 @@ TEXT = "The hen and the other hen, naïve as they are, sat in the theatre.\n" * 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    """A tiny Llama; not to be changed."""
+    """A tiny Llama. Tests must not change it."""
     return llama_model()
 
 
@@ -26,8 +26,8 @@ def model() -> PreTrainedModel:
 def summed(model: PreTrainedModel, context: int, stride: int) -> float:
     """Negative log-likelihood of TEXT after BOS, one token at a time.
 
-    Windows begin every `stride` tokens and hold `context`, the last as well; a token is predicted in the first window
-    that reaches it.
+    Contexts of `context` tokens, the last one included, start every `stride` tokens. A token is predicted in the first
+    context that contains it.
     """
     ids = [0, *byte_tokenizer()(TEXT, add_special_tokens=False).input_ids]
     total = 0.0
@@ -54,7 +54,7 @@ def test_every_token_is_counted_once(context: int, stride: int | None, model: Pr
         assert math.log(value) == pytest.approx(total / number, rel=1e-5)
 
 
-def test_it_is_the_rolling_likelihood_of_lm_eval(model: PreTrainedModel) -> None:
+def test_equals_the_rolling_likelihood_of_lm_eval(model: PreTrainedModel) -> None:
     """If contexts do not overlap."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
@@ -68,8 +68,8 @@ def test_it_is_the_rolling_likelihood_of_lm_eval(model: PreTrainedModel) -> None
     assert math.log(found.token) * found.tokens == pytest.approx(-rolling, rel=1e-5)
 
 
-def test_the_demo_s_perplexity_counts_no_first_tokens(model: PreTrainedModel) -> None:
-    """Sequences without overlap, each of which predicts all of its tokens but the first."""
+def test_perplexity_of_the_demo(model: PreTrainedModel) -> None:
+    """Without overlap, and without the first token of each sequence."""
     ids = torch.tensor(byte_tokenizer()(TEXT, add_special_tokens=False).input_ids)
     total, counted = 0.0, 0
     with torch.no_grad():
@@ -84,20 +84,18 @@ def test_the_demo_s_perplexity_counts_no_first_tokens(model: PreTrainedModel) ->
 
 
 @pytest.mark.parametrize(("text", "word"), [("", "empty"), (" \n", "empty"), ("<s>", "only a BOS token")])
-def test_a_text_without_tokens_is_refused(text: str, word: str, model: PreTrainedModel) -> None:
-    """There is nothing to divide by."""
+def test_empty_text_is_refused(text: str, word: str, model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=word):
         text_perplexity(model, byte_tokenizer(), text)
 
 
 @pytest.mark.parametrize("stride", [0, -1, 33])
-def test_a_stride_that_skips_tokens_is_refused(stride: int, model: PreTrainedModel) -> None:
-    """Some tokens would not count."""
+def test_stride_above_the_context_is_refused(stride: int, model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=f"stride {stride} "):
         text_perplexity(model, byte_tokenizer(), TEXT, context=32, stride=stride)
 
 
-def test_the_command_prints_it_with_context_and_stride(tmp_path: Path, command: Command) -> None:
+def test_output_of_the_command(tmp_path: Path, command: Command) -> None:
     """The function's numbers on the screen and as JSON; the context is at most the model's."""
     pytest.importorskip("lm_eval")
     folder = save_llama(tmp_path / "llama")

@@ -1,4 +1,4 @@
-"""The generated tasks: their documents, and lm-eval's runs of them."""
+"""The generated tasks: their documents, and runs with lm-eval."""
 
 import math
 import random
@@ -230,13 +230,13 @@ def test_no_order_comes_twice(arrangement: str) -> None:
 
 
 def answers_of(rights: list[list[float]]) -> list[fewshot.Answer]:
-    """Answers by question and order, three orders each unless the run ended there."""
+    """Answers by question and order, in three orders each unless the run ended there."""
     return [fewshot.Answer(q, order, 3, right) for q, row in enumerate(rights) for order, right in enumerate(row)]
 
 
 @pytest.mark.parametrize("cut_short", [[], [1.0], [0.0, 1.0]])
 def test_spread_over_orders(cut_short: list[float]) -> None:
-    """Over the questions asked in every order: a limited run may ask the last question in some orders only."""
+    """Over the questions asked in every order: a limited run may ask the last one in some orders only."""
     answers = answers_of([[1, 0, 1], [1, 0, 0], [0, 1, 0], cut_short])
     assert fewshot.by_order(answers) == pytest.approx([2 / 3, 1 / 3, 1 / 3])
     assert fewshot.best(answers) == pytest.approx(2 / 3)
@@ -265,7 +265,7 @@ def test_nan_is_not_a_right_answer() -> None:
 
 
 def test_a_limited_run_compares_orders_over_the_same_questions() -> None:
-    """15 documents: 8 orders of a question that this reader answers, and 7 of one that it does not."""
+    """15 documents: 8 orders of a question that this reader answers, and 7 of one that it cannot answer."""
 
     class Half(Reader):
         @staticmethod
@@ -281,7 +281,7 @@ def test_a_limited_run_compares_orders_over_the_same_questions() -> None:
 # ---------------------------------------------------------------------------------------------------- settings
 
 
-def test_a_seed_decides_everything() -> None:
+def test_seed_determines_the_documents() -> None:
     def made(seed: int) -> list[Any]:
         return [
             needles.load(length=90, depth=0.5, needles=3, queries=2, digits=5, samples=2, data_seed=seed)["test"][:],
@@ -294,14 +294,14 @@ def test_a_seed_decides_everything() -> None:
     assert all(one != other for one, other in zip(made(4), made(5), strict=True))
 
 
-def test_a_seed_in_the_metadata_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_seed_in_the_metadata_warns(caplog: pytest.LogCaptureFixture) -> None:
     settings._warn_of_seed.cache_clear()
     task_manager(seed=3).load(["gda_mqar"])
     assert "`data_seed` does" in caplog.text
 
 
-def test_the_data_did_not_change() -> None:
-    """A change here changes scores, and needs a new `version` in the task's YAML file."""
+def test_data_is_unchanged() -> None:
+    """A change here changes scores and needs a new `version` in the task's YAML file."""
     [prompt] = needles.make_prompts(needle_settings(length=40, needles=2, samples=1), count_words)
     assert prompt.text == NEEDLES_OF_SEED_0
     assert mqar.make_documents(mqar.MQARSettings(3, 2, 1, 0))[1] == MQAR_OF_SEED_0
@@ -359,7 +359,7 @@ def test_invalid_settings_are_refused(task: str, metadata: dict[str, Any], said:
     assert "\n" not in str(caught.value)
 
 
-def test_where_the_tokenizer_comes_from(tmp_path: Any) -> None:
+def test_tokenizer_of_the_tasks(tmp_path: Any) -> None:
     folder = save_llama(tmp_path / "llama")
     text, tokens = "The thing in the thin tin.", len(byte_tokenizer()("The thing in the thin tin.")["input_ids"])
     assert tokens > count_words(text)
@@ -409,7 +409,7 @@ class Reader(LM):
 
 
 @pytest.mark.slow
-def test_a_reader_of_the_prompts_scores_one() -> None:
+def test_reader_of_the_prompts_scores_1() -> None:
     results = simple_evaluate(Reader(), tasks=list(TASKS), task_manager=task_manager(samples=3), bootstrap_iters=0)
     assert set(results["results"]) == set(TASKS)
     for task, scores in results["results"].items():
@@ -427,7 +427,7 @@ def test_groups_hold_the_sweeps() -> None:
     assert set(task_manager().all_groups) == set(GROUPS)
 
 
-def test_the_readme_names_existing_tasks() -> None:
+def test_readme_names_existing_tasks() -> None:
     named = set(re.findall(r"`(gda_\w+)`", (TASKS_FOLDER.parent / "README.md").read_text()))
     assert named <= set(TASKS) | set(GROUPS)
     assert named >= set(GROUPS)
@@ -474,7 +474,7 @@ def test_lm_eval_runs_every_task_on_a_model() -> None:
         ("gda_fewshot", r"\.\n?<\|assistant\|>Kind:"),
     ],
 )
-def test_with_a_chat_template_the_models_turn_has_begun(task: str, turn: str) -> None:
+def test_chat_template_starts_the_models_turn(task: str, turn: str) -> None:
     tokenizer = byte_tokenizer()
     [loaded] = task_manager(tokenizer=tokenizer, samples=1).load([task])["tasks"].values()
     document = loaded.test_docs()[0]
@@ -496,7 +496,7 @@ def test_with_a_chat_template_the_models_turn_has_begun(task: str, turn: str) ->
 
 
 @pytest.mark.slow
-def test_a_pretrained_model_finds_needles() -> None:
+def test_pretrained_model_finds_needles() -> None:
     from gda.conversion.demo import find_demo_model
     from gda.conversion.sources.open import open_source
 

@@ -1,4 +1,4 @@
-"""Damage to files, as lists of edits that can be kept as JSON and made again."""
+"""Damage to files, as lists of edits that can be stored as JSON and repeated."""
 
 import contextlib
 import json
@@ -160,7 +160,7 @@ def _remove(content: bytes, kind: str, path: list[str | int]) -> bytes:
 
 
 def _twice(content: bytes, kind: str, path: list[str | int], new: Any) -> bytes:
-    """The key a second time, with another value: readers differ in which one counts."""
+    """The key a second time with another value: readers differ in which one counts."""
     value = _parsed(content, kind)
     try:
         holder, name = _at(value, path[:-1]), path[-1]

@@ -1,4 +1,4 @@
-"""The files that are read, where each lies in a workspace of tiny models, and the call that reads it."""
+"""The files that are read, their places in a workspace of tiny models, and the calls that read them."""
 
 import contextlib
 import json
@@ -27,7 +27,9 @@ TEXT = "".join(f"{i} times {i} is {i * i}. " for i in range(60))
 
 @dataclass(frozen=True)
 class Target:
-    """A file, how it is written, and what reads it; `call` is given the workspace and may make `out` in it."""
+    """A file, how it is written, and the function that reads it; `call` gets the workspace and may create `out` in
+    it.
+    """
 
     file: str
     kind: str
@@ -36,7 +38,7 @@ class Target:
 
 
 def make_workspace(folder: Path) -> Path:
-    """Every file that is read, whole; `held` is a copy of what calls change."""
+    """Every file that is read, undamaged; `held` is a copy of what calls change."""
     save_llama(folder / "llama")
     save_llama(folder / "shards", max_shard_size="20KB", dtype=torch.bfloat16)
     save_motif(folder / "motif")
@@ -70,7 +72,7 @@ model-index:
 
 
 def _begin_a_conversion(folder: Path) -> None:
-    """What a conversion leaves that is interrupted while it writes."""
+    """The folder of a conversion that was interrupted while writing."""
     written = stream.write_safetensors
 
     def second_is_interrupted(path: Path, *arguments: Any) -> str:
@@ -106,7 +108,7 @@ def _split(folder: Path, out: Path, **options: Any) -> object:
 
 
 def _begin_a_split(folder: Path) -> None:
-    """What a split leaves that is interrupted when it has been fitted."""
+    """The folder of a split that was interrupted after fitting."""
     written = stream.write_safetensors
 
     def interrupt(*arguments: Any) -> str:
@@ -127,7 +129,7 @@ def _train(folder: Path, model: str = "gda", *, data: str = "text.txt", **option
 
 
 def _begin_a_run(folder: Path) -> None:
-    """What a training run leaves that is killed after its first checkpoint, and one that is killed at its end."""
+    """The folders of a training run killed after its first checkpoint, and of one killed at the end."""
     from gda.common.files import StagedFolder
 
     finish = StagedFolder.finish
@@ -153,7 +155,7 @@ def _begin_a_run(folder: Path) -> None:
 
 
 def _resumed(begun: str, call: Callable[[Path], object]) -> Callable[[Path], object]:
-    """The call, after what was begun was put where it goes on."""
+    """The call, after the unfinished work was copied into place."""
 
     def run(folder: Path) -> object:
         shutil.copytree(folder / begun, folder / ".out.partial")

@@ -47,7 +47,7 @@ HEADS = {
 
 
 def load(folder: Path, auto: str = "AutoModelForCausalLM", **settings: Any) -> Any:
-    """The model of a folder by its own code, in evaluation mode; what is no GDA model, by transformers' own class."""
+    """The model of a folder by its own code, or of a source by transformers' class, in evaluation mode."""
     model = getattr(transformers, auto).from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, **({"attn_implementation": "sdpa"} | settings)
     )
@@ -58,13 +58,13 @@ def load(folder: Path, auto: str = "AutoModelForCausalLM", **settings: Any) -> A
 
 @cache
 def gda_model(name: str, attention: str = "sdpa") -> Any:
-    """A GDA model that no check may change."""
+    """A GDA model that checks must not change."""
     return load(FOLDERS / name / "model", attn_implementation=attention)
 
 
 @cache
 def source_model(name: str) -> Any:
-    """What it was converted from, that no check may change."""
+    """Its source, which checks must not change."""
     return load(FOLDERS / name / "source")
 
 
@@ -79,7 +79,7 @@ def ids_of(name: str) -> Tensor:
 
 @torch.no_grad()
 def logits_of(name: str) -> Tensor:
-    """The logits that a model must give."""
+    """The expected logits of a model."""
     saved = expected(name)
     return saved["logits"] if "logits" in saved else source_model(name)(saved["ids"], use_cache=False).logits
 
@@ -95,7 +95,7 @@ def same(got: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCE) -
 
 
 def check_load() -> None:
-    """Each folder loads, and without a word of `gda`."""
+    """Each folder loads without importing `gda`."""
     with contextlib.suppress(ModuleNotFoundError):
         import gda  # noqa: F401
 
@@ -110,7 +110,7 @@ def check_load() -> None:
 
 @torch.no_grad()
 def check_logits() -> None:
-    """Logits of the whole text are the source's or the naive layer's, by both backends."""
+    """Logits of the whole text equal the source's or the naive reference's, with both backends."""
     for name in MODELS:
         for attention in ("sdpa", "eager"):
             got = gda_model(name, attention)(ids_of(name), use_cache=False).logits
@@ -126,7 +126,7 @@ class CacheOfThreeArguments(DynamicCache):
 
 
 def check_cache() -> None:
-    """A text in two pieces gives the logits of the whole, under each name the release has for a cache."""
+    """A text in two pieces gives the logits of the whole, for every name of the cache argument."""
     known = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
     for name in MODELS:
         model, ids = gda_model(name), ids_of(name)
@@ -193,7 +193,7 @@ def check_beams() -> None:
 
 @torch.no_grad()
 def check_windows() -> None:
-    """A token outside every window changes nothing; one inside does. The text is longer than the windows."""
+    """A token outside every window changes nothing, and one inside does."""
     for name in WITH_WINDOWS:
         model, ids = gda_model(name), ids_of(name)[:1]
         assert model.config.sliding_window < ids.shape[1] / 4, name
@@ -226,7 +226,7 @@ def gradients(model: Any, ids: Tensor) -> tuple[dict[str, Tensor], int]:
 
 
 def check_checkpointing() -> None:
-    """Gradients are the same when activations are computed twice; and they are, once more in each layer."""
+    """Gradients are the same with activation checkpointing, and each layer's attention runs once more."""
     for name in ("llama", "qwen3", "token", "fading", "motif"):
         model = load(FOLDERS / name / "model").train()
         plain, once = gradients(model, ids_of(name))
@@ -241,7 +241,7 @@ def check_checkpointing() -> None:
 
 @torch.no_grad()
 def check_outputs() -> None:
-    """Hidden states are the source's; the maps are differential, the naive layer's."""
+    """Hidden states equal the source's, and maps are the differential ones of the naive reference."""
     for name in MODELS:
         model, ids = gda_model(name, "eager"), ids_of(name)
         output = model(ids, output_hidden_states=True, output_attentions=True)
@@ -261,7 +261,7 @@ def check_outputs() -> None:
 
 @torch.no_grad()
 def check_heads() -> None:
-    """The bare model and the classification heads load by their Auto classes and give their shapes."""
+    """The bare model and the classification heads load with their Auto classes and give the right shapes."""
     for name in ("llama", "motif"):
         for auto, shape in HEADS.items():
             extra = {} if auto == "AutoModel" else {"num_labels": 2 if "Question" in auto else 3}
@@ -276,7 +276,7 @@ def check_heads() -> None:
 
 @torch.no_grad()
 def check_save() -> None:
-    """A model saved by this release and loaded again gives equal logits, and its config speaks to both 4 and 5."""
+    """A model saved by this release reloads with equal logits, and its config suits transformers 4 and 5."""
     for name in MODELS:
         with tempfile.TemporaryDirectory() as again:
             gda_model(name).save_pretrained(again)
@@ -288,7 +288,7 @@ def check_save() -> None:
 
 @torch.no_grad()
 def check_fewer_layers() -> None:
-    """`from_pretrained(folder, num_hidden_layers=1)` is the source with one layer."""
+    """`from_pretrained(folder, num_hidden_layers=1)` equals the source with one layer."""
     for name in ("llama", "llama3", "mistral", "tanh"):
         got, wanted = (
             load(FOLDERS / name / kind, num_hidden_layers=1)(ids_of(name)).logits for kind in ("model", "source")
@@ -299,7 +299,7 @@ def check_fewer_layers() -> None:
 
 
 def check_config() -> None:
-    """config.json on disk says RoPE and dtype in the words of transformers 4 and of 5."""
+    """config.json has RoPE and dtype in the forms of transformers 4 and 5."""
     for name in MODELS:
         both_words(FOLDERS / name / "model", name)
 
@@ -318,7 +318,7 @@ def both_words(folder: Path, name: str) -> None:
 
 
 def check_lost_cache() -> None:
-    """What looks like a cache and is not taken raises, and is named: the next renaming must not pass in silence."""
+    """An unknown argument that looks like a cache raises an error that names it."""
     for name in ("llama", "motif"):
         model, ids = gda_model(name), ids_of(name)
         x = model.model.embed_tokens(ids)
@@ -351,7 +351,7 @@ def type_error_of(call: Callable[[Any], Any], argument: Any) -> str | None:
 
 @contextlib.contextmanager
 def overheard() -> Iterator[set[str]]:
-    """Every Python warning and every warning that transformers logs, as text."""
+    """Every Python warning and every warning logged by transformers, as text."""
     heard: set[str] = set()
 
     class Listener(logging.Handler):
@@ -370,7 +370,7 @@ def overheard() -> Iterator[set[str]]:
 
 
 def workload(folder: Path, ids: Tensor) -> None:
-    """What a user does with a model, in the words of this release."""
+    """Typical use of a model, with the argument names of this release."""
     model = load(folder)
     for settings in ({}, {"cache_implementation": "static"}, {"num_beams": 2}):
         greedy(model, ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, **settings)
@@ -386,9 +386,9 @@ def workload(folder: Path, ids: Tensor) -> None:
 
 
 def check_warnings() -> None:
-    """Whatever is said about a GDA model and not about its source is said about our code.
+    """Warnings that a GDA model gives and its source does not.
 
-    The sources come first: transformers says some things once.
+    Sources run first, because transformers gives some warnings only once.
     """
     theirs: set[str] = set()
     for name in SHARED:
@@ -406,7 +406,7 @@ def check_warnings() -> None:
 
 
 def check_paged() -> None:
-    """`generate_batch` over a paged cache gives each prompt the text it gets alone; paired keys need 5.19."""
+    """`generate_batch` gives each prompt the text it gets alone; paired keys need 5.19."""
     paired = ["motif"] if RELEASE >= (5, 19) else []
     compare_batched("llama", ["llama", "token", *paired])
 
@@ -417,7 +417,7 @@ def check_paged_windows() -> None:
 
 
 def compare_batched(like: str, names: list[str]) -> None:
-    """Check the models of those names, unless transformers' own model `like` is not served right either."""
+    """Check these models, unless transformers' own model `like` fails too."""
     try:
         batched(FOLDERS / like / "source")
     except Exception as error:  # whatever it is, it is not our code

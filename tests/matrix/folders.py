@@ -1,8 +1,7 @@
-"""The models that every release is given, saved or converted once by the installed package.
+"""The models that every release is tested with, saved or converted once by the installed package.
 
-Each has a folder: `model` is the GDA model. If it was converted, `source` is what from, and `exported` what it is
-exported to. `expected.safetensors` holds token ids, and what a model without a source computes from them by
-`tests/support/naive.py`.
+Each has a folder: `model` is the GDA model, and `source` what it was converted from, if any. `expected.safetensors` has
+token ids and, for a model without a source, the results of `tests/support/naive.py`.
 """
 
 import json
@@ -76,7 +75,7 @@ LIVE: dict[str, dict[str, Any]] = {
 
 
 def make(root: Path) -> None:
-    """Make all folders under `root`, and a text for the installed package's commands."""
+    """Create all folders under `root`, and a text for the commands."""
     for seed, name in enumerate(SOURCES):
         _save_source(root / name / "source", name, seed)
         options = {"lambda_type": "tanh"} if name == "tanh" else {}
@@ -96,12 +95,12 @@ def source_type(folder: Path) -> str:
 
 
 def token_ids(seed: int) -> Tensor:
-    """(2, LENGTH); no token is the one that pads."""
+    """(2, LENGTH), without padding tokens."""
     return torch.randint(1, VOCAB_SIZE, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
 def _save_source(folder: Path, name: str, seed: int) -> None:
-    """A model of transformers whose config.json says RoPE in the words of transformers 4 and of 5."""
+    """A model of transformers whose config.json has RoPE in the forms of transformers 4 and 5."""
     model_class, config_class, fields = SOURCES[name]
     model = make_asymmetric(model_class(config_class(**(SHAPE | fields))), seed)
     model.generation_config = GenerationConfig(pad_token_id=0)

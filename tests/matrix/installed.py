@@ -35,7 +35,7 @@ TEXT = FOLDERS / "text.txt"
 
 
 def gda(*arguments: object) -> None:
-    """Run a command as `gda` does; it must end with 0, and call nothing that transformers has deprecated."""
+    """Run a command as `gda` does; it must exit with 0 and call nothing deprecated."""
     from gda.cli import main
 
     sys.argv = ["gda", *map(str, arguments)]
@@ -59,7 +59,7 @@ def main_code(main: Callable[[], None]) -> int:
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> str:
-    """The answer of an HTTP server, to a JSON body if there is one."""
+    """The response of an HTTP server to a JSON body."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
@@ -93,7 +93,7 @@ def serve(model: Path) -> None:
 
 
 def checks(work: Path) -> Checks:
-    """By name, what is run. Later ones need what earlier ones leave in `work`."""
+    """The checks by name. Later ones use files of earlier ones in `work`."""
     perplexity = ("--perplexity", TEXT, "--context", 32)
     training = ("--data", TEXT, "--steps", 3, "--context", 16, "--batch-size", 2)
 

@@ -1,4 +1,4 @@
-"""Running named checks one after the other, and writing down how each ended. It needs nothing but Python."""
+"""Run named checks in order and record their outcomes. Needs only Python."""
 
 import json
 import sys
@@ -12,13 +12,13 @@ Checks = dict[str, Callable[[], None]]
 
 
 class Absent(Exception):
-    """The release itself has no such feature: its own models fail too, or are not there."""
+    """The release has no such feature, or its own models fail too."""
 
 
 def run_checks(checks: Checks, out: Path) -> None:
-    """Run each check, and write {name: {"state", "reason", "traceback", "seconds"}} into the JSON file `out`.
+    """Run each check, and write {name: {"state", "reason", "traceback", "seconds"}} to the JSON file `out`.
 
-    A check passes if it returns. The file is written after each, so that a crash loses nothing.
+    A check passes if it returns. The file is written after each check, so that a crash loses nothing.
     """
     results: dict[str, Any] = {}
     for name, check in checks.items():

@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_folders(folders: Path) -> None:
-    """Make the models that are checked, with the installed package, in a process that may be as loud as it likes."""
+    """Create the tested models with the installed package, in another process."""
     code = "import sys, pathlib; from tests.matrix.folders import make; make(pathlib.Path(sys.argv[1]))"
     child = subprocess.run(
         [sys.executable, "-c", code, str(folders)],
@@ -101,7 +101,7 @@ def make_folders(folders: Path) -> None:
 
 
 def check(part: str, release: str, folder: Path | None, folders: Path, verbose: bool) -> dict[str, dict[str, Any]]:
-    """How each check of `bundled.py` or `installed.py` ended with this release."""
+    """The outcome of each check of `bundled.py` or `installed.py` with this release."""
     out = folders.parent / f"{part}-{release}.json"
     own = os.environ.get("PYTHONPATH") if part == "installed" else None
     began = time.monotonic()
@@ -127,7 +127,7 @@ def check(part: str, release: str, folder: Path | None, folders: Path, verbose: 
 
 
 def environment(home: Path, python_path: str) -> dict[str, str]:
-    """Variables of a child: offline, one thread, a folder of its own for what transformers caches."""
+    """Environment of a child: offline, one thread, its own cache folder."""
     return os.environ | {
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
@@ -139,7 +139,7 @@ def environment(home: Path, python_path: str) -> dict[str, str]:
 
 
 def list_failures(results: Results) -> list[str]:
-    """One line for each reason why checks of a release failed."""
+    """One line for each reason for which checks of a release failed."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for part, releases in results.items():
         for release, checks in releases.items():
@@ -165,7 +165,7 @@ def as_markdown(results: Results) -> str:
 
 
 def write_page(table: str) -> None:
-    """Put the table between the two markers of docs/compatibility.md."""
+    """Put the table between the markers in docs/compatibility.md."""
     before, rest = PAGE.read_text().split(BEGIN)
     after = rest.split(END)[1]
     stamp = f"torch {version('torch').split('+')[0]}, Python {sys.version_info.major}.{sys.version_info.minor}, CPU"

@@ -1,4 +1,4 @@
-"""The documentation: every relative link leads to a file and, if it names one, to a heading in it."""
+"""The documentation: every relative link leads to an existing file and heading."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page's headings, spelled as GitHub does."""
+    """The anchors of a page's headings, in GitHub's spelling."""
     lines = FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
     titles = [line.lstrip("#").strip().lower() for line in lines if line.startswith("#")]
     return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}

@@ -1,5 +1,6 @@
-"""Faults that others do not try: kills at random moments, disks that cannot be read or are cut while they are, sources
-that cannot be written, odd names, locales and clocks, and the same bytes whatever the number of threads."""
+"""Kills at random moments, unreadable and truncated sources, read-only sources, odd names, locales and clocks, and
+equal bytes for any number of threads.
+"""
 
 import errno
 import os
@@ -35,7 +36,7 @@ Make = Callable[[Path, bool], object]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama in shards, a text and a GDA model; not to be changed."""
+    """A Llama in shards, a text and a GDA model. Tests must not change it."""
     folder = tmp_path_factory.mktemp("sources")
     save_llama(folder / "llama", dtype=torch.bfloat16, max_shard_size="20KB")
     save_text(folder / "text.txt", 3000)
@@ -44,7 +45,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def makers(sources: Path) -> dict[str, Make]:
-    """What makes a folder, afresh or resumed."""
+    """Functions that create a folder, from scratch or resumed."""
     return {
         "expand": lambda out, resume: gda.convert(
             sources / "llama", out, max_shard_size="20KB", verify=False, resume=resume
@@ -69,7 +70,7 @@ def makers(sources: Path) -> dict[str, Make]:
 @pytest.mark.parametrize("name", ["expand", "split", "grow"])
 @pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.long)])
 def test_killed_at_random_moments(name: str, kills: int, sources: Path, tmp_path: Path) -> None:
-    """OUT is absent or whole, and --resume ends in the same bytes, also after several kills in a row."""
+    """OUT is complete or absent, and --resume gives the same bytes, also after several kills."""
     make = makers(sources)[name]
     make(tmp_path / "whole" / "out", False)
     whole = files_of(tmp_path / "whole" / "out")
@@ -100,8 +101,8 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_same_bytes_on_one_thread_and_on_two(name: str, sources: Path, tmp_path: Path) -> None:
-    """One source, one seed: every file is the same, in processes of their own."""
+def test_bytes_do_not_depend_on_threads(name: str, sources: Path, tmp_path: Path) -> None:
+    """Every file, in separate processes."""
     made = []
     for threads in ("1", "2"):
         command, source, *options = COMMANDS[name]
@@ -123,8 +124,8 @@ def test_the_same_bytes_on_one_thread_and_on_two(name: str, sources: Path, tmp_p
     assert not differing
 
 
-def test_a_source_that_cannot_be_written(sources: Path, tmp_path: Path) -> None:
-    """Nothing is tried to be written into a source, with its rights taken or on a medium that is read only."""
+def test_read_only_source(sources: Path, tmp_path: Path) -> None:
+    """Nothing tries to write to it, without permissions or on a read-only file system."""
     source = Path(shutil.copytree(sources / "llama", tmp_path / "llama"))
     before = {path: path.stat().st_mtime_ns for path in (source, *source.iterdir())}
     for path in (*source.iterdir(), source):
@@ -146,7 +147,7 @@ TINY: dict[str, Any] = {"steps": 6, "batch_size": 2, "context": 16, "learning_ra
 
 @pytest.mark.parametrize("kills", [SHORT, pytest.param(LONG, marks=pytest.mark.long)])
 def test_training_killed_at_random_moments(kills: int, sources: Path, tmp_path: Path) -> None:
-    """By the clock or at a change of the disk, once or again and again: --resume ends in the weights of no kill."""
+    """Once or repeatedly: --resume gives the weights of an undisturbed run."""
 
     def train(out: Path, resume: bool) -> object:
         return gda.train(sources / "gda", out, data=sources / "text.txt", resume=resume, **TINY)
@@ -180,10 +181,8 @@ def test_training_killed_at_random_moments(kills: int, sources: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["expand", "split", "grow"])
-def test_a_tensor_that_the_disk_does_not_give(
-    name: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A read error in the middle of a shard, after others were written: no OUT, and --resume goes on when it reads."""
+def test_read_error_in_a_shard(name: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No OUT, and --resume continues when the file is readable again."""
     make = makers(sources)[name]
     make(tmp_path / "whole" / "out", False)
     read, left = SafetensorsReader.read, 1
@@ -205,8 +204,8 @@ def test_a_tensor_that_the_disk_does_not_give(
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_shard_that_is_cut_while_it_is_read(after: int, sources: Path, tmp_path: Path) -> None:
-    """It ends in an error, not in SIGBUS, and there is no OUT; --resume tells of another source."""
+def test_shard_truncated_while_it_is_read(after: int, sources: Path, tmp_path: Path) -> None:
+    """An error instead of SIGBUS, and no OUT; --resume reports another source."""
     source = Path(shutil.copytree(sources / "llama", tmp_path / "llama"))
     read, done = SafetensorsReader.read, 0
 
@@ -236,8 +235,8 @@ def test_a_shard_that_is_cut_while_it_is_read(after: int, sources: Path, tmp_pat
 # --------------------------------------------------------------------------------------------- names, locales, clocks
 
 
-def test_odd_names_and_the_c_locale(sources: Path, tmp_path: Path) -> None:
-    """Blanks, quotes and other scripts in the names, with LANG=C: the command works, and its files are the same."""
+def test_odd_names_and_c_locale(sources: Path, tmp_path: Path) -> None:
+    """Spaces, quotes and other scripts in names, with LANG=C: the files are the same."""
     source = Path(shutil.copytree(sources / "llama", tmp_path / ODD / "llama ü"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHON"))}
     environment |= {"LANG": "C"}  # which Python takes for UTF-8; told not to, torch cannot be imported
@@ -256,8 +255,8 @@ def test_odd_names_and_the_c_locale(sources: Path, tmp_path: Path) -> None:
     assert files_of(out).keys() == again.keys()
 
 
-def test_a_clock_that_is_wrong(sources: Path, tmp_path: Path) -> None:
-    """Files of the next century, and a clock that goes backwards between two tries: --resume asks neither."""
+def test_wrong_clock(sources: Path, tmp_path: Path) -> None:
+    """Files from the future, and a clock that goes backwards: --resume does not depend on it."""
     source = Path(shutil.copytree(sources / "llama", tmp_path / "llama"))
     future = time.time() + 100 * 365 * 86400
     for path in source.iterdir():

@@ -1,10 +1,10 @@
-"""Damaged files: whatever is in a file that we read, the call succeeds or ends in one error of one line.
+"""Damaged files: for any content, a call succeeds or raises one error of one line.
 
-Each case runs in a forked child with bounded memory and time. The child is watched: it may write below its workspace
-and its scratch folders alone, start no process, and open no pickle. A crash of the child is a failure of its case.
+Each case runs in a forked child with limited memory and time. The child may write only to its workspace and scratch
+folders, start no process and open no pickle. A crash of the child fails its case.
 
     python -m pytest -m long tests/project/test_fuzz.py          thousands of cases
-    GDA_FUZZ_SEED=7 GDA_FUZZ_CASES=50 python -m pytest …         others, and how many of each file
+    GDA_FUZZ_SEED=7 GDA_FUZZ_CASES=50 python -m pytest …         another seed and number of cases per file
 """
 
 import json
@@ -45,24 +45,24 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.l
 
 
 class Broken(BaseException):
-    """What no case may do; not an Exception, so that nothing on the way takes it for one of its own."""
+    """A violation in a case. It is no Exception, so that the tested code cannot catch it."""
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of file, whole; not to be changed."""
+    """Every kind of file, undamaged. Tests must not change it."""
     return make_workspace(tmp_path_factory.mktemp("fuzz"))
 
 
 def cases_of(name: str, content: bytes, count: int) -> Iterable[list[Edit]]:
-    """As many damages as are asked for, by the seed."""
+    """The requested number of damages, by the seed."""
     chance = random.Random(f"{SEED} {name}")
     for _ in range(count):
         yield mutate(content, TARGETS[name].kind, chance)
 
 
 def failures(name: str, cases: list[list[Edit]], workspace: Path, scratch: Path) -> list[tuple[list[Edit], str]]:
-    """The cases that do what they may not, and what that is; each batch in a child, a new one after a crash."""
+    """The failed cases with reasons. Each batch runs in a child, with a new one after a crash."""
     found: list[tuple[list[Edit], str]] = []
     at = 0
     while at < len(cases):
@@ -108,7 +108,7 @@ def _in_child(name: str, cases: list[list[Edit]], begin: int, place: Path, told:
 
 
 def _watch(place: Path) -> dict[str, str]:
-    """Note what this process does that no case may do. It cannot be undone, which is why it is a child's."""
+    """Record forbidden actions of this process. This cannot be undone, so it runs in a child."""
     allowed = (str(place), os.path.join(tempfile.gettempdir(), "gda-"), "/dev/null", os.environ["HF_HOME"])
     seen: dict[str, str] = {}
 
@@ -131,7 +131,7 @@ def _watch(place: Path) -> dict[str, str]:
 
 
 def _try(name: str, edits: list[Edit], place: Path, watched: dict[str, str]) -> str | None:
-    """What the case does that it may not; None if it is well."""
+    """The violation of a case; None if there is none."""
     target = TARGETS[name]
     file = place / target.file
     whole = file.read_bytes()
@@ -175,14 +175,14 @@ def _names(place: Path) -> set[str]:
 
 
 def described(found: list[tuple[list[Edit], str]], name: str) -> str:
-    """What to look into, and the lines that keep the cases."""
+    """What failed, and the lines that add the cases to the corpus."""
     return "\n\n".join(
         f"{wrong}\n  corpus: {json.dumps({'target': name, 'edits': edits})[:2000]}" for edits, wrong in found
     )
 
 
 def check(name: str, count: int, workspace: Path, tmp_path: Path) -> None:
-    """Try that many cases of that file."""
+    """Run that many cases of that file."""
     print(f"seed {SEED}, {count} cases of {name}")  # pytest shows it where a test fails
     content = (workspace / TARGETS[name].file).read_bytes()
     found = failures(name, list(cases_of(name, content, count)), workspace, tmp_path)
@@ -190,20 +190,20 @@ def check(name: str, count: int, workspace: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if not target.slow])
-def test_a_damaged_file(name: str, workspace: Path, tmp_path: Path) -> None:
-    """A few cases of each file that is read at once."""
+def test_damaged_files(name: str, workspace: Path, tmp_path: Path) -> None:
+    """A few cases of each file."""
     check(name, SHORT, workspace, tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_file_damaged_in_many_ways(name: str, workspace: Path, tmp_path: Path) -> None:
-    """Thousands over all files."""
+def test_many_damaged_files(name: str, workspace: Path, tmp_path: Path) -> None:
+    """Thousands of cases over all files."""
     check(name, LONG // 5 if TARGETS[name].slow else LONG, workspace, tmp_path)
 
 
 def corpus() -> dict[str, list[list[Edit]]]:
-    """What was found and mended, by file."""
+    """Earlier failures that were fixed, by file."""
     kept: dict[str, list[list[Edit]]] = {}
     for line in CORPUS.read_text().splitlines():
         row = json.loads(line)
@@ -212,14 +212,13 @@ def corpus() -> dict[str, list[list[Edit]]]:
 
 
 @pytest.mark.parametrize("name", corpus())
-def test_what_was_found_stays_mended(name: str, workspace: Path, tmp_path: Path) -> None:
-    """The corpus, again."""
+def test_corpus_of_earlier_failures(name: str, workspace: Path, tmp_path: Path) -> None:
     found = failures(name, corpus()[name], workspace, tmp_path)
     assert not found, described(found, name)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_whole_file_is_read(name: str, workspace: Path, tmp_path: Path) -> None:
-    """Without damage each call succeeds: the cases are about the file that they name."""
+def test_undamaged_files_are_read(name: str, workspace: Path, tmp_path: Path) -> None:
+    """So that the cases test the file that they name."""
     place = Path(shutil.copytree(workspace, tmp_path / "place"))
     TARGETS[name].call(place)

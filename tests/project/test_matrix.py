@@ -1,4 +1,4 @@
-"""Releases of transformers: the two parts of the matrix, on the release at hand. `.ci/run` checks more of them."""
+"""The release matrix on the installed transformers. `.ci/run` checks more releases."""
 
 import json
 import subprocess
@@ -16,8 +16,7 @@ MATRIX = Path(__file__).parents[1] / "matrix" / "run.py"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["bundled", "installed"])
-def test_the_release_at_hand(part: str) -> None:
-    """No check fails."""
+def test_installed_release(part: str) -> None:
     command = [sys.executable, str(MATRIX), "--releases", version("transformers"), "--parts", part, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
@@ -26,16 +25,16 @@ def test_the_release_at_hand(part: str) -> None:
     assert not failed, "\n".join(failed.values())
 
 
-def test_releases_are_chosen_by_number_and_name() -> None:
-    """Each once, oldest first; what is neither is an error."""
+def test_choosing_releases() -> None:
+    """By number and name, each once, oldest first; other words are an error."""
     assert choose("all") == list(RELEASES)
     assert choose("newest, 5.4.0,lowest,5.4.0") == ["4.57.6", "5.4.0", NEWEST]
     with pytest.raises(ValueError, match="'latest' is no version"):
         choose("latest")
 
 
-def test_setup_cfg_allows_what_the_matrix_checks() -> None:
-    """Its lower bound is the lowest release that the installed package is checked with; the pin is the newest."""
+def test_setup_cfg_matches_the_matrix() -> None:
+    """Its lower bound is the lowest checked release, and the pin is the newest."""
     requirements = setup_cfg()["options"]["install_requires"].split()
     assert f"transformers>={LOWEST_INSTALLED},<6" in requirements
     assert choose("pinned") == [NEWEST]

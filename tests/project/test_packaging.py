@@ -37,7 +37,7 @@ MAY_NOT_IMPORT = {
 
 
 def package_folders() -> dict[str, Path]:
-    """The folder of each package that setup.cfg lists, found as setuptools finds it."""
+    """The folder of each package in setup.cfg, as setuptools finds it."""
     options = setup_cfg()["options"]
     roots = dict(line.split(" = ") for line in options["package_dir"].split("\n") if line)
     folders = {}
@@ -48,7 +48,7 @@ def package_folders() -> dict[str, Path]:
 
 
 def repository_files() -> list[Path]:
-    """Files of the working tree that git tracks or would."""
+    """Files of the working tree that are tracked or not ignored by git."""
     git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")
     return [path for name in names if name and (path := ROOT / name).is_file()]
@@ -58,9 +58,9 @@ needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="lists the f
 
 
 def imports(path: Path, *, for_types: bool = True) -> set[tuple[int, str]]:
-    """(level, module) of every import in a file: (0, "gda.eval"), (1, "attention_gda").
+    """(level, module) of every import in a file, such as (0, "gda.eval") and (1, "attention_gda").
 
-    Without `for_types`, those under `if TYPE_CHECKING:` are left out.
+    Without `for_types`, imports under `if TYPE_CHECKING:` are left out.
     """
     found = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ def imports(path: Path, *, for_types: bool = True) -> set[tuple[int, str]]:
 
 
 def walk_what_runs(parent: ast.AST) -> Iterator[ast.AST]:
-    """All parts of a file that run at some time, those inside functions too."""
+    """All parts of a file that run, including functions."""
     for node in ast.iter_child_nodes(parent):
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
             yield node
@@ -81,7 +81,7 @@ def walk_what_runs(parent: ast.AST) -> Iterator[ast.AST]:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """By module of the package, the modules of the package that it imports, also inside functions."""
+    """By module of the package, the modules of the package that it imports, also in functions."""
     files = {
         package if path.stem == "__init__" else f"{package}.{path.stem}": path
         for package, folder in package_folders().items()
@@ -99,7 +99,7 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def imported_test_file(path: Path, level: int, module: str) -> Path | None:
-    """The test file that an import in the file `path` loads, if it loads one."""
+    """The test file that an import in the file `path` loads; None if it loads none."""
     folder = path.parents[level - 1] if level else ROOT
     parts = module.split(".")
     paths = (folder.joinpath(*parts[:length]).with_suffix(".py") for length in range(1, len(parts) + 1))
@@ -107,7 +107,7 @@ def imported_test_file(path: Path, level: int, module: str) -> Path | None:
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
-    """setup.cfg lists exactly the folders that hold modules: a wheel would leave others out without a word."""
+    """setup.cfg lists exactly the folders with modules; a wheel silently omits others."""
     folders = {
         path.parent
         for path in ROOT.rglob("*.py")
@@ -122,8 +122,8 @@ def test_every_folder_of_modules_is_a_package() -> None:
 
 
 @needs_git
-def test_the_version_stands_in_one_place() -> None:
-    """Only _version.py holds the number for code; setup.cfg reads it there, and metadata and citation agree."""
+def test_version_is_defined_once() -> None:
+    """In _version.py. setup.cfg reads it there, and metadata and citation agree."""
     assignment = re.compile(r"^\s*(?:__version__|version)\s*=\s*[\"']?\d", re.MULTILINE)
     holders = [path for path in repository_files() if path.suffix in {".py", ".cfg", ".toml"}]
     holders = [path.relative_to(ROOT).as_posix() for path in holders if assignment.search(path.read_text("utf-8"))]
@@ -135,8 +135,7 @@ def test_the_version_stands_in_one_place() -> None:
 
 
 @needs_git
-def test_no_file_names_a_path_of_this_machine() -> None:
-    """Nothing in the repository points into the home or work folder of whoever wrote it."""
+def test_no_paths_of_a_developers_machine() -> None:
     machine = re.compile(rb"(?<![\w.])/(?:work|root|home/\w+)/")
     named = {
         path.relative_to(ROOT).as_posix(): match.group()
@@ -148,7 +147,7 @@ def test_no_file_names_a_path_of_this_machine() -> None:
 
 
 def test_remote_code_is_flat_and_its_names_are_unique() -> None:
-    """Saving copies the files of both folders into one: only the bridge may have its name twice."""
+    """Saving copies both folders into one, where only the bridge is replaced."""
     assert [path.name for path in (ROOT / "modeling_gda").rglob("*.py") if path.parent.name != "modeling_gda"] == []
     names = Counter(path.name for folder in REMOTE_CODE for path in (ROOT / folder).glob("*.py"))
     assert {name for name, count in names.items() if count > 1} == {BRIDGE, "__init__.py"}
@@ -159,7 +158,7 @@ def test_remote_code_is_flat_and_its_names_are_unique() -> None:
 
 @pytest.mark.parametrize("folder", REMOTE_CODE)
 def test_remote_code_imports_only_what_transformers_has(folder: str) -> None:
-    """Files that travel with a checkpoint import their neighbours by one dot and, beside them, no new library."""
+    """Files saved with a checkpoint import each other relatively, and no library that transformers lacks."""
     known = sys.stdlib_module_names | {"torch", "transformers", "huggingface_hub"}
     relative_import = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
     for path in (ROOT / folder).glob("*.py"):
@@ -174,7 +173,7 @@ def test_remote_code_imports_only_what_transformers_has(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", MAY_NOT_IMPORT)
 def test_dependencies_point_one_way(folder: str) -> None:
-    """No package imports one that is built on it, not even inside a function."""
+    """No package imports one that is built on it, not even in a function."""
     if not (ROOT / folder).is_dir():
         pytest.skip("not built yet")
     paths = list((ROOT / folder).rglob("*.py"))
@@ -187,8 +186,7 @@ def test_dependencies_point_one_way(folder: str) -> None:
         assert forbidden == set(), path.name
 
 
-def test_modules_import_one_another_without_a_cycle() -> None:
-    """Python's sorter raises CycleError, which names the modules of a cycle."""
+def test_no_import_cycles() -> None:
     graph = import_graph()
     assert graph["gda.conversion.sources.gguf"] >= {"gda.conversion.sources.source"}
     assert graph["gda.modeling_gda.modeling_gda"] >= {"gda.modeling_gda.attention_gda"}
@@ -196,7 +194,7 @@ def test_modules_import_one_another_without_a_cycle() -> None:
 
 
 def test_no_test_file_imports_another() -> None:
-    """What test files share is in tests/support."""
+    """Shared code is in tests/support."""
     imported = {
         f"{path.relative_to(ROOT)}: {found.relative_to(ROOT)}"
         for path in (ROOT / "tests").rglob("*.py")
@@ -208,7 +206,7 @@ def test_no_test_file_imports_another() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel, built from an sdist that was built from a copy of the tree, so that nothing stale can enter."""
+    """A wheel, built from an sdist of a copy of the tree, so that no stale files are included."""
     for module in ("build", "setuptools"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs {module}")
@@ -223,8 +221,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
-    """The wheel is the packages of setup.cfg with all of their modules, py.typed and templates, and nothing else."""
+def test_wheel_has_every_module(wheel: zipfile.ZipFile) -> None:
+    """The packages of setup.cfg with all modules, py.typed and templates, and no other files."""
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {
         f"{package.replace('.', '/')}/{path.name}"
@@ -251,8 +249,8 @@ def test_a_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_runs_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
-    """Unpacked away from the repository, the wheel's own files make a model that AutoModel knows."""
+def test_model_runs_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Unpacked outside the repository."""
     wheel.extractall(tmp_path)
     program = (
         "import torch, gda, gda.modeling_gda.attention_gda as home\n"

@@ -1,7 +1,7 @@
-"""Any configuration: a valid one makes a model that runs and is saved, loaded, converted and grown as it is; any other
-is a ValueError that names a field.
+"""Random configurations: valid ones run, save, load, convert and grow, and others raise a ValueError that names a
+field.
 
-    python -m pytest -m long tests/project/test_properties.py       thousands of configurations, others in each run
+    python -m pytest -m long tests/project/test_properties.py       thousands of configurations, different in each run
     GDA_PROPERTY_FACTOR=0.1 python -m pytest -m long tests/…       a tenth of them
 """
 
@@ -60,7 +60,7 @@ OTHER_NAMES = [
 def in_two_sizes(
     short: int, many: int, *arguments: st.SearchStrategy[Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Try a property with a few examples, always the same, and in the long form with many that are not."""
+    """Run a property with a few fixed examples and, in the long form, with many random ones."""
     long = round(FACTOR * many)
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
@@ -91,7 +91,7 @@ def in_two_sizes(
 
 @contextmanager
 def at_most(seconds: int) -> Iterator[None]:
-    """Fail where a block computes for longer, as one that counts to a huge number would."""
+    """Fail if a block computes for longer, for example in a loop up to a huge number."""
 
     def too_long(*_: Any) -> None:
         raise AssertionError(f"more than {seconds} s")
@@ -113,7 +113,7 @@ NUMBERS = st.sampled_from(HUGE) | st.integers(-9, 99) | st.floats()
 
 
 def nested(levels: int) -> Any:
-    """Lists and dicts in one another."""
+    """Nested lists and dicts."""
     value: Any = 1
     for level in range(levels):
         value = [value] if level % 2 else {"a": value}
@@ -142,7 +142,7 @@ ANY_VALUE = ANY_JSON | NUMBERS | LISTS | ANY_ROPE
 
 
 def changes_of(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
-    """One to three fields with values that they were not made for; the dictionary of RoPE with almost those it was."""
+    """One to three fields with unsuitable values, and RoPE parameters that are almost valid."""
     name = st.sampled_from(names) | st.sampled_from(OTHER_NAMES) | st.text(max_size=8)
     odd = st.dictionaries(name, ANY_VALUE, min_size=1, max_size=3)
     rope = st.fixed_dictionaries({"rope_parameters": ANY_ROPE}, optional={"max_position_embeddings": NUMBERS})
@@ -151,7 +151,7 @@ def changes_of(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
 
 @st.composite
 def possible_rope(draw: st.DrawFn, head_dim: int) -> dict[str, Any]:
-    """A dictionary of RoPE that obeys the rules of its type."""
+    """RoPE parameters that obey the rules of their type."""
     kind = draw(st.sampled_from(ROPE_TYPES))
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": draw(st.sampled_from([10, 100.0, 1e4, 5e5]))}
     if kind == "dynamic" and head_dim == 2:
@@ -172,7 +172,7 @@ def possible_rope(draw: st.DrawFn, head_dim: int) -> dict[str, Any]:
 
 @st.composite
 def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
-    """Fields of any GDA model that can be, of every kind that there is."""
+    """Fields of any valid GDA model."""
     fields: dict[str, Any] = draw(possible_fields())
     return fields | {
         "qk_rank": draw(st.none() | st.integers(1, min(fields["head_dim"], fields["hidden_size"]))),
@@ -186,7 +186,7 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def source_fields(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    """A family, and fields of a model of it: MHA, GQA or MQA, whatever `head_dim` and biases it knows."""
+    """A family, and fields of a model of it: MHA, GQA or MQA, with any `head_dim` and biases."""
     family = draw(st.sampled_from([*FAMILIES, "llama"]))
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     heads, layers = kv_heads * group, draw(st.integers(1, 3))
@@ -232,7 +232,7 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 
 @torch.no_grad()
 def decoded(model: PreTrainedModel) -> torch.Tensor:
-    """The same, four tokens at once and the others one by one with a cache."""
+    """The same, from a prompt of four tokens and single tokens with a cache."""
     ids = (torch.arange(12).view(2, 6) * 7) % model.config.vocab_size
     first = model.eval()(ids[:, :4], use_cache=True)
     logits, cache = [first.logits], first.past_key_values
@@ -242,9 +242,9 @@ def decoded(model: PreTrainedModel) -> torch.Tensor:
 
 
 def caches_hold(config: GDAConfig) -> bool:
-    """Whether with a cache of transformers (5.23) a model of this config, GDA or not, computes what it does without.
+    """Whether a model of this config computes the same with a cache of transformers (5.23).
 
-    It does not where frequencies follow the length that was read, nor, by a mistake, with a window of 1.
+    It does not if RoPE frequencies depend on the length or, because of a bug, with a window of 1.
     """
     assert config.rope_parameters is not None
     follow = config.rope_parameters["rope_type"] in ("dynamic", "longrope")
@@ -252,18 +252,18 @@ def caches_hold(config: GDAConfig) -> bool:
 
 
 def own_fields(config: GDAConfig) -> dict[str, Any]:
-    """Every field that this package adds to those of all models."""
+    """Every field that this package adds."""
     return {name: getattr(config, name) for name in OWN_FIELDS}
 
 
 def one_line(error: BaseException) -> None:
-    """What it says can be read."""
+    """Whether the message is one readable line."""
     assert len(str(error).splitlines()) == 1
     assert len(str(error)) < 1500
 
 
 def says_well(error: BaseException, names: set[str]) -> None:
-    """An error is one line, and names one of the fields."""
+    """Whether an error is one line and names one of the fields."""
     one_line(error)
     said = str(error)
     shown = [re.escape(name if name.isidentifier() else repr(name)) for name in names]
@@ -276,10 +276,8 @@ def says_well(error: BaseException, names: set[str]) -> None:
 @in_two_sizes(
     6, 1500, valid_fields(), st.sampled_from([torch.float32, torch.float32, torch.bfloat16]), st.integers(0, 999)
 )
-def test_a_valid_config_makes_a_model_that_runs_and_is_saved_and_loaded(
-    fields: dict[str, Any], dtype: torch.dtype, seed: int
-) -> None:
-    """Token by token it computes what it does at once; and fields, tensors and logits come back, also by Auto's."""
+def test_valid_config_runs_saves_and_loads(fields: dict[str, Any], dtype: torch.dtype, seed: int) -> None:
+    """Decoding equals one pass; fields, tensors and logits reload, also with the Auto classes."""
     torch.manual_seed(seed)
     model = GDAForCausalLM(tiny_config(**fields))
     if dtype != torch.float32:  # as from_pretrained makes it, with λ in float32
@@ -309,10 +307,10 @@ def test_a_valid_config_makes_a_model_that_runs_and_is_saved_and_loaded(
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 999),
 )
-def test_a_source_converts_equal_and_back(
+def test_source_converts_and_exports(
     source: tuple[str, dict[str, Any]], lambda_type: str | None, noise: int, dtype: torch.dtype, seed: int
 ) -> None:
-    """As GDA it computes the same logits and `gda.verify` finds its tensors; a Llama exported is the same file."""
+    """Logits are equal and `gda.verify` passes; an exported Llama is the same file."""
     family, fields = source
     group = fields["num_attention_heads"] // fields["num_key_value_heads"]
     noise_heads = fields["num_key_value_heads"] * (noise if group % noise == 0 else 1)
@@ -345,8 +343,8 @@ GROWTHS: dict[str, dict[str, Any]] = {
 
 
 @in_two_sizes(6, 1500, valid_fields(), st.sampled_from(sorted(GROWTHS)), st.integers(0, 999))
-def test_a_gda_grows_equal(fields: dict[str, Any], growth: str, seed: int) -> None:
-    """By more heads, width or layers: the same logits; or, where it cannot be, a ValueError of one line."""
+def test_gda_grows_with_equal_logits(fields: dict[str, Any], growth: str, seed: int) -> None:
+    """With more heads, width or layers; or a ValueError of one line if that is impossible."""
     torch.manual_seed(seed)
     model = GDAForCausalLM(tiny_config(**fields)).eval()
     with tempfile.TemporaryDirectory() as scratch:
@@ -364,8 +362,8 @@ def test_a_gda_grows_equal(fields: dict[str, Any], growth: str, seed: int) -> No
 
 
 @in_two_sizes(150, 20_000, changes_of(GDA_FIELDS))
-def test_any_value_of_any_field_is_taken_or_refused_by_name(changes: dict[str, Any]) -> None:
-    """Whatever JSON holds: a config whose model can be built, and that JSON gives back; or a ValueError of a field."""
+def test_any_field_value_is_accepted_or_refused(changes: dict[str, Any]) -> None:
+    """A model can be built and JSON round-trips, or a ValueError names the field."""
     fields = json.loads(tiny_config().to_json_string()) | changes
     try:
         check_fields(fields, Path("config.json"))
@@ -387,8 +385,8 @@ LLAMA_FIELDS = sorted(json.loads(LlamaConfig().to_json_string()))
 
 
 @in_two_sizes(40, 3000, changes_of(LLAMA_FIELDS))
-def test_any_value_of_any_field_of_a_source_is_taken_or_refused(changes: dict[str, Any]) -> None:
-    """Whatever is in a Llama's config.json: a conversion that can be, or a ValueError that names what is wrong."""
+def test_any_source_field_value_is_accepted_or_refused(changes: dict[str, Any]) -> None:
+    """The Llama converts, or a ValueError names the problem."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         save_llama(place / "llama", tokenizer=False)

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises and no other test holds."""
+"""Promises of SECURITY.md that no other test checks."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ MARKER = "hf_" + "MaRkEr0123456789" * 2
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text, a Llama and a GDA model; not to be changed."""
+    """A text, a Llama and a GDA model. Tests must not change it."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "text.txt").write_text(TEXT)
     gda.convert(save_llama(folder / "llama"), folder / "gda", verify=False)
@@ -55,10 +55,10 @@ FAILING: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_a_token_is_never_shown(
+def test_token_is_never_shown(
     name: str, models: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A token that the Hub does not take: in no message, nor in any file that is left."""
+    """An invalid token is in no message and in no file."""
     monkeypatch.setenv("HF_TOKEN", MARKER)
     monkeypatch.chdir(tmp_path)
     outcome = command(*(str(each).format(models=models) for each in FAILING[name]))
@@ -68,8 +68,8 @@ def test_a_token_is_never_shown(
     assert not [file for file, content in files_of(tmp_path).items() if MARKER.encode() in content]
 
 
-def test_a_token_is_in_no_file_of_a_model(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nor in what conversion and training write of their settings."""
+def test_token_is_in_no_model_file(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor in the settings that conversion and training record."""
     monkeypatch.setenv("HF_TOKEN", MARKER)
     gda.convert(models / "llama", tmp_path / "gda", verify=False)
     gda.train(tmp_path / "gda", tmp_path / "trained", data=models / "text.txt", **STEPS)
@@ -80,7 +80,7 @@ def test_a_token_is_in_no_file_of_a_model(models: Path, monkeypatch: pytest.Monk
 
 
 class Mark:
-    """A pickle that makes a folder when it is read."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __init__(self, place: Path):
         self.place = place
@@ -91,7 +91,7 @@ class Mark:
 
 @pytest.fixture
 def begun(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run to `tmp_path`/out that was interrupted after its first step: its checkpoint."""
+    """The checkpoint of a run to `tmp_path`/out that was interrupted after its first step."""
     with monkeypatch.context() as patch:
         saved = CheckpointCallback.on_save
 
@@ -107,10 +107,10 @@ def begun(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 @pytest.mark.parametrize("form", ["pickle", "zip"])
-def test_a_checkpoint_cannot_run_code(
+def test_checkpoint_cannot_run_code(
     file: str, form: str, begun: Path, models: Path, tmp_path: Path, command: Command
 ) -> None:
-    """What is resumed is read with `weights_only`, or not at all: a pickle in its place leaves no mark."""
+    """Checkpoints are loaded with `weights_only`: a malicious pickle has no effect."""
     mark = Mark(tmp_path / "mark")
     (begun / file).write_bytes(pickle.dumps(mark)) if form == "pickle" else torch.save(mark, begun / file)
     told = json.loads((begun / CHECKPOINT_FILE).read_text())
@@ -131,7 +131,7 @@ def test_a_checkpoint_cannot_run_code(
 
 
 def test_scratch_folders_are_private(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a rehearsal and a push put aside can be read by nobody else."""
+    """The temporary folders of a dry run and of a push."""
     modes: list[int] = []
     made = tempfile.mkdtemp
 
@@ -147,8 +147,7 @@ def test_scratch_folders_are_private(models: Path, monkeypatch: pytest.MonkeyPat
     assert set(modes) == {0o700}
 
 
-def test_what_is_made_has_the_rights_that_the_user_wants(models: Path, tmp_path: Path) -> None:
-    """OUT, and what it is made in, follow the umask: with 077 nobody else reads them."""
+def test_created_files_follow_the_umask(models: Path, tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
         gda.convert(models / "llama", tmp_path / "gda", verify=False)
@@ -162,10 +161,10 @@ def test_what_is_made_has_the_rights_that_the_user_wants(models: Path, tmp_path:
 
 
 @pytest.mark.parametrize("options", [(), ("--resume",), ("--overwrite",)], ids=str)
-def test_a_link_in_the_place_of_the_work_is_not_followed(
+def test_link_as_partial_folder_is_not_followed(
     options: tuple[str, ...], models: Path, tmp_path: Path, command: Command
 ) -> None:
-    """Where others may write, a link laid as `.OUT.partial` would have a folder of ours emptied."""
+    """In a shared folder, a link named `.OUT.partial` could make us empty another folder."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("kept")
     (tmp_path / ".gda.partial").symlink_to(tmp_path / "mine")
@@ -176,8 +175,7 @@ def test_a_link_in_the_place_of_the_work_is_not_followed(
     assert not (tmp_path / "gda").exists()
 
 
-def test_a_link_beside_a_file_is_not_followed(tmp_path: Path) -> None:
-    """Nor one in the place of the file that is renamed into its own."""
+def test_link_as_temporary_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     (tmp_path / ".report.html.tmp").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError, match="report"):
@@ -186,7 +184,7 @@ def test_a_link_beside_a_file_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_overwriting_a_link_replaces_the_link(models: Path, tmp_path: Path) -> None:
-    """`--overwrite` of a link to a folder leaves that folder as it is."""
+    """The linked folder does not change."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter").write_text("kept")
     (tmp_path / "gda").symlink_to(tmp_path / "mine")
@@ -198,8 +196,8 @@ def test_overwriting_a_link_replaces_the_link(models: Path, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------------------------------- code
 
 
-def test_nothing_in_the_package_asks_for_remote_code_or_pickles() -> None:
-    """`trust_remote_code` is False wherever it is passed, and nothing of ours reads a pickle or starts a shell."""
+def test_no_remote_code_pickles_or_shells_in_the_source() -> None:
+    """`trust_remote_code` is False wherever it is passed."""
     forbidden = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "eval", "exec", "os.system", "os.popen"}
     root = Path(__file__).parents[2]
     for folder in ("src/gda", "configuration", "modeling_gda", "conversion", "training", "eval"):
@@ -211,8 +209,8 @@ def test_nothing_in_the_package_asks_for_remote_code_or_pickles() -> None:
                     assert ast.unparse(node.value) == "False", f"{path}, line {node.value.lineno}"
 
 
-def test_a_pickle_named_as_weights_is_no_weights(models: Path, tmp_path: Path, command: Command) -> None:
-    """A file that is called model.safetensors and is a pickle: refused by its header, and not run."""
+def test_pickle_named_as_safetensors_is_refused(models: Path, tmp_path: Path, command: Command) -> None:
+    """By its header, without loading it."""
     source = Path(shutil.copytree(models / "llama", tmp_path / "llama"))
     (source / "model.safetensors").write_bytes(pickle.dumps(Mark(tmp_path / "mark")))
     outcome = command("convert", source, tmp_path / "gda")

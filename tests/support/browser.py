@@ -1,4 +1,4 @@
-"""Pages in headless Chromium: what they show, and whatever they complain about."""
+"""Pages in headless Chromium: their content, and everything they complain about."""
 
 import os
 import re
@@ -36,9 +36,9 @@ with sync_playwright() as driver:
 
 @cache
 def what_is_missing() -> str | None:
-    """Why no page can be opened here, if none can.
+    """The reason why no page can be opened; None if one can.
 
-    Where a browser may not start its processes, it and who waits for it hang: a process that can be ended tries first.
+    Where a browser must not start processes, it hangs, so this is tried first in a process that can be killed.
     """
     if CHROMIUM is None:
         return f"needs Chromium: one of {', '.join(NAMES)} on the PATH, or GDA_CHROMIUM"
@@ -58,9 +58,9 @@ def what_is_missing() -> str | None:
 
 @contextmanager
 def opened(path: Path, *, width: int = 1440, height: int = 1000, scheme: str = "light") -> Iterator[Any]:
-    """The page of a file, once its script has run; an error on its console, or a request that leaves it, fails.
+    """Open a page and wait for its script; console errors and requests to other addresses fail.
 
-    Skips the test where there is no Chromium that works, or no playwright to drive it.
+    Skips the test without a working Chromium or without playwright.
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="drives Chromium; pip install playwright")
     if missing := what_is_missing():
@@ -82,9 +82,9 @@ def opened(path: Path, *, width: int = 1440, height: int = 1000, scheme: str = "
 
 
 def expect_text(page: Any, selector: str, text: str | re.Pattern[str]) -> None:
-    """Waits until an element reads so.
+    """Wait until an element has this text.
 
-    Playwright's `wait_for_function` would not do: from its second question on it needs eval, which our pages forbid.
+    Playwright's `wait_for_function` needs eval, which our pages forbid.
     """
     from playwright.sync_api import expect
 
@@ -92,7 +92,7 @@ def expect_text(page: Any, selector: str, text: str | re.Pattern[str]) -> None:
 
 
 def number(text: str) -> float:
-    """A number as pages write it."""
+    """A number in the format of the pages."""
     return float(text.replace("−", "-").replace(",", ""))
 
 

@@ -1,4 +1,4 @@
-"""Work in forked children, which can be killed at a chosen moment and are never waited for without a time limit."""
+"""Work in forked children, which can be killed at a given moment and are always waited for with a time limit."""
 
 import faulthandler
 import os
@@ -40,7 +40,7 @@ def in_child(work: Callable[[], object], *, seconds: float = PATIENCE, kill_afte
 
 
 def _forget_other_threads() -> None:
-    """Do without the parent's other threads: a fork has none of them, but has their locks and pools as they were."""
+    """Disable the parent's other threads: a fork has none of them, but has their locks and pools."""
     faulthandler.register(signal.SIGUSR1, file=os.dup(2), all_threads=True)
     # An OpenMP pool from before the fork waits for ever. One made after the fork works, whatever its size, so no test
     # in the parent may use more than one thread.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Outcome(NamedTuple):
-    """How a command ended."""
+    """Exit code, standard output and standard error of a command."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""Fields of GDAConfig as hypothesis draws them: arbitrary ones, and ones that obey every rule."""
+"""Fields of GDAConfig as hypothesis strategies: arbitrary values, and valid configurations."""
 
 import dataclasses
 from typing import Any
@@ -52,7 +52,7 @@ def _groups_of_signal_heads(layout: str, noise: int, key_value: int) -> int:
 
 @st.composite
 def possible_fading(draw: st.DrawFn, neurons: int, layers: int, heads: int) -> dict[str, Any]:
-    """The fields of fading in, or None for all of them. Some heads, neurons and layers are not new."""
+    """The fields of fading in, or None for all of them. Some heads, neurons and layers are old."""
     parts = {
         "masked_signal_heads": draw(st.none() | st.integers(1, heads - 1)) if heads > 1 else None,
         "masked_neurons": draw(st.none() | st.integers(1, neurons - 1)) if neurons > 1 else None,
@@ -65,7 +65,7 @@ def possible_fading(draw: st.DrawFn, neurons: int, layers: int, heads: int) -> d
 
 @st.composite
 def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
-    """Fields that obey every rule: a few numbers are drawn, and the others follow from them."""
+    """Valid fields: a few numbers are drawn, and the others follow from them."""
     layout = draw(st.sampled_from(["shared", "paired"]))
     layers, ratio, neurons = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 12))
     if layout == "paired":

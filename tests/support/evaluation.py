@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: tiny models, and tiny data in the places where official tasks look for it."""
+"""Helpers for tests of evaluation: tiny models, and tiny data in the places of official tasks."""
 
 import json
 import os
@@ -34,7 +34,7 @@ metric_list:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """Write `rows` as JSON lines, with the folders above them."""
+    """Write `rows` as JSON Lines, and create the folders above."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -52,7 +52,7 @@ def pairs(number: int = 10) -> list[dict[str, str]]:
 
 
 def write_models(folder: Path, name: str) -> Path:
-    """In `folder` a Llama, `llama`, its expansion, `gda`, a GDA model with a live λ, `name`, and `data`."""
+    """Create in `folder` a Llama, `llama`, its expansion, `gda`, a GDA model with non-zero λ, `name`, and `data`."""
     gda.convert(save_llama(folder / "llama", max_position_embeddings=512), folder / "gda", verify=False)
     tokenizer = byte_tokenizer()
     config = tiny_config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, max_position_embeddings=512)
@@ -63,7 +63,7 @@ def write_models(folder: Path, name: str) -> Path:
 
 
 def write_data(root: Path) -> Path:
-    """BLiMP's passive_1, GSM8K and a task of our own, `root`/toy_sums.yaml, a few rows each."""
+    """A few rows each of BLiMP's passive_1, GSM8K and a task of our own, `root`/toy_sums.yaml."""
     import datasets
 
     write_jsonl(root / "nyu-mll/blimp/passive_1/train.jsonl", pairs())

@@ -1,4 +1,4 @@
-"""Random values for fields of config.json, and the check that a conversion of such a source ends well."""
+"""Random values for fields of config.json, and a check of conversions of such sources."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ FUZZ = settings(
 
 
 def converts_or_says_why(source: Path, place: Path) -> None:
-    """Converting `source` succeeds and verifies, or raises an error of one short line; no file is left behind."""
+    """`source` converts and verifies, or one short error is raised and no file is left."""
     out = place / "gda"
     reason = None
     try:

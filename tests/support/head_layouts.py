@@ -1,4 +1,4 @@
-"""Head counts as fields of GDAConfig: one case for each way in which heads share KV heads and noise heads."""
+"""Head counts as fields of GDAConfig: one case for each way to share KV heads and noise heads."""
 
 from typing import Any
 

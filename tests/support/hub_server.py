@@ -1,7 +1,7 @@
-"""A small Hugging Face Hub on 127.0.0.1, in memory: what the real huggingface_hub client asks when it pushes and pulls.
+"""A small in-memory Hugging Face Hub on 127.0.0.1, for the real huggingface_hub client.
 
-Served: whoami, repository creation, branches, model info, tree, paths-info, pre-upload, the LFS batch with its PUT,
-commits, and resolve with its headers and ranges. Xet is not: the client runs with HF_HUB_DISABLE_XET=1.
+It serves whoami, repository creation, branches, model info, tree, paths-info, pre-upload, the LFS batch with its PUT,
+commits, and resolve with headers and ranges. Xet is not supported: the client runs with HF_HUB_DISABLE_XET=1.
 """
 
 import base64
@@ -35,7 +35,7 @@ class Blob:
 
     @property
     def oid(self) -> str:
-        """git's id of it, or of the pointer that git holds in its place."""
+        """git's id of the content, or of the LFS pointer."""
         held = self.data
         if self.lfs:
             held = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(held)}\n".encode()
@@ -48,7 +48,7 @@ class Blob:
 
 @dataclass
 class Repo:
-    """A repository: what each commit holds, and where each branch stands."""
+    """A repository: the files of each commit, and the commit of each branch."""
 
     private: bool
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Repo:
 
 
 class Refusal(Exception):
-    """An answer that is an error, with the headers by which the client tells one from another."""
+    """An error response, with the headers by which the client recognizes it."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
@@ -73,7 +73,7 @@ class Refusal(Exception):
 
 @dataclass
 class Fault:
-    """What goes wrong with the next request whose "METHOD path" matches: cut off, refused, or with a bit wrong."""
+    """A fault of the next request whose "METHOD path" matches: cut off, refused, or a flipped bit."""
 
     request: str
     cut_after: int | None = None
@@ -83,7 +83,7 @@ class Fault:
 
 
 class Hub:
-    """The server. `repos` is what it holds, `log` what was asked of it, `faults` what will go wrong."""
+    """The server, with its `repos`, the `log` of requests, and the `faults` to come."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -101,12 +101,12 @@ class Hub:
         self.faults: list[Fault] = []
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
-        """By path, what a branch holds."""
+        """The files of a branch by path."""
         at = self.repos[repo]
         return {path: blob.data for path, blob in at.commits[at.branches[branch]].items()}
 
     def asked(self, pattern: str) -> int:
-        """How many requests matched."""
+        """Number of matching requests."""
         return sum(re.search(pattern, line) is not None for line in self.log)
 
     def fault_for(self, request: str) -> Fault | None:

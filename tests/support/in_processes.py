@@ -1,7 +1,7 @@
-"""What each of several processes on the CPU runs: one training after another, as the JSON says that it is given.
+"""Run by each of several CPU processes: trainings one after another, as described in JSON.
 
-accelerate takes its settings of FSDP only where it has found GPUs: with gloo on the CPU it goes on with DDP, without a
-word. So it is told here that the processes are of GPUs, and that their device is the CPU. All else is its own.
+accelerate uses its FSDP settings only if it finds GPUs; with gloo on the CPU it silently continues with DDP. Here it is
+made to believe that the processes have GPUs, with the CPU as their device.
 """
 
 import json
@@ -30,7 +30,7 @@ def pretend_gpus() -> None:
 
 
 def train(*, interrupt_at: int | None = None, **options: Any) -> None:
-    """`gda.train`, which Ctrl-C stops at a step in one of the processes."""
+    """`gda.train`, interrupted at a step in one of the processes."""
     plain = Trainer.training_step
 
     def training_step(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:

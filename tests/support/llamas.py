@@ -1,4 +1,4 @@
-"""Tiny Llama checkpoints on disk, with a tokenizer of their own and weights that hide no error."""
+"""Tiny Llama checkpoints with a tokenizer, and with weights in which no two rows are equal."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
-    """A config of two small layers; `changes` go over its fields."""
+    """A config of two small layers, updated with `changes`."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -87,7 +87,7 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 
 def llama_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A Llama of `llama_config(**changes)` whose rows, norms and biases are all different."""
+    """A Llama of `llama_config(**changes)` in which all rows, norms and biases differ."""
     model = make_asymmetric(LlamaForCausalLM(llama_config(**changes)), seed)
     return model.to(dtype)
 
@@ -101,7 +101,7 @@ def save_llama(
     tokenizer: bool = True,
     **changes: Any,
 ) -> Path:
-    """Save a tiny Llama in `folder` by transformers' own `save_pretrained`; with its tokenizer unless told not to."""
+    """Save a tiny Llama to `folder` with transformers' `save_pretrained`, by default with its tokenizer."""
     model = llama_model(dtype, seed, **changes)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, temperature=0.7, do_sample=True)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -111,7 +111,7 @@ def save_llama(
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a few merges, special tokens and a chat template: any text is in its vocabulary."""
+    """A byte-level BPE with a few merges, special tokens and a chat template, which encodes any text."""
     pieces = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
     bpe = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, list(MERGES)))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

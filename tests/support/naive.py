@@ -1,14 +1,14 @@
-"""Grouped differential attention, loop by loop: what the fast path is checked against.
+"""Grouped differential attention in plain loops: the reference for the fast implementation.
 
-Written from the equations. It reads weights by their names in a checkpoint and calls nothing of the model. With S
-signal heads, N noise heads and r = S / N, signal head i = 0 … S − 1 of one layer gives
+Written from the equations. It reads weights by their names in a checkpoint and calls no code of the model. With S
+signal heads, N noise heads and r = S / N, signal head i = 0 … S − 1 of a layer gives
 
-    out_i = A_i V_i − λ_i · A_noise(i) V_i        A = softmax(q kᵀ / √d), over the tokens that may be seen
+    out_i = A_i V_i − λ_i · A_noise(i) V_i        A = softmax(q kᵀ / √d) over the visible tokens
 
 and the layer's output is W_O · concat_i(norm(out_i)). Noise head i // r serves signal head i.
 
-In masked growth the output of every new part, a signal head, a neuron or a whole layer, is multiplied by m = `fade`.
-While λ is faded in, λ_i is (1 − m) · m · target + m · λ_i as its parameters give it.
+In masked growth, the output of every new signal head, neuron and layer is multiplied by m = `fade`. While λ is faded
+in, λ_i is (1 − m) · m · target + m · λ_i as computed from its parameters.
 """
 
 import math
@@ -39,7 +39,7 @@ def run(
     dtype: torch.dtype = torch.float64,
     rotation: tuple[Tensor, Tensor] | None = None,
 ) -> NaiveOutput:
-    """Logits and maps of token ids (B, T). `padding_mask` (B, T) is 0 where a token is padding, which nobody sees.
+    """Logits and maps of token ids (B, T). `padding_mask` (B, T) is 0 for padding, which no token sees.
 
     `rotation` are cosines and sines (T, head_dim) to use instead of those of plain RoPE.
     """
@@ -147,7 +147,7 @@ def projected_heads(x: Tensor, weights: State, config: GDAConfig, name: str) -> 
 
 
 def mask_of_head(config: GDAConfig, layer: int, signal_head: int) -> float:
-    """m for the last `masked_signal_heads` of those signal heads that read the same keys, values and noise."""
+    """m for the last `masked_signal_heads` of the signal heads that read the same keys, values and noise."""
     if config.masked_signal_heads is None or layer in (config.masked_layers or []):
         return 1.0
     num_signal = config.num_attention_heads - config.num_noise_heads
@@ -167,7 +167,7 @@ def attention_map(query: Tensor, key: Tensor, may_see: Tensor) -> Tensor:
 
 
 def lambda_of_head(x: Tensor, weights: State, config: GDAConfig, layer: int, signal_head: int) -> Tensor:
-    """λ of one signal head: (T, 1), one value a token; or (1, 1), the layer's, where it is reparameterized."""
+    """λ of one signal head: (T, 1), or (1, 1) for one λ per layer."""
     if config.lambda_type == "reparameterized":
         q1, k1, q2, k2 = (weights[f"self_attn.lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
         return ((q1 @ k1).exp() - (q2 @ k2).exp() + lambda_init(config, layer)).reshape(1, 1)
@@ -184,14 +184,14 @@ def faded(lambda_: Tensor, config: GDAConfig) -> Tensor:
 
 
 def lambda_init(config: GDAConfig, layer: int) -> float:
-    """λ_init of a layer counted from 0: given for all, given by layer, or 0.8 − 0.6 · exp(−0.3 · (layer + offset))."""
+    """λ_init of a layer, counted from 0: one value, a value per layer, or 0.8 − 0.6 · exp(−0.3 · (layer + offset))."""
     if config.lambda_init is None:
         return 0.8 - 0.6 * math.exp(-0.3 * (layer + config.lambda_init_offset))
     return config.lambda_init[layer] if isinstance(config.lambda_init, list) else config.lambda_init
 
 
 def visible(real: Tensor, window: int | None) -> Tensor:
-    """(T, T): whether token t may see token s. Every token sees itself, so that rows of padding are defined."""
+    """(T, T): whether token t sees token s. Every token sees itself, so that rows of padding are defined."""
     is_real = real.tolist()
     tokens = range(len(is_real))
     reach = len(is_real) if window is None else window
@@ -249,6 +249,6 @@ def heads(x: Tensor, width: int) -> list[Tensor]:
 
 
 def linear(x: Tensor, weights: State, name: str) -> Tensor:
-    """W x + b; without b where the checkpoint has none."""
+    """W x + b, or W x if the checkpoint has no bias."""
     product = x @ weights[f"{name}.weight"].T
     return product + weights[f"{name}.bias"] if f"{name}.bias" in weights else product

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of models that are differential already: Motif and DiffLlama, as their own code saves them."""
+"""Tiny checkpoints of differential models, Motif and DiffLlama, as their own code saves them."""
 
 import json
 import math
@@ -43,12 +43,12 @@ MOTIF_CONFIG: dict[str, Any] = {
 
 
 def motif_config(**changes: Any) -> dict[str, Any]:
-    """The config.json of a tiny Motif-2, 4:1; `changes` go over its fields, and a value of `...` removes one."""
+    """The config.json of a tiny Motif-2, 4:1, updated with `changes`; a value of `...` removes a field."""
     return {name: value for name, value in (MOTIF_CONFIG | changes).items() if value is not ...}
 
 
 def motif_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Motif's tensors, written down from its config as its code makes them."""
+    """Names and shapes of a Motif's tensors, derived from its config as in its code."""
     hidden, inner = fields["hidden_size"], fields["intermediate_size"]
     heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     width = fields.get("head_dim") or hidden // heads
@@ -83,7 +83,7 @@ def motif_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def random_state(
     shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random weights in which no two rows are alike: each row has a scale of its own, and each λ a moderate value."""
+    """Random weights in which no two rows are equal: each row has its own scale, and each λ a moderate value."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():
@@ -101,7 +101,7 @@ def random_state(
 
 
 def save_motif(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny Motif into `folder`: its config.json, and weights in one file."""
+    """Write a tiny Motif to `folder`: config.json, and weights in one file."""
     fields = motif_config(torch_dtype=str(dtype).removeprefix("torch."), **changes)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
@@ -112,7 +112,7 @@ def save_motif(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 
 def save_diffllama(
     folder: Path, *, dtype: torch.dtype = torch.float32, tokenizer: bool = False, seed: int = 0, **changes: Any
 ) -> Path:
-    """Save a tiny DiffLlama in `folder` by transformers; each layer has a λ of its own, none of them 0."""
+    """Save a tiny DiffLlama to `folder` with transformers; each layer has its own non-zero λ."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,

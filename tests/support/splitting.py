@@ -1,4 +1,4 @@
-"""Splits of tiny models: short texts, few training steps, and helpers that check the report and the result."""
+"""Splits of tiny models: short texts, few training steps, and helpers for checking report and result."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +49,7 @@ def windows_of(source: Path, text: Path, tokens: int = TOKENS) -> tuple[Tensor, 
 
 
 def order_of(layer: Any, noise_heads: int) -> list[int]:
-    """Indices of the source's heads in the order of the result's rows, from the report on a layer."""
+    """Indices of the source's heads in the order of the result's rows, from the report of a layer."""
     signal = torch.tensor(layer.signal_heads).view(noise_heads, -1)
     return torch.cat([signal, torch.tensor(layer.noise_heads).unsqueeze(1)], dim=1).flatten().tolist()
 

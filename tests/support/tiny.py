@@ -1,4 +1,4 @@
-"""Tiny models whose weights hide no error: no two rows are alike, no norm is 1, no bias is 0, every λ matters."""
+"""Tiny models with asymmetric weights: no two rows are equal, no norm is 1, no bias is 0, and every λ matters."""
 
 import math
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ LAMBDA_NAMES = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
 def tiny_config(**changes: Any) -> GDAConfig:
-    """A config of two small layers, 3:1 over two KV heads; `changes` go over its fields."""
+    """A config of two small layers, 3:1 over two KV heads, updated with `changes`."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 24,
@@ -44,7 +44,7 @@ def tiny_model(
 
 @torch.no_grad()
 def make_asymmetric(model: Model, seed: int = 0) -> Model:
-    """Fill any model so that exchanging two rows, columns, heads, layers or norms anywhere moves its outputs."""
+    """Fill a model so that exchanging any two rows, columns, heads, layers or norms changes its outputs."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if not any(lambda_name in name for lambda_name in LAMBDA_NAMES):
@@ -68,7 +68,7 @@ def _asymmetric(name: str, parameter: Tensor, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def set_lambda(attention: Any, value: float, generator: torch.Generator) -> None:
-    """Give the four λ vectors of a layer values of which no two are alike, such that λ is `value`."""
+    """Set the four λ vectors of a layer to different values that give λ = `value`."""
     negative = 0.2
     positive = math.log(value - attention.lambda_init + math.exp(negative))
     for index, product in (("1", positive), ("2", negative)):
