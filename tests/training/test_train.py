@@ -1,4 +1,4 @@
-"""`gda train`: the loss falls, frozen weights keep their bits, runs resume, and bad input is reported in one line."""
+"""`gda train`: the loss falls, frozen weights do not change, runs resume, and bad input is reported in one line."""
 
 import dataclasses
 import errno
@@ -70,8 +70,8 @@ def loss_of(folder: Path) -> float:
 # --------------------------------------------------------------------------------------------------------- all of it
 
 
-def test_the_loss_falls_and_out_is_a_model(models: Path, tmp_path: Path) -> None:
-    """The loss falls in the report and for the saved model; OUT has the files of the source, and the same config."""
+def test_loss_falls_and_out_is_a_model(models: Path, tmp_path: Path) -> None:
+    """In the report and for the saved model. OUT has the files of the source, and the same config."""
     report = train(models, "gda", tmp_path / "out", steps=20, save_every=20)
     assert report.steps == 20
     assert report.tokens == 20 * 4 * 32
@@ -89,8 +89,7 @@ def test_the_loss_falls_and_out_is_a_model(models: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_seed_makes_the_same_bytes(models: Path, tmp_path: Path) -> None:
-    """Another seed makes other bytes."""
+def test_seed_determines_the_bytes(models: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(models, "gda", tmp_path / name, seed=seed)
     a, b = (
@@ -100,8 +99,10 @@ def test_a_seed_makes_the_same_bytes(models: Path, tmp_path: Path) -> None:
     assert differing(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "c"))
 
 
-def test_once_through_the_data_by_default(models: Path, tmp_path: Path) -> None:
-    """Every sequence is read once, the last batch is the rest, and tokens that do not fill a sequence are not read."""
+def test_one_epoch_by_default(models: Path, tmp_path: Path) -> None:
+    """Every sequence is read once, the last batch may be smaller, and tokens that do not fill a sequence are not
+    read.
+    """
     ids = byte_tokenizer()(TEXT).input_ids
     report = train(models, "gda", tmp_path / "out", steps=None, batch_size=7, context=None)
     sequences = len(ids) // 128  # the model's max_position_embeddings
@@ -111,7 +112,7 @@ def test_once_through_the_data_by_default(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_bfloat16(models: Path, tmp_path: Path) -> None:
-    """Data types are kept, with λ in float32; steps below bfloat16's resolution add up in float32."""
+    """Data types are kept, with λ in float32. Steps below bfloat16's resolution add up in float32."""
     gda.convert(models / "llama", tmp_path / "gda", dtype="bfloat16", verify=False)
     train(tmp_path, "gda", tmp_path / "out", data=models / "text.txt", steps=20, learning_rate=1e-3)
     before, after = tensors_of(tmp_path / "gda"), tensors_of(tmp_path / "out")
@@ -126,8 +127,8 @@ def test_bfloat16(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_the_code(models: Path, tmp_path: Path, command: Command) -> None:
-    """--no-bundle-code: no Python file, no auto_map, the same weights."""
+def test_no_bundle_code(models: Path, tmp_path: Path, command: Command) -> None:
+    """No Python file, no auto_map, and the same weights."""
     assert command("train", models / "gda", tmp_path / "with", "--data", models / "text.txt", *OPTIONS).code == 0
     train(models, "gda", tmp_path / "without", bundle_code=False)
     assert list((tmp_path / "with").glob("*.py"))
@@ -140,7 +141,7 @@ def test_without_the_code(models: Path, tmp_path: Path, command: Command) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_only_what_is_new_learns(dtype: str, models: Path, tmp_path: Path) -> None:
+def test_train_new(dtype: str, models: Path, tmp_path: Path) -> None:
     """Old weights keep every bit, also beside new ones in one parameter; every new parameter changes."""
     gda.grow(models / "gda", tmp_path / "grown", signal=2, depth=3, dtype=dtype, verify=False)
     report = train(tmp_path, "grown", tmp_path / "out", data=models / "text.txt", train="new")
@@ -160,7 +161,7 @@ def test_only_what_is_new_learns(dtype: str, models: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / "trainable.json").read_bytes() == (tmp_path / "grown" / "trainable.json").read_bytes()
 
 
-def test_only_new_goes_on_from_its_result(models: Path, tmp_path: Path) -> None:
+def test_train_new_continues_from_its_result(models: Path, tmp_path: Path) -> None:
     """trainable.json is in OUT too, so a second run freezes the same weights."""
     train(models, "grown", tmp_path / "first", train="new")
     train(tmp_path, "first", tmp_path / "second", data=models / "text.txt", train="new")
@@ -170,8 +171,8 @@ def test_only_new_goes_on_from_its_result(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("learner", ["new", "all"])
-def test_masked_growth_ends_without_masks(learner: str, models: Path, tmp_path: Path, command: Command) -> None:
-    """The mask rises to 1 over the steps, as a note says, and OUT is a plain model."""
+def test_masked_growth_ends_as_an_ordinary_model(learner: str, models: Path, tmp_path: Path, command: Command) -> None:
+    """The fade rises to 1 over the steps, as a note says."""
     assert json.loads((models / "masked" / "config.json").read_text())["fade"] == 0
     outcome = command(
         *("train", models / "masked", tmp_path / "out", "--data", models / "text.txt", *OPTIONS),
@@ -190,7 +191,7 @@ def test_masked_growth_ends_without_masks(learner: str, models: Path, tmp_path: 
 # -------------------------------------------------------------------------------------------------------- the command
 
 
-def test_what_the_command_tells(models: Path, tmp_path: Path, command: Command) -> None:
+def test_output_of_the_command(models: Path, tmp_path: Path, command: Command) -> None:
     """Steps, tokens, losses and parameters; no progress bar without a terminal; --json prints the report."""
     arguments = ("--data", models / "text.txt", *OPTIONS, "--train", "new")
     outcome = command("train", models / "grown", tmp_path / "out", *arguments)
@@ -228,7 +229,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
 
 @pytest.mark.parametrize(("options", "said"), BAD.values(), ids=BAD)
 def test_bad_options(options: tuple[object, ...], said: str, models: Path, tmp_path: Path, command: Command) -> None:
-    """One line, exit 2, no OUT."""
+    """One line, exit code 2, and no OUT."""
     refused(command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options), said, tmp_path)
 
 
@@ -261,7 +262,7 @@ def test_bad_data(name: str, content: bytes | None, said: str, models: Path, tmp
 
 
 def test_bad_models_and_places(models: Path, tmp_path: Path, command: Command) -> None:
-    """No folder, a Llama, no tokenizer, a missing tensor, an existing OUT."""
+    """A missing folder, a Llama, no tokenizer, a missing tensor, an existing OUT."""
 
     def run(model: Path, out: Path = tmp_path / "out", data: Path = models / "text.txt") -> Any:
         return command("train", model, out, "--data", data, *OPTIONS)
@@ -285,16 +286,15 @@ def test_bad_models_and_places(models: Path, tmp_path: Path, command: Command) -
     refused(run(broken), "is not a valid configuration", tmp_path)
 
 
-def test_nothing_tells_what_is_new(models: Path, tmp_path: Path, command: Command) -> None:
-    """--train new of a model without trainable.json."""
+def test_train_new_without_trainable_json(models: Path, tmp_path: Path, command: Command) -> None:
     gda.convert(models / "llama", tmp_path / "bare", verify=False)
     (tmp_path / "bare" / "trainable.json").unlink()
     arguments = ("train", tmp_path / "bare", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
     refused(command(*arguments, "--train", "new"), "trainable.json is missing", tmp_path)
 
 
-def test_annealing_goes_on(models: Path, tmp_path: Path) -> None:
-    """A model in the middle of annealing becomes a plain one without further options, and a note says so."""
+def test_fading_continues(models: Path, tmp_path: Path) -> None:
+    """A partly faded model becomes an ordinary one without further options, and a note says so."""
     on_the_way = tmp_path / "on-the-way"
     shutil.copytree(models / "gda", on_the_way)
     change_config(on_the_way, fade=0.5, lambda_target=0.2)
@@ -304,8 +304,8 @@ def test_annealing_goes_on(models: Path, tmp_path: Path) -> None:
     assert (written["fade"], written["lambda_target"]) == (None, None)
 
 
-def test_another_target_than_the_model_is_on_its_way_over(models: Path, tmp_path: Path, command: Command) -> None:
-    """The error names the option, and --dry-run reports it too."""
+def test_other_lambda_target_is_refused(models: Path, tmp_path: Path, command: Command) -> None:
+    """The error names the option, with --dry-run too."""
     shutil.copytree(models / "gda", tmp_path / "on-the-way")
     change_config(tmp_path / "on-the-way", fade=0.5, lambda_target=0.2)
     arguments = ("train", tmp_path / "on-the-way", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
@@ -315,32 +315,30 @@ def test_another_target_than_the_model_is_on_its_way_over(models: Path, tmp_path
     assert command(*arguments, *options, 0.2, "--dry-run").code == 0
 
 
-def test_a_model_is_refused_before_its_data_is_tokenized(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokenizing can take hours, which a bad teacher must not cost."""
+def test_models_are_checked_before_tokenizing(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizing can take hours."""
     monkeypatch.setattr("gda.training.plan.open_sequences", lambda *_, **__: pytest.fail("the data was read"))
     with pytest.raises(ValueError, match="--teacher"):
         train(models, "grown", tmp_path / "out", teacher=models / "llama", hidden_weight=0.1)
 
 
 def test_paths_and_none_in_python(models: Path, tmp_path: Path) -> None:
-    """A teacher may be a Path, and None means no value, as for other options."""
+    """A teacher may be a Path, and None means no value."""
     report = train(models, "gda", tmp_path / "out", steps=1, teacher=models / "llama", eval_data=None, report_to=None)
     assert report.first_eval_loss is None
     told = json.loads((tmp_path / "out" / "training.json").read_text())
     assert told["settings"]["teacher"] == str(models / "llama")
 
 
-def test_a_dry_run_counts_what_a_run_reads(models: Path, tmp_path: Path) -> None:
-    """Also if an epoch ends in the middle of a step, and the run in the middle of an epoch."""
+def test_dry_run_counts_what_a_run_reads(models: Path, tmp_path: Path) -> None:
+    """Also if an epoch ends within a step, and the run within an epoch."""
     options = {"steps": None, "epochs": 1.5, "accumulation": 5}
     dry, run = (train(models, "gda", tmp_path / "out", dry_run=dry, **options) for dry in (True, False))
     assert (dry.steps, dry.tokens) == (run.steps, run.tokens)
 
 
-def test_a_vocabulary_of_another_size(models: Path, tmp_path: Path, command: Command) -> None:
-    """config.json and the weights differ: the error names the tensor."""
+def test_vocabulary_size_mismatch(models: Path, tmp_path: Path, command: Command) -> None:
+    """Between config.json and the weights: the error names the tensor."""
     shutil.copytree(models / "gda", tmp_path / "gda")
     change_config(tmp_path / "gda", vocab_size=250)
     outcome = command("train", tmp_path / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
@@ -348,14 +346,14 @@ def test_a_vocabulary_of_another_size(models: Path, tmp_path: Path, command: Com
     assert "weight" in outcome.error
 
 
-def test_lora_warns_of_nothing(models: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """There are no FutureWarnings from PEFT either."""
+def test_lora_gives_no_warnings(models: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """No FutureWarnings from PEFT either."""
     train(models, "gda", tmp_path / "out", steps=1, train="lora", lora_rank=2)
     assert [str(each.message) for each in recwarn if each.category is FutureWarning] == []
 
 
-def test_a_report_is_json_whatever_was_measured(tmp_path: Path) -> None:
-    """No NaN and no Infinity, which JSON does not have."""
+def test_report_is_valid_json(tmp_path: Path) -> None:
+    """Without NaN and Infinity."""
     report = TrainReport(
         tmp_path, 1, 2, None, 3, 3, first_loss=math.inf, first_eval_loss=800.0, last_eval_loss=math.nan
     )
@@ -366,14 +364,14 @@ def test_a_report_is_json_whatever_was_measured(tmp_path: Path) -> None:
     assert told["first_eval_loss"] == 800.0
 
 
-def test_a_learning_rate_that_is_far_too_high(models: Path, tmp_path: Path, command: Command) -> None:
-    """The loss is finite at first and then not: exit 1, no OUT."""
+def test_learning_rate_that_is_too_high(models: Path, tmp_path: Path, command: Command) -> None:
+    """The loss becomes infinite or NaN: exit code 1 and no OUT."""
     arguments = ("--data", models / "text.txt", "--steps", 8, "--context", 32, "--learning-rate", 1e38)
     refused(command("train", models / "gda", tmp_path / "out", *arguments), "lower --learning-rate", tmp_path, code=1)
 
 
-def test_no_memory(models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's error for too little GPU memory becomes one line with the remedy."""
+def test_out_of_memory(models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's error becomes one line with the remedy."""
 
     def raises(self: Trainer, *args: Any, **kwargs: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
@@ -438,7 +436,7 @@ def history(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "options"), RUNS.values(), ids=RUNS)
-def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(
+def test_resumed_run_equals_an_uninterrupted_one(
     model: str,
     options: dict[str, Any],
     models: Path,
@@ -464,7 +462,7 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_the_same_sequences_in_the_same_order(
+def test_resumed_run_reads_the_same_sequences(
     models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over three epochs, stopped in the second: no sequence is repeated or skipped."""
@@ -504,7 +502,7 @@ def test_ctrl_c(
     interrupt: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Exit 130 and one line that names --resume; --overwrite replaces OUT only when the run is finished."""
+    """Exit code 130 and one line that names --resume; --overwrite replaces OUT only when the run is finished."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     arguments = ("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS, "--overwrite")
@@ -521,8 +519,8 @@ def test_ctrl_c(
     assert not (tmp_path / "out" / "mine").exists()
 
 
-def test_ctrl_c_twice_is_at_once(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
-    """There is no checkpoint of that step; an earlier one is kept, and without one nothing is."""
+def test_second_ctrl_c_stops_at_once(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+    """Without a checkpoint of that step; an earlier one is kept."""
     interrupt(4, times=2)
     with pytest.raises(KeyboardInterrupt):
         short(models, "gda", tmp_path / "out")
@@ -533,8 +531,8 @@ def test_ctrl_c_twice_is_at_once(models: Path, tmp_path: Path, interrupt: Callab
     assert os.listdir(tmp_path) == [".out.partial"]
 
 
-def test_another_teacher(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
-    """A teacher that has changed since would lead to other weights and is refused."""
+def test_changed_teacher_is_refused(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+    """It would lead to other weights."""
     shutil.copytree(models / "llama", tmp_path / "teacher")
     interrupt(2)
     with pytest.raises(KeyboardInterrupt):
@@ -546,7 +544,7 @@ def test_another_teacher(models: Path, tmp_path: Path, interrupt: Callable[..., 
 
 @pytest.mark.slow
 def test_killed_at_a_step(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
-    """SIGKILL in step 4: the run resumes from step 2 and ends in the weights of an uninterrupted one."""
+    """After SIGKILL in step 4, the run resumes from step 2 and gives the weights of an uninterrupted one."""
     short(models, "gda", tmp_path / "whole")
 
     def killed() -> None:
@@ -561,7 +559,7 @@ def test_killed_at_a_step(models: Path, tmp_path: Path, interrupt: Callable[...,
 
 @pytest.mark.slow
 def test_killed_at_any_moment(models: Path, tmp_path: Path) -> None:
-    """Killed between any two changes of the disk, a run never resumes from an incomplete checkpoint."""
+    """Killed between any two changes of the file system, a run never resumes from an incomplete checkpoint."""
     expected = short(models, "gda", tmp_path / "whole") and tensors_of(tmp_path / "whole")
     place, resumed = tmp_path / "place", set()
     for moment in range(1, 1000, 11):
@@ -580,8 +578,10 @@ def test_killed_at_any_moment(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torn_checkpoints_are_recognised(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
-    """With a short or missing file, or without checkpoint.json, the one before is used and the damaged one removed."""
+def test_incomplete_checkpoints_are_not_used(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+    """With a short or missing file, or without checkpoint.json, the previous one is used, and the damaged one is
+    removed.
+    """
     partial = tmp_path / ".out.partial"
     interrupt(5, times=2)
     with pytest.raises(KeyboardInterrupt):
@@ -603,7 +603,7 @@ def test_torn_checkpoints_are_recognised(models: Path, tmp_path: Path, interrupt
 def test_only_the_same_run_is_resumed(
     models: Path, tmp_path: Path, command: Command, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error names the setting or file that differs; without --resume an unfinished run is not lost by mistake."""
+    """The error names the setting or file that differs; without --resume, an unfinished run is not overwritten."""
     (tmp_path / "text.txt").write_text(TEXT)
     gda.convert(models / "llama", tmp_path / "gda", verify=False)
     arguments = ("train", tmp_path / "gda", tmp_path / "out", "--data", tmp_path / "text.txt", *OPTIONS)
@@ -630,10 +630,10 @@ def test_only_the_same_run_is_resumed(
     assert command(*arguments, "--overwrite").code == 0
 
 
-def test_a_dry_run_tells_of_what_is_in_the_way(
+def test_dry_run_notes_obstacles(
     models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unfinished run and a full disk are noted; neither ends the dry run, and nothing changes on disk."""
+    """An unfinished run and a full disk are noted, and nothing changes on disk."""
     quiet = short(models, "gda", tmp_path / "new" / "out", dry_run=True).notes
     interrupt(3)
     with pytest.raises(KeyboardInterrupt):
@@ -647,8 +647,8 @@ def test_a_dry_run_tells_of_what_is_in_the_way(
     assert files_of(tmp_path) == before
 
 
-def test_a_report_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is null in JSON, which has no infinity, and printed as not finite."""
+def test_report_with_nonfinite_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are null in JSON and printed as not finite."""
     from gda.commands.train import print_report
 
     numbers = {"steps": 1, "tokens": 8, "data_tokens": 8, "num_parameters": 3, "num_trained": 3}
@@ -658,13 +658,13 @@ def test_a_report_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["last_perplexity"] is None
 
 
-def test_resume_begins_where_nothing_was_begun(models: Path, tmp_path: Path) -> None:
+def test_resume_without_an_earlier_run_starts_one(models: Path, tmp_path: Path) -> None:
     """So that a job can always pass --resume."""
     assert short(models, "gda", tmp_path / "out", resume=True).resumed_from is None
 
 
-def test_killed_before_the_renaming(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished folder is only renamed by --resume; nothing is trained again."""
+def test_killed_before_out_is_renamed(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--resume only renames the finished folder."""
     from gda.common.files import StagedFolder
 
     with monkeypatch.context() as patch:
@@ -676,8 +676,8 @@ def test_killed_before_the_renaming(models: Path, tmp_path: Path, monkeypatch: p
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_checkpoint_is_a_model(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
-    """It can be trained, and the result has the model's data types, but not into the folder that contains it."""
+def test_checkpoint_is_a_model(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+    """It can be trained, and the result has the model's data types; OUT must not be the folder that contains it."""
     gda.convert(models / "llama", tmp_path / "gda", dtype="bfloat16", verify=False)
     interrupt(3)
     with pytest.raises(KeyboardInterrupt):
@@ -720,10 +720,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
         ("weight", 4, "model.norm.weight is not finite after step 4"),
     ],
 )
-def test_what_is_not_finite_ends_a_run(
+def test_nonfinite_values_end_the_run(
     what: str, step: int, said: str, models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit 1 and one line that says what, where, and names the last good checkpoint, which can be trained again."""
+    """Exit code 1, and one line with value, step and the last good checkpoint, which can be trained further."""
     spoil(monkeypatch, step, what)
     options = [str(each) for name, value in SHORT.items() for each in (f"--{name.replace('_', '-')}", value)]
     outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options, "--keep", 2)
@@ -739,8 +739,8 @@ def test_what_is_not_finite_ends_a_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 2])
-def test_a_full_disk(after: int, models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
-    """The kernel refuses larger files, as a quota would: one line of error; the last complete checkpoint is kept."""
+def test_full_disk(after: int, models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+    """The kernel refuses larger files: one line, and the last complete checkpoint is kept."""
     options: dict[str, Any] = {"save_every": 2}
     if after:
         interrupt(3, times=2)
@@ -785,8 +785,8 @@ def test_schedules(options: dict[str, Any], rates: list[float], models: Path, tm
 
 
 @pytest.mark.slow
-def test_measured_on_other_text(models: Path, tmp_path: Path, command: Command) -> None:
-    """Before, during and after training: the same losses as those of the models on disk."""
+def test_eval_data(models: Path, tmp_path: Path, command: Command) -> None:
+    """Losses before, during and after training equal those of the models on disk."""
     arguments = ("--data", models / "text.txt", "--eval-data", models / "text.txt", *OPTIONS, "--eval-every", 3)
     outcome = command("train", models / "gda", tmp_path / "out", *arguments)
     report = train(models, "gda", tmp_path / "again", eval_data=models / "text.txt", eval_every=3)
@@ -799,8 +799,8 @@ def test_measured_on_other_text(models: Path, tmp_path: Path, command: Command) 
 
 
 @pytest.mark.slow
-def test_bfloat16_is_for_multiplying(models: Path, tmp_path: Path) -> None:
-    """The losses differ a little; auto is float32 on a CPU."""
+def test_precision(models: Path, tmp_path: Path) -> None:
+    """bfloat16 changes the losses slightly; auto is float32 on a CPU."""
     gda.convert(models / "llama", tmp_path / "narrow", dtype="bfloat16", verify=False)
     options = SHORT | {"data": models / "text.txt", "steps": 2}
     losses = {
@@ -822,8 +822,8 @@ def test_gradient_checkpointing(models: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- the command line
 
 
-def test_a_dry_run_writes_nothing(models: Path, tmp_path: Path, command: Command) -> None:
-    """--dry-run counts as a run does, and finds bad input."""
+def test_dry_run_writes_nothing(models: Path, tmp_path: Path, command: Command) -> None:
+    """It counts like a run, and reports bad input."""
     arguments = ("train", models / "grown", tmp_path / "out", "--data", models / "text.txt", "--context", 32)
     told = command(*arguments, "--train", "new", "--epochs", 2, "--dry-run", "--json")
     assert (told.code, os.listdir(tmp_path)) == (0, [])
@@ -840,8 +840,8 @@ def test_a_dry_run_writes_nothing(models: Path, tmp_path: Path, command: Command
     )
 
 
-def test_every_option_is_in_a_panel_of_the_help(command: Command) -> None:
-    """With its default: as a value, or in words where there is none."""
+def test_help_has_every_option_in_a_panel(command: Command) -> None:
+    """With its default as a value or in words."""
     shown = " ".join(command("train", "--help").out.replace("│", " ").split())
     for each in dataclasses.fields(TrainOptions):
         if each.metadata["positional"]:
@@ -853,8 +853,8 @@ def test_every_option_is_in_a_panel_of_the_help(command: Command) -> None:
             assert "Default: " in each.metadata["help"], each.name
 
 
-def test_what_is_missing(models: Path, tmp_path: Path, command: Command) -> None:
-    """OUT, data, a package of a reporter, a repository."""
+def test_missing_arguments_and_packages(models: Path, tmp_path: Path, command: Command) -> None:
+    """OUT, data, a reporter's package, a repository."""
     refused(command("train", models / "gda"), "OUT is missing", tmp_path)
     refused(command("train", models / "gda", tmp_path / "out"), "--data is missing", tmp_path)
     arguments = ("train", models / "gda", tmp_path / "out", "--data", models / "text.txt")
@@ -867,8 +867,8 @@ def test_what_is_missing(models: Path, tmp_path: Path, command: Command) -> None
 
 
 @pytest.mark.slow
-def test_from_the_hub_and_to_it(models: Path, tmp_path: Path, hub: Any, command: Command) -> None:
-    """MODEL may be a Hub id; --push-to-hub makes a private repository of OUT."""
+def test_from_and_to_the_hub(models: Path, tmp_path: Path, hub: Any, command: Command) -> None:
+    """MODEL may be a Hub id; --push-to-hub creates a private repository with OUT."""
     gda.push(models / "gda", "me/gda")
     outcome = command(
         *("train", "me/gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS),

@@ -1,4 +1,4 @@
-"""λ that is annealed: the equations, files, compilation, and the callback that raises it under a Trainer."""
+"""Fading λ in: the equations, files, compilation, and the callback under a Trainer."""
 
 import copy
 import json
@@ -50,8 +50,8 @@ def logits(model: Any, ids: Tensor | None = None) -> Tensor:
 @each_layout
 @each_lambda_type
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_on_the_way_it_is_the_equation(layout: str, lambda_type: str, attention: str) -> None:
-    """At any value logits, and maps, are those of the loops; at 0 nothing is subtracted."""
+def test_fade_in_between_matches_the_equations(layout: str, lambda_type: str, attention: str) -> None:
+    """Logits and maps equal the loops; at 0 nothing is subtracted."""
     model = model_of(layout, lambda_type=lambda_type, **EXTRAS)
     model.set_attn_implementation(attention)
     ids = token_ids(2, 7)
@@ -72,8 +72,8 @@ def test_on_the_way_it_is_the_equation(layout: str, lambda_type: str, attention:
 
 @each_layout
 @each_lambda_type
-def test_at_1_it_is_the_plain_model_bit_for_bit(layout: str, lambda_type: str, tmp_path: Path) -> None:
-    """And a saved model says nothing of it."""
+def test_fade_1_equals_the_ordinary_model(layout: str, lambda_type: str, tmp_path: Path) -> None:
+    """Bit for bit, and its saved config has no fade."""
     plain = model_of(layout, lambda_type=lambda_type)
     model = copy.deepcopy(plain)
     model.set_fade(0.3, lambda_target=TARGET)
@@ -87,8 +87,8 @@ def test_at_1_it_is_the_plain_model_bit_for_bit(layout: str, lambda_type: str, t
 
 
 @each_lambda_type
-def test_lambda_learns_from_the_first_step_on(lambda_type: str) -> None:
-    """Its gradient is a times what it is without; at 0 it has none."""
+def test_gradient_of_lambda_is_scaled_by_the_fade(lambda_type: str) -> None:
+    """At 0 it has none."""
     ids = token_ids(2, 9)
     for value in (0.0, 0.01):
         model = model_of(lambda_type=lambda_type)
@@ -99,8 +99,8 @@ def test_lambda_learns_from_the_first_step_on(lambda_type: str) -> None:
 
 
 @each_layout
-def test_it_is_saved_and_read(layout: str, tmp_path: Path) -> None:
-    """config.json has both fields with their digits, the weights nothing; in narrow dtypes as well."""
+def test_fade_is_saved_and_loaded(layout: str, tmp_path: Path) -> None:
+    """config.json has both fields with all digits, in narrow dtypes too; the weights do not depend on them."""
     model = model_of(layout)
     model.set_fade(1 / 3, lambda_target=TARGET)
     model.save_pretrained(tmp_path)
@@ -120,8 +120,8 @@ def test_it_is_saved_and_read(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_code_in_the_folder_anneals_too(tmp_path: Path) -> None:
-    """Where the package is absent, the files beside the weights begin, go on and save."""
+def test_bundled_code_fades(tmp_path: Path) -> None:
+    """Without the package, the saved code starts, continues and saves the fade."""
     model = model_of(lambda_type="tanh")
     model.set_fade(0.25, lambda_target=TARGET)
     model.save_pretrained(tmp_path / "model")
@@ -140,8 +140,8 @@ def test_code_in_the_folder_anneals_too(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["fade"] == 0.75
 
 
-def test_a_classifier_and_copies_follow() -> None:
-    """The body of a classifier has a config of its own; a deep copy has a value of its own."""
+def test_set_fade_on_classifiers_and_copies() -> None:
+    """The body of a classifier has its own config, and a deep copy its own fade."""
     model = make_asymmetric(GDAForSequenceClassification(tiny_config(num_labels=3, pad_token_id=0)))
     model.set_fade(0.25, lambda_target=TARGET)
     assert model.config.fade == model.model.config.fade == 0.25
@@ -151,8 +151,8 @@ def test_a_classifier_and_copies_follow() -> None:
     assert not torch.equal(other(token_ids(1, 5)).logits, model(token_ids(1, 5)).logits)
 
 
-def test_what_cannot_be_is_refused() -> None:
-    """A value beyond, no target, a target that is no number."""
+def test_invalid_values_are_refused() -> None:
+    """A fade beyond 1, no target, and a target that is not a number."""
     model = model_of()
     with pytest.raises(ValueError, match="pass lambda_target"):
         model.set_fade(0.5)
@@ -167,8 +167,8 @@ def test_what_cannot_be_is_refused() -> None:
 @pytest.mark.slow
 @each_layout
 @pytest.mark.parametrize("train", [False, True])
-def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
-    """One graph, whole, serves every value; without the fields there is nothing of it in the graph."""
+def test_compiled_model_serves_every_fade(layout: str, train: bool) -> None:
+    """With one graph; without the fields, the graph has no trace of it."""
     torch._dynamo.reset()
     graphs = []
 
@@ -198,7 +198,7 @@ def test_a_compiled_model_is_compiled_once(layout: str, train: bool) -> None:
 
 
 def test_inspect_verify_and_export(tmp_path: Path) -> None:
-    """It is told of; two of different values do not verify as the same; no other format holds it."""
+    """inspect shows the fade, models with different fades fail verification, and export refuses them."""
     model = model_of(lambda_init=0.0)
     model.save_pretrained(tmp_path / "plain")
     model.set_fade(0.5, lambda_target=TARGET)
@@ -222,8 +222,8 @@ def recorder(num_steps: int = 4, lambda_target: float = TARGET) -> Recorder:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_the_callback_raises_it_by_optimizer_steps(accumulated: int, tmp_path: Path) -> None:
-    """From 0, in a straight line to 1; evaluation sees the value of its step; the saved model is plain."""
+def test_callback_raises_the_fade_linearly(accumulated: int, tmp_path: Path) -> None:
+    """From 0 to 1; evaluation uses the fade of its step, and the saved model is ordinary."""
     model = model_of()
     callback = recorder()
     trainer = Trainer(
@@ -246,7 +246,7 @@ def test_the_callback_raises_it_by_optimizer_steps(accumulated: int, tmp_path: P
 @pytest.mark.parametrize("read", ["made anew", "read from the checkpoint"])
 @pytest.mark.parametrize("restored", [False, True])
 def test_resuming_keeps_the_schedule(stop: int, read: str, restored: bool, tmp_path: Path) -> None:
-    """The rest of the values, and the weights, are those of an uninterrupted run; on the way it is in config.json."""
+    """Fades and weights equal those of an uninterrupted run, and config.json has the fade in between."""
     whole = model_of()
     wanted = recorder()
     Trainer(whole, arguments(tmp_path / "whole"), train_dataset=DATA, callbacks=[wanted]).train()
@@ -270,8 +270,8 @@ def test_resuming_keeps_the_schedule(stop: int, read: str, restored: bool, tmp_p
         assert first.seen + callback.seen == pytest.approx(wanted.seen)
 
 
-def test_a_model_left_on_the_way_goes_on(tmp_path: Path) -> None:
-    """Another training takes it from where it is to 1."""
+def test_partly_faded_model_continues(tmp_path: Path) -> None:
+    """Another training continues from its fade to 1."""
     model = model_of()
     model.set_fade(0.5, lambda_target=TARGET)
     callback = recorder()
@@ -279,16 +279,15 @@ def test_a_model_left_on_the_way_goes_on(tmp_path: Path) -> None:
     assert callback.seen == pytest.approx([0.625, 0.75, 0.875, 1])
 
 
-def test_an_adapter_of_peft_is_raised_through(tmp_path: Path) -> None:
-    """LoRA around the model hands the call on."""
+def test_callback_with_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(model_of(), peft.LoraConfig(r=2, target_modules=["o_proj"]))
     Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[recorder()]).train()
     assert model.config.fade == 0.5
 
 
-def test_the_callback_refuses_what_it_cannot_do(tmp_path: Path) -> None:
-    """No steps, no number, and a schedule that is another than that of the model or of the checkpoint."""
+def test_callback_refuses_bad_input(tmp_path: Path) -> None:
+    """No steps, an invalid target, and a schedule that differs from the model's or the checkpoint's."""
     with pytest.raises(ValueError, match="num_steps of at least 1, not 0"):
         FadeCallback(0, 0.1)
     with pytest.raises(ValueError, match="finite, not nan"):

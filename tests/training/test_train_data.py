@@ -1,4 +1,4 @@
-"""Training text: the sequences that it is packed into, equal at every start, and the input that is refused."""
+"""Training text: the sequences that it is packed into, the same at every start, and input that is refused."""
 
 import csv
 import itertools
@@ -47,13 +47,13 @@ def opened(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., 
 
 
 def joined(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The sequences that documents fill, in the plainest way."""
+    """The sequences of some documents, computed in the simplest way."""
     ids = [id for text in texts for id in [*tokenizer(text, add_special_tokens=False).input_ids, EOS]]
     return [ids[start : start + CONTEXT] for start in range(0, len(ids) - CONTEXT + 1, CONTEXT)]
 
 
 def ids_of(sequences: Sequences, count: int | None = None) -> list[list[int]]:
-    """All sequences, or the first `count`: a stream has no end."""
+    """All sequences, or the first `count`, because a stream has no end."""
     assert count is not None or sequences.count is not None
     return [row["input_ids"].tolist() for row in itertools.islice(sequences.rows, count)]
 
@@ -74,7 +74,7 @@ def write_parquet(path: Path, column: Any, field: str = "text", **options: Any) 
 def test_documents_are_joined_and_cut(
     opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """A text file is one document, and so is a row; each ends with EOS; the report says what fills no sequence."""
+    """A text file is one document, and so is a row. Each ends with EOS, and the report counts the dropped tokens."""
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     (tmp_path / "b.md").write_text(TEXTS[0])
     c, d = write_jsonl(tmp_path / "c.jsonl", TEXTS), write_parquet(tmp_path / "d.parquet", TEXTS, row_group_size=7)
@@ -91,10 +91,8 @@ def test_documents_are_joined_and_cut(
     assert torch.equal(batch["labels"], batch["input_ids"])
 
 
-def test_a_folder_is_its_files(
-    opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    """Files with a known ending, in subfolders too, in the order of their paths."""
+def test_folder_of_files(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Files with a known ending, in subfolders too, ordered by path."""
     folder = tmp_path / "corpus"
     (folder / "b").mkdir(parents=True)
     write_jsonl(folder / "c.jsonl", TEXTS[:9])
@@ -104,8 +102,8 @@ def test_a_folder_is_its_files(
     assert ids_of(opened(folder)) == joined(tokenizer, [TEXTS[30], *TEXTS[9:20], *TEXTS[:9]])
 
 
-def test_columns_of_text(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Any field and any of Arrow's string types; rows with empty text are no documents."""
+def test_text_columns(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Any field and any of Arrow's string types; rows with empty text are skipped."""
     expected = joined(tokenizer, TEXTS)
     with_empty = [*TEXTS[:5], "", *TEXTS[5:]]
     for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
@@ -115,7 +113,7 @@ def test_columns_of_text(opened: Callable[..., Sequences], tokenizer: PreTrained
 
 
 def test_csv_and_json(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """A document per row, whatever characters are in its file's name; "NA" is text, and a field may have lines."""
+    """One document per row, for any file name; "NA" is text, and a field may have several lines."""
     texts = [*TEXTS, "NA", 'said "null"', "", "ä, b"]
     with open(tmp_path / "a[1]*.csv", "w", newline="") as file:
         csv.writer(file).writerows([("n", "text"), *enumerate(texts)])
@@ -124,23 +122,23 @@ def test_csv_and_json(opened: Callable[..., Sequences], tokenizer: PreTrainedTok
     assert ids_of(opened(tmp_path / "a[1]*.csv")) == ids_of(opened(tmp_path / "a?.json")) == expected
 
 
-def test_lines_of_every_system(
+def test_line_ends_of_every_system(
     opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    """Line ends become those of Unix, a byte order mark is not text, and U+2028 does not end a line."""
+    """Line ends become "\\n", a byte order mark is dropped, and U+2028 does not end a line."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(TEXTS).encode() + b"\rend")
     assert ids_of(opened(tmp_path / "a.txt")) == joined(tokenizer, ["\n".join(TEXTS) + "\nend"])
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "one\u2028two " * 9}, ensure_ascii=False))
     assert ids_of(opened(tmp_path / "b.jsonl")) == joined(tokenizer, ["one\u2028two " * 9])
 
 
-def test_a_file_is_read_in_pieces(
+def test_file_is_read_in_pieces(
     opened: Callable[..., Sequences],
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever lies on a boundary: a character, a line end, an empty line, a line longer than both pieces."""
+    """With a character, a line end, an empty line or a very long line on a boundary."""
     text = "ä€𝄞\r\n\r\nword " * 50 + "\n" + "x" * 300 + "\r\n" + "the end, or not. " * 20
     (tmp_path / "a.txt").write_bytes(text.encode())
     rows = write_jsonl(tmp_path / "b.jsonl", TEXTS)
@@ -161,7 +159,7 @@ def test_a_file_is_read_in_pieces(
 def test_memory_stays_bounded(
     opened: Callable[..., Sequences], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most one batch is tokenized at once, and sequences are written as they come."""
+    """At most one batch is tokenized at once, and sequences are written immediately."""
     write_jsonl(tmp_path / "a.jsonl", TEXTS * 20)
     monkeypatch.setattr(packing, "BATCH_CHARACTERS", 200)
     sizes: list[int] = []
@@ -177,10 +175,10 @@ def test_memory_stays_bounded(
     assert sequences.rows.cache_files[0]["filename"].startswith(str(tmp_path))  # mapped, not in memory
 
 
-def test_windows_are_packed_once(
+def test_sequences_are_packed_once(
     opened: Callable[..., Sequences], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second start reads the file again; other data, another context or tokenizer packs anew."""
+    """A second start reads the file again; other data, another context or tokenizer packs again."""
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     first = opened(path)
     cut: list[int] = []
@@ -198,7 +196,7 @@ def test_windows_are_packed_once(
     assert len(cut) == 3
 
 
-def test_without_a_token_that_ends_a_text(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+def test_tokenizer_without_eos(opened: Callable[..., Sequences], tmp_path: Path) -> None:
     """Blank lines separate documents, and a note says so."""
     bare = byte_tokenizer()
     bare.eos_token = None
@@ -211,8 +209,8 @@ def test_without_a_token_that_ends_a_text(opened: Callable[..., Sequences], tmp_
 # ------------------------------------------------------------------------------------------------------------ streaming
 
 
-def test_a_stream_has_the_same_sequences(opened: Callable[..., Sequences], tmp_path: Path) -> None:
-    """In an order that depends on the seed, again and again, each time in a new order; nothing is written."""
+def test_stream_has_the_same_sequences(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """In an order that depends on the seed and changes with each pass; nothing is written."""
     names = (write_jsonl(tmp_path / "a.jsonl", TEXTS), write_parquet(tmp_path / "b.parquet", TEXTS))
     stream = opened(*names, streaming=True)
     assert (stream.count, stream.tokens) == (None, None)
@@ -239,8 +237,8 @@ class Recorder(TrainerCallback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_resumed_trainer_reads_on(streaming: bool, opened: Callable[..., Sequences], tmp_path: Path) -> None:
-    """In the first epoch and in a later one: the batches of an unbroken run, in its order."""
+def test_resumed_trainer_continues_the_data(streaming: bool, opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """In the first epoch and in a later one, with the batches of an uninterrupted run."""
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS[:12])
 
     def read(out: str, stop_at: int | None = None, resume: str | None = None) -> list[list[int]]:
@@ -282,7 +280,7 @@ def test_a_resumed_trainer_reads_on(streaming: bool, opened: Callable[..., Seque
 
 
 def _rows_of(count: int, steps: int) -> int:
-    """How many sequences are read in `steps` steps of four; the last step of an epoch reads the rest."""
+    """The number of sequences read in `steps` steps of four; the last step of an epoch reads the rest."""
     epoch = -(-count // 4)
     return steps // epoch * count + steps % epoch * 4
 
@@ -292,7 +290,7 @@ def _rows_of(count: int, steps: int) -> int:
 
 @pytest.fixture
 def words(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    """A Hub with a dataset of two splits, and a cache of its own."""
+    """A Hub with a dataset of two splits, and its own cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     files = {}
     for split, texts in (("train", TEXTS), ("test", TEXTS[:15])):
@@ -304,7 +302,7 @@ def words(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_of_the_hub(
+def test_dataset_from_the_hub(
     streaming: bool, words: Hub, opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """NAME is the split train; NAME::SPLIT and NAME:CONFIG:SPLIT name another."""
@@ -322,13 +320,13 @@ HUB_BAD = {
 
 
 @pytest.mark.parametrize("case", HUB_BAD)
-def test_a_dataset_that_is_not_there(case: str, words: Hub, opened: Callable[..., Sequences]) -> None:
+def test_missing_dataset(case: str, words: Hub, opened: Callable[..., Sequences]) -> None:
     """One line says which part of the name is unknown."""
     name, kind, said = HUB_BAD[case]
     refused(lambda: opened(name), kind, *said)
 
 
-def test_a_dataset_without_the_column(words: Hub, opened: Callable[..., Sequences]) -> None:
+def test_dataset_without_the_column(words: Hub, opened: Callable[..., Sequences]) -> None:
     """Also a column of numbers."""
     refused(
         lambda: opened("me/words", text_field="body"), ValueError, "no column `body`", "columns n, text", "--text-field"
@@ -336,8 +334,8 @@ def test_a_dataset_without_the_column(words: Hub, opened: Callable[..., Sequence
     refused(lambda: opened("me/words", text_field="n"), ValueError, "me/words: column `n` holds int64, not strings")
 
 
-def test_a_hub_that_fails(words: Hub, opened: Callable[..., Sequences], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line says so, whether it refuses or cannot be reached."""
+def test_failing_hub(words: Hub, opened: Callable[..., Sequences], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, whether it refuses or cannot be reached."""
     monkeypatch.setattr(words, "fault_for", lambda request: Fault(request, refuse=Refusal(403, "no")))
     refused(lambda: opened("me/words"), (ConnectionError, FileNotFoundError), "--data me/words")
 
@@ -389,9 +387,7 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_cannot_be_read(
-    name: str, streaming: bool, opened: Callable[..., Sequences], tmp_path: Path
-) -> None:
+def test_unreadable_file(name: str, streaming: bool, opened: Callable[..., Sequences], tmp_path: Path) -> None:
     """File, line and field are named; a stream reads its beginning before training starts."""
     file, content, said = FILES[name]
     (tmp_path / file).write_bytes(content)
@@ -402,7 +398,7 @@ def test_a_file_that_cannot_be_read(
     refused(read, ValueError, *said)
 
 
-def test_parquet_that_cannot_be_read(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+def test_unreadable_parquet(opened: Callable[..., Sequences], tmp_path: Path) -> None:
     """Another column, numbers, null, damaged bytes."""
     path = tmp_path / "a.parquet"
     write_parquet(path, TEXTS, "body")
@@ -425,13 +421,13 @@ def test_parquet_that_cannot_be_read(opened: Callable[..., Sequences], tmp_path:
 
 
 @pytest.mark.parametrize("name", ["none.txt", "./none", "/none/none", "none.parquet", "no/such/file", "no/file.csv"])
-def test_a_file_that_is_not_there(name: str, opened: Callable[..., Sequences]) -> None:
-    """What looks like a path is not looked up on the Hub."""
+def test_missing_file(name: str, opened: Callable[..., Sequences]) -> None:
+    """A name that looks like a path is not looked up on the Hub."""
     refused(lambda: opened(name), FileNotFoundError, f"--data {name} is not a file")
 
 
-def test_a_folder_without_text(opened: Callable[..., Sequences], tmp_path: Path) -> None:
-    """The message names the endings that are read."""
+def test_folder_without_text(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """The message lists the file endings that are read."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.md").write_text(LONG)
     refused(lambda: opened(tmp_path / "folder"), FileNotFoundError, "folder", ".txt, .jsonl, .parquet")
@@ -439,19 +435,18 @@ def test_a_folder_without_text(opened: Callable[..., Sequences], tmp_path: Path)
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_ids_without_an_embedding(streaming: bool, opened: Callable[..., Sequences], tmp_path: Path) -> None:
-    """The tokenizer of another model."""
+    """From the tokenizer of another model."""
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     said = ("ids up to", "the model has 40 embeddings", "tokenizer")
     refused(lambda: opened(path, vocab_size=40, streaming=streaming), ValueError, *said)
 
 
-def test_the_option_is_named(opened: Callable[..., Sequences]) -> None:
-    """Errors name the option as it was given."""
+def test_errors_name_the_option(opened: Callable[..., Sequences]) -> None:
     refused(lambda: opened("none.txt", option="--eval-data"), FileNotFoundError, "--eval-data none.txt")
 
 
-def test_a_failure_leaves_nothing_to_read(opened: Callable[..., Sequences], tmp_path: Path) -> None:
-    """A repaired file is packed; the sequences from before are not taken for it."""
+def test_failure_leaves_no_sequences(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """A repaired file is packed again."""
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     good = ids_of(opened(path))
     path.write_text(path.read_text() + "no JSON")

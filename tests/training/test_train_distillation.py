@@ -86,8 +86,8 @@ class Gradients(GDATrainer):
 
 
 @pytest.mark.parametrize("chunk", [3, 256])
-def test_kl_in_chunks_is_that_of_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal values and gradients, over the predicted tokens only, also for bfloat16 logits."""
+def test_kl_in_chunks_equals_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, over the predicted tokens only, also for bfloat16 logits."""
     monkeypatch.setattr(distillation, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (3 * torch.randn(2, 7, 11, generator=generator) for _ in range(2))
@@ -105,7 +105,7 @@ def test_kl_in_chunks_is_that_of_the_whole(chunk: int, monkeypatch: pytest.Monke
         assert not a.grad.flatten(0, 1)[~predicted].any()
 
 
-def test_probabilities_of_a_chunk_are_in_memory_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_probabilities_of_a_chunk_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No float32 tensor with a row for every token is kept for the backward pass."""
     monkeypatch.setattr(distillation, "CHUNK", 4)
     ours = torch.randn(1, 64, 32, requires_grad=True)
@@ -119,10 +119,8 @@ def test_probabilities_of_a_chunk_are_in_memory_and_no_more(monkeypatch: pytest.
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_gradients_and_parts_are_those_of_the_loops(
-    accumulation: int, checkpointing: bool, tmp_path: Path
-) -> None:
-    """In one pass and in four with unequal numbers of tokens; the log has the same losses."""
+def test_loss_and_gradients_equal_the_loops(accumulation: int, checkpointing: bool, tmp_path: Path) -> None:
+    """In one pass and in four with different numbers of tokens; the log has the same losses."""
     model = student()
     theirs = teacher()
     reference = copy.deepcopy(model)
@@ -152,8 +150,7 @@ def test_loss_gradients_and_parts_are_those_of_the_loops(
         assert difference <= 1e-4 * parameter.grad.abs().max(), name
 
 
-def test_parts_are_means_over_the_steps_since_the_last_line(tmp_path: Path) -> None:
-    """As the loss is averaged."""
+def test_logged_parts_are_means_since_the_last_entry(tmp_path: Path) -> None:
     lines = {}
     for every in (1, 3):
         taught = Distillation(teacher(), weight=W, temperature=T, hidden_weight=H)
@@ -165,8 +162,8 @@ def test_parts_are_means_over_the_steps_since_the_last_line(tmp_path: Path) -> N
         assert [line[name] for line in lines[3]] == pytest.approx([sum(by_one[:3]) / 3, sum(by_one[3:]) / 3], rel=1e-4)
 
 
-def test_a_student_that_equals_its_teacher(tmp_path: Path) -> None:
-    """KL and hidden are 0, and have no gradients."""
+def test_student_equal_to_its_teacher(tmp_path: Path) -> None:
+    """KL and hidden are 0 and have no gradients."""
     model = student()
     before = copy.deepcopy(model.state_dict())
     taught = Distillation(copy.deepcopy(model), weight=1.0, hidden_weight=1.0)
@@ -178,8 +175,8 @@ def test_a_student_that_equals_its_teacher(tmp_path: Path) -> None:
     assert all(torch.allclose(each, before[name], atol=1e-7) for name, each in model.state_dict().items())
 
 
-def test_the_teacher_stays_outside(tmp_path: Path) -> None:
-    """It is frozen, in evaluation mode, and neither optimized nor saved; evaluation is of the text alone."""
+def test_teacher_is_frozen_and_not_saved(tmp_path: Path) -> None:
+    """It is in evaluation mode and not optimized; evaluation uses the text only."""
     model, theirs = student(), teacher()
     theirs.train()
     before = copy.deepcopy(theirs.state_dict())
@@ -206,7 +203,7 @@ def test_the_teacher_stays_outside(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- teachers
 
 
-def test_a_teacher_is_loaded_in_float32(tmp_path: Path) -> None:
+def test_teacher_is_loaded_in_float32(tmp_path: Path) -> None:
     """The source of a conversion can teach its result, and their predictions are equal at first."""
     llama = save_llama(tmp_path / "llama", dtype=torch.bfloat16)
     gda.convert(llama, tmp_path / "gda", verify=False)
@@ -222,7 +219,7 @@ def test_a_teacher_is_loaded_in_float32(tmp_path: Path) -> None:
 
 
 def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
-    """No model, another vocabulary, another depth or width with --hidden-weight, different tokenizer."""
+    """No model, another vocabulary, another depth or width with --hidden-weight, another tokenizer."""
     llama = str(save_llama(tmp_path / "llama", num_hidden_layers=3))
     gda.convert(llama, tmp_path / "gda", verify=False)
     model = gda.GDAForCausalLM.from_pretrained(tmp_path / "gda")

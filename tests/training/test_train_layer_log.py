@@ -1,4 +1,4 @@
-"""The layer log: measurements against the modules, gradients against p.grad, and no effect on training."""
+"""The layer log: measurements, gradients, and no effect on training."""
 
 import contextlib
 import copy
@@ -63,7 +63,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def by_hand(model: Any, ids: Tensor) -> list[dict[str, float]]:
-    """λ, norms and shares of each layer, head by head, from the outputs of the attention's parts."""
+    """λ, norms and shares of each layer, head by head, from outputs of the attention's modules."""
     calls: list[list[Any]] = []
     with contextlib.ExitStack() as stack:
         for layer in model.model.layers:
@@ -123,10 +123,10 @@ def gradients_by_hand(model: Any) -> list[dict[str, float]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "sigmoid", "tanh"])
 @pytest.mark.parametrize(("accumulation", "checkpointing"), [(1, False), (4, False), (1, True), (2, True)])
-def test_the_numbers_are_those_of_the_modules(
+def test_measurements_match_the_modules(
     layout: str, lambda_type: str, accumulation: int, checkpointing: bool, tmp_path: Path
 ) -> None:
-    """In one pass or several, with gradient checkpointing or without; gradients are measured before clipping."""
+    """In one pass or several, with and without gradient checkpointing; gradients are measured before clipping."""
     model = model_of(layout, lambda_type=lambda_type)
     reference = copy.deepcopy(model)
     wanted = by_hand(reference, WINDOWS)
@@ -139,8 +139,8 @@ def test_the_numbers_are_those_of_the_modules(
         assert got == pytest.approx(at_forward | at_backward, rel=2e-4)
 
 
-def test_a_line_has_what_there_is(tmp_path: Path) -> None:
-    """Metrics of the run, the λ learning rate, the teacher, annealing and evaluation, as far as they exist."""
+def test_log_entries(tmp_path: Path) -> None:
+    """Metrics, the λ learning rate, the teacher, the fade and evaluation, if they exist."""
     log = tmp_path / "plain.jsonl"
     trainer(model_of(), tmp_path, LayerLog(log)).train()
     (line,) = lines(log)
@@ -181,8 +181,8 @@ class Counter(GDATrainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}])
-def test_it_changes_nothing_and_measures_only_where_it_logs(precision: dict[str, Any], tmp_path: Path) -> None:
-    """Weights after training equal those without a log, under autocast too; 3 of 6 steps are measured."""
+def test_log_does_not_affect_training(precision: dict[str, Any], tmp_path: Path) -> None:
+    """Also under autocast; 3 of 6 steps are measured."""
     models = []
     for log in (None, LayerLog(tmp_path / "log.jsonl")):
         model = model_of()
@@ -197,7 +197,7 @@ def test_it_changes_nothing_and_measures_only_where_it_logs(precision: dict[str,
         assert torch.equal(parameter, models[1].get_parameter(name)), name
 
 
-def test_what_does_not_learn_has_no_gradient_norm(tmp_path: Path) -> None:
+def test_frozen_parameters_have_no_gradient_norm(tmp_path: Path) -> None:
     """It is absent, not 0: one model has a frozen λ, and the other has frozen layers."""
     model = model_of()
     for name, parameter in model.named_parameters():
@@ -211,8 +211,8 @@ def test_what_does_not_learn_has_no_gradient_norm(tmp_path: Path) -> None:
     assert "gradient_norm" not in lines(tmp_path / "head.jsonl")[0]["layers"][1]
 
 
-def test_masks_and_lora_count(tmp_path: Path) -> None:
-    """The output of masked heads is multiplied by m, and LoRA's update is part of the projection."""
+def test_masks_and_lora_are_included(tmp_path: Path) -> None:
+    """The output of masked heads is multiplied by the fade, and LoRA's update is part of the projection."""
     growing = model_of(fade=0.3, masked_signal_heads=1)
     expected = copy.deepcopy(growing)
     trainer(growing, tmp_path, LayerLog(tmp_path / "masked.jsonl")).train()
@@ -238,8 +238,8 @@ def test_masks_and_lora_count(tmp_path: Path) -> None:
         assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=2e-4)
 
 
-def test_a_resumed_log_has_every_step_once(tmp_path: Path) -> None:
-    """Lines after the checkpoint, and an incomplete last line, are written anew."""
+def test_resumed_log_has_every_step_once(tmp_path: Path) -> None:
+    """Lines after the checkpoint and an incomplete last line are replaced."""
     path = tmp_path / "log.jsonl"
     options: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     trainer(model_of(), tmp_path / "run", LayerLog(path), **options).train()
@@ -256,8 +256,7 @@ def test_a_resumed_log_has_every_step_once(tmp_path: Path) -> None:
     assert again == whole
 
 
-def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
-    """The file is JSON whatever is measured."""
+def test_nonfinite_numbers_are_null(tmp_path: Path) -> None:
     log = LayerLog(tmp_path / "log.jsonl")
     log.write({"step": 1, "loss": math.nan, "layers": [{"lambda": math.inf}]})
     assert lines(tmp_path / "log.jsonl") == [{"step": 1, "loss": None, "layers": [{"lambda": None}]}]
@@ -265,7 +264,7 @@ def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
 
 
 class Reporter(TrainerCallback):
-    """Stands for tensorboard and the like."""
+    """Replaces tensorboard."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -274,7 +273,7 @@ class Reporter(TrainerCallback):
         self.seen.append(logs)
 
 
-def test_reporters_have_the_layers_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reporters_get_the_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Other callbacks, which write to a terminal, do not."""
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "ours", Reporter)
     reporter = Reporter()
@@ -286,8 +285,8 @@ def test_reporters_have_the_layers_by_name(monkeypatch: pytest.MonkeyPatch, tmp_
     assert list(names)[1] == "layers/001/lambda"
 
 
-def test_a_script_of_ones_own(tmp_path: Path) -> None:
-    """All it needs is in gda.training; the log may be named by a string, in a folder that does not exist yet."""
+def test_public_names_are_enough_for_a_script(tmp_path: Path) -> None:
+    """The log may be named by a string, in a folder that does not exist yet."""
     log = training.LayerLog(str(tmp_path / "logs" / "log.jsonl"))
     taught = training.Distillation(tiny_model(seed=4), weight=0.5)
     made = trainer(model_of(), tmp_path, log, training.GDATrainer, distillation=taught, lambda_learning_rate=0.1)
@@ -299,8 +298,8 @@ def test_a_script_of_ones_own(tmp_path: Path) -> None:
     assert all(hasattr(training, name) for name in training.__all__)
 
 
-def test_the_llama_beside_it(tmp_path: Path) -> None:
-    """A control without differential attention can be trained by the same script; its log has no layers."""
+def test_llama_with_the_same_script(tmp_path: Path) -> None:
+    """A baseline without differential attention can be trained too; its log has no layers."""
     trainer(llama_model(vocab_size=VOCAB_SIZE), tmp_path, LayerLog(tmp_path / "log.jsonl")).train()
     (line,) = lines(tmp_path / "log.jsonl")
     assert "loss" in line

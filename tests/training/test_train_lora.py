@@ -81,8 +81,8 @@ def logits(model: Any) -> Tensor:
 
 
 @each_model
-def test_updates_of_the_projections_and_lambda_learn(name: str, tmp_path: Path) -> None:
-    """Each of them changes and is counted, others keep their bits, and the function is the same at first."""
+def test_lora_and_lambda_are_trained(name: str, tmp_path: Path) -> None:
+    """They change and are counted; others keep their bits, and the initial function is the same."""
     model = adapted(name, tmp_path)
     torch.testing.assert_close(logits(model.eval()), logits(model_of(name)))
     before = {each: parameter.detach().clone() for each, parameter in model.named_parameters()}
@@ -95,8 +95,8 @@ def test_updates_of_the_projections_and_lambda_learn(name: str, tmp_path: Path) 
     assert targets == rank | {"v_proj", "o_proj"}
 
 
-def test_the_seed_is_its_own() -> None:
-    """Initialization depends on the seed and leaves the global random state alone."""
+def test_seed_of_lora() -> None:
+    """Initialization depends on it and leaves the global random state unchanged."""
     models = [model_of("gqa") for _ in range(3)]
     state = torch.get_rng_state()
     made = [choose_what_learns(each, "lora", "", RANK, seed=seed) for each, seed in zip(models, (1, 1, 2), strict=True)]
@@ -109,8 +109,8 @@ def test_the_seed_is_its_own() -> None:
 
 
 @each_model
-def test_what_comes_out_is_plain(name: str, tmp_path: Path) -> None:
-    """The merged model has the logits of the adapted one and the parameter names of the original."""
+def test_merged_model_is_plain(name: str, tmp_path: Path) -> None:
+    """It has the logits of the adapted model and the parameter names of the original."""
     model = adapted(name, tmp_path)
     made = trainer(model, tmp_path)
     made.train()
@@ -132,8 +132,8 @@ def test_what_comes_out_is_plain(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @each_model
-def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
-    """λ, annealing, updates and optimizer are equal; the checkpoint stores the progress of annealing."""
+def test_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    """λ, fade, updates and optimizer are equal; the checkpoint stores the fade."""
     whole = adapted(name, tmp_path)
     trainer(whole, tmp_path / "whole").train()
     trainer(adapted(name, tmp_path), tmp_path / "run", (StopAt(3),)).train()
@@ -168,7 +168,7 @@ def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
         trainer(adapted("gqa", tmp_path), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_new_heads_wake(tmp_path: Path) -> None:
+def test_new_heads_are_trained(tmp_path: Path) -> None:
     """From the exact start of an expansion, where λ is 0, LoRA trains λ and the noise queries."""
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gda", use_cache=False)

@@ -1,4 +1,4 @@
-"""Trained and decayed parameters: by the names of every layout, and by the effect of a step with huge decay."""
+"""Trained and decayed parameters, by the names of every layout and by a step with huge decay."""
 
 import copy
 from pathlib import Path
@@ -75,7 +75,7 @@ def trainer(model: Any, folder: Path, *, lambda_learning_rate: float | None = No
 @each_layout
 @each_lambda_type
 def test_every_parameter_is_in_its_group(layout: str, lambda_type: str) -> None:
-    """Each exactly once, and λ in the last group with its learning rate."""
+    """Exactly once, and λ in the last group with its learning rate."""
     model = model_of(layout, lambda_type=lambda_type)
     groups = optimizer_groups(model, learning_rate=1.0, lambda_learning_rate=2.0, weight_decay=3.0)
     assert [(each["lr"], each["weight_decay"]) for each in groups] == [(1.0, 3.0), (1.0, 0.0), (2.0, 0.0)]
@@ -89,8 +89,8 @@ def test_every_parameter_is_in_its_group(layout: str, lambda_type: str) -> None:
 
 @each_layout
 @each_lambda_type
-def test_huge_decay_takes_nothing_from_what_is_spared(layout: str, lambda_type: str, tmp_path: Path) -> None:
-    """In a step of SGD with tiny gradients, decayed parameters are halved and the others stay."""
+def test_huge_decay_affects_only_decayed_parameters(layout: str, lambda_type: str, tmp_path: Path) -> None:
+    """In an SGD step with tiny gradients, decayed parameters are halved and the others stay."""
     model = model_of(layout, lambda_type=lambda_type)
     before = copy.deepcopy(dict(model.named_parameters()))
     options = {"optim": "adamw_torch", "learning_rate": 1e-6, "weight_decay": 5e5}
@@ -103,8 +103,8 @@ def test_huge_decay_takes_nothing_from_what_is_spared(layout: str, lambda_type: 
 
 
 @each_lambda_type
-def test_lambda_has_a_rate_of_its_own(lambda_type: str, tmp_path: Path) -> None:
-    """Adam's first step is as large as the learning rate; the log has both rates; λ uses the common one by default."""
+def test_lambda_learning_rate(lambda_type: str, tmp_path: Path) -> None:
+    """Adam's first step has the size of the learning rate; the log has both rates; by default λ uses the common one."""
     for rate in (1e-2, None):
         model = model_of(lambda_type=lambda_type)
         before = copy.deepcopy(dict(model.named_parameters()))
@@ -119,8 +119,8 @@ def test_lambda_has_a_rate_of_its_own(lambda_type: str, tmp_path: Path) -> None:
 
 @each_layout
 @pytest.mark.parametrize("what", ["attention", "all"])
-def test_attention_or_all(layout: str, what: str, tmp_path: Path) -> None:
-    """Frozen parameters keep their bits; the number of trained parameters is that of the changed ones."""
+def test_train_attention_and_all(layout: str, what: str, tmp_path: Path) -> None:
+    """Frozen parameters keep their bits, and the number of trained parameters is that of the changed ones."""
     model = choose_what_learns(model_of(layout), what, tmp_path, 0)
     before = copy.deepcopy(dict(model.named_parameters()))
     trainer(model, tmp_path, weight_decay=0.1, max_steps=2).train()
@@ -142,7 +142,7 @@ def test_unknown_parts_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_old_entries_stay_bit_for_bit_under_huge_decay(accumulation: int, tmp_path: Path) -> None:
-    """Old entries of partly new parameters; those that are entirely new decay."""
+    """Old entries of partly new parameters; entirely new ones decay."""
     new = [NewParameters(r"model\.layers\.0\.mlp\.up_proj\.weight", None)]
     new += [NewParameters(r"model\.layers\.\d+\.self_attn\.q_proj\.weight", ["0:24,32:56", ":"])]
     Trainable(new, {}).write(tmp_path)
@@ -174,7 +174,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_what_an_expansion_adds_learns_and_nothing_else(conversion: str, bias: bool, tmp_path: Path) -> None:
+def test_train_new_after_an_expansion(conversion: str, bias: bool, tmp_path: Path) -> None:
     """Noise rows and λ change, and signal rows keep the bits of the Llama."""
     llama = save_llama(tmp_path / "llama", attention_bias=bias)
     gda.convert(llama, tmp_path / "gda", verify=False, **CONVERSIONS[conversion])
@@ -200,7 +200,7 @@ def test_what_an_expansion_adds_learns_and_nothing_else(conversion: str, bias: b
                 assert torch.equal(signal.flatten(0, 2), source[name])
 
 
-def test_what_a_split_changes_is_what_is_new(tmp_path: Path) -> None:
+def test_train_new_after_a_split(tmp_path: Path) -> None:
     """Noise rows, λ and the output projection."""
     save_llama(tmp_path / "llama", num_attention_heads=8, num_key_value_heads=2, head_dim=4)
     (tmp_path / "text.txt").write_text("the one and the other, in and of itself, and then another of the same\n" * 60)

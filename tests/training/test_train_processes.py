@@ -53,7 +53,7 @@ def parsed(name: str) -> Any:
 
 
 def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate reads all fields: layers are sharded one by one, recomputed, and saved whole."""
+    """accelerate reads all fields: layers are sharded one by one, recomputed, and saved as a whole."""
     config = load_config_from_file(str(accelerate_config("fsdp2")))
     assert (config.distributed_type, config.mixed_precision) == (DistributedType.FSDP, "bf16")
     args = parsed("fsdp2")
@@ -73,7 +73,7 @@ def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration that DeepSpeed would get. DeepSpeed itself does not run."""
+    """The configuration that DeepSpeed would get. DeepSpeed itself is not run."""
     config = load_config_from_file(str(accelerate_config("zero3")))
     assert (config.distributed_type, config.mixed_precision) == (DistributedType.DEEPSPEED, "bf16")
     args = parsed("zero3")
@@ -88,14 +88,14 @@ def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugin.hf_ds_config.config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
 
 
-def test_the_number_of_processes_must_be_given() -> None:
-    """A shipped configuration does not depend on a machine."""
+def test_number_of_processes_must_be_given() -> None:
+    """A shipped configuration does not depend on the machine."""
     arguments = ("--config_file", str(accelerate_config("fsdp2")), "-m", "gda.cli")
     with pytest.raises(ValueError, match="--num_processes"):
         _validate_launch_command(launch_command_parser().parse_args(arguments))
 
 
-def test_another_configuration() -> None:
+def test_unknown_configuration() -> None:
     """The error lists the names."""
     with pytest.raises(ValueError, match="'fsdp1', but fsdp2 and zero3"):
         accelerate_config("fsdp1")
@@ -106,7 +106,7 @@ def test_another_configuration() -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text, models, and the models that one process has trained."""
+    """A folder with text, models, and the results of training in one process."""
     folder = tmp_path_factory.mktemp("alone")
     lines = (f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(200))
     (folder / "text.txt").write_text("".join(lines))
@@ -144,7 +144,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAUNCHES)
-def test_two_processes_train_as_one(kind: str, alone: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(kind: str, alone: Path, tmp_path: Path) -> None:
     """With half of the batch each: equal losses, layers and models, also if the run is stopped and resumed."""
     half = {"batch_size": 4}
     runs = [placed(alone, tmp_path / "all", "all", **half, interrupt_at=5)]

@@ -43,7 +43,7 @@ def tiny_llama(**fields: Any) -> LlamaForCausalLM:
 
 
 def scattered(model: PreTrainedModel, seed: int = 0) -> Any:
-    """Weights far from their symmetric start: rows of unequal size, norms that are not 1, λ that are not λ_init."""
+    """Weights far from their initialization: rows of different sizes, norms that are not 1, λ that is not λ_init."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -65,7 +65,9 @@ def token_ids(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
 
 
 def every_token() -> torch.Tensor:
-    """(2, VOCAB + 1) ids in which each token occurs before the last position, so that each embedding is trained."""
+    """(2, VOCAB + 1) ids in which each token occurs before the last position, so that each embedding gets a
+    gradient.
+    """
     orders = [torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     return torch.stack([torch.cat([order, order[:1]]) for order in orders])
 
@@ -75,7 +77,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def noise_rows(model: GDAForCausalLM, weight: torch.Tensor) -> torch.Tensor:
-    """(N · head_dim, hidden): the rows of a q_proj weight, or of its gradient, that draw noise maps."""
+    """(N · head_dim, hidden): the rows of the noise heads in a q_proj weight or its gradient."""
     config = model.config
     return weight.unflatten(0, (config.num_noise_heads, -1, config.head_dim))[:, -1].flatten(0, 1)
 
@@ -95,7 +97,7 @@ def train(model: nn.Module, ids: torch.Tensor, steps: int, lr: float = 1e-2) -> 
 @each_layout
 @each_lambda_type
 def test_loss_is_cross_entropy_of_the_next_token(layout: str, lambda_type: str) -> None:
-    """The loss is the mean of −log p(next token) over the labels that are not −100, computed here by hand."""
+    """The mean of −log p(next token) over the labels that are not −100, computed by hand."""
     model = tiny_model(layout, lambda_type)
     ids = token_ids()
     labels = ids.clone()
@@ -110,7 +112,7 @@ def test_loss_is_cross_entropy_of_the_next_token(layout: str, lambda_type: str) 
 @each_layout
 @each_lambda_type
 def test_every_row_of_every_parameter_has_a_gradient(layout: str, lambda_type: str) -> None:
-    """No row of any parameter is cut off from the loss: λ, noise queries, both norms, biases and PolyNorm included."""
+    """λ, noise queries, norms, biases and PolyNorm included."""
     model = tiny_model(layout, lambda_type, **EVERY_PARAMETER)
     ids = every_token()
     model(ids, labels=ids).loss.backward()
@@ -126,7 +128,7 @@ def test_every_row_of_every_parameter_has_a_gradient(layout: str, lambda_type: s
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize(("layout", "lambda_type"), [("shared", "sigmoid"), ("paired", "reparameterized")])
 def test_gradient_checkpointing_changes_no_gradient(layout: str, lambda_type: str, use_reentrant: bool) -> None:
-    """Layers run a second time in the backward pass, and every gradient is what it was without."""
+    """Layers run again in the backward pass, and every gradient is the same."""
     model = tiny_model(layout, lambda_type, head_norm=True, qk_norm=True).train()
     ids = token_ids()
     model(ids, labels=ids).loss.backward()
@@ -147,8 +149,8 @@ def test_gradient_checkpointing_changes_no_gradient(layout: str, lambda_type: st
 
 @each_layout
 @each_lambda_type
-def test_a_tiny_batch_is_learned_by_heart(layout: str, lambda_type: str) -> None:
-    """From its own initialization the model overfits a batch within a few steps, and λ takes part in it."""
+def test_model_overfits_a_tiny_batch(layout: str, lambda_type: str) -> None:
+    """From its own initialization within a few steps, and λ changes."""
     torch.manual_seed(0)
     model = GDAForCausalLM(tiny_config(layout, lambda_type))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
@@ -158,8 +160,8 @@ def test_a_tiny_batch_is_learned_by_heart(layout: str, lambda_type: str) -> None
     assert moved == set(before)
 
 
-def test_attention_dropout_is_refused_by_name() -> None:
-    """Dropout of attention maps has no definition here: the config says which field, and why, also when set late."""
+def test_attention_dropout_is_refused() -> None:
+    """Also if it is set after construction."""
     with pytest.raises(ValueError, match=r"attention_dropout.*defines no dropout.*0\.1"):
         tiny_config(attention_dropout=0.1)
     config = tiny_config()
@@ -171,7 +173,7 @@ def test_attention_dropout_is_refused_by_name() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("change", [5, -8])
 def test_resized_embeddings_keep_old_logits_and_train(tied: bool, change: int, tmp_path: Path) -> None:
-    """Tokens that stay keep their logits; new ones learn; tying, loss and saved files follow the new size."""
+    """Remaining tokens keep their logits, and new ones are trained; tying, loss and saved files follow the new size."""
     model = tiny_model(tie_word_embeddings=tied)
     ids = token_ids().clamp(max=VOCAB - 9)
     wanted = model(ids).logits.detach()
@@ -192,7 +194,7 @@ def test_resized_embeddings_keep_old_logits_and_train(tied: bool, change: int, t
 
 
 def parts_of_a_batch() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Two micro-batches whose numbers of labels differ, so that a mean of means is not the mean."""
+    """Two micro-batches with different numbers of labels, so that a mean of means is not the mean."""
     ids = token_ids(batch=4)
     labels = ids.clone()
     labels[:2, :8] = -100
@@ -200,8 +202,8 @@ def parts_of_a_batch() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("make_model", [tiny_llama, tiny_model, lambda: tiny_model("paired", "tanh")])
-def test_accumulated_gradients_are_those_of_the_whole_batch(make_model: Callable[[], PreTrainedModel]) -> None:
-    """With num_items_in_batch, micro-batches add up to the gradient and loss of one batch, as they do for Llama."""
+def test_accumulated_gradients_equal_the_whole_batch(make_model: Callable[[], PreTrainedModel]) -> None:
+    """With num_items_in_batch, as for Llama."""
     model = make_model()
     parts = parts_of_a_batch()
     items = sum((labels[:, 1:] != -100).sum() for _, labels in parts)
@@ -221,8 +223,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make_model: Callable
 
 @each_layout
 @each_lambda_type
-def test_a_step_under_bf16_autocast_is_finite(layout: str, lambda_type: str) -> None:
-    """Autocast to bfloat16 leaves λ in float32, and loss and gradients near those of float32."""
+def test_bf16_autocast(layout: str, lambda_type: str) -> None:
+    """λ stays in float32, and loss and gradients are close to those of float32."""
     model = tiny_model(layout, lambda_type, **EVERY_PARAMETER)
     ids = every_token()
     wanted = model(ids, labels=ids).loss
@@ -252,7 +254,7 @@ def test_a_step_under_bf16_autocast_is_finite(layout: str, lambda_type: str) -> 
 
 
 def start_at_zero(model: GDAForCausalLM, kind: str) -> dict[str, nn.Parameter]:
-    """Set λ of every layer to exactly 0 and return the parameters of λ."""
+    """Set λ of every layer to exactly 0, and return the parameters of λ."""
     with torch.no_grad():
         for layer in model.model.layers:
             attention = layer.self_attn
@@ -273,10 +275,12 @@ def start_at_zero(model: GDAForCausalLM, kind: str) -> dict[str, nn.Parameter]:
 @each_layout
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("kind", ["equal pairs", "zero projection"])
-def test_a_live_start_wakes_lambda_then_noise(
+def test_exact_start_trains_lambda_and_then_noise_heads(
     layout: str, optimizer_class: type[torch.optim.Optimizer], kind: str
 ) -> None:
-    """λ = 0 by equal non-zero pairs, or by tanh of a zero projection: λ learns at step 0, every noise row after it."""
+    """λ = 0 by equal non-zero pairs, or by tanh of a zero projection: λ has a gradient at step 0, and noise rows
+    after it.
+    """
     lambda_type = "reparameterized" if kind == "equal pairs" else "tanh"
     model = tiny_model(layout, lambda_type, lambda_init=0.0)
     lambdas = start_at_zero(model, kind)
@@ -295,7 +299,7 @@ def test_a_live_start_wakes_lambda_then_noise(
 
 @each_layout
 def test_zero_vectors_are_a_dead_start(layout: str) -> None:
-    """λ = 0 by zeroing all four vectors is stationary: neither λ nor a noise row ever moves, so no start may be it."""
+    """λ = 0 from four zero vectors is stationary: neither λ nor a noise row ever changes."""
     model = tiny_model(layout, lambda_init=0.0)
     lambdas = start_at_zero(model, "zero vectors")
     rows = [noise_rows(model, layer.self_attn.q_proj.weight).clone() for layer in model.model.layers]
@@ -307,8 +311,8 @@ def test_zero_vectors_are_a_dead_start(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("layout", "lambda_type"), [("shared", "reparameterized"), ("paired", "sigmoid")])
-def test_lora_trains_saves_reloads_and_merges(layout: str, lambda_type: str, tmp_path: Path) -> None:
-    """LoRA on q_proj and o_proj learns with the base frozen; its saved adapter, and the merge, give equal logits."""
+def test_lora(layout: str, lambda_type: str, tmp_path: Path) -> None:
+    """On q_proj and o_proj with a frozen base; the saved adapter and the merged model give equal logits."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         tiny_model(layout, lambda_type),
@@ -333,8 +337,8 @@ def test_lora_trains_saves_reloads_and_merges(layout: str, lambda_type: str, tmp
 
 
 @pytest.mark.parametrize(("layout", "lambda_type"), [("shared", "reparameterized"), ("paired", "tanh")])
-def test_the_trainer_trains_and_its_files_reload(layout: str, lambda_type: str, tmp_path: Path) -> None:
-    """Trainer, with accumulation: three steps move every parameter, and its safetensors reload equal, bit for bit."""
+def test_trainer(layout: str, lambda_type: str, tmp_path: Path) -> None:
+    """With accumulation, three steps change every parameter, and the saved model reloads bit for bit."""
     from transformers import Trainer, TrainingArguments
 
     model = tiny_model(layout, lambda_type, head_norm=True, use_cache=False)

@@ -1,4 +1,4 @@
-"""`gda.training.plot.plot`: the content of a log, thinned with a note, on a page that opens in a browser."""
+"""`gda.training.plot.plot`: the content of a log, thinned with a note, on a page in a browser."""
 
 import json
 import math
@@ -28,8 +28,8 @@ def write_log(path: Path, rows: list[Any], end: str = "") -> Path:
     return path
 
 
-def test_the_page_holds_what_the_log_says(tmp_path: Path) -> None:
-    """Curves and layers of each step; steps of evaluation and of a resumed run are joined by number."""
+def test_page_matches_the_log(tmp_path: Path) -> None:
+    """Curves and layers of each step; entries of evaluation and of a resumed run are merged by step."""
     rows = [line(10), line(20), {"step": 20, "eval_loss": 5.0, "perplexity": math.exp(5)}, line(30), line(20, loss=9.0)]
     found = read_log(write_log(tmp_path / "training_log.jsonl", rows))
     assert found.curves["loss"] == [(10, 3.9), (20, 9.0), (30, 3.7)]
@@ -55,7 +55,7 @@ def test_the_page_holds_what_the_log_says(tmp_path: Path) -> None:
 
 
 def test_long_logs_are_thinned_with_a_note(tmp_path: Path) -> None:
-    """A spike stays, however many steps there are; layers are means of intervals."""
+    """Spikes are kept, and layers are averaged over intervals."""
     rows = [line(step) for step in range(1, 5001)]
     rows[3210]["loss"] = 77.0
     text = plot(write_log(tmp_path / "log.jsonl", rows)).read_text()
@@ -75,8 +75,8 @@ def test_long_logs_are_thinned_with_a_note(tmp_path: Path) -> None:
     assert len(text) < 1_000_000
 
 
-def test_values_that_are_no_numbers(tmp_path: Path) -> None:
-    """A loss that is not finite is a gap and noted; the data of the page stays JSON."""
+def test_nonfinite_values(tmp_path: Path) -> None:
+    """A loss that is not finite is a gap with a note, and the data of the page is valid JSON."""
     rows = [line(1), line(2, loss=math.nan), line(3, loss=math.inf), line(4)]
     path = plot(write_log(tmp_path / "log.jsonl", rows))
     assert "loss is not finite at 2 step(s), first at 2" in path.read_text()
@@ -90,7 +90,7 @@ def test_an_incomplete_last_line_is_ignored_with_a_note(tmp_path: Path) -> None:
     assert "the last line of the log is incomplete and ignored" in plot(path).read_text()
 
 
-def test_names_stay_text(tmp_path: Path) -> None:
+def test_names_are_escaped(tmp_path: Path) -> None:
     folder = tmp_path / "<img src=x onerror=alert(1)>"
     folder.mkdir()
     write_log(folder / "training_log.jsonl", [line(1), line(2)])
@@ -113,7 +113,7 @@ def test_names_stay_text(tmp_path: Path) -> None:
         ('{"step": 1, "loss": 1, "layers": [{"layer": 0, "lambda": []}]}\n', "`lambda`"),
     ],
 )
-def test_logs_that_are_none(content: str, named: str, tmp_path: Path) -> None:
+def test_invalid_logs(content: str, named: str, tmp_path: Path) -> None:
     """The error names file and line."""
     path = tmp_path / "log.jsonl"
     path.write_text(content)
@@ -123,7 +123,7 @@ def test_logs_that_are_none(content: str, named: str, tmp_path: Path) -> None:
     assert not path.with_suffix(".html").exists()
 
 
-def test_places_that_are_none(tmp_path: Path) -> None:
+def test_invalid_places(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"training_log\.jsonl"):
         plot(tmp_path)
     path = write_log(tmp_path / "training_log.jsonl", [line(1)])
@@ -132,8 +132,8 @@ def test_places_that_are_none(tmp_path: Path) -> None:
             plot(path, out)
 
 
-def test_drawn_again_by_the_command(tmp_path: Path, command: Command) -> None:
-    """The path of the page is printed, or JSON; without --plot, OUT is missing."""
+def test_plot_command(tmp_path: Path, command: Command) -> None:
+    """It prints the path of the page, or JSON."""
     write_log(tmp_path / "training_log.jsonl", [line(1), line(2)])
     page = tmp_path / "training.html"
     assert command("train", tmp_path, "--plot") == (0, f"{page}\n", "")
