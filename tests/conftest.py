@@ -1,6 +1,6 @@
-"""Settings of every run: one thread per process, a Hub of the tests' own, several processes, and which cases are fast.
+"""Settings of every run: one thread per process, the tests' own Hub, several processes, and which cases are fast.
 
-One thread per process, because threads of several processes would wait for one another on shared cores.
+One thread per process, because threads of several processes would wait for each other on shared cores.
 """
 
 import os
@@ -43,10 +43,10 @@ FAST_CASES = 3  # of a test that is marked `sampled`
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Use several processes for a run of the whole suite, as `-n` would, if pytest-xdist is installed.
+    """Use several processes for a run of the whole suite, like `-n`, if pytest-xdist is installed.
 
-    `-n` in addopts would be an error without pytest-xdist, and would slow down a run of one file: each process imports
-    torch and transformers anew. Also, a debugger and `-s` need the tests in this process.
+    `-n` in addopts would fail without pytest-xdist and slow down a run of one file, because each process imports torch
+    and transformers again. A debugger and `-s` need the tests in this process.
     """
     whole_suite = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     interactive = config.option.usepdb or config.option.trace or config.option.capture == "no"
@@ -58,7 +58,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what is not in the normal run, and of sampled tests all cases but a few, spread evenly over them."""
+    """Mark long tests as slow, and also sampled ones, except a few that are spread evenly."""
     cases_of: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty Hub, and a token that may write there; nothing of it is cached here."""
+    """An empty Hub with a token that may write; nothing of it is cached here."""
     HUB.clear()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield HUB
@@ -82,7 +82,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run `gda` with arguments, here."""
+    """Run `gda` with arguments in this process."""
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["gda", *map(str, arguments)])

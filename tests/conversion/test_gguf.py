@@ -1,4 +1,4 @@
-"""GGUF files as a source: what is converted is what transformers reads, and what it would drop is refused."""
+"""GGUF files as a source: results equal what transformers reads, and contents that it would drop are refused."""
 
 import builtins
 import json
@@ -35,8 +35,8 @@ def some_ids() -> Tensor:
     [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1, "tie_word_embeddings": True}],
     ids=["gqa", "mha", "mqa tied"],
 )
-def test_a_gguf_converts_to_what_transformers_reads(changes: dict[str, Any], quantization: str, tmp_path: Path) -> None:
-    """Equal to transformers' own GGUF loading, and to the original Llama as far as the quantization lets it."""
+def test_gguf_equals_transformers(changes: dict[str, Any], quantization: str, tmp_path: Path) -> None:
+    """It equals transformers' own GGUF loading, and the original Llama up to quantization."""
     llama = llama_model(**SHAPE, **changes)
     kind = None if quantization == "F32" else gguf.GGMLQuantizationType[quantization]
     path = write_gguf(tmp_path / "tiny.gguf", llama, quantization=kind)
@@ -55,7 +55,7 @@ def test_a_gguf_converts_to_what_transformers_reads(changes: dict[str, Any], qua
 
 
 def test_config_tokenizer_and_licence_come_from_the_metadata(tmp_path: Path) -> None:
-    """Ids and chat template are the original's; eps and theta too; the card carries the licence; no path is told."""
+    """Ids, chat template, eps and theta equal the original's. The card has the licence and no path."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
     gda.convert(path, tmp_path / "gda", verify=False)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gda")
@@ -74,8 +74,8 @@ def test_config_tokenizer_and_licence_come_from_the_metadata(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "layers", "tensors"])
-def test_a_gguf_conversion_verifies_by_every_method(method: str, tmp_path: Path) -> None:
-    """verify reads the GGUF again, and notices a change in the result."""
+def test_verify_gguf_conversions(method: str, tmp_path: Path) -> None:
+    """Every method reads the GGUF file again and detects a changed result."""
     from safetensors.torch import load_file, save_file
 
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), quantization=gguf.GGMLQuantizationType.Q8_0)
@@ -88,8 +88,8 @@ def test_a_gguf_conversion_verifies_by_every_method(method: str, tmp_path: Path)
     assert not gda.verify(path, tmp_path / "gda", method=method).passed
 
 
-def test_a_gguf_without_a_tokenizer_converts(tmp_path: Path) -> None:
-    """Like any source without a tokenizer: verified on random ids."""
+def test_gguf_without_a_tokenizer(tmp_path: Path) -> None:
+    """It is verified on random ids."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), tokenizer=False)
     report = gda.convert(path, tmp_path / "gda")
     assert report.verification is not None
@@ -113,8 +113,8 @@ def test_a_gguf_without_a_tokenizer_converts(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_transformers_would_drop_is_refused(extra: dict[str, Any], named: str, tmp_path: Path) -> None:
-    """RoPE tables and scaling, biases, experts and other architectures: refused by name, nothing left."""
+def test_contents_that_transformers_drops_are_refused(extra: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """RoPE tables and scaling, biases, experts and other architectures, without files left."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), **extra)
     with pytest.raises(ValueError, match=named):
         gda.convert(path, tmp_path / "gda", verify=False)
@@ -122,14 +122,13 @@ def test_what_transformers_would_drop_is_refused(extra: dict[str, Any], named: s
 
 
 @pytest.mark.parametrize("metadata", [{"llama.rope.scaling.type": "none"}, {"llama.rope.scale_linear": 1.0}], ids=str)
-def test_scaling_that_scales_nothing_is_no_obstacle(metadata: dict[str, Any], tmp_path: Path) -> None:
-    """Files that spell out the default convert."""
+def test_default_scaling_is_accepted(metadata: dict[str, Any], tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), metadata=metadata)
     assert gda.convert(path, tmp_path / "gda", dry_run=True).num_tensors > 20
 
 
-def test_a_head_dim_of_its_own_is_read(tmp_path: Path) -> None:
-    """Heads wider than hidden / heads, as attention.key_length says: equal to the Llama that was written."""
+def test_head_dim_is_read(tmp_path: Path) -> None:
+    """Heads wider than hidden / heads, from attention.key_length."""
     llama = llama_model(**{**SHAPE, "head_dim": 32})
     widths = {"llama.attention.key_length": 32, "llama.attention.value_length": 32}
     path = write_gguf(tmp_path / "tiny.gguf", llama, metadata=widths)
@@ -140,8 +139,8 @@ def test_a_head_dim_of_its_own_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 3, 4, 24, 200, 2000, 9000, -1], ids=str)
-def test_a_truncated_gguf_is_an_error_of_one_line(kept: int, tmp_path: Path) -> None:
-    """Cut anywhere: ValueError that names the file, nothing left."""
+def test_truncated_gguf(kept: int, tmp_path: Path) -> None:
+    """Truncated anywhere: ValueError that names the file, and no files left."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"tiny\.gguf") as refused:
@@ -150,8 +149,8 @@ def test_a_truncated_gguf_is_an_error_of_one_line(kept: int, tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["tiny.gguf"]
 
 
-def test_a_gguf_that_is_cut_while_it_is_converted_is_an_error_of_one_line(tmp_path: Path) -> None:
-    """It names file and tensor, where the mapped file would kill the process."""
+def test_gguf_truncated_during_a_conversion(tmp_path: Path) -> None:
+    """The error names file and tensor; a mapped file would kill the process."""
     path = write_gguf(tmp_path / "model.gguf", llama_model(**SHAPE))
     source = GGUFSource(path)
     os.truncate(path, path.stat().st_size // 2)
@@ -159,8 +158,8 @@ def test_a_gguf_that_is_cut_while_it_is_converted_is_an_error_of_one_line(tmp_pa
         source.read("model.embed_tokens.weight")
 
 
-def test_a_gguf_with_a_tensor_missing_or_of_another_shape(tmp_path: Path) -> None:
-    """The tensor is named, as in a folder."""
+def test_gguf_with_a_missing_or_wrong_tensor(tmp_path: Path) -> None:
+    """The error names the tensor."""
     llama = llama_model(**SHAPE)
     other = llama_model(**{**SHAPE, "intermediate_size": 64})
     path = write_gguf(
@@ -173,10 +172,8 @@ def test_a_gguf_with_a_tensor_missing_or_of_another_shape(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["tiny.gguf"]
 
 
-def test_without_the_package_gguf_the_message_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """gguf is an extra: a folder never needs it, a .gguf file says `pip install`."""
+def test_missing_package_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only .gguf files need it, and the message says how to install it."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
     import_ = builtins.__import__
 
@@ -191,8 +188,8 @@ def test_without_the_package_gguf_the_message_says_what_to_install(
     assert os.listdir(tmp_path) == ["tiny.gguf"]
 
 
-def test_reading_is_tensor_by_tensor(tmp_path: Path) -> None:
-    """Each tensor is transformers' own, dequantized, in float32, and does not alias the file."""
+def test_tensors_equal_transformers(tmp_path: Path) -> None:
+    """Dequantized to float32, without aliasing the file."""
     from gda.conversion.sources.open import open_source
 
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), quantization=gguf.GGMLQuantizationType.Q8_0)
@@ -240,8 +237,8 @@ def test_a_file_is_parsed_once_and_names_are_mapped_once(
 
 @pytest.mark.slow
 @needs_smollm2
-def test_a_pretrained_llama_says_the_same_as_gda(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct as 3:1 GDA: equal logits, the same text, and it knows the capital of France."""
+def test_pretrained_llama_as_gda(tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct as 3:1 GDA: equal logits, the same text, and the right capital of France."""
     from gda.conversion.demo import find_demo_model
 
     path = Path(find_demo_model())
