@@ -58,8 +58,8 @@ def main() -> None:
     for kind, what in enumerate(("elapsed", "processor")):
         for name, pairs in times.items():
             seconds = [pair[kind] for pair in pairs]
-            told = ", ".join(f"{one:.2f}" for one in seconds)
-            print(f"{name:20} {statistics.median(seconds):8.2f} s {what} time, of {told}")
+            output = ", ".join(f"{one:.2f}" for one in seconds)
+            print(f"{name:20} {statistics.median(seconds):8.2f} s {what} time, of {output}")
         ratios = [ours[kind] / plain[kind] for plain, ours in zip(*times.values(), strict=True)]
         print(f"ratio, median pair   {statistics.median(ratios):8.3f}")
     print(f"the same scores: {'yes' if scores[0] == scores[1] else 'NO'}")

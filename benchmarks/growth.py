@@ -132,10 +132,10 @@ def main() -> None:
         print(f"{timed['gigabytes']:.2f} GB, {timed['layers']} layers, in {options.shard_size} shards")
         print(f"  cp -r         {timed['copy']:7.2f} s")
         for option in map(" ".join, TIMED):
-            told = timed[option]
+            output = timed[option]
             print(
-                f"  {option:12}  {told['seconds']:7.2f} s for {told['gigabytes']:.2f} GB, of it start-up "
-                f"{told['startup']:.2f} s; peak memory {told['peak_rss_mb']:,.0f} MB"
+                f"  {option:12}  {output['seconds']:7.2f} s for {output['gigabytes']:.2f} GB, of it start-up "
+                f"{output['startup']:.2f} s; peak memory {output['peak_rss_mb']:,.0f} MB"
             )
 
 

@@ -261,12 +261,12 @@ def sweep(arguments: argparse.Namespace) -> None:
     """Run what is missing, `jobs` at a time, seed by seed, so that what has finished can be compared."""
     folder = arguments.out
     settings = {key: str(getattr(arguments, key)) for key in ("text", "held_out", "steps", "batch", "learning_rate")}
-    told = folder / "settings.json"
-    if told.exists() and (before := read_json(told)) != settings:
-        sys.exit(f"{told} has {before}, not {settings}; choose another --out")
-    if not told.exists():
+    output = folder / "settings.json"
+    if output.exists() and (before := read_json(output)) != settings:
+        sys.exit(f"{output} has {before}, not {settings}; choose another --out")
+    if not output.exists():
         prepare(arguments.text, arguments.held_out, folder)
-        write_json(told, settings)
+        write_json(output, settings)
     wanted = [(name, seed) for seed in range(arguments.seeds) for name in RATIOS]
     missing = [each for each in wanted if not (folder / "runs" / f"{_slug(each[0])}-{each[1]}.json").exists()]
     running: list[subprocess.Popen[bytes]] = []

@@ -137,8 +137,8 @@ def report(results: dict[str, dict[str, Any]], as_json: bool) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for each in (source, split):
         perplexities = (f"{math.exp(each[when]):.3f}" for when in ("before", "after"))
-        told = (f"{each['learning'] / 1e6:.1f}", f"{each['minutes']:.1f}", f"{each['tokens_per_second'] or 0:.0f}")
-        table.add_row(each["name"], *perplexities, *told, f"{each['peak_memory'] / 1e6:,.0f}")
+        output = (f"{each['learning'] / 1e6:.1f}", f"{each['minutes']:.1f}", f"{each['tokens_per_second'] or 0:.0f}")
+        table.add_row(each["name"], *perplexities, *output, f"{each['peak_memory'] / 1e6:,.0f}")
     table.add_row("split / source", *(f"{math.exp(gap):.4f}" for gap in gaps.values()))
     Console().print(table)
     print(f"of the gap in nats, {100 * closed:.0f} % is closed")

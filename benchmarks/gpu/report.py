@@ -171,9 +171,9 @@ def section(parts: dict[str, Row]) -> str:
     """Markdown of everything that was measured."""
     if not parts:
         return NO_FIGURES
-    told = next(iter(parts.values()))["environment"]
+    output = next(iter(parts.values()))["environment"]
     lines = [
-        f"{told['device']}, torch {told['torch']}, transformers {told['transformers']}, {told['date']}. "
+        f"{output['device']}, torch {output['torch']}, transformers {output['transformers']}, {output['date']}. "
         "`bash benchmarks/gpu.sh --out FOLDER`, one run.",
         "",
     ]

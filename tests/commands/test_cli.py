@@ -124,16 +124,16 @@ def test_json_output(models: Path, tmp_path: Path, command: Command) -> None:
     """Each command with --json prints one JSON value, equal to the report from Python."""
     converted = command("convert", models / "llama", tmp_path / "gda", "--json", "--ratio", "2:1")
     assert converted.code == 0
-    told = json.loads(converted.out)
-    assert told["verification"]["passed"] is True
-    assert told["num_noise_heads"] == 2
+    output = json.loads(converted.out)
+    assert output["verification"]["passed"] is True
+    assert output["num_noise_heads"] == 2
 
     dry = json.loads(command("convert", models / "llama", tmp_path / "dry", "--json", "--dry-run").out)
     assert dry["dry_run"] is True
     assert not (tmp_path / "dry").exists()
 
     verified = json.loads(command("verify", models / "llama", tmp_path / "gda", "--json").out)
-    assert verified == gda.verify(models / "llama", tmp_path / "gda").to_dict() == told["verification"]
+    assert verified == gda.verify(models / "llama", tmp_path / "gda").to_dict() == output["verification"]
 
     inspected = json.loads(command("inspect", tmp_path / "gda", "--json").out)
     assert inspected == gda.inspect(tmp_path / "gda").to_dict()

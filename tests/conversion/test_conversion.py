@@ -454,17 +454,17 @@ def test_conversion_json_records_the_origin_of_everything(tmp_path: Path) -> Non
     """Hashes of source and result, settings, versions and the origin of each tensor, without paths and dates."""
     source = save_llama(tmp_path / "llama", **VARIANTS["shards"])
     report = gda.convert(source, tmp_path / "gda", ratio=4, seed=5, lambda_type="tanh", max_shard_size="20KB")
-    told = json.loads((tmp_path / "gda" / "conversion.json").read_text())
+    output = json.loads((tmp_path / "gda" / "conversion.json").read_text())
 
     def digests(folder: Path) -> dict[str, str]:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 
     assert len(digests(source)) > 1
-    assert told["source"]["sha256"] == digests(source)
-    assert told["source"]["name"] == "llama"
-    assert told["source"]["num_parameters"] == load(source).num_parameters()
-    assert told["sha256"] == report.sha256 == digests(tmp_path / "gda")
-    assert told["settings"] == {
+    assert output["source"]["sha256"] == digests(source)
+    assert output["source"]["name"] == "llama"
+    assert output["source"]["num_parameters"] == load(source).num_parameters()
+    assert output["sha256"] == report.sha256 == digests(tmp_path / "gda")
+    assert output["settings"] == {
         "mode": "expand",
         "dtype": "keep",
         "seed": 5,
@@ -476,16 +476,16 @@ def test_conversion_json_records_the_origin_of_everything(tmp_path: Path) -> Non
         "growth": None,
         "split": None,
     }
-    assert told["versions"]["gda"] == gda.__version__
-    assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert output["versions"]["gda"] == gda.__version__
+    assert output["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert report.verification is not None
-    assert told["verification"] == report.verification.to_dict()
-    assert set(told["tensors"]) == set(tensors_of(tmp_path / "gda"))
+    assert output["verification"] == report.verification.to_dict()
+    assert set(output["tensors"]) == set(tensors_of(tmp_path / "gda"))
     of_source = set(tensors_of(source))
-    for name, origin in told["tensors"].items():
+    for name, origin in output["tensors"].items():
         assert origin["how"], name
         assert origin["from"] == ([name] if name in of_source else []), name
-    assert str(tmp_path) not in json.dumps(told)
+    assert str(tmp_path) not in json.dumps(output)
 
 
 def test_model_card_has_metadata_and_verified_numbers(tmp_path: Path) -> None:
@@ -590,10 +590,10 @@ def test_dry_run_writes_nothing_and_reports_the_same_numbers(tmp_path: Path) -> 
 def test_report_is_json_serializable(tmp_path: Path) -> None:
     """The dictionary includes the verification."""
     report = gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda")
-    told = report.to_dict()
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert told["verification"]["passed"] is True
-    assert (told["num_signal_heads"], told["num_noise_heads"]) == (4, 2)
+    output = report.to_dict()
+    assert json.loads(json.dumps(output, allow_nan=False)) == output
+    assert output["verification"]["passed"] is True
+    assert (output["num_signal_heads"], output["num_noise_heads"]) == (4, 2)
 
 
 def test_attention_dropout_is_dropped_with_a_note(tmp_path: Path) -> None:

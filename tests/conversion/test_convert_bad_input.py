@@ -623,9 +623,9 @@ def test_invalid_settings_in_conversion_json(
     """verify refuses them in one line, or reports different tensors."""
     gda.convert(llamas / "one", tmp_path / "gda", verify=False)
     path = tmp_path / "gda" / "conversion.json"
-    told = json.loads(path.read_text())
-    told["settings"][field] = value
-    path.write_text(json.dumps(told))
+    output = json.loads(path.read_text())
+    output["settings"][field] = value
+    path.write_text(json.dumps(output))
     outcome = command("verify", llamas / "one", tmp_path / "gda", "--method", "tensors")
     assert outcome.code in (1, 2), outcome
     assert len(outcome.error.splitlines()) == 1

@@ -67,9 +67,9 @@ def test_config_tokenizer_and_licence_come_from_the_metadata(tmp_path: Path) -> 
     assert config["rope_parameters"]["rope_theta"] == 100.0
     assert (config["head_dim"], config["hidden_size"], config["dtype"]) == (16, 64, "float32")
     assert "license: apache-2.0" in (tmp_path / "gda" / "README.md").read_text()
-    told = json.loads((tmp_path / "gda" / "conversion.json").read_text())
-    assert list(told["source"]["sha256"]) == ["tiny.gguf"]
-    assert str(tmp_path) not in json.dumps(told) + json.dumps(config)
+    output = json.loads((tmp_path / "gda" / "conversion.json").read_text())
+    assert list(output["source"]["sha256"]) == ["tiny.gguf"]
+    assert str(tmp_path) not in json.dumps(output) + json.dumps(config)
 
 
 @pytest.mark.slow

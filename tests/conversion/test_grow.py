@@ -619,11 +619,11 @@ def test_impossible_growth_is_refused(options: dict[str, Any], named: str, tmp_p
     source = saved(tmp_path / "source")
     with pytest.raises(ValueError, match=re.escape(named)):
         gda.grow(source, tmp_path / "deep" / "out", **options)
-    told = [
+    printed = [
         f"--{name.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, list) else v}"
         for name, v in options.items()
     ]
-    outcome = command("grow", source, tmp_path / "deep" / "out", *told)
+    outcome = command("grow", source, tmp_path / "deep" / "out", *printed)
     assert (outcome.code, outcome.out) == (2, "")
     assert len(outcome.error.splitlines()) == 1
     assert os.listdir(tmp_path) == ["source"]

@@ -75,14 +75,14 @@ def test_gda_push_sends_the_folder(folder: Path, hub: Hub, command: Command) -> 
     """The repository equals the folder byte for byte, and tokenizer and chat template load from it."""
     outcome = command("push", folder, "me/llama-gda", "--json")
     assert outcome.code == 0, outcome.error
-    told = json.loads(outcome.out)
+    output = json.loads(outcome.out)
     held = hub.files("me/llama-gda")
     del held[".gitattributes"]
     assert held == files_of(folder)
-    assert told["files"] == sorted(held)
-    assert told["nbytes"] == sum(map(len, held.values()))
-    assert told["commit"] == hub.repos["me/llama-gda"].branches["main"]
-    assert told["url"] == f"{hub.url}/me/llama-gda"
+    assert output["files"] == sorted(held)
+    assert output["nbytes"] == sum(map(len, held.values()))
+    assert output["commit"] == hub.repos["me/llama-gda"].branches["main"]
+    assert output["url"] == f"{hub.url}/me/llama-gda"
     tokenizer = AutoTokenizer.from_pretrained("me/llama-gda")
     assert tokenizer.chat_template == CHAT_TEMPLATE
     text = "the chat, ünd anderes"

@@ -410,11 +410,11 @@ def test_round_trip_is_bit_for_bit(variant: str, tmp_path: Path) -> None:
     for name in before:
         if name != "config.json":
             assert after[name] == before[name], name
-    told, again = with_older_names(json.loads(before["config.json"])), json.loads(after["config.json"])
+    output, again = with_older_names(json.loads(before["config.json"])), json.loads(after["config.json"])
     unused = {"max_window_layers"} if variant != "qwen2, max_window_layers" else set()
     if variant == "qwen2, no layer slides":
         unused |= {"use_sliding_window", "sliding_window"}
-    assert {name for name in told | again if told.get(name, ...) != again.get(name, ...)} <= unused
+    assert {name for name in output | again if output.get(name, ...) != again.get(name, ...)} <= unused
     assert torch.equal(logits(load(tmp_path / "back"), some_ids()), logits(load(source), some_ids()))
 
 

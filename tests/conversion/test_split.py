@@ -512,16 +512,16 @@ def test_output_of_the_commands(llama: Path, divided: tuple[Path, Any], tmp_path
     pushed = command("push", out, "me/split", "--dry-run")
     assert pushed.code == 0
     assert "model.safetensors" in pushed.out
-    told = command(
+    printed = command(
         *("convert", llama, tmp_path / "gda", "--mode", "split", "--effort", "default"),
         *("--calibration", llama.parent / "text.txt", "--calibration-tokens", TOKENS),
     )
-    assert told.code == 0, told
-    assert told.error == ""
-    assert "note: some heads become noise heads, which is not lossless" in told.out
-    assert f"lossy: perplexity on {report.split.held_out_tokens:,} held-out tokens of text.txt" in told.out
+    assert printed.code == 0, printed
+    assert printed.error == ""
+    assert "note: some heads become noise heads, which is not lossless" in printed.out
+    assert f"lossy: perplexity on {report.split.held_out_tokens:,} held-out tokens of text.txt" in printed.out
     for value in (report.split.perplexity_source, report.split.perplexity_closed_form, report.split.perplexity):
-        assert f"{value:.3f}" in told.out
+        assert f"{value:.3f}" in printed.out
     assert files_of(tmp_path / "gda") == files_of(out)
 
 
@@ -553,9 +553,9 @@ def test_json_and_dry_run(llama: Path, tmp_path: Path, command: Command) -> None
     assert "nothing was written (--dry-run)" in shown.out
     done = command(*arguments, "--json", "--no-verify")
     assert done.code == 0
-    told = json.loads(done.out)
-    assert (told["num_signal_heads"], told["num_noise_heads"]) == (2, 2)
-    assert told["split"] == json.loads((tmp_path / "gda" / "conversion.json").read_text())["split"]
+    printed = json.loads(done.out)
+    assert (printed["num_signal_heads"], printed["num_noise_heads"]) == (2, 2)
+    assert printed["split"] == json.loads((tmp_path / "gda" / "conversion.json").read_text())["split"]
 
 
 def test_default_calibration_text_is_named(llama: Path, tmp_path: Path) -> None:

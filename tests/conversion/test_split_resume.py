@@ -346,8 +346,8 @@ def test_peak_memory_is_bounded(tmp_path: Path) -> None:
         figures.write_text(json.dumps({"before": before, "most": max(most)}))
 
     assert in_child(measured) == ENDED
-    told = json.loads(figures.read_text())
-    grown = told["most"] - told["before"]
+    output = json.loads(figures.read_text())
+    grown = output["most"] - output["before"]
     print(f"source {source / 1e6:.0f} MB, memory grew by {grown / 1e6:.0f} MB")
     assert grown < source / 2  # both models and Adam would take more than three times the source
 

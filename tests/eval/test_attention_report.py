@@ -230,15 +230,15 @@ def test_notes_list_reductions(folder: Path) -> None:
         folder / "gda", baseline=save_llama(folder / "deep", num_hidden_layers=4), text=TEXT, max_tokens=20,
         layers=[2, 0], map_megabytes=0.001,
     )  # fmt: skip
-    told = "\n".join(found.notes)
+    output = "\n".join(found.notes)
     for note in (
         "; the first 20 were read",
         "mean over the 3 signal heads",
         "mean over 2 × 2 tokens",
         "2 of 3 layers",
     ):
-        assert note in told
-    assert re.search(r"deep has a different number of layers than gda", told)
+        assert note in output
+    assert re.search(r"deep has a different number of layers than gda", output)
     assert (sorted(found.maps), found.baseline_maps, len(found.tokens)) == ([0, 2], {}, 20)
     for note in found.notes:
         assert note in found.to_html()
@@ -253,12 +253,14 @@ def test_the_command_writes_page_picture_and_json(folder: Path, tmp_path: Path, 
     arguments = ("attention", folder / "gda", "--baseline", folder / "llama", "--text", TEXT, "--out", page)
     outcome = command(*arguments, "--png", picture, "--json")
     assert outcome.code == 0, outcome.error
-    told = json.loads(outcome.out)
-    assert told == json.loads(json.dumps(gda.attention(folder / "gda", baseline=folder / "llama", text=TEXT).to_dict()))
-    assert told["attention"]["lambda"]
-    assert told["baseline_attention"]["noise"] is None
-    assert "".join(told["tokens"]).replace("␣", " ") == TEXT
-    assert told["most_cancelled"][0]["cancelled"] == max(token["cancelled"] for token in told["most_cancelled"])
+    output = json.loads(outcome.out)
+    assert output == json.loads(
+        json.dumps(gda.attention(folder / "gda", baseline=folder / "llama", text=TEXT).to_dict())
+    )
+    assert output["attention"]["lambda"]
+    assert output["baseline_attention"]["noise"] is None
+    assert "".join(output["tokens"]).replace("␣", " ") == TEXT
+    assert output["most_cancelled"][0]["cancelled"] == max(token["cancelled"] for token in output["most_cancelled"])
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert f"wrote {page}" in outcome.error
     again = command(*arguments)

@@ -37,8 +37,8 @@ def report_of(model: PreTrainedModel, *, baseline: PreTrainedModel | None = None
 def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[float, float, float, float]:
     """Shares of one layer's maps (H, T, T) for a prompt with its answer, computed token by token."""
     encoded = tokenizer(prompt.text + prompt.target, return_offsets_mapping=True)
-    offsets, said = encoded["offset_mapping"], len(prompt.text)
-    rows = [index - 1 for index, (_, end) in enumerate(offsets) if end > said]
+    offsets, message = encoded["offset_mapping"], len(prompt.text)
+    rows = [index - 1 for index, (_, end) in enumerate(offsets) if end > message]
     sums = [0.0] * 4
     for head in maps.double():
         for row in rows:
@@ -169,7 +169,7 @@ def test_every_setting_of_the_retrieval_task_applies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "said"),
+    ("metadata", "message"),
     [
         ({"lenght": 300}, "did you mean `length`"),
         ({"seed": 3}, "has no setting `seed`; it has length, depth, .*data_seed"),
@@ -178,8 +178,8 @@ def test_every_setting_of_the_retrieval_task_applies() -> None:
         ({"depth": 50}, "`depth`"),
     ],
 )
-def test_invalid_metadata_is_refused_before_anything_runs(metadata: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_metadata_is_refused_before_anything_runs(metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         evaluate_with_baseline("no/such/model", diagnostics=True, metadata=metadata)
 
 
@@ -188,13 +188,13 @@ def test_metadata_of_another_task_is_ignored() -> None:
 
 
 def test_invalid_settings_are_refused() -> None:
-    for options, said in (
+    for options, message in (
         ({"length": 50}, "`length` 50 is too short"),
         ({"depth": 1.5}, "`depth`"),
         ({"samples": 0}, "`samples`"),
         ({"length": 2000}, "reads 1024; choose a smaller length"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             report_of(gda_model(), **options)
     with pytest.raises(ValueError, match="must share one tokenizer"):
         report_of(gda_model(), baseline=gda_model(vocab_size=50))

@@ -161,15 +161,15 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     printed = command(*arguments)
     assert printed.code == 0, printed.error
     assert "noise" in printed.out
-    told = json.loads((tmp_path / "results.json").read_text())["gda"]
-    assert told["diagnostics"]["lambdas"] == [0.0, 0.0]
-    assert told["comparison"] == []
+    output = json.loads((tmp_path / "results.json").read_text())["gda"]
+    assert output["diagnostics"]["lambdas"] == [0.0, 0.0]
+    assert output["comparison"] == []
     from gda.eval.attention.diagnostics import DEFAULTS, diagnose
 
     ours, llama = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("gda", "llama"))
     settings = replace(DEFAULTS, length=400, digits=5, depth=0.5, samples=3, data_seed=7)
     expected = diagnose(ours, byte_tokenizer(), settings, baseline=llama)
-    assert told["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
+    assert output["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
     assert expected.to_markdown().strip() in (tmp_path / "results.md").read_text()
     assert html.escape(expected.to_markdown().splitlines()[0]) in (tmp_path / "report.html").read_text()
 
@@ -181,9 +181,9 @@ def test_two_models_with_the_same_name(folder: Path, tmp_path: Path, command: Co
         *("eval", folder / "gda", "--baseline", folder / "gda", "--tasks", BLIMP, "--limit", 2, "--json"),
         *("--dataset-root", folder / "data"),
     )
-    told = json.loads(outcome.out)["gda"]
-    assert told["model"] == str(folder / "gda")
-    assert told["baseline"]["gda"]["model"] == f"{folder / 'gda'} (baseline)"
+    output = json.loads(outcome.out)["gda"]
+    assert output["model"] == str(folder / "gda")
+    assert output["baseline"]["gda"]["model"] == f"{folder / 'gda'} (baseline)"
 
 
 # ------------------------------------------------------------------------------------------------------ model card
@@ -294,8 +294,8 @@ def test_report_html_of_an_earlier_run_is_removed(report: EvalReport, tmp_path: 
     write_report(report, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
     row = replace(report.rows[0], score=math.nan, stderr=math.inf)
-    told = json.loads(to_json(replace(report, rows=[row])), parse_constant=pytest.fail)
-    assert (told["gda"]["comparison"][0]["score"], told["gda"]["comparison"][0]["stderr"]) == (None, None)
+    output = json.loads(to_json(replace(report, rows=[row])), parse_constant=pytest.fail)
+    assert (output["gda"]["comparison"][0]["score"], output["gda"]["comparison"][0]["stderr"]) == (None, None)
 
 
 def test_context_above_the_models_limit_is_noted(folder: Path, tmp_path: Path) -> None:

@@ -108,8 +108,8 @@ def test_output_of_the_command(tmp_path: Path, command: Command) -> None:
     )
     for word in (f"{expected.token:.4f}", f"{expected.byte:.4f}", " 32 ", " 16 ", f" {expected.tokens} "):
         assert word in printed.out
-    told = json.loads(command(*arguments, "--json").out)["gda"]["perplexity"]
-    assert (told["context"], told["stride"]) == (128, 128)
+    output = json.loads(command(*arguments, "--json").out)["gda"]["perplexity"]
+    assert (output["context"], output["stride"]) == (128, 128)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     for name, word in (("empty.txt", "is empty"), ("latin.txt", "is not text in UTF-8")):

@@ -111,7 +111,7 @@ def test_all_depths_are_taken_in_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answers", "said", "acc", "exact_match"),
+    ("answers", "message", "acc", "exact_match"),
     [
         (["1234567"], " 1234567.", 1, 1),
         (["1234567"], " 1,234,567", 0, 0),
@@ -124,8 +124,8 @@ def test_all_depths_are_taken_in_turn() -> None:
         (["11", "22"], " 11", 0.5, 0),
     ],
 )
-def test_numbers_count_in_their_order(answers: list[str], said: str, acc: float, exact_match: float) -> None:
-    assert needles.score({"answers": answers}, [said]) == {"acc": acc, "exact_match": exact_match}
+def test_numbers_count_in_their_order(answers: list[str], message: str, acc: float, exact_match: float) -> None:
+    assert needles.score({"answers": answers}, [message]) == {"acc": acc, "exact_match": exact_match}
 
 
 # ---------------------------------------------------------------------------------------------------- MQAR and copying
@@ -332,7 +332,7 @@ FEWSHOT_OF_SEED_0 = (
 
 
 @pytest.mark.parametrize(
-    ("task", "metadata", "said"),
+    ("task", "metadata", "message"),
     [
         ("gda_needles", {"needles": 0}, "`needles`"),
         ("gda_needles", {"needles": 1000}, "`needles`"),
@@ -353,8 +353,8 @@ FEWSHOT_OF_SEED_0 = (
         ("gda_fewshot", {"arrangement": "sorted"}, "`arrangement`"),
     ],
 )
-def test_invalid_settings_are_refused(task: str, metadata: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+def test_invalid_settings_are_refused(task: str, metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         task_manager(**metadata).load([task])
     assert "\n" not in str(caught.value)
 

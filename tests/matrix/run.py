@@ -118,9 +118,9 @@ def check(part: str, release: str, folder: Path | None, folders: Path, verbose: 
     )
     results: dict[str, dict[str, Any]] = json.loads(out.read_text()) if out.exists() else {}
     if child.returncode:
-        said = child.stdout or ""
-        last = (said.strip().splitlines() or ["nothing said"])[-1]
-        results["run"] = {"state": "failed", "reason": last, "traceback": said[-4000:], "seconds": 0}
+        message = child.stdout or ""
+        last = (message.strip().splitlines() or ["nothing said"])[-1]
+        results["run"] = {"state": "failed", "reason": last, "traceback": message[-4000:], "seconds": 0}
     seconds = time.monotonic() - began
     print(f"{part}, transformers {release}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return results

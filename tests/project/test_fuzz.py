@@ -67,11 +67,11 @@ def failures(name: str, cases: list[list[Edit]], workspace: Path, scratch: Path)
     at = 0
     while at < len(cases):
         place = Path(shutil.copytree(workspace, scratch / f"{at}"))
-        told = scratch / "told"
-        told.write_text("")
-        status = _in_child(name, cases, at, place, told)
+        output = scratch / "output"
+        output.write_text("")
+        status = _in_child(name, cases, at, place, output)
         shutil.rmtree(place)
-        lines = [json.loads(line) for line in told.read_text().splitlines()]
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
         found += [(cases[line["case"]], line["wrong"]) for line in lines if line.get("wrong")]
         done = 1 + max((line["case"] for line in lines if "wrong" in line), default=at - 1)
         if status == 0:
@@ -83,7 +83,7 @@ def failures(name: str, cases: list[list[Edit]], workspace: Path, scratch: Path)
     return found
 
 
-def _in_child(name: str, cases: list[list[Edit]], begin: int, place: Path, told: Path) -> int:
+def _in_child(name: str, cases: list[list[Edit]], begin: int, place: Path, output: Path) -> int:
     def work() -> None:
         try:
             huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -95,13 +95,13 @@ def _in_child(name: str, cases: list[list[Edit]], begin: int, place: Path, told:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            with open(told, "a") as report:
+            with open(output, "a") as report:
                 for number in range(begin, len(cases)):
                     wrong = _try(name, cases[number], place, watched)
                     report.write(json.dumps({"case": number, "wrong": wrong}) + "\n")
                     report.flush()
         except BaseException:
-            told.with_name("child").write_text(traceback.format_exc())
+            output.with_name("child").write_text(traceback.format_exc())
             raise
 
     return in_child(work, seconds=PATIENCE + 5 * (len(cases) - begin))
@@ -150,9 +150,9 @@ def _try(name: str, edits: list[Edit], place: Path, watched: dict[str, str]) -> 
     try:
         target.call(place)
     except CLEAN as error:
-        said = " ".join(str(error).split())
-        if not 10 < len(said) < 1000:
-            wrong = f"{type(error).__name__} says {len(said)} characters: {said[:300]}"
+        message = " ".join(str(error).split())
+        if not 10 < len(message) < 1000:
+            wrong = f"{type(error).__name__} says {len(message)} characters: {message[:300]}"
     except BaseException:
         wrong = traceback.format_exc()[-1500:]
     finally:

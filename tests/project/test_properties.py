@@ -265,9 +265,9 @@ def one_line(error: BaseException) -> None:
 def says_well(error: BaseException, names: set[str]) -> None:
     """Whether an error is one line and names one of the fields."""
     one_line(error)
-    said = str(error)
+    message = str(error)
     shown = [re.escape(name if name.isidentifier() else repr(name)) for name in names]
-    assert re.search(rf"(?<![^\W_])({'|'.join(shown)})(?![^\W_])", said), said
+    assert re.search(rf"(?<![^\W_])({'|'.join(shown)})(?![^\W_])", message), message
 
 
 # --------------------------------------------------------------------------------------------------------- properties

@@ -113,9 +113,9 @@ def test_checkpoint_cannot_run_code(
     """Checkpoints are loaded with `weights_only`: a malicious pickle has no effect."""
     mark = Mark(tmp_path / "mark")
     (begun / file).write_bytes(pickle.dumps(mark)) if form == "pickle" else torch.save(mark, begun / file)
-    told = json.loads((begun / CHECKPOINT_FILE).read_text())
-    told["files"][file] = (begun / file).stat().st_size  # as one who plants it would
-    (begun / CHECKPOINT_FILE).write_text(json.dumps(told))
+    output = json.loads((begun / CHECKPOINT_FILE).read_text())
+    output["files"][file] = (begun / file).stat().st_size  # as one who plants it would
+    (begun / CHECKPOINT_FILE).write_text(json.dumps(output))
     options = [each for name, value in STEPS.items() for each in (f"--{name.replace('_', '-')}", value)]
     outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options, "--resume")
     assert not (tmp_path / "mark").exists()

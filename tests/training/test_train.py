@@ -195,9 +195,9 @@ def test_output_of_the_command(models: Path, tmp_path: Path, command: Command) -
     """Steps, tokens, losses and parameters; no progress bar without a terminal; --json prints the report."""
     arguments = ("--data", models / "text.txt", *OPTIONS, "--train", "new")
     outcome = command("train", models / "grown", tmp_path / "out", *arguments)
-    told = command("train", models / "grown", tmp_path / "out", *arguments, "--json", "--overwrite")
-    assert (outcome.code, outcome.error) == (told.code, told.error) == (0, "")
-    report = json.loads(told.out)
+    output = command("train", models / "grown", tmp_path / "out", *arguments, "--json", "--overwrite")
+    assert (outcome.code, outcome.error) == (output.code, output.error) == (0, "")
+    report = json.loads(output.out)
     expected = train(models, "grown", tmp_path / "again", train="new").to_dict()
     measured = {name: report[name] for name in ("tokens_per_second", "peak_memory")}
     assert report == expected | measured | {"out": str(tmp_path / "out")}
@@ -227,22 +227,22 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize(("options", "said"), BAD.values(), ids=BAD)
-def test_bad_options(options: tuple[object, ...], said: str, models: Path, tmp_path: Path, command: Command) -> None:
+@pytest.mark.parametrize(("options", "text"), BAD.values(), ids=BAD)
+def test_bad_options(options: tuple[object, ...], text: str, models: Path, tmp_path: Path, command: Command) -> None:
     """One line, exit code 2, and no OUT."""
-    refused(command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options), said, tmp_path)
+    refused(command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options), text, tmp_path)
 
 
-def refused(outcome: Any, said: str, parent: Path, code: int = 2) -> None:
+def refused(outcome: Any, text: str, parent: Path, code: int = 2) -> None:
     assert outcome.code == code, outcome
     assert len(outcome.error.splitlines()) == 1, outcome.error
-    assert said in outcome.error
+    assert text in outcome.error
     assert outcome.out == ""
     assert not [path for path in parent.iterdir() if "out" in path.name]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "text"),
     [
         ("none.txt", None, "--data"),
         ("short.txt", b"the end", "fewer than one sequence of 32"),
@@ -252,12 +252,12 @@ def refused(outcome: Any, said: str, parent: Path, code: int = 2) -> None:
         ("rows.jsonl", b"text", "line 1 is not JSON"),
     ],
 )
-def test_bad_data(name: str, content: bytes | None, said: str, models: Path, tmp_path: Path, command: Command) -> None:
+def test_bad_data(name: str, content: bytes | None, text: str, models: Path, tmp_path: Path, command: Command) -> None:
     """The error names the file, and the line where there is one."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
     outcome = command("train", models / "gda", tmp_path / "out", "--data", tmp_path / name, *OPTIONS)
-    refused(outcome, said, tmp_path)
+    refused(outcome, text, tmp_path)
     assert name in outcome.error
 
 
@@ -326,8 +326,8 @@ def test_paths_and_none_in_python(models: Path, tmp_path: Path) -> None:
     """A teacher may be a Path, and None means no value."""
     report = train(models, "gda", tmp_path / "out", steps=1, teacher=models / "llama", eval_data=None, report_to=None)
     assert report.first_eval_loss is None
-    told = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert told["settings"]["teacher"] == str(models / "llama")
+    output = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert output["settings"]["teacher"] == str(models / "llama")
 
 
 def test_dry_run_counts_what_a_run_reads(models: Path, tmp_path: Path) -> None:
@@ -357,11 +357,11 @@ def test_report_is_valid_json(tmp_path: Path) -> None:
     report = TrainReport(
         tmp_path, 1, 2, None, 3, 3, first_loss=math.inf, first_eval_loss=800.0, last_eval_loss=math.nan
     )
-    told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert [told[name] for name in ("first_loss", "first_perplexity", "last_eval_loss", "last_perplexity")] == [
+    output = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [output[name] for name in ("first_loss", "first_perplexity", "last_eval_loss", "last_perplexity")] == [
         None
     ] * 4
-    assert told["first_eval_loss"] == 800.0
+    assert output["first_eval_loss"] == 800.0
 
 
 def test_learning_rate_that_is_too_high(models: Path, tmp_path: Path, command: Command) -> None:
@@ -612,21 +612,21 @@ def test_only_the_same_run_is_resumed(
     monkeypatch.undo()
     kept = files_of(tmp_path / ".out.partial")
 
-    def said(*more: object) -> str:
+    def text(*more: object) -> str:
         outcome = command(*arguments, *more)
         assert outcome.code == 2
         assert len(outcome.error.splitlines()) == 1
         assert files_of(tmp_path / ".out.partial") == kept
         return outcome.error
 
-    assert "holds step 2 of an unfinished run; continue it with --resume, or start over with --overwrite" in said()
-    told = said("--resume", "--learning-rate", 1e-3)
-    assert "started with --learning-rate 0.01, not with --learning-rate 0.001" in told
-    assert "started with no --eval-data, not with --eval-data" in said("--resume", "--eval-data", models / "text.txt")
+    assert "holds step 2 of an unfinished run; continue it with --resume, or start over with --overwrite" in text()
+    output = text("--resume", "--learning-rate", 1e-3)
+    assert "started with --learning-rate 0.01, not with --learning-rate 0.001" in output
+    assert "started with no --eval-data, not with --eval-data" in text("--resume", "--eval-data", models / "text.txt")
     os.utime(tmp_path / "text.txt", (1, 1))
-    assert "text.txt of the data has changed" in said("--resume")
+    assert "text.txt of the data has changed" in text("--resume")
     os.utime(tmp_path / "gda" / "model.safetensors", (1, 1))
-    assert "model.safetensors of the model has changed" in said("--resume")
+    assert "model.safetensors of the model has changed" in text("--resume")
     assert command(*arguments, "--overwrite").code == 0
 
 
@@ -713,7 +713,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "step", "said"),
+    ("what", "step", "text"),
     [
         ("loss", 5, "the loss was nan at step 5"),
         ("gradient", 5, "the norm of the gradient was inf at step 5"),
@@ -721,7 +721,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
     ],
 )
 def test_nonfinite_values_end_the_run(
-    what: str, step: int, said: str, models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    what: str, step: int, text: str, models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 1, and one line with value, step and the last good checkpoint, which can be trained further."""
     spoil(monkeypatch, step, what)
@@ -729,7 +729,7 @@ def test_nonfinite_values_end_the_run(
     outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options, "--keep", 2)
     last = tmp_path / ".out.partial" / f"checkpoint-{2 if what == 'weight' else 4}"
     assert (outcome.code, outcome.out, len(outcome.error.splitlines())) == (1, "", 1), outcome
-    assert f"{said}: {last} holds step" in outcome.error
+    assert f"{text}: {last} holds step" in outcome.error
     assert "lower --learning-rate 0.01" in outcome.error
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
@@ -752,9 +752,9 @@ def test_full_disk(after: int, models: Path, tmp_path: Path, interrupt: Callable
         try:
             short(models, "gda", tmp_path / "out", resume=True, **options)
         except OSError as error:
-            told = str(error)
+            output = str(error)
             kept = "nothing was kept" if not after else "checkpoint-2 holds step 2, the last good one; make room"
-            os._exit(errno.EFBIG if kept in told and len(told.splitlines()) == 1 else 99)
+            os._exit(errno.EFBIG if kept in output and len(output.splitlines()) == 1 else 99)
 
     assert in_child(limited) == errno.EFBIG
     left = [path.name for path in tmp_path.glob(".out.partial/checkpoint-*")]
@@ -825,10 +825,10 @@ def test_gradient_checkpointing(models: Path, tmp_path: Path) -> None:
 def test_dry_run_writes_nothing(models: Path, tmp_path: Path, command: Command) -> None:
     """It counts like a run, and reports bad input."""
     arguments = ("train", models / "grown", tmp_path / "out", "--data", models / "text.txt", "--context", 32)
-    told = command(*arguments, "--train", "new", "--epochs", 2, "--dry-run", "--json")
-    assert (told.code, os.listdir(tmp_path)) == (0, [])
+    output = command(*arguments, "--train", "new", "--epochs", 2, "--dry-run", "--json")
+    assert (output.code, os.listdir(tmp_path)) == (0, [])
     report = train(models, "grown", tmp_path / "out", train="new", epochs=2.0, steps=None, batch_size=8)
-    rehearsed = json.loads(told.out)
+    rehearsed = json.loads(output.out)
     for name in ("steps", "tokens", "data_tokens", "num_parameters", "num_trained"):
         assert rehearsed[name] == getattr(report, name), name
     assert "nothing was written (--dry-run)" in command(*arguments, "--dry-run", "--overwrite").out

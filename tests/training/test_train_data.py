@@ -322,8 +322,8 @@ HUB_BAD = {
 @pytest.mark.parametrize("case", HUB_BAD)
 def test_missing_dataset(case: str, words: Hub, opened: Callable[..., Sequences]) -> None:
     """One line says which part of the name is unknown."""
-    name, kind, said = HUB_BAD[case]
-    refused(lambda: opened(name), kind, *said)
+    name, kind, printed = HUB_BAD[case]
+    refused(lambda: opened(name), kind, *printed)
 
 
 def test_dataset_without_the_column(words: Hub, opened: Callable[..., Sequences]) -> None:
@@ -349,13 +349,13 @@ def test_failing_hub(words: Hub, opened: Callable[..., Sequences], monkeypatch: 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-def refused(call: Callable[[], Any], kind: Any, *said: str) -> None:
+def refused(call: Callable[[], Any], kind: Any, *printed: str) -> None:
     """An error of one line with these words."""
     with pytest.raises(kind) as caught:
         call()
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
-    for each in said:
+    for each in printed:
         assert each in message
 
 
@@ -389,13 +389,13 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", FILES)
 def test_unreadable_file(name: str, streaming: bool, opened: Callable[..., Sequences], tmp_path: Path) -> None:
     """File, line and field are named; a stream reads its beginning before training starts."""
-    file, content, said = FILES[name]
+    file, content, printed = FILES[name]
     (tmp_path / file).write_bytes(content)
 
     def read() -> None:
         list(opened(tmp_path / file, streaming=streaming).rows)
 
-    refused(read, ValueError, *said)
+    refused(read, ValueError, *printed)
 
 
 def test_unreadable_parquet(opened: Callable[..., Sequences], tmp_path: Path) -> None:
@@ -437,8 +437,8 @@ def test_folder_without_text(opened: Callable[..., Sequences], tmp_path: Path) -
 def test_ids_without_an_embedding(streaming: bool, opened: Callable[..., Sequences], tmp_path: Path) -> None:
     """From the tokenizer of another model."""
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    said = ("ids up to", "the model has 40 embeddings", "tokenizer")
-    refused(lambda: opened(path, vocab_size=40, streaming=streaming), ValueError, *said)
+    printed = ("ids up to", "the model has 40 embeddings", "tokenizer")
+    refused(lambda: opened(path, vocab_size=40, streaming=streaming), ValueError, *printed)
 
 
 def test_errors_name_the_option(opened: Callable[..., Sequences]) -> None:
