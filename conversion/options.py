@@ -52,9 +52,9 @@ class WriteOptions(ShardOptions, BundleOptions, RevisionOptions):
     )
     workers: int = option(1, "Number of weight files to write at once.", panel=OUTPUT, metavar="N", minimum=1)
     verify: bool = option(
-        True, "Compare the result with its source before it appears.", panel=OUTPUT, flag="--verify/--no-verify"
+        True, "Compare the result with its source before OUT appears.", panel=OUTPUT, flag="--verify/--no-verify"
     )
-    resume: bool = option(False, "Continue from the files that an interrupted run finished.", panel=OUTPUT)
+    resume: bool = option(False, "Continue an interrupted run; finished weight files are kept.", panel=OUTPUT)
     dry_run: bool = option(False, "Check everything, but write nothing.", panel=OUTPUT)
 
 
@@ -138,8 +138,8 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
     )
     qk_rank: int | None = option(
         None,
-        "Factor queries, and paired keys, into a base that the heads of a group share and an update of this rank per "
-        "head. SOURCE may also be a GDA model. Default: dense projections.",
+        "Factor queries, and paired keys, into a base shared by the heads of a group and an update of this rank for "
+        "each head. SOURCE may also be a GDA model. Default: dense projections.",
         panel=LAYOUT,
         metavar="RANK",
     )
@@ -273,6 +273,6 @@ class DemoOptions(ReplaceOptions):
 
     source: str | Path | None = option(
         None,
-        "Another Llama to convert: a folder, a Hub id or a .gguf file. Default: SmolLM2-135M-Instruct.",
+        "Llama to convert: a folder, a Hub id or a .gguf file. Default: SmolLM2-135M-Instruct.",
         panel=LAYOUT,
     )

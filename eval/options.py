@@ -97,8 +97,7 @@ class EvaluateOptions(TaskOptions):
     )
     stride: int | None = option(
         None,
-        "Tokens from the start of one such context to the start of the next. Default: --context, so that they do not "
-        "overlap.",
+        "Tokens between the starts of consecutive contexts. Default: --context, without overlap.",
         panel=MORE,
     )
     diagnostics: bool = option(False, "Measure how much attention goes to the answer in retrieval prompts.", panel=MORE)
@@ -135,7 +134,7 @@ class AttentionOptions(Options):
     revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=MODEL)
     layers: str | Sequence[int] | None = option(
         None,
-        "Layers whose maps are kept, separated by commas. Fewer layers leave room for finer maps. Default: all.",
+        "Layers whose maps are kept, separated by commas. Fewer layers allow finer maps. Default: all.",
         panel=OUTPUT,
     )
     map_megabytes: float = option(

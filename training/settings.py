@@ -25,8 +25,8 @@ class TrainSettings(Options):
 
     data: tuple[str, ...] = option(
         (),
-        "Text to train on: a text, .jsonl, .json, .csv or .parquet file, a folder of them, or NAME[:CONFIG[:SPLIT]] on "
-        "the Hub. May be repeated.",
+        "Text to train on: a plain text, .jsonl, .json, .csv or .parquet file, a folder of such files, or a dataset "
+        "NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
         panel=DATA,
         metavar="FILE|DATASET",
     )
@@ -66,7 +66,7 @@ class TrainSettings(Options):
     )
 
     steps: int | None = option(
-        None, "Optimizer steps. Default: as many as --epochs passes over the data take.", panel=STEPS, minimum=1
+        None, "Number of optimizer steps. Default: as many as --epochs requires.", panel=STEPS, minimum=1
     )
     epochs: float = option(1.0, "Passes over the data, if --steps is not given.", panel=STEPS, above=0)
     batch_size: int = option(8, "Sequences per forward pass and process.", panel=STEPS, minimum=1)
@@ -93,7 +93,7 @@ class TrainSettings(Options):
         None, "Peak learning rate of the λ parameters. Default: --learning-rate.", panel=LAMBDA, above=0
     )
     lambda_target: float | None = option(
-        None, "Fade λ in: from 0, by way of this value, to the learned λ. Default: λ is not faded in.", panel=LAMBDA
+        None, "Fade λ in: from 0 towards this value, and then to the learned λ. Default: no fading in.", panel=LAMBDA
     )
     lambda_anneal_steps: int | None = option(
         None, "Number of steps over which λ is faded in. Required with --lambda-target.", panel=LAMBDA, minimum=1
@@ -101,12 +101,12 @@ class TrainSettings(Options):
 
     teacher: str | None = option(
         None,
-        "Model whose predictions are distilled: a folder, a Hub id or a .gguf file. Default: no distillation.",
+        "Teacher to distill from: a folder, a Hub id or a .gguf file. Default: no distillation.",
         panel=TEACHER,
     )
     distill_weight: float = option(
         0.5,
-        "Weight of the teacher's predictions in the loss; the loss on the text has the rest, 1 − weight.",
+        "Weight w of the distillation loss. The loss on the text has weight 1 − w.",
         panel=TEACHER,
         minimum=0,
         maximum=1,
@@ -116,14 +116,12 @@ class TrainSettings(Options):
         0.0, "Weight of the distance between both models' hidden states.", panel=TEACHER, minimum=0
     )
 
-    log_every: int | None = option(
-        None, "Steps between log entries. Default: a twentieth of all steps.", panel=LOG, minimum=1
-    )
+    log_every: int | None = option(None, "Steps between log entries. Default: 1/20 of all steps.", panel=LOG, minimum=1)
     eval_every: int | None = option(
-        None, "Steps between evaluations on --eval-data. Default: a tenth of all steps.", panel=LOG, minimum=1
+        None, "Steps between evaluations on --eval-data. Default: 1/10 of all steps.", panel=LOG, minimum=1
     )
     save_every: int | None = option(
-        None, "Steps between checkpoints. Default: a tenth of all steps.", panel=LOG, minimum=1
+        None, "Steps between checkpoints. Default: 1/10 of all steps.", panel=LOG, minimum=1
     )
     keep: int = option(1, "Checkpoints to keep during training.", panel=LOG, minimum=1)
     report_to: tuple[str, ...] = option(
@@ -195,8 +193,8 @@ class RunOptions(BundleOptions, RevisionOptions, HubOptions):
     """Where a training run reads from and writes to, and what is done with its result."""
 
     plot: bool = option(False, "Draw the log as OUT/training.html.", panel=LOG)
-    resume: bool = option(False, "Continue from the last checkpoint of a run that did not finish.", panel=OUTPUT)
-    overwrite: bool = option(False, "Replace OUT, and a run that did not finish, if they exist.", panel=OUTPUT)
+    resume: bool = option(False, "Continue an unfinished run from its last checkpoint.", panel=OUTPUT)
+    overwrite: bool = option(False, "Replace OUT and an unfinished run, if they exist.", panel=OUTPUT)
     dry_run: bool = option(
         False, "Check everything, count tokens, steps and parameters, but write nothing.", panel=OUTPUT
     )

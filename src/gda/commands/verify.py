@@ -13,7 +13,7 @@ from gda.conversion.options import VerifyOptions
 def verify(options: VerifyOptions, as_json: JSON = False) -> None:
     """Compare a converted model with its source: logits and generated text.
 
-    The exit code is 1 if they differ.
+    The exit code is 1 if the check fails.
     """
     from gda.conversion.verify import VerificationFailed
     from gda.conversion.verify import verify as function
