@@ -9,7 +9,6 @@ from rich.console import Console
 from torch import Tensor
 
 from gda.common.trainable import Trainable
-from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.tensors.new_parameters import describe_new
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs
 
@@ -35,10 +34,11 @@ class Conversion:
         work: Makes the conversion final in a folder that lasts until the tensors are written, for a mode that has to
             fit something first. Until then the recipes only say which tensors there will be.
         split: The report of that work.
+        save_config: Writes the configuration into a folder; None for a GDA model, whose code is saved with it.
     """
 
     mode: str
-    config: GDAConfig
+    config: Any  # GDAConfig, or after an export transformers' class of the other type
     recipes: dict[str, Recipe]
     lossless: bool
     notes: list[str] = field(default_factory=list)
@@ -48,6 +48,7 @@ class Conversion:
     before: "Conversion | None" = None
     work: "Callable[[Path, Console | None], Conversion] | None" = None
     split: "SplitReport | None" = None
+    save_config: Callable[[Path], object] | None = None
 
     @property
     def new_parameters(self) -> Trainable | None:

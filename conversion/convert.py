@@ -66,7 +66,9 @@ def convert_opened(source: Source, options: ConvertOptions, *, console: Console 
     conversion = plan(options.mode or default_mode(source), source, options)
     if options.qk_rank is not None:
         conversion = low_rank(conversion, source, options.qk_rank)
-    report = write_model(conversion, source, Path(options.out), options, console=console)
+    report = write_model(
+        conversion, source, Path(options.out), options, bundle_code=options.bundle_code, console=console
+    )
     if options.push_to_hub is None or options.dry_run:
         return report
     pushed = push_result(

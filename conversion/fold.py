@@ -30,4 +30,6 @@ def fold(options: FoldOptions, *, console: Console | None = None) -> ConvertRepo
     refuse_existing(out, options.overwrite)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
-        return write_model(plan("fold", source, options), source, out, options, console=console)
+        return write_model(
+            plan("fold", source, options), source, out, options, bundle_code=options.bundle_code, console=console
+        )

@@ -89,7 +89,7 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         conversion = plan("grow", source, options)
-        report = write_model(conversion, source, out, options, console=console)
+        report = write_model(conversion, source, out, options, bundle_code=options.bundle_code, console=console)
     before, new_parameters = conversion.before, conversion.new_parameters
     assert before is not None
     assert new_parameters is not None

@@ -44,8 +44,8 @@ class RevisionOptions(Options):
 
 
 @dataclass(frozen=True)
-class WriteOptions(ShardOptions, BundleOptions, RevisionOptions):
-    """Options of every command that writes a GDA model from another model."""
+class CheckpointOptions(ShardOptions, RevisionOptions):
+    """Options of every command that writes a model from another model."""
 
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
         "keep", "Data type of the weights. λ is always float32.", panel=OUTPUT
@@ -56,6 +56,11 @@ class WriteOptions(ShardOptions, BundleOptions, RevisionOptions):
     )
     resume: bool = option(False, "Continue an interrupted run; finished weight files are kept.", panel=OUTPUT)
     dry_run: bool = option(False, "Check everything, but write nothing.", panel=OUTPUT)
+
+
+@dataclass(frozen=True)
+class WriteOptions(CheckpointOptions, BundleOptions):
+    """Options of every command that writes a GDA model from another model."""
 
 
 @dataclass(frozen=True)
@@ -203,13 +208,21 @@ class FoldOptions(WriteOptions):
 
 
 @dataclass(frozen=True)
-class ExportOptions(ShardOptions):
+class ExportOptions(CheckpointOptions):
     """Options of `gda export`."""
 
     model: str | Path = argument("GDA model: a folder or a Hub id.")
     out: str | Path = argument("Folder to create.")
     format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama"] = option(
-        "llama", "Model type to write.", panel=LAYOUT
+        "llama",
+        "Model type to write. Another of the first four is chosen if this one cannot hold the model.",
+        panel=LAYOUT,
+    )
+    heads: Literal["original", "all"] | None = option(
+        None,
+        "original: only the signal heads, which requires λ = 0. all: signal and noise heads, with λ in the output "
+        "projection. Default: original where every λ is 0, otherwise all.",
+        panel=LAYOUT,
     )
 
 

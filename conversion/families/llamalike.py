@@ -49,8 +49,6 @@ DIFFERING_FIELDS = (
     "sliding_window",
     "layer_types",
 )
-# Values that these fields of a GDA model must have to be exported, besides λ = 0.
-REQUIRED_FIELDS = {"kv_layout": "shared", "head_norm": False, "qk_rank": None}
 # RoPE parameters for images or very long texts, which transformers' text models of these types ignore silently.
 UNSUPPORTED_ROPE = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta")
 # Entries of a config.json that transformers reads though its class has no such field, or that don't matter.
@@ -95,9 +93,7 @@ def _qwen2_reads(config: Any) -> dict[str, Any]:
 
 
 def _qwen2_writes(config: GDAConfig) -> dict[str, Any]:
-    # The class has no field head_dim, but reads it if it is set.
-    usual = config.hidden_size // config.num_signal_heads == config.head_dim
-    return ({} if usual else {"head_dim": config.head_dim}) | _qwen_windows(config)
+    return {"head_dim": config.head_dim, **_qwen_windows(config)}
 
 
 def _qwen3_reads(config: Any) -> dict[str, Any]:
@@ -164,16 +160,22 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def target_config(config: GDAConfig, model_type: str) -> PreTrainedConfig:
-    """The configuration of that model type for a GDA model with λ = 0, as far as the type can express it."""
+def target_config(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> PreTrainedConfig:
+    """The configuration of that model type for a GDA model as a plain decoder, as far as the type can express it.
+
+    `heads` are the numbers of its query heads and KV heads.
+    """
     target = LLAMALIKES[model_type]
     shared = {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS}
     # transformers' classes refuse integers here.
     shared |= {name: float(shared[name]) for name in ("rms_norm_eps", "initializer_range")}
+    own = target.writes(config)
+    if model_type == "qwen2" and config.hidden_size // heads[0] == config.head_dim:
+        del own["head_dim"]  # its class has no such field, but reads it if it is set
     return target.config_class(
-        **shared,
-        **target.writes(config),
-        num_attention_heads=config.num_signal_heads,
+        **shared | {"num_key_value_heads": heads[1]},
+        **own,
+        num_attention_heads=heads[0],
         dtype=config.dtype,
         architectures=[target.architecture],
     )
@@ -192,33 +194,37 @@ def save_target_config(target: PreTrainedConfig, config: GDAConfig, folder: Path
     write_json(path, dict(sorted((fields | {"torch_dtype": fields["dtype"]}).items())))
 
 
-def require_target(config: GDAConfig, model_type: str) -> None:
-    """Raise ValueError naming the first field that the model type cannot express, and the types that can."""
-    if (field := _inexpressible_field(config, model_type)) is None:
-        return
-    able = [name for name in LLAMALIKES if _inexpressible_field(config, name) is None]
-    if able:
-        hint = f"; --format {' or '.join(able)} can express it"
-    else:
-        hint = "; --format motif or diffllama may express it" if field == "kv_layout" else ""
-    name = LLAMALIKES[model_type].name
-    raise ValueError(f"{field}={getattr(config, field)!r} has no counterpart in a {name}{hint}")
+def choose_target(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> tuple[str, str | None]:
+    """`model_type`, or the first type that can express the model if that one cannot, and the reason for another one.
+
+    Raises:
+        ValueError: naming the field that no type can express, and what runs the model instead.
+    """
+    reason = _inexpressible(config, model_type, heads)
+    if reason is None:
+        return model_type, None
+    able = next((name for name in LLAMALIKES if _inexpressible(config, name, heads) is None), None)
+    if able is not None:
+        return able, f"a {LLAMALIKES[model_type].name} cannot have {reason}; written as a {LLAMALIKES[able].name}"
+    hint = "run it with transformers, `gda serve` or the transformers backend of an engine"
+    if config.head_norm and config.kv_layout == "paired":
+        hint += "; --format motif or diffllama may express it"
+    raise ValueError(f"a {LLAMALIKES[model_type].name} cannot have {reason}: {hint}")
 
 
-def _inexpressible_field(config: GDAConfig, model_type: str) -> str | None:
-    """The first field that doesn't survive a translation to that model type and back."""
-    for name, value in REQUIRED_FIELDS.items():
-        if getattr(config, name) != value:
-            return name
+def _inexpressible(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> str | None:
+    """The first field, with its value, that doesn't survive a translation to that model type and back."""
+    if config.head_norm:
+        return "head_norm=True"
     if config.hidden_act == "poly_norm":
-        return "hidden_act"
-    if model_type == "llama" and config.hidden_size % config.num_signal_heads:
-        return "num_signal_heads"  # LlamaConfig wants it to divide hidden_size, even if head_dim is given
-    back = source_fields(target_config(config, model_type))
+        return "hidden_act='poly_norm'"
+    if model_type == "llama" and config.hidden_size % heads[0]:  # LlamaConfig refuses it, even if head_dim is given
+        return f"{heads[0]} query heads, which do not divide hidden_size={config.hidden_size}"
+    back = source_fields(target_config(config, model_type, heads))
     differing = [name for name in DIFFERING_FIELDS if back[name] != getattr(config, name)]
     if "sliding_window" in differing and not slides(config):
         differing.remove("sliding_window")  # no layer uses the window
-    return differing[0] if differing else None
+    return f"{differing[0]}={getattr(config, differing[0])!r}" if differing else None
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:

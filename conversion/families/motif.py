@@ -191,8 +191,18 @@ def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec]) -> dict[s
     return mapped_recipes(config, source, None)
 
 
+def exported_config(config: GDAConfig) -> MotifConfig:
+    """The Motif configuration of a GDA model that can be exported."""
+    return read_motif_config(_exported_fields(config), Path("config.json"))
+
+
 def write_exported_config(config: GDAConfig, folder: Path) -> None:
-    """Write `folder`/config.json as Motif's own code reads it, with the older names of RoPE fields."""
+    """Write `folder`/config.json as Motif's own code reads it."""
+    write_json(folder / "config.json", _exported_fields(config))
+
+
+def _exported_fields(config: GDAConfig) -> dict[str, Any]:
+    """The fields of a Motif's config.json, with the older names of RoPE fields."""
     written = {
         "architectures": ["MotifForCausalLM"],
         "model_type": "Motif",
@@ -211,4 +221,4 @@ def write_exported_config(config: GDAConfig, folder: Path) -> None:
     }
     if config.signal_noise_ratio == 1 and config.num_attention_heads * config.head_dim == config.hidden_size:
         del written["num_noise_heads"]  # Motif-2.6B's code doesn't know the field and takes half of the heads
-    write_json(folder / "config.json", written)
+    return written

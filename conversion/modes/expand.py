@@ -143,9 +143,3 @@ def _with_noise_rows(
     jitter = torch.randn(wide[:, :1].shape, generator=generator())
     noise = wide.mean(dim=1, keepdim=True) + NOISE_QUERY_JITTER * wide.std() * jitter
     return torch.cat([groups, noise.to(query.dtype)], dim=1).flatten(0, 2)
-
-
-def drop_noise_rows(query: torch.Tensor, config: GDAConfig) -> torch.Tensor:
-    """((S + N) · d, …) → (S · d, …): the inverse of adding noise heads."""
-    groups = query.unflatten(0, (config.num_noise_heads, config.signal_noise_ratio + 1, config.head_dim))
-    return groups[:, :-1].flatten(0, 2)

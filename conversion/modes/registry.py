@@ -8,14 +8,14 @@ from typing import Any
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
-from gda.conversion.options import ConvertOptions, FoldOptions, GrowOptions, WriteOptions
+from gda.conversion.options import CheckpointOptions, ConvertOptions, ExportOptions, FoldOptions, GrowOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.writing.provenance import Settings
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to make a GDA model of a source.
+    """A way to make a GDA model of a source, or another model of a GDA model.
 
     The function `plan(source, options)` of the file modes/NAME.py checks the options against the source and returns the
     conversion.
@@ -27,7 +27,7 @@ class Mode:
         repeatable: Whether its tensors have the same bits on any machine.
     """
 
-    options: Callable[..., WriteOptions]
+    options: Callable[..., CheckpointOptions]
     sources: Collection[str]
     needs: str
     repeatable: bool = True
@@ -44,6 +44,7 @@ MODES = {
     "map": Mode(ConvertOptions, DIFFERENTIAL, f"--mode map {NOISE_HEADS}"),
     "grow": Mode(GrowOptions, (*LLAMALIKES, *DIFFERENTIAL), "it cannot grow"),
     "fold": Mode(FoldOptions, ("gda",), "only a GDA model with qk_rank can be folded", repeatable=False),
+    "export": Mode(ExportOptions, ("gda",), "only a GDA model can be exported", repeatable=False),
 }
 
 
@@ -52,7 +53,7 @@ def default_mode(source: Source) -> str:
     return next(name for name, mode in MODES.items() if source.config.model_type in mode.sources)
 
 
-def plan(name: str, source: Source, options: WriteOptions) -> Conversion:
+def plan(name: str, source: Source, options: CheckpointOptions) -> Conversion:
     """Plan a conversion by the mode `name`, with the options of its command."""
     mode, kind = MODES[name], source.config.model_type
     if kind not in mode.sources:

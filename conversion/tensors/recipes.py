@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -41,6 +41,16 @@ def copied(name: str, source: TensorSpec, dtype: torch.dtype | None) -> Recipe:
     spec = TensorSpec(source.shape, dtype or source.dtype)
     how = "copied" if spec.dtype == source.dtype else f"cast from {_short(source.dtype)} to {_short(spec.dtype)}"
     return Recipe(spec, (name,), _identity, how)
+
+
+def cast(recipes: dict[str, Recipe], dtype: torch.dtype | None) -> dict[str, Recipe]:
+    """The recipes with their results in `dtype`, if given; λ keeps its own."""
+    if dtype is None:
+        return recipes
+    return {
+        name: recipe if ".lambda_" in name else replace(recipe, spec=TensorSpec(recipe.spec.shape, dtype))
+        for name, recipe in recipes.items()
+    }
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,18 +5,18 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template, UndefinedError
+from transformers import PreTrainedConfig
 
 from gda._version import __version__
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.writing.headmap import head_map
 
 CARD_FILE = "README.md"
-TEMPLATES = Path(__file__).parent / "templates"
-# One paragraph for each mode, mode_{name}.md.jinja.
-MODES = {path.name.split(".")[0].removeprefix("mode_"): path for path in TEMPLATES.glob("mode_*.md.jinja")}
+# By name. conversion.json, which anybody may have written, names the mode_… that is used.
+TEMPLATES = {path.name.split(".")[0]: path for path in (Path(__file__).parent / "templates").glob("*.md.jinja")}
 
 
-def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has_code: bool) -> str:
+def model_card(config: PreTrainedConfig, *, name: str, made: dict[str, Any] | None, has_code: bool) -> str:
     """The text of a README.md with metadata, from `made`, the content of conversion.json.
 
     Without conversion.json, `made` is None and `name` is the model's name.
@@ -24,6 +24,7 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
     Raises:
         ValueError: if `made` is not the content of a conversion.json of ours.
     """
+    is_gda = isinstance(config, GDAConfig)
     try:
         source = made["source"] if made is not None else {"name": name, "revision": None, "card_data": {}}
         on_hub = source["revision"] is not None
@@ -33,18 +34,19 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
             base_model_relation="finetune" if on_hub else None,
             library_name="transformers",
             pipeline_tag="text-generation",
-            tags=["grouped-differential-attention", "gda"],
+            tags=["grouped-differential-attention", *(["gda"] if is_gda else [])],
         )
         card = ModelCard.from_template(
             data,
-            template_str=(TEMPLATES / "model_card.md.jinja").read_text(encoding="utf-8"),
+            template_str=_template("model_card" if is_gda else "exported_card"),
             title=source["name"].rsplit("/", 1)[-1].removesuffix(".gguf"),
             made=made,
-            how="" if made is None else _how_made(config, made),
+            how="" if made is None else _rendered(f"mode_{made['settings']['mode']}", config, made),
+            verification="" if made is None else _rendered("verification", config, made),
             config=config,
-            head_map=head_map(config),
+            head_map=head_map(config) if isinstance(config, GDAConfig) else "",
             has_code=has_code,
-            engines=config.kv_layout == "shared" and config.num_noise_heads >= config.num_key_value_heads,
+            engines=is_gda and config.kv_layout == "shared" and config.num_noise_heads >= config.num_key_value_heads,
             version=__version__ if made is None else made["versions"]["gda"],
         )
     except (AttributeError, KeyError, TypeError, UndefinedError) as error:
@@ -52,7 +54,10 @@ def model_card(config: GDAConfig, *, name: str, made: dict[str, Any] | None, has
     return str(card)
 
 
-def _how_made(config: GDAConfig, made: dict[str, Any]) -> str:
-    """The paragraph on the mode of the conversion."""
-    template = MODES[made["settings"]["mode"]].read_text(encoding="utf-8")
-    return Template(template).render(config=config, made=made)
+def _template(name: str) -> str:
+    return TEMPLATES[name].read_text(encoding="utf-8")
+
+
+def _rendered(name: str, config: PreTrainedConfig, made: dict[str, Any]) -> str:
+    """A part of the card."""
+    return Template(_template(name)).render(config=config, made=made)

@@ -9,7 +9,7 @@ from gda._version import __version__
 from gda.common.files import read_json, write_json
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim
-from gda.conversion.options import WriteOptions
+from gda.conversion.options import CheckpointOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import DTYPES
 
@@ -20,26 +20,30 @@ class Settings:
 
     Attributes:
         mode, dtype, seed, max_shard_size: As the command was given them.
-        num_noise_heads, lambda_type: Of the result, or of the model that it was before it grew.
+        num_noise_heads, lambda_type: Of the result, or of the model that it was before it grew; None if it was exported
+            to a type without them.
         lossless: Whether the result must compute what its source computes.
         qk_rank: Rank of the factorization, if the conversion did one.
         growth: The fields of `Growth`, if the model grew.
         split: How the split was fitted, if heads were split.
+        export: The format of an export; for a plain decoder also its heads, λ of each layer, and the fields of the GDA
+            model that it has no place for.
     """
 
     mode: str
     dtype: str
     seed: int
     max_shard_size: str | int
-    num_noise_heads: int
-    lambda_type: str
+    num_noise_heads: int | None
+    lambda_type: str | None
     lossless: bool
     qk_rank: int | None = None
     growth: dict[str, Any] | None = None
     split: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, conversion: Conversion, options: WriteOptions) -> "Settings":
+    def of(cls, conversion: Conversion, options: CheckpointOptions) -> "Settings":
         """The settings of a planned conversion."""
         heads = (conversion.before or conversion).config
         return cls(
@@ -47,8 +51,8 @@ class Settings:
             dtype=options.dtype,
             seed=getattr(options, "seed", 0),  # folding draws nothing and has none
             max_shard_size=options.max_shard_size,
-            num_noise_heads=heads.num_noise_heads,
-            lambda_type=heads.lambda_type,
+            num_noise_heads=getattr(heads, "num_noise_heads", None),
+            lambda_type=getattr(heads, "lambda_type", None),
             lossless=conversion.lossless,
             **conversion.settings,
         )

@@ -11,8 +11,9 @@ from gda.common.files import in_background, remove, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import dense_config, layer_errors
-from gda.conversion.options import WriteOptions
+from gda.conversion.options import CheckpointOptions
 from gda.conversion.push import PushReport
+from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
@@ -84,9 +85,18 @@ class ConvertReport:
 
 
 def write_model(
-    conversion: Conversion, source: Source, out: Path, options: WriteOptions, *, console: Console | None = None
+    conversion: Conversion,
+    source: Source,
+    out: Path,
+    options: CheckpointOptions,
+    *,
+    bundle_code: bool = False,
+    console: Console | None = None,
 ) -> ConvertReport:
-    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified."""
+    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified.
+
+    `bundle_code` saves the code of a GDA model beside its weights.
+    """
     report = _planned_report(conversion, out, options)
     if options.dry_run:
         return report
@@ -107,7 +117,10 @@ def write_model(
             workers=options.workers,
             console=console,
         )
-        conversion.config.save_pretrained(folder, bundle_code=options.bundle_code)
+        if conversion.save_config is None:
+            conversion.config.save_pretrained(folder, bundle_code=bundle_code)
+        else:
+            conversion.save_config(folder)
         source.copy_assets(folder)
         if (new_parameters := conversion.new_parameters) is not None:
             new_parameters.write(folder)
@@ -123,7 +136,7 @@ def write_model(
             projection_errors=errors,
             verification=None if verification is None else verification.to_dict(),
         )
-        card = model_card(conversion.config, name=out.name, made=made, has_code=options.bundle_code)
+        card = model_card(conversion.config, name=out.name, made=made, has_code=bundle_code)
         write_text(folder / CARD_FILE, card)
         _remove_work(folder)  # last: a run that is interrupted while it verifies would have to fit again
     return replace(
@@ -136,9 +149,9 @@ def write_model(
     )
 
 
-def _planned_report(conversion: Conversion, out: Path, options: WriteOptions) -> ConvertReport:
+def _planned_report(conversion: Conversion, out: Path, options: CheckpointOptions) -> ConvertReport:
     dense = conversion.num_parameters
-    if conversion.config.qk_rank is not None:
+    if getattr(conversion.config, "qk_rank", None) is not None:
         dense = sum(spec.numel for spec in checkpoint_specs(dense_config(conversion.config)).values())
     return ConvertReport(
         out=out,
@@ -161,7 +174,9 @@ def _projection_errors(conversion: Conversion, source: Source, folder: Path) -> 
     return layer_errors(conversion.config, before.recipes, source.read, SafetensorsReader(folder).read)
 
 
-def _verified(source: Source, folder: Path, settings: Settings, console: Console | None) -> VerifyReport:
+def _verified(source: Source, folder: Path, settings: Settings, console: Console | None) -> VerifyReport | None:
+    if not FolderSource(folder).can_run:
+        return None
     verification = verify_opened(source, folder, settings=settings, console=console)
     if not verification.passed:
         raise VerificationFailed(verification)

@@ -3,6 +3,7 @@
 import typer
 
 from gda.commands.app import JSON, Group, command, print_json, progress_console
+from gda.commands.written import print_verification
 from gda.conversion.options import ExportOptions
 
 
@@ -10,15 +11,18 @@ from gda.conversion.options import ExportOptions
     ExportOptions,
     Group.CONVERT,
     examples=(
-        "gda export ./llama-gda ./llama-again",
-        "gda export ./qwen-gda ./qwen-again --format qwen3",
-        "gda export ./motif-gda ./motif-again --format motif",
+        "gda export ./llama-gda ./llama",
+        "gda export ./trained-gda ./trained-llama --dtype bfloat16",
+        "gda export ./qwen-gda ./qwen --format qwen3",
+        "gda export ./motif-gda ./motif --format motif",
     ),
 )
 def export(options: ExportOptions, as_json: JSON = False) -> None:
-    """Export a GDA model to the model type it was converted from, bit for bit.
+    """Export a GDA model to a plain model that computes the same and runs wherever a Llama runs.
 
-    A Motif or a DiffLlama keeps its λ. A Llama, Mistral or Qwen has no λ, so it must still be 0 in every layer.
+    A Llama, Mistral or Qwen can hold every model whose λ is one number per layer and that has no head norm. Its signal
+    and noise heads become query heads. While λ is 0, only the signal heads are written.
+    Motif and DiffLlama have noise heads and keep λ.
     """
     from gda.conversion.export import export as function
 
@@ -28,4 +32,9 @@ def export(options: ExportOptions, as_json: JSON = False) -> None:
         return
     for note in report.notes:
         typer.echo(f"note: {note}")
-    typer.echo(f"{report.out}: {report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors")
+    if report.verification is not None:
+        print_verification(report.verification)
+    heads = f"{report.num_attention_heads} query heads over {report.num_key_value_heads} KV heads"
+    size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors"
+    would = "would be written; nothing was (--dry-run): " if report.dry_run else ""
+    typer.echo(f"{report.out}: {would}a {report.format}, {heads}, {size}")

@@ -1,0 +1,137 @@
+"""A GDA model → a Llama, Mistral, Qwen, Motif or DiffLlama that computes the same: the inverse of the other modes.
+
+A Llama, Mistral or Qwen holds every model whose λ is a number and that has no head norm (`families.plain_heads`). Motif
+and DiffLlama are differential themselves.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.conversion import Conversion
+from gda.conversion.families import diffllama, motif
+from gda.conversion.families.llamalike import LLAMALIKES, choose_target, save_target_config, target_config
+from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes
+from gda.conversion.modes.checks import errors_named
+from gda.conversion.modes.fold import folded_recipes
+from gda.conversion.modes.map import same_config, same_recipes
+from gda.conversion.options import ExportOptions
+from gda.conversion.sources.source import Source
+from gda.conversion.tensors.lambdas import layer_lambdas
+from gda.conversion.tensors.recipes import DTYPES, cast, is_lossless
+
+MOTIF_NOTE = "Motif's own code is not written; to run it, add configuration_motif.py and modeling_motif.py"
+
+
+def plan(source: Source, options: ExportOptions) -> Conversion:
+    """Express a GDA model as a model of another type.
+
+    Raises:
+        ValueError: naming the field or the layer, if no such type can compute what the model computes.
+    """
+    assert isinstance(source.config, GDAConfig)
+    config = same_config(source.config, DTYPES[options.dtype])
+    with errors_named(source):
+        if options.format in LLAMALIKES:
+            return _as_plain(source, config, options)
+        return _as_differential(source, config, options)
+
+
+def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conversion:
+    lambdas = layer_lambdas(config, source.read)
+    with_noise = any(lambdas) if options.heads is None else options.heads == "all"
+    heads = plain_heads(config, with_noise=with_noise or None in lambdas)
+    counts = (len(heads.query), len(heads.key))
+    model_type, reason = choose_target(config, options.format, counts)
+    numbers = [_number(layer, value, with_noise) for layer, value in enumerate(lambdas)]
+    recipes = (same_recipes if config.qk_rank is None else folded_recipes)(config, source.specs, DTYPES[options.dtype])
+    unmasked = unmasked_recipes(config, recipes)
+    plain = plain_recipes(config, unmasked, heads, numbers)
+    computed = config.qk_rank is not None or unmasked != recipes or any(numbers)
+    rounded = [recipe.spec for recipe in plain.values() if computed and recipe.spec.dtype.itemsize < 4]
+    notes = [] if reason is None else [reason]
+    if rounded:
+        dtype = str(rounded[0].dtype).removeprefix("torch.")
+        notes.append(f"the computed weights are rounded to {dtype}, which is not lossless; --dtype float32 is")
+    target = target_config(config, model_type, counts)
+    settings = {"format": model_type, "heads": "all" if with_noise else "original", "lambdas": numbers}
+    return Conversion(
+        mode="export",
+        config=target,
+        recipes=plain,
+        lossless=is_lossless(plain, source.specs) and not rounded,
+        notes=notes,
+        settings={"export": settings | {"config": _fields(config)}},
+        save_config=partial(save_target_config, target, config),
+    ).in_order()
+
+
+def _number(layer: int, value: float | None, with_noise: bool) -> float:
+    """λ of a layer, if it is a number that the plain model can have."""
+    if value is None:
+        raise ValueError(
+            f"λ of layer {layer} depends on the token, which no Llama computes; run the model with transformers, "
+            "`gda serve` or the transformers backend of an engine"
+        )
+    if value and not with_noise:
+        raise ValueError(f"λ of layer {layer} is {value:.3g}, so it needs its noise heads; omit --heads original")
+    return value
+
+
+def _fields(config: GDAConfig) -> dict[str, Any]:
+    """The fields that a Llama has no place for, which `gda convert` restores."""
+    names = ("num_attention_heads", "num_noise_heads", "num_key_value_heads", "kv_layout")
+    return {name: getattr(config, name) for name in names}
+
+
+def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) -> Conversion:
+    if options.heads is not None:
+        raise ValueError(f"--heads is for --format {', '.join(LLAMALIKES)}, not for {options.format}")
+    if config.fade is not None:
+        raise ValueError(
+            f"fade={config.fade:.4g} has no counterpart in a {options.format}; train the model until its fade is 1"
+        )
+    target: PreTrainedConfig
+    if options.format == "motif":
+        _require_fields(config, "a Motif", motif.required_fields(config))
+        _require_schedule(config, "a Motif", motif.LAMBDA_INIT_OFFSET)
+        recipes, notes = motif.exported_recipes(config, source.specs), [MOTIF_NOTE]
+        target, save_config = motif.exported_config(config), partial(motif.write_exported_config, config)
+    else:
+        _require_fields(config, "a DiffLlama", diffllama.required_fields(config))
+        _require_schedule(config, "a DiffLlama", diffllama.LAMBDA_INIT_OFFSET)
+        diffllama.require_plain_norms(config, source.read)
+        recipes, notes = diffllama.exported_recipes(config, source.specs), []
+        target = diffllama.exported_config(config)
+        save_config = partial(save_target_config, target, config)
+    recipes = cast(recipes, DTYPES[options.dtype])
+    return Conversion(
+        mode="export",
+        config=target,
+        recipes=recipes,
+        lossless=is_lossless(recipes, source.specs),
+        notes=notes,
+        settings={"export": {"format": options.format}},
+        save_config=save_config,
+    )
+
+
+def _require_fields(config: GDAConfig, target: str, required: dict[str, Any]) -> None:
+    """Raise ValueError naming the first field with another value than `target` requires."""
+    for name, value in required.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name}={getattr(config, name)!r} has no counterpart in {target}")
+
+
+def _require_schedule(config: GDAConfig, target: str, offset: int) -> None:
+    """Raise ValueError naming the first layer whose λ_init is not 0.8 − 0.6 · exp(−0.3 · (layer + `offset`))."""
+    for layer in range(config.num_hidden_layers):
+        scheduled = 0.8 - 0.6 * math.exp(-0.3 * (layer + offset))
+        if not math.isclose(config.layer_lambda_init(layer), scheduled, rel_tol=1e-12, abs_tol=1e-12):
+            raise ValueError(
+                f"λ_init of layer {layer} is {config.layer_lambda_init(layer):.6g}, but the code of {target} "
+                f"computes {scheduled:.6g} there (lambda_init_offset {offset})"
+            )
