@@ -1,0 +1,218 @@
+"""A GDA model with one λ per layer and no head norm, exported as a plain Llama, Mistral or Qwen."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import gda
+from gda.conversion.tensors.safetensors_io import SafetensorsReader
+
+from ..support.checkpoints import load, logits
+from ..support.llamas import files_of
+from ..support.tiny import relative_error, tiny_config, tiny_model, token_ids
+
+# By name: fields of the GDA model, and the type, query heads and KV heads that it is written with.
+KINDS: dict[str, tuple[dict[str, Any], tuple[str, int, int]]] = {
+    "N = G": ({}, ("llama", 8, 2)),
+    "N > G": ({"num_attention_heads": 12, "num_noise_heads": 4}, ("llama", 12, 2)),
+    "N < G": ({"num_attention_heads": 9, "num_noise_heads": 1}, ("mistral", 10, 2)),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, ("llama", 8, 2)),
+    "biases of q, k, v": ({"attention_bias": True, "attention_out_bias": False}, ("qwen2", 8, 2)),
+    "tied": ({"tie_word_embeddings": True}, ("llama", 8, 2)),
+    "norm of q and k": ({"qk_norm": True}, ("qwen3", 8, 2)),
+    "windows": ({"sliding_window": 5}, ("mistral", 8, 2)),
+    "windows of some layers": (
+        {"qk_norm": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+        ("qwen3", 8, 2),
+    ),
+    "low rank": ({"qk_rank": 3}, ("llama", 8, 2)),
+    "paired": ({"kv_layout": "paired", "num_key_value_heads": 4}, ("llama", 24, 8)),
+    "paired low rank": ({"kv_layout": "paired", "qk_rank": 3, "attention_bias": True}, ("llama", 24, 4)),
+    "new signal heads": ({"fade": 0.3, "masked_signal_heads": 1}, ("llama", 8, 2)),
+    "new signal heads, paired": (
+        {"kv_layout": "paired", "num_key_value_heads": 4, "fade": 0.3, "masked_signal_heads": 1},
+        ("llama", 24, 8),
+    ),
+    "new neurons": ({"fade": 0.3, "masked_neurons": 7}, ("llama", 8, 2)),
+    "new layers": ({"fade": 0.3, "masked_layers": [1], "attention_bias": True, "mlp_bias": True}, ("llama", 8, 2)),
+    "λ fading in": ({"fade": 0.3, "lambda_target": 0.8}, ("llama", 8, 2)),
+}
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """A tiny GDA model with λ of 0.3 and 0.4."""
+    tiny_model(**changes).save_pretrained(folder)
+    return folder
+
+
+def greedy(model: Any, ids: torch.Tensor) -> list[list[int]]:
+    """Greedy continuations of 12 tokens with a cache."""
+    model.generation_config = GenerationConfig()
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_model_computes_what_the_gda_model_computes(kind: str, tmp_path: Path) -> None:
+    """Logits of transformers' own class are within 1e-5, and its greedy text with a cache is the same."""
+    changes, (model_type, heads, kv_heads) = KINDS[kind]
+    model = saved(tmp_path / "gda", **changes)
+    report = gda.export(model, tmp_path / "plain")
+    assert (report.format, report.num_attention_heads, report.num_key_value_heads) == (model_type, heads, kv_heads)
+    ids = token_ids(3, 21)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain).__module__.startswith("transformers.models.")
+    assert relative_error(logits(plain, ids), logits(model, ids)) < 1e-5
+    assert greedy(plain, ids) == greedy(load(model), ids)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert report.verification.threshold == 1e-5
+
+
+def test_the_columns_of_noise_heads_by_hand(tmp_path: Path) -> None:
+    """2 KV heads with 3 signal heads and a noise head each, λ = 0.4 in layer 1."""
+    model = saved(tmp_path / "gda")
+    gda.export(model, tmp_path / "plain")
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "plain"))
+    name = "model.layers.1.self_attn.o_proj.weight"
+    w = before[name].double().split(8, dim=1)  # six signal heads of width 8
+    expected = [w[0], w[1], w[2], -0.4 * (w[0] + w[1] + w[2]), w[3], w[4], w[5], -0.4 * (w[3] + w[4] + w[5])]
+    assert torch.allclose(after[name].double(), torch.cat(expected, dim=1), rtol=1e-5, atol=0)
+    unchanged = {key for key in after if ".o_proj." not in key}
+    assert unchanged == {key for key in before if ".o_proj." not in key and ".lambda_" not in key}
+    assert all(torch.equal(before[key], after[key]) for key in unchanged)
+
+
+def test_all_heads_of_a_model_whose_lambda_is_0(tmp_path: Path) -> None:
+    """By default the noise heads are dropped; with --heads all they are kept, with columns of zeros."""
+    model = saved(tmp_path / "gda", lambda_type="tanh")
+    with torch.no_grad():
+        quiet = load(model)
+        for layer in quiet.model.layers:
+            layer.self_attn.lambda_proj.weight.zero_()
+        quiet.save_pretrained(model)
+    assert gda.export(model, tmp_path / "original").num_attention_heads == 6
+    assert gda.export(model, tmp_path / "all", heads="all").num_attention_heads == 8
+    ids = token_ids(2, 9)
+    for folder in ("original", "all"):
+        assert relative_error(logits(tmp_path / folder, ids), logits(model, ids)) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
+def test_a_narrow_dtype_is_rounded_once_and_said(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
+    """Columns of noise heads are the float64 product, rounded; float32 on request is exact."""
+    tiny_model().to(dtype).save_pretrained(tmp_path / "gda")
+    report = gda.export(tmp_path / "gda", tmp_path / "plain")
+    name = str(dtype).removeprefix("torch.")
+    assert report.notes == [f"the computed weights are rounded to {name}, which is not lossless; --dtype float32 is"]
+    assert report.verification is not None
+    assert report.verification.threshold is None
+    wide = gda.export(tmp_path / "gda", tmp_path / "wide", dtype="float32")
+    assert wide.notes == []
+    assert wide.verification is not None
+    assert wide.verification.relative is not None
+    assert wide.verification.relative < 1e-5 < least < report.verification.relative
+    narrow, exact = (SafetensorsReader(tmp_path / folder) for folder in ("plain", "wide"))
+    for tensor in narrow.specs:
+        assert torch.equal(narrow.read(tensor), exact.read(tensor).to(dtype)), tensor
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_norm": True}, "a Llama cannot have head_norm=True: run it with transformers, `gda serve`"),
+        ({"kv_layout": "paired", "head_norm": True}, "--format motif or diffllama may express it"),
+        ({"hidden_act": "poly_norm"}, "a Llama cannot have hidden_act='poly_norm'"),
+        ({"lambda_type": "tanh"}, "λ of layer 0 depends on the token, which no Llama computes; run the model with"),
+        ({"lambda_type": "sigmoid"}, "λ of layer 0 depends on the token"),
+        ({"sliding_window": 5, "attention_bias": True}, "a Llama cannot have sliding_window=5"),
+    ],
+    ids=str,
+)
+def test_models_that_are_no_llama_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """One line says why and what runs the model instead; nothing is written."""
+    with pytest.raises(ValueError, match=message) as refused:
+        gda.export(saved(tmp_path / "gda", **changes), tmp_path / "plain")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_another_type_is_chosen_and_named(tmp_path: Path) -> None:
+    """LlamaConfig wants heads that divide hidden_size; MistralConfig doesn't."""
+    model = saved(tmp_path / "gda", hidden_size=36)
+    report = gda.export(model, tmp_path / "plain")
+    assert report.format == "mistral"
+    assert report.notes == [
+        "a Llama cannot have 8 query heads, which do not divide hidden_size=36; written as a Mistral"
+    ]
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["sliding_window"] is None
+
+
+def test_sigmoid_of_zero_is_one_half(tmp_path: Path) -> None:
+    """A token-dependent λ whose projection is zero is a number."""
+    model = tiny_model(lambda_type="sigmoid")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.lambda_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "gda")
+    gda.export(tmp_path / "gda", tmp_path / "plain")
+    ids = token_ids(2, 9)
+    assert relative_error(logits(tmp_path / "plain", ids), logits(tmp_path / "gda", ids)) < 1e-5
+
+
+def test_card_and_provenance(tmp_path: Path) -> None:
+    """The card says what was done and how it was verified; conversion.json has λ and where each tensor came from."""
+    gda.export(saved(tmp_path / "gda"), tmp_path / "plain")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "exported to a llama" in card
+    assert "the 8 query heads here" in card
+    assert "| same greedy text, with cache | 100.00 % of prompts |" in card
+    made = json.loads((tmp_path / "plain" / "conversion.json").read_text())
+    assert made["settings"]["export"]["lambdas"] == pytest.approx([0.3, 0.4], abs=1e-6)
+    assert "λ = 0.4" in made["tensors"]["model.layers.1.self_attn.o_proj.weight"]["how"]
+    assert set(made["tensors"]) == set(SafetensorsReader(tmp_path / "plain").specs)
+
+
+def test_it_is_streamed_and_can_be_checked_first(tmp_path: Path) -> None:
+    """Shards and workers give the same tensors; --dry-run writes nothing; `gda verify` compares the two folders."""
+    model = saved(tmp_path / "gda")
+    assert gda.export(model, tmp_path / "plain", dry_run=True).num_attention_heads == 8
+    assert not (tmp_path / "plain").exists()
+    gda.export(model, tmp_path / "plain")
+    gda.export(model, tmp_path / "shards", max_shard_size="8KB", workers=2)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    whole, parts = (SafetensorsReader(tmp_path / folder) for folder in ("plain", "shards"))
+    assert whole.specs == parts.specs
+    assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.specs)
+    assert gda.verify(model, tmp_path / "plain").passed
+    assert gda.verify(model, tmp_path / "plain", method="layers").passed
+    again = files_of(tmp_path / "plain")
+    gda.export(model, tmp_path / "plain", overwrite=True)
+    assert files_of(tmp_path / "plain") == again
+
+
+def test_a_damaged_result_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification is of the written files: a wrong λ in the output projection fails it."""
+    monkeypatch.setattr("gda.conversion.modes.export.layer_lambdas", lambda config, read: [0.3, 0.41])
+    with pytest.raises(gda.VerificationFailed, match="relative"):
+        gda.export(saved(tmp_path / "gda"), tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+def test_rows_by_head_of_the_config() -> None:
+    """A noise query that serves two KV heads is there twice, after the signal heads of each."""
+    from gda.conversion.families.plain_heads import plain_heads
+
+    heads = plain_heads(tiny_config(num_attention_heads=5, num_noise_heads=1), with_noise=True)
+    assert [(head.row, head.blocks, head.is_noise) for head in heads.query] == [
+        (0, (0,), False),
+        (1, (1,), False),
+        (4, (0, 1), True),
+        (2, (2,), False),
+        (3, (3,), False),
+        (4, (2, 3), True),
+    ]
