@@ -103,7 +103,7 @@ def compare_whole(
     expected, got = source.load(), converted.load()
     for ids in track(prompts, "verifying", console=console, transient=True, disable=not shows_progress(console)):
         differences.add(*(model(ids, use_cache=False).logits for model in (expected, got)))
-        wanted = _greedy(expected, ids, use_cache=_trusts_cache(source))
+        wanted = _greedy(expected, ids, use_cache=_trusts_cache(source, converted))
         found = _greedy(got, ids, use_cache=True)
         texts.append(_compare_texts(expected, wanted, found))
     differences.texts = tuple(texts)
@@ -115,7 +115,7 @@ def compare_by_layers(source: Source, converted: Source, prompts: list[torch.Ten
     """Run both models layer by layer on each prompt, and with a cache on rows of the prompts' tokens."""
     differences, (rows, prefill) = LogitDifferences(), _rows(prompts)
     pairs = zip(
-        _logits_by_layers(source, prompts, rows, prefill if _trusts_cache(source) else None),
+        _logits_by_layers(source, prompts, rows, prefill if _trusts_cache(source, converted) else None),
         _logits_by_layers(converted, prompts, rows, prefill),
         strict=True,
     )
@@ -131,9 +131,9 @@ def compare_by_layers(source: Source, converted: Source, prompts: list[torch.Ten
     return differences
 
 
-def _trusts_cache(source: Source) -> bool:
-    """A GDA source decodes without a cache: a bug in its cache would be the converted model's too."""
-    return source.config.model_type != "gda"
+def _trusts_cache(source: Source, converted: Source) -> bool:
+    """Of two GDA models, the source decodes without a cache: a bug in its cache would be the converted model's too."""
+    return {source.config.model_type, converted.config.model_type} != {"gda"}
 
 
 def _greedy(model: PreTrainedModel, ids: torch.Tensor, *, use_cache: bool) -> torch.Tensor:

@@ -47,8 +47,8 @@ COMPUTED_WITH = (
 class VerifyReport:
     """How far a converted model's logits are from its source's, in float32, and whether both generate the same text.
 
-    The converted model decodes with a cache, as `generate` of the installed transformers passes it. So does the source,
-    unless it is a GDA model: a bug in its cache would be the converted model's too.
+    Both decode with a cache, as `generate` of the installed transformers passes it. Only the source of two GDA models
+    doesn't: a bug in its cache would be the converted model's too.
 
     Attributes:
         method: "full": both models run; "layers": both run with one layer in memory, and each layer is read once;

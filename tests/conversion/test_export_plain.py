@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import gda
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
+from gda.conversion.verify import VerificationFailed
 
 from ..support.checkpoints import load, logits
 from ..support.llamas import files_of
@@ -198,7 +199,7 @@ def test_it_is_streamed_and_can_be_checked_first(tmp_path: Path) -> None:
 def test_a_damaged_result_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification is of the written files: a wrong λ in the output projection fails it."""
     monkeypatch.setattr("gda.conversion.modes.export.layer_lambdas", lambda config, read: [0.3, 0.41])
-    with pytest.raises(gda.VerificationFailed, match="relative"):
+    with pytest.raises(VerificationFailed, match="relative"):
         gda.export(saved(tmp_path / "gda"), tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 

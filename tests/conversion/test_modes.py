@@ -11,7 +11,7 @@ from gda.conversion.conversion import Conversion
 from gda.conversion.modes.registry import MODES, plan, plan_again
 from gda.conversion.options import ConvertOptions, FoldOptions, GrowOptions
 from gda.conversion.sources.open import open_source
-from gda.conversion.writing.card import MODES as CARDS
+from gda.conversion.writing.card import TEMPLATES
 from gda.conversion.writing.provenance import read_settings
 
 from ..support.llamas import files_of, save_llama
@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_mode_has_a_file_and_a_paragraph_of_the_card() -> None:
     modes = Path(gda.conversion.modes.__file__).parent  # type: ignore[attr-defined]
     assert all((modes / f"{name}.py").is_file() for name in MODES)
-    assert set(CARDS) == set(MODES)
+    assert {f"mode_{name}" for name in MODES} == {name for name in TEMPLATES if name.startswith("mode_")}
 
 
 @pytest.mark.parametrize(

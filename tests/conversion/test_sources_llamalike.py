@@ -406,7 +406,7 @@ def test_round_trip_is_bit_for_bit(variant: str, tmp_path: Path) -> None:
         max_shard_size=changes.get("max_shard_size", "5GB"),
     )
     before, after = files_of(source), files_of(tmp_path / "back")
-    assert set(before) == set(after)
+    assert set(before) | {"README.md", "conversion.json"} == set(after)
     for name in before:
         if name != "config.json":
             assert after[name] == before[name], name
@@ -418,29 +418,39 @@ def test_round_trip_is_bit_for_bit(variant: str, tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "back"), some_ids()), logits(load(source), some_ids()))
 
 
+# What one type cannot hold, and the type that is written in its place.
 NOT_HELD: dict[str, tuple[str, str, str, str]] = {
-    "a window": ("mistral, window", "llama", "sliding_window=6", "--format mistral"),
-    "biases of q, k and v": ("qwen2", "llama", "attention_out_bias=False", "--format qwen2"),
-    "qk norm": ("qwen3", "llama", "qk_norm=True", "--format qwen3"),
-    "qk norm in a Mistral": ("qwen3", "mistral", "qk_norm=True", "--format qwen3"),
-    "no biases": ("mistral, window", "qwen2", "attention_bias=False", "--format mistral"),
-    "no qk norm": ("mistral", "qwen3", "qk_norm=False", "--format llama or mistral"),
-    "mixed layers": ("qwen2, layer_types", "mistral", "attention_bias=True", "--format qwen2"),
-    "o_proj's bias": ("qwen3, attention_bias", "qwen2", "attention_out_bias=True", "--format qwen3"),
-    "to Motif": ("qwen2", "motif", "kv_layout='shared'", ""),
-    "to DiffLlama": ("qwen3", "diffllama", "kv_layout='shared'", ""),
+    "a window": ("mistral, window", "llama", "sliding_window=6", "Mistral"),
+    "biases of q, k and v": ("qwen2", "llama", "attention_out_bias=False", "Qwen2"),
+    "qk norm": ("qwen3", "llama", "qk_norm=True", "Qwen3"),
+    "qk norm in a Mistral": ("qwen3", "mistral", "qk_norm=True", "Qwen3"),
+    "no biases": ("mistral, window", "qwen2", "attention_bias=False", "Mistral"),
+    "no qk norm": ("mistral", "qwen3", "qk_norm=False", "Llama"),
+    "mixed layers": ("qwen2, layer_types", "mistral", "attention_bias=True", "Qwen2"),
+    "o_proj's bias": ("qwen3, attention_bias", "qwen2", "attention_out_bias=True", "Qwen3"),
 }
 
 
 @pytest.mark.parametrize("what", NOT_HELD)
-def test_export_names_a_format_that_can_hold_the_model(what: str, tmp_path: Path, command: Command) -> None:
-    """One line names the field, its value and the format, and no files are left."""
-    variant, target, named, hint = NOT_HELD[what]
-    gda.convert(save_variant(tmp_path / "source", variant), tmp_path / "gda", verify=False)
+def test_a_type_that_can_hold_the_model_is_chosen_and_named(what: str, tmp_path: Path, command: Command) -> None:
+    """A note names the field, its value and the type; the result computes the same."""
+    variant, asked, named, chosen = NOT_HELD[what]
+    source = save_variant(tmp_path / "source", variant)
+    gda.convert(source, tmp_path / "gda", verify=False)
+    outcome = command("export", tmp_path / "gda", tmp_path / "back", "--format", asked)
+    assert outcome.code == 0
+    assert f"cannot have {named}; written as a {chosen}" in outcome.out
+    assert load(tmp_path / "back").config.model_type == chosen.lower()
+    assert torch.equal(logits(load(tmp_path / "back"), some_ids()), logits(load(source), some_ids()))
+
+
+@pytest.mark.parametrize("target", ["motif", "diffllama"])
+def test_shared_keys_have_no_counterpart_in_a_differential_model(target: str, tmp_path: Path, command: Command) -> None:
+    """One line names the field and its value; nothing is left."""
+    gda.convert(save_variant(tmp_path / "source", "qwen2"), tmp_path / "gda", verify=False)
     outcome = command("export", tmp_path / "gda", tmp_path / "back", "--format", target)
     assert (outcome.code, outcome.error.count("\n")) == (2, 1)
-    assert named in outcome.error
-    assert hint in outcome.error
+    assert "kv_layout='shared'" in outcome.error
     assert sorted(os.listdir(tmp_path)) == ["gda", "source"]
 
 
@@ -474,8 +484,11 @@ def test_target_and_source_fields_are_inverse() -> None:
     for config in (llama_config(attention_bias=True, mlp_bias=True), llama_config()):
         fields = source_fields(config)
         made = gda.GDAConfig(**fields, num_attention_heads=6, num_noise_heads=2, lambda_init=0.0)
-        assert source_fields(target_config(made, "llama")) == fields
-        assert target_config(made, "llama").to_dict() | {"architectures": None, "dtype": None} == config.to_dict() | {
+        assert source_fields(target_config(made, "llama", (4, 2))) == fields
+        assert target_config(made, "llama", (4, 2)).to_dict() | {
+            "architectures": None,
+            "dtype": None,
+        } == config.to_dict() | {
             "architectures": None,
             "dtype": None,
         }
@@ -485,7 +498,7 @@ def test_target_and_source_fields_are_inverse() -> None:
 def test_integers_for_float_fields(target: str) -> None:
     """GDAConfig accepts 1 for 1.0, and transformers' classes do not."""
     config = tiny_config(rms_norm_eps=1, initializer_range=0)
-    made = target_config(config, target)
+    made = target_config(config, target, (6, 2))
     assert (made.rms_norm_eps, made.initializer_range) == (1.0, 0.0)
     made.rope_parameters["rope_theta"] = 5.0
     assert config.rope_parameters["rope_theta"] == 100.0
@@ -508,8 +521,8 @@ def test_full_rank_and_fold(variant: str, tmp_path: Path) -> None:
     expected = logits(load(source), some_ids())
     for folder in ("shared", "dense"):
         assert relative_error(logits(load(tmp_path / folder), some_ids()), expected) <= 1e-5
-    with pytest.raises(ValueError, match="gda fold"):
-        gda.export(tmp_path / "shared", tmp_path / "back", format=VARIANTS[variant][0])
+    gda.export(tmp_path / "shared", tmp_path / "back", format=VARIANTS[variant][0])
+    assert relative_error(logits(load(tmp_path / "back"), some_ids()), expected) <= 1e-5
 
 
 @pytest.mark.slow
