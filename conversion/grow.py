@@ -1,4 +1,4 @@
-"""Grow a GDA model, or a model that becomes one on the way, into a larger one that computes the same."""
+"""Grow a GDA model, or a model that is converted first, into a larger one that computes the same function."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ class GrowReport(ConvertReport):
 
     Attributes:
         growth: The options of the growth.
-        before: Configuration of the model that grew; for a Llama, that of the GDA model which it becomes.
+        before: Configuration of the model before growth; for a Llama, that of its expansion.
         num_parameters_before: Its number of parameters.
         copied_layers: The layers of the source that are copied.
         new_layers: The positions of their copies in the result.

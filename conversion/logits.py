@@ -17,7 +17,7 @@ from gda.conversion.tensors.layerwise import LayerwiseModel
 GREEDY_TOKENS = 16
 TIE = 1e-4  # Two logits this close, relative to the largest at their position, differ by rounding only.
 RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
-# `compare_by_layers` decodes rows of the prompts' tokens; the last ones of each row one by one.
+# `compare_by_layers` cuts the prompts' tokens into rows, and decodes the last ones of each row one by one.
 ROWS, ROW_LENGTH, ROW_STEPS = 8, 32, 8
 
 PROMPTS = (

@@ -166,7 +166,7 @@ def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
             del files[PROVENANCE_FILE]
             provenance = None
         if CARD_FILE in files and files[CARD_FILE].read_text(encoding="utf-8") in generated:
-            del files[CARD_FILE]  # the conversion wrote it: it is generated again for the files that are pushed
+            del files[CARD_FILE]  # unedited: it is generated again for the files that are pushed
     if CARD_FILE not in files:
         write_text(scratch / CARD_FILE, model_card(config, name=name, made=provenance, has_code=has_code))
     elif notes:

@@ -25,7 +25,7 @@ from gda.modeling_gda.attention_gda import UnusedCacheError
 
 LOSSLESS_THRESHOLD = 1e-5
 
-# Fields of the config that decide what equal tensors compute.
+# Fields of the config that affect what a model with the same tensors computes.
 COMPUTED_WITH = (
     *(name for name in SHARED_FIELDS if name != "use_cache" and not name.endswith("_token_id")),
     *DIFFERING_FIELDS,

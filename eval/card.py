@@ -29,7 +29,7 @@ def update_card(folder: Path, report: EvalReport) -> Path:
     card = read_card(folder)
     index = card.data.get("model-index") or [{"name": folder.resolve().name, "results": []}]
     new = []
-    # One task at a time: results of one dataset are merged, whatever the task and the settings.
+    # One task at a time, because huggingface_hub merges all results of one dataset.
     for _, rows in groupby(report.rows, lambda row: row.task):
         (made,) = eval_results_to_model_index(index[0]["name"], [_result(report, row) for row in rows])
         new += made["results"]
@@ -44,7 +44,7 @@ def update_card(folder: Path, report: EvalReport) -> Path:
 def read_card(folder: Path) -> RepoCard:
     """Read `folder`/README.md; without one, a card with a title.
 
-    It is a RepoCard, since a ModelCard merges results of one dataset whatever their settings.
+    It is a RepoCard, because a ModelCard merges all results of one dataset.
 
     Raises:
         ValueError: if its metadata is not valid.
@@ -58,7 +58,7 @@ def read_card(folder: Path) -> RepoCard:
         if index := card.data.get("model-index"):
             model_index_to_eval_results(index)
         return card
-    except Exception as error:  # of many kinds, depending on what is wrong with the file
+    except Exception as error:  # there is no common error class
         raise ValueError(f"{path}: its metadata is not valid: {' '.join(str(error).split())}") from None
     finally:
         logger.setLevel(level)

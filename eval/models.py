@@ -53,7 +53,7 @@ class Candidate:
                         model if options.dtype == "auto" else model.to(getattr(torch, options.dtype)), **arguments
                     )
                 return GDALM(str(self.place), device=options.device, dtype=options.dtype, **arguments)
-            except Exception as error:  # transformers and lm-eval raise many kinds for a malformed folder
+            except Exception as error:  # transformers and lm-eval have no common error class
                 raise ValueError(f"{self.name} cannot be loaded: {first_line(error)}") from None
 
 
@@ -75,7 +75,7 @@ def find_model(
         if Path(model).suffix == ".gguf":
             return _find_gguf(Path(model), given)
         folder = resolve_folder(model)
-    read_config_file(folder)  # refuses a file that is not fit for a config
+    read_config_file(folder)  # refuses a hostile file
     weights = tuple(sorted(folder.glob(WEIGHTS)))
     if not weights:
         raise FileNotFoundError(f"{folder} holds no weights ({WEIGHTS}; pickle files are not read)")

@@ -22,7 +22,7 @@ BATCH_SIZE = re.compile(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?")
 class TaskOptions(Options):
     """Options of `gda.evaluate`: a model, tasks, and how they are run.
 
-    `tasks` becomes a tuple of names and `metadata` a dictionary, whatever form they are given in.
+    `tasks` is stored as a tuple of names and `metadata` as a dictionary.
 
     Raises:
         ValueError: if a value is out of range, naming the option.
@@ -115,7 +115,7 @@ class EvaluateOptions(TaskOptions):
 
 @dataclass(frozen=True)
 class AttentionOptions(Options):
-    """Options of `gda.attention`. `layers` becomes a sorted tuple, whatever form it is given in.
+    """Options of `gda.attention`. `layers` is stored as a sorted tuple.
 
     Raises:
         ValueError: if a value is out of range, naming the option.

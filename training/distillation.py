@@ -78,7 +78,7 @@ class Distillation:
         theirs = opened.tokenizer()
         if tokenizer is not None and theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"--teacher {source} has a different tokenizer than the model")
-        # Where weights are sharded, all processes but the first would wait for weights that nobody sends.
+        # With sharded weights, all processes but the first would wait for weights that are never sent.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
             teacher = opened.load()
         return cls(teacher, weight=weight, temperature=temperature, hidden_weight=hidden_weight)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # In a LoRA checkpoint beside the plain model: all trained parameters, by their names in PEFT's model.
 LEARNED_FILE = "learned.safetensors"
-# Names that PEFT gives to what it wraps.
+# Prefix and adapter name of PEFT.
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
 
@@ -35,7 +35,7 @@ def with_lora(model: PreTrainedModel, rank: int, seed: int, trained: list[str]) 
 
     attention = [(name, each) for name, each in model.named_modules() if ".self_attn." in f".{name}"]
     targets = [name for name, module in attention if isinstance(module, nn.Linear)]
-    # Low-rank factors by heads, for which PEFT has no form, are trained in full.
+    # PEFT does not support low-rank factors per head, so they are trained in full.
     in_full = [f"{name}." for name, module in attention if isinstance(module, HeadwiseUp)]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, bias="none", task_type="CAUSAL_LM")
     with torch.random.fork_rng(), warnings.catch_warnings():

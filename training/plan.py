@@ -1,4 +1,4 @@
-"""What a run will do, known before its first step: model, data, number of steps and the Trainer's arguments."""
+"""The plan of a run before its first step: model, data, number of steps and the Trainer's arguments."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from gda.training.settings import TrainSettings
 CONTEXT = 512
 # Default numbers of log entries, checkpoints and measurements in a run.
 LOG_ENTRIES, CHECKPOINTS, MEASUREMENTS = 20, 10, 10
-# The new name of gradient checkpointing in TrainingArguments, where the old one warns.
+# The name of gradient checkpointing in TrainingArguments: releases with the new name warn about the old one.
 CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
@@ -73,7 +73,7 @@ def make_plan(
 ) -> Plan:
     """Load the model and the teacher, and tokenize the data.
 
-    Whatever can be refused is refused before the data is tokenized into `scratch`, which can take hours.
+    Bad input is refused before the data is tokenized into `scratch`, which can take hours.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: naming what is wrong, and the remedy.

@@ -1,4 +1,4 @@
-"""Where the features of a grown axis come from: for each new feature, the old one that it continues."""
+"""Origins of the features of a grown axis: for each feature of the result, the feature of the source it comes from."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.tensors.axes import sizes
 
-NEW = -1  # a feature that continues no old one
+NEW = -1  # a feature without an origin
 
 
 def of_blocks(blocks: Sequence[int], width: int) -> Tensor:
@@ -47,7 +47,7 @@ def width_origins(config: GDAConfig, times: int) -> dict[str, Tensor]:
 
 
 def neuron_origins(old: int, new: int) -> dict[str, Tensor]:
-    """The neurons of an MLP, followed by `new` neurons that continue none of them."""
+    """The neurons of an MLP, followed by `new` neurons without an origin."""
     return {"neuron": torch.cat((torch.arange(old), torch.full((new,), NEW)))}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from gda.conversion.options import GrowOptions
 
 FIELDS = ("signal", "width", "depth", "layers", "noise_std", "masked", "mlp")
-# A larger factor is a typing error, and planning such a model alone would fill the memory.
+# Larger factors are typing errors, and merely planning such a model would fill the memory.
 LARGEST_FACTOR = 1000
 
 
@@ -32,9 +32,10 @@ def settings(options: GrowOptions) -> dict[str, Any]:
 
 
 def copied_layers(options: GrowOptions, layers: int) -> list[int]:
-    """The layers to copy of a model with so many, in order; empty if it does not become deeper.
+    """The layers to copy of a model with `layers` layers, in order; empty if it does not become deeper.
 
-    They are those named, or the last of each of as many equal parts as there are copies (LLaMA-Pro).
+    They are the named ones. By default, the layers are divided into as many equal parts as there are copies, and the
+    last one of each part is copied (LLaMA-Pro).
 
     Raises:
         ValueError: naming the option, for an impossible depth or layer.

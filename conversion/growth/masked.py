@@ -84,6 +84,6 @@ def _initialized(name: str, shape: tuple[int, ...], config: GDAConfig, generator
     elif name.endswith("_base.weight"):
         std /= 2**0.5
     elif name.endswith("_up.weight"):
-        assert config.qk_rank is not None  # else there would be no such tensor
+        assert config.qk_rank is not None  # otherwise there is no such tensor
         std = (2 * config.qk_rank) ** -0.5
     return std * torch.randn(shape, generator=generator)

@@ -1,4 +1,4 @@
-"""A GDA model with a shared base and low-rank updates → the equal dense one: W_k = B + P_k R_k, multiplied out."""
+"""Folding a GDA model with a shared base and low-rank updates into the equal dense one: W_k = B + P_k R_k."""
 
 from functools import partial
 

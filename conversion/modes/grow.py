@@ -1,7 +1,7 @@
-"""A GDA model, or a model that becomes one on the way → a larger one that computes the same.
+"""Growing a GDA model, or a model that is converted first, into a larger one that computes the same function.
 
-Each operator takes a planned conversion and returns a larger one, whose recipes are made of its recipes. So operators
-follow one another, and the expansion of a Llama, without a copy on disk.
+Each operator takes a planned conversion and returns a larger one, whose recipes build on the given ones. Operators can
+therefore be chained, also after the expansion of a Llama, without writing intermediate models.
 
     --depth    layers  0 1 2 3          →  0 1 1′ 2 3 3′        a copy adds nothing: its o_proj and down_proj are 0
     --signal   heads   a b n  c d n     →  a a b b n  c c d d n   replicas beside their original; noise heads stay
@@ -29,7 +29,7 @@ def plan(source: Source, options: GrowOptions) -> Conversion:
     In this order, replicas in a copied layer, where o_proj is zero, have their own noise.
 
     Raises:
-        ValueError: for growth that cannot be, naming the option, and for a source whose masked growth is unfinished.
+        ValueError: for impossible growth, naming the option, and for a source whose masked growth is unfinished.
     """
     options, seed = growth.checked(options), options.seed
     if in_masked_growth(source.config):

@@ -31,7 +31,7 @@ from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, is_lossless
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 ROUNDS = 20
-# Relative cutoff below which a direction is left to the updates: a base that followed it would grow without bound.
+# Relative cutoff below which a direction is left to the updates. Otherwise the base could grow without bound.
 CUTOFF = 1e-2
 # P_k and R_k share each singular value evenly, down to this size relative to a head's root mean square. Below it P_k
 # keeps that size, since the gradient of R_k passes through it.
@@ -105,7 +105,7 @@ def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, R
                 raise ValueError(
                     f"{name} is not finite and cannot be factorized; does the source hold NaN or infinity?"
                 )
-            assert config.qk_rank is not None  # else there would be no such tensor
+            assert config.qk_rank is not None  # otherwise there is no such tensor
             factors = factor(weight, roles=roles, head_dim=config.head_dim, rank=config.qk_rank)
             last.clear()
             last[name] = factors

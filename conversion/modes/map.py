@@ -1,4 +1,4 @@
-"""A differential model → GDA: a Motif or a DiffLlama, tensor by tensor, or a GDA model as it is."""
+"""Mapping a differential model to GDA: a Motif or a DiffLlama tensor by tensor, or a GDA model unchanged."""
 
 import copy
 

@@ -10,7 +10,7 @@ from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.hub import download
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 
-# The files that a model folder consists of; the card is read, too.
+# The files of a model folder. The card is read as well.
 MODEL_PATTERNS = (
     PROVENANCE_FILE,
     TRAINABLE_FILE,

@@ -12,12 +12,12 @@ from gda.common.text import python_documentation, read_text
 
 CONTEXT = 512
 DEFAULT_TOKENS = 65536
-HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 16  # of the sequences, for judging the result
+HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 16  # of the sequences, for measuring the result
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that a split is fitted to, and text that it is judged by.
+    """Text that a split is fitted to, and held-out text that it is measured on.
 
     Attributes:
         name: The file's name, or a description of the text.

@@ -21,7 +21,7 @@ SMALLEST_SCALE = 0.02  # for a tensor of zeros, such as a λ projection
 BETAS = (0.9, 0.95)
 WARM_UP = 5  # steps
 CHUNK = 256  # tokens whose logits are in memory
-CHECKPOINTS = 10  # in all: a killed run loses at most a tenth of the training
+CHECKPOINTS = 10  # per run: a killed run loses at most a tenth of the training
 
 ATTENTION = "self_attn."
 

@@ -117,7 +117,7 @@ def _best_order(
     With one noise head, every choice is one swap away. With several, the search may end in a local minimum, so it is
     started from several orders.
     """
-    slots = heads // noise_heads  # a noise head, which is the last, and its signal heads
+    slots = heads // noise_heads  # signal heads and, last, their noise head
 
     def loss(order: list[int]) -> float:
         p = features(heads, noise_heads, head_dim, lambda_, order).to(covariance)

@@ -22,7 +22,7 @@ from gda.conversion.tensors.axes import LAYER
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied, lambda_recipe
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
-# λ that the closed form tries for each layer, by type. A token-dependent λ starts where its projection is 0.
+# Values of λ that the closed form tries for each layer, by type. A token-dependent λ starts with a projection of 0.
 LAMBDAS: dict[str, list[float]] = {"reparameterized": [0.1, 0.3], "tanh": [0.0], "sigmoid": [0.5]}
 
 

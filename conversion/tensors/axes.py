@@ -1,5 +1,8 @@
-"""What the axes of each tensor count. Growth adds features, such as a signal head's output or a channel of the residual
-stream; this table says which axes of which tensors hold them, and which tensors sum over them."""
+"""The meaning of each axis of each tensor.
+
+Growth adds features, such as a signal head's output or a channel of the residual stream. This table says which axes of
+which tensors hold them, and which tensors sum over them.
+"""
 
 import re
 

@@ -19,7 +19,7 @@ from gda.modeling_gda.attention_gda import Fade
 # How much of the free memory a model may use.
 SHARE_OF_MEMORY = 1 / 4
 
-# The installed transformers' name for the cache argument, from its Llama class: ours is under test.
+# The name of the cache argument in the installed transformers, from its Llama class, because ours is being verified.
 CACHE_ARGUMENT = next(
     (
         name
@@ -59,7 +59,7 @@ class LayerwiseModel:
         self._rotary = self._new_rotary()
         self._windows = layer_windows(self.config)
         for part in self.model.modules():
-            if isinstance(part, Fade):  # no tensor of the checkpoint, but of its config
+            if isinstance(part, Fade):  # its value is in the config, not in the checkpoint
                 part.value = torch.tensor(config.fade, device=self.device)
 
     @property
@@ -123,7 +123,7 @@ class LayerwiseModel:
         model, layer = self._bare, copy.deepcopy(self.layer(index))
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
-                part.layer_idx = 0  # the cache of a model with one layer has this entry only
+                part.layer_idx = 0  # the cache of a model with one layer has one entry
         model.model.layers = torch.nn.ModuleList([layer])
         model.model.rotary_emb = self._new_rotary()  # dynamic RoPE remembers the longest sequence it has seen
         if getattr(model.config, "layer_types", None):
@@ -147,9 +147,9 @@ class LayerwiseModel:
         return self._read(name).to(self.device, torch.float32)
 
     def _mask(self, index: int, states: torch.Tensor, positions: torch.Tensor) -> Any:
-        """What a layer may see; None is causal, as sdpa takes it."""
+        """The attention mask of a layer. None means causal, as for sdpa."""
         window = self._windows[index]
         if window is None or window >= states.shape[1]:
             return None
-        # By position: transformers has renamed the fourth, the cache. There is none, nor is there padding.
+        # By position, because transformers has renamed the fourth, the cache. There is no cache and no padding.
         return create_sliding_window_causal_mask(self.config, states, None, None, positions)

@@ -62,7 +62,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def lambda_recipe(name: str, spec: TensorSpec, seed: int) -> Recipe:
-    """A λ tensor such that λ is λ_init, or its function of 0, and has a gradient."""
+    """A λ tensor that gives λ = λ_init, or tanh or sigmoid of 0, with a non-zero gradient."""
     if name.endswith(".lambda_proj.weight"):
         return Recipe(spec, (), partial(torch.zeros, spec.shape), "zero, where tanh and sigmoid are steepest")
     # lambda_q2 equals lambda_q1, and k2 equals k1, so that the two exponentials cancel exactly.

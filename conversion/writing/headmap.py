@@ -47,7 +47,7 @@ def _fading(config: GDAConfig) -> str:
     if config.masked_layers is not None:
         parts.append(f"layers {', '.join(map(str, config.masked_layers))}")
     if config.lambda_target is not None:
-        parts.append(f"λ by way of {config.lambda_target:.4g}")
+        parts.append(f"λ via {config.lambda_target:.4g}")
     return f", fading in {'; '.join(parts)} (fade {config.fade:.4g})"
 
 

@@ -24,7 +24,7 @@ class Settings:
             to a type without them.
         lossless: Whether the result must compute what its source computes.
         qk_rank: Rank of the factorization, if the conversion did one.
-        growth: The fields of `Growth`, if the model grew.
+        growth: The options of the growth, if the model grew.
         split: How the split was fitted, if heads were split.
         export: The format of an export; for a plain decoder also its heads, λ of each layer, and the fields of the GDA
             model that it has no place for.
@@ -49,7 +49,7 @@ class Settings:
         return cls(
             mode=conversion.mode,
             dtype=options.dtype,
-            seed=getattr(options, "seed", 0),  # folding draws nothing and has none
+            seed=getattr(options, "seed", 0),  # folding has no random numbers and no seed
             max_shard_size=options.max_shard_size,
             num_noise_heads=getattr(heads, "num_noise_heads", None),
             lambda_type=getattr(heads, "lambda_type", None),

@@ -138,7 +138,7 @@ def _write_all(
     stop: threading.Event,
 ) -> None:
     """Call `finished(file, write(file))` for each file; `stop` is set when one fails, to stop the others."""
-    if workers == 1:  # in this thread, so that the state on disk never depends on chance
+    if workers == 1:  # in this thread, so that the state on disk is deterministic
         for file in files:
             finished(file, write(file))
         return

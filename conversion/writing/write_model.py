@@ -138,7 +138,9 @@ def write_model(
         )
         card = model_card(conversion.config, name=out.name, made=made, has_code=bundle_code)
         write_text(folder / CARD_FILE, card)
-        _remove_work(folder)  # last: a run that is interrupted while it verifies would have to fit again
+        _remove_work(
+            folder
+        )  # last: a run that is interrupted during verification can then resume without fitting again
     return replace(
         report,
         config=conversion.config,
@@ -184,7 +186,7 @@ def _verified(source: Source, folder: Path, settings: Settings, console: Console
 
 
 def _remove_work(folder: Path) -> None:
-    """Remove the work folder. It is renamed first, so that no later run takes half of it for the whole."""
+    """Remove the work folder. It is renamed first, so that a later run does not use a partly removed one."""
     if (work := folder / WORK_FOLDER).exists():
         done = work.with_name(f"{WORK_FOLDER}.done")
         work.rename(done)

@@ -95,9 +95,8 @@ def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visi
         cache = None
         if first_row:
             cache = DynamicCache(config=model.config)
-            _decoder(model)(
-                ids[:, :first_row], None, None, cache, use_cache=True
-            )  # its name depends on the release of transformers
+            # The cache is passed by position, because its name depends on the release of transformers.
+            _decoder(model)(ids[:, :first_row], None, None, cache, use_cache=True)
         with _eager(model), _observed(modules, ids.shape[1], counting):
             _decoder(model)(ids[:, first_row:], None, None, cache, use_cache=cache is not None)
     if len(seen) != len(modules):
@@ -117,7 +116,7 @@ def attention_modules(model: PreTrainedModel) -> list[Any]:
 
 
 def is_differential(module: Any) -> bool:
-    """Whether an attention module is GDA's. (Its class does not tell: remote code has classes of its own.)"""
+    """Whether an attention module is GDA's. (Its class may be that of remote code.)"""
     return hasattr(module, "compute_lambda") and hasattr(module, "subtract")
 
 

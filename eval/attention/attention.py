@@ -123,7 +123,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What is read of a model: its name, its numbers, and its maps by layer."""
+    """Results for a model: its name, its numbers, and its maps by layer."""
 
     name: str
     arrays: AttentionArrays

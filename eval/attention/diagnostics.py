@@ -1,4 +1,4 @@
-"""Where a model attends when it is asked for a fact in a long context.
+"""Attention on the answer when a model is asked for a fact in a long context.
 
 The Differential Transformer's paper (arXiv 2410.05258, "Key Information Retrieval") compares the attention on the
 answer with that on the rest of the context, the noise. Here both are measured on the prompts of the retrieval task, for
@@ -52,7 +52,7 @@ class AttentionShares:
     """Where maps attend: means over the heads and over the tokens that predict the answer.
 
     Shares are fractions of a row's magnitude, |a| / Σ|a|. For signal and noise maps this is the attention itself; for
-    difference maps it is what can be compared with it.
+    difference maps it makes them comparable.
 
     Attributes:
         answer: Share on the sentences that hold the answer.

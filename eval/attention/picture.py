@@ -60,7 +60,7 @@ def _maps(report: AttentionData, layer: int, group: int) -> list[tuple[str, np.n
     heads = report.signal_heads_per_group
     if len(found) <= MOST_MAPS or not report.plan.heads or heads == 1:
         return found
-    means = []  # too many to read: show the mean over heads, as a coarser plan would
+    means = []  # too many to read: show the mean over heads
     for name in ("signal", "noise", "difference", "baseline"):
         if same := [values for kind, values in found if kind.split(" ")[0] == name]:
             means.append((name if len(same) == 1 else f"{name}, mean of {len(same)} heads", np.mean(same, axis=0)))

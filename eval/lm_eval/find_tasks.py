@@ -39,7 +39,7 @@ def load_tasks(
 ) -> list[Task | Group]:
     """Load tasks, groups and tags of lm-eval or of this package, by names, patterns such as "blimp_*" or YAML files.
 
-    Without `dataset_root`, each task reads its dataset from where its definition says, as a rule the Hub. `metadata`
+    Without `dataset_root`, each task reads its dataset from where its definition says, usually the Hub. `metadata`
     are settings of generated tasks, such as "tokenizer" and "length".
 
     Raises:
@@ -84,7 +84,7 @@ def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) 
     texts = _definitions()
     wanted = [name for name in names if not _is_file(name)]
     if any(_is_file(name) and _defines_group(name) for name in names):
-        manager = TaskManagerWithOurs(metadata=metadata)  # its members may be tasks from anywhere
+        manager = TaskManagerWithOurs(metadata=metadata)  # its members may be defined anywhere
     else:
         manager = _manager_of(wanted, texts, metadata)
     for name in wanted:

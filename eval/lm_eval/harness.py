@@ -99,7 +99,7 @@ class GDALM(HFLM):
         finally:
             self.AUTO_MODEL_CLASS = auto_class  # lm-eval compares it with transformers' classes
 
-    # HFLM takes part in `accelerate launch` only with several GPUs; here the processes may also run on CPUs.
+    # HFLM supports `accelerate launch` only with several GPUs; these properties support CPU processes, too.
     @property
     def rank(self) -> int:
         return self.accelerator.process_index if hasattr(self, "accelerator") else super().rank

@@ -13,7 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from gda.common.errors import first_line
 
 SUFFIXES = (".jsonl", ".parquet")
-# A task whose dataset_path is one of these names its files itself.
+# A task with one of these as dataset_path names its files itself.
 FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "xml")
 
 
@@ -30,8 +30,8 @@ class LocalSplits(datasets.DatasetDict):
 def data_from(root: str | Path | None) -> Iterator[list[Path]]:
     """Within this context, tasks read their datasets from `root`.
 
-    A dataset is `root`/dataset_path/dataset_name/SPLIT.jsonl, or .parquet. With None, tasks read what they always read,
-    and an error says which dataset is missing. The context gives a list of the folders read, which grows.
+    A dataset is `root`/dataset_path/dataset_name/SPLIT.jsonl, or .parquet. With None, tasks read their usual datasets,
+    and an error names the one that is missing. The context yields the list of folders read so far.
 
     Raises:
         FileNotFoundError: if `root` is not a folder.
@@ -48,7 +48,7 @@ def data_from(root: str | Path | None) -> Iterator[list[Path]]:
         try:
             with _quiet_hub():
                 return original(path, name, *args, **kwargs)
-        except Exception as error:  # datasets has no common error for a dataset that cannot be had
+        except Exception as error:  # datasets has no common error class
             dataset = path if name is None else f"{path} ({name})"
             raise FileNotFoundError(
                 f"its dataset {dataset} cannot be loaded: {first_line(error)}; "

@@ -96,7 +96,7 @@ def count_words(text: str) -> int:
 def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **dict(options))
-    except Exception as error:  # of many kinds, depending on what is wrong with the files
+    except Exception as error:  # there is no common error class
         raise ValueError(
             f"the tokenizer of {name} cannot be read ({' '.join(str(error).split())}); name another: "
             '--metadata \'{"tokenizer": "FOLDER"}\''

@@ -203,7 +203,7 @@ def test_inspect_verify_and_export(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "plain")
     model.set_fade(0.5, lambda_target=TARGET)
     model.save_pretrained(tmp_path / "annealed")
-    assert "fading in λ by way of 0.7 (fade 0.5)" in gda.inspect(tmp_path / "annealed").head_map
+    assert "fading in λ via 0.7 (fade 0.5)" in gda.inspect(tmp_path / "annealed").head_map
     for method in ("full", "layers"):
         assert gda.verify(tmp_path / "annealed", tmp_path / "annealed", method=method).passed
     with pytest.raises(ValueError, match="fading in λ"):

@@ -11,8 +11,8 @@ from transformers.training_args import TrainingArguments
 class FadeCallback(TrainerCallback, ExportableState):
     """Raises the model's `fade` to 1 linearly, from the value that the model has.
 
-    From a model at 0, optimizer step k of T = `num_steps` runs with a fade of k / T. What is faded in is what the
-    config names:
+    From a model at 0, optimizer step k of T = `num_steps` runs with a fade of k / T. The config says what is
+    faded in:
 
     - `masked_signal_heads`, `masked_neurons`, `masked_layers`: masked growth (arXiv 2305.02869), as `gda grow --masked`
       begins it. At 0 the model computes what it computed before it grew.
@@ -29,7 +29,7 @@ class FadeCallback(TrainerCallback, ExportableState):
 
     Args:
         num_steps: T, in optimizer steps.
-        lambda_target: Fade λ in by way of this value, too. Default: the model's own target, if it has one.
+        lambda_target: Fade λ in via this value. Default: the model's own target, if it has one.
 
     Raises:
         ValueError: if `num_steps` is below 1 or the target is not finite; and when training begins, if nothing is to
@@ -74,7 +74,7 @@ class FadeCallback(TrainerCallback, ExportableState):
             self.first_step, self.first_value = state.global_step, model.config.fade
         elif self.value(state.global_step) < 1:
             self._prepare(model)
-        # The Trainer looks our state up here when it saves, even if the checkpoint that it resumed from had none.
+        # The Trainer reads our state from here when it saves, even if the checkpoint that it resumed from had none.
         _saved_callbacks(state)[type(self).__name__] = self.state()
         self._set_fade(model, state.global_step)
 

@@ -27,7 +27,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 class LayerLog(TrainerCallback):
     """The training log, a file with one JSON object per line, and the measurements of layers in it.
 
-    Pass it to a `GDATrainer` as `layer_log`, which writes it. Other Trainers cannot: their callbacks see too little.
+    Pass it to a `GDATrainer` as `layer_log`. Other Trainers cannot write it, because their callbacks lack the values.
 
     A line with "layers" has for each layer
 
@@ -75,7 +75,7 @@ class LayerLog(TrainerCallback):
     def measuring(self, model: nn.Module, step: int) -> Iterator[None]:
         """Measure the forward passes inside the block, as part of `step`."""
         attentions = [module for module in model.modules() if isinstance(module, GDAAttention)]
-        if not attentions:  # a Llama, which a GDA model is compared with
+        if not attentions:  # a baseline without differential attention
             yield
             return
         if self.step != step or self.sums is None:

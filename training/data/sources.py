@@ -27,10 +27,10 @@ from gda.common.errors import first_line
 from gda.common.text import jsonl_texts, text_pieces
 from gda.conversion.sources.hub import LOG_IN
 
-# Files that are read in a folder. A file that is named itself may have any ending; one that is not listed here or in
-# BUILDERS is plain text.
+# Endings of files that are read in a folder. A file that is named itself may have any ending; it is plain text unless
+# the ending is .jsonl or in BUILDERS.
 FOLDER_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv")
-# The readers of `datasets`, and what they are called with.
+# The readers of `datasets`, and their arguments.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": (
         "parquet",
@@ -132,8 +132,8 @@ def _open_rows(path: Path, text_field: str) -> Any:
     try:
         rows: Any = load(columns=[text_field]) if builder == "parquet" else load()
         if rows.column_names == []:
-            rows = load()  # for the error, which names the columns
-    except Exception as error:  # the readers have no common error for what a file may hold
+            rows = load()  # raises an error that names the columns
+    except Exception as error:  # the readers have no common error class
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     _require_text(rows, str(path), text_field)
     return rows
@@ -156,11 +156,11 @@ def _hub_source(name: str, text_field: str, streaming: bool, option: str) -> Doc
         raise ConnectionError(
             f"{option} {name} is not a file, and the Hub cannot be reached: {first_line(error)}"
         ) from None
-    except Exception as error:  # datasets has no common error for what a repository may hold
+    except Exception as error:  # datasets has no common error class
         raise ValueError(f"{option} {name} cannot be read: {first_line(error)}") from None
     _require_text(rows, name, text_field)
     rows = rows.select_columns(text_field)
-    # A stream has no identity: nothing of it is kept. That of a download contains its revision.
+    # A stream needs no identity, because none of it is stored. The file names of a download contain its revision.
     files = [] if streaming else [len(rows), *(_stamp(Path(each["filename"])) for each in rows.cache_files)]
     return DocumentSource([name, text_field, *files], partial(_row_documents, rows, name, text_field))
 
@@ -187,7 +187,7 @@ def _row_documents(rows: Any, name: str, text_field: str) -> Iterator[tuple[str,
     while True:
         try:
             batch = next(batches, None)
-        except Exception as error:  # the readers have no common error for what a file may hold
+        except Exception as error:  # the readers have no common error class
             raise ValueError(f"{name} cannot be read after row {row}: {first_line(error)}") from None
         if batch is None:
             return

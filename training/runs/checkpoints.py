@@ -101,12 +101,12 @@ def read_or_empty(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
-    """Report whatever goes wrong when a checkpoint is read in one line that names it, and the remedy."""
+    """Turn errors while a checkpoint is read into one line with its name and the remedy."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # torch has no common error for damaged files
+    except Exception as error:  # torch has no common error class for damaged files
         raise ValueError(
             f"--resume: {checkpoint} is damaged ({first_line(error)}); remove it to resume from the checkpoint "
             "before it, or start over with --overwrite"

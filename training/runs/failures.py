@@ -1,4 +1,4 @@
-"""Why a run ends early, in one line: with what is left of it and what to do."""
+"""Errors that end a run, in one line with what was kept and the remedy."""
 
 import errno
 import re
@@ -19,7 +19,7 @@ NOT_WRITTEN = re.compile(r"PytorchStreamWriter|inline_container|file write faile
 
 
 def explained(error: BaseException, last: Path | None, folder: Path, settings: TrainSettings) -> Exception | None:
-    """The error to raise instead of `error`, which ended the run in `folder`; None if that one says enough.
+    """The error to raise instead of `error`, which ended the run in `folder`; None if `error` is clear enough.
 
     `last` is the last complete checkpoint.
     """

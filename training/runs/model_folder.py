@@ -33,7 +33,7 @@ def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
         loaded: Any = GDAForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except Exception as error:  # whatever a malformed folder makes transformers raise
+    except Exception as error:  # a malformed folder can make transformers raise anything
         raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from None
     model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -50,7 +50,7 @@ def save(
     """Write the model into `folder` in its former data types, with the tokenizer and other files of `source`."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
-    model.generation_config = GenerationConfig.from_model_config(model.config)  # that of the source replaces it
+    model.generation_config = GenerationConfig.from_model_config(model.config)  # replaced by that of the source
     model.save_pretrained(folder)
     if not bundle_code:
         for code in folder.glob("*.py"):

@@ -1,4 +1,4 @@
-"""The processes of a training run: what they do together, and how an error in one of them ends all."""
+"""The processes of a training run: shared work, and errors that end all of them."""
 
 import contextlib
 import os

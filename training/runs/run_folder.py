@@ -32,7 +32,7 @@ class RunIdentity:
     """What a resumed run must have in common with the one that was interrupted."""
 
     settings: TrainSettings
-    model: list[list[Any]]  # `stamps` of its files, as of those of the teacher and the data, where they are local
+    model: list[list[Any]]  # `stamps` of its files; likewise for the teacher and the data, if they are local
     teacher: list[list[Any]]
     data: list[list[Any]]
     processes: int  # they share each batch
@@ -81,7 +81,7 @@ def stamps(files: list[Path]) -> list[list[Any]]:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands when it is started, as all processes know it."""
+    """The state of a run when it is started, known to all processes."""
 
     path: Path  # the folder of the run
     checkpoint: Path | None  # to continue from
@@ -100,7 +100,7 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        state: Where the run stands.
+        state: The state of the run.
 
     Raises:
         FileExistsError: if `out` or an unfinished run exists, and neither `resume` nor `overwrite` is given.

@@ -57,7 +57,7 @@ def _options(
 def command(
     options: type[Options], group: Group, *, name: str | None = None, examples: tuple[str, ...] = (), **settings: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate `function(options, …)` so that it becomes the command `gda name`, by default of its own name.
+    """Decorate `function(options, …)` so that it becomes the command `gda name`. Default: the function's name.
 
     The fields of `options` are the command's arguments and options; further parameters of the function, annotated for
     Typer, exist on the command line alone. Its docstring is the text of `--help`.
@@ -117,7 +117,7 @@ def _as_typed(hint: Any) -> Any:
         kinds = list(dict.fromkeys(map(_as_typed, get_args(hint))))
         if float in kinds and int in kinds:
             kinds.remove(int)
-        if str in kinds and len(set(kinds) - {type(None)}) > 1:  # text says it all: a path, a number or a name
+        if str in kinds and len(set(kinds) - {type(None)}) > 1:  # text covers paths, numbers and names
             kinds = [each for each in kinds if each in (str, type(None))]
         union: Any = kinds[0]
         for each in kinds[1:]:

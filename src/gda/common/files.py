@@ -215,7 +215,7 @@ def check_places(source: str | Path, out: str | Path) -> None:
         return  # perhaps a Hub id
     read, written = Path(source).resolve(), Path(out).resolve()
     if written.is_relative_to(read) or read.is_relative_to(written):
-        raise ValueError(f"{out} is the source, lies in it or contains it; choose another folder")
+        raise ValueError(f"{out} is the source, is inside it or contains it; choose another folder")
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:

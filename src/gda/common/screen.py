@@ -1,4 +1,4 @@
-"""Progress and warnings on the terminal. A leaf module: it imports nothing of the project."""
+"""Progress and warnings on the terminal. Imports no other module of the project."""
 
 import contextlib
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What is summed over tokens, each a mean times its number of tokens.
+# Sums over tokens: each value is a mean multiplied by its number of tokens.
 SUMS = ("tokens", "lambda", "signal", "noise", "subtracted", "difference")
 
 

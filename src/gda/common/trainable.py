@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gda.common.files import read_json, write_json
 
 TRAINABLE_FILE = "trainable.json"
-# Slices that follow one another, or the whole axis.
+# Comma-separated slices, or the whole axis.
 SLICES = re.compile(r":|\d+:\d+(,\d+:\d+)*")
 
 
