@@ -108,18 +108,24 @@ class NewHeadOptions(WriteOptions):
 
 
 @dataclass(frozen=True)
-class HubOptions(Options):
-    """Options of pushing the result to the Hub."""
+class VisibilityOptions(Options):
+    """Option of every command that pushes to the Hub."""
 
-    push_to_hub: str | None = option(
-        None, "Push OUT to this repository, such as me/llama-gda. Default: no push.", panel=HUB, metavar="REPO"
-    )
     private: bool | None = option(
         None,
         "Create the repository as private or public, and refuse an existing one that differs. Default: your account's "
         "setting for new repositories.",
         panel=HUB,
         flag="--private/--public",
+    )
+
+
+@dataclass(frozen=True)
+class HubOptions(VisibilityOptions):
+    """Options of pushing the result to the Hub."""
+
+    push_to_hub: str | None = option(
+        None, "Push OUT to this repository, such as me/llama-gda. Default: no push.", panel=HUB, metavar="REPO"
     )
 
     def __post_init__(self) -> None:
@@ -256,18 +262,11 @@ class InspectOptions(RevisionOptions):
 
 
 @dataclass(frozen=True)
-class PushOptions(BundleOptions):
+class PushOptions(VisibilityOptions, BundleOptions):
     """Options of `gda push`."""
 
     folder: str | Path = argument("Folder of a GDA model.")
     repo: str = argument("Repository on the Hub, owner/name or name; created if it doesn't exist.")
-    private: bool | None = option(
-        None,
-        "Create the repository as private or public, and refuse an existing one that differs. Default: your account's "
-        "setting for new repositories.",
-        panel=HUB,
-        flag="--private/--public",
-    )
     revision: str = option("main", "Branch to push to; created if it doesn't exist.", panel=HUB, metavar="BRANCH")
     message: str | None = option(None, "Title of the commit. Default: Upload FOLDER.", panel=HUB)
     dry_run: bool = option(False, "Check the folder and list its files, but push nothing.", panel=OUTPUT)

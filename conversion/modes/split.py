@@ -54,7 +54,7 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     )
 
     def fit(folder: Path, console: Console | None) -> Conversion:
-        done = splitter.run(folder, dtype=dtype, console=console)
-        return replace(planned, config=done.config, recipes=done.recipes, split=done.report)
+        config, recipes, report = splitter.run(folder, dtype=dtype, console=console)
+        return replace(planned, config=config, recipes=recipes, split=report)
 
     return replace(planned, work=fit)

@@ -87,15 +87,6 @@ class SplitReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class SplitResult:
-    """A finished split: the configuration, how each tensor is made, and the report."""
-
-    config: GDAConfig
-    recipes: dict[str, Recipe]
-    report: SplitReport
-
-
 class Splitter:
     """Splits the heads of every layer of a source, and fits the remaining attention to the source's.
 
@@ -155,7 +146,9 @@ class Splitter:
         training = TRAINING_COST * self.steps * (model.num_layers + head)
         return (fitting + training) * forward / 60
 
-    def run(self, folder: Path, *, dtype: torch.dtype | None, console: Console | None) -> SplitResult:
+    def run(
+        self, folder: Path, *, dtype: torch.dtype | None, console: Console | None
+    ) -> tuple[GDAConfig, dict[str, Recipe], SplitReport]:
         """Split the source, or continue an interrupted split.
 
         Keep `folder`, which holds working files, until the recipes of the result have been used. A `dtype` of None
@@ -199,7 +192,7 @@ class Splitter:
             perplexity=result.perplexity,
             layers=self._layers(splits, result),
         )
-        return SplitResult(self.config, self._recipes(splits, trained, dtype), report)
+        return self.config, self._recipes(splits, trained, dtype), report
 
     def _fit(self, teacher: LayerwiseModel, sequences: torch.Tensor) -> list[Split]:
         fits = fit_layers(
