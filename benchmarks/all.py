@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 class Line(NamedTuple):
-    """One figure: how something does in a case, as a ratio to a peer of the same run."""
+    """One figure: the ratio of something in a case to a peer in the same run."""
 
     benchmark: str
     case: str
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A bound of the ratio that one line has."""
+    """The bound for the ratio of one line."""
 
     benchmark: str
     case: str
@@ -117,7 +117,7 @@ def run(command: str, console: Console) -> Any:
 
 
 def lines_of(benchmark: str, found: Any) -> Iterator[Line]:
-    """What a script's JSON says, as lines."""
+    """The content of a script's JSON as lines."""
     if benchmark == "conversion":
         for each in found["figures"]:
             case, name = f"{each['asked']:g} GB", f"convert --workers {each['workers']}"
@@ -146,7 +146,7 @@ def lines_of(benchmark: str, found: Any) -> Iterator[Line]:
 
 
 def lines_of_all(runs: list[dict[str, Any]]) -> list[Line]:
-    """The lines of all runs; of what was run several times, that with the median ratio."""
+    """The lines of all runs. For repeated runs, the one with the median ratio."""
     alike: dict[tuple[str, ...], list[Line]] = {}
     for each in runs:
         for line in lines_of(benchmark_of(each["command"]), each["found"]):
@@ -166,7 +166,7 @@ def save(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file that `save` wrote."""
+    """The runs in a file that `save` wrote."""
     try:
         return [{"command": each["command"], "found": each["found"]} for each in read_json(path)["runs"]]
     except (ValueError, LookupError, TypeError):
@@ -192,7 +192,7 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def against_targets(lines: list[Line]) -> list[dict[str, Any]]:
-    """Each target that was measured, what was found, and whether it is met."""
+    """Each measured target, with its figure and whether it is met."""
     return [
         {
             **target._asdict(),

@@ -39,7 +39,7 @@ TARGETS = (
 
 
 def padding_mask(batch: int, length: int, padding: str) -> torch.Tensor | None:
-    """(B, length), 0 where a token is padding; none of it in the last half."""
+    """(B, length), 0 for padding. The last half has none."""
     if padding == "none":
         return None
     mask = torch.ones(batch, length, dtype=torch.long, device=device())
@@ -49,7 +49,7 @@ def padding_mask(batch: int, length: int, padding: str) -> torch.Tensor | None:
 
 
 class Case:
-    """One layer in one situation: `prepare` outside of what is timed, `run` inside."""
+    """One layer in one situation: `prepare` is not timed, and `run` is."""
 
     def __init__(
         self, layer: nn.Module, call: Callable, tokens: int, context: int, batch: int, padding: str, cache: str
@@ -73,7 +73,7 @@ class Case:
         )
 
     def prepare(self) -> None:
-        """Forget the token that the last run appended."""
+        """Remove the token that the last run appended."""
         if self.filled is not None:
             self.filled.rewind()
 
@@ -119,12 +119,12 @@ def measure(
 
 
 def naive_fits(tokens: int, context: int, batch: int, backend: str) -> bool:
-    """Whether the naive layer can be run: it reads no block masks of flex, and its maps must not fill the memory."""
+    """Whether the naive layer can run: it does not support block masks of flex, and its maps must fit into memory."""
     return backend != "flex_attention" and batch * tokens * max(tokens, context) <= 1 << 25
 
 
 def check_equal(naive: Case, fast: Case) -> None:
-    """The naive layer has the same weights as GDA at 3:1, so it must give the same."""
+    """Check that the naive layer, with the same weights as GDA 3:1, gives the same output."""
     for case in (naive, fast):
         case.prepare()
     expected, got = naive.run().float(), fast.run().float()

@@ -37,7 +37,7 @@ from gda.conversion.writing.stream import shards_of, write_weights
 
 
 def llama_config(gigabytes: float = 0.0, hidden_size: int = 2048) -> LlamaConfig:
-    """A Llama of about that size in bfloat16: as many layers as it takes."""
+    """A Llama of about that size in bfloat16, with as many layers as needed."""
     config = LlamaConfig(
         vocab_size=32000 * hidden_size // 2048,
         hidden_size=hidden_size,
@@ -71,7 +71,9 @@ def write_llama(folder: Path, config: LlamaConfig, shard_size: str) -> int:
 
 
 def converted(source: Path, out: Path, tiny: Path, shard_size: str, workers: int) -> dict[str, float]:
-    """Seconds of a conversion beyond start-up, and peak resident megabytes of this process at its end and before it."""
+    """Seconds of a conversion without start-up, and peak resident megabytes of this process at its end and before
+    it.
+    """
 
     def seconds(source: Path, out: Path) -> float:
         begun = time.perf_counter()
@@ -90,7 +92,7 @@ def converted(source: Path, out: Path, tiny: Path, shard_size: str, workers: int
 
 
 def settle(source: Path, *outs: Path) -> None:
-    """Remove what was written, wait for the disk, and read the source into the page cache."""
+    """Remove written files, wait for the disk, and read the source into the page cache."""
     for out in outs:
         shutil.rmtree(out, ignore_errors=True)
     os.sync()
@@ -99,7 +101,7 @@ def settle(source: Path, *outs: Path) -> None:
 
 
 def to_disk(folder: Path) -> float:
-    """Seconds until the files of a folder are on the disk."""
+    """Seconds until the files of a folder are on disk."""
     begun = time.perf_counter()
     for path in folder.iterdir():
         with open(path, "rb") as file:
@@ -132,7 +134,7 @@ def measure(source: Path, scratch: Path, workers: list[int], shard_size: str, re
 
 
 def generated(gigabytes: float, shard_size: str, folder: Path) -> Path:
-    """A Llama of that size in `folder`, or the one that an earlier run left there."""
+    """A Llama of that size in `folder`, reused from an earlier run if there is one."""
     source = folder / f"llama-{gigabytes:g}GB-{shard_size}"
     if not (source / "config.json").exists():  # which is written last
         shutil.rmtree(source, ignore_errors=True)

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds that a command takes, and those of the processor, which other work on the machine hardly moves."""
+    """Elapsed and processor seconds of a command. The latter hardly depend on other load."""
     begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if ran.returncode:

@@ -1,4 +1,4 @@
-"""A KV cache in the middle of generation, which is the same in every repetition."""
+"""A KV cache during generation, the same in every repetition."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ CACHES = ("dynamic", "static")
 class FilledCache:
     """Random keys and values of `context` tokens in every layer of a model.
 
-    A dynamic cache, what `generate` uses by default, is copied to a longer one with every token. A static one has room
-    for one more.
+    A dynamic cache, which `generate` uses by default, is copied to a longer one with every token. A static one has
+    space for one more token.
     """
 
     def __init__(self, kind: str, config: Any, batch: int, context: int, dtype: torch.dtype):
@@ -27,7 +27,7 @@ class FilledCache:
         self.filled = [(layer.keys, layer.values) for layer in self.cache.layers]
 
     def rewind(self) -> None:
-        """Forget the token that was appended."""
+        """Remove the token that was appended."""
         for layer, (keys, values) in zip(self.cache.layers, self.filled, strict=True):
             if isinstance(self.cache, StaticCache):
                 layer.cumulative_length.fill_(self.context)

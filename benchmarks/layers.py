@@ -16,9 +16,9 @@ LLAMA, DIFFLLAMA, NAIVE = "Llama", "DiffLlama", "naive differential"
 
 
 class NaiveDifferentialAttention(GDAAttention):
-    """The formula as it is written: two softmaxes, both maps in memory, their difference times the values.
+    """The formula written out: two softmaxes, both maps in memory, and their difference times the values.
 
-    It has the weights of a GDA layer with shared keys and values, and gives what that gives.
+    It has the weights and the output of a GDA layer with shared keys and values.
     """
 
     def forward(
@@ -73,8 +73,8 @@ class Shape:
 def config_of(name: str, shape: Shape, backend: str) -> Any:
     """The config of a Llama, a DiffLlama, the naive layer or a GDA such as "GDA 3:1".
 
-    Of a GDA's heads one in (ratio + 1) is noise: of the Llama's number, or, in "GDA expanded 4:1", in addition to them.
-    "GDA paired 4:1" is as Motif-2: a pair of KV heads where the Llama has one, and heads are normalized.
+    One in (ratio + 1) heads is a noise head: of the Llama's heads, or added to them in "GDA expanded 4:1". "GDA paired
+    4:1" is like Motif-2: it has a pair of KV heads for each KV head of the Llama, and a head norm.
     """
     fields: dict[str, Any] = {
         "vocab_size": shape.vocabulary,

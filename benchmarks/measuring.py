@@ -31,7 +31,7 @@ Run = Callable[[], Any]
 
 @dataclass
 class Figure:
-    """What one thing took in one case. Its speed is a peer's time over its own: above 1 it is the faster."""
+    """The time of one contestant in one case. Its speed is a peer's time divided by its own, so above 1 is faster."""
 
     case: str
     name: str
@@ -47,7 +47,7 @@ def device() -> str:
 
 
 def synchronize() -> None:
-    """Wait for what was started: CUDA runs behind the caller."""
+    """Wait for the device: CUDA runs asynchronously."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -61,10 +61,10 @@ def interleaved(
     options: argparse.Namespace,
     prepare: Callable[[str], Any] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each repetition of each; as many as fit the budget, from five, or three of long ones, to 300.
+    """Seconds of each repetition: as many as fit the budget, at least five (three of long ones) and at most 300.
 
-    `prepare` comes before each and is not timed. Two rounds warm up; what fails in the first is left out, and said.
-    Every round begins with another name, so that none always follows the same neighbour.
+    `prepare` is called before each and is not timed. Two rounds warm up; contestants that fail in the first are left
+    out with a message. Rounds start with different names, so that the order varies.
     """
     clock = CLOCKS[options.clock]
 
@@ -98,7 +98,7 @@ def interleaved(
 
 
 def figures(case: str, seconds: dict[str, list[float]], peers: Iterable[str]) -> list[Figure]:
-    """A figure for each name, against those of the peers that ran."""
+    """A figure for each name, relative to the peers that ran."""
     return [
         Figure(
             case,
@@ -116,12 +116,12 @@ def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def tell(what: str) -> None:
-    """Say what is being done, to whoever waits."""
+    """Print the current activity."""
     Console(stderr=True).print(what, style="dim", highlight=False, markup=False)
 
 
 def peak_allocated(run: Run) -> int:
-    """Bytes at most that torch held during `run`, beyond those it held before."""
+    """Peak bytes that torch allocated during `run`, beyond those allocated before it."""
     if torch.cuda.is_available():
         synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -146,7 +146,7 @@ def peak_allocated(run: Run) -> int:
 
 @dataclass
 class Machine:
-    """What the machine does at its best in this run: the limits that times are read against."""
+    """The best performance of the machine in this run: the limits that times are compared with."""
 
     gemm_flops: float
     read_bytes: float
@@ -174,7 +174,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_":
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, with what they say of this process done."""
+    """Parse the options, and apply those about this process."""
     options = parser.parse_args()
     if options.keep_memory and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)  # glibc reads it at the start
@@ -185,13 +185,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def limit_memory() -> None:
-    """Have what does not fit the memory fail, as it does on CUDA: else the kernel ends the process, figures and all."""
+    """Make allocations beyond the memory fail, as on CUDA; otherwise the kernel kills the process."""
     limit = psutil.virtual_memory().available * 9 // 10
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
-    """The options that all of these scripts have."""
+    """The options of all of these scripts."""
     parser.add_argument("--keep-memory", action="store_true", help="Keep freed memory in the process (CPU).")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads.")
@@ -208,7 +208,7 @@ def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """What a figure depends on beside the code."""
+    """The environment that figures depend on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

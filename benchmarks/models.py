@@ -37,14 +37,14 @@ GROUPS = {
 
 
 class Situation:
-    """One model in one situation: `prepare` outside of what is timed, `run` inside."""
+    """One model in one situation: `prepare` is not timed, and `run` is."""
 
     def __init__(self, model: Any, compiled: bool):
         self.model = model
         self.call: Callable = torch.compile(model) if compiled else model
 
     def prepare(self) -> None:
-        """Undo what the last run did, if the next depends on it."""
+        """Undo the last run where the next depends on it."""
 
     def run(self) -> Any:
         raise NotImplementedError
@@ -61,7 +61,7 @@ class Prefill(Situation):
 
 
 class Decode(Prefill):
-    """The last of the tokens, all before it in a cache."""
+    """The last token, with all others in a cache."""
 
     @torch.inference_mode()
     def __init__(self, model: Any, compiled: bool, ids: torch.Tensor, mask: torch.Tensor | None, cache: str):
@@ -90,7 +90,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def compare(case: str, situations: dict[str, Situation], options: argparse.Namespace) -> list[Figure]:
-    """Speed and memory of each; the first is the Llama."""
+    """Speed and memory of each model; the first is the Llama."""
     tell(case)
     if options.backend in ("flex_attention", "compiled"):
         torch.compiler.reset()  # each size as if it were the only one: no general code for all of them

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def in_child(function: Callable[..., T], *arguments: object) -> T:
-    """Call `function` in a process of its own, so that this one's memory stays small."""
+    """Call `function` in another process, so that this one's memory stays small."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -25,7 +25,7 @@ Profile = dict[str, Any]
 
 
 def flops(layer: Any, tokens: int) -> float:
-    """Of a prefill: 2 for each weight and token, and attention under a causal mask."""
+    """FLOPs of a prefill: 2 for each weight and token, and causal attention."""
     config = layer.config
     weights = sum(each.weight.numel() for each in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj))
     maps = config.num_attention_heads * tokens * tokens / 2
@@ -35,7 +35,7 @@ def flops(layer: Any, tokens: int) -> float:
 
 
 def nbytes(layer: Any, context: int, cache: str) -> float:
-    """Of a decode step."""
+    """Bytes of a decode step."""
     config, size = layer.config, layer.o_proj.weight.element_size()
     weights = sum(each.numel() for each in layer.parameters())
     cached = 2 * config.num_key_value_heads * context * config.head_dim
@@ -43,12 +43,12 @@ def nbytes(layer: Any, context: int, cache: str) -> float:
 
 
 def limit(layer: Any, tokens: int, context: int, machine: Machine, cache: str) -> float:
-    """Seconds that it takes the machine at its best: computing in a prefill, reading in a decode step."""
+    """Seconds at the machine's best performance: computing in a prefill, reading in a decode step."""
     return nbytes(layer, context, cache) / machine.read_bytes if context else flops(layer, tokens) / machine.gemm_flops
 
 
 def operations(case: Case, runs: int) -> dict[str, float]:
-    """Seconds of each operation in one run, of several."""
+    """Seconds of each operation per run."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -64,7 +64,7 @@ def operations(case: Case, runs: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def profiles(tokens: int, context: int, machine: Machine, options: argparse.Namespace) -> list[Profile]:
-    """Of each layer in one situation, the medians of rounds in which they take turns."""
+    """Medians for each layer in one situation, over rounds in which the layers take turns."""
     layers = {
         name: build_layer(name, GROUPS[options.group][0], "sdpa").to(device(), getattr(torch, options.dtype))
         for name in options.names

@@ -42,7 +42,9 @@ TESTS = 64  # rows of each task
 
 
 def flops(signal: int, noise: int, mlp: int) -> int:
-    """Of the matrix products of a forward pass by token, the mean over a window, half of whose scores are masked."""
+    """FLOPs per token of the matrix products of a forward pass: the mean over a sequence, half of whose scores are
+    masked.
+    """
     heads = signal + noise
     projections = HIDDEN * HEAD_DIM * (heads + 2 + signal)  # queries, one KV head, output
     attention = 2 * heads * HEAD_DIM * CONTEXT // 2
@@ -50,7 +52,7 @@ def flops(signal: int, noise: int, mlp: int) -> int:
 
 
 def mlp_of(signal: int, noise: int) -> int:
-    """The width of the MLP, a multiple of 4, that makes the FLOPs those of the Transformer."""
+    """The width of the MLP, a multiple of 4, that gives the FLOPs of the Transformer."""
     wanted = flops(*RATIOS["Transformer"], BASELINE_MLP)
     return min(range(4, 4 * BASELINE_MLP, 4), key=lambda mlp: abs(flops(signal, noise, mlp) - wanted))
 
@@ -87,7 +89,7 @@ def build(name: str, seed: int) -> Any:
 
 
 def prepare(text: Path | None, held_out: Path | None, folder: Path) -> None:
-    """A tokenizer of the text and of the lists, and both texts as windows of ids, in `folder`/data.pt."""
+    """Write a tokenizer of the text and the tasks, and both texts as sequences of ids, to `folder`/data.pt."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -117,7 +119,7 @@ def prepare(text: Path | None, held_out: Path | None, folder: Path) -> None:
 
 
 def documents(task: str, samples: int, seed: int) -> list[dict[str, Any]]:
-    """Of a task of `gda eval`: after `text` and `prefix` comes `target`."""
+    """Documents of a task of `gda eval`: `text` and `prefix`, followed by `target`."""
     from gda.eval.tasks import copying, mqar
 
     if task == "copying":
@@ -129,7 +131,7 @@ def documents(task: str, samples: int, seed: int) -> list[dict[str, Any]]:
 
 
 def task_rows(tokenizer: Any, task: str, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels (-100 wherever nothing is asked) of rows of CONTEXT tokens, filled with whole examples."""
+    """Ids and labels (−100 except for answers) of rows of CONTEXT tokens, filled with complete examples."""
     rows: list[tuple[list[int], list[int]]] = []
     ids: list[int] = []
     labels: list[int] = []
@@ -143,7 +145,7 @@ def task_rows(tokenizer: Any, task: str, count: int, seed: int) -> list[tuple[li
 
 
 def _examples(tokenizer: Any, documents: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each text with all that is asked of it."""
+    """Ids and labels of each text with all of its questions."""
     examples: dict[str, tuple[list[int], list[int]]] = {}
     for document in documents:
         is_first = document["text"] not in examples
@@ -215,7 +217,7 @@ def run_one(name: str, seed: int, steps: int, batch: int, learning_rate: float, 
 
 
 def _training_rows(tokenizer: Any, text: Any, count: int, seed: int) -> list[dict[str, Any]]:
-    """Text, read as often as it takes, and as many rows of the tasks together."""
+    """Text, repeated as often as needed, and as many rows of the tasks."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -230,7 +232,7 @@ def _training_rows(tokenizer: Any, text: Any, count: int, seed: int) -> list[dic
 
 
 def text_loss(model: Any, windows: Any, limit: int = 512) -> float:
-    """Mean over the tokens of the first windows, in nats."""
+    """Mean over the tokens of the first sequences, in nats."""
     import torch
 
     model.eval()
@@ -240,7 +242,7 @@ def text_loss(model: Any, windows: Any, limit: int = 512) -> float:
 
 
 def share_right(model: Any, tokenizer: Any, task: str) -> float:
-    """Share of the tokens asked for that are the model's first choice."""
+    """Share of the requested tokens that the model ranks first."""
     import torch
 
     ids, labels = (torch.tensor(each) for each in zip(*task_rows(tokenizer, task, TESTS, seed=1), strict=True))
@@ -258,7 +260,7 @@ def _slug(name: str) -> str:
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    """Run what is missing, `jobs` at a time, seed by seed, so that what has finished can be compared."""
+    """Run the missing trainings, `jobs` at a time, seed by seed, so that finished ones can be compared."""
     folder = arguments.out
     settings = {key: str(getattr(arguments, key)) for key in ("text", "held_out", "steps", "batch", "learning_rate")}
     output = folder / "settings.json"
@@ -318,7 +320,7 @@ def report(folder: Path, seeds: int) -> None:
 
 
 def plot(by_name: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Loss and recall against the ratio, a dot a run; the Transformer as a band."""
+    """Loss and recall against the ratio: a dot per run, and the Transformer as a band."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -31,7 +31,7 @@ MODELS = ("source", "split")
 
 
 def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Train the model in `folder` and measure it; its result."""
+    """Train the model in `folder`, measure it, and return the result."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -117,7 +117,7 @@ def train_one(name: str, folder: str, options: dict[str, Any]) -> dict[str, Any]
 
 
 def loss_of(model: Any, ids: Any, context: int) -> float:
-    """Nats a token."""
+    """Nats per token."""
     from gda.common.perplexity import perplexity
 
     model.eval()

@@ -20,7 +20,9 @@ DENSE = 0
 
 
 def config(rank: int, layout: str, layers: int) -> GDAConfig:
-    """Hidden size 1,024, 20 query heads of width 64 of which 4 are noise (4:1); 4 KV heads, or 4 pairs of them."""
+    """Hidden size 1,024, 20 query heads of width 64, of which 4 are noise heads (4:1), and 4 KV heads or 4 pairs of
+    them.
+    """
     return GDAConfig(
         vocab_size=32000,
         bos_token_id=1,
@@ -46,7 +48,7 @@ def seconds(module: torch.nn.Module, *inputs: torch.Tensor) -> float:
 
 
 class Projections(torch.nn.Module):
-    """The projections that a rank changes, of every layer: queries, and paired keys."""
+    """The projections of every layer that depend on the rank: queries, and paired keys."""
 
     def __init__(self, model: GDAForCausalLM):
         super().__init__()
@@ -59,7 +61,7 @@ class Projections(torch.nn.Module):
                 getattr(attention, f"{name}_proj")(hidden)
 
     def numel(self) -> int:
-        """Their parameters."""
+        """Number of their parameters."""
         parts = tuple(f"{name}_{part}." for name in self.names for part in ("proj", "base", "down", "up"))
         parameters = (pair for attention in self.layers for pair in attention.named_parameters())
         return sum(parameter.numel() for name, parameter in parameters if name.startswith(parts))

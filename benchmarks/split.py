@@ -51,7 +51,7 @@ CONSOLE = Console(width=150)
 def moments_of(
     source: Source, windows: torch.Tensor, cuts: list[int]
 ) -> Iterator[dict[int, tuple[Moments, torch.Tensor]]]:
-    """Of each layer, moments of the first `cut` windows, for each cut, and its output projection."""
+    """Moments of each layer over the first `cut` sequences, for each cut, and its output projection."""
     model = LayerwiseModel(source.config, source.read)
     states = [model.embed(ids) for ids in windows.split(1)]
     for index in range(model.num_layers):
@@ -135,7 +135,7 @@ def blimp(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> float | 
 
 
 class Rows:
-    """A table that grows: each row is a model, its figures against those of the source."""
+    """A growing table: each row is a model with its figures relative to the source."""
 
     def __init__(self, title: str, source: Any, tokenizer: Any, ids: torch.Tensor, arguments: argparse.Namespace):
         self.tokenizer, self.ids, self.arguments = tokenizer, ids, arguments
@@ -145,7 +145,7 @@ class Rows:
         self.add("source", source, 0, 0.0)
 
     def add(self, name: str, model: Any, tokens: int, minutes: float) -> None:
-        """Measure `model`, which so many tokens and minutes made."""
+        """Measure `model`, which took that many tokens and minutes."""
         row = {"name": name, "tokens": tokens, "minutes": minutes}
         row |= {"perplexity": perplexity(model, self.ids), "blimp": blimp(model, self.tokenizer, self.arguments)}
         self.base = self.base or row
@@ -192,7 +192,7 @@ def calibrated(source: Source, path: str, tokens: int) -> Any:
 
 
 def add_converted(rows: Rows, effort: str, arguments: argparse.Namespace, tokens: int, **settings: Any) -> None:
-    """Split by `gda convert`, and add what it makes."""
+    """Split with `gda convert`, and add the result."""
     with tempfile.TemporaryDirectory() as scratch:
         begun = time.monotonic()
         report = convert(
@@ -264,7 +264,7 @@ def trained_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def trained_llama(tokenizer: Any, text: str, steps: int) -> LlamaForCausalLM:
-    """16 query heads over 2 KV heads, 4 layers, trained on windows of `text`."""
+    """16 query heads over 2 KV heads, 4 layers, trained on sequences of `text`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -45,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def make_model(fields: Row, folder: str) -> None:
-    """Save a float32 model whose weights hide no error: rows, layers and norms all differ."""
+    """Save a float32 model with asymmetric weights: rows, layers and norms all differ."""
     torch.manual_seed(0)
     model: Any = GDAForCausalLM(GDAConfig(**fields))
     with torch.no_grad():
@@ -62,7 +62,7 @@ def make_model(fields: Row, folder: str) -> None:
 
 
 def load(folder: str, dtype: str) -> Any:
-    """As users load it."""
+    """Load it like a user does."""
     model: Any = GDAForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="sdpa")
     return model.to(device()).eval()
 

@@ -36,8 +36,8 @@ MODEL = Shape(heads=32, kv_heads=8, head_dim=64, hidden=2048, mlp=8192, layers=1
 def heads_of(name: str, shape: Shape) -> tuple[int, int]:
     """Signal and noise heads.
 
-    Shared: the Llama's heads all stay signal heads and a noise head is added to every four of them. Paired: values are
-    twice as wide, so half as many signal heads give an o_proj and a KV cache of the Llama's size.
+    Shared: all heads of the Llama stay signal heads, and one noise head is added for every four of them. Paired: values
+    are twice as wide, so half as many signal heads give an o_proj and a KV cache of the Llama's size.
     """
     signal = shape.heads // 2 if name == PAIRED else shape.heads
     return signal, signal // 4
@@ -81,10 +81,10 @@ def build(name: str, shape: Shape, backend: str = "sdpa") -> Any:
 
 
 def forward_flops(name: str, module: nn.Module, shape: Shape, tokens: int, with_head: bool) -> float:
-    """Of the matrix products of a layer or a model: projections, and the causal half of the attention.
+    """FLOPs of the matrix products of a layer or a model: projections, and the causal half of the attention.
 
-    Every map is counted once and applied once to its values, as the equations say. A prefill needs the language-model
-    head for one token only, which is not counted; training needs it for all.
+    Every map is counted once and multiplied once with its values, as in the equations. A prefill needs the language-
+    model head for one token only, which is not counted; training needs it for all.
     """
     linear = sum(
         each.in_features * each.out_features
@@ -102,6 +102,6 @@ def forward_flops(name: str, module: nn.Module, shape: Shape, tokens: int, with_
 
 
 def decode_bytes(module: nn.Module, shape: Shape, context: int, batch: int) -> float:
-    """Of weights, keys and values, each read once. Embeddings count once, as the tied head."""
+    """Bytes of weights, keys and values, each read once. Embeddings count once, as the tied head."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     return weights + 4 * shape.layers * shape.kv_heads * shape.head_dim * context * batch

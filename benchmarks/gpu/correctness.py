@@ -37,7 +37,7 @@ FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is
 
 
 class Sizes:
-    """Of the models and the sequences."""
+    """Sizes of the models and the sequences."""
 
     def __init__(self, smoke: bool):
         self.shape = SHAPE | ({"hidden_size": 64, "intermediate_size": 96, "head_dim": 16} if smoke else {})
@@ -142,7 +142,7 @@ class Subject:
 
     @torch.no_grad()
     def uncached(self) -> list[tuple[list[int], Tensor]]:
-        """Greedy text of each prompt without a cache, and the logits of each token: the reference of all others."""
+        """Greedy text of each prompt without a cache, and the logits of each token: the reference for all others."""
         self.model.set_attn_implementation("sdpa")
         texts = []
         for prompt in self.prompts:
@@ -261,7 +261,9 @@ class Subject:
 
 
 def _paged_cache() -> Any:
-    """A small paged cache: by default transformers takes most of the GPU's memory. A page's name differs by release."""
+    """A small paged cache; by default transformers takes most of the GPU's memory. The name of a page differs by
+    release.
+    """
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     page = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
@@ -270,7 +272,7 @@ def _paged_cache() -> Any:
 
 
 def compare(way: Callable[[], list[list[int]]], expected: list[tuple[list[int], Tensor]], dtype: str) -> Row:
-    """Share of equal tokens, and how far apart the reference's logits are where a text first differs."""
+    """Share of equal tokens, and the difference of the reference's logits where a text first differs."""
     equal = tokens = 0
     gap = 0.0
     for text, (reference, logits) in zip(way(), expected, strict=True):
@@ -291,7 +293,7 @@ def available(backend: str) -> bool:
 
 
 def checks(part: Part, labels: Row, subject: Subject) -> None:
-    """The quick checks of one model in one dtype: whatever needs no compiler."""
+    """The quick checks of one model in one dtype, without a compiler."""
     dtype = subject.dtype
     for backend in ("eager", "sdpa", *FLASH):
         if backend in FLASH and dtype == "float32":
@@ -329,7 +331,7 @@ def checks(part: Part, labels: Row, subject: Subject) -> None:
 
 
 def compiled_checks(part: Part, labels: Row, subject: Subject) -> None:
-    """What needs a compiler, tens of seconds each."""
+    """Checks with a compiler, which take tens of seconds each."""
     expected = subject.uncached()
     part.attempt(
         {**labels, "check": "text, static cache, torch.compile reduce-overhead", "backend": "sdpa"},

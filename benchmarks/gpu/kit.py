@@ -23,11 +23,11 @@ Row = dict[str, Any]
 
 
 class OutOfTime(Exception):
-    """The part's budget is used up: what is left is skipped."""
+    """The part's budget is used up, and the rest is skipped."""
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """The options that every part has."""
+    """The options of every part."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="Folder of the JSON file.")
     parser.add_argument("--budget", type=float, default=120.0, help="Seconds until further cases are skipped.")
@@ -36,7 +36,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and the first line that says something, at most 200 characters."""
+    """The kind of an error and its first non-empty line, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
@@ -61,7 +61,7 @@ class Part:
         return self.budget - (time.monotonic() - self.started)
 
     def write(self) -> None:
-        """Replace the file by one that holds all rows so far."""
+        """Replace the file with all rows so far."""
         self.content["seconds"] = round(time.monotonic() - self.started, 1)
         beside = self.path.with_suffix(".partial")
         beside.write_text(json.dumps(self.content, indent=1, default=str) + "\n", encoding="utf-8")
@@ -75,7 +75,7 @@ class Part:
         print(f"[{self.budget - self.left():6.1f}s] {values}", flush=True)
 
     def attempt(self, labels: Row, run: Callable[[], Row | None], needs: float = 1.0) -> None:
-        """Add the row that `run` gives, or the reason why there is none. `needs`: seconds it takes at least."""
+        """Add the row that `run` returns, or the reason why there is none. `needs`: its minimum duration in seconds."""
         begun = time.monotonic()
         failed = True
         try:
@@ -101,7 +101,7 @@ def _short(value: Any) -> str:
 
 
 def environment() -> Row:
-    """What figures depend on beside the code."""
+    """The environment that figures depend on."""
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.processor() or platform.machine()})",
@@ -114,7 +114,7 @@ def environment() -> Row:
 
 
 def free_memory() -> None:
-    """Give back what the last case held, so that the next one does not fail for it."""
+    """Free the memory of the last case."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -124,7 +124,7 @@ def free_memory() -> None:
 
 
 def milliseconds(run: Callable[[], Any]) -> Callable[[], float]:
-    """Start one run; the function returned gives its time once the device has been waited for."""
+    """Start timing a run; the returned function waits for the device and returns the time."""
     if not torch.cuda.is_available():
         begun = time.perf_counter()
         run()
@@ -138,9 +138,9 @@ def milliseconds(run: Callable[[], Any]) -> Callable[[], float]:
 
 
 class Contest:
-    """Contestants of one case take turns: A B C, B C A, … What fails drops out with its error.
+    """The contestants of one case take turns: A B C, B C A, … Failing ones drop out with their error.
 
-    `runs` maps names to what is timed; `prepare` comes before each run and is not timed.
+    `runs` maps names to the timed functions; `prepare` is called before each run and is not timed.
     """
 
     def __init__(self, runs: Mapping[str, Callable[[], Any]], prepare: Callable[[], Any] = lambda: None):
@@ -150,7 +150,7 @@ class Contest:
         self.times: dict[str, list[float]] = {}
 
     def measure(self, seconds: float, most: int = 50) -> None:
-        """Warm up, then as many rounds as fit `seconds`, from 5 to `most`."""
+        """Warm up, then run as many rounds as fit into `seconds`, from 5 to `most`."""
         round_seconds = 0.0
         for name, run in list(self.runs.items()):
             try:
@@ -204,8 +204,8 @@ class Contest:
 def capture(step: Callable[[], Any], warm_ups: int = 3, pool: Any = None) -> Callable[[], Any]:
     """Run `step` `warm_ups` times, then capture it in a CUDA graph and return its replay. On a CPU: the step itself.
 
-    `step` must read its inputs from, and write its results to, tensors that stay. Graphs of one `pool` share the memory
-    of everything else: for steps that never run at the same time.
+    `step` must read its inputs from, and write its results to, persistent tensors. Graphs of one `pool` share memory,
+    so their steps must never run at the same time.
     """
     if not torch.cuda.is_available():
         for _ in range(warm_ups):

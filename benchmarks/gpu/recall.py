@@ -16,7 +16,7 @@ VOCABULARY = KEYS + VALUES + FILLERS
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Pairs among `cells` cells, and how many of them are asked for."""
+    """Number of pairs among `cells` cells, and of questions."""
 
     pairs: int
     cells: int
@@ -55,5 +55,5 @@ def rows(difficulty: Difficulty, count: int, generator: torch.Generator) -> Tens
 
 
 def question_places(difficulty: Difficulty, device: torch.device) -> Tensor:
-    """Positions of the keys asked for; each one's successor is the answer."""
+    """Positions of the keys asked for. The next position of each is the answer."""
     return torch.arange(2 * difficulty.cells, difficulty.length, 2, device=device)

@@ -23,7 +23,7 @@ that has one, and `python benchmarks/gpu/report.py FOLDER --write docs/performan
 
 
 def read(folder: Path) -> dict[str, Row]:
-    """The parts that are there, by name."""
+    """The existing parts, by name."""
     files = {part: folder / f"gpu_{part}.json" for part in PARTS}
     return {part: json.loads(file.read_text(encoding="utf-8")) for part, file in files.items() if file.exists()}
 
@@ -41,7 +41,7 @@ def unique(values: Iterable[Any]) -> list[Any]:
 
 
 def excuse(row: Row) -> str:
-    """Why a row has no figure."""
+    """The reason why a row has no figure."""
     return (
         "out of memory"
         if "OutOfMemory" in row.get("error", "")
@@ -53,7 +53,7 @@ def excuse(row: Row) -> str:
 
 
 def correctness(content: Row) -> Lines:
-    """One line for each check and dtype, over all configs: the worst of them."""
+    """One line per check and dtype, with the worst result over all configs."""
     rows = content["rows"]
     lines = []
     for check, backend, dtype in unique((row["check"], row["backend"], row["dtype"]) for row in rows):
@@ -162,7 +162,7 @@ TABLES: dict[str, Callable[[Row], Lines]] = {"correctness": correctness, "speed"
 
 
 def body(name: str, content: Row) -> Lines:
-    """The tables of a part, and what it was at if it was ended in the midst of it."""
+    """The tables of a part, and what it was doing if it was interrupted."""
     ended = [f"Ended during: {content['running']}"] if "running" in content else []
     return [*TABLES[name](content), *ended]
 
@@ -188,7 +188,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def write(document: Path, text: str) -> None:
-    """Replace what is between the markers."""
+    """Replace the text between the markers."""
     whole = document.read_text(encoding="utf-8")
     if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
         refuse(f"{document}: needs one line {BEGIN} and, after it, one line {END}")
@@ -197,7 +197,7 @@ def write(document: Path, text: str) -> None:
 
 
 def screen(parts: dict[str, Row]) -> str:
-    """The same tables without the prose, for the end of a log."""
+    """The tables without prose, for the end of a log."""
     lines: Lines = []
     for name, content in parts.items():
         lines += ["", f"== {name} ({content['seconds']} s, {content['environment']['device']})", *body(name, content)]

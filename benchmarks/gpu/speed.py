@@ -35,7 +35,7 @@ SMOKE_MODEL = Shape(heads=8, kv_heads=2, head_dim=16, hidden=64, mlp=64, layers=
 
 
 class Sizes:
-    """What is measured, and seconds of rounds for each case."""
+    """The measured sizes, and seconds of rounds per case."""
 
     def __init__(self, smoke: bool):
         self.layer, self.model = (SMOKE_LAYER, SMOKE_MODEL) if smoke else (LAYER, MODEL)
@@ -65,7 +65,7 @@ class Subjects:
         return {"parameters": sum(parameter.numel() for parameter in self.module(name).parameters())}
 
     def module(self, name: str) -> Any:
-        """What is counted and called: the first layer's attention, or the model."""
+        """The measured module: the first layer's attention, or the model."""
         model = self.models[name]
         return model.model.layers[0].self_attn if self.kind == "layer" else model
 
@@ -83,14 +83,14 @@ class Subjects:
         free_memory()
 
     def by_flops(self, tokens: int, with_head: bool = False) -> dict[str, float]:
-        """Speed relative to the Llama if FLOPs were all."""
+        """Speed relative to the Llama if only FLOPs counted."""
         count = {
             name: forward_flops(name, self.module(name), self.shape, tokens, with_head) for name in self.models
         }  # fmt: skip
         return {name: count[LLAMA] / each for name, each in count.items()} if LLAMA in count else {}
 
     def by_bytes(self, context: int, batch: int) -> dict[str, float]:
-        """Speed relative to the Llama if bytes were all."""
+        """Speed relative to the Llama if only bytes counted."""
         count = {name: decode_bytes(self.module(name), self.shape, context, batch) for name in self.models}
         return {name: count[LLAMA] / each for name, each in count.items()} if LLAMA in count else {}
 
@@ -250,7 +250,7 @@ def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
 
 
 def flex_case(subjects: Subjects, tokens: int) -> None:
-    """A prefill of one layer with compiled flex attention: tens of seconds to compile, so it comes last."""
+    """A prefill of one layer with compiled flex attention. It runs last because compiling takes tens of seconds."""
     from transformers.masking_utils import create_causal_mask
 
     hidden, runs = random_hidden(subjects.shape, 1, tokens), {}

@@ -57,7 +57,7 @@ STEPS, BLOCKS = (1000, 4000), 10
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model and its training."""
+    """Size of a model and its training."""
 
     hidden: int = 128
     layers: int = 2
@@ -74,7 +74,7 @@ SMOKE = Size(hidden=32, layers=1, mlp=512, steps=6, batch=4, tests=8)
 
 
 def flops(size: Size, signal: int, noise: int, fields: Row, mlp: int, length: int) -> int:
-    """Of the matrix products of a forward pass by token; half of the scores are masked."""
+    """FLOPs per token of the matrix products of a forward pass; half of the scores are masked."""
     heads, value_width = signal + noise, size.head_dim * (2 if fields.get("kv_layout") == "paired" else 1)
     queries_keys_values = size.hidden * size.head_dim * (heads + 2 * size.kv_heads)
     output = signal * value_width * size.hidden
@@ -84,7 +84,7 @@ def flops(size: Size, signal: int, noise: int, fields: Row, mlp: int, length: in
 
 
 def mlp_of(size: Size, name: str, length: int) -> int:
-    """The width of the MLP, a multiple of 8, that makes the FLOPs those of the Transformer."""
+    """The width of the MLP, a multiple of 8, that gives the FLOPs of the Transformer."""
     wanted = flops(size, *VARIANTS[TRANSFORMER], size.mlp, length)
     return min(range(8, 4 * size.mlp, 8), key=lambda mlp: abs(flops(size, *VARIANTS[name], mlp, length) - wanted))
 
@@ -113,7 +113,7 @@ def build(name: str, size: Size, length: int, seed: int) -> Any:
 
 
 class Training:
-    """One model in training. `replay` makes one step, of which the first few have been made already."""
+    """One model in training. `replay` runs one step; the first few have already run."""
 
     def __init__(self, name: str, size: Size, difficulty: Difficulty, seed: int, data: Tensor):
         self.size, self.difficulty, self.data = size, difficulty, data  # data: (steps, batch, length)
@@ -135,20 +135,20 @@ class Training:
         self.replay = capture(self.step, self.made)
 
     def schedule(self, step: int) -> float:
-        """Linear warm-up over 5 % of the steps, then half a cosine down to a tenth."""
+        """Linear warm-up over 5 % of the steps, then half a cosine down to a tenth of the peak."""
         warm_up = max(1, self.size.steps // 20)
         progress = max(0, step - warm_up) / max(1, self.size.steps - warm_up)
         falling = 0.55 + 0.45 * math.cos(math.pi * progress)
         return self.size.learning_rate * min(1.0, (step + 1) / warm_up) * falling
 
     def answers(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (batch · questions, vocabulary) and the right values."""
+        """Logits (batch · questions, vocabulary) and the correct values."""
         # A 4D mask, since making one looks at the data, which a capture can't.
         hidden = self.model.model(input_ids=ids, attention_mask=self.mask, use_cache=False).last_hidden_state
         return self.model.lm_head(hidden[:, self.places]).flatten(0, 1), ids[:, self.places + 1].flatten()
 
     def step(self) -> None:
-        """One training step; everything it needs to know is on the device."""
+        """One training step, with all its inputs on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = cross_entropy(*self.answers(self.data.index_select(0, self.at)[0]))
         loss.backward()
@@ -168,7 +168,7 @@ class Training:
 
     @torch.no_grad()
     def result(self, tests: Tensor) -> Row:
-        """Loss and accuracy on rows that were not trained on, and the mean loss of the training."""
+        """Loss and accuracy on held-out rows, and the mean training loss."""
         logits, right = self.answers(tests)
         return {
             "accuracy": (logits.argmax(-1) == right).float().mean().item(),
@@ -178,7 +178,7 @@ class Training:
 
 
 def block(part: Part, names: list[tuple[str, Difficulty, int]], size: Size) -> list[Row]:
-    """Train all of these (variant, difficulty, seed) at the same time. Same difficulty and seed, same data."""
+    """Train all of these (variant, difficulty, seed) at the same time. Data depends on difficulty and seed only."""
     data: dict[tuple[Difficulty, int], Tensor] = {}
     for _, difficulty, seed in names:
         if (difficulty, seed) not in data:
@@ -210,7 +210,7 @@ def block(part: Part, names: list[tuple[str, Difficulty, int]], size: Size) -> l
 
 
 def pace(part: Part, size: Size) -> int:
-    """Steps of a training, a multiple of 100, such that BLOCKS blocks and the ladder fit the time that is left."""
+    """Number of steps, a multiple of 100, such that BLOCKS blocks and the ladder fit into the remaining time."""
     names = [(name, LADDER[2], -3) for name in VARIANTS]
     seconds = []
     for steps in (10, 50, 250):  # the first loads kernels
@@ -226,7 +226,7 @@ def pace(part: Part, size: Size) -> int:
 
 
 def choose(part: Part, size: Size) -> Difficulty:
-    """Train the Transformer on each difficulty, and take one as said above."""
+    """Train the Transformer on each difficulty, and choose one as described above."""
     seeds = (-1, -2)
     ladder = LADDER[:2] if part.content["smoke"] else LADDER
     found = block(part, [(TRANSFORMER, difficulty, seed) for difficulty in ladder for seed in seeds], size)
