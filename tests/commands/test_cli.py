@@ -50,7 +50,7 @@ def tamper(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# ------------------------------------------------------------------------------------------------- help and version
+# ----------------------------------------------------------------------------------------------------- help and version
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
@@ -117,7 +117,7 @@ def test_gda_alone_shows_the_help(command: Command) -> None:
     assert "Traceback" not in outcome.error
 
 
-# ------------------------------------------------------------------------------------------------------------- JSON
+# ----------------------------------------------------------------------------------------------------------------- JSON
 
 
 def test_json_output(models: Path, tmp_path: Path, command: Command) -> None:
@@ -164,7 +164,7 @@ def test_log_files_get_no_progress_bars(models: Path, tmp_path: Path, command: C
     assert command("inspect", tmp_path / "gda").error == ""
 
 
-# ------------------------------------------------------------------------------------------------------ exit codes
+# ----------------------------------------------------------------------------------------------------------- exit codes
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["", "json"])
@@ -254,7 +254,7 @@ def test_unexpected_exceptions_are_not_caught(models: Path, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-# -------------------------------------------------------------------------------------------------------- texts
+# ---------------------------------------------------------------------------------------------------------------- texts
 
 
 def test_output_of_convert(tmp_path: Path, command: Command) -> None:

@@ -226,7 +226,7 @@ def test_serve_refuses_other_models_before_starting(what: str, tmp_path: Path, c
     assert what in outcome.error
 
 
-# ------------------------------------------------------------------------------------------------- transformers serve
+# --------------------------------------------------------------------------------------------------- transformers serve
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> str:

@@ -164,7 +164,7 @@ def test_tensor_parallel_plan_names_modules(fields: dict[str, Any]) -> None:
             assert pattern.replace("*", str(layer)) in names
 
 
-# What is changed, the field that the error must name, and words of its rule.
+# Changes, the field that the error must name, and words of its rule.
 BROKEN_RULES: list[tuple[dict[str, Any], str, str]] = [
     *(
         ({name: value}, name, "at least 1")

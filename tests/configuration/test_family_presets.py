@@ -18,7 +18,7 @@ from gda.conversion.modes.expand import expanded_config
 from ..support.checkpoints import needs_smollm2
 from ..support.relatives import motif_config, motif_shapes
 
-# Billions of parameters, as these models are called or as their sizes add up to.
+# Billions of parameters, from the names of the models or the sum of their sizes.
 BILLIONS = {
     "motif-2-12.7b": 12.7,
     "motif-2.6b": 2.6,

@@ -43,7 +43,7 @@ def some_ids(vocab_size: int, seed: int = 0) -> Tensor:
     return torch.randint(vocab_size, (2, 50), generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------------------- lossless
+# ------------------------------------------------------------------------------------------------------------- lossless
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -152,7 +152,7 @@ def test_tied_config_with_different_lm_head_fails_verification(method: str, tmp_
     assert gda.verify(source, tmp_path / "gda", method=method).passed == equal
 
 
-# --------------------------------------------------------------------------------------------------------- alive
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
@@ -204,7 +204,7 @@ def test_lambda_is_exactly_zero_with_nonzero_vectors(noise_heads: int, tmp_path:
         assert (vector != 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------- provenance
+# ----------------------------------------------------------------------------------------------------------- provenance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -335,7 +335,7 @@ def test_lossy_cast_is_reported(tmp_path: Path) -> None:
     assert not gda.verify(source, tmp_path / "gda", threshold=1e-5).passed
 
 
-# --------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB", "1KB"])
@@ -344,7 +344,7 @@ def test_files_equal_those_of_save_pretrained(variant: str, max_shard_size: str,
     """Names, order and bytes of the shards and the index."""
     source = save_llama(tmp_path / "llama", **VARIANTS[variant], num_hidden_layers=3)
     report = convert(source, tmp_path / "gda", max_shard_size=max_shard_size)
-    # A model that was made, not loaded: one that from_pretrained made is saved in alphabetical order instead.
+    # A model from the constructor: one from from_pretrained is saved in alphabetical order instead.
     loaded = load(tmp_path / "gda", "auto")
     made = gda.GDAForCausalLM._from_config(loaded.config)
     made.load_state_dict(loaded.state_dict(), assign=True)
@@ -497,7 +497,7 @@ def test_model_card_has_metadata_and_verified_numbers(tmp_path: Path) -> None:
     data = card.data.to_dict()
     assert (data["library_name"], data["license"], data["language"]) == ("transformers", "llama3.2", ["en"])
     assert "gda" in data["tags"]
-    assert "base_model" not in data  # a folder's name is no Hub id
+    assert "base_model" not in data  # a folder's name is not a Hub id
     verification = report.verification
     assert verification is not None
     assert f"{verification.relative:.2e}" in card.text
@@ -516,7 +516,7 @@ def test_model_card_without_verification(tmp_path: Path) -> None:
     assert "KL divergence" not in text
 
 
-# ---------------------------------------------------------------------------------------------------- determinism
+# ---------------------------------------------------------------------------------------------------------- determinism
 
 
 def test_same_seed_gives_the_same_files(tmp_path: Path) -> None:
@@ -563,7 +563,7 @@ def test_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
     assert one == two == three
 
 
-# ------------------------------------------------------------------------------------------------ dry run
+# -------------------------------------------------------------------------------------------------------------- dry run
 
 
 def test_dry_run_writes_nothing_and_reports_the_same_numbers(tmp_path: Path) -> None:
@@ -609,7 +609,7 @@ def test_missing_parents_of_out_are_created(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "a" / "b") == ["gda"]
 
 
-# -------------------------------------------------------------------------------------------------- verification
+# --------------------------------------------------------------------------------------------------------- verification
 
 
 def test_full_and_layers_methods_agree(tmp_path: Path) -> None:
@@ -753,7 +753,7 @@ def test_verify_needs_only_the_two_folders(moved: str, tmp_path: Path) -> None:
     assert report.threshold == 1e-5
 
 
-# -------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 MEASURE = """
 import re, sys

@@ -74,7 +74,7 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-# --------------------------------------------------------------------------------------------------- broken sources
+# ------------------------------------------------------------------------------------------------------- broken sources
 
 
 def remove_shard(folder: Path) -> None:
@@ -346,7 +346,7 @@ def test_damaged_files_beside_the_weights(
         assert os.listdir(tmp_path) == ["llama"]
 
 
-# -------------------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_damaged_files_beside_the_weights(
         (["--max-shard-size", "nanGB"], "--max-shard-size"),
         (["--max-shard-size", "infGB"], "--max-shard-size"),
         (["--max-shard-size", "5"], "--max-shard-size"),
-        # Refused by the parser of the command line: the rule of one line holds there too.
+        # Refused by the command-line parser, also in one line.
         (["--noise-heads", "two"], "--noise-heads"),
         (["--seed", "x"], "--seed"),
         (["--no-such-option"], "--no-such-option"),
@@ -422,7 +422,7 @@ def test_wrong_number_of_arguments(arguments: list[str], command: Command) -> No
     assert_refused(command("convert", *arguments))
 
 
-# --------------------------------------------------------------------------------------------------------- places
+# --------------------------------------------------------------------------------------------------------------- places
 
 
 def test_missing_source(tmp_path: Path, command: Command) -> None:
@@ -656,7 +656,7 @@ def test_index_without_metadata(shards: Path, tmp_path: Path, command: Command) 
         assert gda.verify(shards, tmp_path / "gda", method="layers").passed
 
 
-# ------------------------------------------------------------------------------------------------------------ fuzz
+# ----------------------------------------------------------------------------------------------------------------- fuzz
 
 FIELDS = sorted(set(AutoConfig.for_model("llama").to_dict()) | {"model_type", "dtype", "torch_dtype", "rope_scaling"})
 

@@ -60,7 +60,7 @@ def finished_shards(partial: Path) -> dict[str, tuple[int, int]]:
     return {name: ((partial / name).stat().st_ino, (partial / name).stat().st_mtime_ns) for name in names}
 
 
-# ---------------------------------------------------------------------------------------------------------- killed
+# --------------------------------------------------------------------------------------------------------------- killed
 
 
 def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_killed_during_a_write(limit: int, source: Path, tmp_path: Path) -> None
     expected = reference(source, place)
 
     def torn() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills whoever writes past the limit
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills a process that writes past the limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         convert(source, place / "gda")
 
@@ -196,7 +196,7 @@ def test_resumed_model_loads_and_verifies(source: Path, tmp_path: Path) -> None:
     assert isinstance(AutoModelForCausalLM.from_pretrained(place / "gda"), gda.GDAForCausalLM)
 
 
-# ---------------------------------------------------------------------------------------------------------- resume
+# --------------------------------------------------------------------------------------------------------------- resume
 
 
 def interrupt_at_shard(monkeypatch: pytest.MonkeyPatch, shard: int, error: BaseException | None = None) -> None:
@@ -323,7 +323,7 @@ def test_resume_without_earlier_work_starts_over(source: Path, tmp_path: Path) -
     assert files_of(tmp_path / "place" / "gda") == expected
 
 
-# ----------------------------------------------------------------------------------------------------- two at once
+# -------------------------------------------------------------------------------------------------------- two processes
 
 
 def test_second_process_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def test_out_that_appears_during_the_conversion_is_kept(
     assert files_of(out) == {"precious": b"mine"}
 
 
-# --------------------------------------------------------------------------------------- failures and interruptions
+# ------------------------------------------------------------------------------------------- failures and interruptions
 
 
 @pytest.mark.parametrize(
@@ -543,7 +543,7 @@ def test_killed_export_is_complete_or_absent(source: Path, tmp_path: Path) -> No
     assert absent >= 5
 
 
-# --------------------------------------------------------------------------------------------------- several workers
+# ------------------------------------------------------------------------------------------------------ several workers
 
 
 @pytest.mark.parametrize("workers", [2, 3, 50])

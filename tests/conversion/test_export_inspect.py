@@ -29,7 +29,7 @@ def expanded(folder: Path, **options: Any) -> Path:
     return folder / "gda"
 
 
-# ---------------------------------------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------------------------------------------- export
 
 
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
@@ -140,7 +140,7 @@ def test_export_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["back", "gda", "llama"]
 
 
-# --------------------------------------------------------------------------------------------------------- inspect
+# -------------------------------------------------------------------------------------------------------------- inspect
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_inspect_refuses_what_is_no_gda_model(kind: str, tmp_path: Path) -> None
             gda.inspect(tmp_path / "nowhere" / "at" / "all")
 
 
-# -------------------------------------------------------------------------------------------------------- head map
+# ------------------------------------------------------------------------------------------------------------- head map
 
 HEAD_MAPS = {
     # N = G

@@ -66,7 +66,7 @@ def converted(folder: Path, **changes: Any) -> Path:
     return folder / "gda"
 
 
-# --------------------------------------------------------------------------------------------------------- convert
+# -------------------------------------------------------------------------------------------------------------- convert
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -183,7 +183,7 @@ def test_verify_compares_tensors(tmp_path: Path) -> None:
         gda.verify(tmp_path / "motif", folder)
 
 
-# ---------------------------------------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------------------------------------------- export
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -220,7 +220,7 @@ def test_round_trip_with_scaled_rope(tmp_path: Path) -> None:
     assert (written["rope_theta"], written["rope_scaling"]) == (100.0, scaling)
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -89,11 +89,11 @@ def test_tensor_ranges_match_safetensors(tmp_path: Path) -> None:
         assert b"".join(map(bytes, reader.stored(name).chunks())) == wanted
 
 
-# ------------------------------------------------------------------------------------------------ tensors in memory
+# ---------------------------------------------------------------------------------------------------- tensors in memory
 
 COMPUTED = "model.layers.1.self_attn.q_proj.weight"
 
-# The shard of a tensor that is computed is cut when its reading begins, or when its bytes are asked for.
+# The shard of a computed tensor is truncated when reading begins, or when its bytes are requested.
 CUT = """
 import os, sys
 from pathlib import Path

@@ -232,7 +232,7 @@ def test_a_file_is_parsed_once_and_names_are_mapped_once(
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader_class, name_map)
 
 
-# ------------------------------------------------------------------------------------------- the model of the demo
+# ------------------------------------------------------------------------------------------------ the model of the demo
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def grow(source: Path, out: Path, **options: Any) -> Any:
     return gda.grow(source, out, **({"verify": False} | options))
 
 
-# ----------------------------------------------------------------------------------------------------- what it computes
+# ------------------------------------------------------------------------------------------------------------- function
 
 
 @each_operator
@@ -317,7 +317,7 @@ def test_new_parameters_get_gradients(lambda_type: str, layout: str, growth: dic
     gradients = trained(model)
     for name, parameter in model.named_parameters():
         entries = new.new_entries(name, parameter)
-        if entries is not None and "k_proj.bias" not in name:  # what all keys share, softmax takes away
+        if entries is not None and "k_proj.bias" not in name:  # softmax removes what all keys have in common
             assert gradients[name][entries].abs().max() > 0, name
 
 
@@ -433,7 +433,7 @@ def test_invalid_trainable_json(content: str, tmp_path: Path) -> None:
         Trainable.read(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- what it grows from
+# -------------------------------------------------------------------------------------------------------------- sources
 
 
 @pytest.mark.parametrize("variant", ["gqa", "mha", "mqa", "mlp_bias", "tied", "llama3", "shards"])
@@ -475,7 +475,7 @@ def test_diffllama_and_motif_grow_at_once(growth: dict[str, Any], tmp_path: Path
     assert error(tmp_path / "gda", tmp_path / "motif-grown") <= TOLERANCE
 
 
-# ---------------------------------------------------------------------------------------------- the machinery around it
+# --------------------------------------------------------------------------------------------------- files and commands
 
 
 @pytest.mark.slow
@@ -589,7 +589,7 @@ def test_cast_is_reported_as_lossy(tmp_path: Path) -> None:
     assert error(tmp_path / "narrow", tmp_path / "cast") <= TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "nothing to grow"),

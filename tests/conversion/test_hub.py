@@ -40,7 +40,7 @@ def put(hub: Hub, repo: str, folder: Path) -> str:
     return hub.repos[repo].commit("main", "all of it", files)
 
 
-# ---------------------------------------------------------------------------------------------------- there and back
+# -------------------------------------------------------------------------------------------------------- push and pull
 
 
 @torch.no_grad()
@@ -260,7 +260,7 @@ def test_dry_run_makes_no_requests(folder: Path, hub: Hub, command: Command) -> 
     assert hub.log == []
 
 
-# ---------------------------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------------------------- failures
 
 
 def refused(command: Command, *arguments: object) -> str:
@@ -353,7 +353,7 @@ def test_interrupted_upload_resumes(folder: Path, hub: Hub, command: Command) ->
     error = refused(command, "push", folder, "me/x")
     assert "the line is bad" in error
     assert "run the same command again" in error
-    assert "config.json" not in hub.files("me/x")  # nothing half of it can be seen
+    assert "config.json" not in hub.files("me/x")  # no partial push is visible
     sent = len(hub.lfs)
     assert command("push", folder, "me/x").code == 0
     shards = len(list(folder.glob("*.safetensors")))

@@ -84,7 +84,7 @@ def save_variant(folder: Path, variant: str) -> Path:
     return save_source(folder, model_type, **changes)
 
 
-# ------------------------------------------------------------------------------------------------------- lossless
+# ------------------------------------------------------------------------------------------------------------- lossless
 
 
 @each_variant
@@ -230,7 +230,7 @@ def test_checkpoint_loads_in_its_own_dtype(tmp_path: Path) -> None:
     assert relative_error(logits(converted, some_ids()), logits(original, some_ids())) <= 1e-2
 
 
-# ---------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 @each_variant
@@ -389,7 +389,7 @@ def test_unknown_type_is_refused_with_the_known_ones(tmp_path: Path, command: Co
     assert "these can: llama, mistral, qwen2, qwen3, diffllama, motif" in outcome.error
 
 
-# ---------------------------------------------------------------------------------------------------------- export
+# --------------------------------------------------------------------------------------------------------------- export
 
 
 @each_variant
@@ -504,7 +504,7 @@ def test_integers_for_float_fields(target: str) -> None:
     assert config.rope_parameters["rope_theta"] == 100.0
 
 
-# ------------------------------------------------------------------------------------------- ranks, folds, the Hub
+# ------------------------------------------------------------------------------------------------ ranks, folds, the Hub
 
 
 @pytest.mark.slow
@@ -538,7 +538,7 @@ def test_hub_id(model_type: str, hub: Hub, tmp_path: Path) -> None:
     assert f"base_model: me/{model_type}" in (tmp_path / "gda" / "README.md").read_text()
 
 
-# ------------------------------------------------------------------------------------------------------------ GGUF
+# ----------------------------------------------------------------------------------------------------------------- GGUF
 
 
 def gguf_of(path: Path, model_type: str, *, architecture: str | None = None, **options: Any) -> Path:

@@ -70,7 +70,7 @@ def mean_kl(source: Any, result: Any, ids: Tensor) -> float:
     return kl_div(found, expected, reduction="none", log_target=True).sum(-1).mean().item()
 
 
-# -------------------------------------------------------------------------------------------------- the closed form
+# ------------------------------------------------------------------------------------------------------ the closed form
 
 
 @each_split
@@ -110,7 +110,7 @@ def test_output_projection_is_a_least_squares_fit(name: str, tmp_path: Path) -> 
         noise = torch.tensor(layer.noise_heads).repeat_interleave(len(signal) // len(layer.noise_heads))
         features = (of[:, signal] - layer.lambda_ * of[:, noise]).flatten(1)
         target = output - weights.get(f"{layer_prefix(index)}self_attn.o_proj.bias", torch.zeros(1)).double()
-        # With a ridge: rows that ask every weight to be 0, so weakly that the error does not tell.
+        # With a ridge: additional rows that pull every weight towards 0, too weakly to affect the error.
         ridge = math.sqrt(RIDGE * features.square().sum(0).mean()) * torch.eye(features.shape[1], dtype=torch.float64)
         asked = torch.cat([target, torch.zeros(len(ridge), target.shape[1], dtype=torch.float64)])
         weight = torch.linalg.lstsq(torch.cat([features, ridge]), asked).solution.T
@@ -139,7 +139,7 @@ def test_moments_of_a_narrow_source_are_float64(tmp_path: Path, monkeypatch: pyt
     assert seen == [{torch.float64}] * 2
 
 
-# ------------------------------------------------------------------------------------------------ a genuine GDA model
+# -------------------------------------------------------------------------------------------------- the resulting model
 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])
@@ -168,7 +168,7 @@ def test_result_matches_the_report(lambda_type: str, effort: str, llama: Path, t
         assert 0 <= layer.subtracted < 1
         if lambda_type != "reparameterized":
             continue
-        # Without the subtraction the same features lack nothing but λ o_noise.
+        # Without the subtraction, the features differ only by λ o_noise.
         hook = attention.subtract.register_forward_pre_hook(lambda _, given: (*given[:2], torch.zeros_like(given[2])))
         undivided = (
             captured(model, lambda layer: layer.self_attn.o_proj, held_out)[index][0] @ attention.o_proj.weight.T
@@ -218,7 +218,7 @@ def test_result_is_trainable(lambda_type: str, effort: str, llama: Path, tmp_pat
         assert (rows[:, :-1].norm(dim=-1) > 0).all()
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def test_training_reduces_kl_and_changes_only_attention(
@@ -328,7 +328,7 @@ def test_every_sequence_is_read_once_per_epoch() -> None:
     assert plan.rate(29) < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------------------------------------- sources
 
 
 @pytest.mark.slow
@@ -423,7 +423,7 @@ def test_short_text_and_jsonl(llama: Path, tmp_path: Path) -> None:
     assert reports[0].tokens + reports[0].held_out_tokens == count // CONTEXT * CONTEXT
 
 
-# ------------------------------------------------------------------------------------- what is told, and other commands
+# -------------------------------------------------------------------------------------------- output and other commands
 
 
 @pytest.fixture(scope="module")
@@ -536,7 +536,7 @@ def test_merged_kv_heads_of_an_earlier_version_are_read(
         layer["merge"] = {"groups": [[0, 1], [2, 3]], "lost_keys": 0.1, "lost_values": 0.2, "error": 0.3}
     (folder / "conversion.json").write_text(json.dumps(made))
     assert command("inspect", folder).code == 0
-    (folder / "README.md").unlink()  # so that `gda push` makes a card
+    (folder / "README.md").unlink()  # so that `gda push` creates a card
     assert command("push", folder, "me/split", "--dry-run").code == 0
 
 

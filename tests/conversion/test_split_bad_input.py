@@ -98,7 +98,7 @@ def test_tokens_must_be_a_number(llama: Path, refused: Callable[..., None]) -> N
     refused("--calibration-tokens", "many", named=("--calibration-tokens", "integer"))
 
 
-# ---------------------------------------------------------------------------------------------------------- the source
+# ----------------------------------------------------------------------------------------------------------- the source
 
 
 def test_source_without_a_tokenizer(refused: Callable[..., None], tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_nonfinite_source(tensor: str, value: float, llama: Path, refused: Calla
     refused(*options, "--no-verify", named=(NAMES[tensor], "not finite"), source=source)
 
 
-# --------------------------------------------------------------------------------------------------------- the options
+# ---------------------------------------------------------------------------------------------------------- the options
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_all_orders_is_complete() -> None:
         assert set(found) == {division(order, noise) for order in permutations(range(heads))}
 
 
-# -------------------------------------------------------------------------------------------------- the closed form
+# ------------------------------------------------------------------------------------------------------ the closed form
 
 
 @pytest.mark.parametrize("lambda_", [-0.3, 0.0, 0.1, 0.5])
@@ -154,7 +154,7 @@ def test_heads_stay_in_their_kv_group() -> None:
         assert signal == sorted(signal)
 
 
-# ------------------------------------------------------------------------------------------------------- the choice
+# ----------------------------------------------------------------------------------------------------------- the choice
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -222,7 +222,7 @@ def test_lambda_of_the_data_is_found() -> None:
     assert split.error_after < 1e-6
 
 
-# -------------------------------------------------------------------------------------------------- singular moments
+# ----------------------------------------------------------------------------------------------------- singular moments
 
 
 def test_zero_head_becomes_the_noise_head() -> None:

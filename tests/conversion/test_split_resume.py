@@ -70,7 +70,7 @@ def kill_me() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Where a run may be stopped: in which function, how many times it is called in all.
+# Stages in which a run may be stopped: the function, and how often it is called in total.
 STAGES: dict[str, tuple[Any, str, int]] = {
     "dividing": (fit, "_fit_layer", LAYERS),
     "training": (Distillation, "_train_on", STEPS),
@@ -257,7 +257,7 @@ def test_damaged_fingerprint_file(content: str, llama: Path, tmp_path: Path, com
     assert not (tmp_path / "place" / "gda").exists()
 
 
-# --------------------------------------------------------------------------------------------------------- disk full
+# ------------------------------------------------------------------------------------------------------------ disk full
 
 
 @pytest.mark.parametrize("limit", [1_000, 20_000, 150_000])
@@ -303,7 +303,7 @@ def test_failure_leaves_no_files(llama: Path, tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path / "place") == []
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_signal_noise_and_lambda_equal_the_loops(model: GDAForCausalLM) -> None:
     for kind in (maps.signal, maps.noise):
         assert torch.allclose(kind.sum(dim=-1), torch.ones(()))
         assert (kind >= 0).all()
-    # difference = signal − λ · noise, so with the difference checked it is enough to check one of the two.
+    # difference = signal − λ · noise, and the difference is checked, so checking one of the two is enough.
     query, key = (
         naive.heads(naive.linear(x, weights, f"self_attn.{name}_proj"), config.head_dim) for name in ("q", "k")
     )
@@ -190,7 +190,7 @@ def test_unreadable_models_and_inputs_are_refused() -> None:
             visited(model, token_ids(3), first_row=first_row)
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------------------------------------- statistics
 
 
 def counted(rows: list[list[float]]) -> tuple[float, float, float]:

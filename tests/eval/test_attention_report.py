@@ -63,7 +63,7 @@ def report(folder: Path) -> AttentionReport:
     return gda.attention(folder / "gda", baseline=folder / "llama", text=TEXT)
 
 
-# ------------------------------------------------------------------------------------------------------------ arrays
+# --------------------------------------------------------------------------------------------------------------- arrays
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -105,7 +105,7 @@ def test_arrays_of_a_llama() -> None:
     assert (arrays.noise, arrays.difference, arrays.lambda_, arrays.cancelled) == (None, None, None, None)
     assert arrays.received.shape == (2, 2, LENGTH)
     assert attention_arrays(model, ids, groups=4).num_groups == 4
-    assert attention_arrays(model, ids, groups=3).num_groups == 1  # 4 heads are no three groups
+    assert attention_arrays(model, ids, groups=3).num_groups == 1  # 4 heads cannot form three groups
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_one_layer_of_maps_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen == [LENGTH, LENGTH]
 
 
-# -------------------------------------------------------------------------------------------------------------- maps
+# ----------------------------------------------------------------------------------------------------------------- maps
 
 
 @pytest.mark.parametrize(("signed", "levels"), [(False, LEVELS), (True, SIGNED_LEVELS)])
@@ -244,7 +244,7 @@ def test_notes_list_reductions(folder: Path) -> None:
         assert note in found.to_html()
 
 
-# ------------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_writes_page_picture_and_json(folder: Path, tmp_path: Path, command: Command) -> None:
@@ -326,7 +326,7 @@ def test_token_labels(folder: Path) -> None:
     assert all(token.isprintable() and token for token in found.tokens)
 
 
-# -------------------------------------------------------------------------------------------------------- the page
+# ------------------------------------------------------------------------------------------------------------- the page
 
 
 def test_page_fetches_nothing_and_runs_only_its_script(report: AttentionReport) -> None:
@@ -434,7 +434,7 @@ def test_page_in_light_dark_and_print(report: AttentionReport, tmp_path: Path) -
     with opened(path) as page:
         light = page.evaluate(corner)
         page.emulate_media(color_scheme="dark")
-        page.evaluate("new Promise(requestAnimationFrame)")  # changes of media are told before it
+        page.evaluate("new Promise(requestAnimationFrame)")  # events of media changes come before it
         dark = page.evaluate(corner)
         assert sum(dark) < sum(light)
         page.evaluate("dispatchEvent(new Event('beforeprint'))")

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_models(tmp_path_factory.mktemp("report"), "other")
 
 
-# -------------------------------------------------------------------------------------------------------- comparison
+# ----------------------------------------------------------------------------------------------------------- comparison
 
 
 def results(scores: dict[str, float], values: dict[int, float] | None = None, name: str = "acc") -> dict[str, Any]:
@@ -79,7 +79,7 @@ def test_unknown_errors_give_no_verdict() -> None:
     assert [row.label for row in compare(results({"exact_match,strict-match": 1.0}))] == ["exact_match strict-match"]
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def test_report_files(folder: Path, tmp_path: Path, command: Command) -> None:
@@ -127,7 +127,7 @@ def test_output_on_the_screen(folder: Path, command: Command) -> None:
     assert outcome.out.count("  prompt  ''\n          [0]\n") == 2
     assert "scored  ' The cat thanked " in outcome.out
     assert "running gda\nrunning llama\n" in outcome.error
-    assert "it/s" not in outcome.error  # nobody watches a bar
+    assert "it/s" not in outcome.error  # no progress bar
 
 
 def test_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Path, command: Command) -> None:
@@ -186,7 +186,7 @@ def test_two_models_with_the_same_name(folder: Path, tmp_path: Path, command: Co
     assert output["baseline"]["gda"]["model"] == f"{folder / 'gda'} (baseline)"
 
 
-# ------------------------------------------------------------------------------------------------------ model card
+# ----------------------------------------------------------------------------------------------------------- model card
 
 
 def copy_of(folder: Path, place: Path, card: str | None) -> Path:

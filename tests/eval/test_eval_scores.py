@@ -44,7 +44,7 @@ def likelihoods(results: dict[str, Any], task: str = BLIMP) -> torch.Tensor:
     return torch.tensor([float(answer[0]) for answer in answers(results, task)], dtype=torch.double)
 
 
-# ---------------------------------------------------------------------------------------------------- against logits
+# ------------------------------------------------------------------------------------------------------- against logits
 
 
 @pytest.mark.parametrize("model", ["live", "gda", "llama"])
@@ -88,7 +88,7 @@ def test_few_shot_examples_in_prompts(folder: Path) -> None:
 def test_backends_and_batch_sizes_agree(attention: str, batch_size: int, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live", attn_implementation=attention)
     tokenizer = AutoTokenizer.from_pretrained(folder / "live")
-    flex = attention == "flex_attention"  # compiled anew for each shape: it gets one
+    flex = attention == "flex_attention"  # it is compiled for each shape, so there is only one
     tasks = [BLIMP] if flex else [BLIMP, str(folder / "data" / "toy_sums.yaml")]
     options: dict[str, Any] = {"tasks": tasks, "dataset_root": folder / "data", "limit": 4 if flex else None}
     found = gda.evaluate(loaded, tokenizer, batch_size=batch_size, **options)
@@ -126,10 +126,10 @@ def test_expanded_smollm2_scores_equal_smollm2(folder: Path, tmp_path: Path) -> 
     assert answers(ours) == answers(theirs)
     assert ours["results"] == theirs["results"]
     if data == SHARED_DATA:
-        assert ours["results"][BLIMP]["acc,none"] > 0.6  # a model that has learnt English
+        assert ours["results"][BLIMP]["acc,none"] > 0.6  # a trained model
 
 
-# ------------------------------------------------------------------------------------------------------ ways to ask
+# ------------------------------------------------------------------------------------------------------- ways to run it
 
 
 def run(*arguments: object, cwd: Path) -> str:

@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("model") / "llama")
 
 
-# ------------------------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_unknown_task_without_similar_names() -> None:
         find_tasks(["qqqqxxxx"])
 
 
-# -------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ def test_task_that_needs_the_network(model: Path, command: Command, monkeypatch:
     assert datasets.load_dataset is offline
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing to do": ([], "nothing to do: name --tasks"),

@@ -60,7 +60,7 @@ def sentences_of(text: str) -> list[str]:
     return re.findall(r"[^.]+\.", text)
 
 
-# ---------------------------------------------------------------------------------------------------- needles
+# -------------------------------------------------------------------------------------------------------------- needles
 
 
 @pytest.mark.parametrize("depth", needles.DEPTHS)
@@ -91,7 +91,7 @@ def test_the_answer_is_at_the_depth_and_answers_the_question(
 
 def test_length_is_counted_in_tokens_of_the_tokenizer() -> None:
     tokenizer = byte_tokenizer()
-    longest = 120  # tokens of a sentence at most: this tokenizer knows few words
+    longest = 120  # most tokens of a sentence: this tokenizer has few words
     for length in (400, 1000, 3000):
         for prompt in needles.make_prompts(needle_settings(length=length, needles=2), tokens_of(tokenizer)):
             assert length - longest < len(tokenizer(prompt.text)["input_ids"]) <= length
@@ -128,7 +128,7 @@ def test_numbers_count_in_their_order(answers: list[str], message: str, acc: flo
     assert needles.score({"answers": answers}, [message]) == {"acc": acc, "exact_match": exact_match}
 
 
-# ---------------------------------------------------------------------------------------------------- MQAR and copying
+# ----------------------------------------------------------------------------------------------------- MQAR and copying
 
 
 @pytest.mark.parametrize(("pairs", "queries"), [(1, 1), (4, 9), (40, 3), (2000, 2)])
@@ -172,7 +172,7 @@ def test_prose_holds_no_numbers_and_no_cities() -> None:
     assert not [line for line in prose if re.search(r"\ba [aeiou]", line)]
 
 
-# ---------------------------------------------------------------------------------------------------- few-shot
+# ------------------------------------------------------------------------------------------------------------- few-shot
 
 
 THINGS = {thing: kind for kind, things in fewshot.THINGS.items() for thing in things}
@@ -253,7 +253,7 @@ def test_an_unknown_spread_is_nan(rights: list[list[float]]) -> None:
 
 def test_nan_is_not_a_right_answer() -> None:
     document = fewshot.make_documents(fewshot.FewShotSettings(1, 2, 1, "random", 0))[0]
-    assert document["label"] == 0  # what max() and index() would answer among NaNs
+    assert document["label"] == 0  # what max() and index() return with NaNs
     for place in (0, 5):
         loglikelihoods = [-1.0] * 6
         loglikelihoods[place] = math.nan
@@ -278,7 +278,7 @@ def test_a_limited_run_compares_orders_over_the_same_questions() -> None:
         assert results["results"]["gda_fewshot"]["acc_margin,none"] == pytest.approx(margin, nan_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------------------------------------- settings
 
 
 def test_seed_determines_the_documents() -> None:
@@ -374,7 +374,7 @@ def test_tokenizer_of_the_tasks(tmp_path: Any) -> None:
         assert token_counter(metadata)(text) == count_words(text)
 
 
-# ---------------------------------------------------------------------------------------------------- lm-eval
+# -------------------------------------------------------------------------------------------------------------- lm-eval
 
 
 class Reader(LM):

@@ -28,24 +28,24 @@ def mutate(content: bytes, kind: str, chance: random.Random) -> list[Edit]:
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         structured = kind in ("json", "jsonl", "safetensors") and chance.random() < 0.75
         edits.append(_edit_of_json(content, kind, chance) if structured else _edit_of_bytes(content, kind, chance))
-    # Bytes last, since what they leave is no JSON any more.
+    # Byte edits come last, because the result is not JSON any more.
     return sorted(edits, key=lambda edit: edit[0] in ("cut", "put", "drop", "again"))
 
 
 def apply(content: bytes, kind: str, edits: list[Edit]) -> bytes:
     """The content with the edits made."""
     for edit in edits:
-        with contextlib.suppress(ValueError, RecursionError):  # an earlier edit left what is no JSON
+        with contextlib.suppress(ValueError, RecursionError):  # an earlier edit made it invalid JSON
             content = _APPLY[edit[0]](content, kind, *edit[1:])
     return content
 
 
-# --------------------------------------------------------------------------------------------------------------- bytes
+# ---------------------------------------------------------------------------------------------------------------- bytes
 
 
 def _edit_of_bytes(content: bytes, kind: str, chance: random.Random) -> Edit:
     length = len(content)
-    # What decides is at the beginning, and of some files at the end.
+    # The important bytes are at the beginning and, in some files, at the end.
     span = min(length, 600) if kind == "bytes" else min(length, 2500)
     at = chance.randrange(span + 1)
     if kind == "bytes" and chance.random() < 0.3:
@@ -80,7 +80,7 @@ def _again(content: bytes, kind: str, at: int, count: int) -> bytes:
     return content[: at + count] + content[at:]
 
 
-# ---------------------------------------------------------------------------------------------------------------- JSON
+# ----------------------------------------------------------------------------------------------------------------- JSON
 
 
 def _edit_of_json(content: bytes, kind: str, chance: random.Random) -> Edit:
@@ -138,7 +138,7 @@ def _edited(content: bytes, kind: str, path: list[str | int], new: Any, **how: A
     try:
         _at(value, path[:-1])[path[-1]] = new
     except (KeyError, IndexError, TypeError):
-        return content  # an earlier edit took it away
+        return content  # an earlier edit removed it
     return _written(value, content, kind, **how)
 
 

@@ -34,7 +34,7 @@ class Target:
     file: str
     kind: str
     call: Callable[[Path], object]
-    slow: bool = False  # trains, or converts in earnest
+    slow: bool = False  # trains or converts
 
 
 def make_workspace(folder: Path) -> Path:

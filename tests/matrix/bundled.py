@@ -420,7 +420,7 @@ def compare_batched(like: str, names: list[str]) -> None:
     """Check these models, unless transformers' own model `like` fails too."""
     try:
         batched(FOLDERS / like / "source")
-    except Exception as error:  # whatever it is, it is not our code
+    except Exception as error:  # not caused by our code
         raise Absent(f"the source too: {type(error).__name__}: {error}".splitlines()[0][:80]) from error
     for name in names:
         batched(FOLDERS / name / "model")
@@ -449,7 +449,7 @@ def batched(folder: Path) -> None:
 
 
 CHECKS: Checks = {
-    "warnings": check_warnings,  # first: transformers says some things once
+    "warnings": check_warnings,  # first, because transformers gives some warnings only once
     "load": check_load,
     "config": check_config,
     "logits": check_logits,

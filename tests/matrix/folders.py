@@ -63,7 +63,7 @@ SOURCES: dict[str, tuple[type[PreTrainedModel], type[Any], dict[str, Any]]] = {
     "tanh": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "diffllama": (DiffLlamaForCausalLM, DiffLlamaConfig, {"num_attention_heads": 8, "num_key_value_heads": 4}),
 }
-# Models whose λ is not 0 and that nothing else computes: by name, the fields of their configs.
+# Models with non-zero λ and without a source: by name, the fields of their configs.
 PAIRED: dict[str, Any] = {"kv_layout": "paired", "num_key_value_heads": 4}
 GROWING = {"fade": 0.4, "masked_signal_heads": 1, "masked_neurons": 5, "masked_layers": [1]}
 LIVE: dict[str, dict[str, Any]] = {
@@ -106,7 +106,9 @@ def _save_source(folder: Path, name: str, seed: int) -> None:
     model.generation_config = GenerationConfig(pad_token_id=0)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    _change_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # 4 knows no other
+    _change_json(
+        folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"
+    )  # the only form that transformers 4 reads
     _change_json(folder / "config.json", **with_older_names(json.loads((folder / "config.json").read_text())))
 
 

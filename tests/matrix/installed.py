@@ -25,7 +25,7 @@ from outcomes import Checks, run_checks
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.support.hub_server import TOKEN, Hub
 
-HUB = Hub()  # the clients of this process push there and nowhere else
+HUB = Hub()  # the only Hub that clients of this process can reach
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 STARTING = 300  # seconds that a server may take before it answers
 

@@ -399,7 +399,7 @@ def test_quantized_cache(fields: dict[str, Any], backend: str, monkeypatch: pyte
         assert keys.shape == (2, model.config.num_key_value_heads, PROMPT, model.config.head_dim)
         restored.update(keys.clone(), values.clone(), index)
     step = model(ids[:, PROMPT:], past_key_values=cache).logits
-    if backend != "fp8":  # which quantizes the new token before it is attended to
+    if backend != "fp8":  # which quantizes the new token before attention reads it
         assert relative_error(step, model(ids[:, PROMPT:], past_key_values=restored).logits) <= TOLERANCE
     assert TOLERANCE < relative_error(step, reference(model, ids)[:, PROMPT:]) < 0.25
 

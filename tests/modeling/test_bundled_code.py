@@ -130,7 +130,7 @@ def test_bundled_code_runs_without_the_package(layout: str, tmp_path: Path, pyth
     generated = model.generate(**tokenizer("in the", return_tensors="pt"), do_sample=False, max_new_tokens=12)
     assert results["said"] == tokenizer.decode(generated[0], skip_special_tokens=True)
     assert results["config"]["kv_layout"] == model.config.kv_layout
-    # Saved again there, it holds what it held, and loads here.
+    # Saved again there, it has the same content and loads here.
     assert {name: files_of(again)[name] for name in CODE} == {name: files_of(folder)[name] for name in CODE}
     reloaded = AutoModelForCausalLM.from_pretrained(again).eval()
     assert type(reloaded) is gda.GDAForCausalLM

@@ -520,7 +520,7 @@ def test_best_model_has_its_own_fade(tmp_path: Path) -> None:
     )
     trainer.train()
     best = trainer.state.best_global_step
-    assert best < 8  # the learning rate sees to it
+    assert best < 8  # with this learning rate
     assert model.config.fade == best / 8
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}")
     assert torch.equal(logits(saved), logits(model.eval()))

@@ -80,7 +80,7 @@ def test_decoding(fields: dict[str, Any]) -> None:
     assert relative_error(logits, reference(model, ids)) <= TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_tensors_and_shapes(kv_layout: str) -> None:
     assert shapes == queries | keys[kv_layout]
 
 
-# -------------------------------------------------------------------------------------------------------- a good start
+# --------------------------------------------------------------------------------------------------------- a good start
 
 
 @BOTH_LAYOUTS
@@ -171,7 +171,7 @@ def test_every_tensor_has_a_gradient_from_the_start(lambda_type: str, kv_layout:
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        # softmax takes no notice of what a bias of the keys adds to all scores, up to RoPE's turning of it
+        # softmax ignores what a key bias adds to all scores, except for its rotation by RoPE
         assert parameter.grad.abs().max() > 0, name
         if any(part in name for part in ("_base.weight", "_down.weight", "_up.weight")):
             assert (parameter.grad.abs().amax(1) > 0).all(), name
@@ -194,7 +194,7 @@ def test_training_reduces_the_loss(kv_layout: str) -> None:
     assert losses[-1] < losses[0] / 10
 
 
-# ----------------------------------------------------------------------------------------- what transformers does to it
+# ---------------------------------------------------------------------------------------------------- with transformers
 
 
 @BOTH_LAYOUTS

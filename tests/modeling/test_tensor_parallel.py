@@ -64,7 +64,7 @@ TENSOR_PARALLEL: dict[str, Callable[[], PreTrainedModel]] = {
     "masked-poly-norm": gda("paired", "reparameterized", hidden_act="poly_norm", **MASKED),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **LLAMA_HEADS)),
 }
-# Three pairs of KV heads for two ranks: the second pair would be cut in two.
+# Three pairs of KV heads for two ranks: the second pair would be divided.
 CUT_PAIR = gda("paired", "sigmoid", num_attention_heads=24, num_noise_heads=12, num_key_value_heads=6)
 FULLY_SHARDED: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **LLAMA_HEADS)),
@@ -74,7 +74,7 @@ FULLY_SHARDED: dict[str, Callable[[], PreTrainedModel]] = {
     "qk-rank": gda("fewer-noise-than-kv", "reparameterized", qk_rank=3),
     "masked": gda("shared", "reparameterized", masked_layers=[1], **MASKED),
 }
-# What rounding does to the loss and to the gradients, relative to the largest of a tensor.
+# Rounding errors of the loss and the gradients, relative to the largest value of a tensor.
 PRECISIONS = {"float32": (1e-4, 1e-4), "bfloat16": (1e-3, 2e-2), "mixed": (1e-2, 0.2)}
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("GDA_FUZZ_SEED", "0"))
 SHORT, LONG = 2, 50
-MOST_CHANGES = 40  # of the file system, that a run of these makes
+MOST_CHANGES = 40  # changes of the file system in such a run
 ODD = "a b 'ü' 模型 #%"
 Make = Callable[[Path, bool], object]
 
@@ -139,7 +139,7 @@ def test_read_only_source(sources: Path, tmp_path: Path) -> None:
     assert all(os.access(path, os.W_OK) for path in (tmp_path / "gda").iterdir())
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 TINY: dict[str, Any] = {"steps": 6, "batch_size": 2, "context": 16, "learning_rate": 1e-2, "save_every": 2}
@@ -177,7 +177,7 @@ def test_training_killed_at_random_moments(kills: int, sources: Path, tmp_path: 
         shutil.rmtree(place)
 
 
-# ------------------------------------------------------------------------------------------------- what is read fails
+# ---------------------------------------------------------------------------------------------------------- read errors
 
 
 @pytest.mark.parametrize("name", ["expand", "split", "grow"])
@@ -232,14 +232,14 @@ def test_shard_truncated_while_it_is_read(after: int, sources: Path, tmp_path: P
     assert files_of(tmp_path / "place" / "out") == files_of(tmp_path / "afresh")
 
 
-# --------------------------------------------------------------------------------------------- names, locales, clocks
+# ----------------------------------------------------------------------------------------------- names, locales, clocks
 
 
 def test_odd_names_and_c_locale(sources: Path, tmp_path: Path) -> None:
     """Spaces, quotes and other scripts in names, with LANG=C: the files are the same."""
     source = Path(shutil.copytree(sources / "llama", tmp_path / ODD / "llama ü"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHON"))}
-    environment |= {"LANG": "C"}  # which Python takes for UTF-8; told not to, torch cannot be imported
+    environment |= {"LANG": "C"}  # Python treats it as UTF-8; otherwise torch cannot be imported
     out = tmp_path / ODD / "模型"
     done = subprocess.run(
         [sys.executable, "-m", "gda.cli", "convert", source, out, "--no-verify"],

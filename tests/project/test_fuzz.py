@@ -120,7 +120,7 @@ def _watch(place: Path) -> dict[str, str]:
         if event == "open":
             paths = paths[:1]
         for path in paths if writes else []:
-            # Within rmtree names are relative to a folder that is open, which was seen when it was opened.
+            # Within rmtree, names are relative to an open folder, which was checked when it was opened.
             if (os.path.isabs(path) or event == "open") and not os.path.realpath(path).startswith(allowed):
                 seen.setdefault(path, f"{event} of {path}")
         if event == "open" and isinstance(arguments[0], str) and "/secret" in arguments[0]:

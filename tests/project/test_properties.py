@@ -44,7 +44,7 @@ FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM)} | CLASSES
 ACTIVATIONS = sorted(name for name in ACT2FN if not ACT2FN[name].state_dict())
 LAYER_TYPES = ["full_attention", "sliding_attention"]
 GDA_FIELDS = sorted({*json.loads(tiny_config().to_json_string())} | OWN_FIELDS)
-# What transformers reads of a config.json beside the fields that it writes, and what its classes have.
+# Entries of a config.json that transformers reads but does not write, and attributes of its classes.
 OTHER_NAMES = [
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings", "torch_dtype"),
     *("num_labels", "id2label", "label2id", "problem_type", "quantization_config", "attn_implementation", "auto_map"),
@@ -54,7 +54,7 @@ OTHER_NAMES = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------- in two sizes
+# --------------------------------------------------------------------------------------------------------- in two sizes
 
 
 def in_two_sizes(
@@ -105,7 +105,7 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-# ------------------------------------------------------------------------------------------------------------- values
+# --------------------------------------------------------------------------------------------------------------- values
 
 
 HUGE = [10**5, 2**31, 2**63, 2**64 - 1, -(2**63), 10**30, 10**400, 10**6, 2**20, 2**30, -1, 0, 1, 2, 3, 8]
@@ -220,7 +220,7 @@ def source_fields(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return family, fields
 
 
-# -------------------------------------------------------------------------------------------------------- comparisons
+# ---------------------------------------------------------------------------------------------------------- comparisons
 
 
 @torch.no_grad()
@@ -270,7 +270,7 @@ def says_well(error: BaseException, names: set[str]) -> None:
     assert re.search(rf"(?<![^\W_])({'|'.join(shown)})(?![^\W_])", message), message
 
 
-# --------------------------------------------------------------------------------------------------------- properties
+# ----------------------------------------------------------------------------------------------------------- properties
 
 
 @in_two_sizes(
@@ -322,7 +322,7 @@ def test_source_converts_and_exports(
         options = {"noise_heads": noise_heads, "lambda_type": lambda_type, "seed": seed}
         gda.convert(place / "source", place / "gda", bundle_code=False, verify=False, **options)
         assert gda.verify(place / "source", place / "gda", method="tensors").passed
-        # In float64: models this small make so much of their rounding that a Llama differs from itself by 1e-5.
+        # In float64: such small models amplify rounding so much that a Llama differs from itself by 1e-5.
         converted = GDAForCausalLM.from_pretrained(place / "gda", dtype=torch.float64).double()
         assert converted.config.num_noise_heads == noise_heads
         original = model_class.from_pretrained(place / "source", dtype=torch.float64).double()

@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# -------------------------------------------------------------------------------------------------------------- tokens
+# --------------------------------------------------------------------------------------------------------------- tokens
 
 FAILING: dict[str, tuple[object, ...]] = {
     "convert": ("convert", "me/none", "out"),
@@ -76,7 +76,7 @@ def test_token_is_in_no_model_file(models: Path, monkeypatch: pytest.MonkeyPatch
     assert not [file for file, content in files_of(tmp_path).items() if MARKER.encode() in content]
 
 
-# ------------------------------------------------------------------------------------------------------------- pickles
+# -------------------------------------------------------------------------------------------------------------- pickles
 
 
 class Mark:
@@ -114,12 +114,12 @@ def test_checkpoint_cannot_run_code(
     mark = Mark(tmp_path / "mark")
     (begun / file).write_bytes(pickle.dumps(mark)) if form == "pickle" else torch.save(mark, begun / file)
     output = json.loads((begun / CHECKPOINT_FILE).read_text())
-    output["files"][file] = (begun / file).stat().st_size  # as one who plants it would
+    output["files"][file] = (begun / file).stat().st_size  # as an attacker would
     (begun / CHECKPOINT_FILE).write_text(json.dumps(output))
     options = [each for name, value in STEPS.items() for each in (f"--{name.replace('_', '-')}", value)]
     outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options, "--resume")
     assert not (tmp_path / "mark").exists()
-    if file == "training_args.bin":  # the Trainer writes it and nobody reads it
+    if file == "training_args.bin":  # the Trainer writes it, and nothing reads it
         assert outcome.code == 0, outcome
         return
     assert outcome.code == 2, outcome
@@ -157,7 +157,7 @@ def test_created_files_follow_the_umask(models: Path, tmp_path: Path) -> None:
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
 
 
-# --------------------------------------------------------------------------------------------------------------- links
+# ---------------------------------------------------------------------------------------------------------------- links
 
 
 @pytest.mark.parametrize("options", [(), ("--resume",), ("--overwrite",)], ids=str)
@@ -193,7 +193,7 @@ def test_overwriting_a_link_replaces_the_link(models: Path, tmp_path: Path) -> N
     assert files_of(tmp_path / "mine") == {"letter": b"kept"}
 
 
-# ---------------------------------------------------------------------------------------------------------------- code
+# ----------------------------------------------------------------------------------------------------------------- code
 
 
 def test_no_remote_code_pickles_or_shells_in_the_source() -> None:

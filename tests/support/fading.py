@@ -9,7 +9,7 @@ from gda.training import FadeCallback
 
 
 def trainer_arguments(folder: Path, **options: Any) -> TrainingArguments:
-    """Arguments of a short run on the CPU that logs and saves nothing unless told to."""
+    """Arguments of a short run on the CPU that logs and saves nothing by default."""
     plain: dict[str, Any] = {
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,

@@ -67,7 +67,7 @@ def loss_of(folder: Path) -> float:
         return float(model(ids, labels=ids).loss)
 
 
-# --------------------------------------------------------------------------------------------------------- all of it
+# ------------------------------------------------------------------------------------------------------------ all of it
 
 
 def test_loss_falls_and_out_is_a_model(models: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_no_bundle_code(models: Path, tmp_path: Path, command: Command) -> None:
     assert differing(tensors_of(tmp_path / "with"), tensors_of(tmp_path / "without")) == set()
 
 
-# ------------------------------------------------------------------------------------------------------- only the new
+# --------------------------------------------------------------------------------------------------------- only the new
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -188,7 +188,7 @@ def test_masked_growth_ends_as_an_ordinary_model(learner: str, models: Path, tmp
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"]) == (learner == "new")
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_output_of_the_command(models: Path, tmp_path: Path, command: Command) -> None:
@@ -381,7 +381,7 @@ def test_out_of_memory(models: Path, tmp_path: Path, command: Command, monkeypat
     refused(outcome, "lower --batch-size or --context", tmp_path)
 
 
-# ----------------------------------------------------------------------------------------- stopped and resumed
+# -------------------------------------------------------------------------------------------------- stopped and resumed
 
 # Six steps of two sequences, a checkpoint after the second and the fourth.
 SHORT: dict[str, Any] = {"steps": 6, "batch_size": 2, "context": 16, "learning_rate": 1e-2, "save_every": 2}
@@ -762,7 +762,7 @@ def test_full_disk(after: int, models: Path, tmp_path: Path, interrupt: Callable
     assert short(models, "gda", tmp_path / "out", resume=True).steps == 6
 
 
-# ---------------------------------------------------------------------------------------------- rates and measurements
+# ----------------------------------------------------------------------------------------------- rates and measurements
 
 
 @pytest.mark.slow
@@ -819,7 +819,7 @@ def test_gradient_checkpointing(models: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(again[name], kept[name], rtol=1e-4, atol=1e-6) for name in kept)
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 
 def test_dry_run_writes_nothing(models: Path, tmp_path: Path, command: Command) -> None:

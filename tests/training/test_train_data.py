@@ -68,7 +68,7 @@ def write_parquet(path: Path, column: Any, field: str = "text", **options: Any) 
     return path
 
 
-# ------------------------------------------------------------------------------------------------------- the sequences
+# -------------------------------------------------------------------------------------------------------- the sequences
 
 
 def test_documents_are_joined_and_cut(

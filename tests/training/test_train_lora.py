@@ -139,7 +139,7 @@ def test_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> N
     trainer(adapted(name, tmp_path), tmp_path / "run", (StopAt(3),)).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
     assert json.loads((checkpoint / "config.json").read_text())["fade"] == pytest.approx(0.6)
-    model = adapted(name, tmp_path, seed=9)  # whatever it begins with, the checkpoint has it
+    model = adapted(name, tmp_path, seed=9)  # the initial values do not matter: the checkpoint replaces them
     trainer(model, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
     wanted = whole.state_dict()
     for each, tensor in model.state_dict().items():

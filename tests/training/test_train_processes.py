@@ -40,7 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
 COMMON = {"data": "text.txt", "context": 32, "steps": 6, "learning_rate": 1e-2, "log_every": 1, "save_every": 2}
 
 
-# -------------------------------------------------------------------------------------------------- the configurations
+# --------------------------------------------------------------------------------------------------- the configurations
 
 
 def parsed(name: str) -> Any:
@@ -69,7 +69,7 @@ def test_fsdp2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.activation_checkpointing) == (2, True, True)
     assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
     assert set(plugin.transformer_cls_names_to_wrap) == set(tiny_model()._no_split_modules)
-    plugin.set_auto_wrap_policy(tiny_model())  # raises where it does not know the class
+    plugin.set_auto_wrap_policy(tiny_model())  # raises for an unknown class
 
 
 def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parsed("zero3")
     assert args.use_deepspeed
     command, environment = prepare_deepspeed_cmd_env(args)
-    assert command is None  # each machine is started by itself
+    assert command is None  # each machine is started separately
     for name, value in environment.items():
         if name.startswith("ACCELERATE_DEEPSPEED_"):
             monkeypatch.setenv(name, value)
