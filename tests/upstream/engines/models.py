@@ -35,4 +35,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "paired": {"kv_layout": "paired", "num_key_value_heads": 4, "head_norm": True},
     "fewer-noise-heads": {"num_attention_heads": 5, "num_noise_heads": 1},
 }
+# Those that `gda export` makes a Llama of.
+EXPORTED = ("shared", "one-kv-head", "two-noise-heads-per-kv-head", "biases", "tied", "qk-rank")
 NUM_NEW_TOKENS = 8

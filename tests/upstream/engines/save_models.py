@@ -3,21 +3,22 @@
     python tests/upstream/engines/save_models.py FOLDER
 
 Every model is a folder as `save_pretrained` leaves it, code included, with `expected.json`: token ids, the logits at
-each position, and greedy continuations of a few prompts.
+each position, and greedy continuations of a few prompts. A model that can be exported is also there as NAME-exported.
 """
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from models import GDA, NUM_NEW_TOKENS, REFUSED, SHAPE, STOCK
+from models import EXPORTED, GDA, NUM_NEW_TOKENS, REFUSED, SHAPE, STOCK
 from transformers import PreTrainedModel
 
-from gda import GDAConfig, GDAForCausalLM
+from gda import GDAConfig, GDAForCausalLM, export
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
 from tiny import make_asymmetric
@@ -54,6 +55,9 @@ def main(folder: Path) -> None:
         save(getattr(transformers, f"{family}ForCausalLM")(config), folder / name)
     for name, fields in (GDA | REFUSED).items():
         save(GDAForCausalLM(GDAConfig(**(SHAPE | {"num_noise_heads": 2} | fields))), folder / name)
+    for name in EXPORTED:
+        export(folder / name, folder / f"{name}-exported")
+        shutil.copy(folder / name / "expected.json", folder / f"{name}-exported")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GDA, NUM_NEW_TOKENS, REFUSED, STOCK
+from models import EXPORTED, GDA, NUM_NEW_TOKENS, REFUSED, STOCK
 from vllm import LLM, SamplingParams
 
 MODELS = Path(os.environ["GDA_ENGINE_MODELS"])
@@ -49,6 +49,13 @@ def test_serves_as_transformers_generates(name: str, record_property: Record) ->
     """Three prompts of different lengths in one batch: the tokens of transformers' greedy `generate`."""
     assert generate(MODELS / name) == expected(name)
     record_property("row", f"{name} | loads; generates transformers' tokens")
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_serves_exported_models(name: str, record_property: Record) -> None:
+    """A model that `gda export` wrote, by vLLM's own class: the tokens of the GDA model in transformers."""
+    assert generate(MODELS / f"{name}-exported", model_impl="vllm", trust_remote_code=False) == expected(name)
+    record_property("row", f"{name}, exported | loads; generates transformers' tokens")
 
 
 @pytest.mark.parametrize("name", ["shared", "tanh-and-norms"])
