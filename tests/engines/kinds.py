@@ -71,7 +71,7 @@ KINDS = {
     "norm of q and k": Kind("qwen3", {"qk_norm": True, "head_dim": 16}),
     "windows in all layers": Kind("mistral", {"sliding_window": 6}),
     "windows in some layers": Kind("qwen2", {**QKV_BIASES, "sliding_window": 6, "layer_types": MIXED}),
-    "paired keys": Kind("llama", {"kv_layout": "paired", "num_key_value_heads": 4}),
+    "paired keys": Kind("mistral", {"kv_layout": "paired", "num_key_value_heads": 4}),
     "low-rank queries": Kind("llama", {"qk_rank": 3}),
     "masked growth": Kind("llama", {"fade": 0.4, "masked_signal_heads": 1, "masked_neurons": 5, "masked_layers": [1]}),
     "λ fading in": Kind("llama", {"fade": 0.3, "lambda_target": 0.8}),

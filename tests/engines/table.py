@@ -1,6 +1,6 @@
 """Print a table of every kind of model: its format, how far its logits are from the GDA model's, and where it runs.
 
-    python -m tests.engines.table [ENGINE ...]
+python -m tests.engines.table [ENGINE ...]
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 from gda.common.screen import quiet_transformers
 
 from .engines import ENGINES, Results, run_engine
-from .kinds import KINDS, NUM_TOKENS, PROMPTS, config_of, difference, export_all, run_transformers
+from .kinds import NUM_TOKENS, PROMPTS, config_of, difference, export_all, run_transformers
 
 HEADER = ["model", "format", "worst relative Δlogit", "same greedy text", "cannot run it"]
 
@@ -26,7 +26,7 @@ def rows(folders: list[Path], expected: Results, computed: dict[str, Results]) -
                 unable.append(f"{engine}: {reason}")
                 continue
             got = results[name]
-            assert got.get("tokens") == expected[name]["tokens"], f"{name}, {engine}: {got.get('error', 'other tokens')}"
+            assert got.get("tokens") == expected[name]["tokens"], f"{name}, {engine}: {got.get('error', 'other text')}"
             worst = max(worst, difference(got, expected[name]))
             same.append(engine)
         yield [name, config["model_type"], f"{worst:.0e}", ", ".join(same), "; ".join(unable)]

@@ -58,6 +58,7 @@ def test_transformers(kind: str, exported: Exported) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_engines(kind: str, engine: tuple[str, Results], exported: Exported) -> None:
+    """The engine of someone else, with its own tokenizer: each model that it can run at all."""
     name, results = engine
     if (reason := ENGINES[name].limit(config_of(exported.folders[kind]))) is not None:
         pytest.skip(f"{name} cannot run it: {reason}")

@@ -72,6 +72,7 @@ LIVE: dict[str, dict[str, Any]] = {
     "fading": {"lambda_target": 0.5, "qk_rank": 3, **GROWING},
     "motif": {**PAIRED, "hidden_act": "poly_norm", "head_norm": True, "lambda_init_offset": -1, "rms_norm_eps": 1e-6},
 }
+PLAIN = ("fading",)  # those that a Llama can hold
 
 
 def make(root: Path) -> None:
@@ -85,6 +86,8 @@ def make(root: Path) -> None:
     for seed, (name, fields) in enumerate(LIVE.items(), len(SOURCES)):
         model = tiny_model(vocab_size=VOCAB_SIZE, pad_token_id=0, seed=seed, **fields)
         model.save_pretrained(root / name / "model")
+        if name in PLAIN:
+            gda.export(root / name / "model", root / name / "exported")
         save_file(_expected(model, token_ids(seed)), root / name / "expected.safetensors")
     (root / "text.txt").write_text("The cat sat on the mat, and another cat sat in the other hat.\n" * 40)
 

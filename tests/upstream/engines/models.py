@@ -35,6 +35,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "paired": {"kv_layout": "paired", "num_key_value_heads": 4, "head_norm": True},
     "fewer-noise-heads": {"num_attention_heads": 5, "num_noise_heads": 1},
 }
-# Those that `gda export` makes a Llama of.
-EXPORTED = ("shared", "one-kv-head", "two-noise-heads-per-kv-head", "biases", "tied", "qk-rank")
+# What is exported, by the model type that it is exported to.
+EXPORTED: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "attention_out_bias": True, "qk_rank": 3, "tie_word_embeddings": True},
+    "mistral": {"num_attention_heads": 10, "sliding_window": 5},
+    "qwen2": {"attention_bias": True, "attention_out_bias": False, "hidden_size": 256},  # vLLM's ignores head_dim
+    "qwen3": {"qk_norm": True},
+}
 NUM_NEW_TOKENS = 8

@@ -3,7 +3,7 @@
     python tests/upstream/engines/save_models.py FOLDER
 
 Every model is a folder as `save_pretrained` leaves it, code included, with `expected.json`: token ids, the logits at
-each position, and greedy continuations of a few prompts. A model that can be exported is also there as NAME-exported.
+each position, and greedy continuations of a few prompts. Exported models are saved with those of their GDA models.
 """
 
 import copy
@@ -55,9 +55,11 @@ def main(folder: Path) -> None:
         save(getattr(transformers, f"{family}ForCausalLM")(config), folder / name)
     for name, fields in (GDA | REFUSED).items():
         save(GDAForCausalLM(GDAConfig(**(SHAPE | {"num_noise_heads": 2} | fields))), folder / name)
-    for name in EXPORTED:
-        export(folder / name, folder / f"{name}-exported")
-        shutil.copy(folder / name / "expected.json", folder / f"{name}-exported")
+    for name, fields in EXPORTED.items():
+        model, exported = folder / f"gda-for-{name}", folder / f"exported-{name}"
+        save(GDAForCausalLM(GDAConfig(**(SHAPE | {"num_noise_heads": 2} | fields))), model)
+        assert export(model, exported).format == name
+        shutil.copy(model / "expected.json", exported)
 
 
 if __name__ == "__main__":

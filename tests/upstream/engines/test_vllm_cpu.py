@@ -53,9 +53,10 @@ def test_serves_as_transformers_generates(name: str, record_property: Record) ->
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_serves_exported_models(name: str, record_property: Record) -> None:
-    """A model that `gda export` wrote, by vLLM's own class: the tokens of the GDA model in transformers."""
-    assert generate(MODELS / f"{name}-exported", model_impl="vllm", trust_remote_code=False) == expected(name)
-    record_property("row", f"{name}, exported | loads; generates transformers' tokens")
+    """What `gda export` writes, by vLLM's own class of the type: the tokens of the GDA model in transformers."""
+    folder = f"exported-{name}"
+    assert generate(MODELS / folder, model_impl="vllm", trust_remote_code=False) == expected(folder)
+    record_property("row", f"exported as {name} | loads in vLLM's own class; generates transformers' tokens")
 
 
 @pytest.mark.parametrize("name", ["shared", "tanh-and-norms"])
