@@ -1,31 +1,32 @@
 """`gda.evaluate` and what `gda eval` does: one model, or a model and its baseline, on the same tasks."""
 
+import contextlib
 import math
 import os
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
-from gda.common.screen import shows_progress
+from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.text import read_text
 from gda.eval.attention.diagnostics import diagnose, read_prompt_settings
 from gda.eval.compare import compare
 from gda.eval.device import choose_device
-from gda.eval.lm_eval.find_tasks import load_tasks
-from gda.eval.lm_eval.harness import GDALM
-from gda.eval.lm_eval.run_tasks import quiet_lm_eval, run_tasks
 from gda.eval.models import Candidate, find_model
 from gda.eval.options import DEFAULT_CONTEXT, EvaluateOptions, TaskOptions
 from gda.eval.report import EvalReport, ModelResult
+
+if TYPE_CHECKING:  # only tasks need lm-eval
+    from gda.eval.lm_eval.harness import GDALM, ReceivedRequest
 
 
 @takes(TaskOptions)
@@ -55,12 +56,15 @@ def evaluate(
     """
     if not options.tasks:
         raise ValueError("--tasks names no task")
+    from gda.eval.lm_eval.harness import load_for_tasks
+    from gda.eval.lm_eval.run_tasks import quiet_lm_eval, run_tasks
+
     choose_device(options.device)
     candidate = find_model(options.model, tokenizer)
     with quiet_lm_eval():
         tasks = _load_tasks(candidate, options)
     training = isinstance(options.model, torch.nn.Module) and options.model.training
-    lm = candidate.load(options)
+    lm = load_for_tasks(candidate, options)
     try:
         with quiet_lm_eval():
             results = run_tasks(lm, tasks, options, **lm_eval_options)
@@ -81,7 +85,7 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     Raises:
         FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
     """
-    first_process = int(os.environ.get("RANK", "0")) == 0
+    first_process = _is_first_process()
     console = console if console is not None and first_process else Console(quiet=True)
     choose_device(options.device)
     prompts = None
@@ -90,26 +94,39 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     text = None if options.perplexity is None else _read_text(Path(options.perplexity))
     candidates = _find_models(options)
     results, loaded = [], []
-    with quiet_lm_eval(progress=shows_progress(console)):
+    with _quiet(options, console):
         tasks = []
         if options.tasks:
             console.print(f"loading {', '.join(options.tasks)}", highlight=False, markup=False)
             tasks = _load_tasks(candidates[0], options)
         for candidate in candidates:
-            result, lm = _evaluate_one(candidate, options, tasks, text, console)
+            result, loaded_model = _evaluate_one(candidate, options, tasks, text, console)
             results.append(result)
             if options.diagnostics and first_process:
-                loaded.append(lm)  # only diagnostics need both models in memory
-            del lm
+                loaded.append(loaded_model)  # only diagnostics need both models in memory
+            del loaded_model
         if not first_process:
             return None
         diagnostics = None
         if prompts is not None:
-            lm, second = loaded[0], loaded[1].model if len(loaded) > 1 else None
-            diagnostics = diagnose(lm.model, lm.tokenizer, prompts, baseline=second, console=console)
+            second = loaded[1] if len(loaded) > 1 else None
+            diagnostics = diagnose(loaded[0], candidates[0].tokenizer, prompts, baseline=second, console=console)
     model, baseline = results[0], results[1] if len(results) > 1 else None
     rows = compare(model.results, None if baseline is None else baseline.results)
     return EvalReport(model, baseline, rows, options, diagnostics)
+
+
+def _is_first_process() -> bool:
+    """Whether this process reports, among those that `accelerate launch` has started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _quiet(options: EvaluateOptions, console: Console) -> contextlib.AbstractContextManager[None]:
+    if not options.tasks:
+        return quiet_transformers()
+    from gda.eval.lm_eval.run_tasks import quiet_lm_eval
+
+    return quiet_lm_eval(progress=shows_progress(console))
 
 
 def _find_models(options: EvaluateOptions) -> list[Candidate]:
@@ -122,6 +139,8 @@ def _find_models(options: EvaluateOptions) -> list[Candidate]:
 
 
 def _load_tasks(candidate: Candidate, options: TaskOptions) -> list[Any]:
+    from gda.eval.lm_eval.find_tasks import load_tasks
+
     metadata = {"tokenizer": candidate.tokenizer, **_metadata(options)}
     return load_tasks(options.tasks or (), dataset_root=options.dataset_root, metadata=metadata)
 
@@ -132,31 +151,49 @@ def _metadata(options: TaskOptions) -> dict[str, Any]:
 
 def _evaluate_one(
     candidate: Candidate, options: EvaluateOptions, tasks: list[Any], text: str | None, console: Console
-) -> tuple[ModelResult, GDALM]:
+) -> tuple[ModelResult, PreTrainedModel]:
     console.print(f"running {candidate.name}", highlight=False, markup=False)
     started = time.monotonic()
     hashes = candidate.hashes()
-    lm = candidate.load(options, show_prompts=options.show_prompts, progress=shows_progress(console))
-    results: dict[str, Any] = run_tasks(lm, tasks, options) if tasks else {"results": {}}
-    notes = _notes(lm, results, options)
-    measured = None if text is None or lm.rank else _measure_perplexity(lm, text, options, console)
-    if measured is not None and (wanted := options.context or DEFAULT_CONTEXT) > measured.context:
-        notes.append(f"perplexity: the model reads {measured.context} tokens at a time, not {wanted}")
+    results: dict[str, Any] = {"results": {}}
+    prompts: list[ReceivedRequest] = []
+    notes: list[str] = []
+    if tasks:
+        model, results, prompts, notes = _run_tasks(candidate, options, tasks, console)
+    else:
+        model = candidate.load(options)
+    measured = None
+    if text is not None and _is_first_process():
+        measured = _measure_perplexity(model, candidate.tokenizer, text, options, console)
+        if (wanted := options.context or DEFAULT_CONTEXT) > measured.context:
+            notes.append(f"perplexity: the model reads {measured.context} tokens at a time, not {wanted}")
     result = ModelResult(
         name=candidate.name,
         revision=candidate.revision,
         results=results,
         perplexity=measured,
-        prompts=lm.received,
+        prompts=prompts,
         sha256=hashes.result(),
         seconds=time.monotonic() - started,
-        dtype=str(lm.model.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         notes=notes,
     )
-    return result, lm
+    return result, model
 
 
-def _notes(lm: GDALM, results: dict[str, Any], options: TaskOptions) -> list[str]:
+def _run_tasks(
+    candidate: Candidate, options: EvaluateOptions, tasks: list[Any], console: Console
+) -> "tuple[PreTrainedModel, dict[str, Any], list[ReceivedRequest], list[str]]":
+    """Load the model and run the tasks; returns the model, lm-eval's results, the requests to show, and notes."""
+    from gda.eval.lm_eval.harness import load_for_tasks
+    from gda.eval.lm_eval.run_tasks import run_tasks
+
+    lm = load_for_tasks(candidate, options, show_prompts=options.show_prompts, progress=shows_progress(console))
+    results = run_tasks(lm, tasks, options)
+    return lm.model, results, lm.received, _notes(lm, results, options)
+
+
+def _notes(lm: "GDALM", results: dict[str, Any], options: TaskOptions) -> list[str]:
     """What a reader of the scores should know: prompts that were cut, and --num-fewshot where a task ignored it."""
     notes = [
         f"{task}: {number} requests are longer than the {lm.max_length} tokens that the model reads; "
@@ -172,19 +209,26 @@ def _notes(lm: GDALM, results: dict[str, Any], options: TaskOptions) -> list[str
     return notes
 
 
-def _measure_perplexity(lm: GDALM, text: str, options: EvaluateOptions, console: Console) -> TextPerplexity:
+def _measure_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    options: EvaluateOptions,
+    console: Console,
+) -> TextPerplexity:
     with Progress(console=console, disable=not shows_progress(console), transient=True) as bar:
         task = bar.add_task("perplexity", total=None)
 
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        context = min(options.context or DEFAULT_CONTEXT, lm.max_length)
+        longest = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        context = min(options.context or DEFAULT_CONTEXT, longest)
         stride = min(options.stride or context, context)
-        measured = text_perplexity(lm.model, lm.tokenizer, text, context=context, stride=stride, advance=advance)
+        measured = text_perplexity(model, tokenizer, text, context=context, stride=stride, advance=advance)
     if math.isnan(measured.token):
         raise ValueError(
-            f"--perplexity is {measured.token}; the weights are damaged, or overflow in {lm.model.dtype} (try "
+            f"--perplexity is {measured.token}; the weights are damaged, or overflow in {model.dtype} (try "
             "--dtype float32)"
         )
     return measured

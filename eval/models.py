@@ -1,14 +1,16 @@
 """The model to evaluate: a folder, a Hub id, a GGUF file, or a model in memory."""
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
 from gda.common.files import in_background, sha256
@@ -18,7 +20,6 @@ from gda.conversion.sources.open import open_source, resolve_folder
 from gda.conversion.sources.readers import read_tokenizer
 from gda.conversion.sources.source import Source
 from gda.eval.device import choose_device
-from gda.eval.lm_eval.harness import GDALM, check_tokenizer
 from gda.eval.options import TaskOptions
 
 WEIGHTS = "*.safetensors"
@@ -39,22 +40,43 @@ class Candidate:
         """SHA-256 of each weight file, computed in the background."""
         return in_background(lambda: {path.name: sha256(path) for path in self.weight_files})
 
-    def load(self, options: TaskOptions, *, show_prompts: int = 0, progress: bool = True) -> GDALM:
-        """Load the model for lm-eval, with the batch size, device and data type of `options`."""
-        arguments: dict[str, Any] = {"batch_size": options.batch_size, "tokenizer": self.tokenizer}
-        arguments |= {"show_prompts": show_prompts, "progress": progress}
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Quiet transformers, and name the model in whatever it raises for a malformed folder."""
         with quiet_transformers():
             try:
-                if isinstance(self.place, torch.nn.Module):
-                    return GDALM(self.place, **arguments)
-                if self.gguf is not None:
-                    model = self.gguf.load().to(choose_device(options.device))  # type: ignore[arg-type]
-                    return GDALM(
-                        model if options.dtype == "auto" else model.to(getattr(torch, options.dtype)), **arguments
-                    )
-                return GDALM(str(self.place), device=options.device, dtype=options.dtype, **arguments)
+                yield
             except Exception as error:  # transformers and lm-eval have no common error class
                 raise ValueError(f"{self.name} cannot be loaded: {first_line(error)}") from None
+
+    def load(self, options: TaskOptions) -> PreTrainedModel:
+        """Load the model, with the device and data type of `options`. One in memory keeps its own."""
+        with self.loading():
+            if isinstance(self.place, torch.nn.Module):
+                return cast(PreTrainedModel, self.place).eval()
+            if self.gguf is not None:
+                model = self.gguf.load()
+                model = model if options.dtype == "auto" else model.to(getattr(torch, options.dtype))
+            else:
+                model = CompleteOnly(AutoModelForCausalLM).from_pretrained(
+                    self.place, dtype=options.dtype, trust_remote_code=False
+                )
+            return model.to(choose_device(options.device)).eval()  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class CompleteOnly:
+    """An auto class of transformers that refuses a checkpoint with missing weights instead of initializing them."""
+
+    auto_class: Any
+
+    def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        model, info = self.auto_class.from_pretrained(*args, **kwargs, output_loading_info=True)
+        for kind, problem in (("missing_keys", "has no"), ("mismatched_keys", "has a different shape for")):
+            if names := sorted(map(str, info[kind])):
+                others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(f"the checkpoint {problem} {names[0]}{others}, which its config.json requires")
+        return model
 
 
 def find_model(
@@ -95,3 +117,9 @@ def _find_gguf(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Candida
         raise ValueError(f"{path} holds no tokenizer that transformers can load")
     check_tokenizer(tokenizer, path.name)
     return Candidate(path.name, path, tokenizer, None, (path,), source)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ValueError if the tokenizer has no token to begin a text with."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name} has neither BOS nor EOS, and a text must begin with one of them")

@@ -1,12 +1,13 @@
 """The report of `gda eval`, and its forms: tables on the screen, JSON, Markdown and HTML."""
 
+import contextlib
 import importlib.metadata
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lm_eval.utils import handle_non_serializable
+import numpy as np
 
 from gda._version import __version__
 from gda.common.files import write_text
@@ -14,9 +15,11 @@ from gda.common.html import page
 from gda.common.perplexity import TextPerplexity
 from gda.eval.attention.diagnostics import DiagnosticsReport
 from gda.eval.compare import Row
-from gda.eval.lm_eval.harness import ReceivedRequest
 from gda.eval.options import EvaluateOptions
 from gda.eval.tables import TextTable, escaped
+
+if TYPE_CHECKING:  # only tasks need lm-eval
+    from gda.eval.lm_eval.harness import ReceivedRequest
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.html"
@@ -31,7 +34,7 @@ class ModelResult:
     revision: str | None
     results: dict[str, Any]
     perplexity: TextPerplexity | None
-    prompts: list[ReceivedRequest]
+    prompts: "list[ReceivedRequest]"
     sha256: dict[str, str]
     seconds: float
     dtype: str
@@ -85,7 +88,7 @@ class EvalReport:
             "gda": {
                 **self.model.to_dict(),
                 "settings": self.settings(),
-                "versions": {"gda": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+                "versions": _versions(),
                 "comparison": [row.to_dict() for row in self.rows],
                 "diagnostics": None if self.diagnostics is None else self.diagnostics.to_dict(),
                 "baseline": baseline,
@@ -106,7 +109,18 @@ def to_json(report: EvalReport) -> str:
 
 def _serializable(value: Any) -> Any:
     """The name of a tokenizer; other values as lm-eval writes them."""
-    return getattr(value, "name_or_path", None) or handle_non_serializable(value)
+    if isinstance(value, set):
+        return list(value)
+    return getattr(value, "name_or_path", None) or (int(value) if isinstance(value, np.integer) else str(value))
+
+
+def _versions() -> dict[str, str]:
+    """Versions of this package and of those that it uses."""
+    found = {"gda": __version__}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # lm-eval and datasets are optional
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def write_report(report: EvalReport, folder: Path, *, with_html: bool = False) -> list[Path]:

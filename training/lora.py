@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gda.common.extras import needed_by
 from gda.modeling_gda.attention_gda import HeadwiseUp
 from gda.training.sharding import distributed_like, full_tensor, unwrapped_name
 
@@ -28,10 +29,8 @@ def with_lora(model: PreTrainedModel, rank: int, seed: int, trained: list[str]) 
 
     The parameters named in `trained` are trained in full. ImportError if PEFT is not installed.
     """
-    try:
+    with needed_by("--train lora", "train"):
         from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ImportError("--train lora needs PEFT; pip install 'grouped-differential-attention[train]'") from None
 
     attention = [(name, each) for name, each in model.named_modules() if ".self_attn." in f".{name}"]
     targets = [name for name, module in attention if isinstance(module, nn.Linear)]

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from gda.common.errors import first_line
+from gda.common.extras import needed_by
 from gda.common.screen import quiet_transformers
 from gda.conversion.families.llamalike import head_dim
 from gda.conversion.sources.readers import find_tokenizer, require_known_type
@@ -54,10 +55,8 @@ class GGUFSource(Source):
     def __init__(self, path: Path):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        try:
+        with needed_by("reading a GGUF file", "gguf"):
             import gguf
-        except ImportError:
-            raise ImportError("reading a GGUF file requires the package gguf: pip install gguf") from None
         self.path = path
         self.name = path.name
         self.revision = None

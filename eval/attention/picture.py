@@ -4,16 +4,15 @@ from typing import IO, Any
 
 import numpy as np
 
-try:
-    import matplotlib
-except ImportError:
-    raise ImportError("--png needs matplotlib: pip install 'grouped-differential-attention[png]'") from None
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
-from matplotlib.figure import Figure
-
+from gda.common.extras import needed_by
 from gda.eval.attention.analysis import AttentionArrays
 from gda.eval.attention.data import AttentionData
 from gda.eval.attention.maps import unpack
+
+with needed_by("--png", "png"):
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+    from matplotlib.figure import Figure
 
 COLOURS = {"signal": "#0b65c2", "noise": "#b85c00", "difference": "#7b3fb0", "baseline": "#4c5661"}
 BLUE, ORANGE = ["#ffffff", "#549ad6", "#06265c"], ["#ffffff", "#eb9642", "#602800"]

@@ -4,23 +4,19 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
 from gda.eval.device import choose_device
-
-try:
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-except ImportError as error:
-    raise ImportError(
-        f"evaluation needs lm-eval: pip install 'grouped-differential-attention[eval]' ({error})"
-    ) from None
+from gda.eval.models import Candidate, CompleteOnly, check_tokenizer
+from gda.eval.options import TaskOptions
 
 GENERATED_TASKS = "gda_"  # how the names of this package's tasks begin
 
@@ -43,21 +39,6 @@ class ReceivedRequest:
     prompt_ids: list[int]
     continuation_ids: list[int] | None
     cut: int = 0
-
-
-@dataclass(frozen=True)
-class _CompleteOnly:
-    """An auto class of transformers that refuses a checkpoint with missing weights instead of initializing them."""
-
-    auto_class: Any
-
-    def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        model, info = self.auto_class.from_pretrained(*args, **kwargs, output_loading_info=True)
-        for kind, problem in (("missing_keys", "has no"), ("mismatched_keys", "has a different shape for")):
-            if names := sorted(map(str, info[kind])):
-                others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"the checkpoint {problem} {names[0]}{others}, which its config.json requires")
-        return model
 
 
 @register_model("gda")
@@ -93,7 +74,7 @@ class GDALM(HFLM):
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         auto_class = self.AUTO_MODEL_CLASS
-        self.AUTO_MODEL_CLASS = _CompleteOnly(auto_class)
+        self.AUTO_MODEL_CLASS = CompleteOnly(auto_class)
         try:
             super()._create_model(*args, **kwargs)
         finally:
@@ -189,7 +170,16 @@ class GDALM(HFLM):
         return kept
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ValueError if the tokenizer has no token to begin a text with."""
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name} has neither BOS nor EOS, and a text must begin with one of them")
+def load_for_tasks(
+    candidate: Candidate, options: TaskOptions, *, show_prompts: int = 0, progress: bool = True
+) -> GDALM:
+    """Load a model for lm-eval, with the batch size, device and data type of `options`."""
+    arguments: dict[str, Any] = {"batch_size": options.batch_size, "tokenizer": candidate.tokenizer}
+    arguments |= {"show_prompts": show_prompts, "progress": progress}
+    model: Any = str(candidate.place)
+    if isinstance(candidate.place, Path) and candidate.gguf is None:
+        arguments |= {"device": options.device, "dtype": options.dtype}
+    else:
+        model = candidate.load(options)
+    with candidate.loading():
+        return GDALM(model, **arguments)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -23,9 +24,6 @@ from gda.common.screen import shows_progress
 from gda.training.data.packing import SequencePacker
 from gda.training.data.sources import DocumentSource, find_sources
 from gda.training.runs.processes import Processes
-
-# After sources, which says what to install if `datasets` is missing.
-from datasets import Dataset, Features, IterableDataset, List, Value  # isort: skip
 
 # Sequences of a stream that are held in memory; the next one is drawn from them at random.
 SHUFFLE_BUFFER = 1000

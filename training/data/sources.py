@@ -14,12 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-try:
-    from datasets import Value, disable_progress_bars
-except ImportError:
-    raise ImportError(
-        "training needs the package `datasets`; pip install 'grouped-differential-attention[train]'"
-    ) from None
+from datasets import Value, disable_progress_bars
 from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 

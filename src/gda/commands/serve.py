@@ -3,6 +3,7 @@
 import typer
 
 from gda.commands.app import Group, command
+from gda.common.extras import needed_by
 from gda.conversion.options import ServeOptions
 
 
@@ -22,6 +23,10 @@ def serve(options: ServeOptions, context: typer.Context) -> None:
     `transformers serve` alone finds only the models that are part of transformers. Pass its options after MODEL;
     `transformers serve --help` lists them.
     """
+    with needed_by("serving", "serve"):
+        import fastapi  # noqa: F401
+        import openai  # noqa: F401
+        import uvicorn  # noqa: F401
     import transformers
     from transformers.cli.transformers import app as transformers_app
 

@@ -1,0 +1,85 @@
+"""Where a package of an extra is missing, one line says what needs it and how to install it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gda.common.extras import EXTRAS
+
+from ..support.evaluation import write_models
+from ..support.repository import setup_cfg
+
+HIDDEN = {
+    "eval": ("lm_eval", "datasets", "pyarrow"),
+    "train": ("datasets", "pyarrow", "peft"),
+    "gguf": ("gguf",),
+    "serve": ("fastapi", "openai", "uvicorn"),
+    "png": ("matplotlib",),
+}
+IN_CHILD = """
+import sys
+sys.modules |= dict.fromkeys({hidden!r})
+sys.argv = ["gda", *{arguments!r}]
+from gda.cli import main
+main()
+"""
+# What a user types, with the extra that it needs. MODEL is a GDA model.
+COMMANDS = {
+    "eval": "eval MODEL --tasks gda_tasks",
+    "train": "train MODEL OUT --data FILE --steps 1",
+    "gguf": "convert FILE.gguf OUT",
+    "serve": "serve MODEL",
+    "png": "attention MODEL --text text --png OUT.png",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, "MODEL")
+    for name in ("FILE", "FILE.gguf"):
+        (folder / name).write_text("A text of several words. " * 40)
+    return folder
+
+
+def run(command: str, hidden: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+    code = IN_CHILD.format(hidden=hidden, arguments=command.split())
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+def test_the_extras_are_those_of_setup_cfg() -> None:
+    """Every requirement that a message names is the one that pip reads."""
+    declared = setup_cfg()["options.extras_require"]
+    assert {name: tuple(declared[name].split()) for name in EXTRAS} == EXTRAS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_command_names_the_packages_that_it_lacks(extra: str, folder: Path) -> None:
+    """Exit code 2 and one line that ends with a command for pip, which names every requirement of the extra."""
+    outcome = run(COMMANDS[extra], HIDDEN[extra], folder)
+    assert outcome.returncode == 2, outcome.stderr
+    (line,) = outcome.stderr.splitlines()
+    assert re.search(r"needs a package that cannot be imported \(\w+\): pip install ", line)
+    assert all(requirement in line for requirement in EXTRAS[extra])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    ["eval MODEL --perplexity FILE --json", "eval MODEL --diagnostics", "attention MODEL --text text --json", "--help"],
+)
+def test_other_commands_need_no_extra(command: str, folder: Path) -> None:
+    """Perplexity and diagnostics run without lm-eval."""
+    outcome = run(command, tuple(name for names in HIDDEN.values() for name in names), folder)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.slow
+def test_the_training_classes_need_no_extra() -> None:
+    """Each public name of gda.training can be imported with the Trainer alone."""
+    code = "import sys; sys.modules |= dict.fromkeys(('datasets', 'pyarrow', 'peft')); from gda.training import *"
+    subprocess.run([sys.executable, "-c", code], check=True)
