@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
@@ -38,10 +38,6 @@ class Row:
     def label(self) -> str:
         """The metric without the filter "none"."""
         return self.metric.removesuffix(",none").replace(",", " ")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row as JSON-ready values."""
-        return asdict(self)
 
 
 def compare(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> list[Row]:

@@ -89,7 +89,7 @@ class EvalReport:
                 **self.model.to_dict(),
                 "settings": self.settings(),
                 "versions": _versions(),
-                "comparison": [row.to_dict() for row in self.rows],
+                "comparison": [asdict(row) for row in self.rows],
                 "diagnostics": None if self.diagnostics is None else self.diagnostics.to_dict(),
                 "baseline": baseline,
             },
@@ -196,13 +196,10 @@ def _facts(report: EvalReport) -> list[tuple[str, str]]:
     """How the numbers were obtained: settings, versions, weights and notes."""
     found = report.to_dict()["gda"]
     settings = {name: value for name, value in found["settings"].items() if value not in (None, False, 0, ())}
-    facts = [("settings", ", ".join(f"{name} {_listed(value)}" for name, value in settings.items()))]
+    words = {name: value if isinstance(value, list | tuple) else [value] for name, value in settings.items()}
+    facts = [("settings", ", ".join(" ".join(map(str, [name, *values])) for name, values in words.items()))]
     facts.append(("versions", ", ".join(f"{name} {value}" for name, value in found["versions"].items())))
     for model in report.models:
         hashes = ", ".join(f"{file} {digest[:16]}…" for file, digest in model.sha256.items())
         facts.append((model.name, f"{model.dtype}; {model.seconds:.0f} s; SHA-256 {hashes}"))
     return [*facts, *((f"note on {name}", note) for name, note in report.notes())]
-
-
-def _listed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

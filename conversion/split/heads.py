@@ -143,11 +143,8 @@ def _best_order(
 
     starts = range(1 if noise_heads == 1 else slots)
     _, order = min(improved([(head + start) % heads for head in range(heads)]) for start in starts)
-    return [head for start in range(0, heads, slots) for head in _sorted_signals(order[start : start + slots])]
-
-
-def _sorted_signals(heads: list[int]) -> list[int]:
-    return [*sorted(heads[:-1]), heads[-1]]
+    groups = [order[start : start + slots] for start in range(0, heads, slots)]
+    return [head for *signals, noise in groups for head in (*sorted(signals), noise)]
 
 
 def fitted(
@@ -157,15 +154,11 @@ def fitted(
     p = features(len(order), noise_heads, head_dim, lambda_, order).to(moments.heads)
     covariance = p @ moments.heads @ p.T
     cross = moments.cross @ p.T
-    weight = _solved(covariance, cross)
+    weight = torch.linalg.solve(covariance + _ridge(covariance), cross.T).T
     signal = [head for group in torch.tensor(order).view(noise_heads, -1).tolist() for head in group[:-1]]
     kept = output.to(moments.heads).unflatten(1, (-1, head_dim))[:, signal].flatten(1)
     before, after = (_error(moments, covariance, cross, each) for each in (kept, weight))
     return Split(order, lambda_, before, after, weight)
-
-
-def _solved(covariance: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.solve(covariance + _ridge(covariance), cross.T).T
 
 
 def _error(moments: Moments, covariance: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor) -> float:

@@ -72,7 +72,11 @@ def write_checkpoint(
     shards = shards_of(recipes, max_shard_size)
     fingerprint = _fingerprint(source, settings, shards)
     finished = _finished_shards(folder / MANIFEST_FILE, fingerprint)
-    intact = {file: digest for file, digest in finished.items() if _is_intact(folder / file, digest)}
+    intact = {
+        file: digest
+        for file, digest in finished.items()
+        if (folder / file).is_file() and sha256(folder / file) == digest
+    }
     for path in folder.iterdir():
         if path.name not in intact and path.name != MANIFEST_FILE and path.name not in keep:
             remove(path)
@@ -191,10 +195,6 @@ def _finished_shards(manifest: Path, fingerprint: str) -> dict[str, str]:
             "start over"
         )
     return finished
-
-
-def _is_intact(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256(path) == digest
 
 
 def _write_index(folder: Path, recipes: dict[str, Recipe], shards: dict[str, list[str]]) -> None:

@@ -68,7 +68,8 @@ def command(
         names = [each.name for each, _ in declared(options)]
 
         def run(**given: Any) -> None:
-            values = {each: _plain(given.pop(each)) for each in names}
+            values = {each: given.pop(each) for each in names}
+            values = {each: tuple(value) if isinstance(value, list) else value for each, value in values.items()}
             function(options(**values), **given)
 
         run.__doc__ = function.__doc__
@@ -124,10 +125,6 @@ def _as_typed(hint: Any) -> Any:
             union = union | each
         return union
     return hint
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def print_json(report: dict[str, Any]) -> None:
