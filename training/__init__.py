@@ -58,5 +58,5 @@ def accelerate_config(name: str) -> Path:
     """
     folder = Path(__file__).parent / "configs"
     if name not in (known := sorted(path.stem for path in folder.glob("*.yaml"))):
-        raise ValueError(f"there is no accelerate configuration {name!r}, but {' and '.join(known)}")
+        raise ValueError(f"unknown accelerate configuration {name!r}; available: {', '.join(known)}")
     return folder / f"{name}.yaml"

@@ -97,7 +97,7 @@ def test_number_of_processes_must_be_given() -> None:
 
 def test_unknown_configuration() -> None:
     """The error lists the names."""
-    with pytest.raises(ValueError, match="'fsdp1', but fsdp2 and zero3"):
+    with pytest.raises(ValueError, match="'fsdp1'; available: fsdp2, zero3"):
         accelerate_config("fsdp1")
 
 
