@@ -1,4 +1,4 @@
-"""The way back to a Llama is bit for bit or refused; `inspect` counts what is there."""
+"""Export of an expanded Llama restores it bit for bit, and `inspect` counts correctly."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.sampled
 
 
 def expanded(folder: Path, **options: Any) -> Path:
-    """A tiny Llama in `folder`/llama, and its conversion, whose path is returned."""
+    """A tiny Llama in `folder`/llama, and the path of its conversion."""
     conversion = {name: options.pop(name) for name in ("lambda_type", "noise_heads") if name in options}
     gda.convert(save_llama(folder / "llama", **options), folder / "gda", verify=False, **conversion)
     return folder / "gda"
@@ -34,8 +34,8 @@ def expanded(folder: Path, **options: Any) -> Path:
 
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_there_and_back_is_the_same_llama_bit_for_bit(variant: str, lambda_type: str, tmp_path: Path) -> None:
-    """Tensors, their dtypes, config and every other file are the source's; transformers loads it as a Llama."""
+def test_round_trip_is_bit_for_bit(variant: str, lambda_type: str, tmp_path: Path) -> None:
+    """Tensors, dtypes, config and all other files equal the source's, and transformers loads it as a Llama."""
     gda_folder = expanded(tmp_path, **VARIANTS[variant], lambda_type=lambda_type)
     report = gda.export(gda_folder, tmp_path / "back", max_shard_size=VARIANTS[variant].get("max_shard_size", "5GB"))
     before, after = files_of(tmp_path / "llama"), files_of(tmp_path / "back")
@@ -53,8 +53,8 @@ def test_there_and_back_is_the_same_llama_bit_for_bit(variant: str, lambda_type:
 
 
 @pytest.mark.parametrize("variant", ["gqa", "llama3", "yarn"])
-def test_an_exported_folder_converts_again(variant: str, tmp_path: Path) -> None:
-    """RoPE in the names of transformers 4 and of 5 reads back as one RoPE, and nothing counts as unread."""
+def test_exported_folder_converts_again(variant: str, tmp_path: Path) -> None:
+    """RoPE in the forms of transformers 4 and 5 is read as one RoPE, and no field is reported as unread."""
     gda_folder = expanded(tmp_path, **VARIANTS[variant])
     gda.export(gda_folder, tmp_path / "back")
     report = gda.convert(tmp_path / "back", tmp_path / "again", verify=False)
@@ -63,8 +63,8 @@ def test_an_exported_folder_converts_again(variant: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("noise_heads", [1, 2, 4, 8])
-def test_the_way_back_for_every_number_of_noise_heads(noise_heads: int, tmp_path: Path) -> None:
-    """Below, at and above the KV heads, with biases: the right rows are dropped."""
+def test_round_trip_for_every_number_of_noise_heads(noise_heads: int, tmp_path: Path) -> None:
+    """Fewer than the KV heads, as many and more, with biases: the right rows are dropped."""
     changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True}
     gda.export(expanded(tmp_path, noise_heads=noise_heads, **changes), tmp_path / "back")
     before, after = tensors_of(tmp_path / "llama"), tensors_of(tmp_path / "back")
@@ -73,8 +73,8 @@ def test_the_way_back_for_every_number_of_noise_heads(noise_heads: int, tmp_path
         assert torch.equal(after[name], tensor), name
 
 
-def test_a_trained_noise_row_does_not_stand_in_the_way(tmp_path: Path) -> None:
-    """While λ is 0 noise rows weigh nothing, whatever they are."""
+def test_trained_noise_rows_are_dropped(tmp_path: Path) -> None:
+    """While λ is 0, noise rows have no effect."""
     folder = expanded(tmp_path)
     tensors = tensors_of(folder)
     tensors["model.layers.0.self_attn.q_proj.weight"][-8:] += 1.0
@@ -89,8 +89,8 @@ def test_a_trained_noise_row_does_not_stand_in_the_way(tmp_path: Path) -> None:
     ("lambda_type", "tensor"),
     [("reparameterized", "lambda_q1"), ("reparameterized", "lambda_k2"), ("tanh", "lambda_proj.weight")],
 )
-def test_signal_heads_alone_are_refused_where_lambda_moved(lambda_type: str, tensor: str, tmp_path: Path) -> None:
-    """One element of one λ tensor of layer 1 changed: the message names the layer, and nothing is left."""
+def test_dropping_noise_heads_requires_lambda_0(lambda_type: str, tensor: str, tmp_path: Path) -> None:
+    """One element of one λ tensor of layer 1 changed: the message names the layer, and no files are left."""
     folder = expanded(tmp_path, lambda_type=lambda_type)
     tensors = tensors_of(folder)
     tensors[f"model.layers.1.self_attn.{tensor}"].view(-1)[3] += 0.01
@@ -100,8 +100,8 @@ def test_signal_heads_alone_are_refused_where_lambda_moved(lambda_type: str, ten
     assert sorted(os.listdir(tmp_path)) == ["gda", "llama"]
 
 
-def test_layers_named_sliding_without_a_window_cannot_slip_through(tmp_path: Path) -> None:
-    """sliding_window given, but layer_types all full: this computes what a Llama computes, and is exported or named."""
+def test_window_without_sliding_layers(tmp_path: Path) -> None:
+    """This computes what a Llama computes, so it is exported or the field is named."""
     model = tiny_model(sliding_window=4, layer_types=["full_attention"] * 2, lambda_init=0.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -120,15 +120,15 @@ def test_layers_named_sliding_without_a_window_cannot_slip_through(tmp_path: Pat
         assert torch.allclose(logits(tmp_path / "back", ids), logits(tmp_path / "gda", ids), atol=1e-5)
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
-    """The message names the formats."""
+def test_unknown_format_is_refused(tmp_path: Path) -> None:
+    """The message lists the formats."""
     with pytest.raises(ValueError, match="llama"):
         gda.export(expanded(tmp_path), tmp_path / "back", format="gpt")
     assert sorted(os.listdir(tmp_path)) == ["gda", "llama"]
 
 
-def test_export_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
-    """An existing OUT stays unless told, and is replaced whole."""
+def test_export_overwrite(tmp_path: Path) -> None:
+    """An existing OUT is kept unless --overwrite is passed, and is then replaced as a whole."""
     folder = expanded(tmp_path)
     (tmp_path / "back").mkdir()
     (tmp_path / "back" / "old").write_text("old")
@@ -155,8 +155,8 @@ def test_export_refuses_and_overwrites_as_convert_does(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_parameters_by_part_are_those_of_the_model(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Each part is what its modules hold, and together they are `model.num_parameters()`."""
+def test_parameters_by_part(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Each part equals its modules, and the sum is `model.num_parameters()`."""
     model = tiny_model(**changes)
     model.save_pretrained(tmp_path / "gda")
     report = gda.inspect(tmp_path / "gda")
@@ -176,8 +176,8 @@ def test_parameters_by_part_are_those_of_the_model(changes: dict[str, Any], tmp_
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_cache_bytes_are_those_of_a_filled_cache(dtype: torch.dtype, width: int, tmp_path: Path) -> None:
-    """Counted in a cache that a forward pass filled; the source's is the same, since K and V are shared."""
+def test_cache_bytes_equal_a_filled_cache(dtype: torch.dtype, width: int, tmp_path: Path) -> None:
+    """The source's cache has the same size, because keys and values are shared."""
     folder = expanded(tmp_path, dtype=dtype, num_key_value_heads=1)
     report = gda.inspect(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -198,7 +198,7 @@ def test_cache_bytes_of_the_paired_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lambda_init", [None, 0.25, [0.5, -0.5]])
 def test_lambda_by_layer(lambda_init: Any, tmp_path: Path) -> None:
-    """λ of each layer as the model computes it, after its vectors have moved."""
+    """As the model computes it, after its vectors have changed."""
     model = GDAForCausalLM(tiny_config(lambda_init=lambda_init))
     generator = torch.Generator().manual_seed(3)
     wanted = [0.9, 1.7]
@@ -208,8 +208,8 @@ def test_lambda_by_layer(lambda_init: Any, tmp_path: Path) -> None:
     assert gda.inspect(tmp_path / "gda").lambdas == pytest.approx(wanted, abs=1e-5)
 
 
-def test_lambda_that_depends_on_the_token_is_none(tmp_path: Path) -> None:
-    """Where λ is projected there is no number for a layer, except where the projection is zero."""
+def test_token_dependent_lambda_is_none(tmp_path: Path) -> None:
+    """Except where the projection is zero."""
     folder = expanded(tmp_path, lambda_type="tanh")
     assert gda.inspect(folder).lambdas == [0.0, 0.0]
     tensors = tensors_of(folder)
@@ -220,16 +220,15 @@ def test_lambda_that_depends_on_the_token_is_none(tmp_path: Path) -> None:
     assert gda.inspect(tmp_path / "sigmoid").lambdas == [None, None]
 
 
-def test_the_report_is_json_and_describes_the_config(tmp_path: Path) -> None:
-    """Its fields are the config's; `to_dict` survives JSON."""
+def test_report_is_json_and_matches_the_config(tmp_path: Path) -> None:
     report = gda.inspect(expanded(tmp_path, num_attention_heads=4, num_key_value_heads=4))
     assert (report.num_signal_heads, report.num_noise_heads, report.num_key_value_heads) == (4, 4, 4)
     assert (report.num_layers, report.head_dim, report.kv_layout, report.name) == (2, 8, "shared", "gda")
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False)) == report.to_dict()
 
 
-def test_inspect_reads_no_weights_but_lambda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model larger than memory can be looked into."""
+def test_inspect_reads_only_lambda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it works for models larger than memory."""
     from gda.conversion.tensors.safetensors_io import SafetensorsReader
 
     folder = expanded(tmp_path)
@@ -246,8 +245,8 @@ def test_inspect_reads_no_weights_but_lambda(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", ["llama", "nothing"])
-def test_inspect_refuses_what_is_no_gda_model(kind: str, tmp_path: Path) -> None:
-    """A Llama is told what to do; a missing folder is named."""
+def test_inspect_refuses_other_models(kind: str, tmp_path: Path) -> None:
+    """For a Llama, the message names the remedy; a missing folder is named."""
     if kind == "llama":
         save_llama(tmp_path / "llama")
         with pytest.raises(ValueError, match="gda convert"):
@@ -293,8 +292,8 @@ query heads  s s s n            s s s n
 
 
 @pytest.mark.parametrize(("heads", "noise", "kv_heads", "layout"), HEAD_MAPS)
-def test_the_head_map_shows_who_reads_what(heads: int, noise: int, kv_heads: int, layout: str) -> None:
-    """Columns are KV heads, each above the query heads that read it; the same drawing however wide its columns."""
+def test_head_map(heads: int, noise: int, kv_heads: int, layout: str) -> None:
+    """Each KV head has a column above the query heads that read it."""
     config = tiny_config(
         num_attention_heads=heads, num_noise_heads=noise, num_key_value_heads=kv_heads, kv_layout=layout
     )
@@ -305,7 +304,7 @@ def test_the_head_map_shows_who_reads_what(heads: int, noise: int, kv_heads: int
 @pytest.mark.parametrize("layout", ["shared", "paired"])
 @pytest.mark.parametrize("noise", [1, 2, 4, 8])
 def test_columns_of_the_head_map_line_up(noise: int, layout: str) -> None:
-    """Each KV column begins above the first query head that reads it; all heads are drawn, each once."""
+    """Each KV column starts above the first query head that reads it, and each head is drawn once."""
     kv_heads = {"shared": 4, "paired": 2}[layout]
     config = tiny_config(
         num_attention_heads=8 + noise, num_noise_heads=noise, num_key_value_heads=kv_heads, kv_layout=layout
@@ -321,8 +320,8 @@ def test_columns_of_the_head_map_line_up(noise: int, layout: str) -> None:
         assert query_line[start - 2 : start] == "  "
 
 
-def test_the_config_of_a_converted_model_draws_what_inspect_draws(tmp_path: Path) -> None:
-    """One drawing, in the report of convert, in inspect and in the card."""
+def test_head_map_is_the_same_everywhere(tmp_path: Path) -> None:
+    """In the report of convert, in inspect and in the card."""
     folder = expanded(tmp_path, noise_heads=1)
     drawing = head_map(GDAConfig.from_pretrained(folder))
     assert gda.inspect(folder).head_map == drawing
@@ -330,7 +329,7 @@ def test_the_config_of_a_converted_model_draws_what_inspect_draws(tmp_path: Path
 
 
 def test_float64_keeps_its_bits(tmp_path: Path) -> None:
-    """What is called lossless is: signal rows of a float64 source do not pass through float32."""
+    """Signal rows of a float64 source do not pass through float32."""
     source = save_llama(tmp_path / "llama", dtype=torch.float64)
     gda.convert(source, tmp_path / "gda", verify=False)
     gda.export(tmp_path / "gda", tmp_path / "back")
@@ -339,8 +338,7 @@ def test_float64_keeps_its_bits(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_equal_tensors_under_another_rope_are_not_equal_models(tmp_path: Path) -> None:
-    """Comparing tensors compares what they are computed with as well."""
+def test_equal_tensors_with_another_rope_fail_verification(tmp_path: Path) -> None:
     source = save_llama(tmp_path / "llama")
     gda.convert(source, tmp_path / "gda", verify=False)
     assert gda.verify(source, tmp_path / "gda", method="tensors").passed
@@ -349,8 +347,7 @@ def test_equal_tensors_under_another_rope_are_not_equal_models(tmp_path: Path) -
         gda.verify(source, tmp_path / "gda", method="tensors")
 
 
-def test_a_folder_of_licences_is_no_licence_file(tmp_path: Path) -> None:
-    """Only files are copied beside the weights."""
+def test_folder_named_like_a_licence_is_not_copied(tmp_path: Path) -> None:
     source = save_llama(tmp_path / "llama")
     (source / "LICENSES").mkdir()
     (source / "LICENSE").write_text("do what you like")
@@ -359,7 +356,6 @@ def test_a_folder_of_licences_is_no_licence_file(tmp_path: Path) -> None:
     assert not (tmp_path / "gda" / "LICENSES").exists()
 
 
-def test_a_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
-    """A revision that cannot be honoured is not passed over in silence."""
+def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--revision"):
         gda.inspect(save_llama(tmp_path / "llama"), revision="main")

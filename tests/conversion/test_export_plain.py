@@ -58,8 +58,8 @@ def greedy(model: Any, ids: torch.Tensor) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_plain_model_computes_what_the_gda_model_computes(kind: str, tmp_path: Path) -> None:
-    """Logits of transformers' own class are within 1e-5, and its greedy text with a cache is the same."""
+def test_plain_model_equals_the_gda_model(kind: str, tmp_path: Path) -> None:
+    """Logits of transformers' own class within 1e-5, and the same greedy text with a cache."""
     changes, (model_type, heads, kv_heads) = KINDS[kind]
     model = saved(tmp_path / "gda", **changes)
     report = gda.export(model, tmp_path / "plain")
@@ -74,7 +74,7 @@ def test_the_plain_model_computes_what_the_gda_model_computes(kind: str, tmp_pat
     assert report.verification.threshold == 1e-5
 
 
-def test_the_columns_of_noise_heads_by_hand(tmp_path: Path) -> None:
+def test_columns_of_noise_heads_by_hand(tmp_path: Path) -> None:
     """2 KV heads with 3 signal heads and a noise head each, λ = 0.4 in layer 1."""
     model = saved(tmp_path / "gda")
     gda.export(model, tmp_path / "plain")
@@ -88,8 +88,8 @@ def test_the_columns_of_noise_heads_by_hand(tmp_path: Path) -> None:
     assert all(torch.equal(before[key], after[key]) for key in unchanged)
 
 
-def test_all_heads_of_a_model_whose_lambda_is_0(tmp_path: Path) -> None:
-    """By default the noise heads are dropped; with --heads all they are kept, with columns of zeros."""
+def test_all_heads_at_lambda_0(tmp_path: Path) -> None:
+    """By default noise heads are dropped; with --heads all they are kept, with columns of zeros."""
     model = saved(tmp_path / "gda", lambda_type="tanh")
     with torch.no_grad():
         quiet = load(model)
@@ -104,8 +104,8 @@ def test_all_heads_of_a_model_whose_lambda_is_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
-def test_a_narrow_dtype_is_rounded_once_and_said(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
-    """Columns of noise heads are the float64 product, rounded; float32 on request is exact."""
+def test_narrow_dtype_is_rounded_once_with_a_note(dtype: torch.dtype, least: float, tmp_path: Path) -> None:
+    """Columns of noise heads are the rounded float64 product; float32 on request is exact."""
     tiny_model().to(dtype).save_pretrained(tmp_path / "gda")
     report = gda.export(tmp_path / "gda", tmp_path / "plain")
     name = str(dtype).removeprefix("torch.")
@@ -134,16 +134,16 @@ def test_a_narrow_dtype_is_rounded_once_and_said(dtype: torch.dtype, least: floa
     ],
     ids=str,
 )
-def test_models_that_are_no_llama_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """One line says why and what runs the model instead; nothing is written."""
+def test_models_beyond_a_llama_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """One line with the reason and what runs the model instead, and no files."""
     with pytest.raises(ValueError, match=message) as refused:
         gda.export(saved(tmp_path / "gda", **changes), tmp_path / "plain")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "plain").exists()
 
 
-def test_another_type_is_chosen_and_named(tmp_path: Path) -> None:
-    """LlamaConfig wants heads that divide hidden_size; MistralConfig doesn't."""
+def test_another_type_is_chosen_with_a_note(tmp_path: Path) -> None:
+    """LlamaConfig requires heads that divide hidden_size, and MistralConfig doesn't."""
     model = saved(tmp_path / "gda", hidden_size=36)
     report = gda.export(model, tmp_path / "plain")
     assert report.format == "mistral"
@@ -154,7 +154,7 @@ def test_another_type_is_chosen_and_named(tmp_path: Path) -> None:
 
 
 def test_sigmoid_of_zero_is_one_half(tmp_path: Path) -> None:
-    """A token-dependent λ whose projection is zero is a number."""
+    """A token-dependent λ with a zero projection is a constant."""
     model = tiny_model(lambda_type="sigmoid")
     with torch.no_grad():
         for layer in model.model.layers:
@@ -166,7 +166,7 @@ def test_sigmoid_of_zero_is_one_half(tmp_path: Path) -> None:
 
 
 def test_card_and_provenance(tmp_path: Path) -> None:
-    """The card says what was done and how it was verified; conversion.json has λ and where each tensor came from."""
+    """The card describes the export and its verification; conversion.json has λ and the origin of each tensor."""
     gda.export(saved(tmp_path / "gda"), tmp_path / "plain")
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "exported to a llama" in card
@@ -178,8 +178,8 @@ def test_card_and_provenance(tmp_path: Path) -> None:
     assert set(made["tensors"]) == set(SafetensorsReader(tmp_path / "plain").specs)
 
 
-def test_it_is_streamed_and_can_be_checked_first(tmp_path: Path) -> None:
-    """Shards and workers give the same tensors; --dry-run writes nothing; `gda verify` compares the two folders."""
+def test_streaming_dry_run_and_verify(tmp_path: Path) -> None:
+    """Shards and workers give the same tensors, --dry-run writes nothing, and `gda verify` compares the two folders."""
     model = saved(tmp_path / "gda")
     assert gda.export(model, tmp_path / "plain", dry_run=True).num_attention_heads == 8
     assert not (tmp_path / "plain").exists()
@@ -196,16 +196,16 @@ def test_it_is_streamed_and_can_be_checked_first(tmp_path: Path) -> None:
     assert files_of(tmp_path / "plain") == again
 
 
-def test_a_damaged_result_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verification is of the written files: a wrong λ in the output projection fails it."""
+def test_damaged_result_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification reads the written files: a wrong λ in the output projection fails."""
     monkeypatch.setattr("gda.conversion.modes.export.layer_lambdas", lambda config, read: [0.3, 0.41])
     with pytest.raises(VerificationFailed, match="relative"):
         gda.export(saved(tmp_path / "gda"), tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
 
 
-def test_rows_by_head_of_the_config() -> None:
-    """A noise query that serves two KV heads is there twice, after the signal heads of each."""
+def test_query_rows_of_repeated_noise_heads() -> None:
+    """A noise query that serves two KV heads is repeated after the signal heads of each."""
     from gda.conversion.families.plain_heads import plain_heads
 
     heads = plain_heads(tiny_config(num_attention_heads=5, num_noise_heads=1), with_noise=True)
