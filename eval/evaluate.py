@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
-from gda.common.screen import quiet_transformers, shows_progress
+from gda.common.screen import progress_bars, quiet_transformers, shows_progress
 from gda.common.text import read_text
 from gda.eval.attention.diagnostics import diagnose, read_prompt_settings
 from gda.eval.compare import compare
@@ -216,7 +215,7 @@ def _measure_perplexity(
     options: EvaluateOptions,
     console: Console,
 ) -> TextPerplexity:
-    with Progress(console=console, disable=not shows_progress(console), transient=True) as bar:
+    with progress_bars(console) as bar:
         task = bar.add_task("perplexity", total=None)
 
         def advance(done: int, total: int) -> None:

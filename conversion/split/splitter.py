@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gda._version import __version__
-from gda.common.screen import shows_progress
+from gda.common.screen import progress_bars, shows_progress
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.sources.source import Source
 from gda.conversion.split.calibration import DEFAULT_TOKENS, read_calibration
@@ -161,7 +161,8 @@ class Splitter:
         """
         self.work = Work(folder, self._fingerprint())
         self.read = _Cache(self.source)
-        self.progress = _progress(console)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = progress_bars(console, TextColumn("{task.description}"), *columns)
         if console is not None and shows_progress(console):
             console.print(self.expected(), highlight=False)
         teacher = LayerwiseModel(self.source.config, self.read, self.device)
@@ -298,16 +299,3 @@ def _multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not shows_progress(console),
-        transient=True,
-    )

@@ -11,11 +11,11 @@ import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from huggingface_hub.serialization._base import parse_size_to_int
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gda._version import __version__
 from gda.common.files import read_json, remove, sha256, write_json, write_text
-from gda.common.screen import shows_progress
+from gda.common.screen import progress_bars
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.recipes import Recipe
@@ -111,7 +111,8 @@ def write_weights(
     `made(name)` returns a tensor, or where its bytes are. With several `workers`, threads call it.
     """
     total, stop = sum(recipe.spec.nbytes for recipe in recipes.values()), threading.Event()
-    with _progress(console) as progress:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with progress_bars(console, TextColumn("{task.description}"), *columns) as progress:
         task = progress.add_task("writing", total=total)
 
         def in_turn(names: list[str]) -> Iterator[tuple[str, torch.Tensor | FileRange]]:
@@ -154,19 +155,6 @@ def _write_all(
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not shows_progress(console),
-        transient=True,
-    )
 
 
 def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, list[str]]) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.options import takes
-from gda.common.screen import quiet_transformers, shows_progress
+from gda.common.screen import progress_bars, quiet_transformers
 from gda.common.text import read_text
 from gda.conversion.sources.open import open_source
 from gda.eval.attention.analysis import (
@@ -222,7 +221,7 @@ def _read(
     model: Any = opened.model
     if options.device is not None or not opened.in_memory:
         model = model.to(choose_device(options.device))
-    with Progress(console=console, disable=not shows_progress(console), transient=True) as bar:
+    with progress_bars(console) as bar:
         task = bar.add_task(f"reading {opened.name}", total=len(attention_modules(model)))
 
         def visit(layer: LayerAttention) -> None:

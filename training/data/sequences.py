@@ -14,13 +14,13 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
 from gda.common.files import read_json, remove, write_json, written_beside
-from gda.common.screen import shows_progress
+from gda.common.screen import progress_bars
 from gda.training.data.packing import SequencePacker
 from gda.training.data.sources import DocumentSource, find_sources
 from gda.training.runs.processes import Processes
@@ -176,7 +176,7 @@ def _write(
     tokens, dropped = 0, 0
     kind = pa.list_(pa.int32(), packer.context)
     columns = (TextColumn("tokenizing"), TextColumn("{task.completed:,} tokens"), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, disable=not shows_progress(console), transient=True)
+    bar = progress_bars(console, *columns)
     schema = pa.schema([("input_ids", kind)])
     with bar, written_beside(path) as file, pa.ipc.new_stream(file, schema) as writer:
         task = bar.add_task("", total=None)

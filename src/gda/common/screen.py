@@ -4,12 +4,18 @@ import contextlib
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn
 from transformers.utils import logging as transformers_logging
 
 
 def shows_progress(console: Console | None) -> bool:
     """Whether progress bars are shown: on a terminal, but not in a log file."""
     return console is not None and console.is_terminal
+
+
+def progress_bars(console: Console | None, *columns: ProgressColumn) -> Progress:
+    """Progress bars that are shown on a terminal only, and disappear when they are done."""
+    return Progress(*columns, console=console, disable=not shows_progress(console), transient=True)
 
 
 @contextlib.contextmanager
