@@ -10,7 +10,7 @@ from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.modes.low_rank import low_rank
-from gda.conversion.modes.registry import default_mode, plan
+from gda.conversion.modes.registry import plan, plan_default
 from gda.conversion.options import ConvertOptions
 from gda.conversion.push import push_result
 from gda.conversion.sources.hub import check_name, require_token
@@ -26,6 +26,7 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
     - `expand` keeps every query head of a Llama, Mistral, Qwen2 or Qwen3 as a signal head and adds noise heads. λ
       starts at exactly 0 with a non-zero gradient: the result computes what the source computes, and can be trained.
     - `map` keeps every tensor of a Motif or a DiffLlama bit for bit, renamed and reordered.
+    - `restore` turns a plain model that `gda export` wrote back into the GDA model, if it was not trained since.
     - `split` keeps the number of heads: some of them become noise heads. The result is a different model that is fitted
       to the source on a calibration text. This is lossy, and the report gives the loss.
 
@@ -63,7 +64,7 @@ def convert_opened(source: Source, options: ConvertOptions, *, console: Console 
     """`convert` for an opened source, after `check_destinations`."""
     if isinstance(source.config, GDAConfig) and options.qk_rank is None:
         raise ValueError(f"{source.name} is already a GDA model")
-    conversion = plan(options.mode or default_mode(source), source, options)
+    conversion = plan_default(source, options) if options.mode is None else plan(options.mode, source, options)
     if options.qk_rank is not None:
         conversion = low_rank(conversion, source, options.qk_rank)
     report = write_model(

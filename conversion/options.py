@@ -140,11 +140,11 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
 
     source: str | Path = argument("Model to convert: a folder of safetensors, a Hub id or a .gguf file.")
     out: str | Path = argument("Folder to create.")
-    mode: Literal["expand", "split", "map"] | None = option(
+    mode: Literal["expand", "split", "map", "restore"] | None = option(
         None,
         "expand: add noise heads to a Llama, Mistral or Qwen, which is lossless. split: turn some of its heads into "
-        "noise heads, which is lossy. map: rename and reorder the tensors of a Motif or DiffLlama. Default: expand or "
-        "map, by the type of SOURCE.",
+        "noise heads, which is lossy. map: rename and reorder the tensors of a Motif or DiffLlama. restore: turn what "
+        "`gda export` wrote into the GDA model again. Default: the one of expand, map and restore that fits SOURCE.",
         panel=LAYOUT,
     )
     qk_rank: int | None = option(

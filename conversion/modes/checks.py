@@ -2,15 +2,58 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from gda.common.options import Options, flag
 from gda.conversion.families.llamalike import LLAMALIKES, unread_fields
 from gda.conversion.options import NewHeadOptions
-from gda.conversion.sources.source import Source
+from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import Recipe, is_lossless
+from gda.conversion.writing.provenance import read_settings
 
 SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
 NEW_HEADS_ONLY = ("noise_heads", "ratio", "lambda_type")
+# Fields of a GDA model that a Llama has no place for.
+EXPORTED_FIELDS = ("num_attention_heads", "num_noise_heads", "num_key_value_heads", "kv_layout")
+
+
+class BrokenTieError(ValueError):
+    """An exported model was trained since, so that it is an ordinary Llama now."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What conversion.json says of an export with noise heads.
+
+    Attributes:
+        fields: Numbers of heads and layout of the GDA model.
+        lambdas: λ of each layer.
+    """
+
+    fields: dict[str, Any]
+    lambdas: list[float]
+
+
+def exported(source: Source) -> Export | None:
+    """The export, if the source is a plain model that `gda export` wrote with noise heads.
+
+    Raises:
+        ValueError: if conversion.json says it is, but does not describe it.
+    """
+    folder: Path | None = getattr(source, "folder", None)
+    settings = None if folder is None else read_settings(folder)
+    if settings is None or not settings.export or source.config.model_type not in LLAMALIKES:
+        return None
+    try:
+        if settings.export["heads"] != "all":
+            return None
+        fields = {name: settings.export["fields"][name] for name in EXPORTED_FIELDS}
+        lambdas = [float(value) for value in settings.export["lambdas"]]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder}/{PROVENANCE_FILE} does not describe an export; remove it") from None
+    return Export(fields, lambdas)
 
 
 def refuse(options: Options, names: tuple[str, ...], reason: str) -> None:

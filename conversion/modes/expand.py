@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
-from gda.conversion.modes.checks import SPLIT_ONLY, errors_named, losses, refuse, requested_noise_heads
+from gda.conversion.modes.checks import SPLIT_ONLY, errors_named, exported, losses, refuse, requested_noise_heads
 from gda.conversion.options import NewHeadOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import (
@@ -36,6 +36,7 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 
 # Standard deviation of the noise on a group's mean query, relative to that of the group's own rows.
 NOISE_QUERY_JITTER = 0.05
+EXPORTED_NOTE = "an exported GDA model is not restored: its noise heads are converted as ordinary query heads"
 LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
 
 
@@ -56,7 +57,7 @@ def plan(source: Source, options: NewHeadOptions) -> Conversion:
         config=config,
         recipes=recipes,
         lossless=is_lossless(recipes, source.specs),
-        notes=losses(source, recipes, options.dtype),
+        notes=losses(source, recipes, options.dtype) + ([] if exported(source) is None else [EXPORTED_NOTE]),
         kept={"query": signal_queries(config)},
         new=(LAMBDA,),
     )

@@ -15,7 +15,7 @@ from gda.conversion.conversion import Conversion
 from gda.conversion.families import diffllama, motif
 from gda.conversion.families.llamalike import LLAMALIKES, choose_target, save_target_config, target_config
 from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes
-from gda.conversion.modes.checks import errors_named
+from gda.conversion.modes.checks import EXPORTED_FIELDS, errors_named
 from gda.conversion.modes.fold import folded_recipes
 from gda.conversion.modes.map import same_config, same_recipes
 from gda.conversion.options import ExportOptions
@@ -57,14 +57,19 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
         dtype = str(rounded[0].dtype).removeprefix("torch.")
         notes.append(f"the computed weights are rounded to {dtype}, which is not lossless; --dtype float32 is")
     target = target_config(config, model_type, counts)
-    settings = {"format": model_type, "heads": "all" if with_noise else "original", "lambdas": numbers}
+    settings = {
+        "format": model_type,
+        "heads": "all" if with_noise else "original",
+        "lambdas": numbers,
+        "fields": {name: getattr(config, name) for name in EXPORTED_FIELDS},
+    }
     return Conversion(
         mode="export",
         config=target,
         recipes=plain,
         lossless=is_lossless(plain, source.specs) and not rounded,
         notes=notes,
-        settings={"export": settings | {"config": _fields(config)}},
+        settings={"export": settings},
         save_config=partial(save_target_config, target, config),
     ).in_order()
 
@@ -79,12 +84,6 @@ def _number(layer: int, value: float | None, with_noise: bool) -> float:
     if value and not with_noise:
         raise ValueError(f"λ of layer {layer} is {value:.3g}, so it needs its noise heads; omit --heads original")
     return value
-
-
-def _fields(config: GDAConfig) -> dict[str, Any]:
-    """The fields that a Llama has no place for, which `gda convert` restores."""
-    names = ("num_attention_heads", "num_noise_heads", "num_key_value_heads", "kv_layout")
-    return {name: getattr(config, name) for name in names}
 
 
 def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) -> Conversion:

@@ -1,5 +1,6 @@
 """The modes by name: what each converts, and how a conversion is planned, or planned again from conversion.json."""
 
+import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
@@ -8,6 +9,7 @@ from typing import Any
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
+from gda.conversion.modes.checks import BrokenTieError, exported
 from gda.conversion.options import CheckpointOptions, ConvertOptions, ExportOptions, FoldOptions, GrowOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.writing.provenance import Settings
@@ -42,15 +44,23 @@ MODES = {
     "expand": Mode(ConvertOptions, LLAMALIKES, f"--mode expand {NO_NOISE_HEADS}"),
     "split": Mode(ConvertOptions, LLAMALIKES, f"--mode split {NO_NOISE_HEADS}", repeatable=False),
     "map": Mode(ConvertOptions, DIFFERENTIAL, f"--mode map {NOISE_HEADS}"),
+    "restore": Mode(ConvertOptions, LLAMALIKES, "only a plain model can be restored", repeatable=False),
     "grow": Mode(GrowOptions, (*LLAMALIKES, *DIFFERENTIAL), "it cannot grow"),
     "fold": Mode(FoldOptions, ("gda",), "only a GDA model with qk_rank can be folded", repeatable=False),
     "export": Mode(ExportOptions, ("gda",), "only a GDA model can be exported", repeatable=False),
 }
 
 
-def default_mode(source: Source) -> str:
-    """The first mode that converts the source; it is lossless."""
-    return next(name for name, mode in MODES.items() if source.config.model_type in mode.sources)
+def plan_default(source: Source, options: ConvertOptions) -> Conversion:
+    """Plan a conversion by the first mode that converts the source; it is lossless.
+
+    A model that `gda export` wrote is restored, unless it was trained since.
+    """
+    kind = source.config.model_type
+    if exported(source) is not None:
+        with contextlib.suppress(BrokenTieError):
+            return plan("restore", source, options)
+    return plan(next(name for name, mode in MODES.items() if kind in mode.sources), source, options)
 
 
 def plan(name: str, source: Source, options: CheckpointOptions) -> Conversion:

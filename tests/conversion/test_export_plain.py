@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import gda
@@ -202,6 +202,80 @@ def test_damaged_result_does_not_appear(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(VerificationFailed, match="relative"):
         gda.export(saved(tmp_path / "gda"), tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- and back
+
+RESTORED = ("N = G", "N > G", "N < G", "biases", "tied", "norm of q and k", "windows", "paired")
+
+
+@pytest.mark.parametrize("kind", RESTORED)
+def test_an_exported_model_is_restored(kind: str, tmp_path: Path) -> None:
+    """All tensors but λ's are those of the GDA model, and λ is the same and has a gradient."""
+    model = saved(tmp_path / "gda", **KINDS[kind][0])
+    gda.export(model, tmp_path / "plain")
+    report = gda.convert(tmp_path / "plain", tmp_path / "again")
+    assert report.verification is not None
+    assert report.verification.threshold == 1e-5
+    before, after = SafetensorsReader(model), SafetensorsReader(tmp_path / "again")
+    assert before.specs == after.specs
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.specs if ".lambda_" not in name)
+    ids = token_ids(3, 21)
+    assert relative_error(logits(tmp_path / "again", ids), logits(model, ids)) < 1e-5
+    restored = load(tmp_path / "again").train()
+    restored(ids, labels=ids).loss.backward()
+    for layer, value in zip(restored.model.layers, (0.3, 0.4), strict=True):
+        assert layer.self_attn.compute_lambda(None).item() == pytest.approx(value, abs=1e-6)
+        assert all(getattr(layer.self_attn, name).grad.abs().max() > 0 for name in layer.self_attn.lambda_vectors)
+
+
+def test_a_rounded_export_is_restored_up_to_rounding(tmp_path: Path) -> None:
+    """In bfloat16 the tie holds up to the rounding of the noise heads' columns, and the report says so."""
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "gda")
+    gda.export(tmp_path / "gda", tmp_path / "plain")
+    report = gda.convert(tmp_path / "plain", tmp_path / "again")
+    assert any("not lossless" in note for note in report.notes)
+    before, after = SafetensorsReader(tmp_path / "gda"), SafetensorsReader(tmp_path / "again")
+    assert all(torch.equal(before.read(name), after.read(name)) for name in before.specs if ".lambda_" not in name)
+
+
+@pytest.mark.parametrize("tensor", ["o_proj", "q_proj"])
+def test_a_plain_model_that_was_trained_is_an_ordinary_llama(tensor: str, tmp_path: Path) -> None:
+    """Where heads are no longer tied, noise heads are added to all of them, with a note; --mode restore is refused."""
+    gda.export(saved(tmp_path / "gda", **KINDS["N < G"][0]), tmp_path / "plain")
+    weights = load_file(tmp_path / "plain" / "model.safetensors")
+    weights[f"model.layers.1.self_attn.{tensor}.weight"][-1, -1] += 1e-3
+    save_file(weights, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    report = gda.convert(tmp_path / "plain", tmp_path / "again")
+    assert report.config.num_signal_heads == 10
+    assert any("not restored" in note for note in report.notes)
+    with pytest.raises(ValueError, match=f"layers.1.self_attn.{tensor}.weight was trained since the export"):
+        gda.convert(tmp_path / "plain", tmp_path / "other", mode="restore")
+
+
+@pytest.mark.parametrize("change", [{"lambdas": None}, {"fields": {}}, {"lambdas": ["x"]}], ids=str)
+def test_a_hostile_record_of_an_export(change: dict[str, Any], tmp_path: Path) -> None:
+    """One line names the file and the remedy."""
+    gda.export(saved(tmp_path / "gda"), tmp_path / "plain")
+    path = tmp_path / "plain" / "conversion.json"
+    made = json.loads(path.read_text())
+    made["settings"]["export"] |= change
+    path.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=r"conversion\.json does not describe an export; remove it"):
+        gda.convert(tmp_path / "plain", tmp_path / "again")
+
+
+def test_an_export_without_noise_heads_is_an_ordinary_llama(tmp_path: Path) -> None:
+    """There is nothing to restore."""
+    model = tiny_model(lambda_type="tanh")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.lambda_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "gda")
+    gda.export(tmp_path / "gda", tmp_path / "plain")
+    assert gda.convert(tmp_path / "plain", tmp_path / "again").config.num_signal_heads == 6
+    with pytest.raises(ValueError, match="omit --mode restore"):
+        gda.convert(tmp_path / "plain", tmp_path / "other", mode="restore")
 
 
 def test_query_rows_of_repeated_noise_heads() -> None:

@@ -1,0 +1,118 @@
+"""A plain Llama, Mistral or Qwen that `gda export` wrote → the GDA model that it was.
+
+conversion.json says which query heads were noise heads, and λ of each layer. Training the plain model breaks the tie
+between the columns of o_proj that read signal heads and those that read noise heads. Then it is an ordinary Llama.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.conversion import Conversion
+from gda.conversion.families.llamalike import source_fields
+from gda.conversion.families.plain_heads import PlainHeads, columns_of, plain_heads, select_heads
+from gda.conversion.modes.checks import (
+    NEW_HEADS_ONLY,
+    SPLIT_ONLY,
+    BrokenTieError,
+    errors_named,
+    exported,
+    losses,
+    refuse,
+)
+from gda.conversion.options import ConvertOptions
+from gda.conversion.sources.source import PROVENANCE_FILE, Source
+from gda.conversion.tensors.recipes import DTYPES, Recipe, cast, checkpoint_specs, copied, is_lossless, lambda_recipe
+from gda.conversion.tensors.safetensors_io import TensorSpec
+
+LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
+
+
+def plan(source: Source, options: ConvertOptions) -> Conversion:
+    """Take the heads of an exported GDA model apart again.
+
+    Raises:
+        BrokenTieError: if the exported model was trained since.
+        ValueError: for a source that was not exported with its noise heads.
+    """
+    refuse(options, SPLIT_ONLY, "is only for --mode split")
+    refuse(options, NEW_HEADS_ONLY, "is not for an exported GDA model, which has noise heads; or pass --mode expand")
+    export, dtype = exported(source), DTYPES[options.dtype]
+    if export is None:
+        raise ValueError(f"{source.name} has no {PROVENANCE_FILE} of an export with noise heads; omit --mode restore")
+    with errors_named(source):
+        config = GDAConfig(
+            **source_fields(source.config) | export.fields,
+            lambda_type="reparameterized",
+            lambda_init=export.lambdas,
+            dtype=dtype or source.config.dtype,
+            architectures=["GDAForCausalLM"],
+        )
+        heads = plain_heads(config, with_noise=True)
+        if len(heads.query) != source.config.num_attention_heads:
+            raise ValueError(f"{PROVENANCE_FILE} is of a model with {len(heads.query)} query heads; remove it")
+    for layer in range(config.num_hidden_layers):
+        _require_tied(source, heads, layer, export.lambdas[layer])
+    recipes = {
+        name: _recipe(name, spec, source, heads, options.seed) for name, spec in checkpoint_specs(config).items()
+    }
+    rounded = any(spec.dtype.itemsize < 4 for spec in source.specs.values())
+    notes = ["its noise heads were rounded when it was exported, so this is not lossless"] if rounded else []
+    recipes = cast(recipes, dtype)
+    return Conversion(
+        mode="restore",
+        config=config,
+        recipes=recipes,
+        lossless=is_lossless(recipes, source.specs) and not rounded,
+        notes=losses(source, recipes, options.dtype) + notes,
+        new=(LAMBDA,),
+    )
+
+
+def _require_tied(source: Source, heads: PlainHeads, layer: int, lambda_: float) -> None:
+    """Raise BrokenTieError unless equal heads are equal, and o_proj subtracts with λ, up to its rounding."""
+    width = source.specs["model.layers.0.self_attn.o_proj.weight"].shape[1] // len(heads.query)
+    prefix = f"model.layers.{layer}.self_attn"
+    origins = {"q": [head.row for head in heads.query], "k": heads.key, "v": heads.value}
+    for name, rows in origins.items():
+        for kind in ("weight", "bias"):
+            if (tensor := f"{prefix}.{name}_proj.{kind}") in source.specs:
+                stored = source.read(tensor)
+                first = select_heads(stored, heads=[rows.index(row) for row in rows], head_dim=width)
+                if not torch.equal(stored, first):
+                    raise BrokenTieError(f"{source.name}: {tensor} was trained since the export; omit --mode restore")
+    name = f"{prefix}.o_proj.weight"
+    stored = source.read(name)
+    blocks = _signal_columns(stored, heads=heads, head_dim=width)
+    expected = columns_of(blocks, heads=heads.query, lambda_=lambda_, head_dim=width)
+    largest = columns_of(blocks.abs(), heads=heads.query, lambda_=-abs(lambda_), head_dim=width)
+    # The stored sum and each of its terms were rounded once.
+    finite = torch.finfo(stored.dtype)
+    if not ((stored.double() - expected).abs() <= 2 * finite.eps * largest + finite.tiny).all():
+        raise BrokenTieError(f"{source.name}: {name} was trained since the export; omit --mode restore")
+
+
+def _recipe(name: str, spec: TensorSpec, source: Source, heads: PlainHeads, seed: int) -> Recipe:
+    if ".lambda_" in name:
+        return lambda_recipe(name, spec, seed)
+    projection, original = name.split(".")[-2], source.specs[name]
+    width = original.shape[-1] // len(heads.query)
+    origins = {"q_proj": [head.row for head in heads.query], "k_proj": heads.key, "v_proj": heads.value}
+    target = TensorSpec(spec.shape, original.dtype)
+    if projection in origins:
+        rows, width = origins[projection], original.shape[0] // len(origins[projection])
+        first = [rows.index(row) for row in sorted(set(rows))]
+        make = partial(select_heads, heads=first, head_dim=width)
+        return Recipe(target, (name,), make, "each head once, in GDA's order")
+    if projection == "o_proj" and name.endswith(".weight"):
+        make = partial(_signal_columns, heads=heads, head_dim=width)
+        return Recipe(target, (name,), make, "columns of the signal heads")
+    return copied(name, original, None)
+
+
+def _signal_columns(output: Tensor, *, heads: PlainHeads, head_dim: int) -> Tensor:
+    """o_proj (hidden, H · d) of the plain decoder → (hidden, blocks · d) of the GDA model."""
+    places = {head.blocks[0]: place for place, head in enumerate(heads.query) if not head.is_noise}
+    return output.unflatten(1, (-1, head_dim))[:, [places[block] for block in sorted(places)]].flatten(1, 2)
