@@ -64,6 +64,15 @@ class ConvertReport:
     pushed: PushReport | None = None
     dry_run: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `gda export` can write the model as a Llama, Mistral or Qwen, now and after training."""
+        return (
+            not self.config.head_norm
+            and self.config.lambda_type == "reparameterized"
+            and self.config.hidden_act != "poly_norm"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         sizes = ("num_tensors", "num_parameters", "nbytes", "num_files", "num_dense_parameters")
@@ -74,6 +83,7 @@ class ConvertReport:
             "num_signal_heads": self.config.num_signal_heads,
             "num_noise_heads": self.config.num_noise_heads,
             **{name: getattr(self, name) for name in sizes},
+            "is_plain": self.is_plain,
             "qk_rank": self.config.qk_rank,
             "projection_errors": self.projection_errors,
             "notes": self.notes,

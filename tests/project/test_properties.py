@@ -328,7 +328,7 @@ def test_source_converts_and_exports(
         original = model_class.from_pretrained(place / "source", dtype=torch.float64).double()
         assert relative_error(logits_of(converted), logits_of(original)) < 1e-6
         if family == "llama":
-            gda.export(place / "gda", place / "again")
+            gda.export(place / "gda", place / "again", verify=False)
             weights = "model.safetensors"
             assert (place / "again" / weights).read_bytes() == (place / "source" / weights).read_bytes()
 
