@@ -13,6 +13,7 @@ from gda.conversion.modes.low_rank import low_rank
 from gda.conversion.modes.registry import plan, plan_default
 from gda.conversion.options import ConvertOptions
 from gda.conversion.push import push_result
+from gda.conversion.sources.adapter import AdapterSource
 from gda.conversion.sources.hub import check_name, require_token
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
@@ -62,7 +63,7 @@ def check_destinations(options: ConvertOptions) -> None:
 
 def convert_opened(source: Source, options: ConvertOptions, *, console: Console | None = None) -> ConvertReport:
     """`convert` for an opened source, after `check_destinations`."""
-    if isinstance(source.config, GDAConfig) and options.qk_rank is None:
+    if isinstance(source.config, GDAConfig) and options.qk_rank is None and not isinstance(source, AdapterSource):
         raise ValueError(f"{source.name} is already a GDA model")
     conversion = plan_default(source, options) if options.mode is None else plan(options.mode, source, options)
     if options.qk_rank is not None:

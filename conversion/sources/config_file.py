@@ -75,6 +75,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{folder} is an adapter; merge it into its model: gda convert {folder} OUT")
         raise FileNotFoundError(f"{path} is missing; a model folder must have one")
     fields = read_json(path)
     if not isinstance(fields, dict):

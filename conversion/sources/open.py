@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gda.common.assets import ASSET_PATTERNS
 from gda.common.trainable import TRAINABLE_FILE
+from gda.conversion.sources.adapter import CONFIG_FILE, AdapterSource, base_of, is_adapter
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.hub import download
@@ -15,6 +16,7 @@ MODEL_PATTERNS = (
     PROVENANCE_FILE,
     TRAINABLE_FILE,
     "config.json",
+    CONFIG_FILE,
     "*.safetensors",
     "*.safetensors.index.json",
     *ASSET_PATTERNS,
@@ -22,7 +24,7 @@ MODEL_PATTERNS = (
 
 
 def open_source(location: str | Path, revision: str | None = None) -> Source:
-    """Open a folder, a `.gguf` file, or a Hub id at `revision`.
+    """Open a folder, a `.gguf` file, or a Hub id at `revision`. An adapter is merged into its base model.
 
     Raises:
         FileNotFoundError: if it is none of them.
@@ -35,11 +37,20 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
     if path.suffix == ".gguf":
         return GGUFSource(path)
     if path.is_dir():
-        return FolderSource(path)
+        return _opened_adapter(path) if is_adapter(path) else FolderSource(path)
     if path.exists():
         raise ValueError(f"{path} is neither a model folder nor a .gguf file")
     folder = resolve_folder(location, revision)
+    if is_adapter(folder):
+        return _opened_adapter(folder)
     return FolderSource(folder, name=str(location), revision=folder.name)  # the Hub's cache names folders by commit
+
+
+def _opened_adapter(folder: Path) -> AdapterSource:
+    base = base_of(folder)
+    if is_adapter(Path(base)):
+        raise ValueError(f"{folder} is an adapter of {base}, which is an adapter itself; merge that one first")
+    return AdapterSource(folder, open_source(base))
 
 
 def resolve_folder(location: str | Path, revision: str | None = None) -> Path:

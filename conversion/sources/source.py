@@ -30,6 +30,7 @@ class Source(ABC):
         config: Its configuration: transformers' class for its model type, or `MotifConfig`.
         specs: Shape and dtype of each tensor of the model, by name.
         weight_files: The files that hold the tensors.
+        notes: What the user should know about how it was read.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Source(ABC):
     config: PreTrainedConfig
     specs: dict[str, TensorSpec]
     weight_files: list[Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def can_run(self) -> bool:

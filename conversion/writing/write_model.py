@@ -107,7 +107,7 @@ def write_model(
 
     `bundle_code` saves the code of a GDA model beside its weights.
     """
-    report = _planned_report(conversion, out, options)
+    report = _planned_report(conversion, source, out, options)
     if options.dry_run:
         return report
     with staged_model(out, overwrite=options.overwrite, resumable=True, resume=options.resume) as folder:
@@ -161,7 +161,7 @@ def write_model(
     )
 
 
-def _planned_report(conversion: Conversion, out: Path, options: CheckpointOptions) -> ConvertReport:
+def _planned_report(conversion: Conversion, source: Source, out: Path, options: CheckpointOptions) -> ConvertReport:
     dense = conversion.num_parameters
     if getattr(conversion.config, "qk_rank", None) is not None:
         dense = sum(spec.numel for spec in checkpoint_specs(dense_config(conversion.config)).values())
@@ -173,7 +173,7 @@ def _planned_report(conversion: Conversion, out: Path, options: CheckpointOption
         nbytes=conversion.nbytes,
         num_files=len(shards_of(conversion.recipes, options.max_shard_size)),
         num_dense_parameters=dense,
-        notes=conversion.notes,
+        notes=[*source.notes, *conversion.notes],
         dry_run=options.dry_run,
     )
 

@@ -1,0 +1,88 @@
+"""A PEFT adapter as a source: its base model with the adapter merged."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gda.common.assets import copy_assets
+from gda.common.errors import first_line
+from gda.common.files import read_json
+from gda.conversion.sources.readers import find_tokenizer
+from gda.conversion.sources.source import Source
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter, and no model."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The folder or Hub id of the model that an adapter belongs to.
+
+    Raises:
+        ValueError: if adapter_config.json names none, or the weights are not safetensors.
+    """
+    fields = read_json(folder / CONFIG_FILE)
+    base = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{folder / CONFIG_FILE} names no base_model_name_or_path; add the model that it adapts")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}; save the adapter as safetensors")
+    return base
+
+
+class AdapterSource(Source):
+    """A LoRA or another adapter that PEFT can merge. The merged model is in memory, in the data types of the base.
+
+    Args:
+        folder: The adapter.
+        base: Its base model, opened.
+
+    Raises:
+        ImportError: if PEFT is missing.
+        ValueError: if PEFT cannot load or merge the adapter.
+    """
+
+    def __init__(self, folder: Path, base: Source):
+        self.folder, self.base = folder, base
+        self.name, self.revision = folder.resolve().name, None
+        self.config, self.specs = base.config, base.specs
+        self.notes = (f"the adapter {self.name} is merged into {base.name}",)
+        self.weight_files = [*base.weight_files, folder / WEIGHTS_FILE]
+
+    @functools.cached_property
+    def _merged(self) -> PreTrainedModel:
+        try:
+            from peft import PeftModel
+        except ImportError:
+            raise ImportError("merging an adapter requires the package peft: pip install peft") from None
+        try:
+            model = PeftModel.from_pretrained(self.base.load(), str(self.folder)).merge_and_unload(safe_merge=True)
+        except Exception as error:  # a malformed adapter can make PEFT raise anything
+            raise ValueError(f"{self.folder} cannot be merged into {self.base.name}: {first_line(error)}") from None
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in self.specs:
+                    parameter.copy_(parameter.to(self.specs[name].dtype))
+        return model.eval()
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._merged.get_parameter(name).detach().to(self.specs[name].dtype)
+
+    def load(self) -> PreTrainedModel:
+        return self._merged
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return find_tokenizer(self.folder) or self.base.tokenizer()
+
+    def copy_assets(self, folder: Path) -> None:
+        self.base.copy_assets(folder)
+        copy_assets(self.folder, folder)
+
+    def card_data(self) -> dict[str, Any]:
+        return self.base.card_data()

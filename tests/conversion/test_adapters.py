@@ -1,0 +1,97 @@
+"""PEFT adapters as sources: merged into their base model, converted and exported with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import gda
+
+from ..support.checkpoints import load, logits
+from ..support.llamas import save_llama
+from ..support.tiny import relative_error, tiny_model, token_ids
+
+
+def save_adapter(base: Path, folder: Path, **changes: Any) -> Path:
+    """A LoRA with random weights for the model in `base`; λ vectors of a GDA model are trained in full."""
+    torch.manual_seed(0)
+    settings = {"r": 2, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False} | changes
+    get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings)).save_pretrained(folder)
+    return folder
+
+
+def merged(base: Path, adapter: Path) -> Any:
+    """The model that PEFT merges."""
+    return PeftModel.from_pretrained(load(base), adapter).merge_and_unload().eval()
+
+
+def test_an_adapter_of_a_llama_is_merged_and_converted(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    report = gda.convert(adapter, tmp_path / "gda")
+    assert report.notes == ["the adapter adapter is merged into llama"]
+    ids = token_ids(2, 12)
+    expected = logits(merged(base, adapter), ids)
+    assert relative_error(logits(tmp_path / "gda", ids), expected) < 1e-5
+    assert relative_error(logits(base, ids), expected) > 1e-2
+    assert (tmp_path / "gda" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_an_adapter_of_a_gda_model_is_exported_with_it(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    gda.export(adapter, tmp_path / "plain")
+    gda.convert(adapter, tmp_path / "merged")
+    ids = token_ids(2, 12)
+    expected = logits(merged(tmp_path / "base", adapter), ids)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").config.model_type == "llama"
+    for folder in ("plain", "merged"):
+        assert relative_error(logits(tmp_path / folder, ids), expected) < 1e-5
+
+
+def test_a_base_in_bfloat16_stays_in_bfloat16(tmp_path: Path) -> None:
+    """The merged weights are rounded to the data types of the base."""
+    base = save_llama(tmp_path / "llama", dtype=torch.bfloat16)
+    gda.convert(save_adapter(base, tmp_path / "adapter"), tmp_path / "gda")
+    assert load(tmp_path / "gda", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), "as safetensors"),
+        (lambda folder: change(folder, base_model_name_or_path=None), "names no base_model_name_or_path"),
+        (lambda folder: change(folder, base_model_name_or_path=str(folder)), "is an adapter itself"),
+        (lambda folder: change(folder, base_model_name_or_path="/nowhere/at/all"), "does not exist"),
+        (lambda folder: change(folder, peft_type="NONE"), "cannot be merged into llama"),
+    ],
+    ids=["pickle", "no base", "an adapter of itself", "missing base", "unknown kind"],
+)
+def test_broken_adapters_are_refused_in_one_line(break_it: Any, message: str, tmp_path: Path) -> None:
+    adapter = save_adapter(save_llama(tmp_path / "llama"), tmp_path / "adapter")
+    break_it(adapter)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as refused:
+        gda.convert(adapter, tmp_path / "gda")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "gda").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_other_commands_say_how_to_merge(command: str, tmp_path: Path) -> None:
+    adapter = save_adapter(save_llama(tmp_path / "llama"), tmp_path / "adapter")
+    with pytest.raises((ValueError, FileNotFoundError), match="is an adapter; merge it into its model: gda convert"):
+        if command == "train":
+            (tmp_path / "text.txt").write_text("a text")
+            gda.train(adapter, tmp_path / "out", data=tmp_path / "text.txt")
+        else:
+            gda.evaluate(adapter, tasks="gda_copy_length_64")
+
+
+def change(folder: Path, **fields: Any) -> None:
+    """Change adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
