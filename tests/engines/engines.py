@@ -47,7 +47,7 @@ def ctranslate2_limit(config: Config) -> str | None:
     if has_windows(config):
         return "its text is wrong if the prompt is longer than the window"
     if config["model_type"] in ("llama", "qwen2") and has_wide_heads(config):
-        return f"its {config['model_type']} ignores head_dim"
+        return f"its {config['architectures'][0].removesuffix('ForCausalLM')} ignores head_dim"
     if (config["rope_scaling"] or {}).get("rope_type") == "llama3":
         return "it ignores llama3 scaling"
     return None
