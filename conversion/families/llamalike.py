@@ -170,7 +170,7 @@ def target_config(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
     # transformers' classes refuse integers here.
     shared |= {name: float(shared[name]) for name in ("rms_norm_eps", "initializer_range")}
     own = target.writes(config)
-    if model_type == "qwen2" and config.hidden_size // heads[0] == config.head_dim:
+    if model_type == "qwen2" and has_usual_heads(config, heads):
         del own["head_dim"]  # its class has no such field, but reads it if it is set
     return target.config_class(
         **shared | {"num_key_value_heads": heads[1]},
@@ -224,7 +224,26 @@ def _inexpressible(config: GDAConfig, model_type: str, heads: tuple[int, int]) -
     differing = [name for name in DIFFERING_FIELDS if back[name] != getattr(config, name)]
     if "sliding_window" in differing and not slides(config):
         differing.remove("sliding_window")  # no layer uses the window
+    if needs_zero_bias(config, model_type, heads):
+        differing.remove("attention_out_bias")
     return f"{differing[0]}={getattr(config, differing[0])!r}" if differing else None
+
+
+def needs_zero_bias(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> bool:
+    """Whether a Llama, whose o_proj has a bias if q, k and v do, stands in for a Qwen2, whose o_proj has none.
+
+    It does where engines could not run the Qwen2.
+    """
+    biases = config.attention_bias and not config.attention_out_bias
+    return model_type == "llama" and biases and not has_usual_heads(config, heads)
+
+
+def has_usual_heads(config: GDAConfig, heads: tuple[int, int]) -> bool:
+    """Whether heads are hidden_size / num_attention_heads wide, as engines assume for a Qwen2.
+
+    vLLM 0.32, mlx-lm 0.32 and CTranslate2 4.8 ignore its head_dim.
+    """
+    return config.hidden_size // heads[0] == config.head_dim
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:

@@ -116,6 +116,16 @@ def plain_recipes(
     return plain
 
 
+def zero_biases(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    """A bias of each o_proj that is 0."""
+    biases = {}
+    for name, recipe in recipes.items():
+        if name.endswith(".o_proj.weight"):
+            spec = TensorSpec(recipe.spec.shape[:1], recipe.spec.dtype)
+            biases[f"{name.removesuffix('weight')}bias"] = Recipe(spec, (), partial(torch.zeros, spec.shape), "zero")
+    return biases
+
+
 def unmasked_recipes(config: GDAConfig, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
     """The recipes with the masks of masked growth (arXiv 2305.02869) multiplied into o_proj and down_proj."""
     unmasked = dict(recipes)

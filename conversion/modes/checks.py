@@ -16,7 +16,7 @@ from gda.conversion.writing.provenance import read_settings
 SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
 NEW_HEADS_ONLY = ("noise_heads", "ratio", "lambda_type")
 # Fields of a GDA model that a Llama has no place for.
-EXPORTED_FIELDS = ("num_attention_heads", "num_noise_heads", "num_key_value_heads", "kv_layout")
+EXPORTED_FIELDS = ("num_attention_heads", "num_noise_heads", "num_key_value_heads", "kv_layout", "attention_out_bias")
 
 
 class BrokenTieError(ValueError):
@@ -28,7 +28,7 @@ class Export:
     """What conversion.json says of an export with noise heads.
 
     Attributes:
-        fields: Numbers of heads and layout of the GDA model.
+        fields: `EXPORTED_FIELDS` of the GDA model.
         lambdas: λ of each layer.
     """
 

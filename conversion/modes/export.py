@@ -13,8 +13,15 @@ from transformers import PreTrainedConfig
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families import diffllama, motif
-from gda.conversion.families.llamalike import LLAMALIKES, choose_target, save_target_config, target_config
-from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes
+from gda.conversion.families.llamalike import (
+    LLAMALIKES,
+    choose_target,
+    has_usual_heads,
+    needs_zero_bias,
+    save_target_config,
+    target_config,
+)
+from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes, zero_biases
 from gda.conversion.modes.checks import EXPORTED_FIELDS, errors_named
 from gda.conversion.modes.fold import folded_recipes
 from gda.conversion.modes.map import same_config, same_recipes
@@ -23,6 +30,8 @@ from gda.conversion.sources.source import Source
 from gda.conversion.tensors.lambdas import layer_lambdas
 from gda.conversion.tensors.recipes import DTYPES, cast, is_lossless
 
+ZERO_BIAS_NOTE = "o_proj has a bias of 0, because a Llama has it where q, k and v have one"
+QWEN2_NOTE = "vLLM, mlx-lm and CTranslate2 cannot run it, because they ignore head_dim of a Qwen2; transformers can"
 MOTIF_NOTE = "Motif's own code is not written; to run it, add configuration_motif.py and modeling_motif.py"
 
 
@@ -53,6 +62,11 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
     computed = config.qk_rank is not None or unmasked != recipes or any(numbers)
     rounded = [recipe.spec for recipe in plain.values() if computed and recipe.spec.dtype.itemsize < 4]
     notes = [] if reason is None else [reason]
+    if needs_zero_bias(config, model_type, counts):
+        plain |= zero_biases(plain)
+        notes.append(ZERO_BIAS_NOTE)
+    if model_type == "qwen2" and not has_usual_heads(config, counts):
+        notes.append(QWEN2_NOTE)
     if rounded:
         dtype = str(rounded[0].dtype).removeprefix("torch.")
         notes.append(f"the computed weights are rounded to {dtype}, which is not lossless; --dtype float32 is")

@@ -54,7 +54,7 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         if len(heads.query) != source.config.num_attention_heads:
             raise ValueError(f"{PROVENANCE_FILE} is of a model with {len(heads.query)} query heads; remove it")
     for layer in range(config.num_hidden_layers):
-        _require_tied(source, heads, layer, export.lambdas[layer])
+        _require_tied(source, heads, layer, export.lambdas[layer], bool(config.attention_out_bias))
     recipes = {
         name: _recipe(name, spec, source, heads, options.seed) for name, spec in checkpoint_specs(config).items()
     }
@@ -71,8 +71,11 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     )
 
 
-def _require_tied(source: Source, heads: PlainHeads, layer: int, lambda_: float) -> None:
-    """Raise BrokenTieError unless equal heads are equal, and o_proj subtracts with λ, up to its rounding."""
+def _require_tied(source: Source, heads: PlainHeads, layer: int, lambda_: float, has_out_bias: bool) -> None:
+    """Raise BrokenTieError unless equal heads are equal, and o_proj subtracts with λ, up to its rounding.
+
+    A bias of o_proj that the GDA model does not have must be 0.
+    """
     width = source.specs["model.layers.0.self_attn.o_proj.weight"].shape[1] // len(heads.query)
     prefix = f"model.layers.{layer}.self_attn"
     origins = {"q": [head.row for head in heads.query], "k": heads.key, "v": heads.value}
@@ -83,6 +86,9 @@ def _require_tied(source: Source, heads: PlainHeads, layer: int, lambda_: float)
                 first = select_heads(stored, heads=[rows.index(row) for row in rows], head_dim=width)
                 if not torch.equal(stored, first):
                     raise BrokenTieError(f"{source.name}: {tensor} was trained since the export; omit --mode restore")
+    bias = f"{prefix}.o_proj.bias"
+    if not has_out_bias and bias in source.specs and source.read(bias).any():
+        raise BrokenTieError(f"{source.name}: {bias} was trained since the export; omit --mode restore")
     name = f"{prefix}.o_proj.weight"
     stored = source.read(name)
     blocks = _signal_columns(stored, heads=heads, head_dim=width)

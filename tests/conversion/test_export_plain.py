@@ -23,7 +23,12 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[str, int, int]]] = {
     "N > G": ({"num_attention_heads": 12, "num_noise_heads": 4}, ("llama", 12, 2)),
     "N < G": ({"num_attention_heads": 9, "num_noise_heads": 1}, ("mistral", 10, 2)),
     "biases": ({"attention_bias": True, "mlp_bias": True}, ("llama", 8, 2)),
-    "biases of q, k, v": ({"attention_bias": True, "attention_out_bias": False}, ("qwen2", 8, 2)),
+    "biases of q, k, v": ({"attention_bias": True, "attention_out_bias": False, "hidden_size": 64}, ("qwen2", 8, 2)),
+    "biases of q, k, v, wide heads": ({"attention_bias": True, "attention_out_bias": False}, ("llama", 8, 2)),
+    "biases of q, k, v, 36 / 8 heads": (
+        {"attention_bias": True, "attention_out_bias": False, "hidden_size": 36},
+        ("qwen2", 8, 2),
+    ),
     "tied": ({"tie_word_embeddings": True}, ("llama", 8, 2)),
     "norm of q and k": ({"qk_norm": True}, ("qwen3", 8, 2)),
     "windows": ({"sliding_window": 5}, ("mistral", 8, 2)),
@@ -206,7 +211,10 @@ def test_damaged_result_does_not_appear(tmp_path: Path, monkeypatch: pytest.Monk
 
 # --------------------------------------------------------------------------------------------------------- and back
 
-RESTORED = ("N = G", "N > G", "N < G", "biases", "tied", "norm of q and k", "windows", "paired")
+RESTORED = (
+    *("N = G", "N > G", "N < G", "biases", "biases of q, k, v, wide heads"),
+    *("tied", "norm of q and k", "windows", "paired"),
+)
 
 
 @pytest.mark.parametrize("kind", RESTORED)
@@ -251,6 +259,18 @@ def test_a_plain_model_that_was_trained_is_an_ordinary_llama(tensor: str, tmp_pa
     assert any("not restored" in note for note in report.notes)
     with pytest.raises(ValueError, match=f"layers.1.self_attn.{tensor}.weight was trained since the export"):
         gda.convert(tmp_path / "plain", tmp_path / "other", mode="restore")
+
+
+def test_a_bias_that_only_the_plain_model_has_must_still_be_0(tmp_path: Path) -> None:
+    """A Llama has a bias of o_proj where q, k and v have one, and the GDA model has none."""
+    gda.export(saved(tmp_path / "gda", **KINDS["biases of q, k, v, wide heads"][0]), tmp_path / "plain")
+    weights = load_file(tmp_path / "plain" / "model.safetensors")
+    bias = weights["model.layers.1.self_attn.o_proj.bias"]
+    assert not bias.any()
+    bias[3] += 1e-3
+    save_file(weights, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.o_proj.bias was trained since the export"):
+        gda.convert(tmp_path / "plain", tmp_path / "again", mode="restore")
 
 
 @pytest.mark.parametrize("change", [{"lambdas": None}, {"fields": {}}, {"lambdas": ["x"]}], ids=str)
