@@ -21,18 +21,12 @@ class Mode:
 
     The function `plan(source, options)` of the file modes/NAME.py checks the options against the source and returns the
     conversion.
-
-    Attributes:
-        options: The options of its command.
-        sources: The model types that it converts.
-        needs: Tells the user of another type what the mode needs.
-        repeatable: Whether its tensors have the same bits on any machine.
     """
 
-    options: Callable[..., CheckpointOptions]
-    sources: Collection[str]
-    needs: str
-    repeatable: bool = True
+    options: Callable[..., CheckpointOptions]  # of its command
+    sources: Collection[str]  # model types
+    needs: str  # tells the user of another type what the mode needs
+    repeatable: bool = True  # whether its tensors have the same bits on any machine
 
 
 DIFFERENTIAL = (*DIFFERENTIAL_FAMILIES, "gda")

@@ -22,23 +22,14 @@ COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
 class Source(ABC):
-    """A checkpoint to convert: its config, the shapes of its tensors, and each tensor on request.
+    """A checkpoint to convert: its config, the shapes of its tensors, and each tensor on request."""
 
-    Attributes:
-        name: A Hub id, or the name of the folder or file.
-        revision: The commit, for a Hub id; else None.
-        config: Its configuration: transformers' class for its model type, or `MotifConfig`.
-        specs: Shape and dtype of each tensor of the model, by name.
-        weight_files: The files that hold the tensors.
-        notes: What the user should know about how it was read.
-    """
-
-    name: str
-    revision: str | None
-    config: PreTrainedConfig
-    specs: dict[str, TensorSpec]
+    name: str  # a Hub id, or the name of the folder or file
+    revision: str | None  # the commit, for a Hub id; else None
+    config: PreTrainedConfig  # of transformers' class for its model type, or `MotifConfig`
+    specs: dict[str, TensorSpec]  # shape and dtype of each tensor of the model, by name
     weight_files: list[Path]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what the user should know about how it was read
 
     @property
     def can_run(self) -> bool:

@@ -17,19 +17,12 @@ HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 16  # of the sequences, for measuring the re
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that a split is fitted to, and held-out text that it is measured on.
+    """Text that a split is fitted to, and held-out text that it is measured on."""
 
-    Attributes:
-        name: The file's name, or a description of the text.
-        sha256: SHA-256 of the text.
-        sequences: Token ids (sequences, context) to fit to.
-        held_out: Token ids (sequences, context) from the end of the text, which nothing is fitted to.
-    """
-
-    name: str
+    name: str  # the file's name, or a description of the text
     sha256: str
-    sequences: torch.Tensor
-    held_out: torch.Tensor
+    sequences: torch.Tensor  # token ids (sequences, context) to fit to
+    held_out: torch.Tensor  # token ids (sequences, context) from the end of the text, which nothing is fitted to
 
     def to_dict(self) -> dict[str, Any]:
         """What conversion.json records, as JSON-ready values."""

@@ -38,21 +38,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Split:
-    """Which heads of a layer are signal and noise heads.
+    """Which heads of a layer are signal and noise heads."""
 
-    Attributes:
-        order: The source's heads in the order of the result's rows: groups of ``[signal_1 … signal_r, noise]``.
-        lambda_: λ.
-        error_before: |y − W f|² / |y|² with the source's output projection.
-        error_after: The same with the output projection that fits best.
-        output: The output projection that fits best, (hidden, S · d).
-    """
-
-    order: list[int]
+    order: list[int]  # the source's heads in the order of the result's rows: groups of ``[signal_1 … signal_r, noise]``
     lambda_: float
-    error_before: float
-    error_after: float
-    output: torch.Tensor
+    error_before: float  # |y − W f|² / |y|² with the source's output projection
+    error_after: float  # the same with the output projection that fits best
+    output: torch.Tensor  # the output projection that fits best, (hidden, S · d)
 
 
 def split_layer(

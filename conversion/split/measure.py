@@ -15,17 +15,11 @@ BATCH = 4  # sequences at a time
 
 @dataclass
 class Measurements:
-    """Measurements of a GDA model on some text.
+    """Measurements of a GDA model on some text."""
 
-    Attributes:
-        perplexity: exp of the mean negative log-likelihood of every token but the first of each sequence.
-        lambda_: Mean λ of each layer.
-        subtracted: |W (λ o_noise)|² / |W (o − λ o_noise)|² of each layer: energy of the subtracted part.
-    """
-
-    perplexity: float = math.nan
-    lambda_: list[float] = field(default_factory=list)
-    subtracted: list[float] = field(default_factory=list)
+    perplexity: float = math.nan  # without the first token of each sequence
+    lambda_: list[float] = field(default_factory=list)  # mean λ of each layer
+    subtracted: list[float] = field(default_factory=list)  # |W (λ o_noise)|² / |W (o − λ o_noise)|² of each layer
 
 
 @torch.no_grad()

@@ -36,22 +36,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SplitLayer:
-    """The split of one layer.
+    """The split of one layer."""
 
-    Attributes:
-        signal_heads, noise_heads: The source's heads in these roles, in the order of the result.
-        lambda_: λ of the result; a token-dependent λ is averaged over the held-out text.
-        error_before: |y − y'|² / |y|² of the attention's output, with the source's output projection.
-        error_after: The same with the output projection that fits best.
-        subtracted: |W (λ o_noise)|² / |W (o − λ o_noise)|² of the result: energy of the subtracted part.
-    """
-
-    signal_heads: list[int]
+    signal_heads: list[int]  # indices of the source's heads, in the order of the result
     noise_heads: list[int]
-    lambda_: float
-    error_before: float
-    error_after: float
-    subtracted: float
+    lambda_: float  # λ of the result; a token-dependent λ is averaged over the held-out text
+    error_before: float  # |y − y'|² / |y|² of the attention's output, with the source's output projection
+    error_after: float  # the same with the output projection that fits best
+    subtracted: float  # |W (λ o_noise)|² / |W (o − λ o_noise)|² of the result: energy of the subtracted part
 
 
 @dataclass(frozen=True)

@@ -16,35 +16,20 @@ PACKAGES = ("torch", "transformers")
 
 @dataclass(frozen=True)
 class AttentionData:
-    """A model's attention in one text, and its baseline's.
-
-    Attributes:
-        name: Name of the model.
-        baseline_name: Name of the baseline; None without one.
-        text_name: Where the text is from.
-        token_ids: Ids of the T tokens.
-        tokens: The tokens as text, with visible spaces and line ends.
-        arrays: Numbers of the model.
-        baseline: Numbers of the baseline; None without one.
-        lambda_type: λ type of the model; None without noise heads.
-        plan: Which maps are kept, and how finely.
-        maps: Maps by layer.
-        baseline_maps: Maps of the baseline by layer, for the heads that correspond to a group.
-        notes: What a reader of the numbers should know.
-    """
+    """A model's attention in one text, and its baseline's if there is one."""
 
     name: str
     baseline_name: str | None
-    text_name: str
-    token_ids: list[int]
-    tokens: list[str]
+    text_name: str  # where the text is from
+    token_ids: list[int]  # ids of the T tokens
+    tokens: list[str]  # the tokens as text, with visible spaces and line ends
     arrays: AttentionArrays
     baseline: AttentionArrays | None
-    lambda_type: str | None
-    plan: MapPlan
-    maps: dict[int, LayerMaps]
-    baseline_maps: dict[int, LayerMaps]
-    notes: list[str] = field(default_factory=list)
+    lambda_type: str | None  # λ type of the model; None without noise heads
+    plan: MapPlan  # which maps are kept, and how finely
+    maps: dict[int, LayerMaps]  # by layer
+    baseline_maps: dict[int, LayerMaps]  # by layer, for the heads that correspond to a group
+    notes: list[str] = field(default_factory=list)  # what a reader of the numbers should know
 
     @property
     def signal_heads_per_group(self) -> int:

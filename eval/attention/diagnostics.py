@@ -53,18 +53,12 @@ class AttentionShares:
 
     Shares are fractions of a row's magnitude, |a| / Σ|a|. For signal and noise maps this is the attention itself; for
     difference maps it makes them comparable.
-
-    Attributes:
-        answer: Share on the sentences that hold the answer.
-        noise_context: Share on the other sentences of the context.
-        first_token: Share on the first token of the text, the attention sink, which the first two exclude.
-        entropy: Entropy of the shares, in nats.
     """
 
-    answer: float
-    noise_context: float
-    first_token: float
-    entropy: float
+    answer: float  # share on the sentences that hold the answer
+    noise_context: float  # share on the other sentences of the context
+    first_token: float  # share on the first token of the text, the attention sink, which the first two exclude
+    entropy: float  # entropy of the shares, in nats
 
 
 @dataclass(frozen=True)
@@ -72,19 +66,13 @@ class DiagnosticsReport:
     """Attention on retrieval prompts, by kind of map: "signal", and "noise" and "difference" for a GDA model.
 
     "baseline" is the baseline's maps, or its difference maps if it is a GDA model.
-
-    Attributes:
-        tokens: Mean length of a prompt.
-        by_layer: Means over the depths for each layer.
-        by_depth: Means over the layers for each depth.
-        lambdas: λ of each layer, the mean over heads and rows; None for a layer without noise heads.
     """
 
     settings: NeedleSettings
-    tokens: float
-    by_layer: dict[str, list[AttentionShares]]
-    by_depth: dict[str, list[AttentionShares]]
-    lambdas: list[float | None]
+    tokens: float  # mean length of a prompt
+    by_layer: dict[str, list[AttentionShares]]  # means over the depths for each layer
+    by_depth: dict[str, list[AttentionShares]]  # means over the layers for each depth
+    lambdas: list[float | None]  # λ of each layer, the mean over heads and rows; None for a layer without noise heads
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""

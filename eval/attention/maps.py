@@ -33,33 +33,21 @@ class MapKind:
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """The maps kept of one layer, of K kinds.
-
-    Attributes:
-        scales: Largest magnitude of each map, (G, K) in float32.
-        levels: Levels of the lower triangle of each map, (G, K, n (n + 1) / 2) in 8 bits.
-    """
+    """The maps kept of one layer, of K kinds."""
 
     kinds: list[MapKind]
-    scales: np.ndarray
-    levels: np.ndarray
+    scales: np.ndarray  # largest magnitude of each map, (G, K) in float32
+    levels: np.ndarray  # levels of the lower triangle of each map, (G, K, n (n + 1) / 2) in 8 bits
 
 
 @dataclass(frozen=True)
 class MapPlan:
-    """Which maps are kept, and how finely.
+    """Which maps are kept, and how finely."""
 
-    Attributes:
-        layers: Layers whose maps are kept.
-        pool: One value is the mean over `pool` × `pool` tokens.
-        heads: Whether the maps of each signal head are kept, or the mean over the heads of a group.
-        size: Side n of a kept map.
-    """
-
-    layers: tuple[int, ...]
-    pool: int
-    heads: bool
-    size: int
+    layers: tuple[int, ...]  # layers whose maps are kept
+    pool: int  # one value is the mean over `pool` × `pool` tokens
+    heads: bool  # whether the maps of each signal head are kept, or the mean over the heads of a group
+    size: int  # side n of a kept map
 
     @classmethod
     def that_fits(

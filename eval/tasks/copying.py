@@ -19,18 +19,11 @@ CUE = 4  # words that are repeated for the model to continue
 
 @dataclass(frozen=True)
 class CopySettings:
-    """Settings of the sequences.
+    """Settings of the sequences."""
 
-    Attributes:
-        length: Length of a sequence at most, in tokens (or words).
-        copied: Number of words to copy.
-        samples: Number of sequences.
-        data_seed: Seed of the data.
-    """
-
-    length: int
-    copied: int
-    samples: int
+    length: int  # of a sequence at most, in tokens (or words)
+    copied: int  # number of words to copy
+    samples: int  # number of sequences
     data_seed: int
 
     def __post_init__(self) -> None:

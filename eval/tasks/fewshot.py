@@ -62,20 +62,12 @@ _FRAMES = (
 
 @dataclass(frozen=True)
 class FewShotSettings:
-    """Settings of the documents.
+    """Settings of the documents."""
 
-    Attributes:
-        shots: Number of examples of each of the six kinds.
-        orders: Number of different orders of the same examples.
-        samples: Number of questions, each asked after every order.
-        arrangement: "random" (any order) or "alternate" (the kinds in turn).
-        data_seed: Seed of the data.
-    """
-
-    shots: int
-    orders: int
-    samples: int
-    arrangement: str
+    shots: int  # number of examples of each of the six kinds
+    orders: int  # number of different orders of the same examples
+    samples: int  # number of questions, each asked after every order
+    arrangement: str  # "random" (any order) or "alternate" (the kinds in turn)
     data_seed: int
 
     def __post_init__(self) -> None:

@@ -18,18 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MQARSettings:
-    """Settings of the sequences.
+    """Settings of the sequences."""
 
-    Attributes:
-        pairs: Number of pairs in a sequence, which is its length.
-        queries: Number of keys asked for in a sequence, each after the answers to the earlier ones.
-        samples: Number of sequences.
-        data_seed: Seed of the data.
-    """
-
-    pairs: int
-    queries: int
-    samples: int
+    pairs: int  # number of pairs in a sequence, which is its length
+    queries: int  # number of keys asked for in a sequence, each after the answers to the earlier ones
+    samples: int  # number of sequences
     data_seed: int
 
     def __post_init__(self) -> None:

@@ -29,24 +29,14 @@ GENERATED_TOKENS = 64  # max_gen_toks in needles.yaml; a digit can take a whole 
 
 @dataclass(frozen=True)
 class NeedleSettings:
-    """Settings of the prompts.
+    """Settings of the prompts."""
 
-    Attributes:
-        length: Length of a prompt at most, in tokens (or words).
-        depth: Position of the answer, from 0 (first sentence of the context) to 1 (last), or "all": `DEPTHS` in turn.
-        needles: Number of needles, N in the paper.
-        queries: Number of needles asked for, R in the paper.
-        digits: Number of digits of a magic number.
-        samples: Number of prompts.
-        data_seed: Seed of the data.
-    """
-
-    length: int
-    depth: float | str
-    needles: int
-    queries: int
-    digits: int
-    samples: int
+    length: int  # of a prompt at most, in tokens (or words)
+    depth: float | str  # position of the answer, from 0 (first sentence) to 1 (last), or "all": `DEPTHS` in turn
+    needles: int  # N in the paper
+    queries: int  # needles asked for, R in the paper
+    digits: int  # of a magic number
+    samples: int  # number of prompts
     data_seed: int
 
     def __post_init__(self) -> None:
@@ -72,22 +62,15 @@ class NeedleSettings:
 
 @dataclass(frozen=True)
 class NeedlePrompt:
-    """A prompt: `context`, blank line, `question`, space, `prefix`. The model continues from there.
-
-    Attributes:
-        answers: The numbers asked for, in the order of the question.
-        target: The right continuation.
-        depth: Position of the needles asked for, from 0 to 1.
-        answer_start, answer_end: Their position in `context`, in characters.
-    """
+    """A prompt: `context`, blank line, `question`, space, `prefix`. The model continues from there."""
 
     context: str
     question: str
     prefix: str
-    target: str
-    answers: list[str]
-    depth: float
-    answer_start: int
+    target: str  # the right continuation
+    answers: list[str]  # the numbers asked for, in the order of the question
+    depth: float  # position of the needles asked for, from 0 to 1
+    answer_start: int  # position of their sentences in `context`, in characters
     answer_end: int
 
     @property
