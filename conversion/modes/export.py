@@ -1,4 +1,4 @@
-"""A GDA model → a Llama, Mistral, Qwen, Motif or DiffLlama that computes the same: the inverse of the other modes.
+"""Exporting a GDA model to a Llama, Mistral, Qwen, Motif or DiffLlama that computes the same function.
 
 A Llama, Mistral or Qwen holds every model whose λ is a number and that has no head norm (`families.plain_heads`). Motif
 and DiffLlama are differential themselves.

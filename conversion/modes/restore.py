@@ -1,4 +1,4 @@
-"""A plain Llama, Mistral or Qwen that `gda export` wrote → the GDA model that it was.
+"""Restoring a GDA model from the plain Llama, Mistral or Qwen that `gda export` wrote.
 
 conversion.json says which query heads were noise heads, and λ of each layer. Training the plain model breaks the tie
 between the columns of o_proj that read signal heads and those that read noise heads. Then it is an ordinary Llama.
