@@ -143,8 +143,8 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
     mode: Literal["expand", "split", "map", "restore"] | None = option(
         None,
         "expand: add noise heads to a Llama, Mistral or Qwen, which is lossless. split: turn some of its heads into "
-        "noise heads, which is lossy. map: rename and reorder the tensors of a Motif or DiffLlama. restore: recover the "
-        "GDA model from a plain model that `gda export` wrote. Default: expand, map or restore, depending on SOURCE.",
+        "noise heads, which is lossy. map: rename and reorder the tensors of a Motif or DiffLlama. restore: recover "
+        "the GDA model from a plain model that `gda export` wrote. Default: expand, map or restore, by SOURCE.",
         panel=LAYOUT,
     )
     qk_rank: int | None = option(
