@@ -33,6 +33,8 @@ GROUPS = {
     "16/4": (Shape(16, 4, **DEEP), (LLAMA, DIFFLLAMA, "GDA 3:1", "GDA expanded 4:1", "GDA paired 3:1")),
     "20/4": (Shape(20, 4, **DEEP), (LLAMA, DIFFLLAMA, "GDA 4:1")),
     "16/2": (Shape(16, 2, **DEEP), (LLAMA, DIFFLLAMA, "GDA 7:1")),
+    # What `gda convert` makes of a Llama with 32 heads, and the plain model that `gda export` writes after training.
+    "40/8": (Shape(40, 8, **WIDE | {"layers": 4}), (LLAMA, "GDA 4:1")),
 }
 
 
