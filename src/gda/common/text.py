@@ -1,9 +1,10 @@
 """Reading text files, and a text that every installation has."""
 
-import codecs
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 BLOCK = 2**20
 
@@ -37,58 +38,40 @@ def text_pieces(path: Path) -> Iterator[str]:
         ValueError: naming the file and the byte.
     """
     held = ""
-    for block in _blocks(path):
-        held += block
-        if len(held) >= 2 * BLOCK:
-            cut = _line_start(held) or len(held)
-            yield held[:cut]
-            held = held[cut:]
+    with _opened(path) as file:
+        while block := file.read(BLOCK):
+            held += _without_zeros(path, block)
+            if len(held) >= 2 * BLOCK:
+                cut = _line_start(held) or len(held)
+                yield held[:cut]
+                held = held[cut:]
     if held:
         yield held
 
 
 def jsonl_texts(path: Path, field: str) -> Iterator[str]:
     """Yield the value of `field` in each line of a JSON Lines file; blank lines are skipped."""
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            yield _text_of(path, number, line, field)
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if _without_zeros(path, line).strip():
+                yield _text_of(path, number, line, field)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines without their ends. str.splitlines also splits at U+2028 and others, which JSON strings may contain."""
-    held: list[str] = []
-    for block in _blocks(path):
-        first, *others = block.split("\n")
-        held.append(first)
-        for other in others:
-            yield "".join(held)
-            held = [other]
-    yield "".join(held)
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """Open a UTF-8 file. Line ends are read as "\\n", and a byte order mark is dropped."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            at = file.buffer.tell() - len(error.object) + error.start
+            raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {at}") from None
 
 
-def _blocks(path: Path) -> Iterator[str]:
-    """The text of a file in blocks of about a million bytes: it may be larger than memory."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done, carriage_return = 0, ""
-    with open(path, "rb") as file:
-        while True:
-            block = file.read(BLOCK)
-            start = done - len(decoder.getstate()[0])  # minus the part of a character at the end of the previous block
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {start + error.start}") from None
-            if "\0" in text:
-                at = start + len(text[: text.index("\0")].encode())
-                raise ValueError(f"{path} is not text: it has a zero byte at byte {at}")
-            if start == 0:
-                text = text.removeprefix("\ufeff")  # some editors write a byte order mark
-            text = carriage_return + text
-            carriage_return = "\r" if block and text.endswith("\r") else ""
-            yield text.removesuffix(carriage_return).replace("\r\n", "\n").replace("\r", "\n")
-            if not block:
-                return
-            done += len(block)
+def _without_zeros(path: Path, text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"{path} is not text: it has a zero byte")
+    return text
 
 
 def _line_start(text: str) -> int:
