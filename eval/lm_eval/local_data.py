@@ -1,7 +1,6 @@
 """Datasets of lm-eval's tasks from local files instead of the Hub. Nothing else of a task changes."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pyarrow.parquet
 from huggingface_hub.utils import logging as hub_logging
 
 from gda.common.errors import first_line
+from gda.common.text import jsonl_rows
 
 SUFFIXES = (".jsonl", ".parquet")
 # A task with one of these as dataset_path names its files itself.
@@ -94,7 +94,7 @@ def _read(path: Path) -> datasets.Dataset:
     """The rows of a file, in memory. (datasets' own readers keep copies in the home folder and guess at types.)"""
     try:
         dataset = datasets.Dataset(pyarrow.parquet.read_table(path)) if path.suffix == ".parquet" else _read_jsonl(path)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     if not len(dataset):
         raise ValueError(f"{path} is empty")
@@ -103,15 +103,9 @@ def _read(path: Path) -> datasets.Dataset:
 
 def _read_jsonl(path: Path) -> datasets.Dataset:
     rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"{path}, line {number}, is not a JSON object")
+    for number, row in jsonl_rows(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object")
+        rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)  # from_list takes those of the first row only
     return datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])

@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 BLOCK = 2**20
 
@@ -51,10 +51,29 @@ def text_pieces(path: Path) -> Iterator[str]:
 
 def jsonl_texts(path: Path, field: str) -> Iterator[str]:
     """Yield the value of `field` in each line of a JSON Lines file; blank lines are skipped."""
+    for number, row in jsonl_rows(path):
+        text = row.get(field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f"{path}, line {number} has no field `{field}` that holds a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            message = f"{path}, line {number} has half a surrogate pair in `{field}`, which is not a character"
+            raise ValueError(message) from None
+        yield text
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number, from 1, and the value of each line of a JSON Lines file that is not blank."""
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
-            if _without_zeros(path, line).strip():
-                yield _text_of(path, number, line, field)
+            if not _without_zeros(path, line).strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+            yield number, row
 
 
 @contextlib.contextmanager
@@ -81,19 +100,3 @@ def _line_start(text: str) -> int:
         if end + 1 < len(text) and not text[end + 1].isspace():
             return end + 1
     return 0
-
-
-def _text_of(path: Path, number: int, line: str, field: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        raise ValueError(f"{path}, line {number} has no field `{field}` that holds a string")
-    text = str(row[field])
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        message = f"{path}, line {number} has half a surrogate pair in `{field}`, which is not a character"
-        raise ValueError(message) from None
-    return text
