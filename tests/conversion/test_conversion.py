@@ -475,6 +475,7 @@ def test_conversion_json_records_the_origin_of_everything(tmp_path: Path) -> Non
         "qk_rank": None,
         "growth": None,
         "split": None,
+        "export": None,
     }
     assert output["versions"]["gda"] == gda.__version__
     assert output["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
