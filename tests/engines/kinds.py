@@ -62,6 +62,7 @@ KINDS = {
     "more noise heads than KV heads": Kind("llama", {"num_noise_heads": 4}),
     "fewer noise heads than KV heads": Kind("mistral", {"num_key_value_heads": 6}),
     "wide heads": Kind("llama", {"head_dim": 16}),
+    "wide heads, as a Mistral": Kind("mistral", {"head_dim": 16}),
     "heads that do not divide hidden_size": Kind("mistral", {"num_attention_heads": 6, "head_dim": 16}),
     "llama3 RoPE scaling": Kind("llama", {"rope_parameters": LLAMA3}),
     "all biases": Kind("llama", {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}),
@@ -88,7 +89,7 @@ def export_all(root: Path) -> list[Path]:
         folder = root / name
         model.save_pretrained(folder / "gda")
         byte_tokenizer().save_pretrained(folder / "gda")
-        gda.export(folder / "gda", folder / "exported")
+        gda.export(folder / "gda", folder / "exported", format=kind.written)
         folders.append(folder / "exported")
     return folders
 
