@@ -1,6 +1,7 @@
 """Reading text files, and a text that every installation has."""
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,11 +80,11 @@ def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     """Open a UTF-8 file. Line ends are read as "\\n", and a byte order mark is dropped."""
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
         try:
             yield file
         except UnicodeDecodeError as error:
-            at = file.buffer.tell() - len(error.object) + error.start
+            at = raw.tell() - len(error.object) + error.start
             raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {at}") from None
 
 
