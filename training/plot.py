@@ -9,6 +9,7 @@ from typing import Any
 
 from gda.common.files import write_text
 from gda.common.html import page
+from gda.common.text import text_pieces
 from gda.training.runs.run_folder import LOG_FILE
 
 PAGE_FILE = "training.html"
@@ -119,11 +120,8 @@ def read_log(path: Path) -> TrainingLog:
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     rows: list[dict[str, Any]] = []
-    try:
-        # Not splitlines, which also splits at characters that a JSON string may contain, such as U+2028.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+    # Not splitlines, which also splits at characters that a JSON string may contain, such as U+2028.
+    lines = "".join(text_pieces(path)).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

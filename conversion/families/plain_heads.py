@@ -30,17 +30,11 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 
 @dataclass(frozen=True)
 class QueryHead:
-    """A query head of the plain decoder.
+    """A query head of the plain decoder."""
 
-    Attributes:
-        row: The head of GDA's q_proj that it is.
-        blocks: The blocks of head_dim columns of GDA's o_proj whose sum reads its output.
-        is_noise: Whether this sum is multiplied by −λ.
-    """
-
-    row: int
-    blocks: tuple[int, ...]
-    is_noise: bool
+    row: int  # the head of GDA's q_proj that it is
+    blocks: tuple[int, ...]  # the blocks of head_dim columns of GDA's o_proj whose sum reads its output
+    is_noise: bool  # whether this sum is multiplied by −λ
 
 
 @dataclass(frozen=True)

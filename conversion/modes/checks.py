@@ -25,15 +25,10 @@ class BrokenTieError(ValueError):
 
 @dataclass(frozen=True)
 class Export:
-    """What conversion.json says of an export with noise heads.
+    """What conversion.json says of an export with noise heads."""
 
-    Attributes:
-        fields: `EXPORTED_FIELDS` of the GDA model.
-        lambdas: λ of each layer.
-    """
-
-    fields: dict[str, Any]
-    lambdas: list[float]
+    fields: dict[str, Any]  # `EXPORTED_FIELDS` of the GDA model
+    lambdas: list[float]  # λ of each layer
 
 
 def exported(source: Source) -> Export | None:
