@@ -1,6 +1,6 @@
 """Export a GDA model to a Llama, Mistral, Qwen, Motif or DiffLlama that computes the same."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from gda.conversion.modes.registry import plan
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.open import open_source
 from gda.conversion.verify import VerifyReport
+from gda.conversion.writing.gguf_file import write_gguf
 from gda.conversion.writing.write_model import write_model
 
 
@@ -21,13 +22,15 @@ class ExportReport:
     """What was exported, or with `dry_run` would be.
 
     Attributes:
-        out: The folder.
-        format: The model type.
+        out: The folder, or the GGUF file.
+        format: The model type, or "gguf".
         num_attention_heads, num_key_value_heads, num_tensors, num_parameters: Size of the result.
+        nbytes: Size of the tensors, or of a GGUF file.
         sha256: SHA-256 of each file of weights; empty for a dry run.
         notes: What is rounded, was chosen, or is missing in the folder.
         verification: The report of `verify`; None if it was not asked for, or transformers cannot run the format.
         dry_run: Whether nothing was written.
+        file_type: The type of most matrices of a GGUF file, such as "Q8_0"; None for a folder.
     """
 
     out: Path
@@ -36,10 +39,12 @@ class ExportReport:
     num_key_value_heads: int
     num_tensors: int
     num_parameters: int
+    nbytes: int
     sha256: dict[str, str]
     notes: list[str] = field(default_factory=list)
     verification: VerifyReport | None = None
     dry_run: bool = False
+    file_type: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -54,7 +59,7 @@ def export(options: ExportOptions, *, console: Console | None = None) -> ExportR
     A Llama, Mistral, Qwen2 or Qwen3 can hold every model whose λ is one number per layer and that has no head norm: its
     signal and noise heads become query heads, and the output projection subtracts. The products are computed in float64
     and rounded once. While λ is 0, the signal heads alone are written, which are the source's tensors bit for bit where
-    they were not trained. Motif and DiffLlama keep λ.
+    they were not trained. Motif and DiffLlama keep λ. `format="gguf"` writes the plain model as one file for llama.cpp.
 
     Raises:
         ValueError: naming the field or the layer, if the other type cannot compute what the model computes.
@@ -66,18 +71,25 @@ def export(options: ExportOptions, *, console: Console | None = None) -> ExportR
     refuse_existing(out, options.overwrite)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
-        conversion = plan("export", source, options)
-        written = write_model(conversion, source, out, options, console=console)
+        if options.format == "gguf":  # the writer rounds to the type of the file
+            planned = replace(options, dtype="keep" if options.dtype == "keep" else "float32")
+            conversion = plan("export", source, planned)
+            written = write_gguf(conversion, source, out, options, console=console)
+        else:
+            conversion = plan("export", source, options)
+            written = write_model(conversion, source, out, options, console=console)
     config = conversion.config
     return ExportReport(
         out=out,
-        format=config.model_type,
+        format="gguf" if options.format == "gguf" else config.model_type,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         num_tensors=written.num_tensors,
         num_parameters=written.num_parameters,
+        nbytes=written.nbytes,
         sha256=written.sha256,
         notes=written.notes,
         verification=written.verification,
         dry_run=written.dry_run,
+        file_type=written.file_type,
     )

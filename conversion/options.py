@@ -219,9 +219,10 @@ class ExportOptions(CheckpointOptions):
 
     model: str | Path = argument("GDA model: a folder or a Hub id.")
     out: str | Path = argument("Folder to create.")
-    format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama"] = option(
+    format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama", "gguf"] = option(
         "llama",
-        "Model type to write. Another of the first four is chosen if this one cannot hold the model.",
+        "Model type to write. Another of the first four is chosen if this one cannot hold the model. gguf: one file "
+        "OUT.gguf for llama.cpp, Ollama and LM Studio.",
         panel=LAYOUT,
     )
     heads: Literal["original", "all"] | None = option(
@@ -230,6 +231,24 @@ class ExportOptions(CheckpointOptions):
         "projection. Default: original where every λ is 0, otherwise all.",
         panel=LAYOUT,
     )
+    dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0"] = option(  # type: ignore[assignment]
+        "keep", "Data type of the weights. q8_0: blocks of 32 values in 8 bits each; only for gguf.", panel=OUTPUT
+    )
+    tokenizer: str | Path | None = option(
+        None,
+        "With gguf, copy the tokenizer and the chat template from this GGUF file. Default: translate the model's.",
+        panel=OUTPUT,
+        metavar="FILE",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format == "gguf":
+            if self.resume:
+                raise ValueError("--resume is not for --format gguf, which writes one file; run it without")
+        elif self.dtype == "q8_0" or self.tokenizer is not None:
+            given = "--tokenizer" if self.tokenizer is not None else "--dtype q8_0"
+            raise ValueError(f"{given} is for --format gguf, not for {self.format}")
 
 
 @dataclass(frozen=True)

@@ -147,15 +147,13 @@ def verify_opened(
 ) -> VerifyReport:
     """`verify` for an opened source; `settings` are those in conversion.json, None if there are none."""
     lossless = threshold is None if settings is None else settings.lossless
-    if threshold is None and lossless:
-        threshold = LOSSLESS_THRESHOLD
     converted = FolderSource(folder)
     if source.config.vocab_size != converted.config.vocab_size:
         raise ValueError(
             f"{folder} has a vocabulary of {converted.config.vocab_size}, {source.name} of {source.config.vocab_size}"
         )
-    if method == "auto":
-        method = "tensors" if not source.can_run else "full" if _both_fit(source, converted) else "layers"
+    if method == "auto" and not source.can_run:
+        method = "tensors"
     if method == "tensors":
         return _compare_tensors(source, converted, settings)
     if not source.can_run:
@@ -163,6 +161,23 @@ def verify_opened(
             f"--method {method} runs the source, but transformers has no class for a {source.config.model_type} model; "
             "use tensors"
         )
+    return verify_by_logits(source, converted, lossless=lossless, method=method, threshold=threshold, console=console)
+
+
+def verify_by_logits(
+    source: Source,
+    converted: Source,
+    *,
+    lossless: bool,
+    method: str = "auto",
+    threshold: float | None = None,
+    console: Console | None = None,
+) -> VerifyReport:
+    """Compare the logits and the greedy texts of two opened models; `lossless` sets the default threshold."""
+    if threshold is None and lossless:
+        threshold = LOSSLESS_THRESHOLD
+    if method == "auto":
+        method = "full" if _both_fit(source, converted) else "layers"
     _require_same_windows(source, converted)
     kind, prompts = prompt_ids(source)
     try:

@@ -44,7 +44,7 @@ def plan(source: Source, options: ExportOptions) -> Conversion:
     assert isinstance(source.config, GDAConfig)
     config = same_config(source.config, DTYPES[options.dtype])
     with errors_named(source):
-        if options.format in LLAMALIKES:
+        if options.format in (*LLAMALIKES, "gguf"):
             return _as_plain(source, config, options)
         return _as_differential(source, config, options)
 
@@ -54,19 +54,17 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
     with_noise = any(lambdas) if options.heads is None else options.heads == "all"
     heads = plain_heads(config, with_noise=with_noise or None in lambdas)
     counts = (len(heads.query), len(heads.key))
-    model_type, reason = choose_target(config, options.format, counts)
+    is_gguf = options.format == "gguf"  # which names no model type, so any will do
+    model_type, reason = choose_target(config, "llama" if is_gguf else options.format, counts)
     numbers = [_number(layer, value, with_noise) for layer, value in enumerate(lambdas)]
     recipes = (same_recipes if config.qk_rank is None else folded_recipes)(config, source.specs, DTYPES[options.dtype])
     unmasked = unmasked_recipes(config, recipes)
     plain = plain_recipes(config, unmasked, heads, numbers)
     computed = config.qk_rank is not None or unmasked != recipes or any(numbers)
     rounded = [recipe.spec for recipe in plain.values() if computed and recipe.spec.dtype.itemsize < 4]
-    notes = [] if reason is None else [reason]
     if needs_zero_bias(config, model_type, counts):
         plain |= zero_biases(plain)
-        notes.append(ZERO_BIAS_NOTE)
-    if model_type == "qwen2" and not has_usual_heads(config, counts):
-        notes.append(QWEN2_NOTE)
+    notes = [] if is_gguf else _notes_on_type(config, model_type, counts, reason)
     if rounded:
         dtype = str(rounded[0].dtype).removeprefix("torch.")
         notes.append(f"the computed weights are rounded to {dtype}, which is not lossless; --dtype float32 is")
@@ -86,6 +84,15 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
         settings={"export": settings},
         save_config=partial(save_target_config, target, config),
     ).in_order()
+
+
+def _notes_on_type(config: GDAConfig, model_type: str, counts: tuple[int, int], reason: str | None) -> list[str]:
+    notes = [] if reason is None else [reason]
+    if needs_zero_bias(config, model_type, counts):
+        notes.append(ZERO_BIAS_NOTE)
+    if model_type == "qwen2" and not has_usual_heads(config, counts):
+        notes.append(QWEN2_NOTE)
+    return notes
 
 
 def _number(layer: int, value: float | None, with_noise: bool) -> float:

@@ -23,6 +23,7 @@ from gda.common.errors import first_line
 from gda.common.extras import needed_by
 from gda.common.screen import quiet_transformers
 from gda.conversion.families.llamalike import head_dim
+from gda.conversion.sources.gguf_splits import correct_tokenizer
 from gda.conversion.sources.readers import find_tokenizer, require_known_type
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.file_range import FileRange, stamp_of
@@ -51,6 +52,8 @@ class GGUFSource(Source):
         ImportError: if the package `gguf` is missing.
         ValueError: for a damaged file, another architecture, or contents that transformers would ignore silently.
     """
+
+    computed_tensors: frozenset[str] = frozenset()  # tensors of the file that transformers computes
 
     def __init__(self, path: Path):
         if not path.is_file():
@@ -127,8 +130,16 @@ class GGUFSource(Source):
         """llama.cpp's name of the model type, which determines the tensors' layout and prefixes the metadata."""
         return self._reader.fields["general.architecture"].contents()
 
+    @property
+    def _table(self) -> str:
+        """The model type whose table of tensor names applies."""
+        return self.config.model_type
+
     def _metadata(self, key: str) -> Any:
-        field = self._reader.fields.get(f"{self._architecture}.{key}")
+        return self._entry(f"{self._architecture}.{key}")
+
+    def _entry(self, key: str) -> Any:
+        field = self._reader.fields.get(key)
         return None if field is None else field.contents()
 
     def _tensors_by_name(self) -> dict[str, Any]:
@@ -138,7 +149,7 @@ class GGUFSource(Source):
         self._processor = processor_class(config=self.config.to_dict())
         try:
             with self._parsed_once():
-                names = get_gguf_hf_weights_map(meta_model(self.config), self._processor)
+                names = get_gguf_hf_weights_map(meta_model(self.config), self._processor, self._table)
         except NotImplementedError:  # if general.name is "mistral", transformers assumes that type
             raise ValueError(
                 f"{self.path}: transformers has no table of GGUF tensors for a {self.config.model_type}; "
@@ -146,6 +157,8 @@ class GGUFSource(Source):
             ) from None
         tensors = {}
         for tensor in self._reader.tensors:
+            if tensor.name in self.computed_tensors:
+                continue
             if tensor.name not in names:
                 raise ValueError(
                     f"{self.path}: tensor {tensor.name} has no counterpart in transformers' {self.config.model_type}; "
@@ -187,7 +200,10 @@ class GGUFSource(Source):
     @functools.cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
         with self._parsed_once():
-            return find_tokenizer(self.path.parent, gguf_file=self.path.name)
+            tokenizer = find_tokenizer(self.path.parent, gguf_file=self.path.name)
+        if tokenizer is not None:
+            correct_tokenizer(tokenizer, self._entry)
+        return tokenizer
 
     def copy_assets(self, folder: Path) -> None:
         if (tokenizer := self.tokenizer()) is not None:

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from huggingface_hub.serialization._base import parse_size_to_int
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gda._version import __version__
 from gda.common.files import read_json, remove, sha256, write_json, write_text
@@ -111,8 +111,7 @@ def write_weights(
     `made(name)` returns a tensor, or where its bytes are. With several `workers`, threads call it.
     """
     total, stop = sum(recipe.spec.nbytes for recipe in recipes.values()), threading.Event()
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with progress_bars(console, TextColumn("{task.description}"), *columns) as progress:
+    with byte_progress(console) as progress:
         task = progress.add_task("writing", total=total)
 
         def in_turn(names: list[str]) -> Iterator[tuple[str, torch.Tensor | FileRange]]:
@@ -155,6 +154,12 @@ def _write_all(
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def byte_progress(console: Console | None) -> Progress:
+    """A progress bar that counts bytes."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return progress_bars(console, TextColumn("{task.description}"), *columns)
 
 
 def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, list[str]]) -> str:

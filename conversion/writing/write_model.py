@@ -47,6 +47,7 @@ class ConvertReport:
         verification: The report of `verify`; None if it was not asked for.
         pushed: The report of `push`; None if it was not asked for.
         dry_run: Whether nothing was written.
+        file_type: The type of most matrices of a GGUF file, such as "Q8_0"; None for a folder.
     """
 
     out: Path
@@ -63,6 +64,7 @@ class ConvertReport:
     verification: VerifyReport | None = None
     pushed: PushReport | None = None
     dry_run: bool = False
+    file_type: str | None = None
 
     @property
     def is_plain(self) -> bool:

@@ -14,6 +14,7 @@ from gda.conversion.options import ExportOptions
         "gda export ./llama-gda ./llama",
         "gda export ./trained-gda ./trained-llama --dtype bfloat16",
         "gda export ./qwen-gda ./qwen --format qwen3",
+        "gda export ./trained-gda ./trained.gguf --format gguf --dtype q8_0",
         "gda export ./motif-gda ./motif --format motif",
     ),
 )
@@ -22,7 +23,7 @@ def export(options: ExportOptions, as_json: JSON = False) -> None:
 
     A Llama, Mistral or Qwen can hold every model whose λ is one number per layer and that has no head norm. Its signal
     and noise heads become query heads. While λ is 0, only the signal heads are written.
-    Motif and DiffLlama have noise heads and keep λ.
+    Motif and DiffLlama have noise heads and keep λ. --format gguf writes the plain model as one file for llama.cpp.
     """
     from gda.conversion.export import export as function
 
@@ -36,5 +37,7 @@ def export(options: ExportOptions, as_json: JSON = False) -> None:
         print_verification(report.verification)
     heads = f"{report.num_attention_heads} query heads over {report.num_key_value_heads} KV heads"
     size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors"
+    if report.file_type is not None:
+        size += f", {report.file_type}, {report.nbytes / 1e6:,.0f} MB"
     would = "would be written; nothing was (--dry-run): " if report.dry_run else ""
     typer.echo(f"{report.out}: {would}a {report.format}, {heads}, {size}")

@@ -1,0 +1,56 @@
+"""How byte-level tokenizers split text, by the names that GGUF files give these ways (`tokenizer.ggml.pre`).
+
+The patterns are those in the tokenizer.json files of the models after which llama.cpp (src/llama-vocab.cpp) names them.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerBase
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LLAMA3 = CONTRACTIONS + (r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _byte_level(**options: Any) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, **options}
+
+
+def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def _pattern(regex: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return _sequence(split, _byte_level(use_regex=False))
+
+
+# The pre-tokenizer of tokenizer.json, and whether a word that is a token is taken as it is, whatever the merges say.
+BYTE_LEVEL_SPLITS: dict[str, tuple[dict[str, Any], bool]] = {
+    "gpt-2": (_byte_level(use_regex=True), False),
+    "smollm": (_sequence({"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)), False),
+    "llama-bpe": (_pattern(LLAMA3), True),
+    "smaug-bpe": (_pattern(LLAMA3), False),
+    "qwen2": (_pattern(QWEN2), False),
+}
+
+
+def correct_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: Callable[[str], Any]) -> None:
+    """Let a tokenizer that transformers read from a GGUF file treat words and spaces as llama.cpp does.
+
+    transformers doesn't know all names, and never that a word may be taken as it is. It puts no space before a text
+    that begins with one, or that follows a special token. `metadata` gives an entry of the file, None if it is missing.
+    """
+    backend, name = tokenizer.backend_tokenizer, metadata("tokenizer.ggml.pre")
+    if metadata("tokenizer.ggml.model") == "llama":
+        steps = [normalizers.Prepend("▁")] if metadata("tokenizer.ggml.add_space_prefix") is not False else []
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    elif name in BYTE_LEVEL_SPLITS:
+        split, ignores_merges = BYTE_LEVEL_SPLITS[name]
+        bare = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": split, "added_tokens": []}
+        backend.pre_tokenizer = Tokenizer.from_str(json.dumps(bare)).pre_tokenizer
+        backend.model.ignore_merges = ignores_merges

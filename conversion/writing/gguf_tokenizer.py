@@ -1,0 +1,254 @@
+"""A tokenizer as GGUF metadata, such that llama.cpp gives the token ids of transformers.
+
+llama.cpp doesn't read tokenizer.json. A file names one of the ways to split text that llama.cpp has built in, and a
+wrong name gives wrong ids without an error. So the name is derived from what the tokenizer does, and a tokenizer that
+has no exact counterpart is refused.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
+
+if TYPE_CHECKING:  # an extra
+    from gguf import GGUFWriter
+
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, NORMAL, BYTE = 2, 3, 4, 5, 1, 6  # llama.cpp's types of tokens
+SPACE = "▁"
+BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
+REMEDY = "pass --tokenizer FILE.gguf, a GGUF file with this tokenizer that llama.cpp's own converter wrote"
+
+
+def add_tokenizer(
+    writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, copied_from: Path | None
+) -> list[str]:
+    """Add the metadata of the tokenizer and its chat template; return notes on where llama.cpp differs.
+
+    Args:
+        writer: Where it goes.
+        tokenizer: The tokenizer as transformers runs it. None writes a model that takes token ids only.
+        config: The configuration of the model.
+        copied_from: A GGUF file with the metadata to copy instead.
+
+    Raises:
+        ValueError: if llama.cpp has no tokenizer that is known to give the same ids.
+    """
+    if tokenizer is None:
+        if copied_from is not None:
+            raise ValueError("--tokenizer needs the model's own tokenizer to compare with, but the model has none")
+        writer.add_tokenizer_model("none")
+        return ["the model has no tokenizer, so the file has none; llama.cpp runs it on token ids only"]
+    tokens, beyond = _tokens(tokenizer, config.vocab_size)
+    if copied_from is not None:
+        _copy(writer, copied_from, tokens)
+        return []
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json; {REMEDY}")
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    added, model = _added_tokens(parts), parts["model"]
+    if unusable := [token for token in beyond if token not in added]:
+        raise ValueError(f"the tokenizer has more tokens than the model, such as {unusable[0]!r}; {REMEDY}")
+    if model["type"] != "BPE":
+        raise ValueError(f"a {model['type']} tokenizer is not translated; {REMEDY}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[name]:
+            raise ValueError(f"the tokenizer's {name}={model[name]!r} has no counterpart in llama.cpp; {REMEDY}")
+    if model["byte_fallback"]:
+        scores = _scores(model, added, tokenizer.backend_tokenizer.model)
+        notes = _add_sentencepiece(writer, parts, [scores.get(token, 0.0) for token in tokens])
+    else:
+        notes = _add_byte_level(writer, parts)
+    writer.add_token_list([_spelled(token, added) for token in tokens])
+    writer.add_token_types(_types(tokens, tokenizer, added, model["byte_fallback"]))
+    _add_special_ids(writer, tokenizer, config)
+    if template := tokenizer.chat_template:
+        several = isinstance(template, dict)
+        writer.add_chat_template(
+            [{"name": name, "template": text} for name, text in template.items()] if several else template
+        )
+    notes += [f"token {token!r} is omitted, since the model has no such id" for token in beyond]
+    return notes
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[str]]:
+    """The token of each id that the model has, and the tokens beyond.
+
+    llama.cpp needs a token for each row of the embeddings, so unused ids get names. Tokens beyond appear where
+    transformers reads a GGUF file: it adds a special token of its own.
+    """
+    tokens, beyond = [f"[PAD{index}]" for index in range(size)], []
+    for token, index in tokenizer.get_vocab().items():
+        if index < size:
+            tokens[index] = token
+        else:
+            beyond.append(token)
+    return tokens, beyond
+
+
+def _added_tokens(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tokens that are found in the text before it is split."""
+    added = {each["content"]: each for each in parts["added_tokens"]}
+    for token, each in added.items():
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if each[flag]:
+                raise ValueError(f"token {token!r} has {flag}, which llama.cpp doesn't know; {REMEDY}")
+    return added
+
+
+def _spelled(token: str, added: dict[str, Any]) -> str:
+    """llama.cpp looks for added tokens in the text itself, which has spaces."""
+    return token.replace(SPACE, " ") if token in added else token
+
+
+def _types(tokens: list[str], tokenizer: PreTrainedTokenizerBase, added: dict[str, Any], falls_back: bool) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+
+    def kind(token: str) -> int:
+        if falls_back and token in BYTE_TOKENS:
+            return BYTE
+        if falls_back and token == tokenizer.unk_token:
+            return UNKNOWN
+        if token in added:
+            return CONTROL if added[token]["special"] else USER_DEFINED
+        return NORMAL if token in vocabulary else UNUSED
+
+    return [kind(token) for token in tokens]
+
+
+def _add_byte_level(writer: "GGUFWriter", parts: dict[str, Any]) -> list[str]:
+    """A byte-level BPE: GPT-2's, Llama 3's, SmolLM2's, Qwen2's."""
+    model, normalizer = parts["model"], parts["normalizer"]
+    normalizes = normalizer == {"type": "NFC"}
+    if normalizer is not None and not normalizes:
+        raise ValueError(f"the tokenizer's normalizer has no counterpart in llama.cpp; {REMEDY}")
+    way = (_canonical(parts["pre_tokenizer"]), model["ignore_merges"])
+    names = [name for name, (split, ignores) in BYTE_LEVEL_SPLITS.items() if way == (_canonical(split), ignores)]
+    if not names:
+        raise ValueError(f"the tokenizer splits text in a way that no known tokenizer of llama.cpp does; {REMEDY}")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(names[0])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_add_space_prefix(False)
+    if normalizes:
+        return ["llama.cpp doesn't normalize text to Unicode's NFC; letters with separate accents get other token ids"]
+    return []
+
+
+def _canonical(part: Any) -> Any:
+    """A pre-tokenizer without its `trim_offsets`, which don't change ids."""
+    if isinstance(part, dict):
+        return {key: _canonical(value) for key, value in part.items() if key != "trim_offsets"}
+    return [_canonical(each) for each in part] if isinstance(part, list) else part
+
+
+def _add_sentencepiece(writer: "GGUFWriter", parts: dict[str, Any], scores: list[float]) -> list[str]:
+    """A BPE over characters, with bytes for characters that are no tokens: Llama 2's, Mistral's."""
+    model = parts["model"]
+    if missing := BYTE_TOKENS - set(model["vocab"]):
+        raise ValueError(f"the tokenizer falls back to bytes but has no token {min(missing)}; {REMEDY}")
+    prefix, notes = _space_prefix(parts)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores(scores)
+    writer.add_add_space_prefix(prefix)
+    return notes
+
+
+def _space_prefix(parts: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Whether a space is put before the text, and a note if llama.cpp puts it before other texts, too."""
+    normalizer, split = parts["normalizer"], _canonical(parts["pre_tokenizer"])
+    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    if split is None and steps in ([prepend, replace], [replace]):
+        return prepend in steps, []
+    for scheme in ("never", "always", "first"):
+        spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+        if normalizer is None and split == spaces:
+            where = "nor after special tokens" if scheme == "first" else "there"
+            note = (
+                "llama.cpp puts a space before each text between special tokens, as the first Llama did; transformers' "
+                f"tokenizer puts none before a text that begins with one, {where}, so some token ids differ"
+            )
+            return scheme != "never", [] if scheme == "never" else [note]
+    raise ValueError(f"the tokenizer treats spaces in a way that llama.cpp doesn't know; {REMEDY}")
+
+
+def _scores(model: dict[str, Any], added: dict[str, Any], bpe: Any) -> dict[str, float]:
+    """The score of each token, such that joining the best-scored pair, as llama.cpp does, follows the merges.
+
+    The package gguf gives all tokens one score (`LlamaHfVocab`), which joins other pairs. `bpe` is the model itself.
+    """
+    vocabulary, merges, scores = model["vocab"], [tuple(pair) for pair in model["merges"]], dict[str, float]()
+    joined = [left + right for left, right in merges]
+    spaces = {token for token in joined if not token.strip(SPACE)}
+    are_last = spaces.issuperset(joined[-sum(token in spaces for token in joined) :])
+    tied = spaces if are_last and _joins_from_the_left(bpe, spaces) else set()
+    for place, token in enumerate(joined):
+        if token in scores and token != joined[place - 1] and token not in tied:
+            raise ValueError(f"the merges that give {token!r} do not follow each other; {REMEDY}")
+        scores.setdefault(token, -float(len(joined) if token in tied else len(scores)))
+    known = set(merges)
+    for token in vocabulary.keys() - BYTE_TOKENS - added.keys():
+        for place in range(1, len(token)):
+            pair = (token[:place], token[place:])
+            if pair not in known and all(part in vocabulary for part in pair):
+                raise ValueError(f"the merges lack {pair}, which llama.cpp would join; {REMEDY}")
+    return scores
+
+
+def _joins_from_the_left(bpe: Any, spaces: set[str]) -> bool:
+    """Whether a row of spaces becomes the longest tokens from left to right, as llama.cpp joins tokens of one score."""
+    longest = max(map(len, spaces), default=0)
+    for length in range(1, 3 * longest):
+        expected = [SPACE]
+        for _ in range(length - 1):
+            if expected[-1] + SPACE in spaces:
+                expected[-1] += SPACE
+            else:
+                expected.append(SPACE)
+        if [token.value for token in bpe.tokenize(SPACE * length)] != expected:
+            return False
+    return True
+
+
+def _add_special_ids(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    eos = config.eos_token_id if eos is None else eos
+    if not isinstance(eos, int) or eos >= config.vocab_size:
+        raise ValueError("the tokenizer has no eos_token, and llama.cpp would take another token for it; set eos_token")
+    prefix = tokenizer("").input_ids
+    if prefix not in ([], [bos]):
+        raise ValueError(f"the tokenizer adds the ids {prefix} to each text, but llama.cpp adds at most bos; {REMEDY}")
+    writer.add_bos_token_id(eos if bos is None else bos)
+    writer.add_eos_token_id(eos)
+    writer.add_add_bos_token(bool(prefix))
+    writer.add_add_eos_token(False)
+    for index, add in (
+        (tokenizer.unk_token_id, writer.add_unk_token_id),
+        (tokenizer.pad_token_id, writer.add_pad_token_id),
+    ):
+        if index is not None and index < config.vocab_size:
+            add(index)
+
+
+def _copy(writer: "GGUFWriter", path: Path, tokens: list[str]) -> None:
+    """Copy the metadata of a GGUF file's tokenizer, whose tokens must be the model's."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+        theirs = fields["tokenizer.ggml.tokens"].contents()
+    except Exception as error:  # a damaged file can make the reader raise anything
+        raise ValueError(f"--tokenizer {path} is not a GGUF file with a tokenizer: {error}") from None
+    if len(theirs) != len(tokens):
+        raise ValueError(f"--tokenizer {path} has {len(theirs)} tokens, but the model has {len(tokens)}")
+    for index, (our, their) in enumerate(zip(tokens, theirs, strict=True)):
+        if our not in (their, f"[PAD{index}]") and our.replace(SPACE, " ") != their:
+            raise ValueError(f"--tokenizer {path} has token {their!r} with id {index}, but the model has {our!r}")
+    for name, field in fields.items():
+        if name.startswith("tokenizer."):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
