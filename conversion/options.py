@@ -218,7 +218,7 @@ class ExportOptions(CheckpointOptions):
     """Options of `gda export`."""
 
     model: str | Path = argument("GDA model: a folder or a Hub id.")
-    out: str | Path = argument("Folder to create.")
+    out: str | Path = argument("Folder to create, or with --format gguf the file.")
     format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama", "gguf"] = option(
         "llama",
         "Model type to write. Another of the first four is chosen if this one cannot hold the model. gguf: one file "

@@ -33,7 +33,7 @@ async function run({path, texts = [], prompts = [], numTokens = 0, question}) {
     for (const ids of prompts) result.continued.push(await continued(sequence, ids, numTokens));
     if (question !== undefined) {
         await sequence.clearHistory();
-        const session = new LlamaChatSession({contextSequence: sequence, systemPrompt: task.system});
+        const session = new LlamaChatSession({contextSequence: sequence});
         result.answer = await session.prompt(question, {temperature: 0, maxTokens: 32});
     }
     await model.dispose();

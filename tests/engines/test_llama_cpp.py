@@ -1,0 +1,156 @@
+"""Exported GGUF files on llama.cpp: the GDA model's greedy text and probabilities, and the tokenizer's ids.
+
+llama.cpp comes from npm's node-llama-cpp, with a prebuilt binary, into a cache folder (85 MB).
+"""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from transformers import AutoTokenizer, GenerationConfig
+
+import gda
+from gda.conversion.demo import find_demo_model
+from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
+from gda.conversion.tensors.lambdas import layer_lambdas
+
+from ..support.checkpoints import load, needs_smollm2
+from ..support.llamas import byte_tokenizer
+from ..support.packages import cache_folder
+from ..support.tiny import tiny_model
+from ..support.tokenizers import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
+from .kinds import KINDS, NUM_TOKENS, PROMPTS, SHAPE, run_transformers
+
+pytestmark = pytest.mark.engines
+
+VERSION = "3.22.1"
+BINARIES = {
+    ("linux", "x86_64"): "linux-x64",
+    ("linux", "aarch64"): "linux-arm64",
+    ("darwin", "arm64"): "mac-arm64-metal",
+}
+WINDOWS = [name for name, kind in KINDS.items() if "sliding_window" in kind.fields]
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture(scope="session")
+def packages() -> Path:
+    """The folder with node-llama-cpp; tests are skipped where it can't be installed."""
+    binary = BINARIES.get((sys.platform, platform.machine()))
+    if binary is None or shutil.which("npm") is None:
+        pytest.skip("llama.cpp needs Node.js with npm on Linux or an Apple processor")
+    folder = cache_folder("gda-engines") / f"node-llama-cpp-{VERSION}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():
+            wanted = [f"node-llama-cpp@{VERSION}", f"@node-llama-cpp/{binary}@{VERSION}"]
+            options = ["--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
+            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                command = ["npm", "install", "--prefix", work, *options, *wanted]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    pytest.skip(f"npm cannot install {wanted[0]}: {done.stderr.strip().splitlines()[-1:]}")
+                shutil.copytree(work, folder, symlinks=True)
+    return folder
+
+
+def run_llama_cpp(packages: Path, files: dict[str, dict[str, Any]], work: Path) -> dict[str, Any]:
+    """Run the GGUF files; for each, `llama_cpp.mjs` says what is asked and returned."""
+    task, out = work / "task.json", work / "out.json"
+    task.write_text(json.dumps({"packages": str(packages), "files": files}))
+    script = Path(__file__).with_name("llama_cpp.mjs")
+    done = subprocess.run(["node", str(script), str(task), str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads(out.read_text())
+    for name, result in results.items():
+        assert "error" not in result, f"{name}: {result['error']}"
+    return results
+
+
+def check(got: list[int], expected: list[int]) -> None:
+    """llama.cpp doesn't return the token that ends the text, and stops there."""
+    assert got == expected[: len(got)]
+    assert len(got) == len(expected) or expected[len(got)] == byte_tokenizer().eos_token_id
+
+
+def test_every_kind_of_model(packages: Path, tmp_path: Path) -> None:
+    """Greedy text of each prompt, and the probabilities of its first token."""
+    prompts, folders, files = [byte_tokenizer().encode(prompt) for prompt in PROMPTS], [], {}
+    for seed, (name, kind) in enumerate(KINDS.items()):
+        folders.append(tmp_path / name / "gda")
+        tiny_model(seed=seed, **(SHAPE | kind.fields)).save_pretrained(folders[-1])
+        byte_tokenizer().save_pretrained(folders[-1])
+        if name in WINDOWS:
+            with pytest.raises(ValueError, match="sliding_window has no counterpart"):
+                gda.export(folders[-1], tmp_path / name / "x.gguf", format="gguf")
+            continue
+        report = gda.export(folders[-1], tmp_path / name / "x.gguf", format="gguf")
+        files[name] = {"path": str(report.out), "prompts": prompts, "numTokens": NUM_TOKENS}
+    expected = run_transformers(folders)
+    for name, result in run_llama_cpp(packages, files, tmp_path).items():
+        for got, tokens in zip(result["continued"], expected[name]["tokens"], strict=True):
+            check(got["tokens"], tokens)
+        probabilities = torch.tensor(expected[name]["logits"])[-1].softmax(-1)
+        for token, probability in result["continued"][0]["probabilities"]:
+            assert probability == pytest.approx(probabilities[token].item(), abs=2e-6), name
+
+
+def test_tokenizers(packages: Path, tmp_path: Path) -> None:
+    """The ids of hard texts, with special tokens in them."""
+    made = {way: byte_level_tokenizer(way) for way in BYTE_LEVEL_SPLITS} | {"sentencepiece": sentencepiece_tokenizer()}
+    files = {}
+    for name, tokenizer in made.items():
+        tiny_model(vocab_size=len(tokenizer) + 3).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        report = gda.export(tmp_path / name, tmp_path / f"{name}.gguf", format="gguf", verify=False)
+        files[name] = {"path": str(report.out), "texts": HARD_TEXTS}
+    for name, result in run_llama_cpp(packages, files, tmp_path).items():
+        for text, ids in zip(HARD_TEXTS, result["ids"], strict=True):
+            if name != "qwen2" or "x̄" not in text:  # llama.cpp knows no NFC, as a note says
+                assert ids == made[name](text).input_ids, f"{name}: {text!r}"
+
+
+@needs_smollm2
+def test_smollm2_from_a_gguf_to_gda_and_back(packages: Path, tmp_path: Path) -> None:
+    """Converted, trained until λ is not 0, exported: it knows the capital of France, with transformers' tokens."""
+    data = tmp_path / "data.txt"
+    data.write_text("Grouped differential attention subtracts noise from the signal. " * 200)
+    gda.convert(find_demo_model(), tmp_path / "gda", verify=False)
+    gda.train(
+        tmp_path / "gda",
+        tmp_path / "trained",
+        data=[data],
+        train="attention",
+        steps=4,
+        batch_size=1,
+        context=64,
+        learning_rate=3e-5,
+        lambda_learning_rate=5e-3,
+    )
+    report = gda.export(tmp_path / "trained", tmp_path / "back.gguf", format="gguf", verify=False)
+    assert report.num_attention_heads == 12
+    model, tokenizer = load(tmp_path / "trained"), AutoTokenizer.from_pretrained(tmp_path / "trained")
+    assert all(layer_lambdas(model.config, model.state_dict().__getitem__))
+    messages = [{"role": "user", "content": QUESTION}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text).input_ids
+    file = {"path": str(report.out), "texts": [text], "prompts": [ids], "numTokens": 24, "question": QUESTION}
+    result = run_llama_cpp(packages, {"smollm2": file}, tmp_path)["smollm2"]
+    assert result["ids"] == [ids]
+    assert "Paris" in result["answer"]
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    given = torch.tensor([ids])
+    written = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=24, do_sample=False)
+    expected = written[0, len(ids) :].tolist()
+    got = result["continued"][0]["tokens"]
+    assert got == expected[: len(got)]
+    assert expected[len(got) :] in ([], [tokenizer.eos_token_id])
+    assert "Paris" in tokenizer.decode(got)
