@@ -92,7 +92,7 @@ def test_every_kind_of_model(packages: Path, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="sliding_window has no counterpart"):
                 gda.export(folders[-1], tmp_path / name / "x.gguf", format="gguf")
             continue
-        report = gda.export(folders[-1], tmp_path / name / "x.gguf", format="gguf")
+        report = gda.export(folders[-1], tmp_path / name / "x.gguf", format="gguf", verify=False)
         files[name] = {"path": str(report.out), "prompts": prompts, "numTokens": NUM_TOKENS}
     expected = run_transformers(folders)
     for name, result in run_llama_cpp(packages, files, tmp_path).items():
