@@ -1,4 +1,4 @@
-"""PEFT adapters as sources: merged into their base model, converted and exported with it."""
+"""PEFT adapters as sources are merged into their base model, then converted or exported."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..support.tiny import relative_error, tiny_model, token_ids
 
 
 def save_adapter(base: Path, folder: Path, **changes: Any) -> Path:
-    """A LoRA with random weights for the model in `base`; λ vectors of a GDA model are trained in full."""
+    """Save a LoRA with random weights for the model in `base`. λ vectors of a GDA model are trained in full."""
     torch.manual_seed(0)
     settings = {"r": 2, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False} | changes
     get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings)).save_pretrained(folder)
@@ -25,11 +25,11 @@ def save_adapter(base: Path, folder: Path, **changes: Any) -> Path:
 
 
 def merged(base: Path, adapter: Path) -> Any:
-    """The model that PEFT merges."""
+    """The model merged by PEFT."""
     return PeftModel.from_pretrained(load(base), adapter).merge_and_unload().eval()
 
 
-def test_an_adapter_of_a_llama_is_merged_and_converted(tmp_path: Path) -> None:
+def test_adapter_of_llama_is_converted(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "llama")
     adapter = save_adapter(base, tmp_path / "adapter")
     report = gda.convert(adapter, tmp_path / "gda")
@@ -41,7 +41,7 @@ def test_an_adapter_of_a_llama_is_merged_and_converted(tmp_path: Path) -> None:
     assert (tmp_path / "gda" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
-def test_an_adapter_of_a_gda_model_is_exported_with_it(tmp_path: Path) -> None:
+def test_adapter_of_gda_model_is_exported(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
     adapter = save_adapter(tmp_path / "base", tmp_path / "adapter")
     gda.export(adapter, tmp_path / "plain")
@@ -53,8 +53,8 @@ def test_an_adapter_of_a_gda_model_is_exported_with_it(tmp_path: Path) -> None:
         assert relative_error(logits(tmp_path / folder, ids), expected) < 1e-5
 
 
-def test_a_base_in_bfloat16_stays_in_bfloat16(tmp_path: Path) -> None:
-    """The merged weights are rounded to the data types of the base."""
+def test_bfloat16_base_stays_bfloat16(tmp_path: Path) -> None:
+    """The merged weights have the dtypes of the base."""
     base = save_llama(tmp_path / "llama", dtype=torch.bfloat16)
     gda.convert(save_adapter(base, tmp_path / "adapter"), tmp_path / "gda")
     assert load(tmp_path / "gda", dtype="auto").dtype == torch.bfloat16
@@ -71,7 +71,7 @@ def test_a_base_in_bfloat16_stays_in_bfloat16(tmp_path: Path) -> None:
     ],
     ids=["pickle", "no base", "an adapter of itself", "missing base", "unknown kind"],
 )
-def test_broken_adapters_are_refused_in_one_line(break_it: Any, message: str, tmp_path: Path) -> None:
+def test_broken_adapter_is_refused(break_it: Any, message: str, tmp_path: Path) -> None:
     adapter = save_adapter(save_llama(tmp_path / "llama"), tmp_path / "adapter")
     break_it(adapter)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as refused:

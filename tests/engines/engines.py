@@ -1,6 +1,6 @@
-"""The engines that exported models run on: their packages, what they cannot run, and how they are run.
+"""Engines that run exported models: their packages, what they cannot run, and how to start them.
 
-Each runs in a process of its own, with its packages in front of the path: nothing is installed.
+Each engine runs in its own process, with its packages first on the path. Nothing is installed.
 """
 
 import json
@@ -75,10 +75,9 @@ ENGINES = {
 
 
 def run_engine(name: str, folders: Iterable[Path], prompts: list[str], num_tokens: int) -> Results:
-    """Continue the prompts greedily with each exported model, in a new process; by the name of the folder's parent.
+    """Continue the prompts greedily with each exported model, in a new process.
 
-    Raises:
-        RuntimeError: if the engine's packages cannot be installed.
+    The result is keyed by the name of the folder's parent. RuntimeError if the engine's packages cannot be installed.
     """
     engine = ENGINES[name]
     packages = install(cache_folder("gda-engines") / engine.packages[0], *engine.packages)

@@ -1,4 +1,4 @@
-"""The GDA models that are exported, and what they compute: every kind of model that a plain decoder can hold."""
+"""The GDA models that are exported, one for each kind that a plain decoder can express, and their expected results."""
 
 import json
 from collections.abc import Iterable
@@ -82,7 +82,7 @@ KINDS = {
 
 
 def export_all(root: Path) -> list[Path]:
-    """Save and export a model of each kind; return the exported folders, root/KIND/exported."""
+    """Save and export a model of each kind, and return the exported folders, root/KIND/exported."""
     folders = []
     for seed, (name, kind) in enumerate(KINDS.items()):
         model = tiny_model(seed=seed, **(SHAPE | kind.fields)).to(kind.dtype)
@@ -102,12 +102,12 @@ def config_of(folder: Path) -> Config:
 
 @torch.no_grad()
 def run_transformers(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """What transformers computes with each folder, in float32 and with a cache, as `run_engine` returns it."""
+    """Run each folder in transformers, in float32 and with a cache. The result has the form of `run_engine`'s."""
     return {folder.parent.name: continued(load(folder)) for folder in folders}
 
 
 def continued(model: PreTrainedModel) -> dict[str, Any]:
-    """Tokens after each prompt, and logits of the first."""
+    """Return the tokens generated after each prompt, and the logits of the first prompt."""
     ids = [torch.tensor([byte_tokenizer().encode(prompt)]) for prompt in PROMPTS]
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NUM_TOKENS, "pad_token_id": 0}
     return {

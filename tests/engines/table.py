@@ -17,7 +17,7 @@ HEADER = ["model", "format", "worst relative Δlogit", "same greedy text", "cann
 
 
 def rows(folders: list[Path], expected: Results, computed: dict[str, Results]) -> Iterator[list[str]]:
-    """A row for each exported folder; raises AssertionError naming an engine that gives another text."""
+    """A row for each exported folder; AssertionError if an engine generates different text."""
     for folder in folders:
         name, config = folder.parent.name, config_of(folder)
         same, unable, worst = [], [], 0.0

@@ -1,4 +1,4 @@
-"""What every engine's script does: read the task, run each model, write the results. It needs nothing but Python."""
+"""The common part of the engines' scripts: read the task, run each model, write the results. Standard library only."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def run(generate: Callable[[Path, list[str], int], dict[str, Any]]) -> None:
-    """Call `generate(folder, prompts, num_tokens)` for each folder of the task; an error counts for its model only."""
+    """Call `generate(folder, prompts, num_tokens)` for each folder of the task. An error affects only its model."""
     task = json.loads(Path(sys.argv[1]).read_text())
     results: dict[str, Any] = {}
     for name, folder in task["folders"].items():

@@ -1,6 +1,6 @@
-"""An exported model gives the GDA model's greedy text on engines of others, and the same logits.
+"""On other engines, an exported model gives the greedy text and the logits of its GDA model.
 
-Each engine comes from its wheel, into a cache folder, and runs all models in one process.
+Each engine is unpacked from its wheel into a cache folder and runs all models in one process.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engines
 
 @dataclass
 class Exported:
-    """The exported folders by kind, and what the GDA models compute."""
+    """The exported folders by kind, and the results of their GDA models."""
 
     folders: dict[str, Path]
     expected: Results
@@ -32,7 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.fixture(scope="session", params=[*ENGINES])
 def engine(request: pytest.FixtureRequest, exported: Exported) -> tuple[str, Results]:
-    """The name of an engine and what it computes."""
+    """The name of an engine and its results."""
     name = request.param
     limit = ENGINES[name].limit
     folders = [folder for folder in exported.folders.values() if limit(config_of(folder)) is None]
@@ -50,7 +50,7 @@ def check(kind: str, got: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers(kind: str, exported: Exported) -> None:
-    """Its own class, of the type that was to be written."""
+    """transformers loads the exported folder with its own class of the requested type."""
     folder = exported.folders[kind]
     assert config_of(folder)["model_type"] == KINDS[kind].written
     check(kind, run_transformers([folder])[kind], exported.expected[kind])
@@ -58,7 +58,7 @@ def test_transformers(kind: str, exported: Exported) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_engines(kind: str, engine: tuple[str, Results], exported: Exported) -> None:
-    """The engine of someone else, with its own tokenizer: each model that it can run at all."""
+    """Each engine runs every model that it supports, with its own tokenizer."""
     name, results = engine
     if (reason := ENGINES[name].limit(config_of(exported.folders[kind]))) is not None:
         pytest.skip(f"{name} cannot run it: {reason}")

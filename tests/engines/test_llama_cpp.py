@@ -1,6 +1,6 @@
-"""Exported GGUF files on llama.cpp: the GDA model's greedy text and probabilities, and the tokenizer's ids.
+"""Exported GGUF files in llama.cpp: greedy text and probabilities of the GDA model, and ids of the tokenizer.
 
-llama.cpp comes from npm's node-llama-cpp, with a prebuilt binary, into a cache folder (85 MB).
+llama.cpp comes from npm's node-llama-cpp, which has a prebuilt binary, and is kept in a cache folder (85 MB).
 """
 
 import json
@@ -43,7 +43,7 @@ QUESTION = "What is the capital of France?"
 
 @pytest.fixture(scope="session")
 def packages() -> Path:
-    """The folder with node-llama-cpp; tests are skipped where it can't be installed."""
+    """The folder with node-llama-cpp. Tests are skipped if it cannot be installed."""
     binary = BINARIES.get((sys.platform, platform.machine()))
     if binary is None or shutil.which("npm") is None:
         pytest.skip("llama.cpp needs Node.js with npm on Linux or an Apple processor")
@@ -63,7 +63,7 @@ def packages() -> Path:
 
 
 def run_llama_cpp(packages: Path, files: dict[str, dict[str, Any]], work: Path) -> dict[str, Any]:
-    """Run the GGUF files; for each, `llama_cpp.mjs` says what is asked and returned."""
+    """Run the GGUF files. `llama_cpp.mjs` documents the request and the result of each."""
     task, out = work / "task.json", work / "out.json"
     task.write_text(json.dumps({"packages": str(packages), "files": files}))
     script = Path(__file__).with_name("llama_cpp.mjs")
@@ -76,13 +76,13 @@ def run_llama_cpp(packages: Path, files: dict[str, dict[str, Any]], work: Path) 
 
 
 def check(got: list[int], expected: list[int]) -> None:
-    """llama.cpp doesn't return the token that ends the text, and stops there."""
+    """Compare the text. llama.cpp does not return the token that ends it."""
     assert got == expected[: len(got)]
     assert len(got) == len(expected) or expected[len(got)] == byte_tokenizer().eos_token_id
 
 
 def test_every_kind_of_model(packages: Path, tmp_path: Path) -> None:
-    """Greedy text of each prompt, and the probabilities of its first token."""
+    """The greedy text of each prompt and the probabilities of the first new token are the same."""
     prompts, folders, files = [byte_tokenizer().encode(prompt) for prompt in PROMPTS], [], {}
     for seed, (name, kind) in enumerate(KINDS.items()):
         folders.append(tmp_path / name / "gda")
@@ -103,8 +103,8 @@ def test_every_kind_of_model(packages: Path, tmp_path: Path) -> None:
             assert probability == pytest.approx(probabilities[token].item(), abs=2e-6), name
 
 
-def test_tokenizers(packages: Path, tmp_path: Path) -> None:
-    """The ids of hard texts, with special tokens in them."""
+def test_token_ids(packages: Path, tmp_path: Path) -> None:
+    """The ids of difficult texts that contain special tokens are the same."""
     made = {way: byte_level_tokenizer(way) for way in BYTE_LEVEL_SPLITS} | {"sentencepiece": sentencepiece_tokenizer()}
     files = {}
     for name, tokenizer in made.items():
@@ -119,8 +119,8 @@ def test_tokenizers(packages: Path, tmp_path: Path) -> None:
 
 
 @needs_smollm2
-def test_smollm2_from_a_gguf_to_gda_and_back(packages: Path, tmp_path: Path) -> None:
-    """Converted, trained until λ is not 0, exported: it knows the capital of France, with transformers' tokens."""
+def test_smollm2_from_gguf_to_gda_and_back(packages: Path, tmp_path: Path) -> None:
+    """Converted, trained until λ is not 0, and exported, it answers with the tokens that transformers generates."""
     data = tmp_path / "data.txt"
     data.write_text("Grouped differential attention subtracts noise from the signal. " * 200)
     gda.convert(find_demo_model(), tmp_path / "gda", verify=False)

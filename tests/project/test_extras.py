@@ -1,4 +1,4 @@
-"""Where a package of an extra is missing, one line says what needs it and how to install it."""
+"""If a package of an extra is missing, one line says what needs it and how to install it."""
 
 import re
 import subprocess
@@ -50,16 +50,16 @@ def run(command: str, hidden: tuple[str, ...], folder: Path) -> subprocess.Compl
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
 
 
-def test_the_extras_are_those_of_setup_cfg() -> None:
-    """Every requirement that a message names is the one that pip reads."""
+def test_extras_match_setup_cfg() -> None:
+    """Messages name the requirements that pip reads."""
     declared = setup_cfg()["options.extras_require"]
     assert {name: tuple(declared[name].split()) for name in EXTRAS} == EXTRAS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_a_command_names_the_packages_that_it_lacks(extra: str, folder: Path) -> None:
-    """Exit code 2 and one line that ends with a command for pip, which names every requirement of the extra."""
+def test_missing_packages_are_named(extra: str, folder: Path) -> None:
+    """Exit code 2 and one line that ends with a pip command for all requirements of the extra."""
     outcome = run(COMMANDS[extra], HIDDEN[extra], folder)
     assert outcome.returncode == 2, outcome.stderr
     (line,) = outcome.stderr.splitlines()
@@ -79,7 +79,7 @@ def test_other_commands_need_no_extra(command: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_training_classes_need_no_extra() -> None:
-    """Each public name of gda.training can be imported with the Trainer alone."""
+def test_training_classes_need_no_extra() -> None:
+    """All public names of gda.training can be imported with transformers' Trainer alone."""
     code = "import sys; sys.modules |= dict.fromkeys(('datasets', 'pyarrow', 'peft')); from gda.training import *"
     subprocess.run([sys.executable, "-c", code], check=True)

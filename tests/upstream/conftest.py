@@ -1,3 +1,3 @@
-"""Keeps these tests out of `pytest tests`: they need transformers' own test modules, which `run.py` fetches."""
+"""Excludes this folder from `pytest tests`: its tests need transformers' own test modules, which `run.py` downloads."""
 
 collect_ignore_glob = ["*"]

@@ -1,7 +1,8 @@
-"""Run transformers' common model tests on GDA and on Llama, and report what GDA does not pass.
+"""Run transformers' common model tests on GDA and Llama, and report the tests that GDA does not pass.
 
-The wheel of transformers holds no tests; its sdist holds the common ones, without some helper modules they import.
-This script unpacks them to a temporary folder, puts `stand_ins/` where a module is missing, and runs pytest there.
+The wheel of transformers contains no tests. Its sdist contains the common ones, but lacks some helper modules that they
+import. This script unpacks the tests to a temporary folder, adds `stand_ins/` for the missing modules, and runs pytest
+there.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def download_sdist(cache: Path) -> Path:
-    """The sdist of the installed transformers, from `cache` or else by pip."""
+    """Return the sdist of the installed transformers, from `cache` or downloaded by pip."""
     requirement = f"transformers=={version('transformers')}"
     sdist = cache / f"transformers-{version('transformers')}.tar.gz"
     if not sdist.exists():
@@ -72,7 +73,7 @@ def download_sdist(cache: Path) -> Path:
 
 
 def copy_tests(source: Path, folder: Path) -> Path:
-    """Put transformers' tests, stand-ins for what they lack and our test module into `folder / "tests"`."""
+    """Copy transformers' tests, stand-ins for missing modules and our test module to `folder / "tests"`."""
     tests = folder / "tests"
     if source.is_dir():
         shutil.copytree(source / "tests", tests)
@@ -106,7 +107,7 @@ def run_pytest(test_file: Path, folder: Path, report: Path, distributed: bool, o
 
 
 def read_report(report: Path) -> Outcomes:
-    """What became of each test of each class. A test with one failed subtest has failed."""
+    """The outcome of each test of each class. A test with a failed subtest has failed."""
     outcomes: Outcomes = defaultdict(dict)
     for case in ElementTree.parse(report).iter("testcase"):
         tests = outcomes[case.get("classname", "").rsplit(".", 1)[-1]]
@@ -122,13 +123,13 @@ def read_report(report: Path) -> Outcomes:
 
 
 def _reason(element: ElementTree.Element) -> str:
-    """The error, and of one handed on from another process the original, or else the message's first line."""
+    """The first line of the message or, if another process raised the error, the original error."""
     errors = re.findall(r"^E +(\w*(?:Error|Exception): .+)", element.text or "", re.MULTILINE)
     return (errors[-1:] + element.get("message", "").strip().splitlines() + [""])[0]
 
 
 def print_summary(outcomes: Outcomes) -> None:
-    """Counts by class, then each test not passed, with what Llama made of it."""
+    """Print counts by class, then each test that did not pass, with its outcome on Llama."""
     print("\n| class | passed | skipped | failed |\n| --- | --- | --- | --- |")
     for name, tests in outcomes.items():
         counts = Counter(outcome for outcome, _ in tests.values())

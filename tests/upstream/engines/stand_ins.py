@@ -1,7 +1,7 @@
-"""Empty modules in the place of GPU packages that SGLang imports wherever it runs, used or not.
+"""Empty modules for GPU packages that SGLang always imports.
 
-`install` must come before the first import of sglang, in each of its processes. The packages are not needed on the path
-that a model takes on a CPU: what is taken from a stand-in and then computed with would fail or give wrong tokens.
+Call `install` before the first import of sglang, in each of its processes. On a CPU the models do not need these
+packages. Computing with a stand-in fails or gives wrong tokens.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 NAMES = ("triton", "sgl_kernel", "torchvision", "torchaudio", "IPython")
-# These ask whether triton and torchvision are there. They are asked first, so that they find the truth.
+# These check whether triton and torchvision are installed, so they are imported before the stand-ins exist.
 ASKERS = (
     "torch.utils.flop_counter",
     "torch._inductor.compile_fx",
@@ -23,13 +23,13 @@ ASKERS = (
 
 
 class Anything:
-    """Whatever is read from a stand-in. Called with a function it returns the function, as a decorator does."""
+    """Any attribute of a stand-in. Called with a function it returns the function, like a decorator."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if len(args) == 1 and not kwargs and callable(args[0]) else self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "driver":  # triton.runtime.driver: asked which GPU there is
+        if name.startswith("__") or name == "driver":  # triton.runtime.driver is asked for the GPU
             raise AttributeError(name)
         return Anything()
 
@@ -46,17 +46,17 @@ class Anything:
 
 
 class StandIn(ModuleType):
-    """A module, and a package, that has whatever is imported from it."""
+    """A module or package that has every attribute that is imported from it."""
 
     __path__: list[str] = []
-    __version__: str = "3.5.0"  # triton's is compared
+    __version__: str = "3.5.0"  # triton's version is compared
 
     def __getattr__(self, name: str) -> Any:
         return getattr(Anything(), name)
 
 
 class StandIns(MetaPathFinder, Loader):
-    """Finds the packages of `NAMES` where nothing else does."""
+    """Finds the packages in `NAMES` that are not installed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in NAMES else None

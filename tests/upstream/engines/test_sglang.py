@@ -1,6 +1,6 @@
-"""SGLang serves GDA models: its own transformers backend, scheduler, paged cache and weight loader, on a CPU.
+"""SGLang serves GDA models on a CPU, with its own transformers backend, scheduler, paged cache and weight loader.
 
-Run by `run.py`, which fetches SGLang and saves the models. Each model has a server of its own, in processes of its own.
+`run.py` unpacks SGLang, saves the models and runs this file. Each model has its own server process.
 """
 
 import json
@@ -21,18 +21,19 @@ def generate(folder: Path) -> subprocess.CompletedProcess[str]:
     """Run `sglang_generate.py` on a model."""
     command = [sys.executable, str(Path(__file__).with_name("sglang_generate.py")), str(folder)]
     environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1"}
-    # In a session of its own: a server that cannot load its model ends all processes of its group.
+    # In a new session, because a server that cannot load its model ends all processes of its group.
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=600, start_new_session=True, check=False
     )
 
 
 @pytest.mark.parametrize("name", [*STOCK, *GDA])
-def test_serves_as_transformers_generates(name: str, record_property: Record) -> None:
-    """Three prompts of different lengths in one batch: the tokens of transformers' greedy `generate`.
+def test_tokens_are_those_of_transformers(name: str, record_property: Record) -> None:
+    """A batch of three prompts of different lengths gives the tokens of transformers' greedy `generate`.
 
-    A sliding window of W is W + 1 tokens here: SGLang counts it without the last token, and its own models hand it
-    `sliding_window - 1`, which its transformers backend does for no model.
+    SGLang's transformers backend extends a sliding window of W to W + 1 tokens: its attention counts the window without
+    the last token, and only its own models pass `sliding_window - 1`. The expected tokens are those of the wider
+    window.
     """
     outcome = generate(MODELS / name)
     tokens = [json.loads(line[7:]) for line in outcome.stdout.splitlines() if line.startswith("TOKENS ")]
@@ -44,7 +45,7 @@ def test_serves_as_transformers_generates(name: str, record_property: Record) ->
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses_when_loading_what_it_cannot_run(name: str, record_property: Record) -> None:
+def test_unsupported_models_are_refused_when_they_load(name: str, record_property: Record) -> None:
     outcome = generate(MODELS / name)
     assert "TOKENS" not in outcome.stdout
     errors = [line for line in outcome.stderr.splitlines() if line.startswith("ValueError: sglang ")]

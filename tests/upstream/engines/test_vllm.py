@@ -1,9 +1,9 @@
-"""The newest vLLM builds, rewrites and loads GDA models by its transformers backend, without a GPU and its kernels.
+"""The newest vLLM builds, rewrites and loads GDA models with its transformers backend, without a GPU.
 
-Its fusers read the source of each layer and replace what they recognize by fused layers. Its attention kernel alone is
-replaced here, by PyTorch's attention over the heads, scale and window that vLLM has given it.
+Its fusers read the source of each layer and replace the modules that they recognize by fused layers. Only its attention
+kernel is replaced here, by PyTorch's attention over the heads, scale and window that vLLM set.
 
-Run by `run.py`, which fetches vLLM's wheel and saves the models.
+`run.py` unpacks vLLM's wheel, saves the models and runs this file.
 """
 
 import json
@@ -25,13 +25,13 @@ from vllm.model_executor.model_loader import get_model
 MODELS = Path(os.environ["GDA_ENGINE_MODELS"])
 Record = Callable[[str, object], None]
 
-# What is recognized of a layer, where it is not this: the names of vLLM's fusers.
+# vLLM's fusers that apply, for models that differ from the default.
 ATTENTION, MLP = ["QKVFuser", "AttentionFuser"], ["GLUFuser"]
 OTHERWISE = {
-    ("poly-norm", "mlp"): ["MergedColumnParallelFuser"],  # no kernel for its activation; gate and up are merged
-    ("qk-rank", "self_attn"): ["AttentionFuser"],  # queries are no single projection
+    ("poly-norm", "mlp"): ["MergedColumnParallelFuser"],  # its activation has no kernel, so only gate and up are merged
+    ("qk-rank", "self_attn"): ["AttentionFuser"],  # the queries are not a single projection
 }
-OURS = {"GDAModel", "GDADecoderLayer", "GDAAttention", "Subtraction"}  # modules that stay; all else is vLLM's
+OURS = {"GDAModel", "GDADecoderLayer", "GDAAttention", "Subtraction"}  # modules that vLLM does not replace
 OURS_TOO = {
     "head-norm": {"GDARMSNormOfHead"},
     "sigmoid": {"LambdaProjection"},
@@ -42,7 +42,7 @@ OURS_TOO = {
 
 
 def attend(self: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-    """One sequence, causal: (T, H · d), (T, G · d), (T, G · d) → (T, H · d), in the place of vLLM's kernel."""
+    """Causal attention over one sequence, as vLLM's kernel: (T, H · d), (T, G · d), (T, G · d) → (T, H · d)."""
     length = query.shape[0]
     shapes = ((query, self.num_heads), (key, self.num_kv_heads), (value, self.num_kv_heads))
     heads = [states.view(1, length, number, self.head_size).transpose(1, 2) for states, number in shapes]
@@ -61,7 +61,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(folder: Path, dtype: str = "float32") -> tuple[VllmConfig, Any]:
-    """vLLM's settings and its model for a folder, weights loaded."""
+    """Return vLLM's settings and its model for a folder, with the weights loaded."""
     model_config = ModelConfig(
         str(folder),
         model_impl="transformers",
@@ -110,7 +110,7 @@ def test_recognizes_loads_and_computes(name: str, record_property: Record) -> No
 
 @pytest.mark.parametrize("name", ["shared", "sigmoid"])
 def test_keeps_lambda_in_float32(name: str, record_property: Record) -> None:
-    """In a model of bfloat16, as transformers does."""
+    """In a bfloat16 model, as in transformers."""
     _, model = build(MODELS / name, dtype="bfloat16")
     lambdas = {name: parameter.dtype for name, parameter in model.named_parameters() if "lambda_" in name}
     assert lambdas
@@ -120,7 +120,7 @@ def test_keeps_lambda_in_float32(name: str, record_property: Record) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses_when_loading_what_it_cannot_run(name: str, record_property: Record) -> None:
+def test_unsupported_models_are_refused_when_they_load(name: str, record_property: Record) -> None:
     with pytest.raises(ValueError, match="serve it with transformers") as error:
         build(MODELS / name)
     assert "\n" not in str(error.value)

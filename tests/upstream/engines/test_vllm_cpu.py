@@ -1,6 +1,6 @@
-"""vLLM serves GDA models: its own transformers backend, scheduler, paged cache and compiled CPU kernels.
+"""vLLM serves GDA models, with its own transformers backend, scheduler, paged cache and compiled CPU kernels.
 
-Run by `run.py`, which fetches a CPU build of vLLM and saves the models.
+`run.py` unpacks a CPU build of vLLM, saves the models and runs this file.
 """
 
 import gc
@@ -19,7 +19,7 @@ Record = Callable[[str, object], None]
 
 
 def generate(folder: Path, **options: Any) -> list[list[int]]:
-    """What vLLM gives for the prompts of a model's folder, all in one batch."""
+    """vLLM's continuations of the prompts in a model's folder, as one batch."""
     prompts = json.loads((folder / "expected.json").read_text())["prompts"]
     settings: dict[str, Any] = {
         "model_impl": "transformers",
@@ -45,15 +45,15 @@ def expected(name: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", [*STOCK, *GDA])
-def test_serves_as_transformers_generates(name: str, record_property: Record) -> None:
-    """Three prompts of different lengths in one batch: the tokens of transformers' greedy `generate`."""
+def test_tokens_are_those_of_transformers(name: str, record_property: Record) -> None:
+    """A batch of three prompts of different lengths gives the tokens of transformers' greedy `generate`."""
     assert generate(MODELS / name) == expected(name)
     record_property("row", f"{name} | loads; generates transformers' tokens")
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_serves_exported_models(name: str, record_property: Record) -> None:
-    """What `gda export` writes, by vLLM's own class of the type: the tokens of the GDA model in transformers."""
+    """vLLM's own class runs a folder of `gda export` and gives the tokens of the GDA model in transformers."""
     folder = f"exported-{name}"
     assert generate(MODELS / folder, model_impl="vllm", trust_remote_code=False) == expected(folder)
     record_property("row", f"exported as {name} | loads in vLLM's own class; generates transformers' tokens")
@@ -61,20 +61,20 @@ def test_serves_exported_models(name: str, record_property: Record) -> None:
 
 @pytest.mark.parametrize("name", ["shared", "tanh-and-norms"])
 def test_serves_compiled(name: str, record_property: Record) -> None:
-    """With torch.compile, as vLLM does unless told not to."""
+    """With torch.compile, vLLM's default."""
     assert generate(MODELS / name, enforce_eager=False) == expected(name)
     record_property("row", f"{name}, compiled | loads; generates transformers' tokens")
 
 
 @pytest.mark.parametrize("name", ["shared", "head-norm"])
 def test_serves_on_two_ranks(name: str, record_property: Record) -> None:
-    """Tensor parallelism by the model's plan: each rank has one of the two groups of heads."""
+    """With the model's tensor-parallel plan, each rank has one of the two groups of heads."""
     assert generate(MODELS / name, tensor_parallel_size=2) == expected(name)
     record_property("row", f"{name}, two ranks | loads; generates transformers' tokens")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses_when_loading_what_it_cannot_run(name: str, record_property: Record) -> None:
+def test_unsupported_models_are_refused_when_they_load(name: str, record_property: Record) -> None:
     with pytest.raises(ValueError, match="serve it with transformers") as error:
         generate(MODELS / name)
     assert "\n" not in str(error.value)

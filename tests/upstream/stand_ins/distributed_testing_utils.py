@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a server that has imported, once, what every test of them imports.
+# Ranks are forked from a server that has already imported what all tests need.
 multiprocessing.set_forkserver_preload(["transformers.models.auto.modeling_auto", "tests.test_modeling_gda"])
 
 
@@ -32,7 +32,7 @@ def _set_rank_device(rank: int) -> None:
 
 
 def _start_rank_processes(function: Callable, args: tuple, nprocs: int) -> None:
-    """Run `function(rank, *args)` in `nprocs` processes and raise what any of them raises."""
+    """Run `function(rank, *args)` in `nprocs` processes; an error in one of them is raised here."""
     mp.start_processes(function, args=args, nprocs=nprocs, start_method="forkserver")
 
 
