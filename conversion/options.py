@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gda.common.files import check_places, read_json, refuse_existing
 from gda.common.options import Options, argument, option
+from gda.common.places import check_folder, check_model, check_served, check_text
 
 LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "New heads", "Split", "Growth"
 COMPARISON = "Comparison"
@@ -16,6 +18,13 @@ class ReplaceOptions(Options):
     """Option of every command that writes a folder."""
 
     overwrite: bool = option(False, "Replace OUT if it exists.", panel=OUTPUT)
+
+    def check_places(self) -> None:
+        super().check_places()
+        given = vars(self)
+        if (out := given.get("out")) is not None:
+            check_places(given.get("source") or given["model"], out)
+            refuse_existing(Path(out), self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class SplitOptions(WriteOptions):
         "Python.",
         panel=SPLIT,
         metavar="FILE",
+        check=check_text,
     )
     calibration_tokens: int | None = option(
         None, "Number of calibration tokens. Default: 65,536.", panel=SPLIT, metavar="N"
@@ -138,7 +148,9 @@ class HubOptions(VisibilityOptions):
 class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
     """Options of `gda convert`."""
 
-    source: str | Path = argument("Model to convert: a folder of safetensors, a Hub id or a .gguf file.")
+    source: str | Path = argument(
+        "Model to convert: a folder of safetensors, a Hub id or a .gguf file.", check=check_model
+    )
     out: str | Path = argument("Folder to create.")
     mode: Literal["expand", "split", "map", "restore"] | None = option(
         None,
@@ -161,7 +173,8 @@ class GrowOptions(NewHeadOptions):
     """Options of `gda grow`."""
 
     model: str | Path = argument(
-        "Model to grow, a GDA model or one that `gda convert` accepts: a folder, a Hub id or a .gguf file."
+        "Model to grow, a GDA model or one that `gda convert` accepts: a folder, a Hub id or a .gguf file.",
+        check=check_model,
     )
     out: str | Path = argument("Folder to create.")
     signal: int | float | None = option(
@@ -209,7 +222,7 @@ class GrowOptions(NewHeadOptions):
 class FoldOptions(WriteOptions):
     """Options of `gda fold`."""
 
-    model: str | Path = argument("GDA model with qk_rank: a folder or a Hub id.")
+    model: str | Path = argument("GDA model with qk_rank: a folder or a Hub id.", check=check_model)
     out: str | Path = argument("Folder to create.")
 
 
@@ -217,7 +230,7 @@ class FoldOptions(WriteOptions):
 class ExportOptions(CheckpointOptions):
     """Options of `gda export`."""
 
-    model: str | Path = argument("GDA model: a folder or a Hub id.")
+    model: str | Path = argument("GDA model: a folder or a Hub id.", check=check_model)
     out: str | Path = argument("Folder to create, or with --format gguf the file.")
     format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama", "gguf"] = option(
         "llama",
@@ -255,8 +268,10 @@ class ExportOptions(CheckpointOptions):
 class VerifyOptions(RevisionOptions):
     """Options of `gda verify`."""
 
-    source: str | Path = argument("Model that OUT was converted from: a folder, a Hub id or a .gguf file.")
-    out: str | Path = argument("Converted model: a folder or a Hub id.")
+    source: str | Path = argument(
+        "Model that OUT was converted from: a folder, a Hub id or a .gguf file.", check=check_model
+    )
+    out: str | Path = argument("Converted model: a folder or a Hub id.", check=check_model)
     method: Literal["auto", "full", "layers", "tensors"] = option(
         "auto",
         "full: run both models. layers: run both with one layer in memory at a time. tensors: convert every tensor "
@@ -272,19 +287,25 @@ class VerifyOptions(RevisionOptions):
         minimum=0,
     )
 
+    def check_places(self) -> None:
+        super().check_places()
+        source, out = Path(self.source), Path(self.out)
+        if _is_converted(source) and out.is_dir() and not _is_converted(out):
+            raise ValueError(f"{source} is converted and {out} is not; swap them: gda verify {out} {source}")
+
 
 @dataclass(frozen=True)
 class InspectOptions(RevisionOptions):
     """Options of `gda inspect`."""
 
-    model: str | Path = argument("GDA model: a folder or a Hub id.")
+    model: str | Path = argument("GDA model: a folder or a Hub id.", check=check_model)
 
 
 @dataclass(frozen=True)
 class PushOptions(VisibilityOptions, BundleOptions):
     """Options of `gda push`."""
 
-    folder: str | Path = argument("Folder of a GDA model.")
+    folder: str | Path = argument("Folder of a GDA model.", check=check_folder)
     repo: str = argument("Repository on the Hub, owner/name or name; created if it doesn't exist.")
     revision: str = option("main", "Branch to push to; created if it doesn't exist.", panel=HUB, metavar="BRANCH")
     message: str | None = option(None, "Title of the commit. Default: Upload FOLDER.", panel=HUB)
@@ -295,7 +316,7 @@ class PushOptions(VisibilityOptions, BundleOptions):
 class ServeOptions(Options):
     """Options of `gda serve`."""
 
-    model: str = argument("GDA model: a folder or a Hub id, optionally with @REVISION.")
+    model: str = argument("GDA model: a folder or a Hub id, optionally with @REVISION.", check=check_served)
 
 
 @dataclass(frozen=True)
@@ -306,4 +327,12 @@ class DemoOptions(ReplaceOptions):
         None,
         "Llama to convert: a folder, a Hub id or a .gguf file. Default: SmolLM2-135M-Instruct.",
         panel=LAYOUT,
+        check=check_model,
     )
+
+
+def _is_converted(folder: Path) -> bool:
+    """Whether a folder holds the result of a conversion: a GDA model, or one with a conversion.json."""
+    config = folder / "config.json"
+    is_gda = config.is_file() and isinstance(read := read_json(config), dict) and read.get("model_type") == "gda"
+    return is_gda or (folder / "conversion.json").is_file()

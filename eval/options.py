@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gda.common.options import Options, argument, option
+from gda.common.places import check_model, check_text
 
 # A model in memory is allowed in Python. Its class cannot be named without importing PyTorch, hence Any.
 Model = str | Path | Any
@@ -28,7 +29,7 @@ class TaskOptions(Options):
         ValueError: if a value is out of range, naming the option.
     """
 
-    model: Model = argument("Model to evaluate: a folder, a Hub id or a .gguf file.")
+    model: Model = argument("Model to evaluate: a folder, a Hub id or a .gguf file.", check=check_model)
     tasks: str | Sequence[str] | None = option(
         None,
         "Names of tasks, groups or tags of lm-eval or of this package (gda_tasks), patterns such as blimp_*, or YAML "
@@ -82,12 +83,14 @@ class TaskOptions(Options):
 class EvaluateOptions(TaskOptions):
     """Options of `gda eval`: those of `gda.evaluate`, a baseline, and further measurements."""
 
-    baseline: Model | None = option(None, "Second model to evaluate with the same options. Default: none.", panel=MODEL)
+    baseline: Model | None = option(
+        None, "Second model to evaluate with the same options. Default: none.", panel=MODEL, check=check_model
+    )
     show_prompts: int = option(
         0, "Number of requests per task to print, as text and token ids.", panel=OUTPUT, minimum=0
     )
     perplexity: str | Path | None = option(
-        None, "Text file to measure the perplexity of. Default: none.", panel=MORE, metavar="FILE"
+        None, "Text file to measure the perplexity of. Default: none.", panel=MORE, metavar="FILE", check=check_text
     )
     context: int | None = option(
         None,
@@ -121,14 +124,17 @@ class AttentionOptions(Options):
         ValueError: if a value is out of range, naming the option.
     """
 
-    model: Model = argument("Model whose attention is shown: a folder, a Hub id or a .gguf file.")
+    model: Model = argument("Model whose attention is shown: a folder, a Hub id or a .gguf file.", check=check_model)
     text: str | None = option(None, "Text to read.", panel=TEXT)
     file: str | Path | None = option(
-        None, "File with the text to read: a text file, or .jsonl with a field `text`.", panel=TEXT
+        None, "File with the text to read: a text file, or .jsonl with a field `text`.", panel=TEXT, check=check_text
     )
     max_tokens: int = option(512, "Largest number of tokens to read.", panel=TEXT, minimum=1)
     baseline: Model | None = option(
-        None, "Second model to compare with, such as the source of a conversion. Default: none.", panel=MODEL
+        None,
+        "Second model to compare with, such as the source of a conversion. Default: none.",
+        panel=MODEL,
+        check=check_model,
     )
     device: str | None = option(None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL)
     revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=MODEL)

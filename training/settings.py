@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gda.common.options import Options, argument, flag, option
+from gda.common.places import check_data, check_model
 from gda.conversion.options import OUTPUT, BundleOptions, HubOptions, RevisionOptions
 
 DATA, LEARNING, STEPS = "Data", "Trained parameters", "Steps and rates"
@@ -103,6 +104,7 @@ class TrainSettings(Options):
         None,
         "Teacher to distill from: a folder, a Hub id or a .gguf file. Default: no distillation.",
         panel=TEACHER,
+        check=check_model,
     )
     distill_weight: float = option(
         0.5,
@@ -205,7 +207,8 @@ class TrainOptions(TrainSettings, RunOptions):
     """Options of `gda train`."""
 
     model: str | Path = argument(
-        "GDA language model with its tokenizer: a folder, a checkpoint of an earlier run or a Hub id."
+        "GDA language model with its tokenizer: a folder, a checkpoint of an earlier run or a Hub id.",
+        check=check_model,
     )
     out: str | Path | None = argument("Folder to create. Omit it with --plot to draw the log of MODEL.", default=None)
 
@@ -215,6 +218,17 @@ class TrainOptions(TrainSettings, RunOptions):
         if self.out is None:
             raise ValueError("OUT is missing; name the folder to create")
         super().__post_init__()
+
+    def check_places(self) -> None:
+        if self.only_plots:
+            return
+        super().check_places()
+        for name in ("data", "eval_data"):
+            for each in getattr(self, name):
+                try:
+                    check_data(each)
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(f"{flag(name)} {error}") from None
 
     @property
     def only_plots(self) -> bool:

@@ -87,6 +87,7 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
         given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
     try:
         options = mode.options(source.name, "", **given, **(settings.growth or {}))
-    except TypeError:
-        raise ValueError(f"{PROVENANCE_FILE} holds an unknown growth: {settings.growth}") from None
-    return plan(settings.mode, source, options)
+        return plan(settings.mode, source, options)
+    except TypeError:  # a setting that no growth has, or of another type
+        found = given | {"growth": settings.growth}
+        raise ValueError(f"{PROVENANCE_FILE} holds settings that no conversion has: {found}") from None

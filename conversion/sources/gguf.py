@@ -48,7 +48,6 @@ class GGUFSource(Source):
     transformers' own tables translate names, row order of q and k, config and tokenizer.
 
     Raises:
-        FileNotFoundError: if the file is missing.
         ImportError: if the package `gguf` is missing.
         ValueError: for a damaged file, another architecture, or contents that transformers would ignore silently.
     """
@@ -56,8 +55,6 @@ class GGUFSource(Source):
     computed_tensors: frozenset[str] = frozenset()  # tensors of the file that transformers computes
 
     def __init__(self, path: Path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
         with needed_by("reading a GGUF file", "gguf"):
             import gguf
         self.path = path

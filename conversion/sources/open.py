@@ -1,9 +1,9 @@
 """Opening what a user names: a folder, a Hub id or a GGUF file."""
 
-import re
 from pathlib import Path
 
 from gda.common.assets import ASSET_PATTERNS
+from gda.common.places import check_model
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.adapter import CONFIG_FILE, AdapterSource, base_of, is_adapter
 from gda.conversion.sources.folder import FolderSource
@@ -30,7 +30,7 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
         FileNotFoundError: if it is none of them.
         ValueError: if it does not hold a checkpoint that can be converted, or is empty.
     """
-    _refuse_empty(location)
+    check_model(location)
     path = Path(location)
     if revision is not None and path.exists():
         raise ValueError(f"--revision is for a Hub id, but {location} is a local path")
@@ -38,8 +38,6 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
         return GGUFSource(path)
     if path.is_dir():
         return _opened_adapter(path) if is_adapter(path) else FolderSource(path)
-    if path.exists():
-        raise ValueError(f"{path} is neither a model folder nor a .gguf file")
     folder = resolve_folder(location, revision)
     if is_adapter(folder):
         return _opened_adapter(folder)
@@ -61,15 +59,10 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
         ValueError: if it is empty.
         PermissionError, ConnectionError: if the Hub cannot be reached or denies access.
     """
-    _refuse_empty(location)
+    check_model(location)
     path = Path(location)
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(location)) or str(location).startswith("."):
-        raise FileNotFoundError(f"{location} does not exist")
+    if path.exists():
+        raise ValueError(f"{location} is not a model folder")
     return download(str(location), revision, [*MODEL_PATTERNS, "README.md"])
-
-
-def _refuse_empty(location: str | Path) -> None:
-    if not str(location).strip():  # an empty path would be the current folder
-        raise ValueError("the name of a model is empty; name a folder, a Hub id or a .gguf file")

@@ -1,9 +1,11 @@
 """The command `gda`. Nothing heavy is imported before a command runs."""
 
 import sys
+from difflib import get_close_matches
 from typing import NoReturn
 
 import typer
+from typer._click.exceptions import NoSuchOption
 
 from gda.commands import (  # noqa: F401 - registers the commands, in the order of `gda --help`  # isort: skip
     convert,
@@ -44,9 +46,25 @@ def main() -> None:
 def _fail(error: Exception, code: int) -> NoReturn:
     if getattr(error, "reported_elsewhere", False):
         sys.exit(code)  # another process of the same run prints it
-    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    if isinstance(error, NoSuchOption):
+        message = f"there is no option {error.option_name}{_suggestion(error)}"
+    else:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     typer.echo(f"gda: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+def _suggestion(error: NoSuchOption) -> str:
+    """The options that a user may have meant: by initials, as in --lr, by a part, as in --max-steps, or by letters."""
+    wanted = error.option_name.lstrip("-").replace("_", "-")
+    parameters = error.ctx.command.params if error.ctx is not None else []
+    known = [name.removeprefix("--") for each in parameters for name in each.opts if name.startswith("--")]
+    near = [name for name in known if "".join(part[0] for part in name.split("-")) == wanted]
+    near = near or get_close_matches(wanted, known, cutoff=0.7)
+    near = near or [name for name in known if len(wanted) > 2 and (wanted in name or name in wanted)]
+    if not near:
+        return f"; gda {sys.argv[1]} --help lists the options"
+    return f"; did you mean {' or '.join(f'--{name}' for name in near[:3])}?"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from gda.common.errors import first_line
+from gda.common.places import check_data
 from gda.common.text import jsonl_texts, text_pieces
 from gda.conversion.sources.hub import LOG_IN
 
@@ -34,8 +35,6 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),  # the words "NA" and "null" are text
     ".json": ("json", {}),
 }
-# Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
-OTHER_ENDINGS = (".gz", ".md", ".tsv", ".zst")
 ROWS_AT_ONCE = 1000
 
 # Text, and whether a document ends with it: a large document comes in several pieces.
@@ -71,22 +70,19 @@ def find_sources(
             found += [_file_source(each, text_field) for each in files]
         elif path.is_file():
             found.append(_file_source(path, text_field))
-        elif _looks_like_a_path(str(name)):
-            raise FileNotFoundError(f"{option} {name} is not a file")
         else:
+            _check_name(str(name), option)
             found.append(_hub_source(str(name), text_field, streaming, option))
     return found
 
 
-def _looks_like_a_path(name: str) -> bool:
-    repository = name.split(":", 1)[0]
-    return (
-        not repository
-        or os.path.exists(name)  # a pipe, a device
-        or name.startswith((".", "/", "~"))
-        or repository.count("/") > 1
-        or Path(repository).suffix in (*FOLDER_ENDINGS, *BUILDERS, *OTHER_ENDINGS)
-    )
+def _check_name(name: str, option: str) -> None:
+    try:
+        check_data(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{option} {error}") from None
+    if os.path.exists(name):
+        raise FileNotFoundError(f"{option} {name} is not a file")
 
 
 def _file_source(path: Path, text_field: str) -> DocumentSource:

@@ -70,7 +70,9 @@ def command(
         def run(**given: Any) -> None:
             values = {each: given.pop(each) for each in names}
             values = {each: tuple(value) if isinstance(value, list) else value for each, value in values.items()}
-            function(options(**values), **given)
+            checked = options(**values)
+            checked.check_places()
+            function(checked, **given)
 
         run.__doc__ = function.__doc__
         parameters = [_parameter(each, hint) for each, hint in declared(options)]

@@ -43,9 +43,11 @@ def attention(
     The page works offline. Maps that exceed --map-megabytes are averaged, and the page says so. The numbers are always
     computed from the full maps.
     """
+    if out is None and png is None and not as_json:
+        raise ValueError("nothing to write: name --out FILE, --png FILE or --json")
     from gda.eval.attention.attention import attention as function
 
-    _check_outputs(options, out, png, overwrite=overwrite, as_json=as_json)
+    _check_outputs(options, out, png, overwrite=overwrite)
     report = function.run(options, console=progress_console)
     written = [report.write_html(out, overwrite=overwrite)] if out is not None else []
     written += [report.write_png(png, overwrite=overwrite)] if png is not None else []
@@ -57,14 +59,10 @@ def attention(
         print_json(report.to_dict())
 
 
-def _check_outputs(
-    options: AttentionOptions, out: str | None, png: str | None, *, overwrite: bool, as_json: bool
-) -> None:
+def _check_outputs(options: AttentionOptions, out: str | None, png: str | None, *, overwrite: bool) -> None:
     """Check that everything can be written before anything is run."""
     from gda.eval.attention.report import check_output
 
-    if out is None and png is None and not as_json:
-        raise ValueError("nothing to write: name --out FILE, --png FILE or --json")
     for option, place in (("--out", out), ("--png", png)):
         if place is not None:
             path = check_output(place, overwrite, option)

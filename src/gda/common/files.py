@@ -146,7 +146,12 @@ class StagedFolder:
         while True:
             if self.folder.is_symlink():
                 raise FileExistsError(f"{self.folder} is a link, but must be a folder; remove it")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise type(error)(
+                    f"{self.out} cannot be created: {error.strerror}; choose a place that you can write to"
+                ) from None
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

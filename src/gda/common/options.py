@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from types import UnionType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -26,9 +27,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def argument(help: str, *, default: Any = MISSING) -> Any:
-    """A field that is positional on the command line and in Python."""
-    return field(default=default, metadata={"help": help, "positional": True})
+def argument(help: str, *, default: Any = MISSING, check: Callable[[Any], None] | None = None) -> Any:
+    """A field that is positional on the command line and in Python; `check` as of `option`."""
+    return field(default=default, metadata={"help": help, "positional": True, "check": check})
 
 
 def option(
@@ -41,6 +42,7 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> Any:
     """A field that is an option on the command line and a keyword argument in Python.
 
@@ -52,12 +54,14 @@ def option(
         flag: How the command line spells it, if not as the field with dashes, such as "--private/--public".
         minimum, maximum: The smallest and the largest number allowed.
         above: The number must be greater than this one.
+        check: Raises ValueError or OSError for a path or a name that can't be used; called by `check_places`.
     """
     limits = {"minimum": minimum, "maximum": maximum, "above": above}
     return field(
         default=default,
         kw_only=True,
-        metadata={"help": help, "positional": False, "panel": panel, "metavar": metavar, "flag": flag} | limits,
+        metadata={"help": help, "positional": False, "panel": panel, "metavar": metavar, "flag": flag, "check": check}
+        | limits,
     )
 
 
@@ -81,6 +85,22 @@ class Options:
             if isinstance(value, float) and _is_whole(hints[each.name]):
                 raise ValueError(f"{flag(each.name)} {value} is not a whole number")
             _check_limits(each, value)
+
+    def check_places(self) -> None:
+        """Check that what the options name can be read and written.
+
+        Raises:
+            OSError, ValueError: naming the option, and what is wrong.
+        """
+        for each in fields(self):
+            check, value = each.metadata.get("check"), getattr(self, each.name)
+            if check is None or not isinstance(value, str | Path):  # perhaps a model in memory
+                continue
+            try:
+                check(value)
+            except (OSError, ValueError) as error:
+                option = "" if each.metadata["positional"] else f"{flag(each.name)} "
+                raise type(error)(f"{option}{error}") from None
 
 
 def _check_limits(each: Field[Any], value: Any) -> None:
@@ -170,7 +190,9 @@ def takes(
             passed_on = {each.name: bound.pop(each.name) for each in own if each.name in bound}
             if rest is not None:
                 passed_on |= passed_on.pop(rest, {})
-            return function(options(**bound), **passed_on)  # type: ignore[call-arg]
+            given_options = options(**bound)
+            given_options.check_places()
+            return function(given_options, **passed_on)  # type: ignore[call-arg]
 
         call.run = function  # type: ignore[attr-defined]  # for a caller that has the options ready
         call.__signature__ = public  # type: ignore[attr-defined]

@@ -1,0 +1,67 @@
+"""Whether what a user names can be read or written. Options check it before anything heavy is imported."""
+
+import re
+from pathlib import Path
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+GGUF_MAGIC = b"GGUF"
+CONFIG_FILES = ("config.json", "adapter_config.json")  # of a model, and of a LoRA adapter
+# Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
+DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".md", ".tsv", ".zst")
+
+
+def check_model(location: str | Path) -> None:
+    """Check that a model can be there: in a folder, in a `.gguf` file, or on the Hub.
+
+    A name is not taken for a Hub id if it is no OWNER/NAME, or if a local folder OWNER exists.
+
+    Raises:
+        FileNotFoundError, ValueError: naming it, and what it could be.
+    """
+    if not str(location).strip():  # an empty path would be the current folder
+        raise ValueError("the name of a model is empty; name a folder, a Hub id or a .gguf file")
+    path = Path(location)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in CONFIG_FILES):
+            raise FileNotFoundError(f"{path / 'config.json'} is missing; a model folder must have one")
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is neither a model folder nor a .gguf file")
+        with open(path, "rb") as file:
+            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+                raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+    elif not is_hub_id(location):
+        raise FileNotFoundError(f"{location} does not exist; name a folder, a .gguf file or a Hub id, OWNER/NAME")
+
+
+def is_hub_id(location: str | Path) -> bool:
+    """Whether `location`, which does not exist, can be the name of a repository."""
+    name = str(location)
+    return bool(HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).parent.is_dir()
+
+
+def check_served(location: str) -> None:
+    """`check_model` for a name that may end with @REVISION."""
+    check_model(location.partition("@")[0])
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise FileNotFoundError unless `path` is a folder."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is not a folder; name one that holds a GDA model")
+
+
+def check_text(path: str | Path) -> None:
+    """Raise FileNotFoundError unless `path` is a file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+
+
+def check_data(name: str) -> None:
+    """Raise FileNotFoundError if `name` does not exist and cannot be a dataset on the Hub, NAME[:CONFIG[:SPLIT]]."""
+    repository = name.split(":", 1)[0]
+    if Path(name).exists():  # perhaps a pipe or a device, which is refused when it is opened
+        return
+    looks_like_a_path = name.startswith((".", "/", "~")) or repository.count("/") > 1
+    if not repository or looks_like_a_path or Path(repository).suffix in DATA_ENDINGS:
+        raise FileNotFoundError(f"{name} is not a file")

@@ -1,0 +1,89 @@
+"""Bad arguments are refused before torch is imported, in one line that names the remedy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gda
+
+from ..support.llamas import save_llama
+
+IN_CHILD = """
+import sys
+sys.argv = ["gda", *{arguments!r}]
+from gda.cli import main
+try:
+    main()
+finally:
+    assert "torch" not in sys.modules, "torch was imported"
+"""
+# What a user types, and what the line on standard error says.
+REFUSED = {
+    "convert LLAMA OUT --mode spilt": "--mode spilt is not one of expand, split, map",
+    "convert ./missing OUT": "./missing does not exist",
+    "convert models/missing OUT": "models/missing does not exist",
+    "convert missing OUT": "missing does not exist; name a folder, a .gguf file or a Hub id",
+    "convert notes.gguf OUT": "notes.gguf is not a GGUF file",
+    "convert models OUT": "models/config.json is missing",
+    "convert LLAMA ''": "OUT is empty",
+    "convert LLAMA models": "models already exists; choose another path or pass --overwrite",
+    "convert LLAMA OUT --mode split --calibration none.txt": "--calibration none.txt is not a file",
+    "verify GDA LLAMA": "GDA is converted and LLAMA is not; swap them: gda verify LLAMA GDA",
+    "grow GDA OUT --signal 0": "--signal 0 is not a number of replicas",
+    "train GDA OUT --data notes.gguf --lr 1": "there is no option --lr; did you mean --lora-rank or --learning-rate?",
+    "train GDA OUT --data notes.gguf --max-steps 1": "there is no option --max-steps; did you mean --steps?",
+    "train GDA OUT --data notes.gguf --zzz": "there is no option --zzz; gda train --help lists the options",
+    "train GDA OUT --data missing.txt": "--data missing.txt is not a file",
+    "train GDA OUT --data notes.gguf --teacher ./none": "--teacher ./none does not exist",
+    "eval missing/ --perplexity notes.gguf": "missing/ does not exist",
+    "eval GDA --perplexity missing.txt": "--perplexity missing.txt is not a file",
+    "eval GDA --baseline ./none --perplexity notes.gguf": "--baseline ./none does not exist",
+    "attention GDA --text a": "nothing to write",
+    "demo --out ''": "OUT is empty",
+    "demo --source ./none": "--source ./none does not exist",
+    "push ./none me/model": "none is not a folder",
+    "serve ./none": "./none does not exist",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("arguments")
+    save_llama(folder / "LLAMA")
+    gda.convert(folder / "LLAMA", folder / "GDA", verify=False)
+    (folder / "models").mkdir()
+    (folder / "notes.gguf").write_text("These are notes.\n")
+    return folder
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("command", REFUSED)
+def test_a_bad_argument_is_refused_at_once(command: str, folder: Path) -> None:
+    """Exit code 2, one line, nothing written, and torch is not imported."""
+    before = sorted(folder.iterdir())
+    arguments = ["" if word == "''" else word for word in command.split()]
+    outcome = subprocess.run(
+        [sys.executable, "-c", IN_CHILD.format(arguments=arguments)], cwd=folder, capture_output=True, text=True
+    )
+    (line,) = outcome.stderr.splitlines()
+    assert REFUSED[command] in line
+    assert outcome.returncode == 2
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_place_that_cannot_be_created_is_named_with_the_remedy(folder: Path) -> None:
+    """/proc takes no folder."""
+    with pytest.raises(OSError, match=r"/proc/x cannot be created: .*; choose a place that you can write to"):
+        gda.convert(folder / "LLAMA", "/proc/x")
+
+
+def test_settings_of_another_type_in_conversion_json_are_bad_input(folder: Path, tmp_path: Path) -> None:
+    """conversion.json may come from anybody."""
+    grown = tmp_path / "grown"
+    gda.grow(folder / "GDA", grown, depth=3, verify=False)
+    provenance = grown / "conversion.json"
+    provenance.write_text(provenance.read_text().replace('"depth": 3', '"depth": "three"'))
+    with pytest.raises(ValueError, match=r"conversion\.json holds settings that no conversion has"):
+        gda.verify(folder / "GDA", grown, method="tensors")
