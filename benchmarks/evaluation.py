@@ -52,7 +52,7 @@ def main() -> None:
         for repeat in range(args.repeat):
             out = Path(scratch) / str(repeat)
             times["lm_eval --model hf"].append(timed([*plain, "--output_path", str(out), args.dataset_root]))
-            times["gda eval"].append(timed([*ours, "--output", str(out / "ours")]))
+            times["gda eval"].append(timed([*ours, "--output", str(out / "ours"), "--overwrite"]))
         (file,) = out.rglob("results_*.json")
         scores = [json.loads(path.read_text())["results"] for path in (file, out / "ours" / "results.json")]
     for kind, what in enumerate(("elapsed", "processor")):

@@ -16,6 +16,7 @@ Model = str | Path | Any
 TASKS, TEXT, MODEL, OUTPUT = "Tasks", "Text", "Model", "Output"
 MORE = "Perplexity and attention"
 DEFAULT_CONTEXT = 512  # tokens
+RESULTS_FILE = "results.json"
 BATCH_SIZE = re.compile(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?")
 
 

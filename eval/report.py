@@ -15,14 +15,14 @@ from gda.common.html import page
 from gda.common.perplexity import TextPerplexity
 from gda.eval.attention.diagnostics import DiagnosticsReport
 from gda.eval.compare import Row
-from gda.eval.options import EvaluateOptions
+from gda.eval.options import RESULTS_FILE, EvaluateOptions
 from gda.eval.tables import TextTable, escaped
 
 if TYPE_CHECKING:  # only tasks need lm-eval
     from gda.eval.lm_eval.harness import ReceivedRequest
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
-RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.html"
+MARKDOWN_FILE, HTML_FILE = "results.md", "report.html"
 WITHIN = {True: "yes", False: "NO", None: ""}
 
 

@@ -18,7 +18,7 @@ from gda.training.distillation import Distillation
 from gda.training.parameters import choose_what_learns, count_learning
 from gda.training.runs.model_folder import load
 from gda.training.runs.processes import Processes, launcher_wants_bfloat16, on_cpu
-from gda.training.settings import TrainSettings
+from gda.training.settings import EVAL_TOKENS, TrainSettings
 
 CONTEXT = 512
 # Default numbers of log entries, checkpoints and measurements in a run.
@@ -107,8 +107,11 @@ def make_plan(
     )
     sequences = open_data(settings.data, streaming=settings.streaming)
     eval_sequences = None
+    eval_notes: tuple[str, ...] = ()
     if settings.eval_data:
         eval_sequences = open_data(settings.eval_data, streaming=False, option="--eval-data")
+        eval_sequences = eval_sequences.spread(max(1, (settings.eval_tokens or EVAL_TOKENS) // context))
+        eval_notes = eval_sequences.notes
     steps = _count_steps(settings, sequences, processes.count)
     return Plan(
         settings=settings,
@@ -121,7 +124,7 @@ def make_plan(
         steps=steps,
         num_parameters=num_parameters,
         num_trained=count_learning(learner),
-        notes=[*sequences.notes, *_fade_notes(settings, config, steps)],
+        notes=[*sequences.notes, *eval_notes, *_fade_notes(settings, config, steps)],
     )
 
 

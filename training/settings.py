@@ -10,6 +10,7 @@ from gda.common.options import Options, argument, flag, option
 from gda.common.places import check_data, check_model
 from gda.conversion.options import OUTPUT, BundleOptions, HubOptions, RevisionOptions
 
+EVAL_TOKENS = 32_768
 DATA, LEARNING, STEPS = "Data", "Trained parameters", "Steps and rates"
 LAMBDA, TEACHER, LOG = "λ", "Teacher", "Log, evaluation and checkpoints"
 
@@ -36,6 +37,13 @@ class TrainSettings(Options):
         "Text to measure the loss on before, during and after training. May be repeated. Default: none.",
         panel=DATA,
         metavar="FILE|DATASET",
+    )
+    eval_tokens: int | None = option(
+        None,
+        f"Largest number of tokens of --eval-data to measure on, evenly spread. Default: {EVAL_TOKENS:,}.",
+        panel=DATA,
+        metavar="N",
+        minimum=1,
     )
     text_field: str = option("text", "Field of a row that holds its text.", panel=DATA)
     streaming: bool = option(
@@ -168,6 +176,7 @@ class TrainSettings(Options):
             "lora_rank": (self.train == "lora", "--train lora"),
             "decay": (self.schedule == "wsd", "--schedule wsd"),
             "eval_every": (bool(self.eval_data), "--eval-data"),
+            "eval_tokens": (bool(self.eval_data), "--eval-data"),
         }
         defaults = {each.name: each.default for each in fields(self)}
         for name, (is_given, needed) in needs.items():

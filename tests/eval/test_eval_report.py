@@ -19,7 +19,7 @@ from gda.common.files import sha256
 from ..support.browser import Page
 from ..support.commands import Command
 from ..support.evaluation import write_models
-from ..support.llamas import byte_tokenizer
+from ..support.llamas import byte_tokenizer, files_of
 
 pytest.importorskip("lm_eval")
 from gda.eval.card import update_card
@@ -80,6 +80,20 @@ def test_unknown_errors_give_no_verdict() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_existing_results_are_not_replaced_unless_asked(folder: Path, tmp_path: Path, command: Command) -> None:
+    """Refused before anything runs; --overwrite replaces all files, and an older report goes with its results."""
+    (tmp_path / "text.txt").write_text("A text to read. " * 10)
+    run = ("eval", folder / "gda", "--perplexity", tmp_path / "text.txt", "--output", tmp_path / "out")
+    assert command(*run, "--html").code == 0
+    before = files_of(tmp_path / "out")
+    outcome = command(*run)
+    assert outcome.code == 2
+    assert "results.json already exists; choose another path or pass --overwrite" in outcome.error
+    assert files_of(tmp_path / "out") == before
+    assert command(*run, "--overwrite").code == 0
+    assert files_of(tmp_path / "out").keys() == {"results.json", "results.md"}
 
 
 def test_report_files(folder: Path, tmp_path: Path, command: Command) -> None:

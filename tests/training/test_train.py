@@ -70,6 +70,26 @@ def loss_of(folder: Path) -> float:
 # ------------------------------------------------------------------------------------------------------------ all of it
 
 
+def test_eval_tokens_limits_what_is_measured(models: Path, tmp_path: Path) -> None:
+    """The sequences are spread over the text, and a note says how many are measured."""
+    report = train(models, "gda", tmp_path / "out", eval_data=models / "text.txt", eval_tokens=100)
+    ids = torch.tensor(byte_tokenizer()(TEXT).input_ids)
+    sequences = ids[: len(ids) // 32 * 32].view(-1, 32)
+    (note,) = (note for note in report.notes if "--eval-tokens" in note)
+    assert note.startswith(f"--eval-data: 3 of {len(sequences)} sequences are measured")
+    measured = sequences[[index * len(sequences) // 3 for index in range(3)]]
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(models / "gda").eval()(measured, labels=measured).loss
+    assert report.first_eval_loss == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_every_written_file_follows_the_umask(models: Path, tmp_path: Path) -> None:
+    """Others can read the weights if they can read the config."""
+    train(models, "gda", tmp_path / "out", steps=1, save_every=1)
+    mode = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert mode["model.safetensors"] == mode["config.json"]
+
+
 def test_loss_falls_and_out_is_a_model(models: Path, tmp_path: Path) -> None:
     """In the report and for the saved model. OUT has the files of the source, and the same config."""
     report = train(models, "gda", tmp_path / "out", steps=20, save_every=20)

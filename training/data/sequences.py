@@ -5,7 +5,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,14 @@ class Sequences:
     count: int | None
     tokens: int | None
     notes: tuple[str, ...] = ()
+
+    def spread(self, number: int) -> "Sequences":
+        """At most `number` of the sequences, evenly spread over the text, for evaluation."""
+        if self.count is None or self.tokens is None or not isinstance(self.rows, Dataset) or self.count <= number:
+            return replace(self, notes=())
+        note = f"--eval-data: {number:,} of {self.count:,} sequences are measured; --eval-tokens sets how many"
+        rows = self.rows.select(index * self.count // number for index in range(number))
+        return Sequences(rows, number, self.tokens * number // self.count, (note,))
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

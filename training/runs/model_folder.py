@@ -52,6 +52,8 @@ def save(
         parameter.data = parameter.data.to(dtypes[name])
     model.generation_config = GenerationConfig.from_model_config(model.config)  # replaced by that of the source
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # written as 0600, whatever the umask
+        shutil.copymode(folder / "config.json", weights)
     if not bundle_code:
         for code in folder.glob("*.py"):
             code.unlink()

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from gda.commands.app import JSON, Group, command, progress_console
-from gda.eval.options import OUTPUT, EvaluateOptions
+from gda.common.files import refuse_existing
+from gda.eval.options import OUTPUT, RESULTS_FILE, EvaluateOptions
 
 if TYPE_CHECKING:
     from gda.eval.lm_eval.harness import ReceivedRequest
@@ -26,6 +27,10 @@ OutputFolder = Annotated[
 Html = Annotated[
     bool,
     typer.Option("--html", metavar="", help="Also write report.html to the --output folder.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", metavar="", help="Replace results in the --output folder.", rich_help_panel=OUTPUT),
 ]
 UpdateCard = Annotated[
     bool,
@@ -53,6 +58,7 @@ def evaluate(
     options: EvaluateOptions,
     output: OutputFolder = None,
     html: Html = False,
+    overwrite: Overwrite = False,
     update_card: UpdateCard = False,
     as_json: JSON = False,
 ) -> None:
@@ -61,6 +67,8 @@ def evaluate(
     Tasks are lm-eval's, with data from the Hub or local files, or this package's, which generate their data. The group
     gda_tasks contains gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and gda_fewshot_by_arrangement.
     """
+    if output is not None:
+        refuse_existing(Path(output) / RESULTS_FILE, overwrite)
     from gda.eval.card import update_card as write_card
     from gda.eval.evaluate import evaluate_with_baseline
     from gda.eval.report import to_json, write_report
