@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from transformers import GenerationConfig, PreTrainedModel
 
-from gda.common.screen import shows_progress
+from gda.common.screen import progress_bars
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
@@ -101,11 +100,12 @@ def compare_whole(
     """Load both models, run them on each prompt, and let both continue it."""
     differences, texts = LogitDifferences(), []
     expected, got = source.load(), converted.load()
-    for ids in track(prompts, "verifying", console=console, transient=True, disable=not shows_progress(console)):
-        differences.add(*(model(ids, use_cache=False).logits for model in (expected, got)))
-        wanted = _greedy(expected, ids, use_cache=_trusts_cache(source, converted))
-        found = _greedy(got, ids, use_cache=True)
-        texts.append(_compare_texts(expected, wanted, found))
+    with progress_bars(console) as progress:
+        for ids in progress.track(prompts, description="verifying"):
+            differences.add(*(model(ids, use_cache=False).logits for model in (expected, got)))
+            wanted = _greedy(expected, ids, use_cache=_trusts_cache(source, converted))
+            found = _greedy(got, ids, use_cache=True)
+            texts.append(_compare_texts(expected, wanted, found))
     differences.texts = tuple(texts)
     return differences
 

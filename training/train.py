@@ -23,6 +23,7 @@ from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.readers import read_gda_config
 from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
+from gda.training.callbacks.progress import ProgressCallback
 from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
 from gda.training.data.sequences import collate
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
@@ -245,7 +246,7 @@ def _make_trainer(
         train_dataset=plan.sequences.rows,
         eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
         data_collator=collate,
-        callbacks=[checkpoints, *plan.fade_callbacks()],
+        callbacks=[checkpoints, *([] if shows_progress else [ProgressCallback()]), *plan.fade_callbacks()],
         lambda_learning_rate=settings.lambda_learning_rate,
         distillation=plan.distillation,
         layer_log=LayerLog(state.path / LOG_FILE if processes.is_main else None),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gda._version import __version__
+from gda.common.progress import logger
 from gda.common.screen import progress_bars, shows_progress
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.sources.source import Source
@@ -157,6 +158,8 @@ class Splitter:
         self.progress = progress_bars(console, TextColumn("{task.description}"), *columns)
         if console is not None and shows_progress(console):
             console.print(self.expected(), highlight=False)
+        else:
+            logger.info(self.expected())
         teacher = LayerwiseModel(self.source.config, self.read, self.device)
         sequences = torch.cat([self.calibration.sequences, self.calibration.held_out])
         with self.progress:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gda.common.screen import shows_progress
+from gda.common.screen import progress_bars
 from gda.eval.attention.analysis import LayerAttention, row_entropy, row_shares, visit_attention
 from gda.eval.tables import TextTable
 from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
@@ -146,9 +145,10 @@ def diagnose(
     for each in models:
         _check_fits(each, texts)
     readings: list[list[_Reading]] = [[] for _ in models]
-    for text in track(texts, "diagnosing", console=console, disable=not shows_progress(console)):
-        for each, of_model in zip(models, readings, strict=True):
-            of_model.append(_read(each, text))
+    with progress_bars(console) as progress:
+        for text in progress.track(texts, description="diagnosing"):
+            for each, of_model in zip(models, readings, strict=True):
+                of_model.append(_read(each, text))
     means = _mean_shares(readings[0], len(settings.depths))
     if baseline is not None:
         of_baseline = _mean_shares(readings[1], len(settings.depths))

@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
+from gda.common.progress import logger
 from gda.eval.device import choose_device
 from gda.eval.models import Candidate, CompleteOnly, check_tokenizer
 from gda.eval.options import TaskOptions
@@ -91,6 +92,7 @@ class GDALM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._current = requests
+        logger.info("scoring %s requests of tasks", f"{len(requests):,}")
         answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._progress)
         self._check_finite(requests, (value for value, _ in answers))
         return answers
@@ -113,6 +115,7 @@ class GDALM(HFLM):
         for request, length in zip(requests, lengths, strict=True):
             new_tokens = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
             self._count_cut(request.task_name, length, self.max_length - new_tokens)
+        logger.info("generating %s answers to tasks", f"{len(requests):,}")
         kept = self._indices_to_keep(requests)
         self._generation_ids = {requests[index].args[0]: [] for index in kept}
         texts = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._progress)

@@ -23,6 +23,7 @@ from gda.commands import (  # noqa: F401 - registers the commands, in the order 
 )
 from gda.commands.app import app, is_main_process
 from gda.common.errors import CheckFailed
+from gda.common.progress import log_on_stderr
 
 INTERRUPTED = 130
 # How to continue an interrupted command. The others start over.
@@ -33,7 +34,8 @@ GO_ON["push"] = "; run the same command again to continue"
 def main() -> None:
     """Run the command; exit 0 if done, 1 if a check failed, 2 for bad input, 130 if interrupted."""
     try:
-        code = app(standalone_mode=False)
+        with log_on_stderr():
+            code = app(standalone_mode=False)
     except CheckFailed as error:
         _fail(error, 1)
     except (typer.TyperException, ValueError, OSError, ImportError) as error:

@@ -183,11 +183,11 @@ def _write(
         return known
     tokens, dropped = 0, 0
     kind = pa.list_(pa.int32(), packer.context)
-    columns = (TextColumn("tokenizing"), TextColumn("{task.completed:,} tokens"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn())
     bar = progress_bars(console, *columns)
     schema = pa.schema([("input_ids", kind)])
     with bar, written_beside(path) as file, pa.ipc.new_stream(file, schema) as writer:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("tokens", total=None)
         for block in packer.blocks(sources):
             if block.shape[1] < packer.context:
                 dropped = block.size

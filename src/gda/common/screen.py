@@ -1,4 +1,4 @@
-"""Progress and warnings on the terminal. Imports no other module of the project."""
+"""Progress and warnings on the terminal."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from transformers.utils import logging as transformers_logging
 
+from gda.common.progress import LoggedProgress
+
 
 def shows_progress(console: Console | None) -> bool:
     """Whether progress bars are shown: on a terminal, but not in a log file."""
@@ -14,8 +16,8 @@ def shows_progress(console: Console | None) -> bool:
 
 
 def progress_bars(console: Console | None, *columns: ProgressColumn) -> Progress:
-    """Progress bars that are shown on a terminal only, and disappear when they are done."""
-    return Progress(*columns, console=console, disable=not shows_progress(console), transient=True)
+    """Progress bars that are shown on a terminal, and disappear when they are done; elsewhere, lines in the log."""
+    return LoggedProgress(*columns, console=console, disable=not shows_progress(console), transient=True)
 
 
 @contextlib.contextmanager
