@@ -212,11 +212,12 @@ def test_masked_growth_ends_as_an_ordinary_model(learner: str, models: Path, tmp
 
 
 def test_output_of_the_command(models: Path, tmp_path: Path, command: Command) -> None:
-    """Steps, tokens, losses and parameters; no progress bar without a terminal; --json prints the report."""
+    """Steps, tokens, losses and parameters; lines instead of a bar without a terminal; --json prints the report."""
     arguments = ("--data", models / "text.txt", *OPTIONS, "--train", "new")
     outcome = command("train", models / "grown", tmp_path / "out", *arguments)
     output = command("train", models / "grown", tmp_path / "out", *arguments, "--json", "--overwrite")
-    assert (outcome.code, outcome.error) == (output.code, output.error) == (0, "")
+    assert outcome.code == output.code == 0
+    assert all(line.startswith("step ") for line in (outcome.error + output.error).splitlines())
     report = json.loads(output.out)
     expected = train(models, "grown", tmp_path / "again", train="new").to_dict()
     measured = {name: report[name] for name in ("tokens_per_second", "peak_memory")}
