@@ -69,6 +69,15 @@ class EvalReport:
         """The results of the model and, if there is one, of the baseline."""
         return [self.model] if self.baseline is None else [self.model, self.baseline]
 
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The model's perplexity divided by its baseline's: per token if both read the same number, else per word."""
+        if self.baseline is None or (ours := self.model.perplexity) is None:
+            return None
+        theirs = self.baseline.perplexity
+        assert theirs is not None  # both are measured with the same options
+        return ours.token / theirs.token if ours.tokens == theirs.tokens else ours.word / theirs.word
+
     def settings(self) -> dict[str, Any]:
         """All options but the two models."""
         names = [each.name for each in fields(self.options) if each.name not in ("model", "baseline")]
@@ -90,6 +99,7 @@ class EvalReport:
                 "settings": self.settings(),
                 "versions": _versions(),
                 "comparison": [asdict(row) for row in self.rows],
+                "perplexity_ratio": self.perplexity_ratio,
                 "diagnostics": None if self.diagnostics is None else self.diagnostics.to_dict(),
                 "baseline": baseline,
             },
@@ -189,7 +199,12 @@ def _perplexity_table(report: EvalReport) -> TextTable:
             numbers = [measured.tokens, measured.context, measured.stride]
             shown = [f"{value:.4f}" if value < 1e6 else f"{value:.4e}" for value in values]
             rows.append([model.name, *shown, *(f"{number:,}" for number in numbers)])
-    return TextTable(["perplexity", "token", "word", "byte", "tokens", "context", "stride"], rows)
+    headings = ["perplexity", "token", "word", "byte", "tokens", "context", "stride"]
+    if (ratio := report.perplexity_ratio) is not None:
+        headings.append("ratio")
+        for row, value in zip(rows, (ratio, 1.0), strict=True):
+            row.append(f"{value:.4f}")
+    return TextTable(headings, rows)
 
 
 def _facts(report: EvalReport) -> list[tuple[str, str]]:

@@ -23,8 +23,9 @@ class TrainReport:
         data_tokens: Tokens of the data, without those that do not fill a sequence; None for a stream.
         num_parameters: Parameters of the model.
         num_trained: Parameters that were trained; of those that are partly new, only the new entries.
-        first_loss: Loss of the first step, in nats per token. With a teacher, the whole loss (see `Distillation`).
-        last_loss: Mean loss between the last two log entries.
+        first_loss: Mean loss of the first fifth of the log entries, in nats per token: a single batch is noisy. With a
+            teacher, the whole loss (see `Distillation`).
+        last_loss: Mean loss of the last fifth of the log entries.
         first_eval_loss: Loss on `eval_data` before the first step; None without `eval_data`.
         last_eval_loss: Loss on `eval_data` after the last step.
         tokens_per_second: Over all processes, in the training steps since the run was started or last resumed, without

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -259,6 +260,7 @@ def _make_trainer(
 def _report(plan: Plan, trainer: RunTrainer, state: RunState, out: Path) -> TrainReport:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
+    several = max(1, len(losses) // 5)
     measured = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return TrainReport(
         out=out,
@@ -267,8 +269,8 @@ def _report(plan: Plan, trainer: RunTrainer, state: RunState, out: Path) -> Trai
         data_tokens=plan.sequences.tokens,
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
-        first_loss=losses[0],
-        last_loss=losses[-1],
+        first_loss=mean(losses[:several]),
+        last_loss=mean(losses[-several:]),
         first_eval_loss=measured[0] if measured else None,
         last_eval_loss=measured[-1] if measured else None,
         tokens_per_second=trainer.throughput.tokens_per_second,

@@ -1,5 +1,6 @@
 """The report of `gda attention`, and how it is written."""
 
+from html import escape
 from pathlib import Path
 
 from gda.common.files import refuse_existing, written_beside
@@ -8,7 +9,16 @@ from gda.eval.attention.page import to_html
 
 
 class AttentionReport(AttentionData):
-    """A model's attention in one text, to be written as a page or a picture."""
+    """A model's attention in one text, to be written as a page or a picture. Notebooks show the page."""
+
+    def __repr__(self) -> str:
+        baseline = "" if self.baseline_name is None else f", baseline {self.baseline_name}"
+        size = f"{len(self.token_ids)} tokens, {self.arrays.num_layers} layers of {self.arrays.num_groups} groups"
+        return f"<{type(self).__name__} of {self.name}{baseline}: {size}>"
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, for notebooks."""
+        return f'<iframe srcdoc="{escape(self.to_html())}" width="100%" height="900" style="border: 0"></iframe>'
 
     def to_html(self) -> str:
         """A self-contained page: a navigator, maps on hover, and every number of the report."""

@@ -269,6 +269,8 @@ def test_transformers_serves_a_converted_model(server: tuple[str, Path]) -> None
     """A chat and a streamed chat over HTTP give what `generate` gives."""
     address, folder = server
     messages = [{"role": "user", "content": "the thing in an other"}]
+    (listed,) = json.loads(ask(f"{address}/v1/models"))["data"]
+    assert listed["id"] == str(folder)
     body = {"model": str(folder), "messages": messages, "max_tokens": 6, "temperature": 0}
     answer = json.loads(ask(f"{address}/v1/chat/completions", body))
     lines = ask(f"{address}/v1/chat/completions", body | {"stream": True}).splitlines()

@@ -1,6 +1,7 @@
 """`gda attention`: numbers, maps, the page in a browser, the picture, and errors."""
 
 import gc
+import html
 import json
 import math
 import re
@@ -327,6 +328,17 @@ def test_token_labels(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
+
+
+def test_a_notebook_shows_the_page(report: AttentionReport) -> None:
+    """The report itself prints as one line."""
+    assert (
+        repr(report)
+        == f"<AttentionReport of gda, baseline llama: {len(report.token_ids)} tokens, 3 layers of 2 groups>"
+    )
+    frame = report._repr_html_()
+    assert frame.startswith("<iframe srcdoc=")
+    assert html.escape(report.to_html()) in frame
 
 
 def test_page_fetches_nothing_and_runs_only_its_script(report: AttentionReport) -> None:

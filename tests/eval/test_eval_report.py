@@ -96,6 +96,20 @@ def test_existing_results_are_not_replaced_unless_asked(folder: Path, tmp_path: 
     assert files_of(tmp_path / "out").keys() == {"results.json", "results.md"}
 
 
+def test_perplexities_come_with_their_ratio(folder: Path, tmp_path: Path, command: Command) -> None:
+    """In JSON, Markdown and HTML; without a baseline there is none."""
+    (tmp_path / "text.txt").write_text("A text to read. " * 10)
+    run = ("eval", folder / "other", "--perplexity", tmp_path / "text.txt")
+    out = ("--output", tmp_path / "out", "--html")
+    outcome = command(*run, "--baseline", folder / "llama", *out, "--json")
+    ours = json.loads(outcome.out)["gda"]
+    ratio = ours["perplexity"]["token"] / ours["baseline"]["gda"]["perplexity"]["token"]
+    assert ours["perplexity_ratio"] == pytest.approx(ratio)
+    for name in ("results.md", "report.html"):
+        assert f"{ratio:.4f}" in (tmp_path / "out" / name).read_text()
+    assert json.loads(command(*run, "--json").out)["gda"]["perplexity_ratio"] is None
+
+
 def test_report_files(folder: Path, tmp_path: Path, command: Command) -> None:
     """lm-eval's format with baseline, settings, versions and hashes under "gda", and a Markdown table."""
     outcome = command(
@@ -140,7 +154,7 @@ def test_output_on_the_screen(folder: Path, command: Command) -> None:
     assert re.search(rf"{BLIMP} .* acc .* \+0\.0000 .* yes", outcome.out)
     assert outcome.out.count("  prompt  ''\n          [0]\n") == 2
     assert "scored  ' The cat thanked " in outcome.out
-    assert "running gda\nrunning llama\n" in outcome.error
+    assert "running gda\nscoring 12 requests of tasks\nrunning llama\n" in outcome.error
     assert "it/s" not in outcome.error  # no progress bar
 
 

@@ -84,6 +84,9 @@ function measures() {
     if (kind === "difference") add("negative, difference", byGroup(data.attention[kind].negative), "second");
   }
   MEASURES.forEach((measure, index) => byId("measure").append(element("option", { value: index }, measure.name)));
+  // Begin with a measure that shows something: where λ is 0, nothing is cancelled.
+  state.measure = Math.max(0, MEASURES.findIndex((measure) => measure.values.flat().some((value) => value !== 0)));
+  byId("measure").value = state.measure;
 }
 
 const CELL = { left: 24, top: 18 };
@@ -494,16 +497,15 @@ headMaps();
 numbersTable();
 redraws.push(drawNavigator, drawMaps, () => textShades && shadeText(textShades.parts, textShades.tell));
 const asked = location.hash.match(/^#layer-(\d+)-group-(\d+)$/);
-choose(...(asked ? asked.slice(1).map(Number) : mostCancelled())).then(() => { document.body.dataset.ready = "yes"; });
+choose(...(asked ? asked.slice(1).map(Number) : first())).then(() => { document.body.dataset.ready = "yes"; });
 
-// Begin at the group that cancels most.
-function mostCancelled() {
-  if (!differential) return [0, 0];
-  const shares = data.cancelledShare;
-  const best = [0, 0];
-  shares.forEach((row, layer) => row.forEach((share, group) => {
-    if (share > shares[best[0]][best[1]] && data.mapped.includes(layer)) [best[0], best[1]] = [layer, group];
+// Begin at the group that cancels most or, where none cancels, at the one with the most concentrated attention.
+function first() {
+  const { name, values } = MEASURES[state.measure];
+  const sign = name.startsWith("entropy") ? -1 : 1;
+  const best = [data.mapped[0] ?? 0, 0];
+  values.forEach((row, layer) => row.forEach((value, group) => {
+    if (data.mapped.includes(layer) && sign * value > sign * values[best[0]][best[1]]) [best[0], best[1]] = [layer, group];
   }));
-  if (!data.mapped.includes(best[0])) best[0] = data.mapped[0];
   return best;
 }
