@@ -27,7 +27,7 @@ from gda.training.report import TrainReport
 from gda.training.settings import TrainOptions
 
 from ..support.children import in_child, killed_at
-from ..support.commands import Command
+from ..support.commands import Command, Outcome
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
 
 pytestmark = pytest.mark.sampled
@@ -51,6 +51,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(models: Path, name: str, out: Path, **options: Any) -> Any:
     return gda.train(models / name, out, **({"data": models / "text.txt"} | FAST | options))
+
+
+def without_progress(outcome: Outcome) -> list[str]:
+    """The lines on standard error, except those of the log."""
+    return [line for line in outcome.error.splitlines() if not line.startswith("step ")]
 
 
 def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
@@ -217,7 +222,8 @@ def test_output_of_the_command(models: Path, tmp_path: Path, command: Command) -
     outcome = command("train", models / "grown", tmp_path / "out", *arguments)
     output = command("train", models / "grown", tmp_path / "out", *arguments, "--json", "--overwrite")
     assert outcome.code == output.code == 0
-    assert all(line.startswith("step ") for line in (outcome.error + output.error).splitlines())
+    assert without_progress(outcome) == without_progress(output) == []
+    assert outcome.error.startswith("step 1 of 4: loss ")
     report = json.loads(output.out)
     expected = train(models, "grown", tmp_path / "again", train="new").to_dict()
     measured = {name: report[name] for name in ("tokens_per_second", "peak_memory")}
@@ -530,7 +536,7 @@ def test_ctrl_c(
     interrupt(2, number=number)
     outcome = command(*arguments)
     assert (outcome.code, outcome.out) == (130, "")
-    assert outcome.error == "gda: interrupted; run the same command with --resume to continue\n"
+    assert without_progress(outcome) == ["gda: interrupted; run the same command with --resume to continue"]
     assert (tmp_path / "out" / "mine").read_text() == "mine"
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     monkeypatch.undo()
@@ -749,7 +755,7 @@ def test_nonfinite_values_end_the_run(
     options = [str(each) for name, value in SHORT.items() for each in (f"--{name.replace('_', '-')}", value)]
     outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *options, "--keep", 2)
     last = tmp_path / ".out.partial" / f"checkpoint-{2 if what == 'weight' else 4}"
-    assert (outcome.code, outcome.out, len(outcome.error.splitlines())) == (1, "", 1), outcome
+    assert (outcome.code, outcome.out, len(without_progress(outcome))) == (1, "", 1), outcome
     assert f"{text}: {last} holds step" in outcome.error
     assert "lower --learning-rate 0.01" in outcome.error
     assert not (tmp_path / "out").exists()
