@@ -90,4 +90,4 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
         return plan(settings.mode, source, options)
     except TypeError:  # a setting that no growth has, or of another type
         found = given | {"growth": settings.growth}
-        raise ValueError(f"{PROVENANCE_FILE} holds settings that no conversion has: {found}") from None
+        raise ValueError(f"{PROVENANCE_FILE} holds an unknown growth or setting: {found}") from None

@@ -85,5 +85,5 @@ def test_settings_of_another_type_in_conversion_json_are_bad_input(folder: Path,
     gda.grow(folder / "GDA", grown, depth=3, verify=False)
     provenance = grown / "conversion.json"
     provenance.write_text(provenance.read_text().replace('"depth": 3', '"depth": "three"'))
-    with pytest.raises(ValueError, match=r"conversion\.json holds settings that no conversion has"):
+    with pytest.raises(ValueError, match=r"conversion\.json holds an unknown growth or setting"):
         gda.verify(folder / "GDA", grown, method="tensors")

@@ -180,7 +180,7 @@ def test_every_setting_of_the_retrieval_task_applies() -> None:
 )
 def test_invalid_metadata_is_refused_before_anything_runs(metadata: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate_with_baseline("no/such/model", diagnostics=True, metadata=metadata)
+        evaluate_with_baseline("no/such-model", diagnostics=True, metadata=metadata)
 
 
 def test_metadata_of_another_task_is_ignored() -> None:
