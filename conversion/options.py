@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from gda.common.files import check_places, read_json, refuse_existing
-from gda.common.options import Options, argument, option
+from gda.common.options import Options, argument, flag, option
 from gda.common.places import check_folder, check_model, check_served, check_text
 
 LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "New heads", "Split", "Growth"
@@ -256,12 +256,12 @@ class ExportOptions(CheckpointOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format == "gguf":
-            if self.resume:
-                raise ValueError("--resume is not for --format gguf, which writes one file; run it without")
-        elif self.dtype == "q8_0" or self.tokenizer is not None:
-            given = "--tokenizer" if self.tokenizer is not None else "--dtype q8_0"
-            raise ValueError(f"{given} is for --format gguf, not for {self.format}")
+        for name in ("max_shard_size", "workers", "resume") if self.format == "gguf" else ("tokenizer",):
+            if getattr(self, name) != getattr(type(self), name):
+                beside = "which writes one file" if self.format == "gguf" else "which writes tokenizer.json"
+                raise ValueError(f"{flag(name)} has no effect with --format {self.format}, {beside}")
+        if self.dtype == "q8_0" and self.format != "gguf":
+            raise ValueError(f"--dtype q8_0 is for --format gguf, not for {self.format}")
 
 
 @dataclass(frozen=True)

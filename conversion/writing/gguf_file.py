@@ -31,9 +31,8 @@ from gda.conversion.writing.write_model import ConvertReport
 if TYPE_CHECKING:  # an extra
     from gguf import GGUFWriter
 
-# llama.cpp's names of the types of matrices, and of files with mostly such matrices. Vectors are always float32.
+# llama.cpp's names of the types of matrices. Vectors are always float32.
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 DTYPE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 # Largest values, which Q8_0 stores as 127 times a float16.
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}
@@ -213,7 +212,7 @@ def _add_metadata(writer: "GGUFWriter", config: Any, name: str, file_type: str, 
     card = source.card_data()
     if isinstance(card.get("license"), str):
         writer.add_license(card["license"])
-    writer.add_file_type(LlamaFileType[FILE_TYPES[file_type]])
+    writer.add_file_type(LlamaFileType["ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)

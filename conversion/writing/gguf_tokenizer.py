@@ -61,7 +61,8 @@ def add_tokenizer(
         notes = _add_sentencepiece(writer, parts, [scores.get(token, 0.0) for token in tokens])
     else:
         notes = _add_byte_level(writer, parts)
-    writer.add_token_list([_spelled(token, added) for token in tokens])
+    # llama.cpp looks for added tokens in the text itself, which has spaces.
+    writer.add_token_list([token.replace(SPACE, " ") if token in added else token for token in tokens])
     writer.add_token_types(_types(tokens, tokenizer, added, model["byte_fallback"]))
     _add_special_ids(writer, tokenizer, config)
     if template := tokenizer.chat_template:
@@ -91,16 +92,13 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
 def _added_tokens(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The tokens that are found in the text before it is split."""
     added = {each["content"]: each for each in parts["added_tokens"]}
+    # Where the normalizer prepends a space, one stands after each token, unless the token is found after normalization.
+    prepends = "Prepend" in json.dumps(parts["normalizer"])
     for token, each in added.items():
-        for flag in ("lstrip", "rstrip", "single_word"):
+        for flag in ("lstrip", "rstrip", "single_word", *(("normalized",) if prepends else ())):
             if each[flag]:
                 raise ValueError(f"token {token!r} has {flag}, which llama.cpp doesn't know; {REMEDY}")
     return added
-
-
-def _spelled(token: str, added: dict[str, Any]) -> str:
-    """llama.cpp looks for added tokens in the text itself, which has spaces."""
-    return token.replace(SPACE, " ") if token in added else token
 
 
 def _types(tokens: list[str], tokenizer: PreTrainedTokenizerBase, added: dict[str, Any], falls_back: bool) -> list[int]:

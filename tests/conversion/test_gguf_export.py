@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import gda
@@ -194,9 +195,11 @@ def test_what_llama_cpp_would_ignore_is_refused(changes: dict[str, Any], named: 
     ("options", "named"),
     [
         ({"format": "gguf", "out": "folder"}, r"end in \.gguf"),
-        ({"format": "gguf", "resume": True}, "--resume"),
+        ({"format": "gguf", "resume": True}, "--resume has no effect with --format gguf"),
+        ({"format": "gguf", "workers": 2}, "--workers"),
+        ({"format": "gguf", "max_shard_size": "1GB"}, "--max-shard-size"),
         ({"dtype": "q8_0"}, "--dtype q8_0 is for --format gguf"),
-        ({"tokenizer": "other.gguf"}, "--tokenizer is for --format gguf"),
+        ({"tokenizer": "other.gguf"}, "--tokenizer has no effect with --format llama"),
     ],
     ids=str,
 )
@@ -285,6 +288,11 @@ def _with(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> PreTrainedToken
     return _changed(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()) | changes)
 
 
+def _with_token(tokenizer: PreTrainedTokenizerFast, token: AddedToken) -> PreTrainedTokenizerFast:
+    tokenizer.add_tokens([token])
+    return tokenizer
+
+
 def _changed(tokenizer: PreTrainedTokenizerFast, parts: dict[str, Any]) -> PreTrainedTokenizerFast:
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(parts))
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -297,8 +305,10 @@ def _changed(tokenizer: PreTrainedTokenizerFast, parts: dict[str, Any]) -> PreTr
         (lambda: _with(byte_level_tokenizer("gpt-2"), normalizer={"type": "Lowercase"}), "normalizer"),
         (lambda: _with(sentencepiece_tokenizer(), normalizer={"type": "NFKC"}), "treats spaces"),
         (lambda: _without_a_merge(sentencepiece_tokenizer()), "merges lack"),
+        (lambda: _with_token(sentencepiece_tokenizer(), AddedToken("<a>")), "'<a>' has normalized"),
+        (lambda: _with_token(byte_level_tokenizer("gpt-2"), AddedToken("<a>", lstrip=True)), "'<a>' has lstrip"),
     ],
-    ids=["split", "normalizer", "spaces", "merges"],
+    ids=["split", "normalizer", "spaces", "merges", "normalized", "lstrip"],
 )
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(make: Any, named: str, tmp_path: Path) -> None:
     """In one line with the remedy, which works: the tokenizer of a GGUF file."""

@@ -1,7 +1,6 @@
 """Tiny tokenizers of the kinds that llama.cpp knows, trained on the spot, and texts that tell them apart."""
 
 import json
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +17,7 @@ HARD_TEXTS = [
     "🙂👩‍👩‍👧 emoji 🚀🚀 x̄ zero\u200bwidth",
     "def f(x):\n    return x**2  # a comment\n\n\n\tif (a!=b)&&(c<=d): print('%s' % \"q\")",
     "aaaaaaaaaaaaaaaa                                  bbbbbbbb\n\n\n\n\n",
-    "<|user|>Hello</s> <|user|> World</s>\nend",
+    "<|user|>Hello</s> <|user|> World</s>\nend<think> of it</think>here <think>",
     "",
     " ",
     "▁under▁score",
@@ -61,13 +60,13 @@ def sentencepiece_tokenizer(spaces: str = "prepend") -> PreTrainedTokenizerFast:
     return _wrapped(bpe)
 
 
-def _wrapped(bpe: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+def _wrapped(bpe: Tokenizer) -> PreTrainedTokenizerFast:
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    bpe.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
         chat_template=CHAT_TEMPLATE,
-        **options,
     )
