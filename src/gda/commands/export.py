@@ -37,7 +37,8 @@ def export(options: ExportOptions, as_json: JSON = False) -> None:
         print_verification(report.verification)
     heads = f"{report.num_attention_heads} query heads over {report.num_key_value_heads} KV heads"
     size = f"{report.num_parameters / 1e6:,.1f} M parameters, {report.num_tensors} tensors"
+    kind = report.format
     if report.file_type is not None:
-        size += f", {report.file_type}, {report.nbytes / 1e6:,.0f} MB"
+        kind = f"GGUF file, {report.file_type}, {report.nbytes / 1e6:,.0f} MB"
     would = "would be written; nothing was (--dry-run): " if report.dry_run else ""
-    typer.echo(f"{report.out}: {would}a {report.format}, {heads}, {size}")
+    typer.echo(f"{report.out}: {would}a {kind}, {heads}, {size}")
