@@ -252,10 +252,13 @@ class ExportOptions(CheckpointOptions):
         "With gguf, copy the tokenizer and the chat template from this GGUF file. Default: translate the model's.",
         panel=OUTPUT,
         metavar="FILE",
+        check=check_text,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.format == "gguf" and Path(self.out).suffix != ".gguf":
+            raise ValueError(f"--format gguf writes one file: let OUT end in .gguf, not {Path(self.out).name}")
         for name in ("max_shard_size", "workers", "resume") if self.format == "gguf" else ("tokenizer",):
             if getattr(self, name) != getattr(type(self), name):
                 beside = "which writes one file" if self.format == "gguf" else "which writes tokenizer.json"

@@ -75,7 +75,8 @@ def write_gguf(
     """
     with needed_by("writing a GGUF file", "gguf"):
         from gguf import GGUFWriter
-    _require_file(out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; choose another path")
     config: Any = conversion.config
     architecture = architecture_of(config)
     entries = _entries(conversion, architecture, options.dtype)
@@ -116,13 +117,6 @@ def write_gguf(
             if not verification.passed:
                 raise VerificationFailed(verification)
     return replace(report, nbytes=out.stat().st_size, sha256={out.name: sha256(out)}, verification=verification)
-
-
-def _require_file(out: Path) -> None:
-    if out.suffix != ".gguf":
-        raise ValueError(f"--format gguf writes one file: let OUT end in .gguf, not {out.name}")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder; choose another path")
 
 
 def architecture_of(config: Any) -> str:
