@@ -25,6 +25,7 @@ from gda.conversion.tensors.lambdas import layer_lambdas
 from ..support.checkpoints import load, needs_smollm2
 from ..support.llamas import byte_tokenizer
 from ..support.packages import cache_folder
+from ..support.splitting import save_text
 from ..support.tiny import tiny_model
 from ..support.tokenizers import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 from .kinds import KINDS, NUM_TOKENS, PROMPTS, SHAPE, run_transformers
@@ -121,19 +122,17 @@ def test_token_ids(packages: Path, tmp_path: Path) -> None:
 @needs_smollm2
 def test_smollm2_from_gguf_to_gda_and_back(packages: Path, tmp_path: Path) -> None:
     """Converted, trained until λ is not 0, and exported, it answers with the tokens that transformers generates."""
-    data = tmp_path / "data.txt"
-    data.write_text("Grouped differential attention subtracts noise from the signal. " * 200)
     gda.convert(find_demo_model(), tmp_path / "gda", verify=False)
     gda.train(
         tmp_path / "gda",
         tmp_path / "trained",
-        data=[data],
+        data=[save_text(tmp_path / "data.txt")],
         train="attention",
         steps=4,
         batch_size=1,
-        context=64,
-        learning_rate=3e-5,
-        lambda_learning_rate=5e-3,
+        context=128,
+        learning_rate=1e-5,
+        lambda_learning_rate=2e-3,
     )
     report = gda.export(tmp_path / "trained", tmp_path / "back.gguf", format="gguf", verify=False)
     assert report.num_attention_heads == 12
