@@ -9,7 +9,7 @@ const [taskFile, outFile] = process.argv.slice(2);
 const task = JSON.parse(readFileSync(taskFile, "utf8"));
 const entry = createRequire(task.packages + "/").resolve("node-llama-cpp");
 const {getLlama, LlamaChatSession} = await import(pathToFileURL(entry));
-const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: 2});
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: 1});
 
 async function continued(sequence, ids, numTokens) {
     await sequence.clearHistory();
@@ -25,7 +25,7 @@ async function continued(sequence, ids, numTokens) {
 async function run({path, texts = [], prompts = [], numTokens = 0, question}) {
     const model = await llama.loadModel({modelPath: path});
     const context = await model.createContext({
-        contextSize: 512, threads: 2, flashAttention: false,
+        contextSize: 512, threads: 1, flashAttention: false,
         experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32",
     });
     const sequence = context.getSequence();

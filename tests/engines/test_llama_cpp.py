@@ -1,20 +1,9 @@
-"""Exported GGUF files in llama.cpp: greedy text and probabilities of the GDA model, and ids of the tokenizer.
+"""Exported GGUF files in llama.cpp: greedy text and probabilities of the GDA model, and ids of the tokenizer."""
 
-llama.cpp comes from npm's node-llama-cpp, which has a prebuilt binary, and is kept in a cache folder (85 MB).
-"""
-
-import json
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from transformers import AutoTokenizer, GenerationConfig
 
 import gda
@@ -24,20 +13,14 @@ from gda.conversion.tensors.lambdas import layer_lambdas
 
 from ..support.checkpoints import load, needs_smollm2
 from ..support.llamas import byte_tokenizer
-from ..support.packages import cache_folder
 from ..support.splitting import save_text
 from ..support.tiny import tiny_model
 from ..support.tokenizers import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 from .kinds import KINDS, NUM_TOKENS, PROMPTS, SHAPE, run_transformers
+from .llama_cpp import install_llama_cpp, run_llama_cpp, same_text
 
 pytestmark = pytest.mark.engines
 
-VERSION = "3.22.1"
-BINARIES = {
-    ("linux", "x86_64"): "linux-x64",
-    ("linux", "aarch64"): "linux-arm64",
-    ("darwin", "arm64"): "mac-arm64-metal",
-}
 WINDOWS = [name for name, kind in KINDS.items() if "sliding_window" in kind.fields]
 QUESTION = "What is the capital of France?"
 
@@ -45,41 +28,10 @@ QUESTION = "What is the capital of France?"
 @pytest.fixture(scope="session")
 def packages() -> Path:
     """The folder with node-llama-cpp. Tests are skipped if it cannot be installed."""
-    binary = BINARIES.get((sys.platform, platform.machine()))
-    if binary is None or shutil.which("npm") is None:
-        pytest.skip("llama.cpp needs Node.js with npm on Linux or an Apple processor")
-    folder = cache_folder("gda-engines") / f"node-llama-cpp-{VERSION}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not folder.exists():
-            wanted = [f"node-llama-cpp@{VERSION}", f"@node-llama-cpp/{binary}@{VERSION}"]
-            options = ["--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
-            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-                command = ["npm", "install", "--prefix", work, *options, *wanted]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    pytest.skip(f"npm cannot install {wanted[0]}: {done.stderr.strip().splitlines()[-1:]}")
-                shutil.copytree(work, folder, symlinks=True)
-    return folder
-
-
-def run_llama_cpp(packages: Path, files: dict[str, dict[str, Any]], work: Path) -> dict[str, Any]:
-    """Run the GGUF files. `llama_cpp.mjs` documents the request and the result of each."""
-    task, out = work / "task.json", work / "out.json"
-    task.write_text(json.dumps({"packages": str(packages), "files": files}))
-    script = Path(__file__).with_name("llama_cpp.mjs")
-    done = subprocess.run(["node", str(script), str(task), str(out)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    results: dict[str, Any] = json.loads(out.read_text())
-    for name, result in results.items():
-        assert "error" not in result, f"{name}: {result['error']}"
-    return results
-
-
-def check(got: list[int], expected: list[int]) -> None:
-    """Compare the text. llama.cpp does not return the token that ends it."""
-    assert got == expected[: len(got)]
-    assert len(got) == len(expected) or expected[len(got)] == byte_tokenizer().eos_token_id
+    try:
+        return install_llama_cpp()
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def test_every_kind_of_model(packages: Path, tmp_path: Path) -> None:
@@ -98,7 +50,7 @@ def test_every_kind_of_model(packages: Path, tmp_path: Path) -> None:
     expected = run_transformers(folders)
     for name, result in run_llama_cpp(packages, files, tmp_path).items():
         for got, tokens in zip(result["continued"], expected[name]["tokens"], strict=True):
-            check(got["tokens"], tokens)
+            assert same_text(got["tokens"], tokens), name
         probabilities = torch.tensor(expected[name]["logits"])[-1].softmax(-1)
         for token, probability in result["continued"][0]["probabilities"]:
             assert probability == pytest.approx(probabilities[token].item(), abs=2e-6), name
