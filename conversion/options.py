@@ -111,8 +111,26 @@ class NewHeadOptions(WriteOptions):
     lambda_type: Literal["reparameterized", "tanh", "sigmoid"] | None = option(
         None,
         "How λ is computed. reparameterized: one λ per layer. tanh, sigmoid: one λ per token and signal head. sigmoid "
-        "cannot start at 0 and is only for splits. Default: reparameterized.",
+        "is never 0, so training fades it in. Default: reparameterized.",
         panel=NEW_HEADS,
+    )
+    lambda_init: Literal["zero", "schedule"] | None = option(
+        None,
+        "schedule: fade λ in from 0 to the λ_init of the DIFF Transformer, 0.8 − 0.6·exp(−0.3·layer). Needs "
+        "--lambda-type reparameterized. Default: zero.",
+        panel=NEW_HEADS,
+    )
+    kv_layout: Literal["shared", "paired"] | None = option(
+        None,
+        "shared: noise heads read the keys and values of the signal heads. paired: separate keys and wider values, as "
+        "in the GDA paper; the KV cache doubles. Default: shared.",
+        panel=NEW_HEADS,
+    )
+    head_norm: bool | None = option(
+        None,
+        "Give each head an RMSNorm, as in the GDA paper. Training fades it in.",
+        panel=NEW_HEADS,
+        flag="--head-norm/--no-head-norm",
     )
     seed: int = option(0, "Seed of all random numbers.", panel=NEW_HEADS)
 

@@ -275,7 +275,10 @@ class GDAAttention(nn.Module):
             difference = self.subtract(*maps, lambda_).flatten(2, 3).transpose(1, 2)
             output = self.apply_maps(difference, value_states)  # so that the maps have a gradient
         if self.subln is not None:
-            output = self.subln(output)
+            normed = self.subln(output)
+            if self.fade is not None and self.config.faded_head_norm:
+                normed = torch.lerp(output, normed, self.fade.value.to(output.dtype))
+            output = normed
         if self.num_masked_heads:
             output = self.mask_new_heads(output)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))

@@ -65,7 +65,7 @@ class Plan:
         """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""
         if self.config.fade is None and self.settings.lambda_target is None:
             return []
-        return [FadeCallback(self.settings.lambda_anneal_steps or self.steps, self.settings.lambda_target)]
+        return [FadeCallback(_steps_of_fade(self.settings, self.steps), self.settings.lambda_target)]
 
 
 def make_plan(
@@ -80,7 +80,7 @@ def make_plan(
     """
     config, tokenizer = read_gda_config(source), read_tokenizer(source)
     context = context_of(settings, config)
-    _require_same_target(settings, config)
+    _check_fade(settings, config)
     model, dtypes = load(source)
     distillation = None
     if settings.teacher is not None:
@@ -136,8 +136,10 @@ def context_of(settings: TrainSettings, config: GDAConfig) -> int:
     return min(CONTEXT, longest) if settings.context is None else settings.context
 
 
-def _require_same_target(settings: TrainSettings, config: GDAConfig) -> None:
+def _check_fade(settings: TrainSettings, config: GDAConfig) -> None:
     wanted, current = settings.lambda_target, config.lambda_target
+    if settings.fade_steps is not None and config.fade is None and wanted is None:
+        raise ValueError(f"--fade-steps {settings.fade_steps} has no effect: nothing in the model is faded in")
     if config.fade and wanted not in (None, current):
         remedy = "omit the option" if current is None else f"pass {current:g}"
         raise ValueError(f"--lambda-target {wanted}: the model is at fade {config.fade:g}, and λ would jump; {remedy}")
@@ -146,8 +148,11 @@ def _require_same_target(settings: TrainSettings, config: GDAConfig) -> None:
 def _fade_notes(settings: TrainSettings, config: GDAConfig, steps: int) -> list[str]:
     if config.fade is None:
         return []
-    over = settings.lambda_anneal_steps or steps
-    return [f"the fade of the model rises from {config.fade:g} to 1 over {over} steps"]
+    return [f"the fade of the model rises from {config.fade:g} to 1 over {_steps_of_fade(settings, steps)} steps"]
+
+
+def _steps_of_fade(settings: TrainSettings, steps: int) -> int:
+    return settings.fade_steps or settings.lambda_anneal_steps or steps
 
 
 def _count_steps(settings: TrainSettings, sequences: Sequences, processes: int) -> int:
@@ -155,11 +160,7 @@ def _count_steps(settings: TrainSettings, sequences: Sequences, processes: int) 
     if steps is None:
         assert sequences.count is not None  # a stream needs --steps
         steps = math.ceil(settings.epochs * steps_per_epoch(settings, sequences.count, processes))
-    if settings.lambda_anneal_steps is not None and settings.lambda_anneal_steps > steps:
-        raise ValueError(
-            f"--lambda-anneal-steps {settings.lambda_anneal_steps} is above the {steps} steps of this run: "
-            "λ would not be faded in completely"
-        )
+    settings.check_fade(steps)
     return steps
 
 

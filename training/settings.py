@@ -104,6 +104,13 @@ class TrainSettings(Options):
     lambda_target: float | None = option(
         None, "Fade λ in: from 0 towards this value, and then to the learned λ. Default: no fading in.", panel=LAMBDA
     )
+    fade_steps: int | None = option(
+        None,
+        "Number of steps over which everything that MODEL's config names is faded in: new heads, neurons and layers, a "
+        "head norm, λ. Default: all steps.",
+        panel=STEPS,
+        minimum=1,
+    )
     lambda_anneal_steps: int | None = option(
         None, "Number of steps over which λ is faded in. Required with --lambda-target.", panel=LAMBDA, minimum=1
     )
@@ -157,17 +164,22 @@ class TrainSettings(Options):
     def _check_combinations(self) -> None:
         if self.streaming and self.steps is None:
             raise ValueError("--streaming needs --steps, because the length of a stream is unknown")
-        if (self.lambda_target is None) != (self.lambda_anneal_steps is None):
+        if (self.lambda_target is None) != (self.lambda_anneal_steps is None) and self.fade_steps is None:
             raise ValueError("--lambda-target and --lambda-anneal-steps go together; one of them is missing")
         if self.lambda_target is not None and not math.isfinite(self.lambda_target):
             raise ValueError(f"--lambda-target {self.lambda_target} is not a finite number")
-        if self.steps is not None and self.lambda_anneal_steps is not None and self.lambda_anneal_steps > self.steps:
-            raise ValueError(
-                f"--lambda-anneal-steps {self.lambda_anneal_steps} is above --steps {self.steps}: "
-                "λ would not be faded in completely"
-            )
+        if self.fade_steps is not None and self.lambda_anneal_steps is not None:
+            raise ValueError("--fade-steps and --lambda-anneal-steps set the same number; pass one of them")
+        if self.steps is not None:
+            self.check_fade(self.steps)
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} add up to more than all steps")
+
+    def check_fade(self, steps: int) -> None:
+        """Raise ValueError if a run of that many steps ends before the fade does."""
+        for name in ("fade_steps", "lambda_anneal_steps"):
+            if (given := getattr(self, name) or 0) > steps:
+                raise ValueError(f"{flag(name)} {given} is above the {steps} steps of this run: the fade would not end")
 
     def _refuse_unused(self) -> None:
         """Refuse options that have no effect without another one."""

@@ -7,6 +7,11 @@ r"""Llama, Mistral or Qwen → GDA without loss: noise heads join the query head
             KV heads             0          1
             λ                        0                      so the noise maps have no weight yet
 
+    paired  KV heads         0 n 1 n …                      noise key = key + a little noise; v = slabs (v, new), and
+                                                            the columns of o_proj that read new slabs are zero
+
+A head norm, a sigmoid λ and a λ_init that is not 0 would change the model at once. Training fades them in (`fade`).
+
 λ = 0 must not be a dead start. If all λ vectors were zero, neither they nor the noise rows would ever get a gradient.
 With two equal pairs of non-zero vectors, λ = exp(s) − exp(s) + 0 is exactly 0 and every λ vector has a gradient.
 """
@@ -20,7 +25,15 @@ from transformers import PreTrainedConfig
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
-from gda.conversion.modes.checks import SPLIT_ONLY, errors_named, exported, losses, refuse, requested_noise_heads
+from gda.conversion.modes.checks import (
+    PAPER_ONLY,
+    SPLIT_ONLY,
+    errors_named,
+    exported,
+    losses,
+    refuse,
+    requested_noise_heads,
+)
 from gda.conversion.options import NewHeadOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import (
@@ -34,33 +47,40 @@ from gda.conversion.tensors.recipes import (
 )
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
-# Standard deviation of the noise on a group's mean query, relative to that of the group's own rows.
-NOISE_QUERY_JITTER = 0.05
-EXPORTED_NOTE = "an exported GDA model is not restored: its noise heads are converted as ordinary query heads"
+# Standard deviation of the noise on new queries and keys, relative to that of the rows that they start from.
+JITTER = 0.05
 LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
+HEAD_NORM = r"model\.layers\.\d+\.self_attn\.subln\.weight"
+EXPORTED_NOTE = "an exported GDA model is not restored: its noise heads are converted as ordinary query heads"
 
 
 def plan(source: Source, options: NewHeadOptions) -> Conversion:
     """Add noise heads to a Llama, Mistral or Qwen."""
     refuse(options, SPLIT_ONLY, "is only for --mode split")
-    heads, dtype = source.config.num_attention_heads, DTYPES[options.dtype]
-    possible = listed(possible_noise_heads(heads, source.config.num_key_value_heads), heads)
-    noise = requested_noise_heads(
-        options, heads, counted_in_heads=False, possible=f"possible for --noise-heads: {possible}"
-    )
-    lambda_type = options.lambda_type or "reparameterized"
+    dtype = DTYPES[options.dtype]
     with errors_named(source):
-        config = expanded_config(source.config, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+        config = expanded_config(source.config, options)
     recipes = expanded_recipes(config, source.specs, seed=options.seed, dtype=dtype)
+    layout = {name: value for name in PAPER_ONLY if (value := getattr(options, name)) is not None}
     return Conversion(
         mode="expand",
         config=config,
         recipes=recipes,
         lossless=is_lossless(recipes, source.specs),
         notes=losses(source, recipes, options.dtype) + ([] if exported(source) is None else [EXPORTED_NOTE]),
-        kept={"query": signal_queries(config)},
-        new=(LAMBDA,),
+        settings={"layout": layout} if layout else {},
+        kept=_kept(config),
+        new=(LAMBDA, HEAD_NORM),
     )
+
+
+def _kept(config: GDAConfig) -> dict[str, torch.Tensor]:
+    """The features that are the source's."""
+    if config.kv_layout == "shared":
+        return {"query": signal_queries(config)}
+    first = torch.tensor([True, False]).repeat_interleave(config.head_dim)  # of a pair of keys, or of slabs
+    pairs, blocks = config.num_key_value_heads // 2, config.num_signal_heads
+    return {"query": signal_queries(config), "key": first.repeat(pairs), "output": first.repeat(blocks)}
 
 
 def signal_queries(config: GDAConfig) -> torch.Tensor:
@@ -70,12 +90,13 @@ def signal_queries(config: GDAConfig) -> torch.Tensor:
     return is_signal.flatten().repeat_interleave(config.head_dim)
 
 
-def possible_noise_heads(signal_heads: int, kv_heads: int) -> list[int]:
+def possible_noise_heads(signal_heads: int, kv_heads: int, kv_layout: str = "shared") -> list[int]:
     """The numbers of noise heads that can be added to `signal_heads` query heads over `kv_heads` KV heads."""
+    fewer = kv_layout == "shared"  # with paired keys, each pair has noise heads of its own
     return [
         noise
         for noise in range(1, signal_heads + 1)
-        if signal_heads % noise == 0 and (noise % kv_heads == 0 or kv_heads % noise == 0)
+        if signal_heads % noise == 0 and (noise % kv_heads == 0 or (fewer and kv_heads % noise == 0))
     ]
 
 
@@ -84,35 +105,38 @@ def listed(noise_heads: list[int], signal_heads: int) -> str:
     return ", ".join(f"{noise} ({signal_heads // noise}:1)" for noise in noise_heads)
 
 
-def expanded_config(
-    source: PreTrainedConfig, *, noise_heads: int | None, lambda_type: str, dtype: torch.dtype | None
-) -> GDAConfig:
-    """The GDA configuration of `source` with `noise_heads` added; None adds one for each KV head.
+def expanded_config(source: PreTrainedConfig, options: NewHeadOptions) -> GDAConfig:
+    """The GDA configuration of `source` with the heads that the options ask for.
 
     Raises:
-        ValueError: for an impossible number of noise heads, naming the possible ones, or a λ type that is never 0.
+        ValueError: for an impossible number of noise heads, naming the possible ones, and for an unused λ_init.
     """
     signal, kv_heads = source.num_attention_heads, source.num_key_value_heads
-    noise = kv_heads if noise_heads is None else noise_heads
-    possible = possible_noise_heads(signal, kv_heads)
+    kv_layout, lambda_type = options.kv_layout or "shared", options.lambda_type or "reparameterized"
+    possible = possible_noise_heads(signal, kv_heads, kv_layout)
+    hint = f"possible for --noise-heads: {listed(possible, signal)}"
+    noise = requested_noise_heads(options, signal, counted_in_heads=False, possible=hint)
+    noise = kv_heads if noise is None else noise
     if noise not in possible:
         raise ValueError(
-            f"{noise} noise heads cannot be added to {signal} query heads over {kv_heads} KV heads; "
-            f"possible for --noise-heads: {listed(possible, signal)}"
+            f"{noise} noise heads cannot be added to {signal} query heads over {kv_heads} KV heads; {hint}"
         )
-    if lambda_type == "sigmoid":
-        raise ValueError(
-            "--lambda-type sigmoid cannot start equal to the source, because a sigmoid is never 0; "
-            "use reparameterized or tanh"
-        )
+    scheduled = options.lambda_init == "schedule"
+    if scheduled and lambda_type != "reparameterized":
+        raise ValueError(f"--lambda-init schedule has no effect on λ with --lambda-type {lambda_type}; omit it")
+    fades_lambda = scheduled or lambda_type == "sigmoid"
     return GDAConfig(
-        **source_fields(source),
+        **source_fields(source) | {"num_key_value_heads": kv_heads * (2 if kv_layout == "paired" else 1)},
         num_attention_heads=signal + noise,
         num_noise_heads=noise,
-        kv_layout="shared",
+        kv_layout=kv_layout,
         lambda_type=lambda_type,
-        lambda_init=0.0,
-        dtype=dtype or source.dtype,
+        lambda_init=None if scheduled else 0.0,
+        lambda_target=0.0 if fades_lambda else None,
+        head_norm=bool(options.head_norm),
+        faded_head_norm=options.head_norm or None,
+        fade=0.0 if fades_lambda or options.head_norm else None,
+        dtype=DTYPES[options.dtype] or source.dtype,
         architectures=["GDAForCausalLM"],
     )
 
@@ -121,18 +145,47 @@ def expanded_recipes(
     config: GDAConfig, source: dict[str, TensorSpec], *, seed: int, dtype: torch.dtype | None
 ) -> dict[str, Recipe]:
     """The recipes of the expanded checkpoint, in the order in which transformers saves its tensors."""
-    recipes = {}
-    for name, spec in checkpoint_specs(config).items():
-        if ".lambda_" in name:
-            recipes[name] = lambda_recipe(name, spec, seed)
-        elif ".q_proj." in name:
-            target = TensorSpec(spec.shape, dtype or source[name].dtype)
-            make = partial(_with_noise_rows, config=config, generator=partial(generator_for, name, seed))
-            how = f"signal rows copied; noise rows: mean of their group + N(0, ({NOISE_QUERY_JITTER} std)²)"
-            recipes[name] = Recipe(target, (name,), make, how)
-        else:
-            recipes[name] = copied(name, source[name], dtype)
-    return recipes
+    return {name: _recipe(name, spec, config, source, seed, dtype) for name, spec in checkpoint_specs(config).items()}
+
+
+def _recipe(
+    name: str, spec: TensorSpec, config: GDAConfig, source: dict[str, TensorSpec], seed: int, dtype: torch.dtype | None
+) -> Recipe:
+    module, _, parameter = name.rpartition(".")
+    projection, draw = module.rpartition(".")[2], partial(generator_for, name, seed)
+    if ".lambda_" in name:
+        return lambda_recipe(name, spec, seed)
+    if projection == "subln":
+        return _head_norm_recipe(name, spec, config, source, dtype)
+    target = TensorSpec(spec.shape, dtype or source[name].dtype)
+    if projection == "q_proj":
+        make = partial(_with_noise_rows, config=config, generator=draw)
+        how = f"signal rows copied; noise rows: mean of their group + N(0, ({JITTER} std)²)"
+        return Recipe(target, (name,), make, how)
+    if config.kv_layout == "paired" and projection in ("k_proj", "v_proj"):
+        is_key = projection == "k_proj"
+        make = partial(_with_new_members, head_dim=config.head_dim, is_key=is_key, generator=draw)
+        new = f"noise keys: key + N(0, ({JITTER} std)²)" if is_key else "second slabs: N(0, std²)"
+        return Recipe(target, (name,), make, f"heads copied; {new}")
+    if config.kv_layout == "paired" and (projection, parameter) == ("o_proj", "weight"):
+        return Recipe(target, (name,), partial(_with_zero_columns, head_dim=config.head_dim), "second slabs: zero")
+    return copied(name, source[name], dtype)
+
+
+def _head_norm_recipe(
+    name: str, spec: TensorSpec, config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None
+) -> Recipe:
+    """A weight with which the norm changes the size of the heads' outputs little: about the size of the values."""
+    layer = name.removesuffix("self_attn.subln.weight")
+    sources = (f"{layer}self_attn.v_proj.weight", f"{layer}input_layernorm.weight")
+    scale = 1.0 - config.layer_lambda_init(int(name.split(".")[2]))
+
+    def make(value: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        size = (value.double() * norm.double()).square().sum(dim=1).mean().sqrt()
+        return torch.full(spec.shape, float(size) / scale)
+
+    how = "RMS of the values for normalized inputs of independent channels, divided by 1 − λ_init"
+    return Recipe(TensorSpec(spec.shape, dtype or source[sources[0]].dtype), sources, make, how)
 
 
 def _with_noise_rows(
@@ -142,5 +195,22 @@ def _with_noise_rows(
     groups = query.unflatten(0, (config.num_noise_heads, config.signal_noise_ratio, config.head_dim))
     wide = groups.float()
     jitter = torch.randn(wide[:, :1].shape, generator=generator())
-    noise = wide.mean(dim=1, keepdim=True) + NOISE_QUERY_JITTER * wide.std() * jitter
+    noise = wide.mean(dim=1, keepdim=True) + JITTER * wide.std() * jitter
     return torch.cat([groups, noise.to(query.dtype)], dim=1).flatten(0, 2)
+
+
+def _with_new_members(
+    heads: torch.Tensor, *, head_dim: int, is_key: bool, generator: Callable[[], torch.Generator]
+) -> torch.Tensor:
+    """(G · d, …) → (2 G · d, …): after each key its noise key, or after each value a second slab."""
+    first = heads.unflatten(0, (-1, 1, head_dim))
+    wide = first.float()
+    drawn = wide.std() * torch.randn(wide.shape, generator=generator())
+    second = wide + JITTER * drawn if is_key else drawn
+    return torch.cat([first, second.to(heads.dtype)], dim=1).flatten(0, 2)
+
+
+def _with_zero_columns(output: torch.Tensor, *, head_dim: int) -> torch.Tensor:
+    """o_proj (hidden, S · d) → (hidden, S · 2 d): the second slab of each head has no effect yet."""
+    first = output.unflatten(1, (-1, 1, head_dim))
+    return torch.cat([first, torch.zeros_like(first)], dim=2).flatten(1, 3)

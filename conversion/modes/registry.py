@@ -85,6 +85,7 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
     given: dict[str, Any] = {"seed": settings.seed, "dtype": settings.dtype}
     if source.config.model_type in LLAMALIKES:
         given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
+        given |= settings.layout or {}
     try:
         options = mode.options(source.name, "", **given, **(settings.growth or {}))
         return plan(settings.mode, source, options)

@@ -38,6 +38,7 @@ class Settings:
     lambda_type: str | None
     lossless: bool
     qk_rank: int | None = None
+    layout: dict[str, Any] | None = None
     growth: dict[str, Any] | None = None
     split: dict[str, Any] | None = None
     export: dict[str, Any] | None = None

@@ -14,6 +14,7 @@ from gda.configuration.presets import PRESETS
 from gda.conversion.demo import find_demo_model
 from gda.conversion.families.motif import mapped_config, read_motif_config
 from gda.conversion.modes.expand import expanded_config
+from gda.conversion.options import ConvertOptions
 
 from ..support.checkpoints import needs_smollm2
 from ..support.relatives import motif_config, motif_shapes
@@ -207,7 +208,7 @@ def test_llama_presets_equal_expanded_configs(name: str) -> None:
         bos_token_id=128000,
         eos_token_id=128001,
     )
-    expanded = expanded_config(llama, noise_heads=None, lambda_type="reparameterized", dtype=None)
+    expanded = expanded_config(llama, ConvertOptions("llama", "gda"))
     own = {"dtype", "architectures"}  # of a checkpoint, which a preset is not
     wanted = {field: value for field, value in expanded.to_dict().items() if field not in own}
     got = {field: value for field, value in GDAConfig.preset(name).to_dict().items() if field not in own}

@@ -1,0 +1,154 @@
+"""Conversion to the layouts of the GDA paper: paired keys, a head norm, a λ that is faded in."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gda
+from gda import GDAConfig, GDAForCausalLM
+from gda.configuration.configuration_gda import FADED
+
+from ..support.checkpoints import load, logits
+from ..support.llamas import save_llama, tensors_of
+from ..support.tiny import relative_error
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "paired": {"kv_layout": "paired"},
+    "head norm": {"head_norm": True},
+    "both": {"kv_layout": "paired", "head_norm": True},
+    "neither": {},
+}
+LAMBDAS: dict[str, dict[str, Any]] = {
+    "reparameterized": {},
+    "schedule": {"lambda_init": "schedule"},
+    "tanh": {"lambda_type": "tanh"},
+    "sigmoid": {"lambda_type": "sigmoid"},
+}
+
+
+def some_ids() -> Tensor:
+    return torch.randint(200, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def is_faded(options: dict[str, Any]) -> bool:
+    return "head_norm" in options or "lambda_init" in options or options.get("lambda_type") == "sigmoid"
+
+
+@pytest.mark.parametrize(("layout", "lambda_"), itertools.product(LAYOUTS, LAMBDAS))
+def test_exact_at_the_start_and_plain_at_the_end(layout: str, lambda_: str, tmp_path: Path) -> None:
+    """At fade 0 the logits are the source's. At 1 they are, bit for bit, those of a model without the fields."""
+    options = LAYOUTS[layout] | LAMBDAS[lambda_]
+    source = save_llama(tmp_path / "llama", attention_bias=True)
+    report = gda.convert(source, tmp_path / "gda", **options)
+    assert report.verification is not None
+    assert report.verification.threshold == 1e-5
+    model, ids = load(tmp_path / "gda"), some_ids()
+    assert relative_error(logits(model, ids), logits(source, ids)) < 1e-5
+    assert (model.config.fade == 0) == is_faded(options)
+    if is_faded(options):
+        model.set_fade(1.0)
+    model.save_pretrained(tmp_path / "end")
+    fields = json.loads((tmp_path / "end" / "config.json").read_text())
+    assert all(fields.get(name) is None for name in ("fade", *FADED))
+    at_end = load(tmp_path / "end")
+    assert torch.equal(logits(at_end, ids), logits(model, ids))
+    if is_faded(options):
+        assert relative_error(logits(at_end, ids), logits(source, ids)) > 1e-3
+
+
+@pytest.mark.parametrize(("layout", "lambda_"), itertools.product(LAYOUTS, LAMBDAS))
+def test_every_new_weight_learns_from_the_second_step(layout: str, lambda_: str, tmp_path: Path) -> None:
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False, **LAYOUTS[layout], **LAMBDAS[lambda_])
+    model = GDAForCausalLM.from_pretrained(tmp_path / "gda", dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(2):
+        if model.config.fade is not None:
+            model.set_fade((step + 1) / 10)
+        optimizer.zero_grad()
+        model(some_ids(), labels=some_ids()).loss.backward()
+        optimizer.step()
+    head_dim, attention = model.config.head_dim, model.model.layers[0].self_attn
+    ratio = model.config.signal_noise_ratio
+    noise_queries = attention.q_proj.weight.grad.unflatten(0, (-1, ratio + 1, head_dim))[:, -1]
+    new = {"noise queries": noise_queries}
+    new |= {name: p.grad for name, p in attention.named_parameters() if "lambda" in name or "subln" in name}
+    if model.config.kv_layout == "paired":
+        new["noise keys"] = attention.k_proj.weight.grad.unflatten(0, (-1, 2, head_dim))[:, 1]
+        new["second slabs"] = attention.v_proj.weight.grad.unflatten(0, (-1, 2, head_dim))[:, 1]
+        new["their columns"] = attention.o_proj.weight.grad.unflatten(1, (-1, 2, head_dim))[:, :, 1]
+    for name, gradient in new.items():
+        assert gradient.abs().max() > 0, name
+
+
+def test_where_each_head_of_a_pair_comes_from(tmp_path: Path) -> None:
+    """Keys are (k, k + noise), values (v, new), and o_proj reads only v."""
+    source = save_llama(tmp_path / "llama")
+    gda.convert(source, tmp_path / "gda", kv_layout="paired", verify=False)
+    before, after = tensors_of(source), tensors_of(tmp_path / "gda")
+    prefix = "model.layers.1.self_attn"
+    key = after[f"{prefix}.k_proj.weight"].unflatten(0, (2, 2, 8))
+    value = after[f"{prefix}.v_proj.weight"].unflatten(0, (2, 2, 8))
+    output = after[f"{prefix}.o_proj.weight"].unflatten(1, (4, 2, 8))
+    assert torch.equal(key[:, 0].flatten(0, 1), before[f"{prefix}.k_proj.weight"])
+    assert torch.equal(value[:, 0].flatten(0, 1), before[f"{prefix}.v_proj.weight"])
+    assert torch.equal(output[:, :, 0].flatten(1), before[f"{prefix}.o_proj.weight"])
+    assert output[:, :, 1].count_nonzero() == 0
+    assert 0 < (key[:, 1] - key[:, 0]).abs().mean() < 0.1 * key[:, 0].abs().mean()
+    assert (value[:, 1] - value[:, 0]).abs().mean() > value[:, 0].abs().mean() / 2
+
+
+def test_the_head_norm_starts_at_the_size_of_the_values(tmp_path: Path) -> None:
+    """Its weight is the RMS of v for inputs of variance 1, divided by 1 − λ_init."""
+    source = save_llama(tmp_path / "llama")
+    gda.convert(source, tmp_path / "gda", head_norm=True, lambda_init="schedule", verify=False)
+    before, after = tensors_of(source), tensors_of(tmp_path / "gda")
+    norm = before["model.layers.1.input_layernorm.weight"]
+    inputs = torch.randn(200_000, len(norm), generator=torch.Generator().manual_seed(0)) * norm
+    size = (inputs @ before["model.layers.1.self_attn.v_proj.weight"].T).square().mean().sqrt()
+    scale = 1 - GDAConfig.from_pretrained(tmp_path / "gda").layer_lambda_init(1)
+    assert torch.allclose(after["model.layers.1.self_attn.subln.weight"], size / scale, rtol=1e-2)
+
+
+def test_the_new_parts_are_listed_as_new(tmp_path: Path) -> None:
+    """trainable.json: noise queries, noise keys, second slabs, their columns, λ and the head norm."""
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", kv_layout="paired", head_norm=True)
+    listed = json.loads((tmp_path / "gda" / "trainable.json").read_text())
+    text = json.dumps(listed)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "lambda_", "subln"):
+        assert name in text, name
+    assert "mlp" not in text
+
+
+def test_verification_by_tensors_plans_the_same_layout(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "llama")
+    gda.convert(source, tmp_path / "gda", kv_layout="paired", head_norm=True, lambda_init="schedule")
+    assert gda.verify(source, tmp_path / "gda", method="tensors").passed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lambda_init": "schedule", "lambda_type": "tanh"}, "--lambda-init schedule has no effect"),
+        ({"kv_layout": "paired", "noise_heads": 1}, "1 noise heads cannot be added"),
+        ({"head_norm": True, "mode": "split"}, "--head-norm is for --mode expand"),
+        ({"kv_layout": "paired", "mode": "split"}, "--kv-layout is for --mode expand"),
+    ],
+    ids=str,
+)
+def test_impossible_layouts_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", **options)
+    assert not (tmp_path / "gda").exists()
+
+
+@pytest.mark.parametrize("options", [LAYOUTS["both"], LAYOUTS["head norm"] | LAMBDAS["schedule"]], ids=str)
+def test_growth_of_a_fading_model(options: dict[str, Any], tmp_path: Path) -> None:
+    """A Llama grows signal heads while its head norm waits to be faded in."""
+    source = save_llama(tmp_path / "llama")
+    gda.grow(source, tmp_path / "grown", signal=2, **options)
+    assert relative_error(logits(tmp_path / "grown", some_ids()), logits(source, some_ids())) < 1e-5
