@@ -46,8 +46,10 @@ def _fading(config: GDAConfig) -> str:
         parts.append(f"the last {config.masked_neurons:,} of {config.intermediate_size:,} neurons")
     if config.masked_layers is not None:
         parts.append(f"layers {', '.join(map(str, config.masked_layers))}")
+    if config.faded_head_norm is not None:
+        parts.append("the head norm")
     if config.lambda_target is not None:
-        parts.append(f"λ via {config.lambda_target:.4g}")
+        parts.append(f"λ via {config.lambda_target:.4g}" if config.lambda_target else "λ")
     return f", fading in {'; '.join(parts)} (fade {config.fade:.4g})"
 
 
