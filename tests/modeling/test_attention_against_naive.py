@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "head-norm-lambda-init": {"head_norm": True, "lambda_init": [0.0, 0.7]},
     "head-norm-sigmoid": {"head_norm": True, "lambda_type": "sigmoid"},
     "head-norm-tanh": {"head_norm": True, "lambda_type": "tanh", "lambda_init": 0.25},
+    "head-norm-fading": {"head_norm": True, "fade": 0.3, "faded_head_norm": True, "lambda_init": 0.25},
     "rms-norm-eps": {"rms_norm_eps": 0.5},
     "qk-norm": {"qk_norm": True},
     "qk-norm-eps": {"qk_norm": True, "rms_norm_eps": 0.1},

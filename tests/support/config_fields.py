@@ -34,6 +34,7 @@ ANY_FIELDS = st.fixed_dictionaries(
         "masked_signal_heads": st.none() | st.integers(-1, 4),
         "masked_neurons": st.none() | st.integers(-1, 12),
         "masked_layers": st.none() | st.lists(st.integers(-1, 3), max_size=3),
+        "faded_head_norm": st.none() | st.booleans(),
         "lambda_target": st.none() | st.integers(-1, 2) | st.floats(),
         "hidden_act": st.sampled_from(["silu", "poly_norm"]),
         "tie_word_embeddings": st.booleans(),
@@ -51,12 +52,13 @@ def _groups_of_signal_heads(layout: str, noise: int, key_value: int) -> int:
 
 
 @st.composite
-def possible_fading(draw: st.DrawFn, neurons: int, layers: int, heads: int) -> dict[str, Any]:
+def possible_fading(draw: st.DrawFn, neurons: int, layers: int, heads: int, head_norm: bool) -> dict[str, Any]:
     """The fields of fading in, or None for all of them. Some heads, neurons and layers are old."""
     parts = {
         "masked_signal_heads": draw(st.none() | st.integers(1, heads - 1)) if heads > 1 else None,
         "masked_neurons": draw(st.none() | st.integers(1, neurons - 1)) if neurons > 1 else None,
         "masked_layers": draw(st.none() | st.just([layers - 1])) if layers > 1 else None,
+        "faded_head_norm": draw(st.sampled_from([None, True])) if head_norm else None,
         "lambda_target": draw(st.none() | st.floats(-2, 2)),
     }
     fades = any(value is not None for value in parts.values())
@@ -77,7 +79,9 @@ def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
     else:
         noise = draw(st.integers(1, 2))
         key_value = noise * draw(st.sampled_from([copies for copies in range(1, ratio + 1) if ratio % copies == 0]))
-    return draw(ANY_FIELDS) | {
+    fields = draw(ANY_FIELDS)
+    signal_heads = noise * ratio // _groups_of_signal_heads(layout, noise, key_value)
+    return fields | {
         "vocab_size": draw(st.integers(1, 8)),
         "hidden_size": draw(st.integers(1, 12)),
         "intermediate_size": neurons,
@@ -91,7 +95,7 @@ def possible_fields(draw: st.DrawFn) -> dict[str, Any]:
         "lambda_init": draw(
             st.none() | st.integers(-2, 2) | st.lists(st.integers(-2, 2), min_size=layers, max_size=layers)
         ),
-        **draw(possible_fading(neurons, layers, noise * ratio // _groups_of_signal_heads(layout, noise, key_value))),
+        **draw(possible_fading(neurons, layers, signal_heads, fields.get("head_norm", False))),
         "sliding_window": draw(st.integers(1, 4)),
         "layer_types": draw(
             st.none()

@@ -8,7 +8,8 @@ signal heads, N noise heads and r = S / N, signal head i = 0 … S − 1 of a la
 and the layer's output is W_O · concat_i(norm(out_i)). Noise head i // r serves signal head i.
 
 In masked growth, the output of every new signal head, neuron and layer is multiplied by m = `fade`. While λ is faded
-in, λ_i is (1 − m) · m · target + m · λ_i as computed from its parameters.
+in, λ_i is (1 − m) · m · target + m · λ_i as computed from its parameters. While the head norm is faded in, it gives
+(1 − m) · out_i + m · norm(out_i).
 """
 
 import math
@@ -110,8 +111,9 @@ def attention(
         lambda_ = faded(lambda_of_head(x, weights, config, layer, i), config)
         output = signal_map @ value - lambda_ * (noise_map @ value)
         if config.head_norm:
-            output = rms_norm(output, weights["self_attn.subln.weight"], config.head_norm_eps)
-            output = output * (1 - lambda_init(config, layer))
+            normed = rms_norm(output, weights["self_attn.subln.weight"], config.head_norm_eps)
+            m = config.fade if config.faded_head_norm else 1.0
+            output = (1 - m) * output + m * normed * (1 - lambda_init(config, layer))
         outputs.append(output * mask_of_head(config, layer, i))
         maps.append(signal_map - lambda_ * noise_map)
     return linear(torch.cat(outputs, dim=-1), weights, "self_attn.o_proj"), torch.stack(maps)
