@@ -27,7 +27,8 @@ from gda.conversion.sources.open import MODEL_PATTERNS
 from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.source import PROVENANCE_FILE
 from gda.conversion.tensors.safetensors_io import INDEX_FILE
-from gda.conversion.writing.card import CARD_FILE, model_card
+from gda.conversion.writing.card import CARD_FILE, PLACEHOLDER, model_card
+from gda.conversion.writing.history import history_of
 from gda.modeling_gda.modeling_gda import GDAModel
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -93,7 +94,7 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
         raise FileNotFoundError(f"{folder} is not a folder; name one that holds a GDA model")
     with quiet_transformers(), tempfile.TemporaryDirectory(prefix="gda-push-") as scratch:
         source = _open(folder)
-        files, notes = _files_to_push(source, Path(scratch), options.bundle_code)
+        files, notes = _files_to_push(source, Path(scratch), options.bundle_code, repo)
         report = PushReport(
             repo=repo,
             revision=revision,
@@ -128,7 +129,9 @@ def _open(folder: Path) -> FolderSource:
     return FolderSource(folder)
 
 
-def _files_to_push(source: FolderSource, scratch: Path, bundle_code: bool) -> tuple[dict[str, Path], list[str]]:
+def _files_to_push(
+    source: FolderSource, scratch: Path, bundle_code: bool, repo: str
+) -> tuple[dict[str, Path], list[str]]:
     """The file to send for each path in the repository, from the folder or created in `scratch`; and notes."""
     folder, config = source.folder, source.config
     assert isinstance(config, GDAConfig)
@@ -146,13 +149,14 @@ def _files_to_push(source: FolderSource, scratch: Path, bundle_code: bool) -> tu
         files |= {path.name: path for path in code}
     elif bundle_code or hasattr(config, "auto_map"):
         config.save_pretrained(scratch, bundle_code=bundle_code)
-    notes = _add_card(source, files, scratch, bundle_code)
+    notes = _add_card(source, files, scratch, bundle_code, repo)
     return dict(sorted((files | {path.name: path for path in scratch.iterdir()}).items())), notes
 
 
-def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_code: bool) -> list[str]:
-    """Create a model card in `scratch` unless the folder has one that was edited; return notes.
+def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_code: bool, repo: str) -> list[str]:
+    """Create the model card in `scratch`, from the one in the folder if that was edited; return notes.
 
+    It names the repository where the card of a folder can only say `path/or/id`.
     A conversion.json about other weights, as after training, is removed from `files`.
     """
     config, name = source.config, source.folder.resolve().name
@@ -168,8 +172,14 @@ def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
         if CARD_FILE in files and files[CARD_FILE].read_text(encoding="utf-8") in generated:
             del files[CARD_FILE]  # unedited: it is generated again for the files that are pushed
     if CARD_FILE not in files:
-        write_text(scratch / CARD_FILE, model_card(config, name=name, made=provenance, has_code=has_code))
-    elif notes:
+        history = history_of(source.folder)
+        card = model_card(config, name=name, made=provenance, has_code=has_code, history=history)
+        write_text(scratch / CARD_FILE, card.replace(PLACEHOLDER, repo))
+        return notes
+    card_bytes = files[CARD_FILE].read_bytes()
+    if PLACEHOLDER.encode() in card_bytes:
+        (scratch / CARD_FILE).write_bytes(card_bytes.replace(PLACEHOLDER.encode(), repo.encode()))
+    if notes:
         notes.append(f"{CARD_FILE} is pushed unchanged; check that it describes these weights")
     return notes
 

@@ -22,6 +22,7 @@ from gda.conversion.push import PushReport, push_result
 from gda.conversion.sources.hub import check_name, require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.readers import read_gda_config
+from gda.conversion.writing.history import history_of
 from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
@@ -29,6 +30,7 @@ from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, St
 from gda.training.data.sequences import collate
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
 from gda.training.report import TrainReport, peak_memory
+from gda.training.runs.card import training_step, write_card
 from gda.training.runs.checkpoints import require_trainer_state, step_of
 from gda.training.runs.failures import explained, missing_space
 from gda.training.runs.model_folder import model_stamps, save
@@ -161,7 +163,11 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
 
     def finish() -> None:
         assert folder is not None
-        folder.finish({"model": source.name, "data": [file.name for file in data], "versions": _versions()}, report)
+        history = [*history_of(source), training_step(settings, report, source.resolve().name)]
+        if folder.state.report is None:
+            write_card(state.path, source, out.name, history, has_code=options.bundle_code)
+        origin = {"model": source.name, "data": [file.name for file in data], "versions": _versions()}
+        folder.finish(origin | {"history": history}, report)
 
     state = processes.on_main(open_folder)
     try:

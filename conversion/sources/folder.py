@@ -17,6 +17,8 @@ from gda.conversion.sources.source import Source
 from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 
+CARD_FIELDS = ("license", "license_name", "license_link", "language", "base_model")
+
 
 class FolderSource(Source):
     """A folder with config.json and safetensors weights."""
@@ -70,5 +72,5 @@ class FolderSource(Source):
             data = ModelCard.load(self.folder / "README.md").data.to_dict()
             if isinstance(languages := data.get("language"), list):  # YAML reads Norwegian's `no` as false
                 data["language"] = ["no" if language is False else language for language in languages]
-            return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
+            return {key: data[key] for key in CARD_FIELDS if data.get(key)}
         return {}

@@ -12,26 +12,38 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.writing.headmap import head_map
 
 CARD_FILE = "README.md"
+PLACEHOLDER = "path/or/id"  # in the card of a folder, for the repository that it is pushed to
 # By name. conversion.json, which anybody may have written, names the mode_… that is used.
 TEMPLATES = {path.name.split(".")[0]: path for path in (Path(__file__).parent / "templates").glob("*.md.jinja")}
 
 
-def model_card(config: PreTrainedConfig, *, name: str, made: dict[str, Any] | None, has_code: bool) -> str:
+def model_card(
+    config: PreTrainedConfig,
+    *,
+    name: str,
+    made: dict[str, Any] | None,
+    has_code: bool,
+    history: list[str] | None = None,
+    card_data: dict[str, Any] | None = None,
+) -> str:
     """The text of a README.md with metadata, from `made`, the content of conversion.json.
 
-    Without conversion.json, `made` is None and `name` is the model's name.
+    Without conversion.json, `made` is None, `name` is the model's name, and `history` and `card_data` are what is known
+    of it.
 
     Raises:
         ValueError: if `made` is not the content of a conversion.json of ours.
     """
     is_gda = isinstance(config, GDAConfig)
     try:
-        source = made["source"] if made is not None else {"name": name, "revision": None, "card_data": {}}
-        on_hub = source["revision"] is not None
+        unconverted = {"name": name, "revision": None, "card_data": card_data or {}}
+        source: dict[str, Any] = unconverted if made is None else made["source"]
+        known = dict(source["card_data"])
+        base_model = known.pop("base_model", None) if source["revision"] is None else source["name"]
         data = ModelCardData(
-            **source["card_data"],
-            base_model=source["name"] if on_hub else None,
-            base_model_relation="finetune" if on_hub else None,
+            **known,
+            base_model=base_model,
+            base_model_relation="finetune" if base_model else None,
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["grouped-differential-attention", *(["gda"] if is_gda else [])],
@@ -41,6 +53,7 @@ def model_card(config: PreTrainedConfig, *, name: str, made: dict[str, Any] | No
             template_str=_template("model_card" if is_gda else "exported_card"),
             title=source["name"].rsplit("/", 1)[-1].removesuffix(".gguf"),
             made=made,
+            history=(history or []) if made is None else made.get("history", []),
             how="" if made is None else _rendered(f"mode_{made['settings']['mode']}", config, made),
             verification="" if made is None else _rendered("verification", config, made),
             config=config,

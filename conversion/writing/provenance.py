@@ -12,6 +12,7 @@ from gda.conversion.families.llamalike import head_dim
 from gda.conversion.options import CheckpointOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import DTYPES
+from gda.conversion.writing.history import with_conversion
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_provenance(
 
     It holds no date and no path, so that the same conversion gives the same bytes on any machine.
     """
-    made = {
+    made: dict[str, Any] = {
         "versions": {"gda": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")},
         "source": {
             "name": source.name,
@@ -97,6 +98,7 @@ def write_provenance(
             name: {"from": list(recipe.sources), "how": recipe.how} for name, recipe in conversion.recipes.items()
         },
     }
+    made["history"] = with_conversion(source, made)
     write_json(folder / PROVENANCE_FILE, made)
     return made
 

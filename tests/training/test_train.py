@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
@@ -35,7 +37,7 @@ pytestmark = pytest.mark.sampled
 TEXT = "".join(f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(60))
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 4, "context": 32, "learning_rate": 1e-2, "save_every": 4}
 OPTIONS = ("--steps", 4, "--batch-size", 4, "--context", 32, "--learning-rate", 1e-2, "--save-every", 4)
-OF_TRAINING = {"training.json", "training_log.jsonl"}
+OF_TRAINING = {"README.md", "training.json", "training_log.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,25 @@ def test_eval_tokens_limits_what_is_measured(models: Path, tmp_path: Path) -> No
     with torch.no_grad():
         loss = AutoModelForCausalLM.from_pretrained(models / "gda").eval()(measured, labels=measured).loss
     assert report.first_eval_loss == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_the_card_tells_the_whole_history(models: Path, tmp_path: Path) -> None:
+    """Conversion, training and growth, in this order, with numbers; licence and base model stay in the metadata."""
+    shutil.copytree(models / "llama", tmp_path / "llama")
+    (tmp_path / "llama" / "README.md").write_text("---\nlicense: mit\nbase_model: me/first\n---\n")
+    gda.convert(tmp_path / "llama", tmp_path / "gda")
+    report = gda.train(tmp_path / "gda", tmp_path / "trained", data=models / "text.txt", **FAST)
+    card = ModelCard.load(tmp_path / "trained" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "me/first")
+    losses = f"training loss {report.first_loss:.4f} before, {report.last_loss:.4f} after"
+    trained = f"Trained from gda (`--train all`) for 4 steps on 512 tokens of text.txt; {losses}."
+    assert re.search(r"1\. `expand` of llama; largest difference of a logit \d\.\de[+-]\d\d, relative to", card.text)
+    assert f"2. {trained}" in card.text
+    gda.grow(tmp_path / "trained", tmp_path / "grown", depth=3)
+    steps = json.loads((tmp_path / "grown" / "conversion.json").read_text())["history"]
+    assert steps[1] == trained
+    assert steps[2].startswith("`grow` (depth 3, noise_std 0.01) of trained; largest difference")
+    assert "3. `grow`" in (tmp_path / "grown" / "README.md").read_text()
 
 
 def test_every_written_file_follows_the_umask(models: Path, tmp_path: Path) -> None:
