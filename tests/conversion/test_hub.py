@@ -33,6 +33,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "llama-gda"
 
 
+def as_pushed(folder: Path, repo: str = "me/x") -> dict[str, bytes]:
+    """The files of a folder as a push sends them: the card names the repository."""
+    files = files_of(folder)
+    assert b"path/or/id" in files["README.md"]
+    return files | {"README.md": files["README.md"].replace(b"path/or/id", repo.encode())}
+
+
 def put(hub: Hub, repo: str, folder: Path) -> str:
     """Store a folder in `hub` as if it had been pushed, and return the commit."""
     files = {path: Blob(data, path.endswith(".safetensors")) for path, data in files_of(folder).items()}
@@ -72,13 +79,13 @@ def test_revisions_hold_different_models(hub: Hub) -> None:
 
 
 def test_gda_push_sends_the_folder(folder: Path, hub: Hub, command: Command) -> None:
-    """The repository equals the folder byte for byte, and tokenizer and chat template load from it."""
+    """The repository equals the folder, but the card names the repository. Tokenizer and chat template load from it."""
     outcome = command("push", folder, "me/llama-gda", "--json")
     assert outcome.code == 0, outcome.error
     output = json.loads(outcome.out)
     held = hub.files("me/llama-gda")
     del held[".gitattributes"]
-    assert held == files_of(folder)
+    assert held == as_pushed(folder, "me/llama-gda")
     assert output["files"] == sorted(held)
     assert output["nbytes"] == sum(map(len, held.values()))
     assert output["commit"] == hub.repos["me/llama-gda"].branches["main"]
@@ -150,7 +157,7 @@ def test_convert_and_push(tmp_path: Path, hub: Hub, command: Command) -> None:
     assert not hub.asked(r"resolve/.*(\.bin|\.py)$")
     held = hub.files("me/llama-gda")
     del held[".gitattributes"]
-    assert held == files_of(out)
+    assert held == as_pushed(out, "me/llama-gda")
     assert hub.repos["me/llama-gda"].private
     source = json.loads(held["conversion.json"])["source"]
     assert (source["name"], source["revision"]) == ("some-one/llama", commit)
@@ -193,7 +200,7 @@ def test_push_without_code(folder: Path, hub: Hub, command: Command) -> None:
     del kept["auto_map"]
     assert pushed == kept
     assert command("push", folder, "me/x").code == 0
-    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
+    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == as_pushed(folder)
 
 
 def test_other_files_are_left_out_and_named(folder: Path, hub: Hub, command: Command) -> None:
@@ -359,7 +366,7 @@ def test_interrupted_upload_resumes(folder: Path, hub: Hub, command: Command) ->
     shards = len(list(folder.glob("*.safetensors")))
     assert hub.asked("^PUT") == shards + 1
     assert sent < shards == len(hub.lfs)
-    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
+    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == as_pushed(folder)
 
 
 @pytest.mark.slow
@@ -370,7 +377,7 @@ def test_killed_push_resumes(folder: Path, hub: Hub, command: Command) -> None:
     assert process.wait(timeout=120) == -signal.SIGKILL
     assert set(hub.files("me/x")) == {".gitattributes"}
     assert command("push", folder, "me/x").code == 0
-    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == files_of(folder)
+    assert {path: hub.files("me/x")[path] for path in files_of(folder)} == as_pushed(folder)
 
 
 def test_damaged_upload_is_refused(folder: Path, hub: Hub, command: Command) -> None:
