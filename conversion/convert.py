@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
@@ -42,27 +41,16 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
         PermissionError, ConnectionError: if the Hub does not give the source or take the result.
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
     """
-    check_destinations(options)
-    with quiet_transformers():
-        return convert_opened(open_source(options.source, options.revision), options, console=console)
-
-
-def check_destinations(options: ConvertOptions) -> None:
-    """Check where the result goes, before the source is opened.
-
-    Raises:
-        FileExistsError, ValueError, PermissionError: as `convert`.
-    """
-    check_places(options.source, options.out)
-    refuse_existing(Path(options.out), options.overwrite)
     if options.push_to_hub is not None:
         check_name(options.push_to_hub)
         if not options.dry_run:
             require_token(options.push_to_hub)
+    with quiet_transformers():
+        return convert_opened(open_source(options.source, options.revision), options, console=console)
 
 
 def convert_opened(source: Source, options: ConvertOptions, *, console: Console | None = None) -> ConvertReport:
-    """`convert` for an opened source, after `check_destinations`."""
+    """`convert` for an opened source."""
     if isinstance(source.config, GDAConfig) and options.qk_rank is None and not isinstance(source, AdapterSource):
         raise ValueError(f"{source.name} is already a GDA model")
     conversion = plan_default(source, options) if options.mode is None else plan(options.mode, source, options)

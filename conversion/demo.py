@@ -18,7 +18,7 @@ from gda.common.options import takes
 from gda.common.perplexity import perplexity
 from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
-from gda.conversion.convert import check_destinations, convert_opened
+from gda.conversion.convert import convert_opened
 from gda.conversion.options import ConvertOptions, DemoOptions
 from gda.conversion.sources.open import open_source
 from gda.conversion.verify import VerifyReport
@@ -65,7 +65,7 @@ def demo(options: DemoOptions, out: str | Path | None = None, *, console: Consol
     with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch, quiet_transformers():
         folder = Path(scratch) / "smollm2-135m-gda" if out is None else out
         conversion = ConvertOptions(source=location, out=folder, overwrite=options.overwrite)
-        check_destinations(conversion)
+        conversion.check_places()
         console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
         source = open_source(location)
         source.load = functools.cache(source.load)  # type: ignore[method-assign]  # once for verification and for us

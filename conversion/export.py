@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.console import Console
 
-from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.conversion.modes.registry import plan
@@ -67,8 +66,6 @@ def export(options: ExportOptions, *, console: Console | None = None) -> ExportR
         VerificationFailed: if the result does not compute what the model computes; `out` is then not created.
     """
     out = Path(options.out)
-    check_places(options.model, options.out)
-    refuse_existing(out, options.overwrite)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         if options.format == "gguf":  # the writer rounds to the type of the file

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.conversion.modes.registry import plan
@@ -26,8 +25,6 @@ def fold(options: FoldOptions, *, console: Console | None = None) -> ConvertRepo
         VerificationFailed: if the result does not compute what the model computes; `out` is then not created.
     """
     out = Path(options.out)
-    check_places(options.model, options.out)
-    refuse_existing(out, options.overwrite)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         return write_model(

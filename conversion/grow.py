@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.console import Console
 
-from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.common.trainable import Trainable
@@ -83,8 +82,6 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
     """
     out = Path(options.out)
-    check_places(options.model, options.out)
-    refuse_existing(out, options.overwrite)
     options = growth.checked(options)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
