@@ -1,7 +1,5 @@
 """The report of `gda eval`, and its forms: tables on the screen, JSON, Markdown and HTML."""
 
-import contextlib
-import importlib.metadata
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gda._version import __version__
 from gda.common.files import write_text
 from gda.common.html import page
 from gda.common.perplexity import TextPerplexity
+from gda.common.versions import versions
 from gda.eval.attention.diagnostics import DiagnosticsReport
 from gda.eval.compare import Row
 from gda.eval.options import RESULTS_FILE, EvaluateOptions
@@ -97,7 +95,7 @@ class EvalReport:
             "gda": {
                 **self.model.to_dict(),
                 "settings": self.settings(),
-                "versions": _versions(),
+                "versions": versions(*PACKAGES),
                 "comparison": [asdict(row) for row in self.rows],
                 "perplexity_ratio": self.perplexity_ratio,
                 "diagnostics": None if self.diagnostics is None else self.diagnostics.to_dict(),
@@ -122,15 +120,6 @@ def _serializable(value: Any) -> Any:
     if isinstance(value, set):
         return list(value)
     return getattr(value, "name_or_path", None) or (int(value) if isinstance(value, np.integer) else str(value))
-
-
-def _versions() -> dict[str, str]:
-    """Versions of this package and of those that it uses."""
-    found = {"gda": __version__}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # lm-eval and datasets are optional
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def write_report(report: EvalReport, folder: Path, *, with_html: bool = False) -> list[Path]:

@@ -4,7 +4,6 @@ import contextlib
 import sys
 import tempfile
 from dataclasses import replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -14,10 +13,10 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from gda._version import __version__
 from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
+from gda.common.versions import versions
 from gda.conversion.push import PushReport, push_result
 from gda.conversion.sources.hub import check_name, require_token
 from gda.conversion.sources.open import resolve_folder
@@ -166,8 +165,13 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
         history = [*history_of(source), training_step(settings, report, source.resolve().name)]
         if folder.state.report is None:
             write_card(state.path, source, out.name, history, has_code=options.bundle_code)
-        origin = {"model": source.name, "data": [file.name for file in data], "versions": _versions()}
-        folder.finish(origin | {"history": history}, report)
+        origin = {
+            "model": source.name,
+            "data": [file.name for file in data],
+            "versions": versions("torch", "transformers", "accelerate"),
+            "history": history,
+        }
+        folder.finish(origin, report)
 
     state = processes.on_main(open_folder)
     try:
@@ -197,10 +201,6 @@ def _teacher_stamps(settings: TrainSettings) -> list[list[Any]]:
         return []
     teacher = Path(settings.teacher)
     return stamps([teacher]) if teacher.is_file() else model_stamps(teacher)
-
-
-def _versions() -> dict[str, str]:
-    return {"gda": __version__} | {name: version(name) for name in ("torch", "transformers", "accelerate")}
 
 
 def _train(

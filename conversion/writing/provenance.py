@@ -1,12 +1,11 @@
 """conversion.json: what a converted checkpoint was made from, with which settings, and how each tensor was made."""
 
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gda._version import __version__
 from gda.common.files import read_json, write_json
+from gda.common.versions import versions
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim
 from gda.conversion.options import CheckpointOptions
@@ -20,15 +19,15 @@ class Settings:
     """The settings that the bytes of the result depend on, apart from the source and our version.
 
     Attributes:
-        mode, dtype, seed, max_shard_size: As the command was given them.
-        num_noise_heads, lambda_type: Of the result, or of the model that it was before it grew; None if it was exported
+        mode, dtype, seed, max_shard_size: Options of the command.
+        num_noise_heads, lambda_type: Those of the result, or of the model before it grew; None if it was exported
             to a type without them.
         lossless: Whether the result must compute what its source computes.
         qk_rank: Rank of the factorization, if the conversion did one.
         growth: The options of the growth, if the model grew.
         split: How the split was fitted, if heads were split.
         export: The format of an export; for a plain decoder also its heads, λ of each layer, and the fields of the GDA
-            model that it has no place for.
+            model that the format cannot hold.
     """
 
     mode: str
@@ -76,7 +75,7 @@ def write_provenance(
     It holds no date and no path, so that the same conversion gives the same bytes on any machine.
     """
     made: dict[str, Any] = {
-        "versions": {"gda": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")},
+        "versions": versions("torch", "transformers", "safetensors"),
         "source": {
             "name": source.name,
             "revision": source.revision,

@@ -1,12 +1,11 @@
 """The numbers and maps of `gda attention`."""
 
-import importlib.metadata
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from gda._version import __version__
+from gda.common.versions import versions
 from gda.eval.attention.analysis import AttentionArrays, MapStatistics
 from gda.eval.attention.maps import LayerMaps, MapPlan
 
@@ -91,14 +90,9 @@ class AttentionData:
                 "pool": self.plan.pool,
                 "each_head": self.plan.heads,
             },
-            "versions": versions(),
+            "versions": versions(*PACKAGES),
             "notes": self.notes,
         }
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that compute."""
-    return {"gda": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def arrays_to_dict(arrays: AttentionArrays) -> dict[str, Any]:

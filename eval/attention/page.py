@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from gda.common.html import page
+from gda.common.versions import versions
 from gda.eval.attention.analysis import AttentionArrays
-from gda.eval.attention.data import AttentionData, versions
+from gda.eval.attention.data import PACKAGES, AttentionData
 from gda.eval.attention.maps import LayerMaps, deflated
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,7 +37,7 @@ def _facts(report: AttentionData) -> list[tuple[str, str]]:
         ("model", report.name),
         *baseline,
         ("text", f"{report.text_name}, {len(report.token_ids):,} tokens"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items())),
     ]
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from gda.training import FadeCallback
 from ..support import naive
 from ..support.checkpoints import needs_smollm2
 from ..support.commands import Command
-from ..support.fading import Recorder, StopAt, trainer_arguments
+from ..support.fading import Recorder, StopAt, check_bundled_code_fades, trainer_arguments
 from ..support.llamas import save_llama
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
@@ -282,20 +280,7 @@ def test_fade_is_saved_and_loaded(layout: str, tmp_path: Path) -> None:
 def test_bundled_code_fades(tmp_path: Path) -> None:
     """Without the package, the saved code applies, changes and saves the fade."""
     model = grown_model(tiny_model(base_config(lambda_type="tanh")), mask=0.4)
-    model.save_pretrained(tmp_path / "model")
-    torch.save(logits(model), tmp_path / "logits.pt")
-    program = (
-        "import sys; sys.modules['gda'] = None; import torch; from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True)\n"
-        f"ids = torch.tensor({token_ids(2, 11).tolist()})\n"
-        f"wanted = torch.load({str(tmp_path / 'logits.pt')!r})\n"
-        "with torch.no_grad(): torch.testing.assert_close(model(ids).logits, wanted)\n"
-        "model.set_fade(0.75)\n"
-        f"model.save_pretrained({str(tmp_path / 'saved')!r})\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["fade"] == 0.75
+    check_bundled_code_fades(model, tmp_path)
 
 
 def test_fade_1_is_saved_as_an_ordinary_model(tmp_path: Path) -> None:
