@@ -276,7 +276,7 @@ class ExportOptions(CheckpointOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format == "gguf" and Path(self.out).suffix != ".gguf":
-            raise ValueError(f"--format gguf writes one file: let OUT end in .gguf, not {Path(self.out).name}")
+            raise ValueError(f"--format gguf writes one file: OUT must end in .gguf; got {Path(self.out).name}")
         for name in ("max_shard_size", "workers", "resume") if self.format == "gguf" else ("tokenizer",):
             if getattr(self, name) != getattr(type(self), name):
                 beside = "which writes one file" if self.format == "gguf" else "which writes tokenizer.json"

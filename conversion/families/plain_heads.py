@@ -52,7 +52,7 @@ class PlainHeads:
 
 
 def plain_heads(config: GDAConfig, *, with_noise: bool) -> PlainHeads:
-    """The heads of the plain decoder. Without noise heads, it computes what the model computes with λ = 0."""
+    """The heads of the plain decoder. Without noise heads, it computes what the model computes at λ = 0."""
     members = (False, True) if with_noise else (False,)
     if config.kv_layout == "paired":
         return _heads_of_pairs(config, members)
@@ -80,7 +80,7 @@ def _heads_of_pairs(config: GDAConfig, members: tuple[bool, ...]) -> PlainHeads:
 
 
 def _row(config: GDAConfig, signal: int, is_noise: bool) -> int:
-    """Which head of q_proj a signal head is, or its noise head: groups are `[signal_1 … signal_r, noise]`."""
+    """The head of q_proj that a signal head or its noise head is; groups are `[signal_1 … signal_r, noise]`."""
     group, place = divmod(signal, config.signal_noise_ratio)
     return group * (config.signal_noise_ratio + 1) + (config.signal_noise_ratio if is_noise else place)
 
@@ -111,7 +111,7 @@ def plain_recipes(
 
 
 def zero_biases(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
-    """A bias of each o_proj that is 0."""
+    """Zero biases for all o_proj."""
     biases = {}
     for name, recipe in recipes.items():
         if name.endswith(".o_proj.weight"):
@@ -140,7 +140,7 @@ def unmasked_recipes(config: GDAConfig, recipes: dict[str, Recipe]) -> dict[str,
 
 
 def _mask(config: GDAConfig, projection: str) -> Tensor:
-    """The factor of each input of o_proj or down_proj: `fade` for those of new heads or neurons, else 1."""
+    """The factor of each input of o_proj or down_proj: `fade` for new heads or neurons, else 1."""
     if projection == "down_proj":
         is_new = torch.arange(config.intermediate_size) >= config.intermediate_size - (config.masked_neurons or 0)
     else:

@@ -1,6 +1,6 @@
-"""How byte-level tokenizers split text, by the names that GGUF files give these ways (`tokenizer.ggml.pre`).
+"""The rules by which byte-level tokenizers split text, by their names in GGUF files (`tokenizer.ggml.pre`).
 
-The patterns are those in the tokenizer.json files of the models after which llama.cpp (src/llama-vocab.cpp) names them.
+llama.cpp (src/llama-vocab.cpp) names the rules after models; the patterns are those of the models' tokenizer.json.
 """
 
 import json
@@ -39,10 +39,10 @@ BYTE_LEVEL_SPLITS: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def correct_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: Callable[[str], Any]) -> None:
-    """Let a tokenizer that transformers read from a GGUF file treat words and spaces as llama.cpp does.
+    """Make a tokenizer that transformers read from a GGUF file split words and spaces as llama.cpp does.
 
-    transformers doesn't know all names, and never that a word may be taken as it is. It puts no space before a text
-    that begins with one, or that follows a special token. `metadata` gives an entry of the file, None if it is missing.
+    transformers does not support all names, nor words that are tokens as a whole (`ignore_merges`). It adds no space
+    before a text that begins with one, or that follows a special token. `metadata` gives an entry of the file, or None.
     """
     backend, name = tokenizer.backend_tokenizer, metadata("tokenizer.ggml.pre")
     if metadata("tokenizer.ggml.model") == "llama":

@@ -48,7 +48,7 @@ ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the file: its name there, its type, and the recipe of its values in llama.cpp's row order."""
+    """A tensor of the file: its name, its type, and the recipe of its values in llama.cpp's row order."""
 
     name: str
     type: str
@@ -144,7 +144,7 @@ def architecture_of(config: Any) -> str:
 
 
 def _require_rope(config: Any) -> str:
-    """The type of RoPE, if llama.cpp reads all of its parameters."""
+    """The type of RoPE; ValueError unless llama.cpp reads all of its parameters."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_PARAMETERS:
@@ -157,7 +157,7 @@ def _require_rope(config: Any) -> str:
 
 
 def _entries(conversion: Conversion, architecture: str, dtype: str) -> dict[str, _Entry]:
-    """The tensors of the file by the names that transformers gives them."""
+    """The tensors of the file, by their names in transformers."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     config: Any = conversion.config
@@ -183,7 +183,7 @@ def _type(spec: TensorSpec, dtype: str) -> str:
 
 
 def _interleaved(make: Callable[..., Tensor], heads: int) -> Callable[..., Tensor]:
-    """Rows of q or k in the order of llama.cpp's Llama: rows that RoPE rotates together are neighbours."""
+    """Rows of q or k in the order of llama.cpp's Llama, where rows that RoPE rotates together are adjacent."""
 
     def ordered(*sources: Tensor) -> Tensor:
         return make(*sources).unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -234,7 +234,7 @@ def _add_rope(writer: "GGUFWriter", rope: dict[str, Any]) -> None:
 
 
 def _rope_frequencies(config: Any) -> Tensor | None:
-    """By how much llama3's RoPE divides each frequency, which llama.cpp reads as a tensor."""
+    """The factor by which llama3's RoPE divides each frequency. llama.cpp reads these as a tensor."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
@@ -299,7 +299,7 @@ class WrittenGGUF(GGUFSource):
         return self._known_config
 
     def _refuse_unread_contents(self) -> None:
-        """Do nothing: what transformers would not read is in the configuration."""
+        """Do nothing: contents that transformers would not read are in the known configuration."""
 
     def load(self) -> PreTrainedModel:
         config = copy.deepcopy(self.config)

@@ -1,8 +1,8 @@
-"""A tokenizer as GGUF metadata, such that llama.cpp gives the token ids of transformers.
+"""A tokenizer as GGUF metadata, with which llama.cpp gives the token ids of transformers.
 
-llama.cpp doesn't read tokenizer.json. A file names one of the ways to split text that llama.cpp has built in, and a
-wrong name gives wrong ids without an error. So the name is derived from what the tokenizer does, and a tokenizer that
-has no exact counterpart is refused.
+llama.cpp does not read tokenizer.json. A GGUF file names one of llama.cpp's built-in rules for splitting text, and a
+wrong name gives wrong ids without an error. The name is therefore derived from what the tokenizer does, and a tokenizer
+without an exact counterpart is refused.
 """
 
 import json
@@ -75,10 +75,10 @@ def add_tokenizer(
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[str]]:
-    """The token of each id that the model has, and the tokens beyond.
+    """The token of each id of the model, and the tokens beyond.
 
-    llama.cpp needs a token for each row of the embeddings, so unused ids get names. Tokens beyond appear where
-    transformers reads a GGUF file: it adds a special token of its own.
+    llama.cpp needs a token for each row of the embeddings, so unused ids get names. Tokens beyond exist if transformers
+    read the tokenizer from a GGUF file, because it adds a special token.
     """
     tokens, beyond = [f"[PAD{index}]" for index in range(size)], []
     for token, index in tokenizer.get_vocab().items():
@@ -90,7 +90,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
 
 
 def _added_tokens(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tokens that are found in the text before it is split."""
+    """The added tokens, which are found in the text before it is split."""
     added = {each["content"]: each for each in parts["added_tokens"]}
     # Where the normalizer prepends a space, one stands after each token, unless the token is found after normalization.
     prepends = "Prepend" in json.dumps(parts["normalizer"])
@@ -136,14 +136,14 @@ def _add_byte_level(writer: "GGUFWriter", parts: dict[str, Any]) -> list[str]:
 
 
 def _canonical(part: Any) -> Any:
-    """A pre-tokenizer without its `trim_offsets`, which don't change ids."""
+    """A pre-tokenizer without `trim_offsets`, which does not change ids."""
     if isinstance(part, dict):
         return {key: _canonical(value) for key, value in part.items() if key != "trim_offsets"}
     return [_canonical(each) for each in part] if isinstance(part, list) else part
 
 
 def _add_sentencepiece(writer: "GGUFWriter", parts: dict[str, Any], scores: list[float]) -> list[str]:
-    """A BPE over characters, with bytes for characters that are no tokens: Llama 2's, Mistral's."""
+    """A BPE over characters, with bytes for unknown characters: Llama 2's, Mistral's."""
     model = parts["model"]
     if missing := BYTE_TOKENS - set(model["vocab"]):
         raise ValueError(f"the tokenizer falls back to bytes but has no token {min(missing)}; {REMEDY}")
@@ -156,7 +156,7 @@ def _add_sentencepiece(writer: "GGUFWriter", parts: dict[str, Any], scores: list
 
 
 def _space_prefix(parts: dict[str, Any]) -> tuple[bool, list[str]]:
-    """Whether a space is put before the text, and a note if llama.cpp puts it before other texts, too."""
+    """Whether a space is added before the text, and a note if llama.cpp also adds it before other texts."""
     normalizer, split = parts["normalizer"], _canonical(parts["pre_tokenizer"])
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -176,9 +176,9 @@ def _space_prefix(parts: dict[str, Any]) -> tuple[bool, list[str]]:
 
 
 def _scores(model: dict[str, Any], added: dict[str, Any], bpe: Any) -> dict[str, float]:
-    """The score of each token, such that joining the best-scored pair, as llama.cpp does, follows the merges.
+    """The score of each token. llama.cpp joins the pair with the best score, and so follows the merges.
 
-    The package gguf gives all tokens one score (`LlamaHfVocab`), which joins other pairs. `bpe` is the model itself.
+    The package gguf gives all tokens the same score (`LlamaHfVocab`), which joins other pairs. `bpe` is the BPE model.
     """
     vocabulary, merges, scores = model["vocab"], [tuple(pair) for pair in model["merges"]], dict[str, float]()
     joined = [left + right for left, right in merges]
@@ -199,7 +199,7 @@ def _scores(model: dict[str, Any], added: dict[str, Any], bpe: Any) -> dict[str,
 
 
 def _joins_from_the_left(bpe: Any, spaces: set[str]) -> bool:
-    """Whether a row of spaces becomes the longest tokens from left to right, as llama.cpp joins tokens of one score."""
+    """Whether a run of spaces becomes the longest tokens from left to right, as in llama.cpp if scores are equal."""
     longest = max(map(len, spaces), default=0)
     for length in range(1, 3 * longest):
         expected = [SPACE]
@@ -234,7 +234,7 @@ def _add_special_ids(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, c
 
 
 def _copy(writer: "GGUFWriter", path: Path, tokens: list[str]) -> None:
-    """Copy the metadata of a GGUF file's tokenizer, whose tokens must be the model's."""
+    """Copy the tokenizer's metadata from a GGUF file; ValueError unless its tokens are the model's."""
     from gguf import GGUFReader
 
     try:

@@ -60,8 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("command", REFUSED)
-def test_a_bad_argument_is_refused_at_once(command: str, folder: Path) -> None:
-    """Exit code 2, one line, nothing written, and torch is not imported."""
+def test_bad_argument_is_refused(command: str, folder: Path) -> None:
+    """Exit code 2 and one line, before torch is imported and before anything is written."""
     before = sorted(folder.iterdir())
     arguments = ["" if word == "''" else word for word in command.split()]
     outcome = subprocess.run(
@@ -73,14 +73,14 @@ def test_a_bad_argument_is_refused_at_once(command: str, folder: Path) -> None:
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_place_that_cannot_be_created_is_named_with_the_remedy(folder: Path) -> None:
-    """/proc takes no folder."""
+def test_folder_that_cannot_be_created(folder: Path) -> None:
+    """No folder can be created in /proc. The message names the path and the remedy."""
     with pytest.raises(OSError, match=r"/proc/x cannot be created: .*; choose a place that you can write to"):
         gda.convert(folder / "LLAMA", "/proc/x")
 
 
-def test_settings_of_another_type_in_conversion_json_are_bad_input(folder: Path, tmp_path: Path) -> None:
-    """conversion.json may come from anybody."""
+def test_wrong_types_in_conversion_json(folder: Path, tmp_path: Path) -> None:
+    """conversion.json is untrusted input."""
     grown = tmp_path / "grown"
     gda.grow(folder / "GDA", grown, depth=3, verify=False)
     provenance = grown / "conversion.json"

@@ -1,4 +1,4 @@
-"""Progress off a terminal: lines in the log, on standard error of the command and through `logging` in Python."""
+"""Progress without a terminal: log lines on standard error for commands, and through `logging` in Python."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_logs_a_line_for_each_entry(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Step, loss, rate, tokens per second and the time that is left; held-out loss with its time."""
+    """Step, loss, learning rate, tokens per second and remaining time; held-out loss with its time."""
     with caplog.at_level(logging.INFO, "gda"):
         text = folder / "text.txt"
         gda.train(folder / "gda", tmp_path / "out", data=text, eval_data=text, steps=4, batch_size=2, context=32)
@@ -36,8 +36,8 @@ def test_training_logs_a_line_for_each_entry(folder: Path, tmp_path: Path, caplo
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_lines_to_a_file(folder: Path, tmp_path: Path) -> None:
-    """As under nohup or Slurm: standard error is a file."""
+def test_command_writes_lines_to_a_file(folder: Path, tmp_path: Path) -> None:
+    """Standard error is a file, as with nohup or Slurm."""
     arguments = ["train", str(folder / "gda"), str(tmp_path / "out"), "--data", str(folder / "text.txt")]
     options = ["--steps", "4", "--batch-size", "2", "--context", "32"]
     with open(tmp_path / "log", "w") as log:
@@ -47,10 +47,8 @@ def test_the_command_writes_the_lines_to_a_file(folder: Path, tmp_path: Path) ->
     ]
 
 
-def test_long_work_logs_its_share_and_the_time_left(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """At most one line in an interval; without a total, what is done."""
+def test_long_work_logs_share_and_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """At most one line per interval. Without a total, the line has the amount that is done."""
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, "gda"), LoggedProgress(disable=True) as bar:
         known, unknown = bar.add_task("writing", total=4), bar.add_task("tokens", total=None)

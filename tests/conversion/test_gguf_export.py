@@ -1,4 +1,4 @@
-"""GDA models as GGUF files: tensors and metadata that transformers reads back, and what is refused."""
+"""Export of GDA models as GGUF files: what transformers reads back, and which models are refused."""
 
 import json
 import os
@@ -67,8 +67,8 @@ def metadata_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_file_computes_what_the_model_computes(kind: str, tmp_path: Path) -> None:
-    """Logits within 1e-5 and the same text; every tensor that llama.cpp wants, in an architecture that has all."""
+def test_file_equals_model(kind: str, tmp_path: Path) -> None:
+    """Logits within 1e-5 and the same text. The file has every tensor that its architecture needs."""
     changes, architecture = KINDS[kind]
     report = gda.export(saved(tmp_path / "gda", **changes), tmp_path / "tiny.gguf", format="gguf")
     assert report.verification is not None
@@ -85,8 +85,8 @@ def test_the_file_computes_what_the_model_computes(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["N = G", "tied", "biases of q, k, v, as wide as the model"])
-def test_transformers_reads_every_tensor_and_the_config(kind: str, tmp_path: Path) -> None:
-    """The tensors of the plain model, bit for bit, and the fields that its reader knows."""
+def test_transformers_reads_the_file(kind: str, tmp_path: Path) -> None:
+    """It reads the tensors of the plain model bit for bit, and the config fields that its reader supports."""
     model = saved(tmp_path / "gda", **KINDS[kind][0])
     gda.export(model, tmp_path / "tiny.gguf", format="gguf", verify=False)
     gda.export(model, tmp_path / "plain", verify=False, format="qwen2" if "biases" in kind else "llama")
@@ -113,7 +113,7 @@ def test_transformers_reads_every_tensor_and_the_config(kind: str, tmp_path: Pat
 
 
 def test_rope_scaling(tmp_path: Path) -> None:
-    """llama3 by hand: fast frequencies stay, slow ones are divided by the factor; the others are metadata."""
+    """llama3 is computed by hand: slow frequencies are divided by the factor. Other types are metadata."""
     gda.export(saved(tmp_path / "llama3", rope_parameters=LLAMA3), tmp_path / "llama3.gguf", format="gguf")
     (factors,) = (
         each for each in gguf.GGUFReader(tmp_path / "llama3.gguf").tensors if each.name == "rope_freqs.weight"
@@ -131,7 +131,7 @@ def test_rope_scaling(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_narrow_types(dtype: str, tmp_path: Path) -> None:
-    """Matrices are the rounded matrices of the plain model, vectors stay float32, and the loss is reported."""
+    """Matrices are those of the plain model, rounded; vectors stay float32, and the loss is reported."""
     model = saved(tmp_path / "gda")
     report = gda.export(model, tmp_path / "tiny.gguf", format="gguf", dtype=dtype)
     kind = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
@@ -153,15 +153,15 @@ def test_narrow_types(dtype: str, tmp_path: Path) -> None:
     )
 
 
-def test_a_bfloat16_model_stays_bfloat16(tmp_path: Path) -> None:
+def test_bfloat16_model_stays_bfloat16(tmp_path: Path) -> None:
     tiny_model(**SHAPE).to(torch.bfloat16).save_pretrained(tmp_path / "gda")
     report = gda.export(tmp_path / "gda", tmp_path / "tiny.gguf", format="gguf")
     assert report.file_type == "BF16"
     assert any("no tokenizer" in note for note in report.notes)
 
 
-def test_rows_that_blocks_do_not_fit_are_float16(tmp_path: Path) -> None:
-    """As llama.cpp stores them: 40 neurons are not a multiple of 32."""
+def test_q8_0_of_odd_rows_is_float16(tmp_path: Path) -> None:
+    """As in llama.cpp, rows whose length is not a multiple of 32 (here 40) are float16."""
     report = gda.export(
         saved(tmp_path / "gda", intermediate_size=40), tmp_path / "tiny.gguf", format="gguf", dtype="q8_0"
     )
@@ -182,8 +182,8 @@ def test_rows_that_blocks_do_not_fit_are_float16(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_llama_cpp_would_ignore_is_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
-    """In one line, before anything is written."""
+def test_unsupported_models_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """One line, before anything is written."""
     model = saved(tmp_path / "gda", **changes)
     with pytest.raises(ValueError, match=named) as refused:
         gda.export(model, tmp_path / "tiny.gguf", format="gguf")
@@ -210,10 +210,8 @@ def test_options_that_do_not_fit(options: dict[str, Any], named: str, tmp_path: 
     assert os.listdir(tmp_path) == ["gda"]
 
 
-def test_nothing_is_left_when_a_value_does_not_fit_or_the_check_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A float16 has no 70000; a file that computes something else is removed, and an older one stays."""
+def test_failed_export_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value 70000 overflows float16, or the file fails its verification. An older file stays."""
     model = tiny_model(**SHAPE)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = 70000.0
@@ -234,7 +232,7 @@ def test_nothing_is_left_when_a_value_does_not_fit_or_the_check_fails(
     assert sorted(os.listdir(tmp_path)) == ["gda", "tiny.gguf"]
 
 
-def test_the_command_reports_type_and_size(tmp_path: Path, command: Command) -> None:
+def test_command_reports_type_and_size(tmp_path: Path, command: Command) -> None:
     saved(tmp_path / "gda")
     arguments = ["export", str(tmp_path / "gda"), str(tmp_path / "tiny.gguf"), "--format", "gguf", "--dtype", "q8_0"]
     report = json.loads(command(*arguments, "--json").out)
@@ -247,15 +245,15 @@ def test_the_command_reports_type_and_size(tmp_path: Path, command: Command) -> 
 
 
 def exported(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[str]:
-    """Export a model with this tokenizer to tiny.gguf; return the notes."""
+    """Export a model with this tokenizer to tiny.gguf, and return the notes."""
     size = len(tokenizer) + 5  # as in many models, more rows than the tokenizer has tokens
     model = saved(tmp_path / "gda", tokenizer, vocab_size=size)
     return gda.export(model, tmp_path / "tiny.gguf", format="gguf", verify=False, **options).notes
 
 
 @pytest.mark.parametrize("way", [*BYTE_LEVEL_SPLITS, "sentencepiece"])
-def test_a_tokenizer_survives(way: str, tmp_path: Path) -> None:
-    """Read back: the same ids of hard texts, chat template and special tokens; unused ids are marked."""
+def test_tokenizer_is_equal_after_export(way: str, tmp_path: Path) -> None:
+    """Ids of difficult texts, chat template and special tokens are the same. Unused ids are marked."""
     tokenizer = sentencepiece_tokenizer() if way == "sentencepiece" else byte_level_tokenizer(way)
     exported(tmp_path, tokenizer)
     read = GGUFSource(tmp_path / "tiny.gguf").tokenizer()
@@ -310,16 +308,16 @@ def _changed(tokenizer: PreTrainedTokenizerFast, parts: dict[str, Any]) -> PreTr
     ],
     ids=["split", "normalizer", "spaces", "merges", "normalized", "lstrip"],
 )
-def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(make: Any, named: str, tmp_path: Path) -> None:
-    """In one line with the remedy, which works: the tokenizer of a GGUF file."""
+def test_unsupported_tokenizer_is_refused(make: Any, named: str, tmp_path: Path) -> None:
+    """One line names the remedy, the tokenizer of a GGUF file, and the remedy works."""
     tokenizer = make()
     with pytest.raises(ValueError, match=rf"{named}.*--tokenizer FILE\.gguf"):
         exported(tmp_path, tokenizer)
     assert os.listdir(tmp_path) == ["gda"]
 
 
-def test_a_tokenizer_is_copied_from_a_gguf_file(tmp_path: Path) -> None:
-    """Every entry as it is, if its tokens are the model's."""
+def test_tokenizer_is_copied_from_a_gguf_file(tmp_path: Path) -> None:
+    """Every entry is copied unchanged, if the tokens are the model's."""
     other = write_gguf(tmp_path / "other.gguf", llama_model(), metadata={"tokenizer.ggml.pre": "smollm"})
     gda.export(saved(tmp_path / "gda"), tmp_path / "tiny.gguf", format="gguf", verify=False, tokenizer=other)
     copied, original = metadata_of(tmp_path / "tiny.gguf"), metadata_of(other)
@@ -331,8 +329,8 @@ def test_a_tokenizer_is_copied_from_a_gguf_file(tmp_path: Path) -> None:
         gda.export(larger, tmp_path / "larger.gguf", format="gguf", tokenizer=other)
 
 
-def test_a_gguf_keeps_its_tokenizer_on_the_way_to_gda_and_back(tmp_path: Path) -> None:
-    """transformers reads no "smollm" and would join the two spaces before a number in another way."""
+def test_tokenizer_from_gguf_to_gda_and_back(tmp_path: Path) -> None:
+    """transformers' reader does not support "smollm" and would merge two spaces before a number differently."""
     source = write_gguf(tmp_path / "tiny.gguf", llama_model(), metadata={"tokenizer.ggml.pre": "smollm"})
     gda.convert(source, tmp_path / "gda", verify=False)
     parts = json.loads((tmp_path / "gda" / "tokenizer.json").read_text())

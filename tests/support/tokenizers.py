@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the kinds that llama.cpp knows, trained on the spot, and texts that tell them apart."""
+"""Tiny tokenizers of the kinds that llama.cpp supports, and texts that distinguish them."""
 
 import json
 
@@ -25,7 +25,7 @@ HARD_TEXTS = [
 
 
 def byte_level_tokenizer(way: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that splits text in one of the ways of `BYTE_LEVEL_SPLITS`."""
+    """A byte-level BPE that splits text by one of the rules in `BYTE_LEVEL_SPLITS`."""
     split, ignores_merges = BYTE_LEVEL_SPLITS[way]
     bare = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": split, "added_tokens": []}
     bpe = Tokenizer.from_str(json.dumps(bare))
@@ -40,9 +40,9 @@ def byte_level_tokenizer(way: str) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_tokenizer(spaces: str = "prepend") -> PreTrainedTokenizerFast:
-    """A BPE over characters with bytes for the others; `spaces` says who adds one before the text.
+    """A BPE over characters, with bytes for unknown ones. `spaces` selects when a space is added before the text.
 
-    "prepend" is the normalizer of the first Llama, other values are schemes of the pre-tokenizer Metaspace.
+    "prepend" is the normalizer of Llama 1; other values are schemes of the pre-tokenizer Metaspace.
     """
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -1,7 +1,7 @@
-"""Progress of long work: a bar on a terminal, and otherwise lines in the log.
+"""Progress of long work: a bar on a terminal, otherwise lines in the log.
 
-The lines go to the logger `gda` at level INFO. The command line writes them to standard error where that is not a
-terminal; in Python, `logging.basicConfig(level=logging.INFO)` shows them.
+The lines go to the logger `gda` at level INFO. Commands write them to standard error if it is not a terminal. In
+Python, `logging.basicConfig(level=logging.INFO)` shows them.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ LOG_SECONDS = 10.0
 
 
 class LoggedProgress(Progress):
-    """rich's bars; where they are disabled, at most a line every ten seconds in the log."""
+    """rich's progress bars. If they are disabled, the log gets at most one line every ten seconds."""
 
     def __init__(self, *columns: str | ProgressColumn, **settings: Any):
         super().__init__(*columns, **settings)
         self._logged = time.monotonic()
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """As Progress; also logs."""
+        """Like `Progress.advance`, and log."""
         super().advance(task_id, advance)
         self._log(task_id)
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
-        """As Progress; also logs."""
+        """Like `Progress.update`, and log."""
         super().update(task_id, **changes)
         self._log(task_id)
 
@@ -47,7 +47,7 @@ class LoggedProgress(Progress):
 
 
 def time_left(seconds: float) -> str:
-    """How long work still takes, in words."""
+    """The remaining time in words."""
     if seconds < 100:
         return f"{seconds:.0f} s left"
     return f"{seconds / 60:.0f} min left" if seconds < 6000 else f"{seconds / 3600:.1f} h left"
@@ -55,7 +55,7 @@ def time_left(seconds: float) -> str:
 
 @contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Write the log to standard error inside the block, unless that is a terminal, which shows bars."""
+    """Write the log to standard error within this context, unless it is a terminal, which shows bars."""
     if sys.stderr.isatty():
         yield
         return
