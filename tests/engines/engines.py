@@ -80,7 +80,7 @@ def run_engine(name: str, folders: Iterable[Path], prompts: list[str], num_token
     The result is keyed by the name of the folder's parent. RuntimeError if the engine's packages cannot be installed.
     """
     engine = ENGINES[name]
-    packages = install(cache_folder("gda-engines") / engine.packages[0], *engine.packages)
+    packages = install(cache_folder("gda-engines") / "+".join(engine.packages), *engine.packages)
     python_path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as work:
         task, out = Path(work, "task.json"), Path(work, "out.json")
