@@ -59,14 +59,16 @@ class GrowReport(ConvertReport):
 def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
     """Grow a model into a larger one that computes the same function, for any λ.
 
-    Several operators can be combined. They are applied in the order depth, signal, width. Each keeps the function, so
-    a different order gives different weights for the same function.
+    Several operators can be combined. They are applied in the order depth, signal, width, hidden, mlp. Each keeps the
+    function, so a different order gives different weights for the same function.
 
     - `signal`: group-differentiated growth (arXiv 2510.06949). Each signal head is replicated, r:1 becomes signal·r:1;
       noise heads, keys and values stay. The columns of o_proj are divided among the replicas.
     - `depth`: LLaMA-Pro (arXiv 2401.02415). Copies of layers, after their originals, with zero o_proj and down_proj.
       Every layer keeps its λ_init and its kind of attention.
-    - `width`: HyperCloning (arXiv 2409.12903). Hidden size, MLP and heads are tiled; head_dim stays.
+    - `hidden`, `mlp`: HyperCloning (arXiv 2409.12903) of the residual stream or the neurons; heads stay.
+    - `width`: both, and all heads. head_dim stays.
+    - `untie`: the head gets a copy of tied embeddings, first of all.
     - `masked`: Masked Structure Growth (arXiv 2305.02869), with `signal`, `mlp` and `depth`. New heads, neurons and
       layers start from random weights and are faded in. Their fade is 0 in the result, where they have no gradient;
       `gda.training.FadeCallback` raises it to 1 during training.

@@ -210,9 +210,12 @@ class GrowOptions(NewHeadOptions):
         panel=GROWTH,
         metavar="LIST",
     )
+    hidden: int | float | None = option(
+        None, "Factor by which the hidden size grows. Default: 1.", panel=GROWTH, metavar="M"
+    )
     width: int | float | None = option(
         None,
-        "Factor by which the hidden size, the MLP and the numbers of heads grow. Default: 1.",
+        "Factor by which the hidden size, the MLP and all numbers of heads grow. Default: 1.",
         panel=GROWTH,
         metavar="M",
     )
@@ -223,9 +226,12 @@ class GrowOptions(NewHeadOptions):
     )
     mlp: int | float | None = option(
         None,
-        "Factor by which the neurons of the MLP grow, such as 1.5. Needs --masked. Default: 1.",
+        "Factor by which the neurons of the MLP grow; with --masked it may be a fraction such as 1.5. Default: 1.",
         panel=GROWTH,
         metavar="M",
+    )
+    untie: bool = option(
+        False, "Give the language-model head weights of its own, which start as the embeddings.", panel=GROWTH
     )
     noise_std: float = option(
         0.01,

@@ -41,9 +41,15 @@ def signal_origins(config: GDAConfig, times: int, *, replicate: bool) -> dict[st
     return origins if config.qk_rank is None else origins | {"query rank": of_blocks(queries, config.qk_rank)}
 
 
-def width_origins(config: GDAConfig, times: int) -> dict[str, Tensor]:
-    """Every axis tiled: whole groups follow whole groups, so every head keeps its KV head in any layout."""
-    return {kind: torch.arange(size).repeat(times) for kind, size in sizes(config).items()}
+def tiled_origins(config: GDAConfig, operator: str, times: int) -> dict[str, Tensor]:
+    """Features tiled: of the hidden size, of the MLP, or with "width" of every axis.
+
+    Whole groups of heads follow whole groups, so every head keeps its KV head in any layout.
+    """
+    tiled = {"hidden": ("hidden",), "mlp": ("neuron",)}.get(operator)
+    return {
+        kind: torch.arange(size).repeat(times) for kind, size in sizes(config).items() if tiled is None or kind in tiled
+    }
 
 
 def neuron_origins(old: int, new: int) -> dict[str, Tensor]:

@@ -5,25 +5,33 @@ from typing import Any
 
 from gda.conversion.options import GrowOptions
 
-FIELDS = ("signal", "width", "depth", "layers", "noise_std", "masked", "mlp")
+FIELDS = ("signal", "hidden", "width", "depth", "layers", "noise_std", "masked", "mlp", "untie")
 # Larger factors are typing errors, and merely planning such a model would fill the memory.
 LARGEST_FACTOR = 1000
 
 
 def checked(options: GrowOptions) -> GrowOptions:
     """The options with whole factors as integers and --layers as a list; ValueError for an impossible growth."""
-    signal, width, masked = options.signal, options.width, options.masked
+    signal, hidden, mlp, width, masked = options.signal, options.hidden, options.mlp, options.width, options.masked
     layers = _layer_list(options.layers)
-    if signal is width is options.depth is layers is options.mlp is None:
-        operators = "--signal, --mlp or --depth" if masked else "--signal, --depth or --width"
+    if signal is hidden is mlp is width is options.depth is layers is None:
+        operators = "--signal, --mlp or --depth" if masked else "--signal, --hidden, --mlp, --depth or --width"
         raise ValueError(f"nothing to grow: pass {operators}")
-    if masked and width is not None:
-        raise ValueError("--width replicates the whole model, which cannot be masked; omit --masked or --width")
+    for name, given in {"--width": width, "--hidden": hidden}.items():
+        if masked and given is not None:
+            raise ValueError(f"{name} cannot be masked, because RMSNorm is over all channels; omit --masked or {name}")
+    if width is not None and (hidden is not None or mlp is not None):
+        raise ValueError("--width grows the hidden size and the MLP too; pass --width, or --hidden and --mlp")
     if masked and options.noise_std != GrowOptions.noise_std:
         raise ValueError("--noise-std applies to replicas, and --masked makes none; omit one of them")
-    if options.mlp is not None and not masked:
-        raise ValueError("--mlp adds new neurons, which needs --masked; use --width to replicate neurons")
-    return replace(options, signal=_factor("--signal", signal), width=_factor("--width", width), layers=layers)
+    return replace(
+        options,
+        signal=_factor("--signal", signal),
+        hidden=_factor("--hidden", hidden),
+        mlp=mlp if masked else _factor("--mlp", mlp),
+        width=_factor("--width", width),
+        layers=layers,
+    )
 
 
 def settings(options: GrowOptions) -> dict[str, Any]:

@@ -17,14 +17,19 @@ from torch import Tensor
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
-from gda.conversion.growth.features import occurrences, signal_origins, still_kept, width_origins
+from gda.conversion.growth.features import occurrences, signal_origins, still_kept, tiled_origins
 from gda.conversion.tensors.axes import axes_of, reads
 from gda.conversion.tensors.recipes import Recipe, generator_for
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 # Rows are processed in pieces of about that many elements in float64, so that memory does not grow with the tensor.
 PIECE = 1 << 20
-WIDENED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_noise_heads", "num_key_value_heads")
+# The fields that grow, by operator.
+GROWN = {
+    "width": ("hidden_size", "intermediate_size", "num_attention_heads", "num_noise_heads", "num_key_value_heads"),
+    "hidden": ("hidden_size",),
+    "mlp": ("intermediate_size",),
+}
 
 
 def replicate_signal(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
@@ -35,13 +40,13 @@ def replicate_signal(model: Conversion, times: int, *, noise_std: float, seed: i
     return _replicated(model, config, origins, times, noise_std=noise_std, key="signal", seed=seed)
 
 
-def replicate_width(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
-    """Tile hidden size, MLP and heads (HyperCloning, arXiv 2409.12903); head_dim stays."""
+def tile(model: Conversion, operator: str, times: int, *, noise_std: float, seed: int) -> Conversion:
+    """Tile the features of an operator of `GROWN` (HyperCloning, arXiv 2409.12903); head_dim stays."""
     config = copy.deepcopy(model.config)
-    for name in WIDENED:
+    for name in GROWN[operator]:
         setattr(config, name, times * getattr(config, name))
-    origins = width_origins(model.config, times)
-    return _replicated(model, config, origins, times, noise_std=noise_std, key="width", seed=seed)
+    origins = tiled_origins(model.config, operator, times)
+    return _replicated(model, config, origins, times, noise_std=noise_std, key=operator, seed=seed)
 
 
 def _replicated(

@@ -5,9 +5,11 @@ therefore be chained, also after the expansion of a Llama, without writing inter
 
     --depth    layers  0 1 2 3          →  0 1 1′ 2 3 3′        a copy adds nothing: its o_proj and down_proj are 0
     --signal   heads   a b n  c d n     →  a a b b n  c c d d n   replicas beside their original; noise heads stay
+    --hidden   channels of the residual stream, and --mlp neurons: x →  x x
     --width    heads   a b n  c d n     →  a b n  c d n  a b n  c d n   KV heads, channels and neurons likewise
 """
 
+import copy
 from dataclasses import replace
 
 from gda.conversion.conversion import Conversion
@@ -15,7 +17,7 @@ from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.growth import growth
 from gda.conversion.growth.depth import copy_positions, deepen
 from gda.conversion.growth.masked import mask_growth
-from gda.conversion.growth.replicate import replicate_signal, replicate_width
+from gda.conversion.growth.replicate import GROWN, replicate_signal, tile
 from gda.conversion.modes.expand import plan as expand
 from gda.conversion.modes.map import plan as map_tensors
 from gda.conversion.options import GrowOptions
@@ -36,19 +38,38 @@ def plan(source: Source, options: GrowOptions) -> Conversion:
         raise ValueError(f"{source.name} is in masked growth; train it until its fade is 1, then grow it")
     start = (expand if source.config.model_type in LLAMALIKES else map_tensors)(source, options)
     noise_std = options.noise_std
-    signal, width = (None if times is None else int(times) for times in (options.signal, options.width))
     layers = start.config.num_hidden_layers
     copied = growth.copied_layers(options, layers)
-    model = deepen(start, copied) if copied else start
+    model = _untied(start) if options.untie else start
+    model = deepen(model, copied) if copied else model
     if options.masked:
         new_layers = copy_positions(layers, copied)
+        signal = None if options.signal is None else int(options.signal)
         model = mask_growth(model, signal=signal, mlp=options.mlp, new_layers=new_layers, seed=seed)
-    elif signal is not None:
-        model = replicate_signal(model, signal, noise_std=noise_std, seed=seed)
-    if width is not None:
-        model = replicate_width(model, width, noise_std=noise_std, seed=seed)
+    else:
+        model = _replicated(model, options)
     notes = list(start.notes)
-    if noise_std == 0 and (signal or width):
+    if noise_std == 0 and (options.signal or options.hidden or options.width or options.mlp):
         notes.append("--noise-std 0: replicas are equal and get equal gradients, so they stay equal during training")
     settings = {"growth": growth.settings(options)}
     return replace(model.in_order(), mode="grow", notes=notes, settings=settings, before=start)
+
+
+def _untied(model: Conversion) -> Conversion:
+    """Copy tied embeddings into a head of its own."""
+    if not model.config.tie_word_embeddings:
+        raise ValueError("--untie: the embeddings of the source are not tied")
+    config, embeddings = copy.deepcopy(model.config), model.recipes["model.embed_tokens.weight"]
+    config.tie_word_embeddings = False
+    return replace(model, config=config, recipes=model.recipes | {"lm_head.weight": embeddings})
+
+
+def _replicated(model: Conversion, options: GrowOptions) -> Conversion:
+    """Give a model more signal heads, then tile its hidden size, its MLP, or all of it."""
+    noise_std, seed = options.noise_std, options.seed
+    if options.signal is not None:
+        model = replicate_signal(model, int(options.signal), noise_std=noise_std, seed=seed)
+    for operator in GROWN:
+        if (times := getattr(options, operator)) is not None:
+            model = tile(model, operator, int(times), noise_std=noise_std, seed=seed)
+    return model

@@ -6,6 +6,7 @@ import os
 import re
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import gda
-from gda import GDAForCausalLM
+from gda import GDAConfig, GDAForCausalLM
 from gda.common.trainable import Trainable
 from gda.conversion.growth.growth import copied_layers
 from gda.conversion.growth.replicate import split_exactly
+from gda.conversion.modes.registry import plan
 from gda.conversion.options import GrowOptions
+from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.verify import VerificationFailed
 
 from ..support import naive
@@ -38,6 +41,8 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "signal": {"signal": 3},
     "depth": {"depth": 5},
     "width": {"width": 2},
+    "hidden": {"hidden": 2},
+    "hidden, MLP, signal and depth": {"hidden": 2, "mlp": 3, "signal": 2, "depth": 4},
     "all": {"signal": 2, "depth": 4, "width": 3},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -686,3 +691,41 @@ def test_smollm2_grown_to_6_to_1_and_36_layers(tmp_path: Path) -> None:
     assert "18 signal + 3 noise, 6:1, 36 layers" in shown.head_map
     assert "s s s s s s n  s s s s s s n  s s s s s s n" in shown.head_map
     assert set(shown.lambdas) == {0.0}
+
+
+# ------------------------------------------------------------------------------------- from Motif-2.6B to Motif-2-12.7B
+
+MOTIF_ROUTE: dict[str, Any] = {"hidden": 2, "mlp": 2, "signal": 4, "untie": True}
+
+
+def test_the_route_of_motif_on_a_small_model(tmp_path: Path) -> None:
+    """1:1 paired, PolyNorm, head norm and tied embeddings: KV heads, noise heads and head_dim stay."""
+    fields = {"kv_layout": "paired", "head_norm": True, "hidden_act": "poly_norm", "lambda_init_offset": -1}
+    heads = {"num_attention_heads": 8, "num_noise_heads": 4, "num_key_value_heads": 8}
+    source = saved(tmp_path / "source", num_hidden_layers=4, tie_word_embeddings=True, **fields, **heads)
+    gda.grow(source, tmp_path / "grown", depth=5, **MOTIF_ROUTE)
+    before, after = (load(folder).config for folder in (source, tmp_path / "grown"))
+    assert (after.num_signal_heads, after.num_hidden_layers) == (4 * before.num_signal_heads, 5)
+    assert after.hidden_size == 2 * before.hidden_size
+    assert after.intermediate_size == 2 * before.intermediate_size
+    for name in ("num_noise_heads", "num_key_value_heads", "head_dim"):
+        assert getattr(after, name) == getattr(before, name)
+    assert not after.tie_word_embeddings
+    assert error(source, tmp_path / "grown") <= TOLERANCE
+
+
+def test_the_route_of_motif_at_full_size() -> None:
+    """Planned without weights: the shapes of all 643 tensors are those of Motif-2-12.7B."""
+    small, large = GDAConfig.preset("motif-2.6b"), GDAConfig.preset("motif-2-12.7b")
+    source = SimpleNamespace(config=small, specs=checkpoint_specs(small), name="motif-2.6b", notes=())
+    options = GrowOptions("motif-2.6b", "grown", depth=40, **MOTIF_ROUTE)
+    grown = plan("grow", source, options)  # type: ignore[arg-type]
+    assert {name: recipe.spec.shape for name, recipe in grown.recipes.items()} == {
+        name: spec.shape for name, spec in checkpoint_specs(large).items()
+    }
+    assert (len(grown.recipes), grown.num_parameters) == (643, 12_703_860_896)
+
+
+def test_untie_needs_tied_embeddings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--untie: the embeddings of the source are not tied"):
+        gda.grow(saved(tmp_path / "source"), tmp_path / "grown", signal=2, untie=True)

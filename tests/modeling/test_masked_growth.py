@@ -674,7 +674,8 @@ def test_llama_is_expanded_and_grown_masked(tmp_path: Path, command: Command) ->
 
 BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
     (("--masked",), "nothing to grow: pass --signal, --mlp or --depth"),
-    (("--mlp", 1.5), "--mlp adds new neurons, which needs --masked"),
+    (("--mlp", 1.5), "--mlp 1.5 is not a number of replicas: it must be an integer of at least 2"),
+    (("--masked", "--hidden", 2), "--hidden cannot be masked, because RMSNorm is over all channels"),
     (("--masked", "--width", 2), "omit --masked or --width"),
     (("--masked", "--signal", 2, "--noise-std", 0.1), "--masked makes none"),
     (("--masked", "--signal", 1), "--signal 1 is not"),
