@@ -65,7 +65,7 @@ def _suggestion(error: NoSuchOption) -> str:
     near = near or get_close_matches(wanted, known, cutoff=0.7)
     near = near or [name for name in known if len(wanted) > 2 and (wanted in name or name in wanted)]
     if not near:
-        return f"; gda {sys.argv[1]} --help lists the options"
+        return f"; `{error.ctx.command_path if error.ctx else 'gda'} --help` lists the options"
     return f"; did you mean {' or '.join(f'--{name}' for name in near[:3])}?"
 
 

@@ -34,7 +34,7 @@ REFUSED = {
     "grow GDA OUT --signal 0": "--signal 0 is not a number of replicas",
     "train GDA OUT --data notes.gguf --lr 1": "there is no option --lr; did you mean --lora-rank or --learning-rate?",
     "train GDA OUT --data notes.gguf --max-steps 1": "there is no option --max-steps; did you mean --steps?",
-    "train GDA OUT --data notes.gguf --zzz": "there is no option --zzz; gda train --help lists the options",
+    "train GDA OUT --data notes.gguf --zzz": "there is no option --zzz; `gda train --help` lists the options",
     "train GDA OUT --data missing.txt": "--data missing.txt is not a file",
     "train GDA OUT --data notes.gguf --teacher ./none": "--teacher ./none does not exist",
     "eval missing/ --perplexity notes.gguf": "missing/ does not exist",
