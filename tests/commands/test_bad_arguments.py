@@ -33,7 +33,7 @@ REFUSED = {
     "verify GDA LLAMA": "GDA is converted and LLAMA is not; swap them: gda verify LLAMA GDA",
     "grow GDA OUT --signal 0": "--signal 0 is not a number of replicas",
     "train GDA OUT --data notes.gguf --lr 1": "there is no option --lr; did you mean --lora-rank or --learning-rate?",
-    "train GDA OUT --data notes.gguf --max-steps 1": "there is no option --max-steps; did you mean --steps?",
+    "train GDA OUT --data notes.gguf --num-epochs 1": "there is no option --num-epochs; did you mean --epochs?",
     "train GDA OUT --data notes.gguf --zzz": "there is no option --zzz; `gda train --help` lists the options",
     "train GDA OUT --data missing.txt": "--data missing.txt is not a file",
     "train GDA OUT --data notes.gguf --teacher ./none": "--teacher ./none does not exist",
