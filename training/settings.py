@@ -40,7 +40,7 @@ class TrainSettings(Options):
     )
     eval_tokens: int | None = option(
         None,
-        f"Largest number of tokens of --eval-data to measure on, evenly spread. Default: {EVAL_TOKENS:,}.",
+        f"Largest number of tokens of --eval-data to evaluate on, evenly spread over it. Default: {EVAL_TOKENS:,}.",
         panel=DATA,
         metavar="N",
         minimum=1,
@@ -106,8 +106,8 @@ class TrainSettings(Options):
     )
     fade_steps: int | None = option(
         None,
-        "Number of steps over which everything that MODEL's config names is faded in: new heads, neurons and layers, a "
-        "head norm, λ. Default: all steps.",
+        "Number of steps over which the new parts of MODEL are faded in: heads, neurons, layers, a head norm, λ. "
+        "Default: all steps.",
         panel=STEPS,
         minimum=1,
     )

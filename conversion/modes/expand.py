@@ -77,7 +77,7 @@ def plan(source: Source, options: NewHeadOptions) -> Conversion:
 
 
 def _kept(config: GDAConfig) -> dict[str, torch.Tensor]:
-    """The features that are the source's."""
+    """The features that are copied from the source."""
     if config.kv_layout == "shared":
         return {"query": signal_queries(config)}
     first = torch.tensor([True, False]).repeat_interleave(config.head_dim)  # of a pair of keys, or of slabs

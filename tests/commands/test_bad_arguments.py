@@ -75,7 +75,7 @@ def test_bad_argument_is_refused(command: str, folder: Path) -> None:
 
 def test_folder_that_cannot_be_created(folder: Path) -> None:
     """No folder can be created in /proc. The message names the path and the remedy."""
-    with pytest.raises(OSError, match=r"/proc/x cannot be created: .*; choose a place that you can write to"):
+    with pytest.raises(OSError, match=r"/proc/x cannot be created: .*; choose a path that you can write to"):
         gda.convert(folder / "LLAMA", "/proc/x")
 
 

@@ -1,4 +1,4 @@
-"""Conversion to the layouts of the GDA paper: paired keys, a head norm, a λ that is faded in."""
+"""Conversion to the layouts of the GDA paper: paired keys, a head norm, and a λ that is faded in."""
 
 import itertools
 import json
@@ -40,8 +40,8 @@ def is_faded(options: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(("layout", "lambda_"), itertools.product(LAYOUTS, LAMBDAS))
-def test_exact_at_the_start_and_plain_at_the_end(layout: str, lambda_: str, tmp_path: Path) -> None:
-    """At fade 0 the logits are the source's. At 1 they are, bit for bit, those of a model without the fields."""
+def test_exact_at_fade_0_and_plain_at_fade_1(layout: str, lambda_: str, tmp_path: Path) -> None:
+    """At fade 0 the logits are the source's. At 1 they equal those of a model without the fields, bit for bit."""
     options = LAYOUTS[layout] | LAMBDAS[lambda_]
     source = save_llama(tmp_path / "llama", attention_bias=True)
     report = gda.convert(source, tmp_path / "gda", **options)
@@ -62,7 +62,7 @@ def test_exact_at_the_start_and_plain_at_the_end(layout: str, lambda_: str, tmp_
 
 
 @pytest.mark.parametrize(("layout", "lambda_"), itertools.product(LAYOUTS, LAMBDAS))
-def test_every_new_weight_learns_from_the_second_step(layout: str, lambda_: str, tmp_path: Path) -> None:
+def test_all_new_weights_have_gradients_in_the_second_step(layout: str, lambda_: str, tmp_path: Path) -> None:
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False, **LAYOUTS[layout], **LAMBDAS[lambda_])
     model = GDAForCausalLM.from_pretrained(tmp_path / "gda", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -85,7 +85,7 @@ def test_every_new_weight_learns_from_the_second_step(layout: str, lambda_: str,
         assert gradient.abs().max() > 0, name
 
 
-def test_where_each_head_of_a_pair_comes_from(tmp_path: Path) -> None:
+def test_origin_of_each_head_of_a_pair(tmp_path: Path) -> None:
     """Keys are (k, k + noise), values (v, new), and o_proj reads only v."""
     source = save_llama(tmp_path / "llama")
     gda.convert(source, tmp_path / "gda", kv_layout="paired", verify=False)
@@ -102,7 +102,7 @@ def test_where_each_head_of_a_pair_comes_from(tmp_path: Path) -> None:
     assert (value[:, 1] - value[:, 0]).abs().mean() > value[:, 0].abs().mean() / 2
 
 
-def test_the_head_norm_starts_at_the_size_of_the_values(tmp_path: Path) -> None:
+def test_initial_weight_of_the_head_norm(tmp_path: Path) -> None:
     """Its weight is a fifth of the RMS of v for inputs of variance 1, divided by 1 − λ_init."""
     source = save_llama(tmp_path / "llama")
     gda.convert(source, tmp_path / "gda", head_norm=True, lambda_init="schedule", verify=False)
@@ -114,7 +114,7 @@ def test_the_head_norm_starts_at_the_size_of_the_values(tmp_path: Path) -> None:
     assert torch.allclose(after["model.layers.1.self_attn.subln.weight"], 0.2 * size / scale, rtol=1e-2)
 
 
-def test_the_new_parts_are_listed_as_new(tmp_path: Path) -> None:
+def test_new_parts_are_listed(tmp_path: Path) -> None:
     """trainable.json: noise queries, noise keys, second slabs, their columns, λ and the head norm."""
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", kv_layout="paired", head_norm=True)
     listed = json.loads((tmp_path / "gda" / "trainable.json").read_text())

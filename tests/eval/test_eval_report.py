@@ -82,8 +82,8 @@ def test_unknown_errors_give_no_verdict() -> None:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def test_existing_results_are_not_replaced_unless_asked(folder: Path, tmp_path: Path, command: Command) -> None:
-    """Refused before anything runs; --overwrite replaces all files, and an older report goes with its results."""
+def test_existing_results_need_overwrite(folder: Path, tmp_path: Path, command: Command) -> None:
+    """Refused before anything runs. --overwrite replaces all files and removes the report of older results."""
     (tmp_path / "text.txt").write_text("A text to read. " * 10)
     run = ("eval", folder / "gda", "--perplexity", tmp_path / "text.txt", "--output", tmp_path / "out")
     assert command(*run, "--html").code == 0
@@ -96,8 +96,8 @@ def test_existing_results_are_not_replaced_unless_asked(folder: Path, tmp_path: 
     assert files_of(tmp_path / "out").keys() == {"results.json", "results.md"}
 
 
-def test_perplexities_come_with_their_ratio(folder: Path, tmp_path: Path, command: Command) -> None:
-    """In JSON, Markdown and HTML; without a baseline there is none."""
+def test_perplexity_ratio(folder: Path, tmp_path: Path, command: Command) -> None:
+    """In JSON, Markdown and HTML, if there is a baseline."""
     (tmp_path / "text.txt").write_text("A text to read. " * 10)
     run = ("eval", folder / "other", "--perplexity", tmp_path / "text.txt")
     out = ("--output", tmp_path / "out", "--html")

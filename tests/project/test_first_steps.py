@@ -14,13 +14,13 @@ from ..support.repository import ROOT
 
 SECTION = re.compile(r"^## First steps.*?\n(.*?)^## ", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# What the shell finds as these commands. The packages are installed here, and pip would ask the network.
+# Replacements of these commands. The packages are already installed, and pip would use the network.
 COMMANDS = {"pip": "exit 0", "python": f'exec {sys.executable} "$@"', "gda": f'exec {sys.executable} -m gda.cli "$@"'}
 
 
 @pytest.mark.long
 @needs_smollm2
-def test_the_first_steps_run_verbatim_in_order(tmp_path: Path) -> None:
+def test_first_steps_run_verbatim(tmp_path: Path) -> None:
     """One shell runs all blocks of the section and stops at the first error; each step leaves its result."""
     found = SECTION.search((ROOT / "README.md").read_text(encoding="utf-8"))
     assert found is not None

@@ -90,7 +90,7 @@ def test_eval_tokens_limits_what_is_measured(models: Path, tmp_path: Path) -> No
     assert report.first_eval_loss == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_the_card_tells_the_whole_history(models: Path, tmp_path: Path) -> None:
+def test_card_has_the_whole_history(models: Path, tmp_path: Path) -> None:
     """Conversion, training and growth, in this order, with numbers; licence and base model stay in the metadata."""
     shutil.copytree(models / "llama", tmp_path / "llama")
     (tmp_path / "llama" / "README.md").write_text("---\nlicense: mit\nbase_model: me/first\n---\n")
@@ -109,8 +109,8 @@ def test_the_card_tells_the_whole_history(models: Path, tmp_path: Path) -> None:
     assert "3. `grow`" in (tmp_path / "grown" / "README.md").read_text()
 
 
-def test_every_written_file_follows_the_umask(models: Path, tmp_path: Path) -> None:
-    """Others can read the weights if they can read the config."""
+def test_written_files_follow_the_umask(models: Path, tmp_path: Path) -> None:
+    """The weights are as readable as the config."""
     train(models, "gda", tmp_path / "out", steps=1, save_every=1)
     mode = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert mode["model.safetensors"] == mode["config.json"]

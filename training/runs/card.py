@@ -19,7 +19,7 @@ def write_card(folder: Path, source: Path, name: str, history: list[str], *, has
 
 
 def training_step(settings: TrainSettings, report: TrainReport, source: str) -> str:
-    """What was trained, on what, and what came of it."""
+    """A sentence about the training: parameters, steps, data and losses."""
     data = ", ".join(Path(name).name if Path(name).exists() else name for name in settings.data)
     before, after, what = report.first_eval_loss, report.last_eval_loss, "held-out loss"
     if before is None or after is None:

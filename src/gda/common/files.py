@@ -150,7 +150,7 @@ class StagedFolder:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise type(error)(
-                    f"{self.out} cannot be created: {error.strerror}; choose a place that you can write to"
+                    f"{self.out} cannot be created: {error.strerror}; choose a path that you can write to"
                 ) from None
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

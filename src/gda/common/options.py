@@ -87,11 +87,7 @@ class Options:
             _check_limits(each, value)
 
     def check_places(self) -> None:
-        """Check that what the options name can be read and written.
-
-        Raises:
-            OSError, ValueError: naming the option, and what is wrong.
-        """
+        """Check the models and files that the options name; OSError or ValueError that names the option."""
         for each in fields(self):
             check, value = each.metadata.get("check"), getattr(self, each.name)
             if check is None or not isinstance(value, str | Path):  # perhaps a model in memory

@@ -1,4 +1,4 @@
-"""Whether what a user names can be read or written. Options check it before anything heavy is imported."""
+"""Checks of the models and files that a user names. Options run them before anything heavy is imported."""
 
 import re
 from pathlib import Path
@@ -11,12 +11,12 @@ DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".md", ".t
 
 
 def check_model(location: str | Path) -> None:
-    """Check that a model can be there: in a folder, in a `.gguf` file, or on the Hub.
+    """Check that `location` can be a model: a folder, a `.gguf` file or a Hub id.
 
-    A name is not taken for a Hub id if it is no OWNER/NAME, or if a local folder OWNER exists.
+    A Hub id has the form OWNER/NAME, and no local folder OWNER exists.
 
     Raises:
-        FileNotFoundError, ValueError: naming it, and what it could be.
+        FileNotFoundError, ValueError: naming the location and the alternatives.
     """
     if not str(location).strip():  # an empty path would be the current folder
         raise ValueError("the name of a model is empty; name a folder, a Hub id or a .gguf file")
@@ -35,7 +35,7 @@ def check_model(location: str | Path) -> None:
 
 
 def is_hub_id(location: str | Path) -> bool:
-    """Whether `location`, which does not exist, can be the name of a repository."""
+    """Whether `location`, which is no file or folder, can be a Hub id."""
     name = str(location)
     return bool(HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).parent.is_dir()
 
