@@ -18,6 +18,7 @@ from gda.common.extras import needed_by
 from gda.common.files import refuse_existing, sha256, written_beside
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim, layer_windows
+from gda.conversion.modes.checks import errors_named
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.source import Source
@@ -78,14 +79,15 @@ def write_gguf(
     if out.is_dir():
         raise ValueError(f"{out} is a folder; choose another path")
     config: Any = conversion.config
-    architecture = architecture_of(config)
+    with errors_named(source):
+        architecture = architecture_of(config)
+        writer = GGUFWriter(None, architecture)
+        tokenizer_file = None if options.tokenizer is None else Path(options.tokenizer)
+        notes = [*conversion.notes, *add_tokenizer(writer, source.tokenizer(), config, tokenizer_file)]
     entries = _entries(conversion, architecture, options.dtype)
     types = [entry.type for entry in entries.values() if len(entry.recipe.spec.shape) > 1]
     file_type = max(set(types), key=types.count)
-    writer = GGUFWriter(None, architecture)
     _add_metadata(writer, config, out.stem, file_type, source)
-    tokenizer_file = None if options.tokenizer is None else Path(options.tokenizer)
-    notes = [*conversion.notes, *add_tokenizer(writer, source.tokenizer(), config, tokenizer_file)]
     holds_all = all(_holds(entry) for entry in entries.values())
     if not holds_all:
         notes.append(f"the matrices are rounded to {' and '.join(sorted(set(types)))}, which is not lossless")

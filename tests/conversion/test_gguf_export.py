@@ -185,7 +185,7 @@ def test_q8_0_of_odd_rows_is_float16(tmp_path: Path) -> None:
 def test_unsupported_models_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     """One line, before anything is written."""
     model = saved(tmp_path / "gda", **changes)
-    with pytest.raises(ValueError, match=named) as refused:
+    with pytest.raises(ValueError, match=rf"^gda: .*{named}") as refused:
         gda.export(model, tmp_path / "tiny.gguf", format="gguf")
     assert "\n" not in str(refused.value)
     assert os.listdir(tmp_path) == ["gda"]
