@@ -20,7 +20,7 @@ from ..support.commands import Command
 from ..support.gguf_files import write_gguf
 from ..support.llamas import VOCAB_SIZE, byte_tokenizer, llama_model, tensors_of
 from ..support.tiny import tiny_model
-from ..support.tokenizers import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
+from ..support.tokenizer_kinds import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 
 gguf = pytest.importorskip("gguf")
 

@@ -15,7 +15,7 @@ from ..support.checkpoints import load, needs_smollm2
 from ..support.llamas import byte_tokenizer
 from ..support.splitting import save_text
 from ..support.tiny import tiny_model
-from ..support.tokenizers import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
+from ..support.tokenizer_kinds import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 from .kinds import KINDS, NUM_TOKENS, PROMPTS, SHAPE, run_transformers
 from .llama_cpp import install_llama_cpp, run_llama_cpp, same_text
 
