@@ -36,5 +36,5 @@ def test_first_steps_run_verbatim(tmp_path: Path) -> None:
     assert json.loads((made / "trained-llama" / "config.json").read_text())["model_type"] == "llama"
     ours = json.loads((made / "results" / "results.json").read_text())["gda"]
     assert ours["perplexity_ratio"] < 1  # ten steps on text of the same kind
-    assert "2. Trained from converted" in (made / "trained" / "README.md").read_text()
+    assert "4. Trained from converted" in (made / "trained" / "README.md").read_text()
     assert (made / "attention.html").stat().st_size > 10_000
