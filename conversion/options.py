@@ -8,7 +8,7 @@ from gda.common.files import check_places, read_json, refuse_existing
 from gda.common.options import Options, argument, flag, option
 from gda.common.places import check_folder, check_model, check_served, check_text
 
-LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "New heads", "Split", "Growth"
+LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "Noise heads", "Split", "Growth"
 COMPARISON = "Comparison"
 OUTPUT, HUB = "Output", "Hub"
 
@@ -101,23 +101,27 @@ class NewHeadOptions(WriteOptions):
 
     noise_heads: int | None = option(
         None,
-        "Number of noise heads to give a Llama, Mistral or Qwen. Default: one per KV head.",
+        "Number of noise heads to add or, with --mode split, to make of existing heads. Default: one per KV head.",
         panel=NEW_HEADS,
         metavar="N",
     )
     ratio: str | int | None = option(
-        None, "Signal heads per noise head, such as 4 or 4:1. Pass this or --noise-heads.", panel=NEW_HEADS, metavar="R"
+        None,
+        "Signal heads per noise head, such as 4 or 4:1. Can't be combined with --noise-heads.",
+        panel=NEW_HEADS,
+        metavar="R",
     )
     lambda_type: Literal["reparameterized", "tanh", "sigmoid"] | None = option(
         None,
         "How λ is computed. reparameterized: one λ per layer. tanh, sigmoid: one λ per token and signal head. sigmoid "
-        "is never 0, so training fades it in. Default: reparameterized.",
+        "is never 0, so training fades it in, except after --mode split, where it starts at ½. Default: "
+        "reparameterized.",
         panel=NEW_HEADS,
     )
     lambda_init: Literal["zero", "schedule"] | None = option(
         None,
-        "schedule: fade λ in from 0 to the λ_init of the DIFF Transformer, 0.8 − 0.6·exp(−0.3·layer). Needs "
-        "--lambda-type reparameterized. Default: zero.",
+        "zero: λ starts at 0. schedule: fade λ in from 0 to the λ_init of the DIFF Transformer, "
+        "0.8 − 0.6·exp(−0.3·layer). Needs --lambda-type reparameterized. Default: zero.",
         panel=NEW_HEADS,
     )
     kv_layout: Literal["shared", "paired"] | None = option(
@@ -128,7 +132,7 @@ class NewHeadOptions(WriteOptions):
     )
     head_norm: bool | None = option(
         None,
-        "Give each head an RMSNorm, as in the GDA paper. Training fades it in.",
+        "Give each head an RMSNorm, as in the GDA paper. Training fades it in. Default: no head norm.",
         panel=NEW_HEADS,
         flag="--head-norm/--no-head-norm",
     )
@@ -269,11 +273,14 @@ class ExportOptions(CheckpointOptions):
         panel=LAYOUT,
     )
     dtype: Literal["keep", "float32", "bfloat16", "float16", "q8_0"] = option(  # type: ignore[assignment]
-        "keep", "Data type of the weights. q8_0: blocks of 32 values in 8 bits each; only for gguf.", panel=OUTPUT
+        "keep",
+        "Data type of the weights. q8_0: 8 bits per value, with one scale per block of 32; only for gguf.",
+        panel=OUTPUT,
     )
     tokenizer: str | Path | None = option(
         None,
-        "With gguf, copy the tokenizer and the chat template from this GGUF file. Default: translate the model's.",
+        "With gguf, copy the tokenizer and the chat template from this GGUF file. Default: the model's own, translated "
+        "to GGUF.",
         panel=OUTPUT,
         metavar="FILE",
         check=check_text,

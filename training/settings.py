@@ -216,7 +216,9 @@ class RunOptions(BundleOptions, RevisionOptions, HubOptions):
     """Where a training run reads from and writes to, and what is done with its result."""
 
     plot: bool = option(False, "Draw the log as OUT/training.html.", panel=LOG)
-    resume: bool = option(False, "Continue an unfinished run from its last checkpoint.", panel=OUTPUT)
+    resume: bool = option(
+        False, "Continue an unfinished run from its last checkpoint. Start a new run if there is none.", panel=OUTPUT
+    )
     overwrite: bool = option(False, "Replace OUT and an unfinished run, if they exist.", panel=OUTPUT)
     dry_run: bool = option(
         False, "Check everything, count tokens, steps and parameters, but write nothing.", panel=OUTPUT

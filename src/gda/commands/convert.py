@@ -36,6 +36,8 @@ def convert(options: ConvertOptions, as_json: JSON = False) -> None:
     typer.echo(report.to_dict()["head_map"])
     print_written(report)
     if report.is_plain:
-        typer.echo("one λ per layer, no head norm: `gda export` can write this model as a plain one, also once trained")
+        typer.echo(
+            "one λ per layer, no head norm: `gda export` can write this model as a plain one, before and after training"
+        )
     if report.pushed is not None:
         typer.echo(f"{report.pushed.url}: commit {report.pushed.commit}")

@@ -19,7 +19,7 @@ from gda.conversion.options import ExportOptions
     ),
 )
 def export(options: ExportOptions, as_json: JSON = False) -> None:
-    """Export a GDA model to a plain model that computes the same function and runs wherever a Llama runs.
+    """Export a GDA model as a Llama, Mistral, Qwen, GGUF file, Motif or DiffLlama that computes the same function.
 
     A Llama, Mistral or Qwen can hold every model whose λ is one number per layer and that has no head norm. Its signal
     and noise heads become query heads. While λ is 0, only the signal heads are written.
