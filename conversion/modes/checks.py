@@ -47,6 +47,9 @@ def exported(source: Source) -> Export | None:
             return None
         fields = {name: settings.export["fields"][name] for name in EXPORTED_FIELDS}
         lambdas = [float(value) for value in settings.export["lambdas"]]
+        # The plain model has all heads of the GDA model: larger numbers are not its own, and could fill the memory.
+        if max(fields[name] for name in fields if name.startswith("num_")) > source.config.num_attention_heads:
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{folder}/{PROVENANCE_FILE} does not describe an export; remove it") from None
     return Export(fields, lambdas)

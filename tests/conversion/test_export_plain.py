@@ -273,7 +273,16 @@ def test_a_bias_that_only_the_plain_model_has_must_still_be_0(tmp_path: Path) ->
         gda.convert(tmp_path / "plain", tmp_path / "again", mode="restore")
 
 
-@pytest.mark.parametrize("change", [{"lambdas": None}, {"fields": {}}, {"lambdas": ["x"]}], ids=str)
+HUGE = {
+    "num_attention_heads": 4 * 10**9,
+    "num_noise_heads": 10**9,
+    "num_key_value_heads": 2,
+    "kv_layout": "shared",
+    "attention_out_bias": False,
+}
+
+
+@pytest.mark.parametrize("change", [{"lambdas": None}, {"fields": {}}, {"lambdas": ["x"]}, {"fields": HUGE}], ids=str)
 def test_a_hostile_record_of_an_export(change: dict[str, Any], tmp_path: Path) -> None:
     """One line names the file and the remedy."""
     gda.export(saved(tmp_path / "gda"), tmp_path / "plain")
