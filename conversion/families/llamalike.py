@@ -136,6 +136,9 @@ LLAMALIKES = {
 }
 
 
+NAMES = "Llama, Mistral, Qwen2 or Qwen3"
+
+
 def source_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of `GDAConfig` for the configuration of a Llama, Mistral, Qwen2 or Qwen3, except heads, λ and dtype.
 
@@ -209,7 +212,7 @@ def choose_target(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
     hint = "run it with transformers, `gda serve` or the transformers backend of an engine"
     if config.head_norm and config.kv_layout == "paired":
         hint += "; --format motif or diffllama may express it"
-    raise ValueError(f"a {LLAMALIKES[model_type].name} cannot have {reason}: {hint}")
+    raise ValueError(f"no {NAMES} can hold the model; a {LLAMALIKES[model_type].name} cannot have {reason}: {hint}")
 
 
 def _inexpressible(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> str | None:

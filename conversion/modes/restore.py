@@ -53,11 +53,12 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         heads = plain_heads(config, with_noise=True)
         if len(heads.query) != source.config.num_attention_heads:
             raise ValueError(f"{PROVENANCE_FILE} is of a model with {len(heads.query)} query heads; remove it")
+    specs = checkpoint_specs(config)
+    if any(".lambda_" not in name and name not in source.specs for name in specs):
+        raise ValueError(f"{source.name}: {PROVENANCE_FILE} does not describe an export; remove it")
     for layer in range(config.num_hidden_layers):
         _require_tied(source, heads, layer, export.lambdas[layer], bool(config.attention_out_bias))
-    recipes = {
-        name: _recipe(name, spec, source, heads, options.seed) for name, spec in checkpoint_specs(config).items()
-    }
+    recipes = {name: _recipe(name, spec, source, heads, options.seed) for name, spec in specs.items()}
     rounded = any(spec.dtype.itemsize < 4 for spec in source.specs.values())
     notes = ["its noise heads were rounded when it was exported, so this is not lossless"] if rounded else []
     recipes = cast(recipes, dtype)

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.assets import copy_assets
 from gda.common.errors import first_line
+from gda.common.extras import needed_by
 from gda.common.files import read_json
 from gda.conversion.sources.readers import find_tokenizer
 from gda.conversion.sources.source import Source
@@ -57,12 +59,15 @@ class AdapterSource(Source):
 
     @functools.cached_property
     def _merged(self) -> PreTrainedModel:
+        with needed_by("merging an adapter", "train"):
+            from peft import PeftModel, get_peft_model_state_dict
         try:
-            from peft import PeftModel
-        except ImportError:
-            raise ImportError("merging an adapter requires the package peft: pip install peft") from None
-        try:
-            model = PeftModel.from_pretrained(self.base.load(), str(self.folder)).merge_and_unload(safe_merge=True)
+            adapted = PeftModel.from_pretrained(self.base.load(), str(self.folder))
+            with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
+                differing = sorted(set(get_peft_model_state_dict(adapted)) ^ set(file.keys()))
+            if differing:  # PEFT would leave these weights as they were initialized
+                raise ValueError(f"its tensors do not fit, such as {differing[0]}")
+            model = adapted.merge_and_unload(safe_merge=True)
         except Exception as error:  # a malformed adapter can make PEFT raise anything
             raise ValueError(f"{self.folder} cannot be merged into {self.base.name}: {first_line(error)}") from None
         with torch.no_grad():

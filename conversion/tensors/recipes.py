@@ -27,8 +27,12 @@ class Recipe:
     how: str
 
     def __call__(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """Make the tensor; `read` reads a source tensor by its name."""
-        return self.make(*(read(name) for name in self.sources)).to(self.spec.dtype)
+        """Make the tensor; `read` reads a source tensor by its name. ValueError for values beyond float16's range."""
+        made = self.make(*(read(name) for name in self.sources))
+        narrows = self.spec.dtype == torch.float16 and made.dtype != torch.float16
+        if narrows and made.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError(f"{self.sources[0]} has values that float16 cannot hold; use bfloat16")
+        return made.to(self.spec.dtype)
 
     @property
     def copy_of(self) -> str | None:

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gda._version import __version__
 from gda.common.extras import needed_by
-from gda.common.files import refuse_existing, sha256, written_beside
+from gda.common.files import created_parents, refuse_existing, sha256, written_beside
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim, layer_windows
 from gda.conversion.modes.checks import errors_named
@@ -105,12 +105,11 @@ def write_gguf(
     )
     if options.dry_run:
         return report
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out.parent).free) < report.nbytes:
-        raise OSError(f"{out.parent} has {free / 1e9:.1f} GB free, but the file needs {report.nbytes / 1e9:.1f} GB")
     refuse_existing(out, options.overwrite)
     verification = None
-    with written_beside(out) as file:
+    with created_parents(out), written_beside(out) as file:
+        if (free := shutil.disk_usage(out.parent).free) < report.nbytes:
+            raise OSError(f"{out.parent} has {free / 1e9:.1f} GB free, but the file needs {report.nbytes / 1e9:.1f} GB")
         beside = Path(file.name)
         _write(writer, beside, entries, _rope_frequencies(config), source, console)
         if options.verify:
@@ -306,5 +305,7 @@ class WrittenGGUF(GGUFSource):
     def load(self) -> PreTrainedModel:
         config = copy.deepcopy(self.config)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        model.load_state_dict({name: self.read(name) for name in self.specs}, strict=False)
+        loaded = model.load_state_dict({name: self.read(name) for name in self.specs}, strict=False)
+        assert set(loaded.missing_keys) <= {"lm_head.weight"}  # absent where it is tied
+        assert not loaded.unexpected_keys
         return model.eval()

@@ -40,7 +40,7 @@ def add_tokenizer(
         if copied_from is not None:
             raise ValueError("--tokenizer needs the model's own tokenizer to compare with, but the model has none")
         writer.add_tokenizer_model("none")
-        return ["the model has no tokenizer, so the file has none; llama.cpp runs it on token ids only"]
+        return ["the model has no tokenizer, so the file has none; programs that use llama.cpp may refuse it"]
     tokens, beyond = _tokens(tokenizer, config.vocab_size)
     if copied_from is not None:
         _copy(writer, copied_from, tokens)
@@ -61,8 +61,8 @@ def add_tokenizer(
         notes = _add_sentencepiece(writer, parts, [scores.get(token, 0.0) for token in tokens])
     else:
         notes = _add_byte_level(writer, parts)
-    # llama.cpp looks for added tokens in the text itself, which has spaces.
-    writer.add_token_list([token.replace(SPACE, " ") if token in added else token for token in tokens])
+    spaced = {token: _in_text(token, parts) for token in added if SPACE in token}
+    writer.add_token_list([spaced.get(token, token) for token in tokens])
     writer.add_token_types(_types(tokens, tokenizer, added, model["byte_fallback"]))
     _add_special_ids(writer, tokenizer, config)
     if template := tokenizer.chat_template:
@@ -99,6 +99,16 @@ def _added_tokens(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if each[flag]:
                 raise ValueError(f"token {token!r} has {flag}, which llama.cpp doesn't know; {REMEDY}")
     return added
+
+
+def _in_text(token: str, parts: dict[str, Any]) -> str:
+    """An added token with a "▁" as llama.cpp, which looks for it in the text itself, must find it."""
+    if not parts["model"]["byte_fallback"]:
+        return token  # an ordinary character
+    normalized = next(each["normalized"] for each in parts["added_tokens"] if each["content"] == token)
+    if normalized and "Replace" in json.dumps(parts["normalizer"]):
+        return token.replace(SPACE, " ")
+    raise ValueError(f"token {token!r} stands for other text than llama.cpp would look for; {REMEDY}")
 
 
 def _types(tokens: list[str], tokenizer: PreTrainedTokenizerBase, added: dict[str, Any], falls_back: bool) -> list[int]:

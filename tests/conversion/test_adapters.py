@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gda
@@ -68,8 +69,9 @@ def test_bfloat16_base_stays_bfloat16(tmp_path: Path) -> None:
         (lambda folder: change(folder, base_model_name_or_path=str(folder)), "is an adapter itself"),
         (lambda folder: change(folder, base_model_name_or_path="/nowhere/at/all"), "does not exist"),
         (lambda folder: change(folder, peft_type="NONE"), "cannot be merged into llama"),
+        (lambda folder: rename_tensors(folder), "its tensors do not fit"),
     ],
-    ids=["pickle", "no base", "an adapter of itself", "missing base", "unknown kind"],
+    ids=["pickle", "no base", "an adapter of itself", "missing base", "unknown kind", "other tensors"],
 )
 def test_broken_adapter_is_refused(break_it: Any, message: str, tmp_path: Path) -> None:
     adapter = save_adapter(save_llama(tmp_path / "llama"), tmp_path / "adapter")
@@ -97,3 +99,9 @@ def change(folder: Path, **fields: Any) -> None:
     """Change adapter_config.json."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rename_tensors(folder: Path) -> None:
+    """Give the tensors names that are in no module of the base."""
+    path = folder / "adapter_model.safetensors"
+    save_file({name.replace("self_attn", "attn"): tensor for name, tensor in load_file(path).items()}, path)

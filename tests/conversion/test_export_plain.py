@@ -201,6 +201,17 @@ def test_streaming_dry_run_and_verify(tmp_path: Path) -> None:
     assert files_of(tmp_path / "plain") == again
 
 
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    """One line names the tensor and the remedy; nothing is written."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "gda")
+    with pytest.raises(ValueError, match=r"up_proj.weight has values that float16 cannot hold; use bfloat16"):
+        gda.export(tmp_path / "gda", tmp_path / "plain", dtype="float16", verify=False)
+    assert not (tmp_path / "plain").exists()
+
+
 def test_damaged_result_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification reads the written files: a wrong λ in the output projection fails."""
     monkeypatch.setattr("gda.conversion.modes.export.layer_lambdas", lambda config, read: [0.3, 0.41])
@@ -273,6 +284,13 @@ def test_a_bias_that_only_the_plain_model_has_must_still_be_0(tmp_path: Path) ->
         gda.convert(tmp_path / "plain", tmp_path / "again", mode="restore")
 
 
+NO_BIAS = {
+    "num_attention_heads": 8,
+    "num_noise_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_layout": "shared",
+    "attention_out_bias": True,
+}
 HUGE = {
     "num_attention_heads": 4 * 10**9,
     "num_noise_heads": 10**9,
@@ -282,7 +300,9 @@ HUGE = {
 }
 
 
-@pytest.mark.parametrize("change", [{"lambdas": None}, {"fields": {}}, {"lambdas": ["x"]}, {"fields": HUGE}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"lambdas": None}, {"fields": {}}, {"lambdas": ["x"]}, {"fields": HUGE}, {"fields": NO_BIAS}], ids=str
+)
 def test_a_hostile_record_of_an_export(change: dict[str, Any], tmp_path: Path) -> None:
     """One line names the file and the remedy."""
     gda.export(saved(tmp_path / "gda"), tmp_path / "plain")

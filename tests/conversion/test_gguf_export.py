@@ -269,6 +269,13 @@ def test_tokenizer_is_equal_after_export(way: str, tmp_path: Path) -> None:
     assert metadata["tokenizer.ggml.add_bos_token"] is False
 
 
+def test_token_of_a_byte_level_tokenizer_keeps_its_characters(tmp_path: Path) -> None:
+    """There "▁" is an ordinary character, which llama.cpp has to find in the text."""
+    tokenizer = _with_token(byte_level_tokenizer("llama-bpe"), AddedToken("<|begin▁of▁text|>", special=True))
+    exported(tmp_path, tokenizer)
+    assert "<|begin▁of▁text|>" in metadata_of(tmp_path / "tiny.gguf")["tokenizer.ggml.tokens"]
+
+
 def test_notes_say_where_llama_cpp_differs(tmp_path: Path) -> None:
     """Unicode normalization, and spaces where transformers 5 adds none."""
     assert "NFC" in exported(tmp_path / "1", byte_level_tokenizer("qwen2"))[0]
@@ -305,8 +312,12 @@ def _changed(tokenizer: PreTrainedTokenizerFast, parts: dict[str, Any]) -> PreTr
         (lambda: _without_a_merge(sentencepiece_tokenizer()), "merges lack"),
         (lambda: _with_token(sentencepiece_tokenizer(), AddedToken("<a>")), "'<a>' has normalized"),
         (lambda: _with_token(byte_level_tokenizer("gpt-2"), AddedToken("<a>", lstrip=True)), "'<a>' has lstrip"),
+        (
+            lambda: _with_token(sentencepiece_tokenizer("first"), AddedToken("a▁b", normalized=False)),
+            "'a▁b' stands for other text",
+        ),
     ],
-    ids=["split", "normalizer", "spaces", "merges", "normalized", "lstrip"],
+    ids=["split", "normalizer", "spaces", "merges", "normalized", "lstrip", "space"],
 )
 def test_unsupported_tokenizer_is_refused(make: Any, named: str, tmp_path: Path) -> None:
     """One line names the remedy, the tokenizer of a GGUF file, and the remedy works."""

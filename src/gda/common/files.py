@@ -57,6 +57,20 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextlib.contextmanager
+def created_parents(path: Path) -> Iterator[None]:
+    """Create missing parents of `path`, and remove them again if the block fails."""
+    created = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for parent in created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
 def _open_no_link(path: str, flags: int) -> int:
     """Don't follow a link that someone else put there: its target would be overwritten."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
