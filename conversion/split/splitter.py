@@ -119,9 +119,9 @@ class Splitter:
         """The settings that the result depends on, as JSON-ready values."""
         return {"effort": self.effort, **self.calibration.to_dict()}
 
-    def expected(self) -> str:
-        """How long `run` takes on this machine, as a sentence."""
-        minutes = max(1, round(self.minutes()))
+    def expected(self, minutes: float | None = None) -> str:
+        """How long `run` takes on this machine, as a sentence; `minutes` are the estimate, if it is known."""
+        minutes = max(1, round(self.minutes() if minutes is None else minutes))
         return f"--effort {self.effort} takes about {minutes} minute{'s' * (minutes > 1)} on this machine"
 
     @torch.no_grad()
@@ -156,10 +156,11 @@ class Splitter:
         self.read = _Cache(self.source)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.progress = progress_bars(console, TextColumn("{task.description}"), *columns)
-        if console is not None and shows_progress(console):
-            console.print(self.expected(), highlight=False)
-        else:
-            logger.info(self.expected())
+        if (minutes := self.minutes()) > 1:  # shorter runs need no announcement
+            if console is not None and shows_progress(console):
+                console.print(self.expected(minutes), highlight=False)
+            else:
+                logger.info(self.expected(minutes))
         teacher = LayerwiseModel(self.source.config, self.read, self.device)
         sequences = torch.cat([self.calibration.sequences, self.calibration.held_out])
         with self.progress:

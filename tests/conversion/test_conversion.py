@@ -291,13 +291,6 @@ def test_exactly_the_listed_numbers_of_noise_heads_convert(
     assert converted == possible
 
 
-def test_sigmoid_is_refused(tmp_path: Path) -> None:
-    """σ is never 0. The message names the two types that can start at 0."""
-    with pytest.raises(ValueError, match="reparameterized or tanh"):
-        convert(save_llama(tmp_path / "llama"), tmp_path / "gda", lambda_type="sigmoid")
-    assert os.listdir(tmp_path) == ["llama"]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_casts_everything_but_lambda(dtype: str, tmp_path: Path) -> None:
     """λ stays in float32, and config.json names the dtype."""
@@ -473,6 +466,7 @@ def test_conversion_json_records_the_origin_of_everything(tmp_path: Path) -> Non
         "lambda_type": "tanh",
         "lossless": True,
         "qk_rank": None,
+        "layout": None,
         "growth": None,
         "split": None,
         "export": None,

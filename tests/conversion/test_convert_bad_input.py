@@ -368,7 +368,6 @@ def test_damaged_files_beside_the_weights(
         (["--dtype", "int8"], "--dtype"),
         (["--dtype", ""], "--dtype"),
         (["--mode", "explode"], "--mode"),
-        (["--lambda-type", "sigmoid"], "--lambda-type sigmoid"),
         (["--lambda-type", "cosine"], "lambda"),
         (["--workers", "0"], "--workers"),
         (["--workers", "-2"], "--workers"),

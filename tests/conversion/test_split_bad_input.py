@@ -185,9 +185,7 @@ def test_conflicting_options(llama: Path, refused: Callable[..., None]) -> None:
     refused("--qk-rank", 4, named=("--qk-rank", "--mode split", "two steps"))
 
 
-@pytest.mark.parametrize(
-    "option", [("--calibration", "text.txt"), ("--calibration-tokens", 4096), ("--effort", "fast")]
-)
+@pytest.mark.parametrize("option", [("--calibration", __file__), ("--calibration-tokens", 4096), ("--effort", "fast")])
 def test_split_options_are_refused_in_other_modes(option: tuple[object, ...], refused: Callable[..., None]) -> None:
     refused(*option, mode="expand", named=(str(option[0]), "--mode split"))
 

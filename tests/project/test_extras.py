@@ -41,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_models(folder, "MODEL")
     for name in ("FILE", "FILE.gguf"):
-        (folder / name).write_text("A text of several words. " * 40)
+        (folder / name).write_text("GGUF" + "A text of several words. " * 40)
     return folder
 
 
 def run(command: str, hidden: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
     code = IN_CHILD.format(hidden=hidden, arguments=command.split())
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True)
 
 
 def test_extras_match_setup_cfg() -> None:

@@ -366,7 +366,7 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "empty rows": ("a.jsonl", b"", ("a.jsonl is empty",)),
     "empty parquet": ("a.parquet", b"", ("a.parquet is empty",)),
     "binary": ("a.txt", b"\x80\x02}q\x00", ("a.txt is not text in UTF-8", "byte 0")),
-    "zeros": ("a.txt", b"some words" + bytes(9), ("a.txt is not text", "byte 10")),
+    "zeros": ("a.txt", b"some words" + bytes(9), ("a.txt is not text", "zero byte")),
     "a later block": ("a.txt", b"word " * 300_000 + b"\xff", ("a.txt is not text in UTF-8", "byte 1500000")),
     "no JSON": ("a.jsonl", f"{ROW}\n{{text: no}}\n".encode(), ("a.jsonl, line 2 is not JSON",)),
     "another field": ("a.jsonl", f"{ROW}\n\n{{}}".encode(), ("a.jsonl, line 3 has no field `text`",)),
