@@ -227,18 +227,22 @@ def _inexpressible(config: GDAConfig, model_type: str, heads: tuple[int, int]) -
     differing = [name for name in DIFFERING_FIELDS if back[name] != getattr(config, name)]
     if "sliding_window" in differing and not slides(config):
         differing.remove("sliding_window")  # no layer uses the window
-    if needs_zero_bias(config, model_type, heads):
-        differing.remove("attention_out_bias")
+    if projections := zero_bias_projections(config, model_type, heads):
+        differing.remove("attention_out_bias" if projections == ("o_proj",) else "attention_bias")
     return f"{differing[0]}={getattr(config, differing[0])!r}" if differing else None
 
 
-def needs_zero_bias(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> bool:
-    """Whether a Llama, whose o_proj has a bias if q, k and v do, stands in for a Qwen2, whose o_proj has none.
+def zero_bias_projections(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> tuple[str, ...]:
+    """The projections that get a bias of 0, because the type has biases that the model has not.
 
-    It does where engines could not run the Qwen2.
+    A Llama, whose o_proj has a bias if q, k and v do, stands in for a Qwen2 that engines could not run. A Qwen2, which
+    has biases of q, k and v, is the only type without norms of q and k whose layers differ in their windows.
     """
-    biases = config.attention_bias and not config.attention_out_bias
-    return model_type == "llama" and biases and not has_usual_heads(config, heads)
+    qkv, out = config.attention_bias, config.attention_out_bias
+    if model_type == "llama" and qkv and not out and not has_usual_heads(config, heads):
+        return ("o_proj",)
+    differ = slides(config) and "full_attention" in (config.layer_types or [])
+    return ("q_proj", "k_proj", "v_proj") if model_type == "qwen2" and differ and not qkv and not out else ()
 
 
 def has_usual_heads(config: GDAConfig, heads: tuple[int, int]) -> bool:

@@ -110,11 +110,11 @@ def plain_recipes(
     return plain
 
 
-def zero_biases(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
-    """Zero biases for all o_proj."""
+def zero_biases(recipes: dict[str, Recipe], projections: tuple[str, ...]) -> dict[str, Recipe]:
+    """Biases of 0 for these projections of all layers."""
     biases = {}
     for name, recipe in recipes.items():
-        if name.endswith(".o_proj.weight"):
+        if name.endswith(tuple(f".{projection}.weight" for projection in projections)):
             spec = TensorSpec(recipe.spec.shape[:1], recipe.spec.dtype)
             biases[f"{name.removesuffix('weight')}bias"] = Recipe(spec, (), partial(torch.zeros, spec.shape), "zero")
     return biases

@@ -17,7 +17,14 @@ SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
 PAPER_ONLY = ("lambda_init", "kv_layout", "head_norm")
 NEW_HEADS_ONLY = ("noise_heads", "ratio", "lambda_type", *PAPER_ONLY)
 # Fields of a GDA model that a Llama has no place for.
-EXPORTED_FIELDS = ("num_attention_heads", "num_noise_heads", "num_key_value_heads", "kv_layout", "attention_out_bias")
+EXPORTED_FIELDS = (
+    "num_attention_heads",
+    "num_noise_heads",
+    "num_key_value_heads",
+    "kv_layout",
+    "attention_bias",
+    "attention_out_bias",
+)
 
 
 class BrokenTieError(ValueError):

@@ -17,9 +17,9 @@ from gda.conversion.families.llamalike import (
     LLAMALIKES,
     choose_target,
     has_usual_heads,
-    needs_zero_bias,
     save_target_config,
     target_config,
+    zero_bias_projections,
 )
 from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes, zero_biases
 from gda.conversion.modes.checks import EXPORTED_FIELDS, errors_named
@@ -30,7 +30,6 @@ from gda.conversion.sources.source import Source
 from gda.conversion.tensors.lambdas import layer_lambdas
 from gda.conversion.tensors.recipes import DTYPES, cast, is_lossless
 
-ZERO_BIAS_NOTE = "o_proj has a bias of 0, because a Llama has it where q, k and v have one"
 QWEN2_NOTE = "vLLM, mlx-lm and CTranslate2 cannot run it, because they ignore head_dim of a Qwen2; transformers can"
 MOTIF_NOTE = "Motif's own code is not written; to run it, add configuration_motif.py and modeling_motif.py"
 
@@ -62,8 +61,7 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
     plain = plain_recipes(config, unmasked, heads, numbers)
     computed = config.qk_rank is not None or unmasked != recipes or any(numbers)
     rounded = [recipe.spec for recipe in plain.values() if computed and recipe.spec.dtype.itemsize < 4]
-    if needs_zero_bias(config, model_type, counts):
-        plain |= zero_biases(plain)
+    plain |= zero_biases(plain, zero_bias_projections(config, model_type, counts))
     notes = [] if is_gguf else _notes_on_type(config, model_type, counts, reason)
     if rounded:
         dtype = str(rounded[0].dtype).removeprefix("torch.")
@@ -88,8 +86,8 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
 
 def _notes_on_type(config: GDAConfig, model_type: str, counts: tuple[int, int], reason: str | None) -> list[str]:
     notes = [] if reason is None else [reason]
-    if needs_zero_bias(config, model_type, counts):
-        notes.append(ZERO_BIAS_NOTE)
+    if projections := zero_bias_projections(config, model_type, counts):
+        notes.append(f"{', '.join(projections)} get a bias of 0, which the type has and the model does not")
     if model_type == "qwen2" and not has_usual_heads(config, counts):
         notes.append(QWEN2_NOTE)
     return notes

@@ -4,6 +4,7 @@ conversion.json says which query heads were noise heads, and λ of each layer. T
 between the columns of o_proj that read signal heads and those that read noise heads. Then it is an ordinary Llama.
 """
 
+from collections.abc import Container
 from functools import partial
 
 import torch
@@ -57,7 +58,7 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     if any(".lambda_" not in name and name not in source.specs for name in specs):
         raise ValueError(f"{source.name}: {PROVENANCE_FILE} does not describe an export; remove it")
     for layer in range(config.num_hidden_layers):
-        _require_tied(source, heads, layer, export.lambdas[layer], bool(config.attention_out_bias))
+        _require_tied(source, heads, layer, export.lambdas[layer], specs)
     recipes = {name: _recipe(name, spec, source, heads, options.seed) for name, spec in specs.items()}
     rounded = any(spec.dtype.itemsize < 4 for spec in source.specs.values())
     notes = ["its noise heads were rounded when it was exported, so this is not lossless"] if rounded else []
@@ -72,10 +73,10 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     )
 
 
-def _require_tied(source: Source, heads: PlainHeads, layer: int, lambda_: float, has_out_bias: bool) -> None:
+def _require_tied(source: Source, heads: PlainHeads, layer: int, lambda_: float, specs: Container[str]) -> None:
     """Raise BrokenTieError unless equal heads are equal, and o_proj subtracts with λ, up to its rounding.
 
-    A bias of o_proj that the GDA model does not have must be 0.
+    Biases that are not among the `specs` of the GDA model must be 0.
     """
     width = source.specs["model.layers.0.self_attn.o_proj.weight"].shape[1] // len(heads.query)
     prefix = f"model.layers.{layer}.self_attn"
@@ -87,9 +88,9 @@ def _require_tied(source: Source, heads: PlainHeads, layer: int, lambda_: float,
                 first = select_heads(stored, heads=[rows.index(row) for row in rows], head_dim=width)
                 if not torch.equal(stored, first):
                     raise BrokenTieError(f"{source.name}: {tensor} was trained since the export; omit --mode restore")
-    bias = f"{prefix}.o_proj.bias"
-    if not has_out_bias and bias in source.specs and source.read(bias).any():
-        raise BrokenTieError(f"{source.name}: {bias} was trained since the export; omit --mode restore")
+    for bias in (f"{prefix}.{name}_proj.bias" for name in "qkvo"):
+        if bias in source.specs and bias not in specs and source.read(bias).any():
+            raise BrokenTieError(f"{source.name}: {bias} was trained since the export; omit --mode restore")
     name = f"{prefix}.o_proj.weight"
     stored = source.read(name)
     blocks = _signal_columns(stored, heads=heads, head_dim=width)

@@ -36,6 +36,10 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[str, int, int]]] = {
         {"qk_norm": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
         ("qwen3", 8, 2),
     ),
+    "windows of some layers, no biases": (
+        {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+        ("qwen2", 8, 2),
+    ),
     "low rank": ({"qk_rank": 3}, ("llama", 8, 2)),
     "paired": ({"kv_layout": "paired", "num_key_value_heads": 4}, ("llama", 24, 8)),
     "paired low rank": ({"kv_layout": "paired", "qk_rank": 3, "attention_bias": True}, ("llama", 24, 4)),
@@ -224,7 +228,7 @@ def test_damaged_result_does_not_appear(tmp_path: Path, monkeypatch: pytest.Monk
 
 RESTORED = (
     *("N = G", "N > G", "N < G", "biases", "biases of q, k, v, wide heads"),
-    *("tied", "norm of q and k", "windows", "paired"),
+    *("tied", "norm of q and k", "windows", "windows of some layers, no biases", "paired"),
 )
 
 
@@ -289,6 +293,7 @@ NO_BIAS = {
     "num_noise_heads": 2,
     "num_key_value_heads": 2,
     "kv_layout": "shared",
+    "attention_bias": False,
     "attention_out_bias": True,
 }
 HUGE = {
@@ -296,6 +301,7 @@ HUGE = {
     "num_noise_heads": 10**9,
     "num_key_value_heads": 2,
     "kv_layout": "shared",
+    "attention_bias": False,
     "attention_out_bias": False,
 }
 
