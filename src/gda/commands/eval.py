@@ -64,8 +64,9 @@ def evaluate(
 ) -> None:
     """Run tasks of lm-evaluation-harness on a model and, with the same options, on a baseline.
 
-    Tasks are lm-eval's, with data from the Hub or local files, or this package's, which generate their data. The group
-    gda_tasks contains gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and gda_fewshot_by_arrangement.
+    Tasks come from lm-eval, which reads data from the Hub or local files, or from this package, whose tasks generate
+    their data. The group gda_tasks contains gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and
+    gda_fewshot_by_arrangement.
     """
     if output is not None:
         refuse_existing(Path(output) / RESULTS_FILE, overwrite)

@@ -28,8 +28,8 @@ def train(options: TrainOptions, as_json: JSON = False) -> None:
     """Train a GDA model on text: all parameters, the attention, new parameters only, or LoRA.
 
     Training uses the Trainer of transformers. Ctrl-C finishes the current step and writes a checkpoint; --resume
-    continues from it and ends with the same weights. If the model is in masked growth, its new parts are faded in over
-    the steps. OUT appears only when it is complete.
+    continues from it and ends with the same weights. Parts of the model that wait to be faded in, such as those of
+    --masked growth, are faded in over the steps. OUT appears only when it is complete.
     """
     if options.only_plots:
         from gda.training.plot import plot
