@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from gda.common.assets import LICENCE_PATTERNS
 from gda.common.files import read_json, write_text
 from gda.common.options import takes
+from gda.common.places import ADAPTER_CONFIG
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
 from gda.conversion.options import PushOptions
@@ -123,7 +124,7 @@ def push_result(
 
 
 def _open(folder: Path) -> FolderSource:
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} holds an adapter; merge it into the model, or push it with PEFT's push_to_hub")
     read_gda_config(folder)
     return FolderSource(folder)

@@ -137,6 +137,7 @@ LLAMALIKES = {
 
 
 NAMES = "Llama, Mistral, Qwen2 or Qwen3"
+RUNNERS = "transformers, `gda serve` or the transformers backend of an engine"  # of models that no such type can hold
 
 
 def source_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def choose_target(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
     able = next((name for name in LLAMALIKES if _inexpressible(config, name, heads) is None), None)
     if able is not None:
         return able, f"a {LLAMALIKES[model_type].name} cannot have {reason}; written as a {LLAMALIKES[able].name}"
-    hint = "run it with transformers, `gda serve` or the transformers backend of an engine"
+    hint = f"run it with {RUNNERS}"
     if config.head_norm and config.kv_layout == "paired":
         hint += "; --format motif or diffllama may express it"
     raise ValueError(f"no {NAMES} can hold the model; a {LLAMALIKES[model_type].name} cannot have {reason}: {hint}")

@@ -50,6 +50,11 @@ class PlainHeads:
     key: list[int]
     value: list[int]
 
+    @property
+    def rows(self) -> dict[str, list[int]]:
+        """By projection, the head of GDA's projection that each head of the plain decoder's is."""
+        return {"q_proj": [head.row for head in self.query], "k_proj": self.key, "v_proj": self.value}
+
 
 def plain_heads(config: GDAConfig, *, with_noise: bool) -> PlainHeads:
     """The heads of the plain decoder. Without noise heads, it computes what the model computes at λ = 0."""
@@ -96,8 +101,7 @@ def plain_recipes(
         heads: The heads of the plain decoder.
         lambdas: λ of each layer.
     """
-    rows = {"q_proj": [head.row for head in heads.query], "k_proj": heads.key, "v_proj": heads.value}
-    plain = {}
+    rows, plain = heads.rows, {}
     for name, recipe in recipes.items():
         module, _, parameter = name.rpartition(".")
         projection = module.rpartition(".")[2]

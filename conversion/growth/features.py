@@ -1,6 +1,6 @@
 """Origins of the features of a grown axis: for each feature of the result, the feature of the source it comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -41,15 +41,9 @@ def signal_origins(config: GDAConfig, times: int, *, replicate: bool) -> dict[st
     return origins if config.qk_rank is None else origins | {"query rank": of_blocks(queries, config.qk_rank)}
 
 
-def tiled_origins(config: GDAConfig, operator: str, times: int) -> dict[str, Tensor]:
-    """Features tiled: of the hidden size, of the MLP, or with "width" of every axis.
-
-    Whole groups of heads follow whole groups, so every head keeps its KV head in any layout.
-    """
-    tiled = {"hidden": ("hidden",), "mlp": ("neuron",)}.get(operator)
-    return {
-        kind: torch.arange(size).repeat(times) for kind, size in sizes(config).items() if tiled is None or kind in tiled
-    }
+def tiled_origins(config: GDAConfig, times: int, kinds: Collection[str]) -> dict[str, Tensor]:
+    """The features of these kinds tiled: whole groups of heads follow whole groups, so each head keeps its KV head."""
+    return {kind: torch.arange(size).repeat(times) for kind, size in sizes(config).items() if kind in kinds}
 
 
 def neuron_origins(old: int, new: int) -> dict[str, Tensor]:

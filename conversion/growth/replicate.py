@@ -18,17 +18,18 @@ from torch import Tensor
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.growth.features import occurrences, signal_origins, still_kept, tiled_origins
-from gda.conversion.tensors.axes import axes_of, reads
+from gda.conversion.tensors.axes import KINDS, axes_of, reads
 from gda.conversion.tensors.recipes import Recipe, generator_for
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 # Rows are processed in pieces of about that many elements in float64, so that memory does not grow with the tensor.
 PIECE = 1 << 20
-# The fields that grow, by operator.
-GROWN = {
-    "width": ("hidden_size", "intermediate_size", "num_attention_heads", "num_noise_heads", "num_key_value_heads"),
-    "hidden": ("hidden_size",),
-    "mlp": ("intermediate_size",),
+HEADS = ("num_attention_heads", "num_noise_heads", "num_key_value_heads")
+# By operator, the fields of the configuration that grow, and the kinds of features that are tiled.
+TILED: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "width": (("hidden_size", "intermediate_size", *HEADS), KINDS),
+    "hidden": (("hidden_size",), frozenset({"hidden"})),
+    "mlp": (("intermediate_size",), frozenset({"neuron"})),
 }
 
 
@@ -41,11 +42,12 @@ def replicate_signal(model: Conversion, times: int, *, noise_std: float, seed: i
 
 
 def tile(model: Conversion, operator: str, times: int, *, noise_std: float, seed: int) -> Conversion:
-    """Tile the features of an operator of `GROWN` (HyperCloning, arXiv 2409.12903); head_dim stays."""
+    """Tile the features of an operator of `TILED` (HyperCloning, arXiv 2409.12903); head_dim stays."""
+    names, kinds = TILED[operator]
     config = copy.deepcopy(model.config)
-    for name in GROWN[operator]:
+    for name in names:
         setattr(config, name, times * getattr(config, name))
-    origins = tiled_origins(model.config, operator, times)
+    origins = tiled_origins(model.config, times, kinds)
     return _replicated(model, config, origins, times, noise_std=noise_std, key=operator, seed=seed)
 
 

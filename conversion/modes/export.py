@@ -15,6 +15,7 @@ from gda.conversion.conversion import Conversion
 from gda.conversion.families import diffllama, motif
 from gda.conversion.families.llamalike import (
     LLAMALIKES,
+    RUNNERS,
     choose_target,
     has_usual_heads,
     save_target_config,
@@ -97,8 +98,7 @@ def _number(layer: int, value: float | None, with_noise: bool) -> float:
     """λ of a layer, if it is a number that the plain model can have."""
     if value is None:
         raise ValueError(
-            f"λ of layer {layer} depends on the token, which no Llama computes; run the model with transformers, "
-            "`gda serve` or the transformers backend of an engine"
+            f"λ of layer {layer} depends on the token, which no Llama computes; run the model with {RUNNERS}"
         )
     if value and not with_noise:
         raise ValueError(f"λ of layer {layer} is {value:.3g}, so it needs its noise heads; omit --heads original")

@@ -17,7 +17,7 @@ from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.growth import growth
 from gda.conversion.growth.depth import copy_positions, deepen
 from gda.conversion.growth.masked import mask_growth
-from gda.conversion.growth.replicate import GROWN, replicate_signal, tile
+from gda.conversion.growth.replicate import TILED, replicate_signal, tile
 from gda.conversion.modes.expand import plan as expand
 from gda.conversion.modes.map import plan as map_tensors
 from gda.conversion.options import GrowOptions
@@ -69,7 +69,7 @@ def _replicated(model: Conversion, options: GrowOptions) -> Conversion:
     noise_std, seed = options.noise_std, options.seed
     if options.signal is not None:
         model = replicate_signal(model, int(options.signal), noise_std=noise_std, seed=seed)
-    for operator in GROWN:
+    for operator in TILED:
         if (times := getattr(options, operator)) is not None:
             model = tile(model, operator, int(times), noise_std=noise_std, seed=seed)
     return model

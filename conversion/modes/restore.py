@@ -23,12 +23,11 @@ from gda.conversion.modes.checks import (
     losses,
     refuse,
 )
+from gda.conversion.modes.expand import LAMBDA
 from gda.conversion.options import ConvertOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import DTYPES, Recipe, cast, checkpoint_specs, copied, is_lossless, lambda_recipe
 from gda.conversion.tensors.safetensors_io import TensorSpec
-
-LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
 
 
 def plan(source: Source, options: ConvertOptions) -> Conversion:
@@ -57,9 +56,11 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     specs = checkpoint_specs(config)
     if any(".lambda_" not in name and name not in source.specs for name in specs):
         raise ValueError(f"{source.name}: {PROVENANCE_FILE} does not describe an export; remove it")
-    for layer in range(config.num_hidden_layers):
-        _require_tied(source, heads, layer, export.lambdas[layer], specs)
-    recipes = {name: _recipe(name, spec, source, heads, options.seed) for name, spec in specs.items()}
+    for layer, lambda_ in enumerate(export.lambdas):
+        _require_tied(source, heads, layer, lambda_, specs, config.head_dim)
+    recipes = {
+        name: _recipe(name, spec, source.specs, heads, config.head_dim, options.seed) for name, spec in specs.items()
+    }
     rounded = any(spec.dtype.itemsize < 4 for spec in source.specs.values())
     notes = ["its noise heads were rounded when it was exported, so this is not lossless"] if rounded else []
     recipes = cast(recipes, dtype)
@@ -73,49 +74,51 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     )
 
 
-def _require_tied(source: Source, heads: PlainHeads, layer: int, lambda_: float, specs: Container[str]) -> None:
+def _require_tied(
+    source: Source, heads: PlainHeads, layer: int, lambda_: float, specs: Container[str], head_dim: int
+) -> None:
     """Raise BrokenTieError unless equal heads are equal, and o_proj subtracts with λ, up to its rounding.
 
     Biases that are not among the `specs` of the GDA model must be 0.
     """
-    width = source.specs["model.layers.0.self_attn.o_proj.weight"].shape[1] // len(heads.query)
+
+    def require(holds: bool, name: str) -> None:
+        if not holds:
+            raise BrokenTieError(f"{source.name}: {name} was trained since the export; omit --mode restore")
+
     prefix = f"model.layers.{layer}.self_attn"
-    origins = {"q": [head.row for head in heads.query], "k": heads.key, "v": heads.value}
-    for name, rows in origins.items():
+    for projection, rows in heads.rows.items():
         for kind in ("weight", "bias"):
-            if (tensor := f"{prefix}.{name}_proj.{kind}") in source.specs:
-                stored = source.read(tensor)
-                first = select_heads(stored, heads=[rows.index(row) for row in rows], head_dim=width)
-                if not torch.equal(stored, first):
-                    raise BrokenTieError(f"{source.name}: {tensor} was trained since the export; omit --mode restore")
-    for bias in (f"{prefix}.{name}_proj.bias" for name in "qkvo"):
-        if bias in source.specs and bias not in specs and source.read(bias).any():
-            raise BrokenTieError(f"{source.name}: {bias} was trained since the export; omit --mode restore")
+            if (name := f"{prefix}.{projection}.{kind}") in source.specs:
+                stored = source.read(name)
+                first = select_heads(stored, heads=[rows.index(row) for row in rows], head_dim=head_dim)
+                require(torch.equal(stored, first), name)
+    for name in (f"{prefix}.{each}.bias" for each in (*heads.rows, "o_proj")):
+        if name in source.specs and name not in specs:
+            require(not source.read(name).any(), name)
     name = f"{prefix}.o_proj.weight"
     stored = source.read(name)
-    blocks = _signal_columns(stored, heads=heads, head_dim=width)
-    expected = columns_of(blocks, heads=heads.query, lambda_=lambda_, head_dim=width)
-    largest = columns_of(blocks.abs(), heads=heads.query, lambda_=-abs(lambda_), head_dim=width)
+    blocks = _signal_columns(stored, heads=heads, head_dim=head_dim)
+    expected = columns_of(blocks, heads=heads.query, lambda_=lambda_, head_dim=head_dim)
+    largest = columns_of(blocks.abs(), heads=heads.query, lambda_=-abs(lambda_), head_dim=head_dim)
     # The stored sum and each of its terms were rounded once.
     finite = torch.finfo(stored.dtype)
-    if not ((stored.double() - expected).abs() <= 2 * finite.eps * largest + finite.tiny).all():
-        raise BrokenTieError(f"{source.name}: {name} was trained since the export; omit --mode restore")
+    require(bool(((stored.double() - expected).abs() <= 2 * finite.eps * largest + finite.tiny).all()), name)
 
 
-def _recipe(name: str, spec: TensorSpec, source: Source, heads: PlainHeads, seed: int) -> Recipe:
+def _recipe(
+    name: str, spec: TensorSpec, plain: dict[str, TensorSpec], heads: PlainHeads, head_dim: int, seed: int
+) -> Recipe:
     if ".lambda_" in name:
         return lambda_recipe(name, spec, seed)
-    projection, original = name.split(".")[-2], source.specs[name]
-    width = original.shape[-1] // len(heads.query)
-    origins = {"q_proj": [head.row for head in heads.query], "k_proj": heads.key, "v_proj": heads.value}
+    projection, original = name.split(".")[-2], plain[name]
     target = TensorSpec(spec.shape, original.dtype)
-    if projection in origins:
-        rows, width = origins[projection], original.shape[0] // len(origins[projection])
+    if (rows := heads.rows.get(projection)) is not None:
         first = [rows.index(row) for row in sorted(set(rows))]
-        make = partial(select_heads, heads=first, head_dim=width)
+        make = partial(select_heads, heads=first, head_dim=head_dim)
         return Recipe(target, (name,), make, "each head once, in GDA's order")
     if projection == "o_proj" and name.endswith(".weight"):
-        make = partial(_signal_columns, heads=heads, head_dim=width)
+        make = partial(_signal_columns, heads=heads, head_dim=head_dim)
         return Recipe(target, (name,), make, "columns of the signal heads")
     return copied(name, original, None)
 

@@ -12,15 +12,16 @@ from gda.common.assets import copy_assets
 from gda.common.errors import first_line
 from gda.common.extras import needed_by
 from gda.common.files import read_json
+from gda.common.places import ADAPTER_CONFIG
 from gda.conversion.sources.readers import find_tokenizer
 from gda.conversion.sources.source import Source
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter, and no model."""
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def base_of(folder: Path) -> str:
@@ -29,10 +30,10 @@ def base_of(folder: Path) -> str:
     Raises:
         ValueError: if adapter_config.json names none, or the weights are not safetensors.
     """
-    fields = read_json(folder / CONFIG_FILE)
+    fields = read_json(folder / ADAPTER_CONFIG)
     base = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{folder / CONFIG_FILE} names no base_model_name_or_path; add the model that it adapts")
+        raise ValueError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path; add the model that it adapts")
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}; save the adapter as safetensors")
     return base

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gda.common.files import read_json
+from gda.common.places import ADAPTER_CONFIG
 from gda.configuration.configuration_gda import MAX_LAYERS, ROPE_ARGUMENTS, GDAConfig
 
 MAX_SIZE = 2**30
@@ -75,7 +76,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             raise FileNotFoundError(f"{folder} is an adapter; merge it into its model: gda convert {folder} OUT")
         raise FileNotFoundError(f"{path} is missing; a model folder must have one")
     fields = read_json(path)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from gda.common.assets import ASSET_PATTERNS
-from gda.common.places import check_model
+from gda.common.places import ADAPTER_CONFIG, check_model
 from gda.common.trainable import TRAINABLE_FILE
-from gda.conversion.sources.adapter import CONFIG_FILE, AdapterSource, base_of, is_adapter
+from gda.conversion.sources.adapter import AdapterSource, base_of, is_adapter
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.hub import download
@@ -16,7 +16,7 @@ MODEL_PATTERNS = (
     PROVENANCE_FILE,
     TRAINABLE_FILE,
     "config.json",
-    CONFIG_FILE,
+    ADAPTER_CONFIG,
     "*.safetensors",
     "*.safetensors.index.json",
     *ASSET_PATTERNS,

@@ -36,6 +36,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "down_proj": ("hidden", "neuron"),
     "act_fn": (None,),
 }
+KINDS = frozenset(kind for axes in AXES.values() for kind in axes if kind is not None)
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 

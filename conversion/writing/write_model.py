@@ -150,9 +150,8 @@ def write_model(
         )
         card = model_card(conversion.config, name=out.name, made=made, has_code=bundle_code)
         write_text(folder / CARD_FILE, card)
-        _remove_work(
-            folder
-        )  # last: a run that is interrupted during verification can then resume without fitting again
+        # Last, so that a run which is interrupted during verification can resume without fitting again.
+        _remove_work(folder)
     return replace(
         report,
         config=conversion.config,

@@ -60,6 +60,16 @@ def saved(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def saved_with_constant_lambda(folder: Path, lambda_type: str) -> Path:
+    """A tiny GDA model whose λ is the function of 0 for every token: 0 for tanh, ½ for sigmoid."""
+    model = tiny_model(lambda_type=lambda_type)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.lambda_proj.weight.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
 def greedy(model: Any, ids: torch.Tensor) -> list[list[int]]:
     """Greedy continuations of 12 tokens with a cache."""
     model.generation_config = GenerationConfig()
@@ -99,12 +109,7 @@ def test_columns_of_noise_heads_by_hand(tmp_path: Path) -> None:
 
 def test_all_heads_at_lambda_0(tmp_path: Path) -> None:
     """By default noise heads are dropped; with --heads all they are kept, with columns of zeros."""
-    model = saved(tmp_path / "gda", lambda_type="tanh")
-    with torch.no_grad():
-        quiet = load(model)
-        for layer in quiet.model.layers:
-            layer.self_attn.lambda_proj.weight.zero_()
-        quiet.save_pretrained(model)
+    model = saved_with_constant_lambda(tmp_path / "gda", "tanh")
     assert gda.export(model, tmp_path / "original").num_attention_heads == 6
     assert gda.export(model, tmp_path / "all", heads="all").num_attention_heads == 8
     ids = token_ids(2, 9)
@@ -164,11 +169,7 @@ def test_another_type_is_chosen_with_a_note(tmp_path: Path) -> None:
 
 def test_sigmoid_of_zero_is_one_half(tmp_path: Path) -> None:
     """A token-dependent λ with a zero projection is a constant."""
-    model = tiny_model(lambda_type="sigmoid")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.lambda_proj.weight.zero_()
-    model.save_pretrained(tmp_path / "gda")
+    saved_with_constant_lambda(tmp_path / "gda", "sigmoid")
     gda.export(tmp_path / "gda", tmp_path / "plain")
     ids = token_ids(2, 9)
     assert relative_error(logits(tmp_path / "plain", ids), logits(tmp_path / "gda", ids)) < 1e-5
@@ -322,11 +323,7 @@ def test_a_hostile_record_of_an_export(change: dict[str, Any], tmp_path: Path) -
 
 def test_an_export_without_noise_heads_is_an_ordinary_llama(tmp_path: Path) -> None:
     """There is nothing to restore."""
-    model = tiny_model(lambda_type="tanh")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.lambda_proj.weight.zero_()
-    model.save_pretrained(tmp_path / "gda")
+    saved_with_constant_lambda(tmp_path / "gda", "tanh")
     gda.export(tmp_path / "gda", tmp_path / "plain")
     assert gda.convert(tmp_path / "plain", tmp_path / "again").config.num_signal_heads == 6
     with pytest.raises(ValueError, match="omit --mode restore"):

@@ -60,15 +60,23 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def created_parents(path: Path) -> Iterator[None]:
     """Create missing parents of `path`, and remove them again if the block fails."""
-    created = [parent for parent in path.parents if not parent.exists()]
+    created = _missing_parents(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for parent in created:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove_empty(created)
         raise
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    return [parent for parent in path.parents if not parent.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -145,11 +153,11 @@ class StagedFolder:
         self.out = out
         self._overwrite = overwrite
         self.folder = partial_of(out)
-        self._created_parents = [parent for parent in self.folder.parents if not parent.exists()]
+        self._created_parents = _missing_parents(self.folder)
         try:
             self._lock = self._make_and_lock()
         except OSError:
-            self._remove_created_parents()
+            _remove_empty(self._created_parents)
             raise
         if not resume:
             for left_over in self.folder.iterdir():
@@ -210,12 +218,7 @@ class StagedFolder:
         """Remove the folder and the parents created for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
-        self._remove_created_parents()
-
-    def _remove_created_parents(self) -> None:
-        for parent in self._created_parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove_empty(self._created_parents)
 
 
 def remove(path: Path) -> None:

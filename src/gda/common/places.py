@@ -5,7 +5,7 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 GGUF_MAGIC = b"GGUF"
-CONFIG_FILES = ("config.json", "adapter_config.json")  # of a model, and of a LoRA adapter
+ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another adapter of PEFT
 # Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
 DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".md", ".tsv", ".zst")
 
@@ -22,7 +22,7 @@ def check_model(location: str | Path) -> None:
         raise ValueError("the name of a model is empty; name a folder, a Hub id or a .gguf file")
     path = Path(location)
     if path.is_dir():
-        if not any((path / name).is_file() for name in CONFIG_FILES):
+        if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise FileNotFoundError(f"{path / 'config.json'} is missing; a model folder must have one")
     elif path.is_file():
         if path.suffix != ".gguf":
