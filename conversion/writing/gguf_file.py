@@ -1,7 +1,6 @@
 """Write a plain decoder as one GGUF file, for llama.cpp and the programs built on it, such as Ollama and LM Studio."""
 
 import copy
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gda._version import __version__
 from gda.common.extras import needed_by
-from gda.common.files import created_parents, refuse_existing, sha256, written_beside
+from gda.common.files import created_parents, refuse_existing, require_space, sha256, written_beside
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim, layer_windows
 from gda.conversion.modes.checks import errors_named
@@ -108,8 +107,7 @@ def write_gguf(
     refuse_existing(out, options.overwrite)
     verification = None
     with created_parents(out), written_beside(out) as file:
-        if (free := shutil.disk_usage(out.parent).free) < report.nbytes:
-            raise OSError(f"{out.parent} has {free / 1e9:.1f} GB free, but the file needs {report.nbytes / 1e9:.1f} GB")
+        require_space(out.parent, report.nbytes)
         beside = Path(file.name)
         _write(writer, beside, entries, _rope_frequencies(config), source, console)
         if options.verify:

@@ -1,13 +1,12 @@
 """Write the folder of a converted model: weights, configuration, tokenizer, checks, provenance and card."""
 
-import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from gda.common.files import in_background, remove, write_text
+from gda.common.files import in_background, remove, require_space, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import dense_config, layer_errors
@@ -113,7 +112,8 @@ def write_model(
     if options.dry_run:
         return report
     with staged_model(out, overwrite=options.overwrite, resumable=True, resume=options.resume) as folder:
-        _require_space(folder, report, options.resume)
+        finished = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if options.resume else 0
+        require_space(out.parent, report.nbytes, reusable=finished)
         source_hashes = in_background(source.hashes)
         if conversion.work is not None:
             conversion = conversion.work(folder / WORK_FOLDER, console)
@@ -202,12 +202,3 @@ def _remove_work(folder: Path) -> None:
         done = work.with_name(f"{WORK_FOLDER}.done")
         work.rename(done)
         remove(done)
-
-
-def _require_space(folder: Path, report: ConvertReport, resume: bool) -> None:
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if resume else 0
-    free = shutil.disk_usage(folder).free + there
-    if free < report.nbytes:
-        raise OSError(
-            f"{report.out.parent} has {free / 1e9:.1f} GB free, but the result needs {report.nbytes / 1e9:.1f} GB"
-        )

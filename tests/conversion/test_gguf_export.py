@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
 from gda.conversion.verify import VerificationFailed
 
-from ..support.commands import Command
+from ..support.commands import Command, assert_refused
 from ..support.gguf_files import write_gguf
 from ..support.llamas import VOCAB_SIZE, byte_tokenizer, llama_model, tensors_of
 from ..support.tiny import tiny_model
@@ -230,6 +231,16 @@ def test_failed_export_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
         gda.export(tmp_path / "gda", tmp_path / "tiny.gguf", format="gguf", overwrite=True)
     assert (tmp_path / "tiny.gguf").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["gda", "tiny.gguf"]
+
+
+def test_missing_disk_space_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    """One line with the free and the required space; no file or folder is left."""
+    folder = saved(tmp_path / "gda")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    outcome = command("export", folder, tmp_path / "deep" / "tiny.gguf", "--format", "gguf")
+    assert_refused(outcome, f"{tmp_path / 'deep'} has 0.0 GB free, but the result needs")
+    assert os.listdir(tmp_path) == ["gda"]
 
 
 def test_command_reports_type_and_size(tmp_path: Path, command: Command) -> None:

@@ -51,7 +51,7 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
         os.replace(beside, path)
         sync(path.parent)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # the error of a failed write doesn't name the file
         beside.unlink(missing_ok=True)
         raise
@@ -219,6 +219,12 @@ class StagedFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
         _remove_empty(self._created_parents)
+
+
+def require_space(folder: Path, nbytes: int, *, reusable: int = 0) -> None:
+    """Raise OSError unless the disk of an existing folder has room for `nbytes`, of which `reusable` are there."""
+    if (free := shutil.disk_usage(folder).free + reusable) < nbytes:
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but the result needs {nbytes / 1e9:.1f} GB")
 
 
 def remove(path: Path) -> None:
