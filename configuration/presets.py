@@ -13,10 +13,27 @@ MOTIF: dict[str, Any] = {
     "hidden_act": "poly_norm",
 }
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+MOTIF_2_6B: dict[str, Any] = {
+    **MOTIF,
+    **NO_TOKENS,
+    "vocab_size": 219520,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_noise_heads": 8,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "motif-2-12.7b": {
         **MOTIF,
-        **NO_TOKENS,
+        "bos_token_id": 219396,
+        "eos_token_id": 219395,
+        "pad_token_id": 219395,
         "vocab_size": 219520,
         "hidden_size": 4096,
         "intermediate_size": 16384,
@@ -28,19 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
-    "motif-2.6b": {
-        **MOTIF,
-        **NO_TOKENS,
-        "vocab_size": 219520,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "num_noise_heads": 8,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
+    "motif-2.6b": MOTIF_2_6B,
+    "motif-2.6b-lc": {
+        **MOTIF_2_6B,
         "max_position_embeddings": 16384,
-        "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     },
     "diff-v1": {

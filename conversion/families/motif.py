@@ -6,7 +6,9 @@ here.
     Motif                      GDA
     num_noise_heads            the same; if absent, half of the query heads are noise heads (Motif-2.6B)
     attn_rms_norm_eps          head_norm_eps, with head_norm
-    use_bias                   attention_bias and mlp_bias
+    qkv_bias                   attention_bias: q, k and v have biases. Absent: as the next line
+    attention_bias or use_bias attention_out_bias: o_proj has a bias
+    use_bias                   mlp_bias
     λ_init of each layer       its schedule over the layers, with lambda_init_offset −1
 """
 
@@ -37,8 +39,8 @@ REQUIRED = (
     "num_key_value_heads",
 )
 ASSUMED = {"rms_norm_eps": 1e-6, "attn_rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "poly_norm"}
-# Fields of Motif-3, which has another attention and another MLP.
-MOTIF_3_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "num_experts", "n_routed_experts")
+# Fields of Motif-3, which has the same model type and architecture, but another attention, residual stream and MLP.
+MOTIF_3_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "num_experts", "n_routed_experts", "mhc_enabled")
 
 # Fields with the same name and meaning in a Motif and in GDA.
 SHARED_FIELDS = (*llamalike.SHARED_FIELDS, "num_attention_heads")
@@ -65,6 +67,8 @@ class MotifConfig(PreTrainedConfig):
     rms_norm_eps: int | float = 1e-6
     attn_rms_norm_eps: int | float = 1e-5
     use_bias: bool = False
+    attention_bias: bool = False
+    qkv_bias: bool | None = None
     use_cache: bool = True
     attention_dropout: int | float = 0.0
     pad_token_id: int | None = None
@@ -85,8 +89,11 @@ def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
         ValueError: naming file and field, for a field that is missing, impossible or unsupported.
     """
     for name in MOTIF_3_FIELDS:
-        if raw.get(name) is not None:
-            raise ValueError(f"{path} has {name}, a field of Motif-3; only Motif-2 and Motif-2.6B can be converted")
+        if raw.get(name):
+            raise ValueError(
+                f"{path} has {name}, a field of Motif-3, whose keys and values are latent; only Motif-2.6B and Motif-2 "
+                "can be converted (docs/family.md)"
+            )
     for name in REQUIRED:
         if raw.get(name) is None:
             raise ValueError(f"{path} has no {name}, which a Motif's config must have")
@@ -128,12 +135,15 @@ def _refuse_unsupported(config: MotifConfig, path: Path) -> None:
         )
     if config.use_sliding_window and config.sliding_window is not None:
         raise ValueError(f"{path} has use_sliding_window, but which layers of a Motif slide is unknown")
+    if not getattr(config, "is_causal", True):
+        raise ValueError(f"{path} has is_causal=false, but a GDA model is causal")
     if set(config.layer_types or ()) - {"full_attention"}:
         raise ValueError(f"{path} has layer_types={config.layer_types}; only full attention is supported in a Motif")
 
 
 def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDAConfig:
     """The GDA configuration of a Motif."""
+    output_bias = source.attention_bias or source.use_bias
     return GDAConfig(
         **{name: getattr(source, name) for name in SHARED_FIELDS},
         head_dim=source.head_dim,
@@ -144,7 +154,8 @@ def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDACon
         lambda_init_offset=LAMBDA_INIT_OFFSET,
         head_norm=True,
         head_norm_eps=source.attn_rms_norm_eps,
-        attention_bias=source.use_bias,
+        attention_bias=output_bias if source.qkv_bias is None else source.qkv_bias,
+        attention_out_bias=output_bias,
         mlp_bias=source.use_bias,
         dtype=dtype or source.dtype,
         architectures=["GDAForCausalLM"],
@@ -181,8 +192,7 @@ def required_fields(config: GDAConfig) -> dict[str, Any]:
         "qk_norm": False,
         "qk_rank": None,
         "sliding_window": None,
-        "attention_out_bias": config.attention_bias,  # use_bias is one field for all biases
-        "mlp_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias and config.attention_out_bias,  # use_bias gives o_proj a bias too
     }
 
 
@@ -211,7 +221,7 @@ def _exported_fields(config: GDAConfig) -> dict[str, Any]:
         "num_noise_heads": config.num_noise_heads,
         "k_ratio": 1,
         "attn_rms_norm_eps": config.head_norm_eps,
-        "use_bias": config.attention_bias,
+        "use_bias": config.mlp_bias,
         "attention_dropout": 0.0,
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,
@@ -219,6 +229,10 @@ def _exported_fields(config: GDAConfig) -> dict[str, Any]:
         "use_sliding_window": False,
         "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),
     }
+    if config.attention_out_bias != config.mlp_bias:
+        written["attention_bias"] = config.attention_out_bias
+    if config.attention_bias != config.attention_out_bias:
+        written["qkv_bias"] = config.attention_bias
     if config.signal_noise_ratio == 1 and config.num_attention_heads * config.head_dim == config.hidden_size:
         del written["num_noise_heads"]  # Motif-2.6B's code doesn't know the field and takes half of the heads
     return written

@@ -42,4 +42,10 @@ DIFFERENTIAL_FAMILIES = {
         motif.mapped_config, motif.mapped_recipes, motif.notes, specs=motif.source_specs, can_run=False
     ),
 }
+# Model types with differential attention that a GDA model cannot hold, and why.
+OTHER_RELATIVES = {
+    "phi4flash": "in Phi-4-mini-flash-reasoning, Mamba layers alternate with differential attention",
+    "motif3": "the keys and values of Motif-3 are latent (GDLA), and its MLPs have experts",
+    "llama-differential": "the tensors of axolotl's differential Llama are not read",
+}
 CONVERTIBLE_TYPES = (*LLAMALIKES, *DIFFERENTIAL_FAMILIES)

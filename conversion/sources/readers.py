@@ -10,7 +10,7 @@ from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import motif
 from gda.conversion.families.llamalike import refuse_unread
-from gda.conversion.families.registry import CONVERTIBLE_TYPES
+from gda.conversion.families.registry import CONVERTIBLE_TYPES, OTHER_RELATIVES
 from gda.conversion.sources.config_file import read_config_file
 
 
@@ -61,6 +61,9 @@ def read_gda_config(folder: Path) -> GDAConfig:
 
 def require_known_type(model_type: str, where: Path) -> None:
     """Raise ValueError, naming `where`, unless `model_type` is one that can be converted or "gda"."""
+    if model_type in OTHER_RELATIVES:
+        reason = OTHER_RELATIVES[model_type]
+        raise ValueError(f"{where}: {model_type} cannot be converted: {reason} (docs/family.md)")
     if model_type not in (*CONVERTIBLE_TYPES, "gda"):
         raise ValueError(
             f"{where}: a model of type {model_type!r} cannot be converted; these can: {', '.join(CONVERTIBLE_TYPES)}"

@@ -23,6 +23,7 @@ from ..support.relatives import motif_config, motif_shapes
 BILLIONS = {
     "motif-2-12.7b": 12.7,
     "motif-2.6b": 2.6,
+    "motif-2.6b-lc": 2.6,
     "diff-v1": 3.8,
     "diff-v2": 8.6,
     "diffllama": 1.2,
@@ -50,7 +51,7 @@ def test_preset_has_its_size(name: str) -> None:
 
 
 def test_motif_2_at_full_size_has_its_tensors() -> None:
-    """643 tensors, with the shapes that two independent ports agree on."""
+    """643 tensors with the parameters of the release, and the shapes of an independent port."""
     model = on_meta(GDAConfig.preset("motif-2-12.7b"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert len(shapes) == 643
@@ -84,7 +85,16 @@ def test_motif_2_at_full_size_has_its_tensors() -> None:
     read = mapped_config(read_motif_config(fields, Path("config.json")), None)
     mapped = {name: tuple(tensor.shape) for name, tensor in on_meta(read).state_dict().items()}
     assert mapped == shapes
-    assert round(sum(tensor.numel() for tensor in on_meta(read).state_dict().values()) / 1e9, 1) == 12.7
+    assert sum(tensor.numel() for tensor in on_meta(read).state_dict().values()) == 12_703_860_896
+
+
+def test_releases_of_motif_2_6b() -> None:
+    """The long-context release has more positions and another RoPE base, and nothing else differs."""
+    first, long = GDAConfig.preset("motif-2.6b"), GDAConfig.preset("motif-2.6b-lc")
+    assert (first.max_position_embeddings, long.max_position_embeddings) == (4096, 16384)
+    assert (first.rope_theta, long.rope_theta) == (1e4, 5e5)
+    long.max_position_embeddings, long.rope_theta = 4096, 1e4
+    assert first.to_dict() == long.to_dict()
 
 
 def test_overrides_do_not_change_the_preset() -> None:

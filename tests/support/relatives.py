@@ -67,7 +67,7 @@ def motif_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         }
         for name, shape in linear.items():
             shapes[f"{prefix}{name}.weight"] = shape
-            if fields.get("use_bias"):
+            if _has_bias(fields, name):
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
         shapes |= {f"{prefix}self_attn.lambda_{name}": (width,) for name in ("q1", "k1", "q2", "k2")}
         shapes[f"{prefix}self_attn.subln.weight"] = (2 * width,)
@@ -78,6 +78,15 @@ def motif_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if not fields.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (fields["vocab_size"], hidden)
     return shapes
+
+
+def _has_bias(fields: dict[str, Any], name: str) -> bool:
+    """Whether a linear layer has a bias, as Motif's code for vLLM reads its config."""
+    if name.startswith("mlp."):
+        return bool(fields.get("use_bias"))
+    in_attention = bool(fields.get("attention_bias") or fields.get("use_bias"))
+    qkv_bias = fields.get("qkv_bias")
+    return in_attention if qkv_bias is None or name.endswith("o_proj") else qkv_bias
 
 
 def random_state(
