@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from gda.common.assets import copy_assets
 from gda.common.errors import first_line
 from gda.conversion.sources.hub import check_downloaded
+from gda.conversion.sources.names import stored_names
 from gda.conversion.sources.readers import find_tokenizer, read_config
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.file_range import FileRange
@@ -29,15 +30,21 @@ class FolderSource(Source):
         self.revision = revision
         self.config = read_config(folder)
         self._reader = SafetensorsReader(folder)
-        self.specs = dict(self._reader.specs)
         self.weight_files = [folder / file for file in self._reader.files]
-        self._check_tensors(folder)
+        self.specs = self._reader.specs
+        expected = self._expected_specs(folder)
+        try:
+            self._stored = stored_names(self.specs, expected, tied=self.config.tie_word_embeddings)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        self.specs = {name: self._reader.specs[stored] for name, stored in self._stored.items()}
+        self._check_tensors(folder, expected)
 
     def read(self, name: str) -> torch.Tensor:
-        return self._reader.read(name)
+        return self._reader.read(self._stored[name])
 
     def stored(self, name: str) -> FileRange | None:
-        return self._reader.stored(name)
+        return self._reader.stored(self._stored[name])
 
     def load(self) -> PreTrainedModel:
         config = copy.deepcopy(self.config)

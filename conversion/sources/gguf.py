@@ -75,7 +75,7 @@ class GGUFSource(Source):
             name: TensorSpec(tuple(int(size) for size in reversed(tensor.shape)), torch.float32)
             for name, tensor in self._tensors.items()
         }
-        self._check_tensors(path)
+        self._check_tensors(path, self._expected_specs(path))
 
     @contextlib.contextmanager
     def _parsed_once(self) -> Iterator[None]:

@@ -65,4 +65,7 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
         return path
     if path.exists():
         raise ValueError(f"{location} is not a model folder")
-    return download(str(location), revision, [*MODEL_PATTERNS, "README.md"])
+    try:
+        return download(str(location), revision, [*MODEL_PATTERNS, "README.md"])
+    except (FileNotFoundError, ConnectionError) as error:  # perhaps a mistyped path, models/llama
+        raise type(error)(f"there is no folder {location} here, and {error}") from None

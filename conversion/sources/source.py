@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gda.common.errors import first_line
 from gda.common.files import sha256
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
+from gda.conversion.sources.names import EMBEDDINGS, HEAD, LAYER, other_head, why_missing
 from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -69,29 +70,32 @@ class Source(ABC):
         """SHA-256 of each file of weights."""
         return {path.name: sha256(path) for path in self.weight_files}
 
-    def _check_tensors(self, where: Path) -> None:
-        """Raise ValueError unless the tensors are those of the config; drop superfluous ones that are harmless."""
-        expected = self._expected_specs(where)
+    def _check_tensors(self, where: Path, expected: dict[str, TensorSpec]) -> None:
+        """Raise ValueError unless the tensors are the `expected` ones; drop superfluous ones that are harmless."""
+        if missing := [name for name in expected if name not in self.specs]:
+            raise ValueError(f"{where} {why_missing(missing, self.specs, self.config)}")
         for name, spec in expected.items():
-            if name not in self.specs:
-                raise ValueError(f"{where} has no tensor {name}, which its config.json asks for")
             if self.specs[name].shape != spec.shape:
                 raise ValueError(
                     f"{where}: tensor {name} has shape {self.specs[name].shape}, but config.json asks for {spec.shape}"
                 )
         for name in [name for name in self.specs if name not in expected]:
-            if name == "lm_head.weight" and self.config.tie_word_embeddings:
-                if not torch.equal(self.read(name), self.read("model.embed_tokens.weight")):
+            if name == HEAD and self.config.tie_word_embeddings:
+                if not torch.equal(self.read(name), self.read(EMBEDDINGS)):
                     raise ValueError(
-                        f"{where}: lm_head.weight differs from the embeddings, though config.json ties them; "
-                        "set tie_word_embeddings to false there"
+                        f"{where}: {HEAD} differs from the embeddings, though config.json ties them; set "
+                        "tie_word_embeddings to false there to use both, as transformers does, or remove the tensor"
                     )
             elif not COMPUTED_TENSORS.search(name):
-                raise ValueError(f"{where} holds tensor {name}, which is not part of a {self.config.model_type} model")
+                kind = f"{self.config.model_type} model"
+                if head := other_head(self.config):  # transformers would drop what this architecture has learned
+                    kind = f"causal language model but of a {head}; only language models can be converted"
+                raise ValueError(f"{where} holds tensor {name}, which is not part of a {kind}")
             del self.specs[name]
 
     def _expected_specs(self, where: Path) -> dict[str, TensorSpec]:
-        layers = {match.group(1) for name in self.specs if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+        """The tensors that the config asks for. ValueError, before a model is built, for another number of layers."""
+        layers = {match[1] for name in self.specs if (match := LAYER.search(name))}
         if len(layers) != self.config.num_hidden_layers:
             raise ValueError(
                 f"{where} holds {len(layers)} layers, but num_hidden_layers is {self.config.num_hidden_layers}"

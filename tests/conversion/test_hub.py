@@ -440,6 +440,17 @@ def test_missing_repository(tmp_path: Path, hub: Hub, command: Command) -> None:
     assert "hf auth login" in error
 
 
+def test_mistyped_folder(tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path such as models/llama may be a Hub id as well, so the message names both, online and offline."""
+    monkeypatch.chdir(tmp_path)
+    error = refused(command, "convert", "models/llama", tmp_path / "gda")
+    assert "there is no folder models/llama here, and models/llama is not on the Hub" in error
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    error = refused(command, "convert", "models/llama", tmp_path / "gda")
+    assert "there is no folder models/llama here, and " in error
+    assert "HF_HUB_OFFLINE" in error
+
+
 def test_private_repository_without_a_token(
     folder: Path, tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
