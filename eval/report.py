@@ -9,7 +9,7 @@ import numpy as np
 
 from gda.common.files import write_text
 from gda.common.html import page
-from gda.common.perplexity import TextPerplexity
+from gda.common.perplexity import TextPerplexity, ratio_interval
 from gda.common.versions import versions
 from gda.eval.attention.diagnostics import DiagnosticsReport
 from gda.eval.compare import Row
@@ -48,7 +48,7 @@ class ModelResult:
             "dtype": self.dtype,
             "notes": self.notes,
             "prompts": [asdict(prompt) for prompt in self.prompts],
-            "perplexity": None if self.perplexity is None else asdict(self.perplexity),
+            "perplexity": None if self.perplexity is None else _without("losses", asdict(self.perplexity)),
         }
 
 
@@ -76,6 +76,15 @@ class EvalReport:
         assert theirs is not None  # both are measured with the same options
         return ours.token / theirs.token if ours.tokens == theirs.tokens else ours.word / theirs.word
 
+    @property
+    def perplexity_ratio_interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the ratio; None without one, or where the models read different sequences."""
+        if self.baseline is None or (ours := self.model.perplexity) is None:
+            return None
+        theirs = self.baseline.perplexity
+        assert theirs is not None
+        return ratio_interval(ours.losses, theirs.losses)
+
     def settings(self) -> dict[str, Any]:
         """All options but the two models."""
         names = [each.name for each in fields(self.options) if each.name not in ("model", "baseline")]
@@ -89,23 +98,24 @@ class EvalReport:
         """lm-eval's results of the model without its samples and, under "gda", all the rest."""
         baseline = None
         if self.baseline is not None:
-            baseline = {**_without_samples(self.baseline.results), "gda": self.baseline.to_dict()}
+            baseline = {**_without("samples", self.baseline.results), "gda": self.baseline.to_dict()}
         return {
-            **_without_samples(self.model.results),
+            **_without("samples", self.model.results),
             "gda": {
                 **self.model.to_dict(),
                 "settings": self.settings(),
                 "versions": versions(*PACKAGES),
                 "comparison": [asdict(row) for row in self.rows],
                 "perplexity_ratio": self.perplexity_ratio,
+                "perplexity_ratio_interval": self.perplexity_ratio_interval,
                 "diagnostics": None if self.diagnostics is None else self.diagnostics.to_dict(),
                 "baseline": baseline,
             },
         }
 
 
-def _without_samples(results: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in results.items() if name != "samples"}
+def _without(unwanted: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != unwanted}
 
 
 def to_json(report: EvalReport) -> str:
@@ -191,8 +201,12 @@ def _perplexity_table(report: EvalReport) -> TextTable:
     headings = ["perplexity", "token", "word", "byte", "tokens", "context", "stride"]
     if (ratio := report.perplexity_ratio) is not None:
         headings.append("ratio")
-        for row, value in zip(rows, (ratio, 1.0), strict=True):
-            row.append(f"{value:.4f}")
+        rows[0].append(f"{ratio:.4f}")
+        rows[1].append(f"{1:.4f}")
+        if (interval := report.perplexity_ratio_interval) is not None:
+            headings.append("95 % interval")
+            rows[0].append("{:.4f} to {:.4f}".format(*interval))
+            rows[1].append("")
     return TextTable(headings, rows)
 
 

@@ -1,12 +1,11 @@
 """Perplexity of a split model on held-out text, and how much its subtraction contributes."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from gda.common.perplexity import mean_perplexity
+from gda.common.perplexity import SequenceLoss, mean_perplexity, sequence_losses
 from gda.common.subtraction import SUMS, measurements, subtraction_measured
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
@@ -17,9 +16,14 @@ BATCH = 4  # sequences at a time
 class Measurements:
     """Measurements of a GDA model on some text."""
 
-    perplexity: float = math.nan  # without the first token of each sequence
+    losses: list[SequenceLoss] = field(default_factory=list)  # without the first token of each sequence
     lambda_: list[float] = field(default_factory=list)  # mean λ of each layer
     subtracted: list[float] = field(default_factory=list)  # |W (λ o_noise)|² / |W (o − λ o_noise)|² of each layer
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of all sequences together."""
+        return mean_perplexity(self.losses)
 
 
 @torch.no_grad()
@@ -36,14 +40,14 @@ def measure(
         of_layer = measurements(sums.tolist())
         measured.lambda_.append(of_layer["lambda"])
         measured.subtracted.append(of_layer["subtracted"])
-    measured.perplexity = perplexity(model, sequences, torch.cat(states))
+    measured.losses = losses(model, sequences, torch.cat(states))
     return measured
 
 
 @torch.no_grad()
-def perplexity(model: LayerwiseModel, sequences: torch.Tensor, states: torch.Tensor) -> float:
-    """Perplexity of ids (sequences, T), given the inputs of the last norm, (sequences, T, hidden)."""
+def losses(model: LayerwiseModel, sequences: torch.Tensor, states: torch.Tensor) -> list[SequenceLoss]:
+    """The loss of each of the ids (sequences, T), given the inputs of the last norm, (sequences, T, hidden)."""
     head = model.head()
-    return mean_perplexity(
+    return sequence_losses(
         (head(each.to(model.device)), ids.to(model.device)) for ids, each in zip(sequences, states, strict=True)
     )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gda._version import __version__
+from gda.common.perplexity import mean_perplexity, ratio_interval
 from gda.common.progress import logger
 from gda.common.screen import progress_bars, shows_progress
 from gda.configuration.configuration_gda import GDAConfig
@@ -21,7 +22,7 @@ from gda.conversion.split.calibration import DEFAULT_TOKENS, read_calibration
 from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan
 from gda.conversion.split.fit import fit_layers, last_states
 from gda.conversion.split.heads import Split
-from gda.conversion.split.measure import Measurements, measure, perplexity
+from gda.conversion.split.measure import Measurements, losses, measure
 from gda.conversion.split.recipes import LAMBDAS, split_recipes
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix, memory_to_use
@@ -61,6 +62,7 @@ class SplitReport:
         perplexity_source: Perplexity of the source.
         perplexity_closed_form: Perplexity after the closed form.
         perplexity: Perplexity of the result.
+        ratio_interval: 95 % confidence interval of `perplexity` / `perplexity_source`; None for a single sequence.
         layers: The split of each layer.
     """
 
@@ -73,6 +75,7 @@ class SplitReport:
     perplexity_source: float
     perplexity_closed_form: float
     perplexity: float
+    ratio_interval: tuple[float, float] | None
     layers: list[SplitLayer]
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,8 +173,8 @@ class Splitter:
             student = LayerwiseModel(self.config, self.read, self.device)
             states = last_states(teacher, sequences, self.work)
             held_out = self.calibration.held_out
-            of_source = perplexity(teacher, held_out, states[-len(held_out) :])
-            if not math.isfinite(of_source):
+            of_source = losses(teacher, held_out, states[-len(held_out) :])
+            if not math.isfinite(mean_perplexity(of_source)):
                 raise ValueError("the last norm or the head of the source gives values that are not finite")
             initial = self._recipes(splits, None, torch.float32)
             closed_form = measure(student, lambda layer: self._closed_form(student, initial, layer), held_out)
@@ -184,9 +187,10 @@ class Splitter:
             held_out_tokens=self.calibration.held_out.numel(),
             effort=self.effort,
             steps=self.steps,
-            perplexity_source=of_source,
+            perplexity_source=mean_perplexity(of_source),
             perplexity_closed_form=closed_form.perplexity,
             perplexity=result.perplexity,
+            ratio_interval=ratio_interval(result.losses, of_source),
             layers=self._layers(splits, result),
         )
         return self.config, self._recipes(splits, trained, dtype), report

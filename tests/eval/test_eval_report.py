@@ -97,16 +97,20 @@ def test_existing_results_need_overwrite(folder: Path, tmp_path: Path, command: 
 
 
 def test_perplexity_ratio(folder: Path, tmp_path: Path, command: Command) -> None:
-    """In JSON, Markdown and HTML, if there is a baseline."""
+    """In JSON, Markdown and HTML with its interval, if there is a baseline."""
     (tmp_path / "text.txt").write_text("A text to read. " * 10)
-    run = ("eval", folder / "other", "--perplexity", tmp_path / "text.txt")
+    run = ("eval", folder / "other", "--perplexity", tmp_path / "text.txt", "--context", 32)
     out = ("--output", tmp_path / "out", "--html")
     outcome = command(*run, "--baseline", folder / "llama", *out, "--json")
     ours = json.loads(outcome.out)["gda"]
     ratio = ours["perplexity"]["token"] / ours["baseline"]["gda"]["perplexity"]["token"]
     assert ours["perplexity_ratio"] == pytest.approx(ratio)
+    low, high = ours["perplexity_ratio_interval"]
+    assert low < ratio < high
     for name in ("results.md", "report.html"):
-        assert f"{ratio:.4f}" in (tmp_path / "out" / name).read_text()
+        text = (tmp_path / "out" / name).read_text()
+        assert f"{ratio:.4f}" in text
+        assert f"{low:.4f} to {high:.4f}" in text
     assert json.loads(command(*run, "--json").out)["gda"]["perplexity_ratio"] is None
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gda.common.perplexity import perplexity, text_perplexity
+from gda.common.perplexity import SequenceLoss, perplexity, ratio_interval, text_perplexity
 
 from ..support.commands import Command
 from ..support.llamas import byte_tokenizer, llama_model, save_llama
@@ -116,3 +116,42 @@ def test_output_of_the_command(tmp_path: Path, command: Command) -> None:
         outcome = command("eval", folder, "--perplexity", tmp_path / name)
         assert outcome.code == 2
         assert f"{name} {word}" in outcome.error
+
+
+# Quantiles of Student's t at 97.5 %, from the tables of NIST.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 15: 2.131, 30: 2.042, 100: 1.984}
+
+
+@pytest.mark.parametrize("freedom", STUDENT)
+def test_interval_of_the_ratio(freedom: int) -> None:
+    """For sequences of equal length, the interval of the mean difference per token."""
+    draw = torch.Generator().manual_seed(freedom)
+    theirs = 100 + 5 * torch.randn(freedom + 1, generator=draw, dtype=torch.float64)
+    differences = 1 + torch.randn(freedom + 1, generator=draw, dtype=torch.float64)
+    low, high = ratio_interval(losses(theirs + differences), losses(theirs))
+    mean, margin = differences.mean().item(), STUDENT[freedom] * differences.std().item() / math.sqrt(freedom + 1)
+    assert math.log(high * low) / 2 * 40 == pytest.approx(mean)
+    assert math.log(high / low) / 2 * 40 == pytest.approx(margin, rel=1e-2)
+
+
+def losses(nats: torch.Tensor) -> list[SequenceLoss]:
+    return [SequenceLoss(each, 40) for each in nats.tolist()]
+
+
+def test_interval_covers_the_ratio_of_the_population() -> None:
+    """In 95 % of samples of 12 sequences of unequal length."""
+    draw, covered = torch.Generator().manual_seed(0), 0
+    for _ in range(2000):
+        tokens = torch.randint(20, 60, (12,), generator=draw)
+        nats = tokens * (0.1 + 0.05 * torch.randn(12, generator=draw))
+        ours = [SequenceLoss(3.0 * n + d, n) for n, d in zip(tokens.tolist(), nats.tolist(), strict=True)]
+        low, high = ratio_interval(ours, [SequenceLoss(3.0 * n, n) for n in tokens.tolist()])
+        covered += low < math.exp(0.1) < high
+    assert 0.93 < covered / 2000 < 0.97
+
+
+def test_no_interval_without_pairs() -> None:
+    one, other = SequenceLoss(10.0, 4), SequenceLoss(10.0, 5)
+    assert ratio_interval([one], [one]) is None
+    assert ratio_interval([one, one], [one, other]) is None
+    assert ratio_interval([one, other], [one, other]) == (1.0, 1.0)

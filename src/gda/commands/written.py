@@ -29,10 +29,13 @@ def print_written(report: Any) -> None:
 def _print_split(split: Any) -> None:
     lambdas = [layer.lambda_ for layer in split.layers]
     shares = [layer.subtracted for layer in split.layers]
+    ratio = f"{split.perplexity / split.perplexity_source:.3f} times the source's"
+    if split.ratio_interval is not None:
+        ratio += ", 95 % interval {:.3f} to {:.3f}".format(*split.ratio_interval)
     typer.echo(
         f"lossy: perplexity on {split.held_out_tokens:,} held-out tokens of {split.calibration}: "
         f"source {split.perplexity_source:.3f}, closed form {split.perplexity_closed_form:.3f}, "
-        f"result {split.perplexity:.3f} ({split.perplexity / split.perplexity_source:.3f} times the source's)"
+        f"result {split.perplexity:.3f} ({ratio})"
     )
     typer.echo(
         f"λ from {min(lambdas):.3f} to {max(lambdas):.3f}; the subtracted part has {min(shares):.3f} to "

@@ -1,7 +1,9 @@
-"""Perplexity: of sequences of tokens, and of a whole text."""
+"""Perplexity: of sequences of tokens, of a whole text, and relative to another model's."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -10,16 +12,57 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.numbers import exponential
 
 
-def mean_perplexity(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """exp of the mean negative log-likelihood over sequences of logits (T, vocabulary) and ids (T,).
+@dataclass(frozen=True)
+class SequenceLoss:
+    """Negative log-likelihood of the counted tokens of one sequence, in nats, and their number."""
 
-    The first token of a sequence is not counted. Infinity where the result exceeds a float.
+    nats: float
+    tokens: int
+
+
+def sequence_losses(predictions: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[SequenceLoss]:
+    """The loss of each sequence, given logits (T, vocabulary) and ids (T,). The first token is not counted."""
+    return [
+        SequenceLoss(cross_entropy(logits[:-1].float(), ids[1:], reduction="sum").item(), len(ids) - 1)
+        for logits, ids in predictions
+    ]
+
+
+def mean_perplexity(losses: Sequence[SequenceLoss]) -> float:
+    """exp of the mean negative log-likelihood per token. Infinity where the result exceeds a float."""
+    return exponential(sum(each.nats for each in losses) / sum(each.tokens for each in losses))
+
+
+def ratio_interval(ours: Sequence[SequenceLoss], theirs: Sequence[SequenceLoss]) -> tuple[float, float] | None:
+    """95 % confidence interval of the ratio of two perplexities on the same sequences.
+
+    Sequences are taken as independent. Their differences in nats are pooled over tokens (a ratio estimator), with
+    Student's t for few sequences. None for a single sequence, or where the two models read different sequences.
     """
-    total, counted = 0.0, 0
-    for logits, ids in predictions:
-        total += cross_entropy(logits[:-1].float(), ids[1:], reduction="sum").item()
-        counted += len(ids) - 1
-    return exponential(total / counted)
+    count, tokens = len(ours), [each.tokens for each in ours]
+    if count < 2 or tokens != [each.tokens for each in theirs]:
+        return None
+    differences = [mine.nats - other.nats for mine, other in zip(ours, theirs, strict=True)]
+    mean = sum(differences) / sum(tokens)
+    squares = sum((nats - mean * number) ** 2 for nats, number in zip(differences, tokens, strict=True))
+    margin = _student_quantile(0.975, count - 1) * math.sqrt(squares * count / (count - 1)) / sum(tokens)
+    return exponential(mean - margin), exponential(mean + margin)
+
+
+def _student_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t within 1 %: exact up to 2 degrees of freedom, then Abramowitz and Stegun, 26.7.5."""
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:
+        return (2 * probability - 1) * math.sqrt(2 / (4 * probability * (1 - probability)))
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 @torch.inference_mode()
@@ -28,7 +71,8 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, *, context: int = 512)
     if len(ids) < 2:
         raise ValueError("perplexity needs at least two tokens")
     sequences = ids.split(context)
-    return mean_perplexity((model(each.unsqueeze(0), use_cache=False).logits[0], each) for each in sequences)
+    predictions = ((model(each.unsqueeze(0), use_cache=False).logits[0], each) for each in sequences)
+    return mean_perplexity(sequence_losses(predictions))
 
 
 @dataclass(frozen=True)
@@ -52,6 +96,7 @@ class TextPerplexity:
     bytes: int
     context: int
     stride: int
+    losses: tuple[SequenceLoss, ...] = field(repr=False)
 
 
 def text_perplexity(
@@ -83,7 +128,8 @@ def text_perplexity(
     if first is None:
         raise ValueError("the tokenizer has neither a BOS nor an EOS token to start with")
     sequence = torch.tensor(ids if ids[0] == first else [first, *ids], device=model.device)
-    total = _negative_log_likelihood(model, sequence, context, stride, advance)
+    losses = _losses_of_text(model, sequence, context, stride, advance)
+    total = sum(each.nats for each in losses)
     tokens, words, length = len(sequence) - 1, len(text.split()), len(text.encode())
     if not tokens:
         raise ValueError("the text is only a BOS token")
@@ -96,27 +142,29 @@ def text_perplexity(
         bytes=length,
         context=context,
         stride=stride,
+        losses=tuple(losses),
     )
 
 
 @torch.inference_mode()
-def _negative_log_likelihood(
+def _losses_of_text(
     model: PreTrainedModel,
     sequence: torch.Tensor,
     context: int,
     stride: int,
     advance: Callable[[int, int], None] | None,
-) -> float:
-    """Sum over every token of `sequence` (T,) but the first, in nats."""
-    total, done, last = 0.0, 0, len(sequence) - 1
+) -> list[SequenceLoss]:
+    """The loss of every token of `sequence` (T,) but the first, by the sequence of `context` tokens that counts it."""
+    losses, done, last = [], 0, len(sequence) - 1
     begin = 0
     while done < last:
         end = min(begin + context, last)
         if end == last:
             begin = max(0, last - context)  # the last sequence is as long as the others
         logits = model(sequence[begin:end].unsqueeze(0), use_cache=False).logits[0, done - begin :].float()
-        total += cross_entropy(logits, sequence[done + 1 : end + 1], reduction="sum").item()
+        nats = cross_entropy(logits, sequence[done + 1 : end + 1], reduction="sum").item()
+        losses.append(SequenceLoss(nats, end - done))
         done, begin = end, begin + stride
         if advance is not None:
             advance(done, last)
-    return total
+    return losses
