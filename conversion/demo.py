@@ -70,8 +70,6 @@ def demo(options: DemoOptions, out: str | Path | None = None, *, console: Consol
         source = open_source(location)
         source.load = functools.cache(source.load)  # type: ignore[method-assign]  # once for verification and for us
         tokenizer = source.tokenizer()
-        if tokenizer is None:
-            raise ValueError(f"{location} has no tokenizer, which the demo needs to generate text")
         converted = convert_opened(source, conversion, console=console)
         assert converted.verification is not None
         console.print(_verification_summary(converted.verification), highlight=False, soft_wrap=True)

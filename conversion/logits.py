@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
+from gda.common.errors import first_line
 from gda.common.screen import progress_bars
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.layerwise import LayerwiseModel
@@ -79,18 +80,35 @@ class LogitDifferences:
         self.sum_kl += (log_p.exp() * (log_p - log_q)).sum().item()
 
 
-def prompt_ids(source: Source) -> tuple[str, list[torch.Tensor]]:
-    """Token ids (1, T) of the prompts, and what they are: "texts" or "random ids".
+@dataclass(frozen=True)
+class Prompts:
+    """What both models read: token ids (1, T) of the prompts, or random ids for a `reason`."""
 
-    Ids are random, with a fixed seed, where the source has no tokenizer, or one with ids beyond its vocabulary.
-    """
-    if (tokenizer := source.tokenizer()) is not None:
-        prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-        if all(ids and max(ids) < source.config.vocab_size for ids in prompts):
-            return "texts", [torch.tensor([ids]) for ids in prompts]
-    generator = torch.Generator().manual_seed(0)
-    shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
-    return "random ids", list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1))
+    ids: list[torch.Tensor]
+    reason: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "texts" or "random ids"."""
+        return "texts" if self.reason is None else "random ids"
+
+    @classmethod
+    def of(cls, source: Source) -> "Prompts":
+        """Prompts for a source. Random ids have a fixed seed."""
+        try:
+            tokenizer = source.tokenizer()
+            prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+            if (largest := max(max(ids, default=0) for ids in prompts)) >= source.config.vocab_size:
+                reason = f"the tokenizer gives id {largest}, but the model has {source.config.vocab_size} embeddings"
+            elif all(prompts):
+                return cls([torch.tensor([ids]) for ids in prompts])
+            else:
+                reason = "the tokenizer gives no ids for some prompts"
+        except ValueError as error:
+            reason = first_line(error)
+        generator = torch.Generator().manual_seed(0)
+        shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
+        return cls(list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1)), reason)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from rich.console import Console
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from gda.common.assets import LICENCE_PATTERNS
+from gda.common.assets import LICENCE_PATTERNS, tokenizer_code
 from gda.common.files import read_json, write_text
 from gda.common.options import takes
 from gda.common.places import ADAPTER_CONFIG
@@ -142,7 +142,7 @@ def _files_to_push(
         for path in folder.glob(pattern)
         if path.is_file() and not path.match("*.safetensors") and path.name != INDEX_FILE
     }
-    files |= {path.name: path for path in source.weight_files}
+    files |= {path.name: path for path in (*source.weight_files, *tokenizer_code(folder))}
     if len(source.weight_files) > 1:
         files[INDEX_FILE] = folder / INDEX_FILE
     code = _code_of(folder) if getattr(config, "auto_map", None) == AUTO_MAP else []

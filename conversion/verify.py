@@ -1,6 +1,6 @@
 """Check that a converted model computes what its source computes."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import FADED
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
-from gda.conversion.logits import compare_by_layers, compare_whole, prompt_ids
+from gda.conversion.logits import Prompts, compare_by_layers, compare_whole
 from gda.conversion.modes.registry import plan_again
 from gda.conversion.options import VerifyOptions
 from gda.conversion.sources.folder import FolderSource
@@ -21,6 +21,7 @@ from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.layerwise import memory_to_use
 from gda.conversion.writing.provenance import Settings, read_settings
 from gda.conversion.writing.stream import different_tensors
+from gda.conversion.writing.tokenizer_files import folder_difference
 from gda.modeling_gda.attention_gda import UnusedCacheError
 
 LOSSLESS_THRESHOLD = 1e-5
@@ -53,8 +54,11 @@ class VerifyReport:
     Attributes:
         method: "full": both models run; "layers": both run with one layer in memory, and each layer is read once;
             "tensors": every tensor is converted again and compared bit for bit, and no model runs.
-        prompts: "texts", or "random ids" if the source has no tokenizer that can be loaded and fits it; "none" with
-            "tensors".
+        prompts: What the models read: "texts" or "random ids"; "none" with "tensors".
+        random_because: Why ids are random; None if they are not.
+        tokenizers_compared: Whether the tokenizers were compared: not if the source's cannot be read. A conversion
+            compares them before it writes the model, not here.
+        different_tokenizer: What the tokenizers do differently; None if nothing.
         tokens: Number of positions compared.
         relative: max |Δlogit| / max |logit|.
         max_abs, mean_abs: Largest and mean |Δlogit|.
@@ -69,11 +73,14 @@ class VerifyReport:
         different_tensors: With "tensors", the names of tensors that differ.
         finite: Whether every logit is finite.
         passed: Whether logits are finite and within the threshold and, for a lossless conversion, every greedy text is
-            the same or differs only at ties.
+            the same or differs only at ties; and whether no difference between the tokenizers was found.
     """
 
     method: str
     prompts: str = "none"
+    random_because: str | None = None
+    tokenizers_compared: bool = False
+    different_tokenizer: str | None = None
     tokens: int = 0
     relative: float | None = None
     max_abs: float | None = None
@@ -101,6 +108,8 @@ class VerificationFailed(CheckFailed):
             reason = "logits are not finite; does the source hold NaN or infinity?"
         elif report.different_tensors:
             reason = f"{len(report.different_tensors)} tensors differ, the first is {report.different_tensors[0]}"
+        elif report.different_tokenizer is not None:
+            reason = f"the tokenizers differ: {report.different_tokenizer}; convert again to get the source's files"
         elif not _within(report.relative, report.threshold):
             reason = f"relative |Δlogit| is {report.relative:.2e}, above the threshold of {report.threshold:.0e}"
         else:
@@ -126,7 +135,7 @@ def verify(options: VerifyOptions, *, console: Console | None = None) -> VerifyR
         folder = resolve_folder(options.out)
         settings = read_settings(folder)
         source = open_source(options.source, options.revision)
-        return verify_opened(
+        report = verify_opened(
             source,
             folder,
             settings=settings,
@@ -134,6 +143,22 @@ def verify(options: VerifyOptions, *, console: Console | None = None) -> VerifyR
             threshold=options.threshold,
             console=console,
         )
+        return _with_tokenizers(report, source, folder)
+
+
+def _with_tokenizers(report: VerifyReport, source: Source, folder: Path) -> VerifyReport:
+    """The report with a comparison of the tokenizers, if the source's can be read."""
+    try:
+        tokenizer = source.tokenizer()
+    except ValueError:
+        return report
+    different = folder_difference(tokenizer, folder)
+    return replace(
+        report,
+        tokenizers_compared=True,
+        different_tokenizer=different,
+        passed=report.passed and different is None,
+    )
 
 
 def verify_opened(
@@ -179,18 +204,19 @@ def verify_by_logits(
     if method == "auto":
         method = "full" if _both_fit(source, converted) else "layers"
     _require_same_windows(source, converted)
-    kind, prompts = prompt_ids(source)
+    prompts = Prompts.of(source)
     try:
         if method == "full":
-            differences = compare_whole(source, converted, prompts, console)
+            differences = compare_whole(source, converted, prompts.ids, console)
         else:
-            differences = compare_by_layers(source, converted, prompts)
+            differences = compare_by_layers(source, converted, prompts.ids)
     except UnusedCacheError as error:
         raise CheckFailed(f"verification failed: {first_line(error)}") from None
     decodes = not lossless or all(text.same_but_ties for text in differences.texts)
     return VerifyReport(
         method=method,
-        prompts=kind,
+        prompts=prompts.kind,
+        random_because=prompts.reason,
         tokens=differences.tokens,
         relative=differences.relative,
         max_abs=differences.max_abs,

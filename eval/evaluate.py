@@ -17,6 +17,7 @@ from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
 from gda.common.screen import progress_bars, quiet_transformers, shows_progress
 from gda.common.text import read_text
+from gda.conversion.sources.compare_tokenizers import first_ids
 from gda.eval.attention.diagnostics import diagnose, read_prompt_settings
 from gda.eval.compare import compare
 from gda.eval.device import choose_device
@@ -110,6 +111,13 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
         if prompts is not None:
             second = loaded[1] if len(loaded) > 1 else None
             diagnostics = diagnose(loaded[0], candidates[0].tokenizer, prompts, baseline=second, console=console)
+    if text is not None and len(candidates) > 1:
+        ids, others = (each.tokenizer(text, add_special_tokens=False, verbose=False).input_ids for each in candidates)
+        if ids != others:
+            results[0].notes.append(
+                f"perplexity: the tokenizer reads the text differently than the baseline's, {first_ids(ids, others)}; "
+                "compare perplexity per word or byte"
+            )
     model, baseline = results[0], results[1] if len(results) > 1 else None
     rows = compare(model.results, None if baseline is None else baseline.results)
     return EvalReport(model, baseline, rows, options, diagnostics)

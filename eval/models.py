@@ -17,8 +17,8 @@ from gda.common.files import in_background, sha256
 from gda.common.screen import quiet_transformers
 from gda.conversion.sources.config_file import read_config_file
 from gda.conversion.sources.open import open_source, resolve_folder
-from gda.conversion.sources.readers import read_tokenizer
 from gda.conversion.sources.source import Source
+from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.eval.device import choose_device
 from gda.eval.options import TaskOptions
 
@@ -103,7 +103,7 @@ def find_model(
         raise FileNotFoundError(f"{folder} holds no weights ({WEIGHTS}; pickle files are not read)")
     local = Path(model).is_dir()
     name = folder.resolve().name if local else str(model)
-    given = given or read_tokenizer(folder)
+    given = given or read_tokenizer(folder, hub_id=None if local else name)
     check_tokenizer(given, name)
     return Candidate(name, folder, given, None if local else folder.name, weights)
 
@@ -113,8 +113,6 @@ def _find_gguf(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Candida
         raise ValueError(f"{path}: several processes need a model folder, not a .gguf file")
     source = open_source(path)
     tokenizer = tokenizer or source.tokenizer()
-    if tokenizer is None:
-        raise ValueError(f"{path} holds no tokenizer that transformers can load")
     check_tokenizer(tokenizer, path.name)
     return Candidate(path.name, path, tokenizer, None, (path,), source)
 

@@ -200,7 +200,8 @@ def _perplexity_table(report: EvalReport) -> TextTable:
             rows.append([model.name, *shown, *(f"{number:,}" for number in numbers)])
     headings = ["perplexity", "token", "word", "byte", "tokens", "context", "stride"]
     if (ratio := report.perplexity_ratio) is not None:
-        headings.append("ratio")
+        same_length = len({model.perplexity.tokens for model in report.models if model.perplexity}) == 1
+        headings.append("ratio" if same_length else "ratio per word")
         rows[0].append(f"{ratio:.4f}")
         rows[1].append(f"{1:.4f}")
         if (interval := report.perplexity_ratio_interval) is not None:

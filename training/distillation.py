@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from gda.conversion.sources.open import open_source
+from gda.conversion.sources.source import Source
 
 CHUNK = 256  # tokens whose float32 probabilities are in memory
 NO_LABEL = -100  # a token that is not predicted, as everywhere in transformers
@@ -75,8 +76,7 @@ class Distillation:
                 f"--teacher {source} is a {opened.config.model_type!r} model, which transformers cannot run"
             )
         _require_equal_shapes(source, opened.config, student.config, hidden_weight)
-        theirs = opened.tokenizer()
-        if tokenizer is not None and theirs is not None and theirs.get_vocab() != tokenizer.get_vocab():
+        if tokenizer is not None and not _has_vocabulary(opened, tokenizer):
             raise ValueError(f"--teacher {source} has a different tokenizer than the model")
         # With sharded weights, all processes but the first would wait for weights that are never sent.
         with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
@@ -139,6 +139,14 @@ def _distance(ours: Tensor, theirs: Tensor, predicted: Tensor) -> Tensor:
     square = theirs.float().square().mean(dim=-1)
     distance = (ours.float() - theirs.float()).square().mean(dim=-1) / square.clamp(min=torch.finfo(square.dtype).tiny)
     return torch.where(predicted, distance.flatten(), 0.0).sum()
+
+
+def _has_vocabulary(teacher: Source, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ids mean the same tokens to the teacher, as far as its tokenizer can be read."""
+    try:
+        return teacher.tokenizer().get_vocab() == tokenizer.get_vocab()
+    except ValueError:
+        return True
 
 
 def _require_equal_shapes(source: str, teacher: Any, student: Any, hidden_weight: float) -> None:

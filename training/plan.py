@@ -11,7 +11,8 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.sources.readers import read_gda_config, read_tokenizer
+from gda.conversion.sources.readers import read_gda_config
+from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.training.callbacks.fading import FadeCallback
 from gda.training.data.sequences import Sequences, open_sequences
 from gda.training.distillation import Distillation

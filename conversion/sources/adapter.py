@@ -13,8 +13,8 @@ from gda.common.errors import first_line
 from gda.common.extras import needed_by
 from gda.common.files import read_json
 from gda.common.places import ADAPTER_CONFIG
-from gda.conversion.sources.readers import find_tokenizer
 from gda.conversion.sources.source import Source
+from gda.conversion.sources.tokenizers import has_vocabulary, read_tokenizer
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -83,8 +83,12 @@ class AdapterSource(Source):
     def load(self) -> PreTrainedModel:
         return self._merged
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return find_tokenizer(self.folder) or self.base.tokenizer()
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer if has_vocabulary(self.folder) else self.base.tokenizer()
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return read_tokenizer(self.folder, config=self.config)
 
     def copy_assets(self, folder: Path) -> None:
         self.base.copy_assets(folder)

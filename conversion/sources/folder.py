@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from gda.common.assets import copy_assets
 from gda.common.errors import first_line
 from gda.conversion.sources.hub import check_downloaded
 from gda.conversion.sources.names import stored_names
-from gda.conversion.sources.readers import find_tokenizer, read_config
+from gda.conversion.sources.readers import read_config
 from gda.conversion.sources.source import Source
+from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 
@@ -71,8 +73,12 @@ class FolderSource(Source):
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return find_tokenizer(self.folder)
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return read_tokenizer(self.folder, config=self.config, hub_id=self.name if self.revision else None)
 
     def card_data(self) -> dict[str, Any]:
         with contextlib.suppress(Exception):  # a conversion doesn't need the card: a broken one must not stop it

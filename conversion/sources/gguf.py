@@ -13,6 +13,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,7 +25,7 @@ from gda.common.extras import needed_by
 from gda.common.screen import quiet_transformers
 from gda.conversion.families.llamalike import head_dim
 from gda.conversion.sources.gguf_splits import correct_tokenizer
-from gda.conversion.sources.readers import find_tokenizer, require_known_type
+from gda.conversion.sources.readers import require_known_type
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.file_range import FileRange, stamp_of
 from gda.conversion.tensors.recipes import meta_model
@@ -191,20 +192,22 @@ class GGUFSource(Source):
             raise ValueError(f"{self.path}: transformers cannot load it: {first_line(error)}") from None
         return model.eval()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 
     @functools.cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        with self._parsed_once():
-            tokenizer = find_tokenizer(self.path.parent, gguf_file=self.path.name)
-        if tokenizer is not None:
-            correct_tokenizer(tokenizer, self._entry)
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            with quiet_transformers(), self._parsed_once():
+                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        except Exception as error:  # transformers has no common error for this
+            raise ValueError(f"{self.path} holds no tokenizer that can be loaded: {first_line(error)}") from None
+        correct_tokenizer(tokenizer, self._entry)
         return tokenizer
 
     def copy_assets(self, folder: Path) -> None:
-        if (tokenizer := self.tokenizer()) is not None:
-            tokenizer.save_pretrained(folder)
+        with contextlib.suppress(ValueError):  # there is none
+            self.tokenizer().save_pretrained(folder)
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
     def card_data(self) -> dict[str, Any]:

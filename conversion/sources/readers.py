@@ -1,12 +1,10 @@
-"""The one place where the config and the tokenizer of a model folder are read."""
+"""The one place where the config of a model folder is read."""
 
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig
 
 from gda.common.errors import first_line
-from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import motif
 from gda.conversion.families.llamalike import refuse_unread
@@ -68,24 +66,3 @@ def require_known_type(model_type: str, where: Path) -> None:
         raise ValueError(
             f"{where}: a model of type {model_type!r} cannot be converted; these can: {', '.join(CONVERTIBLE_TYPES)}"
         )
-
-
-def read_tokenizer(location: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or a Hub id; code beside it is never run. ValueError if there is none.
-
-    transformers chooses the tokenizer class by `tokenizer_class` of tokenizer_config.json and by the `model_type` of
-    config.json, so the same files can be read by another class, with other token ids, once config.json says "gda".
-    """
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **kwargs)
-    except Exception as error:  # transformers has no common error for this
-        raise ValueError(f"{location} holds no tokenizer that can be loaded: {first_line(error)}") from None
-
-
-def find_tokenizer(location: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """As `read_tokenizer`, but None where no tokenizer can be loaded."""
-    try:
-        return read_tokenizer(location, **kwargs)
-    except ValueError:
-        return None

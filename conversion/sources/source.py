@@ -55,8 +55,13 @@ class Source(ABC):
         """Write generation config, tokenizer and licences into `folder`."""
 
     @abstractmethod
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, or None if there is none."""
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, which is read once.
+
+        Raises:
+            ImportError: naming the remedy, if a package is missing.
+            ValueError: saying why there is none.
+        """
 
     def card_data(self) -> dict[str, Any]:
         """Licence and languages from the metadata of the source's model card, for the result's card."""

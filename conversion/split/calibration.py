@@ -36,7 +36,7 @@ class Calibration:
 
 
 def read_calibration(
-    path: str | Path | None, tokenizer: PreTrainedTokenizerBase | None, *, tokens: int, longest: int, vocab_size: int
+    path: str | Path | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int, longest: int, vocab_size: int
 ) -> Calibration:
     """Read a text, or Python's own documentation, and cut its first `tokens` into sequences.
 
@@ -45,8 +45,6 @@ def read_calibration(
     Raises:
         FileNotFoundError, ValueError: naming the file, and the line if there is one.
     """
-    if tokenizer is None:
-        raise ValueError("--mode split reads text, but the source has no tokenizer; --mode expand needs none")
     name, text = (
         ("the documentation of Python", python_documentation())
         if path is None

@@ -109,9 +109,13 @@ class Splitter:
         self.steps, self.seed = EFFORTS[self.effort], seed
         self.source = source
         self.config = copy.deepcopy(config)
+        try:
+            tokenizer = source.tokenizer()
+        except ValueError as error:
+            raise ValueError(f"--mode split reads text, but {error}; --mode expand needs no tokenizer") from None
         self.calibration = read_calibration(
             calibration,
-            source.tokenizer(),
+            tokenizer,
             tokens=DEFAULT_TOKENS if tokens is None else tokens,
             longest=config.max_position_embeddings,
             vocab_size=config.vocab_size,

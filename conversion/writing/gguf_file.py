@@ -82,7 +82,7 @@ def write_gguf(
         architecture = architecture_of(config)
         writer = GGUFWriter(None, architecture)
         tokenizer_file = None if options.tokenizer is None else Path(options.tokenizer)
-        notes = [*conversion.notes, *add_tokenizer(writer, source.tokenizer(), config, tokenizer_file)]
+        notes = [*conversion.notes, *add_tokenizer(writer, source, config, tokenizer_file)]
     entries = _entries(conversion, architecture, options.dtype)
     types = [entry.type for entry in entries.values() if len(entry.recipe.spec.shape) > 1]
     file_type = max(set(types), key=types.count)

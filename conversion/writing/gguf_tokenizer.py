@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
+from gda.conversion.sources.source import Source
 
 if TYPE_CHECKING:  # an extra
     from gguf import GGUFWriter
@@ -23,24 +24,26 @@ REMEDY = "pass --tokenizer FILE.gguf, a GGUF file with this tokenizer that llama
 
 
 def add_tokenizer(
-    writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, copied_from: Path | None
+    writer: "GGUFWriter", source: Source, config: PreTrainedConfig, copied_from: Path | None
 ) -> list[str]:
     """Add the metadata of the tokenizer and its chat template; return notes on where llama.cpp differs.
 
     Args:
         writer: Where it goes.
-        tokenizer: The tokenizer as transformers runs it. None writes a model that takes token ids only.
+        source: The model, for its tokenizer as transformers runs it. Without one, the file takes token ids only.
         config: The configuration of the model.
         copied_from: A GGUF file with the metadata to copy instead.
 
     Raises:
         ValueError: if llama.cpp has no tokenizer that is known to give the same ids.
     """
-    if tokenizer is None:
+    try:
+        tokenizer = source.tokenizer()
+    except ValueError as error:
         if copied_from is not None:
-            raise ValueError("--tokenizer needs the model's own tokenizer to compare with, but the model has none")
+            raise ValueError(f"--tokenizer needs the model's own tokenizer to compare with: {error}") from None
         writer.add_tokenizer_model("none")
-        return ["the model has no tokenizer, so the file has none; programs that use llama.cpp may refuse it"]
+        return [f"the file has no tokenizer, since {error}; programs that use llama.cpp may refuse it"]
     tokens, beyond = _tokens(tokenizer, config.vocab_size)
     if copied_from is not None:
         _copy(writer, copied_from, tokens)

@@ -1,5 +1,7 @@
 """Write the folder of a converted model: weights, configuration, tokenizer, checks, provenance and card."""
 
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
 from gda.conversion.writing.staging import staged_model
 from gda.conversion.writing.stream import shards_of, write_checkpoint
+from gda.conversion.writing.tokenizer_files import keep_tokenizer
 
 if TYPE_CHECKING:  # only splits load it
     from gda.conversion.split.splitter import SplitReport
@@ -108,9 +111,44 @@ def write_model(
 
     `bundle_code` saves the code of a GDA model beside its weights.
     """
-    report = _planned_report(conversion, source, out, options)
-    if options.dry_run:
-        return report
+    with tempfile.TemporaryDirectory(prefix="gda-") as scratch:
+        assets = Path(scratch) / "assets"
+        assets.mkdir()
+        notes = _write_assets(conversion, source, assets, check=options.verify)  # first, since it can refuse
+        report = _planned_report(conversion, source, out, options, notes)
+        if options.dry_run:
+            return report
+        return _write(report, conversion, source, assets, options, bundle_code=bundle_code, console=console)
+
+
+def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check: bool) -> list[str]:
+    """Write the source's tokenizer and other files, and a config, since the model type affects a tokenizer.
+
+    Returns notes.
+    """
+    _save_config(conversion, folder, bundle_code=False)
+    source.copy_assets(folder)
+    return keep_tokenizer(source, folder, check=check)
+
+
+def _save_config(conversion: Conversion, folder: Path, *, bundle_code: bool) -> None:
+    if conversion.save_config is None:
+        conversion.config.save_pretrained(folder, bundle_code=bundle_code)
+    else:
+        conversion.save_config(folder)
+
+
+def _write(
+    report: ConvertReport,
+    conversion: Conversion,
+    source: Source,
+    assets: Path,
+    options: CheckpointOptions,
+    *,
+    bundle_code: bool,
+    console: Console | None,
+) -> ConvertReport:
+    out = report.out
     with staged_model(out, overwrite=options.overwrite, resumable=True, resume=options.resume) as folder:
         finished = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if options.resume else 0
         require_space(out.parent, report.nbytes, reusable=finished)
@@ -129,11 +167,8 @@ def write_model(
             workers=options.workers,
             console=console,
         )
-        if conversion.save_config is None:
-            conversion.config.save_pretrained(folder, bundle_code=bundle_code)
-        else:
-            conversion.save_config(folder)
-        source.copy_assets(folder)
+        shutil.copytree(assets, folder, dirs_exist_ok=True)
+        _save_config(conversion, folder, bundle_code=bundle_code)
         if (new_parameters := conversion.new_parameters) is not None:
             new_parameters.write(folder)
         errors = _projection_errors(conversion, source, folder)
@@ -162,7 +197,9 @@ def write_model(
     )
 
 
-def _planned_report(conversion: Conversion, source: Source, out: Path, options: CheckpointOptions) -> ConvertReport:
+def _planned_report(
+    conversion: Conversion, source: Source, out: Path, options: CheckpointOptions, notes: list[str]
+) -> ConvertReport:
     dense = conversion.num_parameters
     if getattr(conversion.config, "qk_rank", None) is not None:
         dense = sum(spec.numel for spec in checkpoint_specs(dense_config(conversion.config)).values())
@@ -174,7 +211,7 @@ def _planned_report(conversion: Conversion, source: Source, out: Path, options: 
         nbytes=conversion.nbytes,
         num_files=len(shards_of(conversion.recipes, options.max_shard_size)),
         num_dense_parameters=dense,
-        notes=[*source.notes, *conversion.notes],
+        notes=[*source.notes, *conversion.notes, *notes],
         dry_run=options.dry_run,
     )
 

@@ -1,6 +1,7 @@
 """If a package of an extra is missing, one line says what needs it and how to install it."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ HIDDEN = {
     "eval": ("lm_eval", "datasets", "pyarrow"),
     "train": ("datasets", "pyarrow", "peft"),
     "gguf": ("gguf",),
+    "tokenizers": ("sentencepiece", "google", "tiktoken"),
     "serve": ("fastapi", "openai", "uvicorn"),
     "png": ("matplotlib",),
 }
@@ -31,6 +33,7 @@ COMMANDS = {
     "eval": "eval MODEL --tasks gda_tasks",
     "train": "train MODEL OUT --data FILE --steps 1",
     "gguf": "convert FILE.gguf OUT",
+    "tokenizers": "convert SENTENCEPIECE OUT",
     "serve": "serve MODEL",
     "png": "attention MODEL --text text --png OUT.png",
 }
@@ -42,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_models(folder, "MODEL")
     for name in ("FILE", "FILE.gguf"):
         (folder / name).write_text("GGUF" + "A text of several words. " * 40)
+    shutil.copytree(folder / "llama", folder / "SENTENCEPIECE")
+    (folder / "SENTENCEPIECE/tokenizer.json").rename(folder / "SENTENCEPIECE/tokenizer.model")
     return folder
 
 

@@ -10,6 +10,8 @@ from transformers import GenerationConfig
 from gda.common.assets import copy_assets
 from gda.common.errors import first_line
 from gda.common.trainable import TRAINABLE_FILE
+from gda.conversion.sources.tokenizers import read_tokenizer
+from gda.conversion.writing.tokenizer_files import keep_reading
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
 from gda.training.runs.checkpoints import dtypes_before_training
 from gda.training.runs.run_folder import stamps
@@ -59,6 +61,7 @@ def save(
             code.unlink()
         model.config.save_pretrained(folder, bundle_code=False)
     copy_companions(source, folder)
+    keep_reading(read_tokenizer(source), folder)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

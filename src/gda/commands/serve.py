@@ -32,9 +32,12 @@ def serve(options: ServeOptions, context: typer.Context) -> None:
 
     from gda.conversion.sources.open import resolve_folder
     from gda.conversion.sources.readers import read_gda_config
+    from gda.conversion.sources.tokenizers import require_packages
     from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
     name, _, revision = options.model.partition("@")
-    read_gda_config(resolve_folder(name, revision or None))
+    folder = resolve_folder(name, revision or None)
+    read_gda_config(folder)
+    require_packages(folder)
     transformers.GDAForCausalLM = GDAForCausalLM  # type: ignore[attr-defined]
     transformers_app(["serve", options.model, *context.args])

@@ -52,16 +52,18 @@ def rank_summary(rank: int, parameters: int, dense: int) -> str:
 def print_verification(report: Any) -> None:
     """Print a `VerifyReport` on one line."""
     done = "verified" if report.passed else "compared"
+    tokenizers = ", tokenizers alike" if report.tokenizers_compared and report.different_tokenizer is None else ""
     if report.method == "tensors":
-        typer.echo(f"{done} tensor by tensor, without running the models: {len(report.different_tensors)} differ")
+        count = len(report.different_tensors)
+        typer.echo(f"{done} tensor by tensor, without running the models: {count} differ{tokenizers}")
         return
     greedy = f", same greedy text {100 * report.greedy_match:.0f} %"
     if report.greedy_ties:
         greedy += f" and {100 * report.greedy_ties:.0f} % up to a tie"
-    read = "text" if report.prompts == "texts" else report.prompts
+    read = "text" if report.random_because is None else f"random ids, since {report.random_because}"
     limit = "no limit" if report.threshold is None else f"limit {report.threshold:.0e}"
     typer.echo(
         f"{done} ({report.method}, {report.tokens} tokens of {read}): |Δlogit| max {report.max_abs:.2e}, "
         f"mean {report.mean_abs:.2e}, relative {report.relative:.2e} ({limit}); KL {report.kl:.2e}; "
-        f"same top token {100 * report.top1_agreement:.1f} %{greedy}"
+        f"same top token {100 * report.top1_agreement:.1f} %{greedy}{tokenizers}"
     )

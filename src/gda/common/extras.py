@@ -9,6 +9,7 @@ EXTRAS = {
     "eval": ("lm-eval>=0.4.13", "datasets>=4.2", "pyarrow"),
     "train": ("datasets>=4.2", "peft>=0.18", "pyarrow"),
     "gguf": ("gguf>=0.17",),
+    "tokenizers": ("sentencepiece>=0.2", "protobuf>=4", "tiktoken"),
     "serve": ("transformers[serving]",),
     "png": ("matplotlib",),
 }
