@@ -483,8 +483,10 @@ def test_llama_zero_lambda_and_single_token(folder: Path, tmp_path: Path) -> Non
     """Signal maps only; noise that cancels nothing; a text of one token."""
     llama = gda.attention(folder / "llama", text=TEXT)
     assert llama.most_cancelled() == []
+    by_group = llama.arrays.signal.entropy.reshape(3, 2, -1).mean(-1)  # of 3 layers and 2 KV heads
+    layer, group = divmod(int(by_group.argmin()), 2)
     with opened(llama.write_html(tmp_path / "llama.html")) as page:
-        assert page.inner_text("#place") == "Layer 0, group 0"
+        assert page.inner_text("#place") == f"Layer {layer}, group {group}"  # the most concentrated attention
         assert page.locator(".panel").count() >= 1
         assert "Where attention goes" in page.inner_text("main")
     silent = live_model(lambda_type="tanh")
