@@ -27,11 +27,8 @@ ROPE_ARGUMENTS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rota
 SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES += ("num_noise_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 MASKED = ("masked_signal_heads", "masked_neurons", "masked_layers")
-FADED = (
-    *MASKED,
-    "faded_head_norm",
-    "lambda_target",
-)  # what may be faded in; None in every other model, and so is `fade`
+# What may be faded in; None in every other model, and so is `fade`.
+FADED = (*MASKED, "blended_layers", "faded_head_norm", "lambda_target")
 # Fields that no other model family has. An unknown argument that resembles one of them is a typo; any other belongs to
 # whoever passed it, and is kept in config.json.
 OWN_FIELDS: tuple[str, ...] = ("num_noise_heads", "kv_layout", "lambda_type", "lambda_init", "lambda_init_offset")
@@ -76,12 +73,14 @@ class GDAConfig(PretrainedConfig):
             group (signal_1 … signal_r, noise) has the query weights W_base + P_k R_k. `q_base` (N · head_dim, hidden),
             `q_down` (H · R, hidden) and `q_up` (H · head_dim, R) replace `q_proj`; with paired keys, whose roles are
             signal and noise, `k_base`, `k_down` and `k_up` replace `k_proj`.
-        fade: How far the parts that the next five fields name are faded in, from 0 to 1; `None` if nothing is.
-            `model.set_fade` changes it. At 1 all six are saved as `None`.
+        fade: How far the parts that the next six fields name are faded in, from 0 to 1; `None` if nothing is.
+            `model.set_fade` changes it. At 1 all seven are saved as `None`.
         masked_signal_heads: How many of each `signal_group_size` signal heads, the last ones, are new: their outputs
             are multiplied by `fade` after the head norm (masked growth, arXiv 2305.02869).
         masked_neurons: How many neurons of each MLP, the last ones, are new: `fade` multiplies their activations.
-        masked_layers: Indices of new layers, from 0. What they add to the residual stream is multiplied by `fade`.
+        masked_layers: Indices of new layers, from 0. What their attention and their MLP add to the residual stream is
+            multiplied by `fade`.
+        blended_layers: Whether these layers output fade · layer(x) + (1 − fade) · x instead.
         faded_head_norm: Whether the head norm is faded in: heads output (1 − fade) · x + fade · norm(x) · (1 − λ_init).
         lambda_target: λ is faded in by way of this value: layers subtract with fade · λ + (1 − fade) · fade · target.
         hidden_act: As in Llama, or `"poly_norm"` (arXiv 2411.03884).
@@ -126,6 +125,7 @@ class GDAConfig(PretrainedConfig):
     masked_signal_heads: int | None = None
     masked_neurons: int | None = None
     masked_layers: list[int] | None = None
+    blended_layers: bool | None = None
     faded_head_norm: bool | None = None
     lambda_target: int | float | None = None
     hidden_act: str = "silu"
@@ -185,7 +185,9 @@ class GDAConfig(PretrainedConfig):
                 if isinstance(values := vars(self).get(per_layer), list):
                     super().__setattr__(per_layer, values[:value])
             if new_layers := vars(self).get("masked_layers"):
-                super().__setattr__("masked_layers", [layer for layer in new_layers if layer < value] or None)
+                kept = [layer for layer in new_layers if layer < value] or None
+                super().__setattr__("masked_layers", kept)
+                super().__setattr__("blended_layers", kept and self.blended_layers)
             if self.fade is not None and all(getattr(self, part) is None for part in FADED):
                 super().__setattr__("fade", None)
 
@@ -244,8 +246,12 @@ class GDAConfig(PretrainedConfig):
         return queries if self.kv_layout == "shared" else queries | {"k": 2}
 
     def is_new_layer(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` is new: it is faded in as a whole, and not its heads and neurons again."""
-        return self.masked_layers is not None and layer_idx in self.masked_layers
+        """Whether layer `layer_idx` is new and not blended: what it adds is faded in, not its heads and neurons."""
+        return not self.blended_layers and layer_idx in (self.masked_layers or [])
+
+    def is_blended_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` is new and blended with its input."""
+        return bool(self.blended_layers) and layer_idx in (self.masked_layers or [])
 
     def layer_type(self, layer_idx: int) -> str:
         """`"full_attention"` or `"sliding_attention"`, for layer `layer_idx`."""
@@ -405,6 +411,8 @@ class GDAConfig(PretrainedConfig):
             some = 0 < len(new) < layers and new == sorted(set(new))
             yield some, "masked_layers", f"must list some, not all, of the {layers} layers in ascending order"
             yield new[0] >= 0 and new[-1] < layers, "masked_layers", f"must be from 0 to {layers - 1}"
+        blends = self.masked_layers and self.blended_layers
+        yield blends or self.blended_layers is None, "blended_layers", "must be None, or true with masked_layers"
         fades_norm = self.head_norm and self.faded_head_norm
         yield fades_norm or self.faded_head_norm is None, "faded_head_norm", "must be None, or true with head_norm"
         finite = self.lambda_target is None or abs(self.lambda_target) < FLOAT32_MAX

@@ -70,7 +70,8 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
     - `width`: both, and all heads. head_dim stays.
     - `untie`: the head gets a copy of tied embeddings, first of all.
     - `masked`: Masked Structure Growth (arXiv 2305.02869), with `signal`, `mlp` and `depth`. New heads, neurons and
-      layers start from random weights and are faded in. Their fade is 0 in the result, where they have no gradient;
+      layers start from random weights and are faded in; with `new_layers="copy"`, new layers are copies that are
+      blended with their input. The fade is 0 in the result, where new parts have no gradient;
       `gda.training.FadeCallback` raises it to 1 during training.
 
     Equal replicas would stay equal during training, so `noise_std` adds noise to the weights that read them. The noise

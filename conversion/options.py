@@ -228,6 +228,12 @@ class GrowOptions(NewHeadOptions):
         "Give new heads, neurons and layers random weights, which training fades in.",
         panel=GROWTH,
     )
+    new_layers: Literal["copy", "random"] | None = option(
+        None,
+        "With --masked, what new layers start as. copy: copies of their neighbours, blended with their input. "
+        "random: random weights. Default: random.",
+        panel=GROWTH,
+    )
     mlp: int | float | None = option(
         None,
         "Factor by which the neurons of the MLP grow; with --masked it may be a fraction such as 1.5. Default: 1.",

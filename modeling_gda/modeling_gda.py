@@ -80,7 +80,7 @@ class GDAGrowingMLP(LlamaMLP):
 
 
 class GDADecoderLayer(Qwen3DecoderLayer):
-    """Attention and MLP, each after an RMSNorm and added to the residual stream."""
+    """Attention and MLP, each after an RMSNorm and added to the residual stream; blended in if it is a new copy."""
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
@@ -90,6 +90,11 @@ class GDADecoderLayer(Qwen3DecoderLayer):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention_type = config.layer_type(layer_idx)  # transformers before 5.4 reads it
+        self.fade = Fade(config) if config.is_blended_layer(layer_idx) else None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = super().forward(hidden_states, *args, **kwargs)
+        return output if self.fade is None else hidden_states.lerp(output, self.fade.value.to(output.dtype))
 
 
 @contextmanager

@@ -125,14 +125,23 @@ def zero_biases(recipes: dict[str, Recipe], projections: tuple[str, ...]) -> dic
 
 
 def unmasked_recipes(config: GDAConfig, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
-    """The recipes with the masks of masked growth (arXiv 2305.02869) multiplied into o_proj and down_proj."""
+    """The recipes with the masks of masked growth (arXiv 2305.02869) multiplied into o_proj and down_proj.
+
+    Raises:
+        ValueError: for new layers that are partly blended in, which no plain layer computes.
+    """
+    if config.blended_layers and config.fade:
+        raise ValueError(
+            f"new layers are blended with their input (blended_layers) at fade={config.fade:.4g}, which no plain layer "
+            "computes; train the model until its fade is 1"
+        )
     unmasked = dict(recipes)
     for name, recipe in recipes.items():
         module, _, parameter = name.rpartition(".")
         projection = module.rpartition(".")[2]
         if config.fade is None or projection not in ("o_proj", "down_proj"):
             continue
-        if config.is_new_layer(_layer(name)):
+        if _layer(name) in (config.masked_layers or []):
             scale = torch.tensor(config.fade, dtype=torch.float64)
         elif parameter == "weight":
             scale = _mask(config, projection)

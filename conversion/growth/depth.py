@@ -1,6 +1,6 @@
 """LLaMA-Pro (arXiv 2401.02415): copies of layers that add nothing to the residual stream until they are trained.
 
-layers  0 1 2 3   →   0 1 1′ 2 3 3′        o_proj and down_proj of a copy are 0
+layers  0 1 2 3   →   0 1 1′ 2 3 3′        o_proj and down_proj of a copy are 0, unless it is faded in
 """
 
 import copy
@@ -22,8 +22,11 @@ def copy_positions(layers: int, copied: list[int]) -> list[int]:
     return [layer for layer, origin in enumerate(origins) if layer and origins[layer - 1] == origin]
 
 
-def deepen(model: Conversion, copied: list[int]) -> Conversion:
-    """Insert copies of these layers after their originals. Every layer keeps its λ_init and its kind of attention."""
+def deepen(model: Conversion, copied: list[int], *, silent: bool) -> Conversion:
+    """Insert copies of these layers after their originals. Every layer keeps its λ_init and its kind of attention.
+
+    With `silent`, copies add nothing to the residual stream. Otherwise, the caller has to fade them in.
+    """
     old = model.config
     origins = sorted([*range(old.num_hidden_layers), *copied])
     new = copy_positions(old.num_hidden_layers, copied)
@@ -45,14 +48,14 @@ def deepen(model: Conversion, copied: list[int]) -> Conversion:
             recipes[name] = recipe
     for layer, origin in enumerate(origins):
         for rest, recipe in by_layer[origin].items():
-            made = _of_copy(recipe, rest, origin) if layer in new else recipe
+            made = _of_copy(recipe, rest, origin, silent) if layer in new else recipe
             recipes[f"model.layers.{layer}.{rest}"] = made
     copies = rf"model\.layers\.({'|'.join(map(str, new))})\..+"
     return replace(model, config=config, recipes=recipes, new=(copies, *model.new))
 
 
-def _of_copy(recipe: Recipe, rest: str, origin: int) -> Recipe:
-    if rest.startswith(ADDS_TO_THE_STREAM):
+def _of_copy(recipe: Recipe, rest: str, origin: int, silent: bool) -> Recipe:
+    if silent and rest.startswith(ADDS_TO_THE_STREAM):
         make = partial(torch.zeros, recipe.spec.shape, dtype=recipe.spec.dtype)
         return Recipe(recipe.spec, (), make, f"zero: this copy of layer {origin} has no effect at first")
     return replace(recipe, how=f"of layer {origin}: {recipe.how}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from gda.conversion.options import GrowOptions
 
-FIELDS = ("signal", "hidden", "width", "depth", "layers", "noise_std", "masked", "mlp", "untie")
+FIELDS = ("signal", "hidden", "width", "depth", "layers", "noise_std", "masked", "mlp", "untie", "new_layers")
 # Larger factors are typing errors, and merely planning such a model would fill the memory.
 LARGEST_FACTOR = 1000
 
@@ -20,6 +20,8 @@ def checked(options: GrowOptions) -> GrowOptions:
     for name, given in {"--width": width, "--hidden": hidden}.items():
         if masked and given is not None:
             raise ValueError(f"{name} cannot be masked, because RMSNorm is over all channels; omit --masked or {name}")
+    if options.new_layers is not None and (not masked or options.depth is layers is None):
+        raise ValueError("--new-layers is for --masked with --depth or --layers")
     if width is not None and (hidden is not None or mlp is not None):
         raise ValueError("--width grows the hidden size and the MLP too; pass --width, or --hidden and --mlp")
     if masked and options.noise_std != GrowOptions.noise_std:

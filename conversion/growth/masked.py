@@ -1,4 +1,4 @@
-"""Masked Structure Growth (arXiv 2305.02869): new heads, neurons and layers with random weights, at a fade of 0."""
+"""Masked Structure Growth (arXiv 2305.02869): new heads and neurons, random or copied layers, at a fade of 0."""
 
 import copy
 from dataclasses import replace
@@ -16,20 +16,26 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
 def mask_growth(
-    model: Conversion, *, signal: int | None, mlp: float | None, new_layers: list[int], seed: int
+    model: Conversion, *, signal: int | None, mlp: float | None, new_layers: list[int], copies: bool, seed: int
 ) -> Conversion:
     """Add new heads (`signal` times as many) and neurons (`mlp` times), and make copied layers new, at a fade of 0.
 
+    New layers get random weights or, with `copies`, are blended in as they are.
+
     Raises:
-        ValueError: if λ of the model is being faded in, whose fade is not 0.
+        ValueError: if something of the model is being faded in already, at a fade that is not 0.
     """
     old = model.config
-    if old.fade is not None:
-        raise ValueError(f"--masked: λ of the source is at fade {old.fade:g}, and new parts start at 0; train it to 1")
+    if old.fade:
+        part = "the head norm" if old.faded_head_norm else "λ"
+        raise ValueError(
+            f"--masked: {part} of the source is at fade {old.fade:g}, and new parts start at 0; train it to 1 first"
+        )
     config = copy.deepcopy(old)
     origins: dict[str, Tensor] = {}
     config.fade = 0.0
     config.masked_layers = new_layers or None
+    config.blended_layers = bool(new_layers and copies) or None
     if signal is not None:
         origins |= signal_origins(old, signal, replicate=False)
         config.num_attention_heads = signal * old.num_signal_heads + old.num_noise_heads

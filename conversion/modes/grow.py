@@ -41,11 +41,12 @@ def plan(source: Source, options: GrowOptions) -> Conversion:
     layers = start.config.num_hidden_layers
     copied = growth.copied_layers(options, layers)
     model = _untied(start) if options.untie else start
-    model = deepen(model, copied) if copied else model
+    copies = options.new_layers == "copy"
+    model = deepen(model, copied, silent=not copies) if copied else model
     if options.masked:
         new_layers = copy_positions(layers, copied)
         signal = None if options.signal is None else int(options.signal)
-        model = mask_growth(model, signal=signal, mlp=options.mlp, new_layers=new_layers, seed=seed)
+        model = mask_growth(model, signal=signal, mlp=options.mlp, new_layers=new_layers, copies=copies, seed=seed)
     else:
         model = _replicated(model, options)
     notes = list(start.notes)

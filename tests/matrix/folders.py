@@ -70,6 +70,7 @@ LIVE: dict[str, dict[str, Any]] = {
     "shared": {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]},
     "token": {"lambda_type": "tanh", "head_norm": True, "qk_norm": True},
     "fading": {"lambda_target": 0.5, "qk_rank": 3, **GROWING},
+    "blended": {"fade": 0.4, "masked_layers": [1], "blended_layers": True},
     "motif": {**PAIRED, "hidden_act": "poly_norm", "head_norm": True, "lambda_init_offset": -1, "rms_norm_eps": 1e-6},
 }
 PLAIN = ("fading",)  # those that a Llama can hold

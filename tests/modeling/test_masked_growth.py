@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer
 import gda
 from gda import GDAConfig, GDAForCausalLM, GDAForSequenceClassification
 from gda.common.trainable import Trainable
-from gda.configuration.configuration_gda import MASKED
+from gda.configuration.configuration_gda import FADED, MASKED
 from gda.conversion.demo import find_demo_model
 from gda.training import FadeCallback
 
@@ -210,7 +210,8 @@ def test_fade_in_between_matches_the_equations(
 
 def test_each_kind_of_growth_alone() -> None:
     """A new layer leaves hidden states unchanged bit for bit."""
-    for growth in ({"masked_signal_heads": 1}, {"masked_neurons": 11}, {"masked_layers": [1]}):
+    layers: dict[str, Any] = {"masked_layers": [1]}
+    for growth in ({"masked_signal_heads": 1}, {"masked_neurons": 11}, layers, layers | {"blended_layers": True}):
         masked = tiny_model(base_config(fade=0.3, **growth))
         wanted = naive.run(masked.state_dict(), masked.config, token_ids(2, 7))
         assert relative_error(logits(masked, token_ids(2, 7)), wanted.logits) <= ROUNDING
@@ -218,6 +219,29 @@ def test_each_kind_of_growth_alone() -> None:
     with torch.no_grad():
         states = masked(token_ids(2, 7), output_hidden_states=True).hidden_states
     assert torch.equal(masked.model.norm(states[1]), states[2])
+
+
+def test_blended_layer() -> None:
+    """It outputs fade · layer(x) + (1 − fade) · x, and the layer itself at 1; new heads and neurons are masked too."""
+    fields: dict[str, Any] = {"masked_signal_heads": 1, "masked_neurons": 11, "hidden_act": "poly_norm"}
+    model = tiny_model(base_config(fade=0.4, masked_layers=[1], blended_layers=True, **fields))
+    plain, ids = tiny_model(base_config(fade=0.4, **fields)), token_ids(2, 7)
+    plain.load_state_dict(model.state_dict())
+    wanted = naive.run(model.state_dict(), model.config, ids)
+    assert relative_error(logits(model, ids), wanted.logits) <= ROUNDING
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, each in {"blended": model, "whole": plain}.items():
+        each.model.layers[1].register_forward_hook(
+            lambda _, given, out, name=name: seen.update({name: (given[0], out)})
+        )
+        logits(each, ids)
+    (before, got), (same, output) = seen["blended"], seen["whole"]
+    assert torch.equal(before, same)
+    assert relative_error(got, 0.4 * output + 0.6 * before) <= ROUNDING
+    model.set_fade(1)
+    ordinary = tiny_model(base_config(hidden_act="poly_norm"))
+    ordinary.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model, ids), logits(ordinary, ids))
 
 
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
@@ -672,6 +696,64 @@ def test_llama_is_expanded_and_grown_masked(tmp_path: Path, command: Command) ->
     assert torch.equal(logits(again), logits(model.eval()))
 
 
+@pytest.mark.parametrize("layout", ["gqa", "paired"])
+def test_new_layers_as_copies(layout: str, tmp_path: Path) -> None:
+    """Every new weight is its neighbour's; exact at 0, gradients above 0, and no field is left at 1."""
+    base = saved(tmp_path / "base", base_config(layout, **EXTRAS))
+    report = gda.grow(base, tmp_path / "out", masked=True, depth=4, new_layers="copy")
+    assert report.verification is not None
+    assert report.verification.relative <= ROUNDING
+    assert (report.copied_layers, report.new_layers) == ([0, 1], [1, 3])
+    for method in ("full", "layers", "tensors"):
+        assert gda.verify(base, tmp_path / "out", method=method).passed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.blended_layers
+    for name, tensor in model.model.layers[2].state_dict().items():
+        assert torch.equal(tensor, model.model.layers[3].state_dict()[name])
+    model.set_fade(0.01)
+    model(token_ids(2, 9), labels=token_ids(2, 9)).loss.backward()
+    for layer in (1, 3):
+        for name, parameter in model.model.layers[layer].named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
+    model.set_fade(1)
+    model.save_pretrained(tmp_path / "end")
+    fields = json.loads((tmp_path / "end" / "config.json").read_text())
+    assert all(fields.get(name) is None for name in ("fade", *FADED))
+    at_end = AutoModelForCausalLM.from_pretrained(tmp_path / "end")
+    assert torch.equal(logits(at_end), logits(model))
+    assert relative_error(logits(at_end), logits(AutoModelForCausalLM.from_pretrained(base))) > 1e-3
+
+
+def test_blended_layers_are_exported_at_0_only(tmp_path: Path) -> None:
+    """At 0 the layer adds nothing; in between no plain layer computes it."""
+    base = saved(tmp_path / "base", base_config())
+    gda.grow(base, tmp_path / "out", masked=True, depth=3, new_layers="copy")
+    gda.export(tmp_path / "out", tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative_error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), logits(model)) <= ROUNDING
+    model.set_fade(0.3)
+    model.save_pretrained(tmp_path / "half")
+    with pytest.raises(ValueError, match=r"blended with their input \(blended_layers\) at fade=0.3"):
+        gda.export(tmp_path / "half", tmp_path / "x")
+
+
+@pytest.mark.parametrize("options", [{"head_norm": True}, {"kv_layout": "paired", "lambda_init": "schedule"}], ids=str)
+def test_llama_gets_a_new_layout_and_new_parts_at_once(options: dict[str, Any], tmp_path: Path) -> None:
+    """What conversion and growth fade in has one fade, which is 0. Later it is refused."""
+    llama = save_llama(tmp_path / "llama")
+    report = gda.grow(llama, tmp_path / "out", masked=True, signal=2, mlp=1.5, depth=3, new_layers="copy", **options)
+    assert report.verification is not None
+    assert report.verification.relative <= ROUNDING
+    gda.convert(llama, tmp_path / "gda", **options)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "gda")
+    half.set_fade(0.5)
+    half.save_pretrained(tmp_path / "half")
+    part = "the head norm" if "head_norm" in options else "λ"
+    with pytest.raises(ValueError, match=f"--masked: {part} of the source is at fade 0.5"):
+        gda.grow(tmp_path / "half", tmp_path / "x", masked=True, signal=2)
+
+
 BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
     (("--masked",), "nothing to grow: pass --signal, --mlp or --depth"),
     (("--mlp", 1.5), "--mlp 1.5 is not a number of replicas: it must be an integer of at least 2"),
@@ -685,6 +767,8 @@ BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
     (("--masked", "--mlp", "inf"), "--mlp inf is not more than 1"),
     (("--masked", "--mlp", 1e300), "--mlp 1e+300 is more than 1000"),
     (("--masked", "--mlp", 1.33), "--mlp 1.33 times the 40 neurons of the source is not a whole number"),
+    (("--new-layers", "copy", "--depth", 3), "--new-layers is for --masked with --depth"),
+    (("--masked", "--new-layers", "copy", "--mlp", 2), "--new-layers is for --masked with --depth"),
     (("--masked", "--depth", 2), "--depth 2 is not more than the 2 layers"),
 ]
 

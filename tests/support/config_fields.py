@@ -34,6 +34,7 @@ ANY_FIELDS = st.fixed_dictionaries(
         "masked_signal_heads": st.none() | st.integers(-1, 4),
         "masked_neurons": st.none() | st.integers(-1, 12),
         "masked_layers": st.none() | st.lists(st.integers(-1, 3), max_size=3),
+        "blended_layers": st.none() | st.booleans(),
         "faded_head_norm": st.none() | st.booleans(),
         "lambda_target": st.none() | st.integers(-1, 2) | st.floats(),
         "hidden_act": st.sampled_from(["silu", "poly_norm"]),
@@ -61,6 +62,7 @@ def possible_fading(draw: st.DrawFn, neurons: int, layers: int, heads: int, head
         "faded_head_norm": draw(st.sampled_from([None, True])) if head_norm else None,
         "lambda_target": draw(st.none() | st.floats(-2, 2)),
     }
+    parts["blended_layers"] = draw(st.sampled_from([None, True])) if parts["masked_layers"] else None
     fades = any(value is not None for value in parts.values())
     return parts | {"fade": draw(st.floats(0, 1)) if fades else None}
 

@@ -7,7 +7,8 @@ signal heads, N noise heads and r = S / N, signal head i = 0 … S − 1 of a la
 
 and the layer's output is W_O · concat_i(norm(out_i)). Noise head i // r serves signal head i.
 
-In masked growth, the output of every new signal head, neuron and layer is multiplied by m = `fade`. While λ is faded
+In masked growth, the output of every new signal head, neuron and layer is multiplied by m = `fade`, or a new layer is
+blended: m · layer(x) + (1 − m) · x. While λ is faded
 in, λ_i is (1 − m) · m · target + m · λ_i as computed from its parameters. While the head norm is faded in, it gives
 (1 − m) · out_i + m · norm(out_i).
 """
@@ -58,14 +59,18 @@ def run(
                 if name.startswith(f"model.layers.{layer}.")
             }
             window = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+            before = x
             normed = rms_norm(x, weights["input_layernorm.weight"], config.rms_norm_eps)
             attended, layer_maps = attention(
                 normed, weights, config, layer, cos.to(dtype), sin.to(dtype), visible(real, window)
             )
-            m = config.fade if layer in (config.masked_layers or []) else 1.0
+            is_new = layer in (config.masked_layers or [])
+            m = config.fade if is_new and not config.blended_layers else 1.0
             x = x + m * attended
             normed = rms_norm(x, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
             x = x + m * mlp(normed, weights, config, layer)
+            if is_new and config.blended_layers:
+                x = config.fade * x + (1 - config.fade) * before
             row_maps.append(layer_maps)
         x = rms_norm(x, state["model.norm.weight"], config.rms_norm_eps)
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -150,7 +155,7 @@ def projected_heads(x: Tensor, weights: State, config: GDAConfig, name: str) -> 
 
 def mask_of_head(config: GDAConfig, layer: int, signal_head: int) -> float:
     """m for the last `masked_signal_heads` of the signal heads that read the same keys, values and noise."""
-    if config.masked_signal_heads is None or layer in (config.masked_layers or []):
+    if config.masked_signal_heads is None or is_faded_as_a_whole(config, layer):
         return 1.0
     num_signal = config.num_attention_heads - config.num_noise_heads
     sets = config.num_key_value_heads if config.kv_layout == "shared" else config.num_key_value_heads // 2
@@ -160,6 +165,11 @@ def mask_of_head(config: GDAConfig, layer: int, signal_head: int) -> float:
 
     same = [i for i in range(num_signal) if read_by(i) == read_by(signal_head)]
     return config.fade if signal_head in same[-config.masked_signal_heads :] else 1.0
+
+
+def is_faded_as_a_whole(config: GDAConfig, layer: int) -> bool:
+    """Whether a layer is new and random. In a new copy, new heads and neurons are masked as in its original."""
+    return layer in (config.masked_layers or []) and not config.blended_layers
 
 
 def attention_map(query: Tensor, key: Tensor, may_see: Tensor) -> Tensor:
@@ -204,7 +214,7 @@ def mlp(x: Tensor, weights: State, config: GDAConfig, layer: int) -> Tensor:
     """W_down (m · act(W_gate x) · W_up x)."""
     gate = linear(x, weights, "mlp.gate_proj")
     m = torch.ones_like(gate)
-    if config.masked_neurons is not None and layer not in (config.masked_layers or []):
+    if config.masked_neurons is not None and not is_faded_as_a_whole(config, layer):
         m[..., -config.masked_neurons :] = config.fade
     if config.hidden_act == "poly_norm":
         gate = poly_norm(gate, weights["mlp.act_fn.weight"], weights["mlp.act_fn.bias"], m)

@@ -14,8 +14,8 @@ class FadeCallback(TrainerCallback, ExportableState):
     From a model at 0, optimizer step k of T = `num_steps` runs with a fade of k / T. The config says what is
     faded in:
 
-    - `masked_signal_heads`, `masked_neurons`, `masked_layers`: masked growth (arXiv 2305.02869), as `gda grow --masked`
-      begins it. At 0 the model computes what it computed before it grew.
+    - `masked_signal_heads`, `masked_neurons`, `masked_layers`, `blended_layers`: masked growth (arXiv 2305.02869), as
+      `gda grow --masked` begins it. At 0 the model computes what it computed before it grew.
     - `lambda_target`: λ, whatever its type. Layers subtract with
 
           λ = (1 − fade) · fade · λ_target + fade · λ_learned

@@ -1,8 +1,8 @@
 """Motif's own code for vLLM, run without vLLM.
 
 These files of the fork are run as they are: the model, its attention backend (order of heads, λ, subtraction, head
-norm), the norms with PolyNorm, and RoPE. Stand-ins replace the rest: parallel linear layers, the paged attention of one kernel
-call, the skeleton of Llama and the loading of weights. Everything else of vLLM is a mock.
+norm), the norms with PolyNorm, and RoPE. Stand-ins replace the rest: parallel linear layers, the paged attention of one
+kernel call, the skeleton of Llama and the loading of weights. Everything else of vLLM is a mock.
 """
 
 import json
