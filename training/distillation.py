@@ -14,9 +14,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
+from gda.training.labels import NO_LABEL
 
 CHUNK = 256  # tokens whose float32 probabilities are in memory
-NO_LABEL = -100  # a token that is not predicted, as everywhere in transformers
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Distillation:
         return self.teacher(
             input_ids=ids,
             attention_mask=inputs.get("attention_mask"),
+            position_ids=inputs.get("position_ids"),
             output_hidden_states=self.hidden_weight > 0,
             use_cache=False,
         )

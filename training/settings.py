@@ -27,8 +27,8 @@ class TrainSettings(Options):
 
     data: tuple[str, ...] = option(
         (),
-        "Text to train on: a plain text, .jsonl, .json, .csv or .parquet file, a folder of such files, or a dataset "
-        "NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
+        "Text or chats to train on: a plain text, .jsonl, .json, .csv or .parquet file, a folder of such files or of a "
+        "downloaded or saved dataset, or a dataset NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
         panel=DATA,
         metavar="FILE|DATASET",
     )
@@ -45,7 +45,12 @@ class TrainSettings(Options):
         metavar="N",
         minimum=1,
     )
-    text_field: str = option("text", "Field of a row that holds its text.", panel=DATA)
+    text_field: str = option(
+        "text",
+        "Field of a row that holds its text or its messages. Rows without `text` are read by their fields `messages`, "
+        "or `prompt` and `completion`.",
+        panel=DATA,
+    )
     streaming: bool = option(
         False, "Read the data while training instead of tokenizing it first. Needs --steps.", panel=DATA
     )
@@ -220,6 +225,9 @@ class RunOptions(BundleOptions, RevisionOptions, HubOptions):
         False, "Continue an unfinished run from its last checkpoint. Start a new run if there is none.", panel=OUTPUT
     )
     overwrite: bool = option(False, "Replace OUT and an unfinished run, if they exist.", panel=OUTPUT)
+    show_batch: bool = option(
+        False, "Print the first sequence, with the parts that are learned and those that are only read.", panel=LOG
+    )
     dry_run: bool = option(
         False, "Check everything, count tokens, steps and parameters, but write nothing.", panel=OUTPUT
     )

@@ -20,13 +20,14 @@ from gda.common.versions import versions
 from gda.conversion.push import PushReport, push_result
 from gda.conversion.sources.hub import check_name, require_token
 from gda.conversion.sources.open import resolve_folder
-from gda.conversion.sources.readers import read_gda_config
+from gda.conversion.sources.readers import read_gda_config, read_tokenizer
 from gda.conversion.writing.history import history_of
 from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
 from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
 from gda.training.data.sequences import collate
+from gda.training.data.show import describe_sequence
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
 from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.card import training_step, write_card
@@ -80,7 +81,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     with quiet_transformers():
         source = processes.together(lambda: _check_inputs(options, out))
         if options.dry_run:
-            return _dry_run(options.settings, source, out, processes, console)
+            return _dry_run(options, source, out, processes, console)
         if (repo := options.push_to_hub) is not None:
             processes.on_main(lambda: require_token(repo))
         report = _run(options, source, out, processes, console)
@@ -111,14 +112,17 @@ def _check_inputs(options: TrainOptions, out: Path) -> Path:
 
 
 def _dry_run(
-    settings: TrainSettings, source: Path, out: Path, processes: Processes, console: Console | None
+    options: TrainOptions, source: Path, out: Path, processes: Processes, console: Console | None
 ) -> TrainReport:
     """The report of what a run would do. The data is tokenized in a temporary folder."""
+    settings = options.settings
     with contextlib.ExitStack() as stack:
         made = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="gda-train-")))
         scratch = Path(made)
         processes.together(lambda: _require_shared(scratch, processes))
         plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console))
+        if options.show_batch:
+            processes.on_main(lambda: _show_batch(plan, source, console))
     epochs, steps = 0, plan.steps
     if plan.sequences.count is not None:
         epochs, steps = divmod(plan.steps, steps_per_epoch(settings, plan.sequences.count, processes.count))
@@ -134,6 +138,11 @@ def _dry_run(
         dry_run=True,
         notes=[*plan.notes, *filter(None, (unfinished_run(out), _missing_space(out, plan)))],
     )
+
+
+def _show_batch(plan: Plan, source: Path, console: Console | None) -> None:
+    for line in describe_sequence(next(iter(plan.sequences.rows)), read_tokenizer(source)):
+        (console or Console(stderr=True)).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _require_shared(folder: Path, processes: Processes) -> None:
@@ -215,6 +224,8 @@ def _train(
             raise OSError(message)
 
     processes.on_main(require_space)
+    if options.show_batch:
+        processes.on_main(lambda: _show_batch(plan, source, console))
     if state.checkpoint is not None:
         require_trainer_state(state.checkpoint)
     interrupts = InterruptHandler(console if processes.is_main else None)
@@ -256,6 +267,7 @@ def _make_trainer(
         callbacks=[checkpoints, *([] if shows_progress else [ProgressCallback()]), *plan.fade_callbacks()],
         lambda_learning_rate=settings.lambda_learning_rate,
         distillation=plan.distillation,
+        predicted_per_sequence=plan.eval_sequences and plan.eval_sequences.predicted_per_sequence(),
         layer_log=LayerLog(state.path / LOG_FILE if processes.is_main else None),
         stop=stop,
     )

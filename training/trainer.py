@@ -18,7 +18,8 @@ from transformers.training_args import TrainingArguments
 from gda.common.numbers import exponential
 from gda.training.callbacks.layer_log import LayerLog, for_reporters
 from gda.training.callbacks.throughput import ThroughputCallback
-from gda.training.distillation import NO_LABEL, Distillation, DistillationLosses
+from gda.training.distillation import Distillation, DistillationLosses
+from gda.training.labels import num_predicted
 from gda.training.lora import is_adapted, load_learned, merged_state, save_learned
 from gda.training.parameters import optimizer_groups, partly_frozen
 from gda.training.sharding import FrozenEntriesCallback
@@ -46,6 +47,8 @@ class GDATrainer(Trainer):
         lambda_learning_rate: Peak learning rate of λ, on the same schedule. Default: that of all other parameters.
         distillation: The teacher.
         layer_log: Writes the log and measures the layers.
+        predicted_per_sequence: Mean number of predicted tokens in a sequence of the evaluation data. Required if it
+            varies, for an evaluation loss in which each token counts the same.
         kwargs: As for the Trainer.
 
     Attributes:
@@ -63,6 +66,7 @@ class GDATrainer(Trainer):
         lambda_learning_rate: float | None = None,
         distillation: Distillation | None = None,
         layer_log: LayerLog | None = None,
+        predicted_per_sequence: float | None = None,
         **kwargs: Any,
     ):
         if args.n_gpu > 1:
@@ -70,6 +74,7 @@ class GDATrainer(Trainer):
         self.lambda_learning_rate = lambda_learning_rate
         self.distillation = distillation
         self.layer_log = layer_log
+        self.predicted_per_sequence = predicted_per_sequence
         self.throughput = ThroughputCallback()
         self._loss_sums: dict[str, Tensor] = {}  # since the last log entry
         super().__init__(model, args, **kwargs)
@@ -113,8 +118,12 @@ class GDATrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss on the text; during training with a teacher, the loss of `Distillation`."""
-        with self._measuring_layers() if model.training else contextlib.nullcontext():
-            if self.distillation is None or not model.training:
+        if not model.training:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss = loss * self._weight_in_mean(inputs, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+        with self._measuring_layers():
+            if self.distillation is None:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             hidden_states = {"output_hidden_states": True} if self.distillation.hidden_weight > 0 else {}
             loss, outputs = super().compute_loss(model, {**inputs, **hidden_states}, True, num_items_in_batch)
@@ -125,10 +134,19 @@ class GDATrainer(Trainer):
         loss = self.distillation.loss(loss, losses)
         return (loss, outputs) if return_outputs else loss
 
+    def _weight_in_mean(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor | float:
+        """Weight of a batch in the mean loss of an evaluation, so that each predicted token counts the same.
+
+        The Trainer averages the losses of the batches over their sequences.
+        """
+        if self.predicted_per_sequence is None:
+            return 1.0
+        return self._divisor(inputs, num_items) / len(inputs["labels"]) / self.predicted_per_sequence
+
     def _divisor(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor | int:
         """What a sum over the tokens of this process is divided by to be on the scale of `Trainer.compute_loss`."""
         if num_items is None:
-            return inputs["labels"][:, 1:].ne(NO_LABEL).sum()
+            return num_predicted(inputs["labels"])
         if self.args.average_tokens_across_devices:
             return num_items / (self.accelerator.num_processes // self.get_tp_size())
         return num_items

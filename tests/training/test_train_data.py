@@ -183,7 +183,7 @@ def test_sequences_are_packed_once(
     first = opened(path)
     cut: list[int] = []
     plain = packing.SequencePacker.blocks
-    monkeypatch.setattr(packing.SequencePacker, "blocks", lambda self, sources: cut.append(1) or plain(self, sources))
+    monkeypatch.setattr(packing.SequencePacker, "blocks", lambda *args: cut.append(1) or plain(*args))
     again = opened(path)
     assert not cut
     assert (ids_of(again), again.count, again.notes) == (ids_of(first), first.count, first.notes)
@@ -329,9 +329,9 @@ def test_missing_dataset(case: str, words: Hub, opened: Callable[..., Sequences]
 def test_dataset_without_the_column(words: Hub, opened: Callable[..., Sequences]) -> None:
     """Also a column of numbers."""
     refused(
-        lambda: opened("me/words", text_field="body"), ValueError, "no column `body`", "columns n, text", "--text-field"
+        lambda: opened("me/words", text_field="body"), ValueError, "no field `body`", "fields n, text", "--text-field"
     )
-    refused(lambda: opened("me/words", text_field="n"), ValueError, "me/words: column `n` holds int64, not strings")
+    refused(lambda: opened("me/words", text_field="n"), ValueError, "me/words, row 1: `n` holds int, not a string")
 
 
 def test_failing_hub(words: Hub, opened: Callable[..., Sequences], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,18 +369,26 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "zeros": ("a.txt", b"some words" + bytes(9), ("a.txt is not text", "zero byte")),
     "a later block": ("a.txt", b"word " * 300_000 + b"\xff", ("a.txt is not text in UTF-8", "byte 1500000")),
     "no JSON": ("a.jsonl", f"{ROW}\n{{text: no}}\n".encode(), ("a.jsonl, line 2 is not JSON",)),
-    "another field": ("a.jsonl", f"{ROW}\n\n{{}}".encode(), ("a.jsonl, line 3 has no field `text`",)),
-    "no string": ("a.jsonl", b'{"text": 1}', ("a.jsonl, line 1 has no field `text` that holds a string",)),
-    "null": ("a.jsonl", b'{"text": null}', ("a.jsonl, line 1 has no field `text` that holds a string",)),
-    "a list": ("a.jsonl", b'["text"]', ("a.jsonl, line 1 has no field `text`",)),
+    "other fields": (
+        "a.jsonl",
+        b'{"instruction": "a", "output": "b"}\n{"n": 1}',
+        ("a.jsonl has no field `text`, `messages`, or `prompt` and `completion`", "instruction, output, n with --text"),
+    ),
+    "no string": ("a.jsonl", b'{"text": 1}', ("a.jsonl, line 1: `text` holds int, not a string",)),
+    "null": ("a.jsonl", b'{"text": null}', ("a.jsonl has 0 tokens",)),
+    "a list": ("a.jsonl", b'["text"]', ("a.jsonl, line 1 is not a JSON object", "field `text`")),
     "no parquet": ("a.parquet", LONG.encode(), ("a.parquet cannot be read",)),
     "short": ("a.txt", b"a", ("a.txt has 2 tokens, fewer than one sequence of 16; lower --context or add text",)),
     "no CSV": ("a.csv", b"text,n\na,1\nb,2,3,4\n", ("a.csv cannot be read after row 0",)),
     "CSV of another encoding": ("a.csv", b"text\na\xff\n", ("a.csv cannot be read after row 0",)),
-    "CSV without the column": ("a.csv", b"body,n\na,1\n", ("a.csv has no column `text`", "body, n", "--text-field")),
+    "CSV without the column": ("a.csv", b"body,n\na,1\n", ("a.csv has no field `text`", "body, n", "--text-field")),
     "CSV of numbers": ("a.csv", b"text\n1\n", ("a.csv, row 1: `text` holds int, not a string",)),
     "broken JSON": ("a.json", b'[{"text": "a"}', ("a.json cannot be read after row 0",)),
-    "JSON without the field": ("a.json", b'[{"text": "a"}, {}]', ("a.json, row 2: `text` holds null, not a string",)),
+    "JSON without the field": (
+        "a.json",
+        b'[{"n": 1}, {}]',
+        ("a.json has no field `text`", "its fields n with --text-"),
+    ),
     "no text in rows": ("a.jsonl", b'{"text": ""}\n' * 3, ("a.jsonl has 0 tokens",)),
 }
 
@@ -405,12 +413,10 @@ def test_unreadable_parquet(opened: Callable[..., Sequences], tmp_path: Path) ->
     refused(
         lambda: opened(path),
         ValueError,
-        "a.parquet has no column `text`; choose one of its columns n, body",
-        "--text-field",
+        "a.parquet has no field `text`",
+        "choose one of its fields n, body with --text-field",
     )
-    refused(lambda: opened(path, text_field="n"), ValueError, "a.parquet", "column `n` holds int64")
-    write_parquet(path, [*TEXTS[:4], None, *TEXTS])
-    refused(lambda: opened(path), ValueError, "a.parquet, row 5", "null")
+    refused(lambda: opened(path, text_field="n"), ValueError, "a.parquet, row 1: `n` holds int")
     write_parquet(path, TEXTS, compression="none", use_dictionary=False, write_page_checksum=True)
     damaged = bytearray(path.read_bytes())
     damaged[300:700] = bytes(400)

@@ -20,11 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
 from gda.common.files import read_json, remove, write_json, written_beside
+from gda.common.progress import logger
 from gda.common.screen import progress_bars
-from gda.training.data.packing import SequencePacker
-from gda.training.data.sources import DocumentSource, find_sources
+from gda.training.data.packing import SequencePacker, Tally
+from gda.training.data.rows import Source
+from gda.training.data.sources import find_sources
+from gda.training.labels import num_predicted
 from gda.training.runs.processes import Processes
 
+# Columns of the sequences; text has the first one only.
+COLUMNS = ("input_ids", "labels", "position_ids")
 # Sequences of a stream that are held in memory; the next one is drawn from them at random.
 SHUFFLE_BUFFER = 1000
 
@@ -34,10 +39,11 @@ class Sequences:
     """Text as the Trainer reads it.
 
     Attributes:
-        rows: Has the column `input_ids`, token ids (context,) int64. The Trainer shuffles a `Dataset`. An
-            `IterableDataset` shuffles itself and repeats the data without end.
+        rows: Has the column `input_ids`, token ids (context,) int64; if the data has examples, also `labels` and
+            `position_ids`. The Trainer shuffles a `Dataset`. An `IterableDataset` shuffles itself and repeats the data
+            without end.
         count: Number of sequences; None for a stream.
-        tokens: Tokens in these sequences; None for a stream.
+        tokens: Tokens in these sequences, without padding; None for a stream.
         notes: What the user should know.
     """
 
@@ -49,16 +55,25 @@ class Sequences:
     def spread(self, number: int) -> "Sequences":
         """At most `number` of the sequences, evenly spread over the text, for evaluation."""
         if self.count is None or self.tokens is None or not isinstance(self.rows, Dataset) or self.count <= number:
-            return replace(self, notes=())
+            return self
         note = f"--eval-data: {number:,} of {self.count:,} sequences are measured; --eval-tokens sets how many"
         rows = self.rows.select(index * self.count // number for index in range(number))
-        return Sequences(rows, number, self.tokens * number // self.count, (note,))
+        return Sequences(rows, number, self.tokens * number // self.count, (*self.notes, note))
+
+    def predicted_per_sequence(self) -> float | None:
+        """Mean number of tokens in a sequence that are predicted; None if it is the same in all."""
+        if not isinstance(self.rows, Dataset) or "labels" not in self.rows.column_names:
+            return None
+        return float(sum(num_predicted(batch["labels"]) for batch in self.rows.iter(SHUFFLE_BUFFER)) / len(self.rows))
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch: `input_ids` and `labels` (B, T), which are equal since a causal model shifts its labels itself."""
-    ids = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids}
+    """A batch of `input_ids`, `labels` and, with examples, `position_ids`, all (B, T).
+
+    The labels of text are its ids, since a causal model shifts its labels itself.
+    """
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {"labels": batch["input_ids"], **batch}
 
 
 def open_sequences(
@@ -74,9 +89,9 @@ def open_sequences(
     option: str = "--data",
     console: Console | None = None,
 ) -> Sequences:
-    """Tokenize documents, join them with an end-of-text token after each, and cut them into sequences.
+    """Tokenize documents and pack them into sequences, as `SequencePacker` does.
 
-    Tokens at the end that do not fill a sequence are dropped. The sequences do not depend on the number of processes:
+    The sequences do not depend on the number of processes:
     one process tokenizes and writes a file into `scratch`, which all share, and the others wait for it. A later run
     with the same data, tokenizer and context reads this file again. Neither the data nor the sequences have to fit into
     memory.
@@ -93,25 +108,25 @@ def open_sequences(
         return _stream(packer, find(), seed)
     path, index = (scratch / f"{option.strip('-')}{ending}" for ending in (".arrow", ".json"))
     _tokenize_in_one_process(index, lambda known: _write(path, packer, find(), known, console))
-    return _read(path, index, packer)
+    return _read(path, index, packer, option)
 
 
 # ------------------------------------------------------------------------------------------------------------ streaming
 
 
-def _stream(packer: SequencePacker, sources: list[DocumentSource], seed: int) -> Sequences:
-    tokens = 0
-    for block in packer.blocks(sources):
-        tokens += block.size
-        if tokens >= packer.context:
-            break
-    packer.require_a_sequence(tokens)
-    rows = _stream_of(_EndlessPasses(packer, sources, seed), packer.context)
-    return Sequences(rows.with_format("torch"), None, None, packer.notes)
+def _stream(packer: SequencePacker, sources: list[Source], seed: int) -> Sequences:
+    next(packer.blocks(sources, Tally()))  # raises an error if there is no sequence
+    rows = _stream_of(_EndlessPasses(packer, sources, seed), packer.context, any(each.has_examples for each in sources))
+    return Sequences(rows.with_format("torch"), None, None, (*packer.notes, *_notes_of(sources)))
 
 
-def _stream_of(generator: Callable[[], Iterator[Any]], context: int) -> IterableDataset:
-    features = Features({"input_ids": List(Value("int32"), length=context)})
+def _notes_of(sources: list[Source]) -> list[str]:
+    return [source.note for source in sources if source.note is not None]
+
+
+def _stream_of(generator: Callable[[], Iterator[Any]], context: int, has_examples: bool) -> IterableDataset:
+    columns = COLUMNS if has_examples else COLUMNS[:1]
+    features = Features({name: List(Value("int32"), length=context) for name in columns})
     return IterableDataset.from_generator(generator, features=features)
 
 
@@ -124,20 +139,24 @@ class _EndlessPasses:
     """
 
     packer: SequencePacker
-    sources: list[DocumentSource]
+    sources: list[Source]
     seed: int
 
     def __call__(self) -> Iterator[dict[str, Any]]:
-        rows = _stream_of(self._one_pass, self.packer.context).shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
+        has_examples = any(each.has_examples for each in self.sources)
+        rows = _stream_of(self._one_pass, self.packer.context, has_examples)
+        rows = rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
         for epoch in itertools.count():
             rows.set_epoch(epoch)
             yield from rows
 
     def _one_pass(self) -> Iterator[dict[str, Any]]:
-        for block in self.packer.blocks(self.sources):
-            if block.shape[1] == self.packer.context:
-                for sequence in block:
-                    yield {"input_ids": sequence}
+        tally = Tally()
+        for block in self.packer.blocks(self.sources, tally):
+            for row in zip(*block.values(), strict=True):
+                yield dict(zip(block, row, strict=True))
+        for note in tally.notes(self.packer.context):
+            logger.info("end of the data: %s", note)
 
 
 # ------------------------------------------------------------------------------------------------------- tokenized once
@@ -172,7 +191,7 @@ def _tokenize_in_one_process(index: Path, write: Callable[[dict[str, Any]], dict
 
 
 def _write(
-    path: Path, packer: SequencePacker, sources: list[DocumentSource], known: dict[str, Any], console: Console | None
+    path: Path, packer: SequencePacker, sources: list[Source], known: dict[str, Any], console: Console | None
 ) -> dict[str, Any]:
     """Write all sequences to an Arrow file, unless `known` describes the same ones; return the content of the index.
 
@@ -181,40 +200,39 @@ def _write(
     identity = _identity(packer, sources)
     if known.get("identity") == identity and path.is_file():
         return known
-    tokens, dropped = 0, 0
+    tally = Tally()
     kind = pa.list_(pa.int32(), packer.context)
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn())
     bar = progress_bars(console, *columns)
-    schema = pa.schema([("input_ids", kind)])
+    names = COLUMNS if any(each.has_examples for each in sources) else COLUMNS[:1]
+    schema = pa.schema([(name, kind) for name in names])
     with bar, written_beside(path) as file, pa.ipc.new_stream(file, schema) as writer:
         task = bar.add_task("tokens", total=None)
-        for block in packer.blocks(sources):
-            if block.shape[1] < packer.context:
-                dropped = block.size
-                break
-            ids = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), type=kind)
-            writer.write_batch(pa.record_batch([ids], names=["input_ids"]))
-            tokens += block.size
-            bar.advance(task, block.size)
-        packer.require_a_sequence(tokens + dropped)
-    return {"identity": identity, "tokens": tokens, "dropped": dropped}
+        for block in packer.blocks(sources, tally):
+            values = [pa.FixedSizeListArray.from_arrays(pa.array(block[each].reshape(-1)), type=kind) for each in names]
+            writer.write_batch(pa.record_batch(values, names=list(names)))
+            bar.update(task, completed=tally.tokens)
+    return {"identity": identity, "tally": tally.to_dict(), "notes": _notes_of(sources)}
 
 
-def _identity(packer: SequencePacker, sources: list[DocumentSource]) -> str:
+def _identity(packer: SequencePacker, sources: list[Source]) -> str:
     """A digest of all that the sequences depend on."""
     tokenizer = packer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [
         *([source.identity for source in sources], packer.context, packer.vocab_size),
-        *(repr(tokenizer) if backend is None else backend.to_str(), tokenizer.eos_token_id),
+        *(repr(tokenizer) if backend is None else backend.to_str(), tokenizer.eos_token_id, tokenizer.chat_template),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _read(path: Path, index: Path, packer: SequencePacker) -> Sequences:
+def _read(path: Path, index: Path, packer: SequencePacker, option: str) -> Sequences:
     described = read_json(index)
     rows = Dataset.from_file(str(path)).with_format("torch")  # memory-mapped
-    notes = list(packer.notes)
-    if described["dropped"]:
-        notes.append(f"{described['dropped']} tokens at the end of the data do not fill a sequence and are dropped")
-    return Sequences(rows, described["tokens"] // packer.context, described["tokens"], tuple(notes))
+    tally = Tally(**described["tally"])
+    notes = (*packer.notes, *described["notes"], *tally.notes(packer.context))
+    if option != "--data":  # what is true of both was said for --data
+        notes = tuple(
+            f"{option}: {note}" for note in [*described["notes"], *replace(tally, dropped=0).notes(packer.context)]
+        )
+    return Sequences(rows, tally.sequences, tally.tokens, notes)

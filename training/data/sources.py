@@ -1,4 +1,4 @@
-"""Documents for training: text files, rows of data files and datasets on the Hub.
+"""Where documents come from: text files, rows of data files, folders, and datasets on the Hub.
 
 Text and JSON Lines go through `gda.common.text`, as in all commands: it reads a document of any size in pieces, and
 its errors name the line. Everything else is read by the `datasets` library.
@@ -8,66 +8,57 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Value, disable_progress_bars
+import datasets
+from datasets.data_files import FILES_TO_IGNORE
 from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
+from gda.common.dataset_folders import is_saved, read_saved, split_of
 from gda.common.errors import first_line
 from gda.common.places import check_data
-from gda.common.text import jsonl_texts, text_pieces
+from gda.common.text import jsonl_rows, text_pieces
 from gda.conversion.sources.hub import LOG_IN
+from gda.training.data.rows import Fields, Rows, Source, source_of_rows
 
-# Endings of files that are read in a folder. A file that is named itself may have any ending; it is plain text unless
-# the ending is .jsonl or in BUILDERS.
-FOLDER_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv")
-# The readers of `datasets`, and their arguments.
+# The readers of `datasets`, and their arguments, by the ending of a file, which may be followed by one of COMPRESSED.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": (
         "parquet",
         {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)},
     ),
+    ".arrow": ("arrow", {}),
     ".csv": ("csv", {"keep_default_na": False}),  # the words "NA" and "null" are text
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
     ".json": ("json", {}),
+    ".jsonl": ("json", {}),  # only if compressed
+    ".ndjson": ("json", {}),
 }
+LINES = (".jsonl", ".ndjson")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Endings of files that are read in a folder. A file that is named itself may have any ending; it is plain text unless
+# the ending is in BUILDERS.
+FOLDER_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".json", ".tsv", ".ndjson", ".arrow")
 ROWS_AT_ONCE = 1000
-
-# Text, and whether a document ends with it: a large document comes in several pieces.
-Pieces = Iterable[tuple[str, bool]]
+NAMED = 3  # files in a note
 
 # The readers log an error and then raise it. It is reported once.
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 
-@dataclass(frozen=True)
-class DocumentSource:
-    """A file or a dataset that holds documents.
-
-    `identity` are JSON-ready values that change when the content does. `pieces` reads the documents in order, from the
-    beginning.
-    """
-
-    identity: list[Any]
-    pieces: Callable[[], Pieces]
-
-
 def find_sources(
     names: Sequence[str | Path], text_field: str, *, streaming: bool, option: str = "--data"
-) -> list[DocumentSource]:
-    """Find files, folders of files (in the order of their paths) and datasets NAME[:CONFIG[:SPLIT]] on the Hub."""
-    found: list[DocumentSource] = []
+) -> list[Source]:
+    """Find files, folders (of files, or of a dataset) and datasets NAME[:CONFIG[:SPLIT]] on the Hub."""
+    found: list[Source] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(each for each in path.rglob("*") if each.suffix in FOLDER_ENDINGS and each.is_file())
-            if not files:
-                raise FileNotFoundError(f"{option} {path} is a folder without {', '.join(FOLDER_ENDINGS)} files")
-            found += [_file_source(each, text_field) for each in files]
+            found += _folder_sources(path, text_field, option)
         elif path.is_file():
             found.append(_file_source(path, text_field))
         else:
@@ -85,15 +76,64 @@ def _check_name(name: str, option: str) -> None:
         raise FileNotFoundError(f"{option} {name} is not a file")
 
 
-def _file_source(path: Path, text_field: str) -> DocumentSource:
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def _folder_sources(folder: Path, text_field: str, option: str) -> list[Source]:
+    """The split `train` of a saved dataset, or the files of a folder but for those of other splits."""
+    if is_saved(folder):
+        splits = read_saved(folder)
+        if (rows := splits.get("train", next(iter(splits.values())) if len(splits) == 1 else None)) is None:
+            raise ValueError(f"{option} {folder} has no split train; name one of {_listed(folder, splits)}")
+        identity = [file for each in rows.cache_files for file in _stamp(Path(each["filename"]))]
+        return [_table_source(rows, str(folder), identity, text_field, _other_splits(folder, set(splits) - {"train"}))]
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and _is_read(path)]
+    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    others = {split for file in files if (split := split_of(file)) not in (None, "train")}
+    read = [file for file in files if split_of(file) in (None, "train")]
+    if not files:
+        raise FileNotFoundError(f"{option} {folder} is a folder without {', '.join(FOLDER_ENDINGS)} files")
+    if not read:
+        raise ValueError(f"{option} {folder} has no split train, only {', '.join(sorted(others))}; name its files")
+    sources = [_file_source(folder / file, text_field) for file in read]
+    return [*sources[:-1], sources[-1].with_note(_other_splits(folder, others, read))]
+
+
+def _is_read(path: Path) -> bool:
+    return _ending(path) in FOLDER_ENDINGS and path.name not in FILES_TO_IGNORE
+
+
+def _ending(path: Path) -> str:
+    """The ending that says how a file is read, in lower case and without that of a compression."""
+    name = Path(path.name.lower())
+    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+
+
+def _listed(folder: Path, splits: dict[str, Any]) -> str:
+    return ", ".join(str(folder / split) for split in splits)
+
+
+def _other_splits(folder: Path, others: set[str], read: Sequence[Path] = ()) -> str | None:
+    """A note that only the split `train` is read, if there are others."""
+    if not others:
+        return None
+    names = [*map(str, read[:NAMED]), *([f"and {len(read) - NAMED} more"] if len(read) > NAMED else [])]
+    files = f" ({', '.join(names)})" if names else ""
+    return f"{folder}: only the split train is read{files}, not {', '.join(sorted(others))}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _file_source(path: Path, text_field: str) -> Source:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    if path.suffix in BUILDERS:
-        rows = _open_rows(path, text_field)
-        return DocumentSource([*_stamp(path), text_field], partial(_row_documents, rows, str(path), text_field))
-    if path.suffix == ".jsonl":
-        return DocumentSource([*_stamp(path), text_field], partial(_jsonl_documents, path, text_field))
-    return DocumentSource(_stamp(path), partial(_text_document, path))
+    ending, identity = _ending(path), _stamp(path)
+    if ending in LINES and path.suffix.lower() == ending:
+        return source_of_rows(str(path), identity, lambda _: _lines(path), text_field)
+    if ending in BUILDERS:
+        return source_of_rows(str(path), identity, partial(_read, path, ending), text_field)
+    return Source(identity, partial(_text_document, path), has_examples=False)
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -107,37 +147,35 @@ def _text_document(path: Path) -> Iterator[tuple[str, bool]]:
     yield "", True
 
 
-def _jsonl_documents(path: Path, text_field: str) -> Iterator[tuple[str, bool]]:
-    return ((text, True) for text in jsonl_texts(path, text_field) if text)
+def _lines(path: Path) -> Rows:
+    for number, row in jsonl_rows(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object, so it has no field `text`")
+        yield f"line {number}", row
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-def _open_rows(path: Path, text_field: str) -> Any:
-    """The rows of a data file, as an IterableDataset that reads them when it is iterated over."""
-    from datasets import load_dataset
-
-    builder, options = BUILDERS[path.suffix]
-    load = partial(load_dataset, builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
+def _read(path: Path, ending: str, fields: Fields | None) -> Rows:
+    """The rows of a data file, or only some fields of them."""
+    builder, options = BUILDERS[ending]
+    load: Callable[..., Any] = partial(
+        datasets.load_dataset, builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
+    )
     try:
-        rows: Any = load(columns=[text_field]) if builder == "parquet" else load()
-        if rows.column_names == []:
-            rows = load()  # raises an error that names the columns
+        rows = load() if fields is None or builder != "parquet" else load(columns=list(fields))
     except Exception as error:  # the readers have no common error class
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
-    _require_text(rows, str(path), text_field)
-    return rows
+    return _table_rows(rows, str(path))
 
 
-def _hub_source(name: str, text_field: str, streaming: bool, option: str) -> DocumentSource:
-    from datasets import load_dataset
+# ------------------------------------------------------------------------------------------------ tables of `datasets`
 
+
+def _hub_source(name: str, text_field: str, streaming: bool, option: str) -> Source:
     repository, config, split = [*name.split(":", 2), "", ""][:3]
     if not sys.stderr.isatty():
-        disable_progress_bars()
+        datasets.disable_progress_bars()
     try:
-        rows: Any = load_dataset(repository, config or None, split=split or "train", streaming=streaming)
+        rows: Any = datasets.load_dataset(repository, config or None, split=split or "train", streaming=streaming)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{option} {name} is neither a file nor a dataset on the Hub ({first_line(error)}); "
@@ -149,45 +187,27 @@ def _hub_source(name: str, text_field: str, streaming: bool, option: str) -> Doc
         ) from None
     except Exception as error:  # datasets has no common error class
         raise ValueError(f"{option} {name} cannot be read: {first_line(error)}") from None
-    _require_text(rows, name, text_field)
-    rows = rows.select_columns(text_field)
     # A stream needs no identity, because none of it is stored. The file names of a download contain its revision.
     files = [] if streaming else [len(rows), *(_stamp(Path(each["filename"])) for each in rows.cache_files)]
-    return DocumentSource([name, text_field, *files], partial(_row_documents, rows, name, text_field))
+    return _table_source(rows, name, [name, *files], text_field)
 
 
-def _require_text(rows: Any, name: str, text_field: str) -> None:
-    """Refuse rows without the text field, as far as their columns are known before they are read."""
-    if rows.column_names is not None and text_field not in rows.column_names:
-        raise _no_column(name, text_field, rows.column_names)
-    kind = (rows.features or {}).get(text_field)
-    if isinstance(kind, Value) and "string" not in kind.dtype:
-        raise ValueError(
-            f"{name}: column `{text_field}` holds {kind.dtype}, not strings; choose another with --text-field"
-        )
+def _table_source(rows: Any, name: str, identity: list[Any], text_field: str, note: str | None = None) -> Source:
+    def open_rows(fields: Fields | None) -> Rows:
+        return _table_rows(rows if fields is None else rows.select_columns(list(fields)), name)
+
+    return source_of_rows(name, identity, open_rows, text_field).with_note(note)
 
 
-def _no_column(name: str, text_field: str, columns: Iterable[str]) -> ValueError:
-    return ValueError(
-        f"{name} has no column `{text_field}`; choose one of its columns {', '.join(columns)} with --text-field"
-    )
-
-
-def _row_documents(rows: Any, name: str, text_field: str) -> Iterator[tuple[str, bool]]:
-    row, batches = 0, rows.iter(ROWS_AT_ONCE)
+def _table_rows(rows: Any, name: str) -> Rows:
+    number, batches = 0, rows.iter(ROWS_AT_ONCE)
     while True:
         try:
             batch = next(batches, None)
         except Exception as error:  # the readers have no common error class
-            raise ValueError(f"{name} cannot be read after row {row}: {first_line(error)}") from None
+            raise ValueError(f"{name} cannot be read after row {number}: {first_line(error)}") from None
         if batch is None:
             return
-        if text_field not in batch:
-            raise _no_column(name, text_field, batch)
-        for text in batch[text_field]:
-            row += 1
-            if not isinstance(text, str):
-                found = "null" if text is None else type(text).__name__
-                raise ValueError(f"{name}, row {row}: `{text_field}` holds {found}, not a string")
-            if text:
-                yield text, True
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield f"row {number}", dict(zip(batch, values, strict=True))

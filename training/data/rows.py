@@ -1,0 +1,141 @@
+"""Rows of data, and the documents in them: texts, chats, and prompts with their completions."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+# Text, and whether a document ends with it: a large document comes in several pieces.
+Piece = tuple[str, bool]
+# The place of a row in its file, for errors, and its fields.
+Rows = Iterator[tuple[str, dict[str, Any]]]
+Fields = tuple[str, ...]
+Message = dict[str, Any]
+
+MESSAGES, PAIR, TOOLS = ("messages",), ("prompt", "completion"), "tools"
+SEARCHED = 1000  # rows at the beginning, one of which must have a field to train on
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document of which the model learns only the answer.
+
+    Attributes:
+        place: Where it was found, for errors.
+        prompt, answer: Both texts, or both messages. Of messages, only the turns of the assistant in `answer` are
+            learned.
+        tools: Tools for the chat template.
+    """
+
+    place: str
+    prompt: str | list[Message]
+    answer: str | list[Message]
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or a dataset that holds documents.
+
+    Attributes:
+        identity: JSON-ready values that change when the content does.
+        documents: Reads the documents in order, from the beginning; None is a row without content.
+        has_examples: Whether they are examples instead of text.
+        note: What the user should know.
+    """
+
+    identity: list[Any]
+    documents: Callable[[], Iterable[Piece | Example | None]]
+    has_examples: bool
+    note: str | None = None
+
+    def with_note(self, note: str | None) -> "Source":
+        """The same source with a note."""
+        return replace(self, note=note)
+
+
+def source_of_rows(
+    name: str, identity: list[Any], open_rows: Callable[[Fields | None], Rows], text_field: str
+) -> Source:
+    """The source of all rows of one file or dataset.
+
+    Args:
+        name: Its name, for errors.
+        open_rows: Reads the rows from the beginning: all of their fields, or those that are named.
+        text_field: Field that holds text or messages. The default `text` may be missing where others are known.
+
+    Raises:
+        ValueError: if there is no field to train on, naming those that were found.
+    """
+    first = list(itertools.islice(open_rows(None), SEARCHED))
+    fields = next((found for _, row in first if (found := _choose_fields(row, text_field))), None)
+    if fields is None:
+        there = ", ".join(dict.fromkeys(field for _, row in first for field in row)) or "none"
+        expected = f"`{text_field}`" if text_field != "text" else "`text`, `messages`, or `prompt` and `completion`"
+        raise ValueError(
+            f"{name} has no field {expected}; choose one of its fields {there} with --text-field, or rename them"
+        )
+    to_document = partial(_document, name, fields)
+    known = filter(None, (to_document(place, row) for place, row in first))
+    has_examples = isinstance(next(known, None), Example)
+
+    def documents() -> Iterator[Piece | Example | None]:
+        for place, row in open_rows(fields):
+            document = to_document(place, row)
+            if document is not None and isinstance(document, Example) is not has_examples:
+                raise ValueError(f"{name}, {place}: `{fields[0]}` holds text in some rows and messages in others")
+            yield document
+
+    return Source([*identity, *fields], documents, has_examples)
+
+
+def _choose_fields(row: dict[str, Any], text_field: str) -> Fields | None:
+    """The fields of a row that are trained on, and the tools of a chat."""
+    candidates = [(text_field,), *((MESSAGES, PAIR) if text_field == "text" else ())]
+    fields = next((each for each in candidates if all(field in row for field in each)), None)
+    if fields is None or TOOLS not in row or TOOLS in fields:
+        return fields
+    return (*fields, TOOLS)
+
+
+def _document(name: str, fields: Fields, place: str, row: dict[str, Any]) -> Piece | Example | None:
+    """The document in a row; None if it has no content."""
+    at = f"{name}, {place}"
+    values: list[Any] = [row.get(field) for field in fields if field != TOOLS]
+    if values[-1] in (None, "", []) or values[0] is None:
+        return None
+    for field, value in zip(fields, values, strict=False):
+        _check_value(at, field, value)
+    if len(values) == 1 and isinstance(values[0], str):
+        return values[0], True
+    prompt, answer = values if len(values) == 2 else ([], values[0])
+    if type(prompt) is not type(answer):
+        raise ValueError(f"{at}: `prompt` and `completion` must both be text, or both messages")
+    if isinstance(answer, str):
+        return Example(at, prompt, answer)
+    tools = row.get(TOOLS) or None
+    return Example(at, _messages(prompt), _messages(answer), json.loads(tools) if isinstance(tools, str) else tools)
+
+
+def _check_value(at: str, field: str, value: Any) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{at} has half a surrogate pair in `{field}`, which is not a character") from None
+        return
+    if not isinstance(value, list):
+        raise ValueError(
+            f"{at}: `{field}` holds {type(value).__name__}, not a string or messages; choose another with --text-field"
+        )
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            found = ", ".join(message) if isinstance(message, dict) else type(message).__name__
+            raise ValueError(f"{at}: a message in `{field}` needs the fields role and content, and has {found}")
+
+
+def _messages(messages: Iterable[Message]) -> list[Message]:
+    """The messages without fields that are null, which tables add where only other rows have them."""
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
