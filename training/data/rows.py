@@ -103,10 +103,13 @@ def _choose_fields(row: dict[str, Any], text_field: str) -> Fields | None:
 def _document(name: str, fields: Fields, place: str, row: dict[str, Any]) -> Piece | Example | None:
     """The document in a row; None if it has no content."""
     at = f"{name}, {place}"
-    values: list[Any] = [row.get(field) for field in fields if field != TOOLS]
+    fields = tuple(field for field in fields if field != TOOLS)
+    if missing := [field for field in fields if field not in row]:
+        raise ValueError(f"{at} has no field `{missing[0]}`")
+    values: list[Any] = [row[field] for field in fields]
     if values[-1] in (None, "", []) or values[0] is None:
         return None
-    for field, value in zip(fields, values, strict=False):
+    for field, value in zip(fields, values, strict=True):
         _check_value(at, field, value)
     if len(values) == 1 and isinstance(values[0], str):
         return values[0], True

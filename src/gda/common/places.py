@@ -7,7 +7,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 GGUF_MAGIC = b"GGUF"
 ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another adapter of PEFT
 # Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
-DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".md", ".tsv", ".zst")
+DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".md", ".tsv", ".ndjson", ".arrow", ".zst")
 
 
 def check_model(location: str | Path) -> None:
