@@ -15,28 +15,12 @@ from gda.configuration.configuration_gda import FADED
 
 from ..support.checkpoints import load, logits
 from ..support.llamas import save_llama, tensors_of
+from ..support.paper_layouts import LAMBDAS, LAYOUTS, SOURCES, is_faded, measure
 from ..support.tiny import relative_error
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "paired": {"kv_layout": "paired"},
-    "head norm": {"head_norm": True},
-    "both": {"kv_layout": "paired", "head_norm": True},
-    "neither": {},
-}
-LAMBDAS: dict[str, dict[str, Any]] = {
-    "reparameterized": {},
-    "schedule": {"lambda_init": "schedule"},
-    "tanh": {"lambda_type": "tanh"},
-    "sigmoid": {"lambda_type": "sigmoid"},
-}
 
 
 def some_ids() -> Tensor:
     return torch.randint(200, (2, 24), generator=torch.Generator().manual_seed(1))
-
-
-def is_faded(options: dict[str, Any]) -> bool:
-    return "head_norm" in options or "lambda_init" in options or options.get("lambda_type") == "sigmoid"
 
 
 @pytest.mark.parametrize(("layout", "lambda_"), itertools.product(LAYOUTS, LAMBDAS))
@@ -59,6 +43,18 @@ def test_exact_at_fade_0_and_plain_at_fade_1(layout: str, lambda_: str, tmp_path
     assert torch.equal(logits(at_end, ids), logits(model, ids))
     if is_faded(options):
         assert relative_error(logits(at_end, ids), logits(source, ids)) > 1e-3
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(("source", "layout", "lambda_"), itertools.product(SOURCES, LAYOUTS, LAMBDAS))
+def test_exact_from_every_kind_of_source(source: str, layout: str, lambda_: str, tmp_path: Path) -> None:
+    """At fade 0 as its source; at 1 bit for bit as the same weights without a fade."""
+    options = LAYOUTS[layout] | LAMBDAS[lambda_]
+    measured = measure(SOURCES[source](tmp_path), tmp_path, options)
+    assert measured.start <= 1e-5
+    assert measured.end == 0
+    assert (measured.change is not None) == is_faded(options)
+    assert measured.change is None or measured.change > 1e-3
 
 
 @pytest.mark.parametrize(("layout", "lambda_"), itertools.product(LAYOUTS, LAMBDAS))
