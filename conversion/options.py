@@ -171,7 +171,7 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
     """Options of `gda convert`."""
 
     source: str | Path = argument(
-        "Model to convert: a folder of safetensors, a Hub id or a .gguf file.", check=check_model
+        "Model to convert: a folder of safetensors, a Hub id or a GGUF file.", check=check_model
     )
     out: str | Path = argument("Folder to create.")
     mode: Literal["expand", "split", "map", "restore"] | None = option(
@@ -195,7 +195,7 @@ class GrowOptions(NewHeadOptions):
     """Options of `gda grow`."""
 
     model: str | Path = argument(
-        "Model to grow, a GDA model or one that `gda convert` accepts: a folder, a Hub id or a .gguf file.",
+        "Model to grow, a GDA model or one that `gda convert` accepts: a folder, a Hub id or a GGUF file.",
         check=check_model,
     )
     out: str | Path = argument("Folder to create.")
@@ -309,7 +309,7 @@ class VerifyOptions(RevisionOptions):
     """Options of `gda verify`."""
 
     source: str | Path = argument(
-        "Model that OUT was converted from: a folder, a Hub id or a .gguf file.", check=check_model
+        "Model that OUT was converted from: a folder, a Hub id or a GGUF file.", check=check_model
     )
     out: str | Path = argument("Converted model: a folder or a Hub id.", check=check_model)
     method: Literal["auto", "full", "layers", "tensors"] = option(
@@ -365,7 +365,7 @@ class DemoOptions(ReplaceOptions):
 
     source: str | Path | None = option(
         None,
-        "Llama to convert: a folder, a Hub id or a .gguf file. Default: SmolLM2-135M-Instruct.",
+        "Llama to convert: a folder, a Hub id or a GGUF file. Default: SmolLM2-135M-Instruct.",
         panel=LAYOUT,
         check=check_model,
     )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from gda.common.errors import first_line
 from gda.common.files import in_background, sha256
+from gda.common.places import gguf_file
 from gda.common.screen import quiet_transformers
 from gda.conversion.sources.config_file import read_config_file
 from gda.conversion.sources.open import open_source, resolve_folder
@@ -94,8 +95,8 @@ def find_model(
             raise ValueError("a model in memory needs its tokenizer: evaluate(model, tokenizer, tasks=…)")
         return Candidate(getattr(model, "name_or_path", "") or type(model).__name__, model, given, None, ())
     with quiet_transformers():
-        if Path(model).suffix == ".gguf":
-            return _find_gguf(Path(model), given)
+        if (file := gguf_file(model)) is not None:
+            return _find_gguf(file, given)
         folder = resolve_folder(model)
     read_config_file(folder)  # refuses a hostile file
     weights = tuple(sorted(folder.glob(WEIGHTS)))
@@ -110,11 +111,11 @@ def find_model(
 
 def _find_gguf(path: Path, tokenizer: PreTrainedTokenizerBase | None) -> Candidate:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{path}: several processes need a model folder, not a .gguf file")
+        raise ValueError(f"{path}: several processes need a model folder, not a GGUF file")
     source = open_source(path)
     tokenizer = tokenizer or source.tokenizer()
     check_tokenizer(tokenizer, path.name)
-    return Candidate(path.name, path, tokenizer, None, (path,), source)
+    return Candidate(path.name, path, tokenizer, None, tuple(source.weight_files), source)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -30,7 +30,7 @@ class TaskOptions(Options):
         ValueError: if a value is out of range, naming the option.
     """
 
-    model: Model = argument("Model to evaluate: a folder, a Hub id or a .gguf file.", check=check_model)
+    model: Model = argument("Model to evaluate: a folder, a Hub id or a GGUF file.", check=check_model)
     tasks: str | Sequence[str] | None = option(
         None,
         "Names of tasks, groups or tags of lm-eval or of this package (gda_tasks), patterns such as blimp_*, or YAML "
@@ -125,7 +125,7 @@ class AttentionOptions(Options):
         ValueError: if a value is out of range, naming the option.
     """
 
-    model: Model = argument("Model whose attention is shown: a folder, a Hub id or a .gguf file.", check=check_model)
+    model: Model = argument("Model whose attention is shown: a folder, a Hub id or a GGUF file.", check=check_model)
     text: str | None = option(None, "Text to read.", panel=TEXT)
     file: str | Path | None = option(
         None, "File with the text to read: a text file, or .jsonl with a field `text`.", panel=TEXT, check=check_text

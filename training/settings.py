@@ -122,7 +122,7 @@ class TrainSettings(Options):
 
     teacher: str | None = option(
         None,
-        "Teacher to distill from: a folder, a Hub id or a .gguf file. Default: no distillation.",
+        "Teacher to distill from: a folder, a Hub id or a GGUF file. Default: no distillation.",
         panel=TEACHER,
         check=check_model,
     )

@@ -24,6 +24,8 @@ from gda.common.errors import first_line
 from gda.common.extras import needed_by
 from gda.common.screen import quiet_transformers
 from gda.conversion.families.llamalike import head_dim
+from gda.conversion.sources.gguf_parts import parts_of, read_parts
+from gda.conversion.sources.gguf_rope import ROPE_FREQS, scaling_in_metadata, scaling_in_tensor
 from gda.conversion.sources.gguf_splits import correct_tokenizer
 from gda.conversion.sources.readers import require_known_type
 from gda.conversion.sources.source import Source
@@ -33,43 +35,32 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 
 # Metadata that changes what a model computes but that transformers ignores, with the value that changes nothing.
 # llama.cpp's architecture name of a Mistral is "llama", and it runs a Mistral without its sliding window.
-UNREAD_METADATA = {
-    "rope.scaling.type": "none",
-    "rope.scaling.factor": 1.0,
-    "rope.scale_linear": 1.0,
-    "expert_count": 0,
-    "attention.sliding_window": 0,
-}
+UNREAD_METADATA = {"expert_count": 0, "attention.sliding_window": 0}
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length")
 
 
 class GGUFSource(Source):
-    """A GGUF file of a Llama, Mistral, Qwen2 or Qwen3.
+    """A GGUF file of a Llama, Mistral, Qwen2 or Qwen3, or the files of one that llama.cpp has split.
 
-    transformers' own tables translate names, row order of q and k, config and tokenizer.
+    transformers' own tables translate names, row order of q and k, config and tokenizer. Scaling of RoPE, which it
+    ignores, is added to the config.
 
     Raises:
         ImportError: if the package `gguf` is missing.
+        FileNotFoundError: if one of its files is missing.
         ValueError: for a damaged file, another architecture, or contents that transformers would ignore silently.
     """
 
-    computed_tensors: frozenset[str] = frozenset()  # tensors of the file that transformers computes
-
     def __init__(self, path: Path):
         with needed_by("reading a GGUF file", "gguf"):
-            import gguf
-        self.path = path
+            import gguf  # noqa: F401
+        self.weight_files = parts_of(path)
+        self.path = path = self.weight_files[0]
         self.name = path.name
         self.revision = None
-        self.weight_files = [path]
-        self._stamp = stamp_of(path)
-        try:
-            self._reader = gguf.GGUFReader(path)
-            self._require_layers()
-            self.config = self._read_config()
-        except Exception as error:  # a damaged file can make the reader raise anything
-            raise ValueError(f"{path} is not a readable GGUF file of a model: {first_line(error)}") from None
-        require_known_type(self.config.model_type, path)
+        self._stamps = {file: stamp_of(file) for file in self.weight_files}
+        self._reader, self._files = read_parts(self.weight_files)
+        self.config = self._read_config()
         self._refuse_unread_contents()
         self._tensors = self._tensors_by_name()
         self.specs = {
@@ -102,12 +93,35 @@ class GGUFSource(Source):
             )
 
     def _read_config(self) -> PreTrainedConfig:
-        with quiet_transformers(), self._parsed_once():
-            read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
-        config = type(read)(**fields)  # without attributes that a saved config should not have
+        try:
+            self._require_layers()
+            with quiet_transformers(), self._parsed_once():
+                read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
+            config = type(read)(**fields)  # without attributes that a saved config should not have
+        except Exception as error:  # a damaged file can make transformers raise anything
+            raise ValueError(f"{self.path} is not a readable GGUF file of a model: {first_line(error)}") from None
+        require_known_type(config.model_type, self.path)
         config.dtype = torch.float32
+        config.rope_parameters = config.rope_parameters | self._rope_scaling(config)
         return config
+
+    def _rope_scaling(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The scaling of RoPE, in the metadata or a tensor that only llama.cpp's architecture "llama" has."""
+        keys = [key.removeprefix(f"{self._architecture}.") for key in self._reader.fields]
+        factors = next((tensor for tensor in self._reader.tensors if self._is_rope(tensor)), None)
+        try:
+            scaling = scaling_in_metadata(keys, self._metadata, config.max_position_embeddings)
+            if factors is None or not (llama3 := scaling_in_tensor(config, torch.from_numpy(self._values(factors)))):
+                return scaling
+            if scaling:
+                raise ValueError(f"it has both {ROPE_FREQS} and rope.scaling, and transformers one of them")
+            return llama3
+        except (TypeError, ValueError) as error:  # TypeError: an entry is a list or a text
+            raise ValueError(f"{self.path}: {error}; convert from the safetensors model") from None
+
+    def _is_rope(self, tensor: Any) -> bool:
+        return tensor.name == ROPE_FREQS and self._architecture == "llama"
 
     def _refuse_unread_contents(self) -> None:
         for key, harmless in UNREAD_METADATA.items():
@@ -155,8 +169,8 @@ class GGUFSource(Source):
             ) from None
         tensors = {}
         for tensor in self._reader.tensors:
-            if tensor.name in self.computed_tensors:
-                continue
+            if self._is_rope(tensor):
+                continue  # read as a part of the config
             if tensor.name not in names:
                 raise ValueError(
                     f"{self.path}: tensor {tensor.name} has no counterpart in transformers' {self.config.model_type}; "
@@ -166,15 +180,19 @@ class GGUFSource(Source):
         return tensors
 
     def read(self, name: str) -> torch.Tensor:
+        weights = self._values(self._tensors[name])
+        processed = self._processor.process(weights=weights, name=self._tensors[name].name, tensor_key_mapping={})
+        return torch.tensor(processed.weights, dtype=torch.float32)
+
+    def _values(self, tensor: Any) -> np.ndarray:
+        """The values of a tensor of the file, in float32."""
         from gguf import dequantize
 
-        tensor = self._tensors[name]
+        file = self._files[tensor.name]
         data = np.empty_like(tensor.data, subok=False)  # the reader's mapped data could kill the process
-        stored = FileRange(self.path, int(tensor.data_offset), data.nbytes, self._stamp)
+        stored = FileRange(file, int(tensor.data_offset), data.nbytes, self._stamps[file])
         stored.read_into(data.reshape(-1).view(np.uint8).data, f"tensor {tensor.name}")
-        weights = dequantize(data, tensor.tensor_type)
-        processed = self._processor.process(weights=weights, name=tensor.name, tensor_key_mapping={})
-        return torch.tensor(processed.weights, dtype=torch.float32)
+        return dequantize(data, tensor.tensor_type)
 
     def load(self) -> PreTrainedModel:
         # transformers dequantizes, names and orders the weights, so that verification is independent of `read`. Its

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gda.common.assets import ASSET_PATTERNS
-from gda.common.places import ADAPTER_CONFIG, check_model
+from gda.common.places import ADAPTER_CONFIG, check_model, gguf_file
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.adapter import AdapterSource, base_of, is_adapter
 from gda.conversion.sources.folder import FolderSource
@@ -24,7 +24,7 @@ MODEL_PATTERNS = (
 
 
 def open_source(location: str | Path, revision: str | None = None) -> Source:
-    """Open a folder, a `.gguf` file, or a Hub id at `revision`. An adapter is merged into its base model.
+    """Open a folder, a GGUF file, or a Hub id at `revision`. An adapter is merged into its base model.
 
     Raises:
         FileNotFoundError: if it is none of them.
@@ -34,13 +34,20 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
     path = Path(location)
     if revision is not None and path.exists():
         raise ValueError(f"--revision is for a Hub id, but {location} is a local path")
-    if path.suffix == ".gguf":
-        return GGUFSource(path)
+    if (file := gguf_file(path)) is not None:
+        source = GGUFSource(file)
+        if path.is_dir():
+            source.notes = (f"{file.name}, the only GGUF model in {path.name}, is read",)
+        return source
     if path.is_dir():
         return _opened_adapter(path) if is_adapter(path) else FolderSource(path)
     folder = resolve_folder(location, revision)
     if is_adapter(folder):
         return _opened_adapter(folder)
+    if not any(folder.glob("*.safetensors*")):
+        raise FileNotFoundError(
+            f"{location} has no safetensors on the Hub; if it has a GGUF file, `hf download` it and name the file"
+        )
     return FolderSource(folder, name=str(location), revision=folder.name)  # the Hub's cache names folders by commit
 
 

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gda._version import __version__
 from gda.common.extras import needed_by
@@ -20,6 +19,7 @@ from gda.conversion.families.llamalike import head_dim, layer_windows
 from gda.conversion.modes.checks import errors_named
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.gguf import GGUFSource
+from gda.conversion.sources.gguf_rope import ROPE_FREQS, rope_factors
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import Recipe
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -36,7 +36,6 @@ TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 # Largest values, which Q8_0 stores as 127 times a float16.
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}
-ROPE_FREQS = "rope_freqs.weight"
 # What llama.cpp computes for each type of RoPE, besides rope_theta. Other parameters would be ignored.
 ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -109,7 +108,8 @@ def write_gguf(
     with created_parents(out), written_beside(out) as file:
         require_space(out.parent, report.nbytes)
         beside = Path(file.name)
-        _write(writer, beside, entries, _rope_frequencies(config), source, console)
+        factors = rope_factors(config) if config.rope_parameters.get("rope_type") == "llama3" else None
+        _write(writer, beside, entries, factors, source, console)
         if options.verify:
             written, lossless = WrittenGGUF(beside, config), conversion.lossless and holds_all
             verification = verify_by_logits(source, written, lossless=lossless, console=console)
@@ -232,21 +232,11 @@ def _add_rope(writer: "GGUFWriter", rope: dict[str, Any]) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _rope_frequencies(config: Any) -> Tensor | None:
-    """The factor by which llama3's RoPE divides each frequency. llama.cpp reads these as a tensor."""
-    rope = config.rope_parameters
-    if rope.get("rope_type") != "llama3":
-        return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    unscaled = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim(config), 2).float() / head_dim(config))
-    return unscaled / scaled
-
-
 def _write(
     writer: "GGUFWriter",
     path: Path,
     entries: dict[str, _Entry],
-    rope_frequencies: Tensor | None,
+    rope: Tensor | None,
     source: Source,
     console: Console | None,
 ) -> None:
@@ -254,8 +244,8 @@ def _write(
     import numpy as np
     from gguf import GGMLQuantizationType, quantize
 
-    if rope_frequencies is not None:
-        writer.add_tensor_info(ROPE_FREQS, rope_frequencies.shape, np.dtype(np.float32), rope_frequencies.nbytes)
+    if rope is not None:
+        writer.add_tensor_info(ROPE_FREQS, rope.shape, np.dtype(np.float32), rope.nbytes)
     for entry in entries.values():
         kind = GGMLQuantizationType[entry.type]
         writer.add_tensor_info(entry.name, entry.recipe.spec.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=kind)
@@ -263,8 +253,8 @@ def _write(
     try:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if rope_frequencies is not None:
-            writer.write_tensor_data(rope_frequencies.numpy())
+        if rope is not None:
+            writer.write_tensor_data(rope.numpy())
         with byte_progress(console) as progress:
             task = progress.add_task("writing", total=sum(entry.nbytes for entry in entries.values()))
             for name, entry in entries.items():
@@ -280,11 +270,8 @@ def _write(
 class WrittenGGUF(GGUFSource):
     """The file that was just written, read tensor by tensor, with the row order restored by transformers.
 
-    Its configuration is known. transformers cannot read all of it from the metadata: not biases, not RoPE scaling, and
-    not a Mistral.
+    Its configuration is known. transformers cannot read all of it from the metadata: not biases, and not a Mistral.
     """
-
-    computed_tensors = frozenset({ROPE_FREQS})
 
     def __init__(self, path: Path, config: PreTrainedConfig):
         self._known_config = config

@@ -11,12 +11,14 @@ from gda.conversion.demo import find_demo_model
 from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
 from gda.conversion.tensors.lambdas import layer_lambdas
 
-from ..support.checkpoints import load, needs_smollm2
-from ..support.llamas import byte_tokenizer
+from ..support.checkpoints import load, logits, needs_smollm2
+from ..support.gguf_files import SHAPE as GGUF_SHAPE
+from ..support.gguf_files import llama3_factors, write_gguf
+from ..support.llamas import byte_tokenizer, llama_model
 from ..support.splitting import save_text
 from ..support.tiny import tiny_model
 from ..support.tokenizer_kinds import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
-from .kinds import KINDS, NUM_TOKENS, PROMPTS, SHAPE, run_transformers
+from .kinds import KINDS, LLAMA3, NUM_TOKENS, PROMPTS, SHAPE, run_transformers
 from .llama_cpp import install_llama_cpp, run_llama_cpp, same_text
 
 pytestmark = pytest.mark.engines
@@ -54,6 +56,44 @@ def test_every_kind_of_model(packages: Path, tmp_path: Path) -> None:
         probabilities = torch.tensor(expected[name]["logits"])[-1].softmax(-1)
         for token, probability in result["continued"][0]["probabilities"]:
             assert probability == pytest.approx(probabilities[token].item(), abs=2e-6), name
+
+
+SCALED = {
+    "linear": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+    "no type": {"llama.rope.scaling.factor": 4.0},
+    "old key": {"llama.rope.scale_linear": 4.0},
+    "none": {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+    "yarn": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+    "yarn, length": {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 32,
+    },
+    "llama3": {},
+    "split": {},
+}
+
+
+def test_gguf_files_are_read_as_llama_cpp_reads_them(packages: Path, tmp_path: Path) -> None:
+    """RoPE scaling in the metadata and in rope_freqs.weight, and split files, give the same probabilities."""
+    base = {"rope_type": "default", "rope_theta": 100.0}
+    llama = llama_model(**GGUF_SHAPE, max_position_embeddings=512, rope_parameters=base)
+    prompts, files = [byte_tokenizer().encode(prompt) for prompt in PROMPTS], {}
+    for name, metadata in SCALED.items():
+        extra = {"rope_freqs.weight": llama3_factors(100.0, 16, LLAMA3)} if name == "llama3" else {}
+        parts = 8 if name == "split" else 0
+        (tmp_path / name).mkdir()
+        path = write_gguf(tmp_path / name / "x.gguf", llama, metadata=metadata, extra_tensors=extra, max_tensors=parts)
+        gda.convert(path, tmp_path / name / "gda", verify=False)
+        files[name] = {"path": str(path), "prompts": prompts, "numTokens": NUM_TOKENS}
+    distinct = set()
+    for name, result in run_llama_cpp(packages, files, tmp_path).items():
+        for prompt, got in zip(prompts, result["continued"], strict=True):
+            probabilities = logits(tmp_path / name / "gda", torch.tensor([prompt]))[0, -1].softmax(-1)
+            for token, probability in got["probabilities"]:
+                assert probability == pytest.approx(probabilities[token].item(), abs=2e-6), name
+        distinct.add(round(probabilities.max().item(), 6))
+    assert len(distinct) == len(SCALED) - len(("no type", "old key", "split"))  # of linear twice, and of none
 
 
 def test_token_ids(packages: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """GGUF files of tiny models, as llama.cpp's converter writes them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,6 +44,25 @@ def permuted(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def llama3_factors(base: float, width: int, scaling: dict[str, Any]) -> Tensor:
+    """`rope_freqs.weight` as llama.cpp's converter computes it in `LlamaModel.generate_extra_tensors`.
+
+    Each frequency of a head of `width` is divided by its factor.
+    """
+    factor, low, high = (scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    length, factors = scaling["original_max_position_embeddings"], []
+    for frequency in 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)):
+        wavelength = 2 * math.pi / frequency
+        smooth = (length / wavelength - low) / (high - low)
+        if wavelength < length / high:
+            factors.append(1.0)
+        elif wavelength > length / low:
+            factors.append(factor)
+        else:
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(factors, dtype=torch.float32)
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
@@ -51,12 +72,16 @@ def write_gguf(
     tokenizer: bool = True,
     extra_tensors: dict[str, Tensor] | None = None,
     metadata: dict[str, Any] | None = None,
+    max_tensors: int = 0,
 ) -> Path:
-    """Write `model` as llama.cpp's converter does: matrices in `quantization` (None: float32), vectors in float32."""
+    """Write `model` as llama.cpp's converter does: matrices in `quantization` (None: float32), vectors in float32.
+
+    With `max_tensors`, the model is split into files of so many tensors. The first file is returned.
+    """
     gguf = pytest.importorskip("gguf")
     config = model.config
     head_dim = model.get_submodule("model.layers.0.self_attn").head_dim
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=max_tensors)
     writer.add_name("tiny")
     writer.add_license("apache-2.0")
     writer.add_context_length(config.max_position_embeddings)
@@ -80,7 +105,12 @@ def write_gguf(
         writer.add_unk_token_id(2)
         writer.add_chat_template("{{ messages[0].content }}")
     for key, value in (metadata or {}).items():
-        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add = {
+            str: writer.add_string,
+            bool: writer.add_bool,
+            float: writer.add_float32,
+            int: writer.add_uint32,
+        }[type(value)]
         add(key, value)
     heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
     tensors = {}
@@ -100,4 +130,4 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"), default=path)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 GGUF_MAGIC = b"GGUF"
+GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # one file of a model that llama.cpp has split
 ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another adapter of PEFT
+MAX_NAMES = 8  # in a message
 # Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
 DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".md", ".tsv", ".ndjson", ".arrow", ".zst")
 
 
 def check_model(location: str | Path) -> None:
-    """Check that `location` can be a model: a folder, a `.gguf` file or a Hub id.
+    """Check that `location` can be a model: a folder, a GGUF file or a Hub id.
 
     A Hub id has the form OWNER/NAME, and no local folder OWNER exists.
 
@@ -19,19 +21,41 @@ def check_model(location: str | Path) -> None:
         FileNotFoundError, ValueError: naming the location and the alternatives.
     """
     if not str(location).strip():  # an empty path would be the current folder
-        raise ValueError("the name of a model is empty; name a folder, a Hub id or a .gguf file")
+        raise ValueError("the name of a model is empty; name a folder, a Hub id or a GGUF file")
     path = Path(location)
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        if gguf_file(path) is None and not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise FileNotFoundError(f"{path / 'config.json'} is missing; a model folder must have one")
     elif path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"{path} is neither a model folder nor a .gguf file")
-        with open(path, "rb") as file:
-            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+        if gguf_file(path) is None:
+            if path.suffix == ".gguf":
                 raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+            raise ValueError(f"{path} is neither a model folder nor a GGUF file")
     elif not is_hub_id(location):
-        raise FileNotFoundError(f"{location} does not exist; name a folder, a .gguf file or a Hub id, OWNER/NAME")
+        raise FileNotFoundError(f"{location} does not exist; name a folder, a GGUF file or a Hub id, OWNER/NAME")
+
+
+def gguf_file(location: str | Path) -> Path | None:
+    """The GGUF file that `location` names: a file, whatever its name, or the only model in a folder of GGUF files.
+
+    Raises:
+        ValueError: for a folder of several, naming them.
+    """
+    path = Path(location)
+    if path.is_file():
+        with open(path, "rb") as opened:
+            return path if opened.read(len(GGUF_MAGIC)) == GGUF_MAGIC else None
+    if not path.is_dir() or (path / ADAPTER_CONFIG).is_file() or any(path.glob("*.safetensors")):
+        return None
+    models: dict[str, Path] = {}
+    for file in sorted(path.glob("*.gguf")):
+        match = GGUF_PART.fullmatch(file.name)
+        models.setdefault(match[1] if match else file.name, file)  # the parts of a split model are one
+    files = list(models.values())
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:MAX_NAMES]) + (", …" if len(files) > MAX_NAMES else "")
+        raise ValueError(f"{path} holds {len(files)} GGUF models, so name one, such as {files[0]}; they are {names}")
+    return files[0] if files else None
 
 
 def is_hub_id(location: str | Path) -> bool:

@@ -1,0 +1,83 @@
+"""Opening a GGUF file, or all files of a model that llama.cpp has split."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from gda.common.errors import first_line
+from gda.common.places import GGUF_PART
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model of which `path` is one. FileNotFoundError if a part is missing."""
+    if (match := GGUF_PART.fullmatch(path.name)) is None:
+        return [path]
+    parts = [path.with_name(f"{match[1]}-{part:05}-of-{match[3]}.gguf") for part in range(1, int(match[3]) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise FileNotFoundError(f"{part} is missing; the model is split into {len(parts)} files: download all")
+    return parts
+
+
+def read_parts(parts: list[Path]) -> tuple[Any, dict[str, Path]]:
+    """A `GGUFReader` with the metadata of the first part and the tensors of all, and each tensor's file by its name.
+
+    Raises:
+        ValueError: for a file that is cut off or damaged, and for parts that do not belong together.
+    """
+    readers = [_read(part) for part in parts]
+    for number, (part, reader) in enumerate(zip(parts, readers, strict=True)):
+        found, count = _entry(reader, "split.no", 0), _entry(reader, "split.count", 1)
+        if (found, max(count, 1)) != (number, len(parts)):
+            raise ValueError(
+                f"{part} is part {found + 1} of {count} by its metadata; keep all parts together, under the names that "
+                f"llama.cpp gives them: NAME-{found + 1:05}-of-{count:05}.gguf"
+            )
+    whole = readers[0]
+    files = {tensor.name: part for part, reader in zip(parts, readers, strict=True) for tensor in reader.tensors}
+    whole.tensors = [tensor for reader in readers for tensor in reader.tensors]
+    if not len(whole.tensors) == len(files) == _entry(whole, "split.tensors.count", len(files)):
+        raise ValueError(f"{parts[0]}: its parts do not hold each tensor once; download all parts again")
+    return whole, files
+
+
+def _entry(reader: Any, key: str, default: int) -> int:
+    field = reader.fields.get(key)
+    return default if field is None else int(field.contents())
+
+
+def _read(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    size = path.stat().st_size
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # a damaged file can make the reader raise anything
+        needed = _size_by_header(path)
+        if needed is not None and needed > size:
+            raise ValueError(f"{path} is cut off: it has {size:,} of {needed:,} bytes; download it again") from None
+        if needed is None and (isinstance(error, IndexError) or "larger dtype" in str(error)):  # no bytes, or too few
+            raise ValueError(f"{path} is cut off within its header, at {size:,} bytes; download it again") from None
+        raise ValueError(f"{path} is not a readable GGUF file of a model: {first_line(error)}") from None
+
+
+def _size_by_header(path: Path) -> int | None:
+    """The size that a file has by its header; None if that cannot be read."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+
+    class Header(GGUFReader):
+        """A reader that does not look at the data of tensors."""
+
+        size = 0
+
+        def _build_tensors(self, start_offs: int, fields: Any) -> None:
+            for field in fields:
+                _, _, _, shape, kind, offset = field.parts
+                block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+                end = start_offs + int(offset[0]) + math.prod(map(int, shape)) // block * nbytes
+                self.size = max(self.size, end)
+
+    try:
+        return Header(path).size
+    except Exception:
+        return None
