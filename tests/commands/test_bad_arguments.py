@@ -24,7 +24,7 @@ REFUSED = {
     "convert LLAMA OUT --mode spilt": "--mode spilt is not one of expand, split, map",
     "convert ./missing OUT": "./missing does not exist",
     "convert models/missing OUT": "models/missing does not exist",
-    "convert missing OUT": "missing does not exist; name a folder, a .gguf file or a Hub id",
+    "convert missing OUT": "missing does not exist; name a folder, a GGUF file or a Hub id",
     "convert notes.gguf OUT": "notes.gguf is not a GGUF file",
     "convert models OUT": "models/config.json is missing",
     "convert LLAMA ''": "OUT is empty",
