@@ -1,8 +1,9 @@
 """The model type "gda" of lm-evaluation-harness. Importing this module registers it."""
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from rich.progress import TaskID
 
 import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
-from gda.common.progress import logger
+from gda.common.progress import LoggedProgress, logger
 from gda.eval.device import choose_device
 from gda.eval.models import Candidate, CompleteOnly, check_tokenizer
 from gda.eval.options import TaskOptions
@@ -68,6 +70,8 @@ class GDALM(HFLM):
         self.received: list[ReceivedRequest] = []
         self._cut: Counter[str] = Counter()  # number of cut requests by task
         self._current: list[Instance] = []  # the requests that are being scored
+        self._log = LoggedProgress(disable=True)  # lm-eval has bars of its own
+        self._logged: TaskID | None = None
         self._generation_ids: dict[str, list[int]] = {}  # token ids of the generation prompts to keep, by prompt
         super().__init__(pretrained, backend=backend, device=device or choose_device(None), **kwargs)
         if self.custom_prefix_token_id is None:
@@ -106,7 +110,37 @@ class GDALM(HFLM):
             cut = max(0, len(prompt_ids) + len(continuation_ids) - self.max_length - 1)
             task, kept_ids = instances[index].task_name, prompt_ids[cut:]
             self.received.append(ReceivedRequest(task, prompt, continuation, kept_ids, continuation_ids, cut))
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        inputs = {(*prompt_ids, *continuation_ids[:-1]) for _, prompt_ids, continuation_ids in requests}
+        with self._logging("scoring", len(inputs)):  # lm-eval runs equal inputs once
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = super()._model_call(inps, *args, **kwargs)
+        self._advance(len(inps))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ids = super()._model_generate(context, *args, **kwargs)
+        self._advance(len(context))
+        return ids
+
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        with self._logging(None, 0):  # what it runs is no request
+            return super()._detect_batch_size(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _logging(self, what: str | None, total: int) -> Iterator[None]:
+        """Log which share of `total` sequences the model has run, and the time left; nothing if `what` is None."""
+        before = self._logged
+        self._logged = None if what is None or self._progress else self._log.add_task(what, total=total)
+        try:
+            yield
+        finally:
+            self._logged = before
+
+    def _advance(self, sequences: int) -> None:
+        if self._logged is not None:
+            self._log.advance(self._logged, sequences)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         if self.eot_token_id is None:
@@ -118,7 +152,8 @@ class GDALM(HFLM):
         logger.info("generating %s answers to tasks", f"{len(requests):,}")
         kept = self._indices_to_keep(requests)
         self._generation_ids = {requests[index].args[0]: [] for index in kept}
-        texts = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._progress)
+        with self._logging("generating", len(requests)):
+            texts = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._progress)
         for index in kept:
             prompt = requests[index].args[0]
             ids = self._generation_ids[prompt]

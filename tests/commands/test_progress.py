@@ -12,7 +12,7 @@ import gda
 from gda.common import progress
 from gda.common.progress import LoggedProgress, time_left
 
-from ..support.llamas import save_llama
+from ..support.llamas import byte_tokenizer, llama_model, save_llama
 
 LINE = re.compile(r"step (\d) of 4: loss \d+\.\d{4}, rate \d\.\d\de-\d\d, [\d,]+ tokens/s, \d+ s left")
 
@@ -57,6 +57,30 @@ def test_long_work_logs_share_and_time_left(monkeypatch: pytest.MonkeyPatch, cap
         monkeypatch.setattr(progress, "LOG_SECONDS", 1e9)
         bar.advance(known)
     assert caplog.messages == ["writing: 25 %, 0 s left", "tokens: 1,500"]
+
+
+@pytest.mark.parametrize("kind", ["scoring", "generating"])
+def test_tasks_log_share_and_time_left(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six requests in batches of two, without a terminal."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from gda.eval.lm_eval.harness import GDALM
+
+    lm = GDALM(llama_model(), tokenizer=byte_tokenizer(), batch_size=2, progress=False)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "gda"):
+        if kind == "scoring":
+            texts = [("a" * length, "b") for length in range(1, 7)]
+            lm.loglikelihood([Instance("loglikelihood", {}, text, 0) for text in texts])
+        else:
+            asked = [("a" * length, {"until": ["."], "max_gen_toks": 2}) for length in range(1, 7)]
+            lm.generate_until([Instance("generate_until", {}, text, 0) for text in asked])
+    shown = [line for line in caplog.messages if line.startswith(f"{kind}: ")]
+    assert [line.split(",")[0] for line in shown] == [f"{kind}: 33 %", f"{kind}: 67 %", f"{kind}: 100 %"]
+    assert all(line.endswith("s left") for line in shown)
 
 
 def test_time_left_is_in_words() -> None:
