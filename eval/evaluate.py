@@ -149,7 +149,12 @@ def _load_tasks(candidate: Candidate, options: TaskOptions) -> list[Any]:
     from gda.eval.lm_eval.find_tasks import load_tasks
 
     metadata = {"tokenizer": candidate.tokenizer, **_metadata(options)}
-    return load_tasks(options.tasks or (), dataset_root=options.dataset_root, metadata=metadata)
+    return load_tasks(
+        options.tasks or (),
+        dataset_root=options.dataset_root,
+        metadata=metadata,
+        include_path=options.include_path,
+    )
 
 
 def _metadata(options: TaskOptions) -> dict[str, Any]:

@@ -24,7 +24,7 @@ BATCH_SIZE = re.compile(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?")
 class TaskOptions(Options):
     """Options of `gda.evaluate`: a model, tasks, and how they are run.
 
-    `tasks` is stored as a tuple of names and `metadata` as a dictionary.
+    `tasks` is stored as a tuple of names, and `metadata` and JSON in `gen_kwargs` as dictionaries.
 
     Raises:
         ValueError: if a value is out of range, naming the option.
@@ -39,9 +39,13 @@ class TaskOptions(Options):
     )
     dataset_root: str | Path | None = option(
         None,
-        "Folder to read datasets from: DIR/dataset_path/dataset_name/SPLIT.jsonl or .parquet. Default: the Hub.",
+        "Folder to read datasets from: DIR/dataset_path holds what `hf download` or `save_to_disk` leaves, or "
+        "dataset_name/SPLIT.jsonl or .parquet. Default: the Hub.",
         panel=TASKS,
         metavar="DIR",
+    )
+    include_path: str | Path | None = option(
+        None, "Folder with further task definitions (YAML). Default: none.", panel=TASKS, metavar="DIR"
     )
     limit: int | float | None = option(
         None, "Number of documents of each task, or a fraction of them if below 1. Default: all.", panel=TASKS
@@ -50,6 +54,15 @@ class TaskOptions(Options):
         None, "Number of solved examples before each question. Default: the task's own number.", panel=TASKS, minimum=0
     )
     apply_chat_template: bool = option(False, "Format prompts with the tokenizer's chat template.", panel=TASKS)
+    system_instruction: str | None = option(
+        None, "Text at the beginning of each prompt, or its system message. Default: none.", panel=TASKS, metavar="TEXT"
+    )
+    gen_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Arguments of generation, as a JSON object or as temperature=0.7,do_sample=true. Default: the task's own.",
+        panel=TASKS,
+        metavar="ARGS",
+    )
     seed: int | None = option(
         None,
         "Seed of lm-eval's random generators, which choose the few-shot examples. Default: lm-eval's seeds.",
@@ -73,7 +86,8 @@ class TaskOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "tasks", _task_names(self.tasks))
-        object.__setattr__(self, "metadata", _json_object(self.metadata))
+        object.__setattr__(self, "metadata", _json_object("--metadata", self.metadata))
+        object.__setattr__(self, "gen_kwargs", _gen_kwargs(self.gen_kwargs))
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise ValueError(f"--limit {self.limit} is neither a number of documents nor a fraction below 1")
         if not BATCH_SIZE.fullmatch(str(self.batch_size)):
@@ -164,16 +178,27 @@ def _task_names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _json_object(metadata: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    if not isinstance(metadata, str):
-        return metadata
+def _json_object(option: str, given: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    if not isinstance(given, str):
+        return given
     try:
-        parsed = json.loads(metadata)
+        parsed = json.loads(given)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--metadata {metadata} is not JSON: {error}") from None
+        raise ValueError(f"{option} {given} is not JSON: {error}") from None
     if not isinstance(parsed, dict):
-        raise ValueError(f'--metadata {metadata} is not a JSON object such as {{"length": 4096}}')
+        raise ValueError(f'{option} {given} is not a JSON object such as {{"length": 4096}}')
     return parsed
+
+
+def _gen_kwargs(given: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+    """A dictionary, or text that lm-eval parses."""
+    if not isinstance(given, str) or given.lstrip().startswith("{"):
+        return _json_object("--gen-kwargs", given)
+    if not all(re.match(r"\s*\w+=", part) for part in given.split(",")):
+        raise ValueError(
+            f"--gen-kwargs {given} is neither a JSON object nor of the form temperature=0.7,do_sample=true"
+        )
+    return given
 
 
 def _layer_numbers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:

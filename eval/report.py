@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # only tasks need lm-eval
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 MARKDOWN_FILE, HTML_FILE = "results.md", "report.html"
+SAMPLES = ("samples_", "baseline_samples_")  # beginnings of names: of the model and of its baseline
 WITHIN = {True: "yes", False: "NO", None: ""}
 
 
@@ -132,20 +133,41 @@ def _serializable(value: Any) -> Any:
     return getattr(value, "name_or_path", None) or (int(value) if isinstance(value, np.integer) else str(value))
 
 
-def write_report(report: EvalReport, folder: Path, *, with_html: bool = False) -> list[Path]:
-    """Write results.json, results.md and, if asked for, report.html into `folder`. Each file appears whole.
+def write_report(
+    report: EvalReport, folder: Path, *, with_html: bool = False, with_samples: bool = False
+) -> list[Path]:
+    """Write results.json and results.md into `folder`, and if asked for, report.html and the samples of each task.
 
-    Without `with_html`, the report.html of an earlier run is removed.
+    Each file appears whole. Those of an earlier run that are not asked for are removed. samples_TASK.jsonl has a line
+    for each document, as lm-eval writes it; the baseline's are in baseline_samples_TASK.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {RESULTS_FILE: to_json(report) + "\n", MARKDOWN_FILE: to_markdown(report)}
     if with_html:
         texts[HTML_FILE] = to_html(report)
+    if with_samples:
+        for prefix, model in zip(SAMPLES, report.models, strict=False):
+            for task, samples in model.results.get("samples", {}).items():
+                texts[f"{prefix}{task}.jsonl"] = "".join(map(_sample_line, samples))
     for name, text in texts.items():
         write_text(folder / name, text)
-    if not with_html:
-        (folder / HTML_FILE).unlink(missing_ok=True)
+    for path in [folder / HTML_FILE, *(path for prefix in SAMPLES for path in folder.glob(f"{prefix}*.jsonl"))]:
+        if path.name not in texts:
+            path.unlink(missing_ok=True)
     return [folder / name for name in texts]
+
+
+def _sample_line(sample: dict[str, Any]) -> str:
+    """A sample as a line of JSON, with requests and target in the form in which lm-eval saves them."""
+    from lm_eval.utils import sanitize_list
+
+    requests = {
+        f"gen_args_{index}": {f"arg_{place}": argument for place, argument in enumerate(arguments)}
+        for index, arguments in enumerate(sample["arguments"])
+    }
+    saved = sample | {"arguments": requests, "target": str(sample["target"])}
+    saved |= {name: sanitize_list(sample[name]) for name in ("resps", "filtered_resps")}
+    return json.dumps(saved, default=_serializable, ensure_ascii=False) + "\n"
 
 
 def tables(report: EvalReport) -> list[TextTable]:

@@ -35,19 +35,24 @@ class TaskManagerWithOurs(TaskManager):
 
 
 def load_tasks(
-    names: Sequence[str], *, dataset_root: str | Path | None = None, metadata: dict[str, Any] | None = None
+    names: Sequence[str],
+    *,
+    dataset_root: str | Path | None = None,
+    metadata: dict[str, Any] | None = None,
+    include_path: str | Path | None = None,
 ) -> list[Task | Group]:
     """Load tasks, groups and tags of lm-eval or of this package, by names, patterns such as "blimp_*" or YAML files.
 
     Without `dataset_root`, each task reads its dataset from where its definition says, usually the Hub. `metadata`
-    are settings of generated tasks, such as "tokenizer" and "length".
+    are settings of generated tasks, such as "tokenizer" and "length". Definitions in `include_path` precede those of
+    lm-eval.
 
     Raises:
         ValueError: for an unknown name, with similar ones, and for data that does not fit its task.
         FileNotFoundError: for data that is missing or cannot be downloaded, naming the task.
     """
     with data_from(dataset_root) as folders_read:
-        manager, found = find_tasks(names, metadata=metadata)
+        manager, found = find_tasks(names, metadata=metadata, include_path=include_path)
         loaded = [_load(manager, name, folders_read) for name in found]
     tasks = {name: task for each in loaded for name, task in each["tasks"].items()}
     groups = {name: group for each in loaded for name, group in each.get("groups", {}).items()}
@@ -62,7 +67,8 @@ def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
     try:
         return manager.load([name])
     except Exception as error:  # a definition may do anything with data that it does not expect
-        task, reason = _task_under_way(error) or name, first_line(error)
+        under_way = task_under_way(error)
+        task, reason = name if under_way is None else under_way.config.task, first_line(error)
         last_read = f" from {folders_read[-1]}" if folders_read and str(folders_read[-1]) not in str(error) else ""
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"task {task}: {reason}") from None
@@ -71,22 +77,24 @@ def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
         raise ValueError(f"task {task} cannot be loaded{last_read}: {reason}") from None
 
 
-def _task_under_way(error: Exception) -> str | None:
-    """Name of the task in whose loading the error was raised: a group does not say which of its members failed."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if isinstance(task := frame.f_locals.get("self"), Task):
-            return str(task.config.task)
-    return None
+def task_under_way(error: Exception) -> Any:
+    """The task in which lm-eval raised the error, which does not say so itself; None if it was raised elsewhere."""
+    found = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((each for each in found if isinstance(each, Task)), None)
 
 
-def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) -> tuple[TaskManager, list[str]]:
+def find_tasks(
+    names: Sequence[str], *, metadata: dict[str, Any] | None = None, include_path: str | Path | None = None
+) -> tuple[TaskManager, list[str]]:
     """A task manager that knows `names`, and the names with each pattern replaced by what it matches."""
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"--include-path {include_path} is not a folder")
     texts = _definitions()
     wanted = [name for name in names if not _is_file(name)]
     if any(_is_file(name) and _defines_group(name) for name in names):
-        manager = TaskManagerWithOurs(metadata=metadata)  # its members may be defined anywhere
+        manager = TaskManagerWithOurs(metadata=metadata, include_path=include_path)  # members may be defined anywhere
     else:
-        manager = _manager_of(wanted, texts, metadata)
+        manager = _manager_of(wanted, texts, metadata, [] if include_path is None else [Path(include_path)])
     for name in wanted:
         if not _matches(manager, name):
             raise ValueError(f"unknown task {name!r}{_did_you_mean(name, manager, texts.values())}")
@@ -94,7 +102,9 @@ def find_tasks(names: Sequence[str], *, metadata: dict[str, Any] | None = None) 
     return manager, list(dict.fromkeys(found))
 
 
-def _manager_of(wanted: list[str], texts: dict[Path, bytes], metadata: dict[str, Any] | None) -> TaskManager:
+def _manager_of(
+    wanted: list[str], texts: dict[Path, bytes], metadata: dict[str, Any] | None, included: list[Path]
+) -> TaskManager:
     """A task manager that knows the wanted names, the members of their groups, and all tasks of their tags."""
     folders: set[Path] = set()
     searched: set[str] = set()
@@ -103,7 +113,7 @@ def _manager_of(wanted: list[str], texts: dict[Path, bytes], metadata: dict[str,
         folders |= {folder for folder, text in texts.items() if any(_pattern(name).search(text) for name in unsearched)}
         folders |= {folder for folder in texts if _included(folder, texts) & folders}
         # If a name is defined twice, lm-eval takes the first definition in one folder, but the last of several folders.
-        paths = [*sorted(folders, reverse=True), TASKS_FOLDER]
+        paths = [*sorted(folders, reverse=True), TASKS_FOLDER, *included]
         manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
         searched |= unsearched
         found = {match for name in searched for match in _matches(manager, name)}

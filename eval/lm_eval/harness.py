@@ -173,6 +173,18 @@ class GDALM(HFLM):
         self._check_finite(requests, answers)
         return answers
 
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+        """The batch size at a request, found anew for each of N parts of the requests (`--batch-size auto:N`).
+
+        HFLM's fails if there are fewer requests than N, or if a batch contains a whole part.
+        """
+        part = int(pos * self.batch_schedule) // len(n_reordered_requests)
+        if part not in self.batch_sizes:
+            last = self.batch_sizes[max(self.batch_sizes)] if self.batch_sizes else None
+            grows = last != self.max_batch_size
+            self.batch_sizes[part] = self._detect_batch_size(n_reordered_requests, pos) if grows else last
+        return self.batch_sizes[part]
+
     def cut_by_task(self) -> dict[str, int]:
         """Number of cut requests by task: those of all processes in the first process."""
         return dict(sum(filter(None, self.gather_object(self._cut) or []), Counter()))

@@ -9,6 +9,7 @@ import datasets
 import pyarrow.parquet
 from huggingface_hub.utils import logging as hub_logging
 
+from gda.common.dataset_folders import is_saved, read_saved, split_in_name
 from gda.common.errors import first_line
 from gda.common.text import jsonl_rows
 
@@ -30,8 +31,8 @@ class LocalSplits(datasets.DatasetDict):
 def data_from(root: str | Path | None) -> Iterator[list[Path]]:
     """Within this context, tasks read their datasets from `root`.
 
-    A dataset is `root`/dataset_path/dataset_name/SPLIT.jsonl, or .parquet. With None, tasks read their usual datasets,
-    and an error names the one that is missing. The context yields the list of folders read so far.
+    A dataset is in `root`/dataset_path, see `load_local`. With None, tasks read their usual datasets, and an error
+    names the one that is missing. The context yields the list of folders read so far.
 
     Raises:
         FileNotFoundError: if `root` is not a folder.
@@ -74,20 +75,36 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def load_local(root: Path, path: str, name: str | None, split: str | None = None) -> Any:
-    """The dataset `path`, configuration `name`, from its folder under `root`."""
-    folder = root / path / (name or "")
-    if name is None and not _files(folder) and _files(folder / "default"):
-        folder = folder / "default"
-    files = _files(folder)
-    if not files:
+    """The dataset `path`, configuration `name`, from its folder under `root`.
+
+    Its splits are files named by them, in one or more shards, or what `save_to_disk` has written. They are in
+    dataset_path/dataset_name, or where the dataset's README.md says.
+    """
+    base = root / path
+    folder = base / (name or "")
+    places = [folder] if name not in (None, "default") else [base, base / "default", base / "data"]
+    found = next((splits for place in places if (splits := _splits_in(place))), None)
+    if found is None and (base / "README.md").is_file():
+        try:
+            found = datasets.load.load_dataset(str(base), name)
+        except Exception as error:  # datasets has no common error class
+            raise FileNotFoundError(f"{base} holds no dataset {name or ''}: {first_line(error)}") from None
+    if found is None:
         raise FileNotFoundError(f"{folder} holds no data files; put SPLIT{SUFFIXES[0]} or SPLIT{SUFFIXES[1]} there")
-    splits = LocalSplits({file.stem: _read(file) for file in files})
+    splits = LocalSplits(found)
     splits.folder = folder
     return splits if split is None else splits[split]
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*")) if path.suffix in SUFFIXES] if folder.is_dir() else []
+def _splits_in(folder: Path) -> dict[str, datasets.Dataset]:
+    """The splits in a folder; none if it holds no data."""
+    if is_saved(folder):
+        return read_saved(folder)
+    shards: dict[str, list[datasets.Dataset]] = {}
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if path.suffix in SUFFIXES:
+            shards.setdefault(split_in_name(path), []).append(_read(path))
+    return {split: datasets.concatenate_datasets(parts) for split, parts in shards.items()}
 
 
 def _read(path: Path) -> datasets.Dataset:

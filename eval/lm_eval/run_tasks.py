@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import lm_eval.api.task
 import lm_eval.evaluator
 from lm_eval.api.group import Group
+from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -17,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
+from gda.eval.lm_eval.find_tasks import task_under_way
 from gda.eval.lm_eval.harness import GDALM
 from gda.eval.options import TaskOptions
 
@@ -42,9 +45,16 @@ def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **
             batch_size=lm.batch_size,
             device=str(lm.device),
             apply_chat_template=options.apply_chat_template,
+            system_instruction=options.system_instruction,
+            gen_kwargs=options.gen_kwargs,
             **lm_eval_options,
         )
-    except AssertionError as error:  # raised by lm-eval for a request that does not fit the model
+    except (AssertionError, ValueError) as error:
+        if (too_few := _too_few_examples(error)) is not None:
+            raise ValueError(too_few) from None
+        if isinstance(error, ValueError):
+            raise
+        # lm-eval asserts that a request fits the model
         longest = f"requests of at most {lm.max_length} tokens"
         raise ValueError(f"lm-eval cannot run this on the model, which reads {longest}: {first_line(error)}") from None
     if results is None:  # in all but the first process
@@ -53,6 +63,18 @@ def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **
         if isinstance(tokenizer := (config.get("metadata") or {}).get("tokenizer"), PreTrainedTokenizerBase):
             config["metadata"]["tokenizer"] = tokenizer.name_or_path
     return results
+
+
+def _too_few_examples(error: Exception) -> str | None:
+    """What is wrong if lm-eval failed to draw few-shot examples, with the task and the number of its documents."""
+    task = task_under_way(error)
+    frames = traceback.walk_tb(error.__traceback__)
+    if task is None or not any(isinstance(frame.f_locals.get("self"), ContextSampler) for frame, _ in frames):
+        return None
+    return (
+        f"task {task.config.task}: {task.config.num_fewshot} few-shot examples are more than fit, because the task "
+        f"draws them from {len(list(task.fewshot_docs()))} documents; lower --num-fewshot, or add documents"
+    )
 
 
 @contextlib.contextmanager

@@ -28,6 +28,15 @@ Html = Annotated[
     bool,
     typer.Option("--html", metavar="", help="Also write report.html to the --output folder.", rich_help_panel=OUTPUT),
 ]
+LogSamples = Annotated[
+    bool,
+    typer.Option(
+        "--log-samples",
+        metavar="",
+        help="Also write each document with the model's answers to samples_TASK.jsonl in the --output folder.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", metavar="", help="Replace results in the --output folder.", rich_help_panel=OUTPUT),
@@ -58,6 +67,7 @@ def evaluate(
     options: EvaluateOptions,
     output: OutputFolder = None,
     html: Html = False,
+    log_samples: LogSamples = False,
     overwrite: Overwrite = False,
     update_card: UpdateCard = False,
     as_json: JSON = False,
@@ -74,7 +84,7 @@ def evaluate(
     from gda.eval.evaluate import evaluate_with_baseline
     from gda.eval.report import to_json, write_report
 
-    _check_outputs(options, output, html=html, update_card=update_card)
+    _check_outputs(options, output, html=html, log_samples=log_samples, update_card=update_card)
     report = evaluate_with_baseline.run(options, console=progress_console)
     if report is None:  # not the first of several processes
         return
@@ -84,19 +94,23 @@ def evaluate(
         _print_report(report)
     for name, note in report.notes():
         progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
-    written = [] if output is None else write_report(report, Path(output), with_html=html)
+    written = [] if output is None else write_report(report, Path(output), with_html=html, with_samples=log_samples)
     if update_card:
         written.append(write_card(Path(options.model), report))
     for path in written:
         progress_console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_outputs(options: EvaluateOptions, output: str | None, *, html: bool, update_card: bool) -> None:
+def _check_outputs(
+    options: EvaluateOptions, output: str | None, *, html: bool, log_samples: bool, update_card: bool
+) -> None:
     """Check that everything can be written before anything is run."""
     from gda.eval.card import read_card
 
     if html and output is None:
         raise ValueError("--html writes report.html to the folder of --output; name one")
+    if log_samples and (output is None or not options.tasks):
+        raise ValueError("--log-samples writes the documents of --tasks to the folder of --output; name both")
     if output is not None:
         if not output or (Path(output).exists() and not Path(output).is_dir()):
             raise ValueError(f"--output {output or repr(output)} is not a folder")
