@@ -15,13 +15,15 @@ from gda.common.files import read_json
 from gda.common.places import ADAPTER_CONFIG
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import has_vocabulary, read_tokenizer
+from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter, and no model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether the folder holds an adapter, and no model. Some programs write the base's config.json beside it."""
+    weights = (WEIGHTS_FILE, INDEX_FILE)
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / file).is_file() for file in weights)
 
 
 def base_of(folder: Path) -> str:
@@ -34,8 +36,8 @@ def base_of(folder: Path) -> str:
     base = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path; add the model that it adapts")
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS_FILE}; save the adapter as safetensors")
+    if not (folder / ADAPTER_FILE).is_file():
+        raise ValueError(f"{folder} has no {ADAPTER_FILE}; save the adapter as safetensors")
     return base
 
 
@@ -56,7 +58,7 @@ class AdapterSource(Source):
         self.name, self.revision = folder.resolve().name, None
         self.config, self.specs = base.config, base.specs
         self.notes = (f"the adapter {self.name} is merged into {base.name}",)
-        self.weight_files = [*base.weight_files, folder / WEIGHTS_FILE]
+        self.weight_files = [*base.weight_files, folder / ADAPTER_FILE]
 
     @functools.cached_property
     def _merged(self) -> PreTrainedModel:
@@ -64,13 +66,20 @@ class AdapterSource(Source):
             from peft import PeftModel, get_peft_model_state_dict
         try:
             adapted = PeftModel.from_pretrained(self.base.load(), str(self.folder))
-            with safe_open(self.folder / WEIGHTS_FILE, framework="pt") as file:
-                differing = sorted(set(get_peft_model_state_dict(adapted)) ^ set(file.keys()))
-            if differing:  # PEFT would leave these weights as they were initialized
-                raise ValueError(f"its tensors do not fit, such as {differing[0]}")
+            with safe_open(self.folder / ADAPTER_FILE, framework="pt") as file:
+                expected, found = set(get_peft_model_state_dict(adapted)), set(file.keys())
+            if differing := sorted(expected ^ found):  # PEFT would leave these weights as they were initialized
+                which = "has no" if differing[0] in expected else "has a superfluous"
+                raise ValueError(f"its tensors do not fit: it {which} {differing[0]}")
             model = adapted.merge_and_unload(safe_merge=True)
         except Exception as error:  # a malformed adapter can make PEFT raise anything
-            raise ValueError(f"{self.folder} cannot be merged into {self.base.name}: {first_line(error)}") from None
+            reason = first_line(error)
+            if "size mismatch" in reason and self.base.config.model_type == "gda":
+                reason = (
+                    "it fits a model of another shape; if that is the one which the GDA model was converted from, name "
+                    f"it as base_model_name_or_path in {ADAPTER_CONFIG}, and convert the adapter"
+                )
+            raise ValueError(f"{self.folder} cannot be merged into {self.base.name}: {reason}") from None
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in self.specs:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from gda.common.assets import copy_assets
 from gda.common.errors import first_line
+from gda.common.places import ADAPTER_CONFIG
 from gda.conversion.sources.hub import check_downloaded
 from gda.conversion.sources.names import stored_names
 from gda.conversion.sources.readers import read_config
@@ -31,6 +32,8 @@ class FolderSource(Source):
         self.name = name or folder.resolve().name
         self.revision = revision
         self.config = read_config(folder)
+        if (folder / ADAPTER_CONFIG).is_file():  # transformers would load the adapter's base instead
+            raise ValueError(f"{folder} holds both a model and an adapter; move {ADAPTER_CONFIG} out of it")
         self._reader = SafetensorsReader(folder)
         self.weight_files = [folder / file for file in self._reader.files]
         self.specs = self._reader.specs

@@ -14,6 +14,7 @@ import gda
 
 from ..support.checkpoints import load, logits
 from ..support.llamas import save_llama
+from ..support.repository import ROOT
 from ..support.tiny import relative_error, tiny_model, token_ids
 
 
@@ -69,9 +70,15 @@ def test_bfloat16_base_stays_bfloat16(tmp_path: Path) -> None:
         (lambda folder: change(folder, base_model_name_or_path=str(folder)), "is an adapter itself"),
         (lambda folder: change(folder, base_model_name_or_path="/nowhere/at/all"), "does not exist"),
         (lambda folder: change(folder, peft_type="NONE"), "cannot be merged into llama"),
-        (lambda folder: rename_tensors(folder), "its tensors do not fit"),
+        (lambda folder: rename_tensors(folder), "its tensors do not fit: it has a superfluous .*attn.*lora_A.weight"),
+        (lambda folder: copy_weights(folder), "its tensors do not fit: it has no .*lora_A.weight"),
+        (lambda folder: save_llama(folder, tokenizer=False), "holds both a model and an adapter"),
+        (lambda folder: convert_base(folder), "base_model_name_or_path in adapter_config.json"),
     ],
-    ids=["pickle", "no base", "an adapter of itself", "missing base", "unknown kind", "other tensors"],
+    ids=[
+        *("pickle", "no base", "an adapter of itself", "missing base", "unknown kind", "other tensors"),
+        *("weights of the base", "beside a model", "base was converted"),
+    ],
 )
 def test_broken_adapter_is_refused(break_it: Any, message: str, tmp_path: Path) -> None:
     adapter = save_adapter(save_llama(tmp_path / "llama"), tmp_path / "adapter")
@@ -80,6 +87,34 @@ def test_broken_adapter_is_refused(break_it: Any, message: str, tmp_path: Path) 
         gda.convert(adapter, tmp_path / "gda")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "gda").exists()
+
+
+@pytest.mark.parametrize("number_of_noise_heads", [1, 2, 4])
+def test_adapter_of_the_source_on_the_converted_model(
+    number_of_noise_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the rows that the guide adds, it does what it did on the source."""
+    monkeypatch.chdir(tmp_path)
+    base = save_llama(tmp_path / "llama")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    ids = token_ids(2, 12)
+    expected = logits(merged(base, adapter), ids)
+    gda.convert(base, tmp_path / "llama-gda", noise_heads=number_of_noise_heads)
+    guide = (ROOT / "docs" / "convert.md").read_text().split("## Adapters")[1]
+    exec(guide.split("```python")[1].split("```")[0], {})
+    adapted = PeftModel.from_pretrained(load(tmp_path / "llama-gda"), adapter)
+    assert relative_error(logits(adapted.eval(), ids), expected) < 1e-5
+    assert relative_error(logits(tmp_path / "llama-gda", ids), expected) > 1e-2
+
+
+def test_config_of_the_base_beside_an_adapter(tmp_path: Path) -> None:
+    """As some programs write it: the folder is still an adapter."""
+    base = save_llama(tmp_path / "llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    (adapter / "config.json").write_bytes((base / "config.json").read_bytes())
+    gda.convert(adapter, tmp_path / "gda")
+    expected = logits(merged(base, adapter), token_ids(2, 12))
+    assert relative_error(logits(tmp_path / "gda", token_ids(2, 12)), expected) < 1e-5
 
 
 def test_eval_says_how_to_merge(tmp_path: Path) -> None:
@@ -99,6 +134,19 @@ def change(folder: Path, **fields: Any) -> None:
     """Change adapter_config.json."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def copy_weights(folder: Path) -> None:
+    """Take the weights of the base for those of the adapter."""
+    base = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    (folder / "adapter_model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+
+
+def convert_base(folder: Path) -> None:
+    """Name the converted base as the base."""
+    base = folder.with_name("converted")
+    gda.convert(folder.with_name("llama"), base, verify=False)
+    change(folder, base_model_name_or_path=str(base))
 
 
 def rename_tensors(folder: Path) -> None:
