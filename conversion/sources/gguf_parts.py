@@ -43,7 +43,8 @@ def read_parts(parts: list[Path]) -> tuple[Any, dict[str, Path]]:
 
 def _entry(reader: Any, key: str, default: int) -> int:
     field = reader.fields.get(key)
-    return default if field is None else int(field.contents())
+    value = default if field is None else field.contents()
+    return value if isinstance(value, int) else -1
 
 
 def _read(path: Path) -> Any:
