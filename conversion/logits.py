@@ -89,7 +89,7 @@ class Prompts:
 
     @property
     def kind(self) -> str:
-        """ "texts" or "random ids"."""
+        """What the ids are: "texts" or "random ids"."""
         return "texts" if self.reason is None else "random ids"
 
     @classmethod

@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gda.common.assets import TOKENIZER_CONFIG, tokenizer_config
 from gda.common.errors import first_line
 from gda.common.extras import needed_by
+from gda.common.files import write_json
 from gda.common.screen import quiet_transformers
 from gda.conversion.families.llamalike import head_dim
 from gda.conversion.sources.gguf_parts import parts_of, read_parts
@@ -29,6 +31,7 @@ from gda.conversion.sources.gguf_rope import ROPE_FREQS, scaling_in_metadata, sc
 from gda.conversion.sources.gguf_splits import correct_tokenizer
 from gda.conversion.sources.readers import require_known_type
 from gda.conversion.sources.source import Source
+from gda.conversion.sources.tokenizers import ANY_TOKENIZER
 from gda.conversion.tensors.file_range import FileRange, stamp_of
 from gda.conversion.tensors.recipes import meta_model
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -226,6 +229,9 @@ class GGUFSource(Source):
     def copy_assets(self, folder: Path) -> None:
         with contextlib.suppress(ValueError):  # there is none
             self.tokenizer().save_pretrained(folder)
+            config = tokenizer_config(folder)
+            if config["tokenizer_class"] == "TokenizersBackend":  # a name that transformers 4 doesn't know
+                write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": ANY_TOKENIZER})
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
     def card_data(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from gda.common.errors import first_line
 from gda.common.extras import needed_by
 from gda.common.screen import quiet_transformers
 
+# Every release of transformers has this class, for every model type. It runs tokenizer.json as it is.
+ANY_TOKENIZER = "PreTrainedTokenizerFast"
 SENTENCEPIECE_START = b"\x0a"  # the key of a protobuf's first field; a `tokenizer.model` of tiktoken is base64
 
 

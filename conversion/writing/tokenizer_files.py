@@ -8,13 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gda.common.assets import TOKENIZER_CONFIG, own_code, tokenizer_config
 from gda.common.errors import CheckFailed, first_line
-from gda.common.files import write_json
+from gda.common.files import read_json, write_json
 from gda.conversion.sources.compare_tokenizers import difference
 from gda.conversion.sources.source import Source
-from gda.conversion.sources.tokenizers import read_tokenizer
+from gda.conversion.sources.tokenizers import ANY_TOKENIZER, read_tokenizer
 
-# Every release of transformers has this class, for every model type. It runs tokenizer.json as it is.
-ANY_TOKENIZER = "PreTrainedTokenizerFast"
 RUN_AS_THEY_ARE = {"PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"}
 # What a tokenizer class chooses by itself where tokenizer_config.json is silent.
 CHOSEN_BY_CLASS = (
@@ -63,12 +61,11 @@ def keep_reading(tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: boo
     notes = [f"{TOKENIZER_CONFIG} names {ANY_TOKENIZER}, so that the tokenizer gives the source's ids"] * changed
     if different is None:
         return notes
+    model_type = read_json(folder / "config.json").get("model_type")
+    found = f"transformers reads the tokenizer of a {model_type} differently than the source's: {different}"
     if check:
-        raise CheckFailed(
-            f"transformers reads the tokenizer differently in a model of this type: {different}; choose another type, "
-            "or pass --no-verify and load the tokenizer of the source instead"
-        )
-    return [*notes, f"transformers reads the tokenizer differently in a model of this type: {different}"]
+        raise CheckFailed(f"{found}; another --format may keep it, and --no-verify writes the model all the same")
+    return [*notes, found]
 
 
 def folder_difference(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
@@ -101,7 +98,9 @@ def _write_as_read(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     config["tokenizer_class"] = ANY_TOKENIZER
     for name in CHOSEN_BY_CLASS:
         value = getattr(tokenizer, name)
-        if value is not None and _content(config.get(name)) != value:
+        if value is None:
+            config.pop(name, None)
+        elif _content(config.get(name)) != value:
             config[name] = value
     write_json(folder / TOKENIZER_CONFIG, config)
     return True

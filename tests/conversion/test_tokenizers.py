@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import create_repo
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import gda
 from gda.common.errors import CheckFailed
@@ -90,6 +91,17 @@ def test_way_there_and_back(tmp_path: Path) -> None:
         assert_reads_alike(source, tmp_path / f"as {kind}")
 
 
+def test_tokenizer_of_an_adapter(tmp_path: Path) -> None:
+    """Its files have no config.json beside them; they are read as those of its base."""
+    base = save_mistral(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "adapter" / name).write_bytes((base / name).read_bytes())
+    gda.convert(tmp_path / "adapter", tmp_path / "gda", verify=False)
+    assert_reads_alike(base, tmp_path / "gda")
+
+
 @pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast"])
 def test_files_stay_as_they_are(tmp_path: Path, tokenizer_class: str) -> None:
     """A Llama's tokenizer is read by the class that it names, and so is the result's."""
@@ -137,7 +149,7 @@ def test_type_with_one_tokenizer_is_refused(tmp_path: Path) -> None:
     tokenizer = sentencepiece_tokenizer()
     gda.convert(save_source(tmp_path / "source", "qwen2", vocab_size=len(tokenizer)), tmp_path / "gda", verify=False)
     declare(tmp_path / "gda", tokenizer, "PreTrainedTokenizerFast")
-    with pytest.raises(CheckFailed, match=r" has ids .* instead of .*; choose another type") as refused:
+    with pytest.raises(CheckFailed, match=r" of a qwen2 .* has ids .* instead of .*; another --format") as refused:
         gda.export(tmp_path / "gda", tmp_path / "qwen2", format="qwen2")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "qwen2").exists()
@@ -261,7 +273,7 @@ def with_code(folder: Path, reference: str = "tokenization_mine.MineTokenizer") 
     return folder
 
 
-def test_own_code_is_copied_and_not_command(tmp_path: Path, command: Command) -> None:
+def test_own_code_is_copied_and_not_run(tmp_path: Path, command: Command) -> None:
     """A note says so, and verification says why its prompts are random ids."""
     source = with_code(save_llama(tmp_path / "llama"))
     outcome = command("convert", source, tmp_path / "gda")

@@ -108,6 +108,18 @@ def check_load() -> None:
             assert torch.equal(state[tensor], weight), f"{name}: {tensor} is not what the file holds"
 
 
+def check_tokenizer() -> None:
+    """AutoTokenizer gives the ids that it gives for the source, without running code."""
+    text = "  The cat</s>sat<s> on 12345 hats\n\n\tin Äpfeln 🙂"
+    for name in CONVERTED:
+        for kind in ("model", "exported"):
+            source, found = (
+                transformers.AutoTokenizer.from_pretrained(FOLDERS / name / folder, trust_remote_code=False)
+                for folder in ("source", kind)
+            )
+            assert found(text).input_ids == source(text).input_ids, f"{name}, {kind}: other ids"
+
+
 @torch.no_grad()
 def check_logits() -> None:
     """Logits of the whole text equal the source's or the naive reference's, with both backends."""
@@ -452,6 +464,7 @@ CHECKS: Checks = {
     "warnings": check_warnings,  # first, because transformers gives some warnings only once
     "load": check_load,
     "config": check_config,
+    "tokenizer": check_tokenizer,
     "logits": check_logits,
     "cache": check_cache,
     "greedy": check_greedy,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import processors
 from torch import Tensor
 from transformers import (
     DiffLlamaConfig,
@@ -109,11 +110,21 @@ def _save_source(folder: Path, name: str, seed: int) -> None:
     model = make_asymmetric(model_class(config_class(**(SHAPE | fields))), seed)
     model.generation_config = GenerationConfig(pad_token_id=0)
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    _change_json(
-        folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"
-    )  # the only form that transformers 4 reads
+    _save_tokenizer(folder, name)
     _change_json(folder / "config.json", **with_older_names(json.loads((folder / "config.json").read_text())))
+
+
+def _save_tokenizer(folder: Path, name: str) -> None:
+    """A tokenizer in the form of transformers 4. The Mistral's names a class that transformers 5 doesn't believe."""
+    tokenizer = byte_tokenizer()
+    fields: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if name == "mistral":
+        fields = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+        )
+    tokenizer.save_pretrained(folder)
+    _change_json(folder / "tokenizer_config.json", **fields)
 
 
 def _change_json(path: Path, **changes: Any) -> None:
