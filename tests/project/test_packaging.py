@@ -20,7 +20,7 @@ import gda
 
 from ..support.repository import ROOT, setup_cfg
 
-NOT_PACKAGED = {"tests", "benchmarks", "docs", "build", "dist"}
+NOT_PACKAGED = {"tests", "benchmarks", "docs", "examples", "build", "dist"}
 REMOTE_CODE = ["configuration", "modeling_gda"]
 BRIDGE = "configuration_gda.py"
 # Dependencies point one way: configuration ← modeling_gda ← conversion ← training, eval beside training, and
