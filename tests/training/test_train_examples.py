@@ -1,6 +1,7 @@
 """Chats and completions: which tokens are learned, sequences in which documents don't see each other, and the loss."""
 
 import csv
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +273,11 @@ def write_rows(kind: str, folder: Path) -> Path:
         path = folder / f"rows.{kind}"
         if kind == "parquet":
             pq.write_table(table, path)
+        elif kind == "arrow":
+            with pa.ipc.new_stream(path, table.schema) as stream:
+                stream.write_table(table)
+        elif kind == "json.gz":
+            path.write_bytes(gzip.compress(json.dumps(rows).encode()))
         elif kind == "JSON":
             path.write_text(json.dumps(rows))
         elif kind in ("csv", "tsv"):
@@ -285,10 +291,11 @@ def write_rows(kind: str, folder: Path) -> Path:
     return folder
 
 
-KINDS = ("jsonl", "ndjson", "JSON", "csv", "tsv", "parquet", "saved", "saved split", "downloaded")
+FILES = ("jsonl", "ndjson", "JSON", "json.gz", "csv", "tsv", "parquet", "arrow")
+FOLDERS = ("saved", "saved split", "downloaded")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*FILES, *FOLDERS])
 def test_every_kind_of_data_gives_the_same_examples(
     kind: str, opened: Callable[..., Sequences], tmp_path: Path
 ) -> None:
