@@ -57,7 +57,7 @@ def demo(options: DemoOptions, out: str | Path | None = None, *, console: Consol
 
     Raises:
         FileNotFoundError: naming the remedy, if the model is not available.
-        ValueError: if the source has no tokenizer.
+        NoTokenizerError: if the source has no tokenizer.
     """
     begun = time.monotonic()
     console = console or Console(quiet=True)

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
-from gda.common.errors import first_line
 from gda.common.screen import progress_bars
 from gda.conversion.sources.source import Source
+from gda.conversion.sources.tokenizers import NoTokenizerError
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
 GREEDY_TOKENS = 16
@@ -104,8 +104,8 @@ class Prompts:
                 return cls([torch.tensor([ids]) for ids in prompts])
             else:
                 reason = "the tokenizer gives no ids for some prompts"
-        except ValueError as error:
-            reason = first_line(error)
+        except NoTokenizerError as error:
+            reason = error.reason
         generator = torch.Generator().manual_seed(0)
         shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
         return cls(list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1)), reason)

@@ -18,6 +18,7 @@ from gda.conversion.options import VerifyOptions
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.open import open_source, resolve_folder
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
+from gda.conversion.sources.tokenizers import NoTokenizerError
 from gda.conversion.tensors.layerwise import memory_to_use
 from gda.conversion.writing.provenance import Settings, read_settings
 from gda.conversion.writing.stream import different_tensors
@@ -150,7 +151,7 @@ def _with_tokenizers(report: VerifyReport, source: Source, folder: Path) -> Veri
     """The report with a comparison of the tokenizers, if the source's can be read."""
     try:
         tokenizer = source.tokenizer()
-    except ValueError:
+    except NoTokenizerError:
         return report
     different = folder_difference(tokenizer, folder)
     return replace(

@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
+from gda.conversion.sources.tokenizers import NoTokenizerError
 from gda.training.labels import NO_LABEL
 
 CHUNK = 256  # tokens whose float32 probabilities are in memory
@@ -146,7 +147,7 @@ def _has_vocabulary(teacher: Source, tokenizer: PreTrainedTokenizerBase) -> bool
     """Whether ids mean the same tokens to the teacher, as far as its tokenizer can be read."""
     try:
         return teacher.tokenizer().get_vocab() == tokenizer.get_vocab()
-    except ValueError:
+    except NoTokenizerError:
         return True
 
 

@@ -31,7 +31,7 @@ from gda.conversion.sources.gguf_rope import ROPE_FREQS, scaling_in_metadata, sc
 from gda.conversion.sources.gguf_splits import correct_tokenizer
 from gda.conversion.sources.readers import require_known_type
 from gda.conversion.sources.source import Source
-from gda.conversion.sources.tokenizers import ANY_TOKENIZER
+from gda.conversion.sources.tokenizers import ANY_TOKENIZER, NoTokenizerError
 from gda.conversion.tensors.file_range import FileRange, stamp_of
 from gda.conversion.tensors.recipes import meta_model
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -222,12 +222,12 @@ class GGUFSource(Source):
             with quiet_transformers(), self._parsed_once():
                 tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except Exception as error:  # transformers has no common error for this
-            raise ValueError(f"{self.path} holds no tokenizer that can be loaded: {first_line(error)}") from None
+            raise NoTokenizerError(self.path, "the tokenizer cannot be loaded", first_line(error)) from None
         correct_tokenizer(tokenizer, self._entry)
         return tokenizer
 
     def copy_assets(self, folder: Path) -> None:
-        with contextlib.suppress(ValueError):  # there is none
+        with contextlib.suppress(NoTokenizerError):
             self.tokenizer().save_pretrained(folder)
             config = tokenizer_config(folder)
             if config["tokenizer_class"] == "TokenizersBackend":  # a name that transformers 4 doesn't know

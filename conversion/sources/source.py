@@ -60,7 +60,7 @@ class Source(ABC):
 
         Raises:
             ImportError: naming the remedy, if a package is missing.
-            ValueError: saying why there is none.
+            NoTokenizerError: if there is none that can be read.
         """
 
     def card_data(self) -> dict[str, Any]:

@@ -15,6 +15,14 @@ ANY_TOKENIZER = "PreTrainedTokenizerFast"
 SENTENCEPIECE_START = b"\x0a"  # the key of a protobuf's first field; a `tokenizer.model` of tiktoken is base64
 
 
+class NoTokenizerError(ValueError):
+    """A tokenizer cannot be read. `reason` says why without a path, and `detail` is transformers' own message."""
+
+    def __init__(self, location: str | Path, reason: str, detail: str | None = None):
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{location}: {reason}{'' if detail is None else f': {detail}'}")
+
+
 def read_tokenizer(
     location: str | Path, *, config: PreTrainedConfig | None = None, hub_id: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -31,12 +39,12 @@ def read_tokenizer(
 
     Raises:
         ImportError: naming the remedy, if the files need a package that is missing.
-        ValueError: if there is no tokenizer, or it cannot be loaded without its own code.
+        NoTokenizerError: if there is no tokenizer, or it cannot be loaded without its own code.
     """
     folder = Path(location)
     if folder.is_dir():
         if not has_vocabulary(folder) and not own_code(folder):
-            raise ValueError(f"{location} holds no tokenizer")
+            raise NoTokenizerError(location, "the model holds no tokenizer")
         require_packages(folder)
     if hub_id is not None:
         config = copy.deepcopy(config or AutoConfig.from_pretrained(location, trust_remote_code=False))
@@ -46,8 +54,10 @@ def read_tokenizer(
             return AutoTokenizer.from_pretrained(location, config=config, mistral_format=False, trust_remote_code=False)
     except Exception as error:  # transformers has no common error for this
         if folder.is_dir() and (code := own_code(folder)):
-            raise ValueError(f"the tokenizer of {location} needs its own code ({code[0]}), which is not run") from None
-        raise ValueError(f"{location} holds no tokenizer that can be loaded: {first_line(error)}") from None
+            raise NoTokenizerError(
+                location, f"the tokenizer needs its own code ({code[0]}), which is not run"
+            ) from None
+        raise NoTokenizerError(location, "the tokenizer cannot be loaded", first_line(error)) from None
 
 
 def has_vocabulary(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from gda.common.progress import logger
 from gda.common.screen import progress_bars, shows_progress
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.sources.source import Source
+from gda.conversion.sources.tokenizers import NoTokenizerError
 from gda.conversion.split.calibration import DEFAULT_TOKENS, read_calibration
 from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan
 from gda.conversion.split.fit import fit_layers, last_states
@@ -111,7 +112,7 @@ class Splitter:
         self.config = copy.deepcopy(config)
         try:
             tokenizer = source.tokenizer()
-        except ValueError as error:
+        except NoTokenizerError as error:
             raise ValueError(f"--mode split reads text, but {error}; --mode expand needs no tokenizer") from None
         self.calibration = read_calibration(
             calibration,

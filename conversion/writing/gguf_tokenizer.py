@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
 from gda.conversion.sources.source import Source
+from gda.conversion.sources.tokenizers import NoTokenizerError
 
 if TYPE_CHECKING:  # an extra
     from gguf import GGUFWriter
@@ -39,11 +40,11 @@ def add_tokenizer(
     """
     try:
         tokenizer = source.tokenizer()
-    except ValueError as error:
+    except NoTokenizerError as error:
         if copied_from is not None:
             raise ValueError(f"--tokenizer needs the model's own tokenizer to compare with: {error}") from None
         writer.add_tokenizer_model("none")
-        return [f"the file has no tokenizer, since {error}; programs that use llama.cpp may refuse it"]
+        return [f"the file has no tokenizer, since {error.reason}; programs that use llama.cpp may refuse it"]
     tokens, beyond = _tokens(tokenizer, config.vocab_size)
     if copied_from is not None:
         _copy(writer, copied_from, tokens)

@@ -7,11 +7,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from gda.common.assets import TOKENIZER_CONFIG, own_code, tokenizer_config
-from gda.common.errors import CheckFailed, first_line
+from gda.common.errors import CheckFailed
 from gda.common.files import read_json, write_json
 from gda.conversion.sources.compare_tokenizers import difference
 from gda.conversion.sources.source import Source
-from gda.conversion.sources.tokenizers import ANY_TOKENIZER, read_tokenizer
+from gda.conversion.sources.tokenizers import ANY_TOKENIZER, NoTokenizerError, read_tokenizer
 
 RUN_AS_THEY_ARE = {"PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"}
 # What a tokenizer class chooses by itself where tokenizer_config.json is silent.
@@ -31,8 +31,8 @@ def keep_tokenizer(source: Source, folder: Path, *, check: bool = True) -> list[
     notes = _code_notes(source, folder)
     try:
         tokenizer = source.tokenizer()
-    except ValueError:
-        return notes  # verification says why
+    except NoTokenizerError as error:  # verification says why its prompts are random ids
+        return notes if notes or error.detail is None else [f"tokenizers are not compared: {error}"]
     return [*notes, *keep_reading(tokenizer, folder, check=check)]
 
 
@@ -72,8 +72,8 @@ def folder_difference(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str |
     """`difference` between a source's tokenizer and the one in `folder`."""
     try:
         return difference(tokenizer, read_tokenizer(folder))
-    except ValueError as error:
-        return first_line(error)
+    except NoTokenizerError as error:
+        return f"{error.reason} ({error.detail})" if error.detail else error.reason
 
 
 def _names_its_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:

@@ -109,12 +109,12 @@ def check_load() -> None:
 
 
 def check_tokenizer() -> None:
-    """AutoTokenizer gives the ids that it gives for the source, without running code."""
+    """AutoTokenizer gives the ids that it gives for the source."""
     text = "  The cat</s>sat<s> on 12345 hats\n\n\tin Äpfeln 🙂"
     for name in CONVERTED:
         for kind in ("model", "exported"):
             source, found = (
-                transformers.AutoTokenizer.from_pretrained(FOLDERS / name / folder, trust_remote_code=False)
+                transformers.AutoTokenizer.from_pretrained(FOLDERS / name / folder, trust_remote_code=True)
                 for folder in ("source", kind)
             )
             assert found(text).input_ids == source(text).input_ids, f"{name}, {kind}: other ids"
