@@ -46,11 +46,11 @@ def read_tokenizer(
         if not has_vocabulary(folder) and not own_code(folder):
             raise NoTokenizerError(location, "the model holds no tokenizer")
         require_packages(folder)
-    if hub_id is not None:
-        config = copy.deepcopy(config or AutoConfig.from_pretrained(location, trust_remote_code=False))
-        config._name_or_path = hub_id
     try:
         with quiet_transformers():
+            if hub_id is not None:
+                config = copy.deepcopy(config or AutoConfig.from_pretrained(location, trust_remote_code=False))
+                config._name_or_path = hub_id
             return AutoTokenizer.from_pretrained(location, config=config, mistral_format=False, trust_remote_code=False)
     except Exception as error:  # transformers has no common error for this
         if folder.is_dir() and (code := own_code(folder)):
