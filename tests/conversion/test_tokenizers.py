@@ -51,7 +51,14 @@ def save_mistral(folder: Path, **changes: Any) -> Path:
     return declare(folder, tokenizer, "LlamaTokenizer", add_bos_token=True, legacy=True)
 
 
-def assert_reads_alike(source: Path, result: Path) -> None:
+def publish(hub: Hub, name: str, folder: Path) -> None:
+    """Store a folder in `hub` as if it had been pushed."""
+    create_repo(name)
+    files = {path: Blob(data, path.endswith(".safetensors")) for path, data in files_of(folder).items()}
+    hub.repos[name].commit("main", "all of it", files)
+
+
+def assert_reads_alike(source: str | Path, result: Path) -> None:
     first, other = (AutoTokenizer.from_pretrained(folder) for folder in (source, result))
     for text in TEXTS:
         for special in (False, True):
@@ -127,6 +134,17 @@ def test_class_is_missing_or_corrected_by_content(tmp_path: Path, tokenizer_clas
         "PreTrainedTokenizerFast"
     )
     assert_reads_alike(source, tmp_path / "gda")
+
+
+def test_class_that_transformers_corrects_by_hub_id(tmp_path: Path, hub: Hub) -> None:
+    """For some names on the Hub transformers runs tokenizer.json as it is, whatever class is named."""
+    name, tokenizer = "deepseek-ai/deepseek-coder-tiny", sentencepiece_tokenizer()
+    folder = save_llama(tmp_path / "llama", tokenizer=False, vocab_size=len(tokenizer))
+    publish(hub, name, declare(folder, tokenizer, "LlamaTokenizer"))
+    gda.convert(name, tmp_path / "gda", verify=False)
+    assert_reads_alike(name, tmp_path / "gda")
+    with pytest.raises(AssertionError):
+        assert_reads_alike(folder, tmp_path / "gda")
 
 
 def test_corrected_pattern_goes_into_tokenizer_json(tmp_path: Path) -> None:
@@ -310,9 +328,7 @@ def test_own_code_where_transformers_needs_none(tmp_path: Path) -> None:
 def test_own_code_on_the_hub(tmp_path: Path, hub: Hub) -> None:
     """Code of a Hub id is named with the id. Code in a folder is pushed with it."""
     folder = with_code(save_llama(tmp_path / "llama"))
-    files = {path: Blob(data, path.endswith(".safetensors")) for path, data in files_of(folder).items()}
-    create_repo("them/llama")
-    hub.repos["them/llama"].commit("main", "all of it", files)
+    publish(hub, "them/llama", folder)
     gda.convert("them/llama", tmp_path / "gda")
     config = json.loads((tmp_path / "gda/tokenizer_config.json").read_text())
     assert set(config["auto_map"]["AutoTokenizer"]) == {"them/llama--tokenization_mine.MineTokenizer"}
