@@ -12,7 +12,7 @@ SHOWN_IDS, SHOWN_LETTERS = 8, 40
 PROPERTIES = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "padding_side", "model_input_names")
 TEXTS = (
     *("", " ", "  ", "\n", "\n\n\n", "\t", "\r\n", "a", "▁", "▁under▁score ▁"),
-    "The capital of France is",
+    "There are many other words that a longer text brings together, rather than these; the capital of France is",
     " leading space,  two  spaces,   three \n\n new paragraph\n \n\tand tabs\t\t. trailing  ",
     "I'm sure they'LL say we've 0 12 345 6789 01234567890 apples; 3.14159, 1,000,000, 2026-11-28?!... №5 x²",
     "def f(n: int) -> int:\n    if n < 2:\n\t\treturn n  # comment\n\n\n    return f(n - 1)**2 != {'a': [\"b\"]}\\n",
