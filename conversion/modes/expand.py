@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
+from gda.conversion.modes import head_norm
 from gda.conversion.modes.checks import (
     PAPER_ONLY,
     SPLIT_ONLY,
@@ -49,8 +50,6 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 
 # Standard deviation of the noise on new queries and keys, relative to that of the rows that they start from.
 JITTER = 0.05
-# Attention averages values, so its outputs are smaller than these: 0.12 to 0.39 times in the layers of SmolLM2-135M.
-AVERAGING = 0.2
 LAMBDA = r"model\.layers\.\d+\.self_attn\.lambda_.+"
 HEAD_NORM = r"model\.layers\.\d+\.self_attn\.subln\.weight"
 EXPORTED_NOTE = "an exported GDA model is not restored: its noise heads are converted as ordinary query heads"
@@ -136,6 +135,7 @@ def expanded_config(source: PreTrainedConfig, options: NewHeadOptions) -> GDACon
         lambda_init=None if scheduled else 0.0,
         lambda_target=0.0 if fades_lambda else None,
         head_norm=bool(options.head_norm),
+        head_norm_eps=head_norm.EPS if options.head_norm else 1e-5,
         faded_head_norm=options.head_norm or None,
         fade=0.0 if fades_lambda or options.head_norm else None,
         dtype=DTYPES[options.dtype] or source.dtype,
@@ -153,13 +153,19 @@ def expanded_recipes(
 def _recipe(
     name: str, spec: TensorSpec, config: GDAConfig, source: dict[str, TensorSpec], seed: int, dtype: torch.dtype | None
 ) -> Recipe:
-    module, _, parameter = name.rpartition(".")
-    projection, draw = module.rpartition(".")[2], partial(generator_for, name, seed)
+    projection = name.split(".")[-2]
     if ".lambda_" in name:
         return lambda_recipe(name, spec, seed)
     if projection == "subln":
-        return _head_norm_recipe(name, spec, config, source, dtype)
-    target = TensorSpec(spec.shape, dtype or source[name].dtype)
+        return head_norm.weight_recipe(name, spec, config, dtype or source[name.replace("subln", "v_proj")].dtype)
+    recipe = _wider(name, projection, TensorSpec(spec.shape, dtype or source[name].dtype), config, seed)
+    recipe = recipe or copied(name, source[name], dtype)
+    return head_norm.with_scaled_values(recipe, name, config) if config.head_norm else recipe
+
+
+def _wider(name: str, projection: str, target: TensorSpec, config: GDAConfig, seed: int) -> Recipe | None:
+    """How a projection gets the parts that are new in it; None for all other tensors."""
+    draw = partial(generator_for, name, seed)
     if projection == "q_proj":
         make = partial(_with_noise_rows, config=config, generator=draw)
         how = f"signal rows copied; noise rows: mean of their group + N(0, ({JITTER} std)²)"
@@ -169,25 +175,9 @@ def _recipe(
         make = partial(_with_new_members, head_dim=config.head_dim, is_key=is_key, generator=draw)
         new = f"noise keys: key + N(0, ({JITTER} std)²)" if is_key else "second slabs: N(0, std²)"
         return Recipe(target, (name,), make, f"heads copied; {new}")
-    if config.kv_layout == "paired" and (projection, parameter) == ("o_proj", "weight"):
+    if config.kv_layout == "paired" and name.endswith("o_proj.weight"):
         return Recipe(target, (name,), partial(_with_zero_columns, head_dim=config.head_dim), "second slabs: zero")
-    return copied(name, source[name], dtype)
-
-
-def _head_norm_recipe(
-    name: str, spec: TensorSpec, config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None
-) -> Recipe:
-    """A weight with which the norm changes the size of the heads' outputs little."""
-    layer = name.removesuffix("self_attn.subln.weight")
-    sources = (f"{layer}self_attn.v_proj.weight", f"{layer}input_layernorm.weight")
-    scale = 1.0 - config.layer_lambda_init(int(name.split(".")[2]))
-
-    def make(value: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        size = (value.double() * norm.double()).square().sum(dim=1).mean().sqrt()
-        return torch.full(spec.shape, AVERAGING * float(size) / scale)
-
-    how = f"{AVERAGING} times the RMS of the values for normalized, independent inputs, divided by 1 − λ_init"
-    return Recipe(TensorSpec(spec.shape, dtype or source[sources[0]].dtype), sources, make, how)
+    return None
 
 
 def _with_noise_rows(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,46 @@ def test_origin_of_each_head_of_a_pair(tmp_path: Path) -> None:
     assert (value[:, 1] - value[:, 0]).abs().mean() > value[:, 0].abs().mean() / 2
 
 
-def test_initial_weight_of_the_head_norm(tmp_path: Path) -> None:
-    """Its weight is a fifth of the RMS of v for inputs of variance 1, divided by 1 − λ_init."""
-    source = save_llama(tmp_path / "llama")
-    gda.convert(source, tmp_path / "gda", head_norm=True, lambda_init="schedule", verify=False)
+@pytest.mark.parametrize("layout", ["head norm", "both"])
+def test_values_are_scaled_by_powers_of_two(layout: str, tmp_path: Path) -> None:
+    """v and o_proj change by inverse powers of two, which give simulated outputs a size near a quarter."""
+    source = save_llama(tmp_path / "llama", attention_bias=True)
+    gda.convert(source, tmp_path / "gda", verify=False, **LAYOUTS[layout])
     before, after = tensors_of(source), tensors_of(tmp_path / "gda")
+    prefix, slabs = "model.layers.1.self_attn", 1 + (layout == "both")
+    for name in ("weight", "bias"):
+        was = before[f"{prefix}.v_proj.{name}"].unflatten(0, (2, 8))
+        now = after[f"{prefix}.v_proj.{name}"].unflatten(0, (2, slabs, 8))[:, 0]
+        scales = (now / was).flatten(1)
+        assert torch.equal(scales, scales[:, :1].expand_as(scales))
+        assert torch.equal(scales.log2(), scales.log2().round())
+    was = before[f"{prefix}.o_proj.weight"].unflatten(1, (4, 8))
+    now = after[f"{prefix}.o_proj.weight"].unflatten(1, (4, slabs, 8))[:, :, 0]
+    assert torch.equal(now * scales[:, 0].repeat_interleave(2)[:, None], was)
     norm = before["model.layers.1.input_layernorm.weight"]
     inputs = torch.randn(200_000, len(norm), generator=torch.Generator().manual_seed(0)) * norm
-    size = (inputs @ before["model.layers.1.self_attn.v_proj.weight"].T).square().mean().sqrt()
-    scale = 1 - GDAConfig.from_pretrained(tmp_path / "gda").layer_lambda_init(1)
-    assert torch.allclose(after["model.layers.1.self_attn.subln.weight"], 0.2 * size / scale, rtol=1e-2)
+    value = before[f"{prefix}.v_proj.weight"].unflatten(0, (2, 8)) * scales[:, :1, None]
+    size = 0.2 * (inputs @ value.flatten(0, 1).T).unflatten(1, (2, 8)).square().mean((0, 2)).sqrt()
+    assert ((size > 0.25 / 2**0.51) & (size < 0.25 * 2**0.51)).all(), size
+
+
+@pytest.mark.parametrize(
+    ("lambda_", "at_end"), [("reparameterized", 0.0), ("tanh", 0.0), ("sigmoid", 0.5), ("schedule", None)]
+)
+def test_initial_weight_of_the_head_norm(lambda_: str, at_end: float | None, tmp_path: Path) -> None:
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", head_norm=True, verify=False, **LAMBDAS[lambda_])
+    scheduled = 0.8 - 0.6 * math.exp(-0.3)
+    expected = (1 - scheduled) ** -1.5 if at_end is None else (1 - at_end) ** -0.5
+    weight = tensors_of(tmp_path / "gda")["model.layers.1.self_attn.subln.weight"]
+    assert torch.allclose(weight, torch.full_like(weight, expected))
+    assert GDAConfig.from_pretrained(tmp_path / "gda").head_norm_eps == 1
+
+
+def test_float16_is_not_scaled(tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "llama")
+    gda.convert(source, tmp_path / "gda", head_norm=True, dtype="float16")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert torch.equal(tensors_of(tmp_path / "gda")[name], tensors_of(source)[name].half())
 
 
 def test_new_parts_are_listed(tmp_path: Path) -> None:
