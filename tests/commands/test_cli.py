@@ -133,7 +133,8 @@ def test_json_output(models: Path, tmp_path: Path, command: Command) -> None:
     assert not (tmp_path / "dry").exists()
 
     verified = json.loads(command("verify", models / "llama", tmp_path / "gda", "--json").out)
-    assert verified == gda.verify(models / "llama", tmp_path / "gda").to_dict() == output["verification"]
+    assert verified == gda.verify(models / "llama", tmp_path / "gda").to_dict()
+    assert verified == output["verification"] | {"tokenizers_compared": True}  # a conversion compares them itself
 
     inspected = json.loads(command("inspect", tmp_path / "gda", "--json").out)
     assert inspected == gda.inspect(tmp_path / "gda").to_dict()
