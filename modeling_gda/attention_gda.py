@@ -92,7 +92,7 @@ class LambdaProjection(nn.Module):
     def __init__(self, hidden_size: int, num_signal_heads: int):
         super().__init__()
         self.in_features, self.out_features = hidden_size, num_signal_heads  # tensor parallelism reads them
-        self.weight = nn.Parameter(torch.empty(num_signal_heads, hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_signal_heads, hidden_size, dtype=torch.float32))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         device = hidden_states.device.type
@@ -195,7 +195,7 @@ class GDAAttention(nn.Module):
         self.lambda_activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}.get(config.lambda_type)
         if self.lambda_activation is None:
             for name in self.lambda_vectors:
-                setattr(self, name, nn.Parameter(torch.empty(self.head_dim)))
+                setattr(self, name, nn.Parameter(torch.empty(self.head_dim, dtype=torch.float32)))
         else:
             self.lambda_proj = LambdaProjection(config.hidden_size, config.num_signal_heads)
         self.subtract = Subtraction()

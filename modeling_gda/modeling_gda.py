@@ -100,13 +100,14 @@ class GDADecoderLayer(Qwen3DecoderLayer):
 
 @contextmanager
 def _without_layers(config: GDAConfig) -> Iterator[None]:
-    """Keep the initializers of Qwen3 from building layers of their own."""
+    """Keep the initializers of Qwen3 from building layers of their own, and from switching their checkpointing on."""
     fields = vars(config)  # setting the attribute would shorten the lists with a value per layer
-    num_layers, fields["num_hidden_layers"] = fields["num_hidden_layers"], 0
+    kept = {name: fields.pop(name) for name in ("num_hidden_layers", "gradient_checkpointing") if name in fields}
+    fields["num_hidden_layers"] = 0
     try:
         yield
     finally:
-        fields["num_hidden_layers"] = num_layers
+        fields.update(kept)
 
 
 def _register_with_peft() -> None:

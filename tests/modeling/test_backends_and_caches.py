@@ -647,6 +647,13 @@ def test_loading_in_half_precision_keeps_lambda(
 
 
 @every_lambda_type
+def test_a_new_model_in_half_precision_has_lambda_in_float32(lambda_type: str) -> None:
+    model = GDAForCausalLM._from_config(tiny_config(lambda_type=lambda_type), dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lambda" in name else torch.bfloat16), name
+
+
+@every_lambda_type
 @torch.no_grad()
 def test_lambda_is_computed_in_float32_from_half_weights(lambda_type: str) -> None:
     """Also if λ's own parameters were cast."""

@@ -147,6 +147,18 @@ def test_gradient_checkpointing_changes_no_gradient(layout: str, lambda_type: st
         torch.testing.assert_close(found[name], gradient, msg=name)
 
 
+def test_gradient_checkpointing_named_in_the_config() -> None:
+    """transformers reads this field of older configs. It is used up, and layers run again in the backward pass."""
+    config = tiny_config()
+    config.gradient_checkpointing = True
+    model, runs = GDAForCausalLM(config).train(), []
+    assert not hasattr(model.config, "gradient_checkpointing")
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, *_: runs.append(module.layer_idx))
+    model(token_ids(), labels=token_ids()).loss.backward()
+    assert runs == [0, 1, 1, 0]
+
+
 @each_layout
 @each_lambda_type
 def test_model_overfits_a_tiny_batch(layout: str, lambda_type: str) -> None:
