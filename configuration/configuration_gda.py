@@ -74,7 +74,7 @@ class GDAConfig(PretrainedConfig):
             `q_down` (H · R, hidden) and `q_up` (H · head_dim, R) replace `q_proj`; with paired keys, whose roles are
             signal and noise, `k_base`, `k_down` and `k_up` replace `k_proj`.
         fade: How far the parts that the next six fields name are faded in, from 0 to 1; `None` if nothing is.
-            `model.set_fade` changes it. At 1 all seven are saved as `None`.
+            `model.set_fade` changes it. At 1 none of the seven is saved.
         masked_signal_heads: How many of each `signal_group_size` signal heads, the last ones, are new: their outputs
             are multiplied by `fade` after the head norm (masked growth, arXiv 2305.02869).
         masked_neurons: How many neurons of each MLP, the last ones, are new: `fade` multiplies their activations.
@@ -297,8 +297,9 @@ class GDAConfig(PretrainedConfig):
         return factored + [f"{name}_proj" for name in "qkv" if name not in self.factored_projections]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values, without what is faded in completely."""
-        return super().to_dict() | dict.fromkeys(("fade", *FADED) if self.fade == 1 else ())
+        """The fields as JSON-ready values; those of fading in only while something is faded in."""
+        done = ("fade", *FADED) if self.fade in (None, 1) else ()
+        return {name: value for name, value in super().to_dict().items() if name not in done}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The content of config.json: RoPE and dtype also in the form of transformers 4, for other readers."""

@@ -132,7 +132,8 @@ class NewHeadOptions(WriteOptions):
     )
     head_norm: bool | None = option(
         None,
-        "Give each head an RMSNorm, as in the GDA paper. Training fades it in. Default: no head norm.",
+        "Give each head's output an RMSNorm, as the GDA paper has it, but with an epsilon of 1, so that it changes a "
+        "pretrained model little at first. Training fades it in. Default: no head norm.",
         panel=NEW_HEADS,
         flag="--head-norm/--no-head-norm",
     )

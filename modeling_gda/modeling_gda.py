@@ -143,7 +143,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
 
     @torch.no_grad()
     def set_fade(self, value: float, lambda_target: float | None = None) -> None:
-        """Set how far new heads, neurons and layers, or λ, are faded in.
+        """Set how far new heads, neurons and layers, a head norm or λ are faded in.
 
         At 0 new parts have no effect, and with a `lambda_target`, which fades λ in by way of that value, nothing is
         subtracted. At 1 the model is an ordinary one, and is saved as such.
@@ -153,7 +153,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         """
         target = self.config.lambda_target if lambda_target is None else float(lambda_target)
         if self.config.fade is None and target is None:
-            raise ValueError("nothing is faded in: pass lambda_target, or grow the model with `gda grow --masked`")
+            raise ValueError("nothing is faded in: pass lambda_target, or start with `gda grow --masked`, for example")
         if not 0 <= value <= 1:
             raise ValueError(f"fade must be from 0 to 1, not {value!r}")
         if target is not None and not abs(target) < torch.finfo(torch.float32).max:

@@ -17,7 +17,7 @@ While λ is 0, the noise heads contribute nothing and can be dropped.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -177,7 +177,7 @@ def _then(recipe: Recipe, shape: tuple[int, ...], how: str, make: Callable[[Tens
     def both(*tensors: Tensor) -> Tensor:
         return make(recipe.make(*tensors))
 
-    return Recipe(TensorSpec(shape, recipe.spec.dtype), recipe.sources, both, f"{recipe.how}; {how}")
+    return replace(recipe, spec=TensorSpec(shape, recipe.spec.dtype), make=both, how=f"{recipe.how}; {how}")
 
 
 def _with_rows(recipe: Recipe, heads: list[int], head_dim: int) -> Recipe:

@@ -73,7 +73,7 @@ def _masked_recipe(
         return draw().to(spec.dtype).index_copy_(axis, kept, old)
 
     what = "columns" if axis == 1 else "rows"
-    return Recipe(spec, recipe.sources, make, f"{recipe.how}; new {what} initialized as in a new model")
+    return replace(recipe, spec=spec, make=make, how=f"{recipe.how}; new {what} initialized as in a new model")
 
 
 def _initialized(name: str, shape: tuple[int, ...], config: GDAConfig, generator: torch.Generator) -> Tensor:

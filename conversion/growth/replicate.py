@@ -109,7 +109,7 @@ def _replicated_recipe(
     for axis, origin in shares.items():
         shape[axis] = len(origin)
         how.append(f"{axes[axis]} shared out to {times} replicas")
-    return Recipe(TensorSpec(tuple(shape), recipe.spec.dtype), recipe.sources, make, "; ".join(how))
+    return replace(recipe, spec=TensorSpec(tuple(shape), recipe.spec.dtype), make=make, how="; ".join(how))
 
 
 def shared_out(

@@ -62,13 +62,15 @@ def plan(source: Source, options: NewHeadOptions) -> Conversion:
     with errors_named(source):
         config = expanded_config(source.config, options)
     recipes = expanded_recipes(config, source.specs, seed=options.seed, dtype=dtype)
+    unscaled = config.head_norm and not head_norm.scales_values(source.specs, dtype)
+    notes = [EXPORTED_NOTE] * (exported(source) is not None) + [head_norm.UNSCALED_NOTE] * unscaled
     layout = {name: value for name in PAPER_ONLY if (value := getattr(options, name)) is not None}
     return Conversion(
         mode="expand",
         config=config,
         recipes=recipes,
         lossless=is_lossless(recipes, source.specs),
-        notes=losses(source, recipes, options.dtype) + ([] if exported(source) is None else [EXPORTED_NOTE]),
+        notes=losses(source, recipes, options.dtype) + notes,
         settings={"layout": layout} if layout else {},
         kept=_kept(config),
         new=(LAMBDA, HEAD_NORM),
@@ -133,7 +135,7 @@ def expanded_config(source: PreTrainedConfig, options: NewHeadOptions) -> GDACon
         kv_layout=kv_layout,
         lambda_type=lambda_type,
         lambda_init=None if scheduled else 0.0,
-        lambda_target=0.0 if fades_lambda else None,
+        lambda_target=0.0 if fades_lambda else None,  # straight to the λ that is learned, which starts at λ_init
         head_norm=bool(options.head_norm),
         head_norm_eps=head_norm.EPS if options.head_norm else 1e-5,
         faded_head_norm=options.head_norm or None,
@@ -160,7 +162,9 @@ def _recipe(
         return head_norm.weight_recipe(name, spec, config, dtype or source[name.replace("subln", "v_proj")].dtype)
     recipe = _wider(name, projection, TensorSpec(spec.shape, dtype or source[name].dtype), config, seed)
     recipe = recipe or copied(name, source[name], dtype)
-    return head_norm.with_scaled_values(recipe, name, config) if config.head_norm else recipe
+    if config.head_norm and head_norm.scales_values(source, dtype):
+        return head_norm.with_scaled_values(recipe, name, config, source)
+    return recipe
 
 
 def _wider(name: str, projection: str, target: TensorSpec, config: GDAConfig, seed: int) -> Recipe | None:

@@ -19,16 +19,20 @@ LAMBDA_VECTOR_STD = 0.1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make one tensor of the result from the source tensors named in `sources`; `how` says it in words."""
+    """How to make one tensor of the result from the source tensors named in `sources`; `how` says it in words.
+
+    `scaled_by` names further tensors, from which `make` only finds powers of two to scale the result by.
+    """
 
     spec: TensorSpec
     sources: tuple[str, ...]
     make: Callable[..., torch.Tensor]
     how: str
+    scaled_by: tuple[str, ...] = ()
 
     def __call__(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """Make the tensor; `read` reads a source tensor by its name. ValueError for values beyond float16's range."""
-        made = self.make(*(read(name) for name in self.sources))
+        made = self.make(*(read(name) for name in (*self.sources, *self.scaled_by)))
         narrows = self.spec.dtype == torch.float16 and made.dtype != torch.float16
         if narrows and made.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError(f"{self.sources[0]} has values that float16 cannot hold; use bfloat16")

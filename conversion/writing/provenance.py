@@ -94,7 +94,8 @@ def write_provenance(
         "split": None if conversion.split is None else conversion.split.to_dict(),
         "verification": verification,
         "tensors": {
-            name: {"from": list(recipe.sources), "how": recipe.how} for name, recipe in conversion.recipes.items()
+            name: {"from": [*recipe.sources, *recipe.scaled_by], "how": recipe.how}
+            for name, recipe in conversion.recipes.items()
         },
     }
     made["history"] = with_conversion(source, made)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import gda
@@ -118,7 +119,9 @@ def test_values_are_scaled_by_powers_of_two(layout: str, tmp_path: Path) -> None
     norm = before["model.layers.1.input_layernorm.weight"]
     inputs = torch.randn(200_000, len(norm), generator=torch.Generator().manual_seed(0)) * norm
     value = before[f"{prefix}.v_proj.weight"].unflatten(0, (2, 8)) * scales[:, :1, None]
-    size = 0.2 * (inputs @ value.flatten(0, 1).T).unflatten(1, (2, 8)).square().mean((0, 2)).sqrt()
+    bias = before[f"{prefix}.v_proj.bias"].unflatten(0, (2, 8)) * scales[:, :1]
+    averaged = 0.2 * (inputs @ value.flatten(0, 1).T).unflatten(1, (2, 8))
+    size = (averaged.square().mean((0, 2)) + bias.square().mean(1)).sqrt()
     assert ((size > 0.25 / 2**0.51) & (size < 0.25 * 2**0.51)).all(), size
 
 
@@ -134,11 +137,56 @@ def test_initial_weight_of_the_head_norm(lambda_: str, at_end: float | None, tmp
     assert GDAConfig.from_pretrained(tmp_path / "gda").head_norm_eps == 1
 
 
-def test_float16_is_not_scaled(tmp_path: Path) -> None:
-    source = save_llama(tmp_path / "llama")
-    gda.convert(source, tmp_path / "gda", head_norm=True, dtype="float16")
+def test_norms_in_float32_keep_a_bfloat16_conversion_exact(tmp_path: Path) -> None:
+    """They only give the scale, so nothing is lost."""
+    source = save_llama(tmp_path / "llama", dtype=torch.bfloat16)
+    mixed = {name: each.float() if "norm" in name else each for name, each in tensors_of(source).items()}
+    save_file(mixed, source / "model.safetensors", {"format": "pt"})
+    report = gda.convert(source, tmp_path / "gda", head_norm=True)
+    assert report.verification is not None
+    assert (report.verification.threshold, report.verification.relative) == (1e-5, 0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6])
+def test_float16_is_widened_before_it_is_scaled(size: float, tmp_path: Path) -> None:
+    """Also where the scaled values would be too small or too large for float16."""
+    source = save_llama(tmp_path / "llama", dtype=torch.float16)
+    changed = {name: each * size if "v_proj" in name else each for name, each in tensors_of(source).items()}
+    save_file(changed, source / "model.safetensors", {"format": "pt"})
+    report = gda.convert(source, tmp_path / "gda", head_norm=True, dtype="float32")
+    assert report.verification is not None
+    assert report.verification.relative < 1e-6
     name = "model.layers.1.self_attn.o_proj.weight"
-    assert torch.equal(tensors_of(tmp_path / "gda")[name], tensors_of(source)[name].half())
+    scale = (changed[name].float() / tensors_of(tmp_path / "gda")[name]).unflatten(1, (2, -1))[0, :, 0]
+    assert torch.equal(scale, torch.exp2(scale.log2().round()))
+    assert scale.max() <= 1024
+
+
+@pytest.mark.parametrize("half", ["", "v_proj", "o_proj"])
+def test_float16_is_not_scaled(half: str, tmp_path: Path) -> None:
+    """Not even where only one of the two projections has it; a note says so."""
+    source = save_llama(tmp_path / "llama")
+    mixed = {name: each.half() if half and half in name else each for name, each in tensors_of(source).items()}
+    save_file(mixed, source / "model.safetensors", {"format": "pt"})
+    report = gda.convert(source, tmp_path / "gda", head_norm=True, dtype="keep" if half else "float16")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert torch.equal(
+        tensors_of(tmp_path / "gda")[name].float(), mixed[name].half().float() if not half else mixed[name].float()
+    )
+    assert any("values in float16 are not scaled" in note for note in report.notes)
+
+
+def test_a_bias_counts_in_the_size_of_values(tmp_path: Path) -> None:
+    """Attention passes it on undiminished. Weights of zero and no bias are scaled by 1,024 at most."""
+    source = save_llama(tmp_path / "llama", attention_bias=True)
+    changed = tensors_of(source)
+    changed["model.layers.0.self_attn.v_proj.weight"].zero_()
+    changed["model.layers.0.self_attn.v_proj.bias"].copy_(torch.tensor([3.0] * 8 + [0.0] * 8))
+    save_file(changed, source / "model.safetensors", {"format": "pt"})
+    gda.convert(source, tmp_path / "gda", head_norm=True)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    scale = (changed[name] / tensors_of(tmp_path / "gda")[name]).unflatten(1, (2, -1))[0, :, 0]
+    assert scale.tolist() == [1 / 16, 1024.0]  # 3 / 16 is within a factor of √2 of a quarter
 
 
 def test_new_parts_are_listed(tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ def test_fading_continues(models: Path, tmp_path: Path) -> None:
     report = train(tmp_path, "on-the-way", tmp_path / "out", data=models / "text.txt")
     assert any("fade of the model rises from 0.5" in note for note in report.notes)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (written["fade"], written["lambda_target"]) == (None, None)
+    assert not {"fade", "lambda_target"} & written.keys()
 
 
 def test_other_lambda_target_is_refused(models: Path, tmp_path: Path, command: Command) -> None:

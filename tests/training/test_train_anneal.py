@@ -222,7 +222,7 @@ def test_callback_raises_the_fade_linearly(accumulated: int, tmp_path: Path) -> 
     assert callback.seen == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
     trainer.save_model(str(tmp_path / "saved"))
     written = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert (written["fade"], written["lambda_target"]) == (None, None)
+    assert not {"fade", "lambda_target"} & written.keys()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model.eval()))
 
 
@@ -242,7 +242,7 @@ def test_resuming_keeps_the_schedule(stop: int, read: str, restored: bool, tmp_p
     Trainer(model_of(), arguments(tmp_path / "run", **options), train_dataset=DATA, callbacks=callbacks).train()
     checkpoint = tmp_path / "run" / f"checkpoint-{stop}"
     written = json.loads((checkpoint / "config.json").read_text())
-    assert (written["fade"], written["lambda_target"]) == ((0.5, TARGET) if stop == 2 else (None, None))
+    assert (written.get("fade"), written.get("lambda_target")) == ((0.5, TARGET) if stop == 2 else (None, None))
 
     model = model_of() if read == "made anew" else AutoModelForCausalLM.from_pretrained(checkpoint)
     options |= {"restore_callback_states_from_checkpoint": restored}

@@ -16,6 +16,7 @@ class FadeCallback(TrainerCallback, ExportableState):
 
     - `masked_signal_heads`, `masked_neurons`, `masked_layers`, `blended_layers`: masked growth (arXiv 2305.02869), as
       `gda grow --masked` begins it. At 0 the model computes what it computed before it grew.
+    - `faded_head_norm`: the head norm, as `gda convert --head-norm` begins it. At 0 heads output what they did without.
     - `lambda_target`: λ, whatever its type. Layers subtract with
 
           λ = (1 − fade) · fade · λ_target + fade · λ_learned

@@ -29,7 +29,7 @@ def train(options: TrainOptions, as_json: JSON = False) -> None:
 
     Training uses the Trainer of transformers. Ctrl-C finishes the current step and writes a checkpoint; --resume
     continues from it and ends with the same weights. Parts of the model that wait to be faded in, such as those of
-    --masked growth, are faded in over the steps. OUT appears only when it is complete.
+    --masked growth or a new head norm, are faded in over the steps. OUT appears only when it is complete.
     """
     if options.only_plots:
         from gda.training.plot import plot
