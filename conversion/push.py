@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from gda.common.assets import LICENCE_PATTERNS, tokenizer_code
-from gda.common.files import read_json, write_text
+from gda.common.files import read_json, write_json, write_text
 from gda.common.options import takes
 from gda.common.places import ADAPTER_CONFIG
 from gda.common.screen import quiet_transformers, shows_progress
@@ -26,7 +26,7 @@ from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.hub import check_name, hub_errors
 from gda.conversion.sources.open import MODEL_PATTERNS
 from gda.conversion.sources.readers import read_gda_config
-from gda.conversion.sources.source import PROVENANCE_FILE
+from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE
 from gda.conversion.tensors.safetensors_io import INDEX_FILE
 from gda.conversion.writing.card import CARD_FILE, PLACEHOLDER, model_card
 from gda.conversion.writing.history import history_of
@@ -78,7 +78,8 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
 
     Weights that an interrupted push uploaded are not sent again. Files of an earlier model in the repository that this
     one doesn't have, such as other shards or a chat template, are removed: they would be loaded with it. The folder is
-    not changed: card and code are added to the commit if the folder lacks them.
+    not changed: card and code are added to the commit if the folder lacks them. Of training.json, only the history of
+    the model is pushed: the rest names paths of this machine.
 
     Raises:
         FileNotFoundError: if the folder doesn't exist.
@@ -151,6 +152,8 @@ def _files_to_push(
     elif bundle_code or hasattr(config, "auto_map"):
         config.save_pretrained(scratch, bundle_code=bundle_code)
     notes = _add_card(source, files, scratch, bundle_code, repo)
+    if PROVENANCE_FILE not in files and (history := history_of(folder)):
+        write_json(scratch / TRAINING_FILE, {"history": history})  # the rest of the file names paths of this machine
     return dict(sorted((files | {path.name: path for path in scratch.iterdir()}).items())), notes
 
 
@@ -229,7 +232,7 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
 def _stale_files(held: list[str], files: dict[str, Path]) -> list[str]:
     """Files of an earlier model that would be loaded with this one; adapters, licences and other files stay."""
     modules = _code_names()
-    patterns = set(MODEL_PATTERNS) - set(LICENCE_PATTERNS) - {"*.safetensors", "*.safetensors.index.json"}
+    patterns = {*MODEL_PATTERNS, TRAINING_FILE} - set(LICENCE_PATTERNS) - {"*.safetensors", "*.safetensors.index.json"}
 
     def is_stale(name: str) -> bool:
         is_model_file = any(fnmatchcase(name, pattern) for pattern in patterns)

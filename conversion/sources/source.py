@@ -17,6 +17,7 @@ from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 PROVENANCE_FILE = "conversion.json"
+TRAINING_FILE = "training.json"
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")

@@ -5,10 +5,10 @@ from typing import Any
 
 from gda.common.files import read_json
 from gda.conversion.sources.folder import FolderSource
-from gda.conversion.sources.source import PROVENANCE_FILE, Source
+from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE, Source
 
 # The files that record the steps. A trained model has the second one, and no longer the tensors of the first.
-RECORDS = (PROVENANCE_FILE, "training.json")
+RECORDS = (PROVENANCE_FILE, TRAINING_FILE)
 
 
 def history_of(folder: Path) -> list[str]:

@@ -1,9 +1,12 @@
-"""The documentation: every relative link leads to an existing file and heading."""
+"""The documentation: links lead to existing files and headings, and README stays short and right."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import gda
 
 from ..support.repository import ROOT
 
@@ -54,3 +57,14 @@ def test_every_guide_is_linked_from_the_readme() -> None:
 def test_the_readme_stays_short() -> None:
     """At most 200 lines; details belong to the guides."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_readme_config_from_scratch() -> None:
+    """Its special tokens have embeddings, so that transformers does not warn."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text[text.index("small = gda.GDAConfig(") : text.index("model = gda.GDAForCausalLM(small)")]
+    names: dict[str, Any] = {"gda": gda}
+    exec(code, names)
+    small = names["small"]
+    assert max(small.bos_token_id, small.eos_token_id) < small.vocab_size
+    assert (small.num_signal_heads, small.num_noise_heads) == (8, 2)

@@ -25,11 +25,13 @@ import gda
 from gda.common.options import flag
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import MASKED
+from gda.conversion.writing.history import history_of
 from gda.training.report import TrainReport
 from gda.training.settings import TrainOptions
 
 from ..support.children import in_child, killed_at
 from ..support.commands import Command, Outcome
+from ..support.hub_server import Hub
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
 
 pytestmark = pytest.mark.sampled
@@ -101,12 +103,24 @@ def test_card_has_the_whole_history(models: Path, tmp_path: Path) -> None:
     losses = f"training loss {report.first_loss:.4f} before, {report.last_loss:.4f} after"
     trained = f"Trained from gda (`--train all`) for 4 steps on 512 tokens of text.txt; {losses}."
     assert re.search(r"1\. `expand` of llama; largest difference of a logit \d\.\de[+-]\d\d, relative to", card.text)
-    assert f"2. {trained}" in card.text
+    assert f"2. {trained}\n\n## Use" in card.text
     gda.grow(tmp_path / "trained", tmp_path / "grown", depth=3)
     steps = json.loads((tmp_path / "grown" / "conversion.json").read_text())["history"]
     assert steps[1] == trained
     assert steps[2].startswith("`grow` (depth 3, noise_std 0.01) of trained; largest difference")
     assert "3. `grow`" in (tmp_path / "grown" / "README.md").read_text()
+
+
+def test_pushed_model_keeps_its_history(models: Path, tmp_path: Path, hub: Hub) -> None:
+    """A model that was trained, pushed and pulled knows all its steps; paths of this machine stay here."""
+    gda.convert(models / "llama", tmp_path / "gda")
+    gda.train(tmp_path / "gda", tmp_path / "trained", data=models / "text.txt", **FAST)
+    steps = history_of(tmp_path / "trained")
+    assert len(steps) == 2
+    gda.push(tmp_path / "trained", "me/trained")
+    assert json.loads(hub.files("me/trained")["training.json"]) == {"history": steps}
+    gda.grow("me/trained", tmp_path / "grown", depth=3)
+    assert history_of(tmp_path / "grown")[:-1] == steps
 
 
 def test_written_files_follow_the_umask(models: Path, tmp_path: Path) -> None:

@@ -16,12 +16,11 @@ from gda.common.files import (
     write_json,
 )
 from gda.common.options import flag
+from gda.conversion.sources.source import TRAINING_FILE
 from gda.training.report import TrainReport
 from gda.training.runs.checkpoints import checkpoints, last_checkpoint, read_or_empty, remove_incomplete, step_of
 from gda.training.settings import TrainSettings
 
-# In the folder of a run, and in its result: the settings, and then the report.
-TRAINING_FILE = "training.json"
 LOG_FILE = "training_log.jsonl"
 DATA_FOLDER = "data"
 START_ANEW = "start over with --overwrite"
