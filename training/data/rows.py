@@ -69,7 +69,8 @@ def source_of_rows(
     Raises:
         ValueError: if there is no field to train on, naming those that were found.
     """
-    first = list(itertools.islice(open_rows(None), SEARCHED))
+    rows = open_rows(None)
+    first = list(itertools.islice(rows, SEARCHED))
     fields = next((found for _, row in first if (found := _choose_fields(row, text_field))), None)
     if fields is None:
         there = ", ".join(dict.fromkeys(field for _, row in first for field in row)) or "none"
@@ -78,8 +79,8 @@ def source_of_rows(
             f"{name} has no field {expected}; choose one of its fields {there} with --text-field, or rename them"
         )
     to_document = partial(_document, name, fields)
-    known = filter(None, (to_document(place, row) for place, row in first))
-    has_examples = isinstance(next(known, None), Example)
+    known = filter(None, (to_document(place, row) for place, row in itertools.chain(first, rows)))
+    has_examples = isinstance(next(known, None), Example)  # as in the first row with content
 
     def documents() -> Iterator[Piece | Example | None]:
         for place, row in open_rows(fields):
@@ -118,8 +119,21 @@ def _document(name: str, fields: Fields, place: str, row: dict[str, Any]) -> Pie
         raise ValueError(f"{at}: `prompt` and `completion` must both be text, or both messages")
     if isinstance(answer, str):
         return Example(at, prompt, answer)
-    tools = row.get(TOOLS) or None
-    return Example(at, _messages(prompt), _messages(answer), json.loads(tools) if isinstance(tools, str) else tools)
+    turns = [message for message in answer if message["role"] == "assistant"]
+    if turns and not any(message.get("content") or message.get("tool_calls") for message in turns):
+        return None
+    return Example(at, _messages(prompt), _messages(answer), _tools(at, row.get(TOOLS)))
+
+
+def _tools(at: str, tools: Any) -> list[Any] | None:
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"{at}: `{TOOLS}` is not JSON: {error}") from None
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"{at}: `{TOOLS}` holds {type(tools).__name__}, not a list")
+    return tools or None
 
 
 def _check_value(at: str, field: str, value: Any) -> None:
@@ -134,7 +148,8 @@ def _check_value(at: str, field: str, value: Any) -> None:
             f"{at}: `{field}` holds {type(value).__name__}, not a string or messages; choose another with --text-field"
         )
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not is_message or not ("content" in message or message.get("tool_calls")):
             found = ", ".join(message) if isinstance(message, dict) else type(message).__name__
             raise ValueError(f"{at}: a message in `{field}` needs the fields role and content, and has {found}")
 

@@ -8,7 +8,7 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,11 @@ def _folder_sources(folder: Path, text_field: str, option: str) -> list[Source]:
         raise FileNotFoundError(f"{option} {folder} is a folder without {', '.join(FOLDER_ENDINGS)} files")
     if not read:
         raise ValueError(f"{option} {folder} has no split train, only {', '.join(sorted(others))}; name its files")
+    if len(homes := {home for file in read if (home := _home_of_split(file)) is not None}) > 1:
+        raise ValueError(
+            f"{option} {folder} holds several configurations, each with a split train, in "
+            f"{_listed(folder, sorted(map(str, homes)))}; name the folders or files to train on"
+        )
     sources = [_file_source(folder / file, text_field) for file in read]
     return [*sources[:-1], sources[-1].with_note(_other_splits(folder, others, read))]
 
@@ -109,7 +114,12 @@ def _ending(path: Path) -> str:
     return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
-def _listed(folder: Path, splits: dict[str, Any]) -> str:
+def _home_of_split(file: Path) -> Path | None:
+    """The folder that holds the split of a file, which is one configuration of a dataset; None if it has no split."""
+    return next((part.parent for part in (file, *file.parents) if split_of(Path(part.name)) is not None), None)
+
+
+def _listed(folder: Path, splits: Iterable[str]) -> str:
     return ", ".join(str(folder / split) for split in splits)
 
 

@@ -1,0 +1,81 @@
+"""Chats as they are found: messages without content, other templates, and rows or folders that are refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gda.training.data.sequences import Sequences, open_sequences
+
+from ..support.llamas import VOCAB_SIZE, byte_tokenizer
+
+pytestmark = pytest.mark.sampled
+
+CONTEXT, NO_LABEL = 64, -100
+PLAIN = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QUESTION, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[..., Sequences]:
+    def open_(rows: list[dict[str, Any]] | Path, template: str = PLAIN, context: int = CONTEXT) -> Sequences:
+        path = rows if isinstance(rows, Path) else tmp_path / "a.jsonl"
+        if not isinstance(rows, Path):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        options: dict[str, Any] = {"text_field": "text", "streaming": False, "seed": 0, "vocab_size": VOCAB_SIZE}
+        return open_sequences([path], tokenizer, context=context, scratch=tmp_path / "scratch", **options)
+
+    return open_
+
+
+def learned(sequences: Sequences) -> list[tuple[str, str]]:
+    """The text of each document, and what is learned of it."""
+    tokenizer, found = byte_tokenizer(), []
+    for row in sequences.rows:
+        starts = row["position_ids"].eq(0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
+            ids, labels = row["input_ids"][start:end], row["labels"][start:end]
+            if labels.ne(NO_LABEL).any():
+                found.append((tokenizer.decode(ids), tokenizer.decode(labels[labels.ne(NO_LABEL)])))
+    return sorted(found)
+
+
+def test_message_without_content_is_refused(opened: Callable[..., Sequences]) -> None:
+    """Unless it calls tools; its fields are named."""
+    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 2: .* needs the fields role and content, and has role, value"
+    ):
+        opened([{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, {"role": "assistant", "value": "hello"}]}])
+    assert opened([{"messages": [QUESTION, called]}]).count == 1
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_chat_with_empty_answers_is_skipped(content: str | None, opened: Callable[..., Sequences]) -> None:
+    empty = {"role": "assistant", "content": content}
+    chats = [[QUESTION, empty], [QUESTION, empty, QUESTION, empty], [QUESTION, ANSWER]]
+    sequences = opened([{"messages": chat} for chat in chats])
+    assert learned(sequences) == [("<|user|>hi</s><|assistant|>hello</s>", "hello</s>")]
+    assert "rows without content, skipped: 2" in sequences.notes
+
+
+@pytest.mark.parametrize("place", ["{}/train-00000-of-00001", "data/{}/train", "{}/train/0000"])
+def test_configurations_are_not_mixed(place: str, opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """A folder with several is refused; one of them, or one with several shards, is read."""
+    for name in ("de", "en"):
+        path = tmp_path / "set" / f"{place.format(name)}.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"messages": [[QUESTION, ANSWER]]}), path)
+    homes = [tmp_path / "set" / place.format(name).split(name)[0] / name for name in ("de", "en")]
+    with pytest.raises(ValueError, match=f"several configurations, .* in {homes[0]}, {homes[1]}; name the folders"):
+        opened(tmp_path / "set")
+    assert len(learned(opened(homes[1]))) == 1
