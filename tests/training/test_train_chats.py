@@ -79,3 +79,61 @@ def test_configurations_are_not_mixed(place: str, opened: Callable[..., Sequence
     with pytest.raises(ValueError, match=f"several configurations, .* in {homes[0]}, {homes[1]}; name the folders"):
         opened(tmp_path / "set")
     assert len(learned(opened(homes[1]))) == 1
+
+
+def test_chat_that_begins_with_the_assistant(opened: Callable[..., Sequences]) -> None:
+    """The template need not render a chat without messages."""
+    strict = "{{ raise_exception('no messages') if not messages }}" + PLAIN
+    sequences = opened([{"messages": [ANSWER, QUESTION, {"role": "assistant", "content": "yes"}]}], strict)
+    text = "<|assistant|>hello</s><|user|>hi</s><|assistant|>yes</s>"
+    [(found, taught)] = learned(sequences)
+    assert found == text
+    assert taught.endswith("hello</s>yes</s>")
+
+
+def test_answers_that_change_in_the_chat_are_examples_of_their_own(opened: Callable[..., Sequences]) -> None:
+    """Each after the chat before it, as the model will see it; of a prompt, no answer is learned."""
+    thinking = PLAIN.replace("m.content", "m.content if loop.last else m.content.split('=')[-1]")
+    chat = [QUESTION, {"role": "assistant", "content": "1=a"}, QUESTION, {"role": "assistant", "content": "2=b"}]
+    first = ("<|user|>hi</s><|assistant|>1=a</s>", "1=a</s>")
+    second = ("<|user|>hi</s><|assistant|>a</s><|user|>hi</s><|assistant|>2=b</s>", "2=b</s>")
+    sequences = opened([{"messages": chat}], thinking)
+    assert learned(sequences) == sorted([first, second])
+    note = "chats whose earlier turns the template changes, split into an example per answer: 1"
+    assert note in sequences.notes
+    sequences = opened([{"prompt": chat[:1], "completion": chat[1:]}], thinking)
+    assert learned(sequences) == sorted([first, second])
+    assert learned(opened([{"prompt": chat[:3], "completion": chat[3:]}], thinking)) == [second]
+
+
+def test_answers_beyond_the_context_are_named(opened: Callable[..., Sequences]) -> None:
+    """The error says what was skipped."""
+    rows = [{"messages": None}, {"messages": [{"role": "user", "content": "a" * 99}, ANSWER]}]
+    with pytest.raises(
+        ValueError, match=r"has no answer to learn .*content, skipped: 1.* after 16 tokens.*: 1.; raise --c"
+    ):
+        opened(rows, context=16)
+
+
+def test_tools_that_are_not_json(opened: Callable[..., Sequences]) -> None:
+    chat = [QUESTION, ANSWER]
+    for tools, words in (("{", "is not JSON"), ('{"name": "f"}', "holds dict, not a list")):
+        with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: `tools` {words}"):
+            opened([{"messages": chat, "tools": "[]"}, {"messages": chat, "tools": tools}])
+
+
+def test_chat_after_many_rows_without_content(opened: Callable[..., Sequences]) -> None:
+    sequences = opened([*[{"text": None}] * 1001, {"text": [QUESTION, ANSWER]}])
+    assert learned(sequences) == [("<|user|>hi</s><|assistant|>hello</s>", "hello</s>")]
+
+
+def test_mixed_rows_are_refused(opened: Callable[..., Sequences]) -> None:
+    for rows, word in (
+        ([{"prompt": "a", "completion": [QUESTION, ANSWER]}], "line 1: `prompt` and `completion` must both be text"),
+        (
+            [{"text": "a"}, {"text": [QUESTION, ANSWER]}],
+            "line 2: `text` holds text in some rows and messages in others",
+        ),
+    ):
+        with pytest.raises(ValueError, match=word):
+            opened(rows)

@@ -40,6 +40,8 @@ FORGETFUL = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last else m.content.split('=')[-1] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# Begins the assistant's turn otherwise than the generation prompt does.
+BLUNT = PREFIX.replace("<|assistant|>{% endif %}", "<|model|>{% endif %}")
 PAIRS = [{"prompt": f"What is {n} + {n}?", "completion": f" {'It is ' * (n % 3)}{2 * n}"} for n in range(20)]
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -64,7 +66,7 @@ def ids_of(*parts: tuple[str, bool]) -> tuple[list[int], list[bool]]:
 
 
 def encoded(template: str | None, prompt: Any, answer: Any) -> tuple[list[int], list[bool]]:
-    found = encode(tokenizer_with(template), Example("here", prompt, answer))
+    [found] = encode(tokenizer_with(template), Example("here", prompt, answer))
     return found.ids.tolist(), found.learned.tolist()
 
 
@@ -145,7 +147,7 @@ def test_only_the_completion_of_messages_is_learned(template: str) -> None:
 
 
 BAD_CHATS: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
-    "forgetful": (CHAT, FORGETFUL, ("renders the assistant's turn 3 differently", "{% generation %}", "`completion`")),
+    "no beginning": (CHAT, BLUNT, ("begins the assistant's turn 3 differently", "{% generation %}")),
     "no template": (CHAT, None, ("is a chat", "has no chat template", "chat_template.jinja")),
     "template": (CHAT, "{{ raise_exception('roles must alternate') }}", ("cannot render", "roles must alternate")),
     "ShareGPT": ([{"from": "human", "value": "a"}], PREFIX, ("fields role and content, and has from, value",)),
@@ -163,15 +165,6 @@ def test_bad_chat_is_refused(case: str, opened: Callable[..., Sequences], tmp_pa
         opened(path, template=template)
     for word in words:
         assert word in str(caught.value)
-
-
-def test_mixed_rows_are_refused(opened: Callable[..., Sequences], tmp_path: Path) -> None:
-    for rows, word in (
-        ([{"prompt": "a", "completion": CHAT}], "line 1: `prompt` and `completion` must both be text"),
-        ([{"text": "a"}, {"text": CHAT}], "line 2: `text` holds text in some rows and messages in others"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            opened(write_jsonl(tmp_path / "a.jsonl", rows))
 
 
 # ------------------------------------------------------------------------------------------------------- sequences
@@ -207,9 +200,10 @@ def test_rows_that_are_skipped_or_cut(opened: Callable[..., Sequences], tmp_path
     sequences = opened(write_jsonl(tmp_path / "a.jsonl", [*empty, *chats]))
     lengths = sorted(len(ids) for ids, _ in documents(sequences))
     assert lengths == [len(ids_of(("<|user|>hi there</s><|assistant|>1=hello</s>", True))[0]), CONTEXT]
-    assert sequences.notes[:3] == (
+    assert sequences.notes[:4] == (
         "rows without content, skipped: 2",
-        "rows without an answer, skipped: 2",
+        "rows without an answer, skipped: 1",
+        "answers that begin after 48 tokens, skipped (--context): 1",
         "examples longer than 48 tokens, whose end is cut (--context): 1",
     )
 

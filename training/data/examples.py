@@ -28,11 +28,14 @@ class Encoded:
         return Encoded(self.ids[:length], self.learned[:length])
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Encoded]:
     """The tokens of a whole example. A token is learned if any of its characters belongs to the answer.
 
     A completion ends with the end-of-text token, which is learned. A chat ends as its template ends it. The first token
     of a document is never learned, because nothing predicts it.
+
+    Some templates, such as Qwen3's, render a turn of the assistant differently once others follow it. Such a chat
+    becomes several documents: for each turn of the assistant, the chat up to its end, as the model sees it in use.
 
     Raises:
         ValueError: naming the row, if its chat cannot be rendered, or if the turns of the assistant cannot be found.
@@ -48,8 +51,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
         if (end := tokenizer.eos_token_id) is not None:
             ids, learned = (ids[:-1], learned[:-1]) if ids[-1] == end else (ids, learned)
             ids, learned = [*ids, end], [*learned, True]
+        found = [(ids, learned)]
     else:
-        ids, learned = _Chat(tokenizer, example).encode()
+        found = _Chat(tokenizer, example).encode()
+    return [_encoded(ids, learned) for ids, learned in found]
+
+
+def _encoded(ids: list[int], learned: list[bool]) -> Encoded:
     learned[:1] = [False]
     return Encoded(np.array(ids, dtype=np.int32), np.array(learned, dtype=np.bool_))
 
@@ -87,29 +95,34 @@ class _Chat:
         self.messages: list[Any] = [*example.prompt, *example.answer]
         self.start = len(example.prompt)
 
-    def encode(self) -> tuple[list[int], list[bool]]:
+    def encode(self) -> list[tuple[list[int], list[bool]]]:
+        """Ids of the whole chat and which are learned, or of the chat up to each turn of the assistant."""
         if self.start == 0 and GENERATION.search(self.tokenizer.get_chat_template(tools=self.tools)):
             encoded = self._apply(self.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-            return encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]]
+            return [(encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]])]
         text = self._apply(self.messages)
-        spans = [
-            self._turn(text, index)
+        turns = [
+            self._turn(index)
             for index in range(self.start, len(self.messages))
             if self.messages[index]["role"] == "assistant"
         ]
-        return _tokenize(self.tokenizer, text, spans, add_special_tokens=False)
+        if all(text.startswith(upto) for upto, _ in turns):
+            documents = [(text, [span for _, span in turns])]
+        else:
+            documents = [(upto, [span]) for upto, span in turns]
+        return [_tokenize(self.tokenizer, text, spans, add_special_tokens=False) for text, spans in documents]
 
-    def _turn(self, text: str, index: int) -> Span:
-        """Where the text of a turn begins and ends: what the template adds to all that comes before it."""
-        before = self._apply(self.messages[:index], add_generation_prompt=True)
-        after = self._apply(self.messages[: index + 1])
-        if not (after.startswith(before) and text.startswith(after)):
+    def _turn(self, index: int) -> tuple[str, Span]:
+        """The chat up to the end of a turn, and where the turn begins and ends in it."""
+        # Templates may refuse to render no messages, so a turn that begins the chat includes what precedes it.
+        before = self._apply(self.messages[:index], add_generation_prompt=True) if index else ""
+        upto = self._apply(self.messages[: index + 1])
+        if not upto.startswith(before):
             raise ValueError(
-                f"{self.place}: the chat template renders the assistant's turn {index + 1} differently within the "
-                "whole chat, so its tokens are unknown; mark them in the template with {% generation %}, or give each "
-                "answer a row of its own, as `prompt` and `completion`"
+                f"{self.place}: the chat template begins the assistant's turn {index + 1} differently than with "
+                "add_generation_prompt, so its tokens are unknown; mark them in the template with {% generation %}"
             )
-        return len(before), len(after)
+        return upto, (len(before), len(upto))
 
     def _apply(self, messages: list[Message], **options: Any) -> Any:
         try:

@@ -31,7 +31,9 @@ class Tally:
         empty: Rows without content.
         examples, learned: Examples that are packed, and their tokens that are learned.
         unanswered: Examples that are skipped because no token of them is learned.
+        beyond: Examples that are skipped because their answer begins after the length of a sequence.
         shortened: Examples whose end is cut to the length of a sequence.
+        split: Chats that become several examples, see `encode`.
     """
 
     sequences: int = 0
@@ -41,21 +43,32 @@ class Tally:
     examples: int = 0
     learned: int = 0
     unanswered: int = 0
+    beyond: int = 0
     shortened: int = 0
+    split: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """The counts as JSON-ready values."""
         return asdict(self)
 
+    def skipped(self, context: int) -> list[str]:
+        """The rows and examples that are skipped, counted."""
+        counts = (
+            (self.empty, "rows without content, skipped: {:,}"),
+            (self.unanswered, "rows without an answer, skipped: {:,}"),
+            (self.beyond, f"answers that begin after {context} tokens, skipped (--context): {{:,}}"),
+        )
+        return [text.format(count) for count, text in counts if count]
+
     def notes(self, context: int) -> list[str]:
         """What the user should know."""
         counts = (
-            (self.dropped, "{} tokens at the end of the data do not fill a sequence and are dropped"),
-            (self.empty, "rows without content, skipped: {:,}"),
-            (self.unanswered, "rows without an answer, skipped: {:,}"),
             (self.shortened, f"examples longer than {context} tokens, whose end is cut (--context): {{:,}}"),
+            (self.split, "chats whose earlier turns the template changes, split into an example per answer: {:,}"),
         )
-        notes = [text.format(count) for count, text in counts if count]
+        dropped = f"{self.dropped} tokens at the end of the data do not fill a sequence and are dropped"
+        notes = [*([dropped] if self.dropped else []), *self.skipped(context)]
+        notes += [text.format(count) for count, text in counts if count]
         if self.examples:
             notes.append(
                 f"{self.examples:,} examples in {self.sequences:,} sequences; "
@@ -99,10 +112,12 @@ class SequencePacker:
             yield {"input_ids": ids} | ({"labels": ids, "position_ids": positions} if examples else {})
         yield from self._examples(examples, tally)
         if not tally.sequences:
-            remedy = "lower --context or add text" if texts else "add rows"
-            raise ValueError(
-                f"{self.data} has {tally.dropped} tokens, fewer than one sequence of {self.context}; {remedy}"
+            remedy = "lower --context or add text" if texts else "add rows" if not tally.beyond else "raise --context"
+            found = (
+                f"{tally.dropped} tokens, fewer than one sequence of {self.context}" if texts else "no answer to learn"
             )
+            skipped = "".join(f" ({each})" for each in tally.skipped(self.context))
+            raise ValueError(f"{self.data} has {found}{skipped}; {remedy}")
 
     # ----------------------------------------------------------------------------------------------------------- texts
 
@@ -164,15 +179,18 @@ class SequencePacker:
             if not isinstance(example, Example):
                 tally.empty += 1
                 continue
-            encoded = encode(self.tokenizer, example)
-            self._check(int(encoded.ids.max(initial=0)))
-            is_long = len(encoded.ids) > self.context
-            encoded = encoded.cut(self.context)
-            if not encoded.learned.any():
-                tally.unanswered += 1
-                continue
-            tally.shortened += is_long
-            yield encoded
+            documents = encode(self.tokenizer, example)
+            tally.split += len(documents) > 1
+            for whole in documents:
+                self._check(int(whole.ids.max(initial=0)))
+                encoded = whole.cut(self.context)
+                if encoded.learned.any():
+                    tally.shortened += len(whole.ids) > self.context
+                    yield encoded
+                elif whole.learned.any():
+                    tally.beyond += 1
+                else:
+                    tally.unanswered += 1
 
     def _block(self, sequences: list[list[Encoded]], tally: Tally) -> Block:
         pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
