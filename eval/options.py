@@ -16,7 +16,8 @@ Model = str | Path | Any
 TASKS, TEXT, MODEL, OUTPUT = "Tasks", "Text", "Model", "Output"
 MORE = "Perplexity and attention"
 DEFAULT_CONTEXT = 512  # tokens
-RESULTS_FILE = "results.json"
+RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.html"
+SAMPLES = ("samples_", "baseline_samples_")  # beginnings of names: of the model and of its baseline
 BATCH_SIZE = re.compile(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?")
 
 
@@ -88,6 +89,8 @@ class TaskOptions(Options):
         object.__setattr__(self, "tasks", _task_names(self.tasks))
         object.__setattr__(self, "metadata", _json_object("--metadata", self.metadata))
         object.__setattr__(self, "gen_kwargs", _gen_kwargs(self.gen_kwargs))
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise FileNotFoundError(f"--include-path {self.include_path} is not a folder")
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise ValueError(f"--limit {self.limit} is neither a number of documents nor a fraction below 1")
         if not BATCH_SIZE.fullmatch(str(self.batch_size)):
@@ -124,6 +127,8 @@ class EvaluateOptions(TaskOptions):
         super().__post_init__()
         if not self.tasks and self.perplexity is None and not self.diagnostics:
             raise ValueError("nothing to do: name --tasks, a text with --perplexity, or --diagnostics")
+        if not self.tasks and (self.gen_kwargs is not None or self.system_instruction is not None):
+            raise ValueError("--gen-kwargs and --system-instruction belong to --tasks; name some")
         if self.perplexity is None and (self.context is not None or self.stride is not None):
             raise ValueError("--context and --stride belong to --perplexity; name its FILE")
         context = DEFAULT_CONTEXT if self.context is None else self.context
@@ -167,6 +172,13 @@ class AttentionOptions(Options):
         object.__setattr__(self, "layers", _layer_numbers(self.layers))
         if (self.text is None) == (self.file is None):
             raise ValueError("name one text: --text TEXT or --file FILE")
+
+
+def files_of_results(folder: Path) -> list[Path]:
+    """The files in `folder` that have the names of those that `gda eval` writes, results.json first."""
+    names = (RESULTS_FILE, MARKDOWN_FILE, HTML_FILE)
+    found = sorted(folder.iterdir(), key=lambda each: (each.name != RESULTS_FILE, each)) if folder.is_dir() else []
+    return [each for each in found if each.name in names or (each.name.startswith(SAMPLES) and each.suffix == ".jsonl")]
 
 
 def _task_names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -13,15 +13,13 @@ from gda.common.perplexity import TextPerplexity, ratio_interval
 from gda.common.versions import versions
 from gda.eval.attention.diagnostics import DiagnosticsReport
 from gda.eval.compare import Row
-from gda.eval.options import RESULTS_FILE, EvaluateOptions
+from gda.eval.options import HTML_FILE, MARKDOWN_FILE, RESULTS_FILE, SAMPLES, EvaluateOptions, files_of_results
 from gda.eval.tables import TextTable, escaped
 
 if TYPE_CHECKING:  # only tasks need lm-eval
     from gda.eval.lm_eval.harness import ReceivedRequest
 
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
-MARKDOWN_FILE, HTML_FILE = "results.md", "report.html"
-SAMPLES = ("samples_", "baseline_samples_")  # beginnings of names: of the model and of its baseline
 WITHIN = {True: "yes", False: "NO", None: ""}
 
 
@@ -134,12 +132,18 @@ def _serializable(value: Any) -> Any:
 
 
 def write_report(
-    report: EvalReport, folder: Path, *, with_html: bool = False, with_samples: bool = False
+    report: EvalReport,
+    folder: Path,
+    *,
+    with_html: bool = False,
+    with_samples: bool = False,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write results.json and results.md into `folder`, and if asked for, report.html and the samples of each task.
 
-    Each file appears whole. Those of an earlier run that are not asked for are removed. samples_TASK.jsonl has a line
-    for each document, as lm-eval writes it; the baseline's are in baseline_samples_TASK.jsonl.
+    Each file appears whole. With `overwrite`, those of an earlier run that are not asked for are removed.
+    samples_TASK.jsonl has a line for each document, as lm-eval writes it; the baseline's are in
+    baseline_samples_TASK.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {RESULTS_FILE: to_json(report) + "\n", MARKDOWN_FILE: to_markdown(report)}
@@ -151,9 +155,9 @@ def write_report(
                 texts[f"{prefix}{task}.jsonl"] = "".join(map(_sample_line, samples))
     for name, text in texts.items():
         write_text(folder / name, text)
-    for path in [folder / HTML_FILE, *(path for prefix in SAMPLES for path in folder.glob(f"{prefix}*.jsonl"))]:
+    for path in files_of_results(folder) if overwrite else ():
         if path.name not in texts:
-            path.unlink(missing_ok=True)
+            path.unlink()
     return [folder / name for name in texts]
 
 

@@ -4,7 +4,8 @@
     python examples/evaluate.py ./llama-gda ./llama --tasks gda_mqar_pairs_4,gda_copy_length_64 --limit 50
     python examples/evaluate.py --smoke
 
-The tasks in this default generate their data. Those of lm-eval work too, from the Hub or from a folder (dataset_root).
+The tasks in this default generate their data. Those of lm-eval work too; their data comes from the Hub. To read
+it from a folder, pass `dataset_root` to `gda.evaluate`.
 """
 
 import argparse
@@ -22,14 +23,16 @@ def compare(model: Path, source: Path, tasks: str, limit: int) -> None:
     print(f"{'task':24} {'metric':20} {'model':>18} {'source':>18}")
     for task, metrics in results[0]["results"].items():
         for metric, value in metrics.items():
-            if not isinstance(value, float) or "_stderr" in metric:
+            name, _, filter_name = metric.partition(",")
+            if not isinstance(value, float) or name.endswith("_stderr"):
                 continue
-            name = metric.removesuffix(",none")
             cells = []
             for each in results:
-                error = each["results"][task].get(f"{name}_stderr,none")
-                cells.append(f"{each['results'][task][metric]:.4f} ± {error:.4f}")
-            print(f"{task:24} {name:20} {cells[0]:>18} {cells[1]:>18}")
+                error = each["results"][task].get(f"{name}_stderr,{filter_name}")  # "N/A" if unknown
+                known = f" ± {error:.4f}" if isinstance(error, float) else ""
+                cells.append(f"{each['results'][task][metric]:.4f}{known}")
+            label = name if filter_name == "none" else f"{name} {filter_name}"
+            print(f"{task:24} {label:20} {cells[0]:>18} {cells[1]:>18}")
 
 
 def main() -> None:

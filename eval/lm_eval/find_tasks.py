@@ -87,8 +87,6 @@ def find_tasks(
     names: Sequence[str], *, metadata: dict[str, Any] | None = None, include_path: str | Path | None = None
 ) -> tuple[TaskManager, list[str]]:
     """A task manager that knows `names`, and the names with each pattern replaced by what it matches."""
-    if include_path is not None and not Path(include_path).is_dir():
-        raise FileNotFoundError(f"--include-path {include_path} is not a folder")
     texts = _definitions()
     wanted = [name for name in names if not _is_file(name)]
     if any(_is_file(name) and _defines_group(name) for name in names):

@@ -96,6 +96,24 @@ def test_existing_results_need_overwrite(folder: Path, tmp_path: Path, command: 
     assert files_of(tmp_path / "out").keys() == {"results.json", "results.md"}
 
 
+@pytest.mark.parametrize("name", ["results.md", "report.html", "samples_mine.jsonl", "baseline_samples_mine.jsonl"])
+def test_files_of_others_are_refused(name: str, folder: Path, tmp_path: Path, command: Command) -> None:
+    """A folder without results.json may hold files of the same names, written by someone else."""
+    (tmp_path / "text.txt").write_text("A text to read. " * 10)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    (tmp_path / "out/notes.jsonl").write_text("mine")
+    before = files_of(tmp_path / "out")
+    run = ("eval", folder / "gda", "--perplexity", tmp_path / "text.txt", "--output", tmp_path / "out")
+    outcome = command(*run)
+    assert outcome.code == 2
+    assert f"{name} already exists; choose another path or pass --overwrite" in outcome.error
+    assert "running" not in outcome.error
+    assert files_of(tmp_path / "out") == before
+    assert command(*run, "--overwrite").code == 0
+    assert files_of(tmp_path / "out").keys() == {"results.json", "results.md", "notes.jsonl"}
+
+
 def test_perplexity_ratio(folder: Path, tmp_path: Path, command: Command) -> None:
     """In JSON, Markdown and HTML with its interval, if there is a baseline."""
     (tmp_path / "text.txt").write_text("A text to read. " * 10)
@@ -323,7 +341,7 @@ def test_report_html_of_an_earlier_run_is_removed(report: EvalReport, tmp_path: 
     from gda.eval.report import to_json, write_report
 
     write_report(report, tmp_path, with_html=True)
-    write_report(report, tmp_path)
+    write_report(report, tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
     row = replace(report.rows[0], score=math.nan, stderr=math.inf)
     output = json.loads(to_json(replace(report, rows=[row])), parse_constant=pytest.fail)

@@ -72,6 +72,16 @@ def test_missing_packages_are_named(extra: str, folder: Path) -> None:
     assert all(requirement in line for requirement in EXTRAS[extra])
 
 
+def test_lm_eval_command_line_names_what_is_missing(tmp_path: Path) -> None:
+    hide = f"sys.modules |= dict.fromkeys({HIDDEN['eval']!r})"
+    code = f"import runpy, sys; {hide}; runpy.run_module('gda.eval', None, '__main__')"
+    outcome = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert outcome.returncode == 1
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("gda.eval: ")
+    assert all(requirement in line for requirement in EXTRAS["eval"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",

@@ -2,12 +2,15 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import gda
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NEEDS = {
@@ -43,6 +46,28 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert PRINTED.get(name, "") in ran.stdout
+
+
+def test_scores_of_filters_and_without_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """lm-eval names a metric with its filter, and its standard error may be "N/A" or absent."""
+    scores = {
+        "alias": "t",
+        "exact_match,strict-match": 0.5,
+        "exact_match_stderr,strict-match": 0.125,
+        "word_perplexity,none": 7.0,
+        "word_perplexity_stderr,none": "N/A",
+        "f1,none": 0.25,
+    }
+    monkeypatch.setattr(gda, "evaluate", lambda *_, **__: {"results": {"t": scores}})
+    runpy.run_path(str(EXAMPLES / "evaluate.py"))["compare"](Path("a"), Path("b"), "t", 1)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [
+        ["t", "exact_match", "strict-match", *["0.5000", "±", "0.1250"] * 2],
+        ["t", "word_perplexity", "7.0000", "7.0000"],
+        ["t", "f1", "0.2500", "0.2500"],
+    ]
 
 
 def test_notebook_has_no_outputs() -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gda.commands.app import JSON, Group, command, progress_console
 from gda.common.files import refuse_existing
-from gda.eval.options import OUTPUT, RESULTS_FILE, EvaluateOptions
+from gda.eval.options import OUTPUT, EvaluateOptions, files_of_results
 
 if TYPE_CHECKING:
     from gda.eval.lm_eval.harness import ReceivedRequest
@@ -39,7 +39,12 @@ LogSamples = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", metavar="", help="Replace results in the --output folder.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--overwrite",
+        metavar="",
+        help="Replace results.*, report.html and samples in the --output folder.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 UpdateCard = Annotated[
     bool,
@@ -79,7 +84,8 @@ def evaluate(
     gda_fewshot_by_arrangement.
     """
     if output is not None:
-        refuse_existing(Path(output) / RESULTS_FILE, overwrite)
+        for file in files_of_results(Path(output)):
+            refuse_existing(file, overwrite)
     from gda.eval.card import update_card as write_card
     from gda.eval.evaluate import evaluate_with_baseline
     from gda.eval.report import to_json, write_report
@@ -94,7 +100,9 @@ def evaluate(
         _print_report(report)
     for name, note in report.notes():
         progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
-    written = [] if output is None else write_report(report, Path(output), with_html=html, with_samples=log_samples)
+    written = []
+    if output is not None:
+        written = write_report(report, Path(output), with_html=html, with_samples=log_samples, overwrite=overwrite)
     if update_card:
         written.append(write_card(Path(options.model), report))
     for path in written:
