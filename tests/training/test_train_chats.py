@@ -85,10 +85,7 @@ def test_chat_that_begins_with_the_assistant(opened: Callable[..., Sequences]) -
     """The template need not render a chat without messages."""
     strict = "{{ raise_exception('no messages') if not messages }}" + PLAIN
     sequences = opened([{"messages": [ANSWER, QUESTION, {"role": "assistant", "content": "yes"}]}], strict)
-    text = "<|assistant|>hello</s><|user|>hi</s><|assistant|>yes</s>"
-    [(found, taught)] = learned(sequences)
-    assert found == text
-    assert taught.endswith("hello</s>yes</s>")
+    assert learned(sequences) == [("<|assistant|>hello</s><|user|>hi</s><|assistant|>yes</s>", "hello</s>yes</s>")]
 
 
 def test_answers_that_change_in_the_chat_are_examples_of_their_own(opened: Callable[..., Sequences]) -> None:

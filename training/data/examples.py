@@ -114,9 +114,12 @@ class _Chat:
 
     def _turn(self, index: int) -> tuple[str, Span]:
         """The chat up to the end of a turn, and where the turn begins and ends in it."""
-        # Templates may refuse to render no messages, so a turn that begins the chat includes what precedes it.
-        before = self._apply(self.messages[:index], add_generation_prompt=True) if index else ""
         upto = self._apply(self.messages[: index + 1])
+        if index:
+            before = self._apply(self.messages[:index], add_generation_prompt=True)
+        else:  # templates need not render a chat without messages
+            content = str(self.messages[0].get("content") or upto).strip()
+            before = upto[: max(0, upto.rfind(content))]
         if not upto.startswith(before):
             raise ValueError(
                 f"{self.place}: the chat template begins the assistant's turn {index + 1} differently than with "

@@ -102,7 +102,7 @@ class SequencePacker:
         """Blocks of sequences: first of texts, then of examples. `tally` is complete after the last one.
 
         Raises:
-            ValueError: if the data has fewer tokens than one sequence.
+            ValueError: if the data has fewer tokens than one sequence, or no answer; what was skipped is counted.
         """
         texts, examples = ([each for each in sources if each.has_examples is kind] for kind in (False, True))
         for ids in self._texts(texts, tally):
@@ -112,10 +112,10 @@ class SequencePacker:
             yield {"input_ids": ids} | ({"labels": ids, "position_ids": positions} if examples else {})
         yield from self._examples(examples, tally)
         if not tally.sequences:
-            remedy = "lower --context or add text" if texts else "add rows" if not tally.beyond else "raise --context"
-            found = (
-                f"{tally.dropped} tokens, fewer than one sequence of {self.context}" if texts else "no answer to learn"
-            )
+            found, remedy = "no answer to learn", "raise --context" if tally.beyond else "add rows"
+            if texts:
+                found = f"{tally.dropped} tokens, fewer than one sequence of {self.context}"
+                remedy = "lower --context or add text"
             skipped = "".join(f" ({each})" for each in tally.skipped(self.context))
             raise ValueError(f"{self.data} has {found}{skipped}; {remedy}")
 
