@@ -102,7 +102,8 @@ class GDADecoderLayer(Qwen3DecoderLayer):
 def _without_layers(config: GDAConfig) -> Iterator[None]:
     """Keep the initializers of Qwen3 from building layers of their own, and from switching their checkpointing on."""
     fields = vars(config)  # setting the attribute would shorten the lists with a value per layer
-    kept = {name: fields.pop(name) for name in ("num_hidden_layers", "gradient_checkpointing") if name in fields}
+    names = ("num_hidden_layers", "gradient_checkpointing")
+    kept: dict[str, Any] = {name: fields.pop(name) for name in names if name in fields}
     fields["num_hidden_layers"] = 0
     try:
         yield
