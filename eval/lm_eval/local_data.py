@@ -1,15 +1,17 @@
 """Datasets of lm-eval's tasks from local files instead of the Hub. Nothing else of a task changes."""
 
 import contextlib
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.parquet
+from huggingface_hub import DatasetCard
 from huggingface_hub.utils import logging as hub_logging
 
-from gda.common.dataset_folders import is_saved, read_saved, split_in_name
+from gda.common.dataset_folders import READERS, data_files, ending_of, is_saved, read_saved, split_in_name, split_of
 from gda.common.errors import first_line
 from gda.common.text import jsonl_rows
 
@@ -19,11 +21,17 @@ FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "xml")
 
 
 class LocalSplits(datasets.DatasetDict):
-    """The splits of a dataset in a folder. Asking for another split names the missing file."""
+    """The splits of a dataset in a folder, by the names of its files.
+
+    Another split is that of the files with a word for it in their paths, as in `gda train`: validation is in dev.jsonl,
+    for example. Asking for one that is not there names the missing file.
+    """
 
     folder: Path
 
     def __missing__(self, split: str) -> Any:
+        if parts := [rows for name, rows in self.items() if split_of(Path(name)) == split]:
+            return datasets.concatenate_datasets(parts)
         raise FileNotFoundError(f"{self.folder / split}{SUFFIXES[0]} (or {SUFFIXES[1]}) is missing")
 
 
@@ -77,13 +85,17 @@ def _quiet_hub() -> Iterator[None]:
 def load_local(root: Path, path: str, name: str | None, split: str | None = None) -> Any:
     """The dataset `path`, configuration `name`, from its folder under `root`.
 
-    Its splits are files named by them, in one or more shards, or what `save_to_disk` has written. They are in
-    dataset_path/dataset_name, or where the dataset's README.md says.
+    Its splits are the files that the dataset's README.md lists. Without such a list, they are files in
+    dataset_path/dataset_name that are named by them, in one or more shards, or what `save_to_disk` has written.
     """
     base = root / path
     folder = base / (name or "")
     places = [folder] if name not in (None, "default") else [base, base / "default", base / "data"]
-    found = next((splits for place in places if (splits := _splits_in(place))), None)
+    found = None
+    if _lists_files(base / "README.md", name):
+        with contextlib.suppress(FileNotFoundError):  # not all of them were downloaded
+            found = datasets.load.load_dataset(str(base), name)
+    found = found or next((splits for place in places if (splits := _splits_in(place))), None)
     if found is None and (base / "README.md").is_file():
         try:
             found = datasets.load.load_dataset(str(base), name)
@@ -96,26 +108,56 @@ def load_local(root: Path, path: str, name: str | None, split: str | None = None
     return splits if split is None else splits[split]
 
 
+def _lists_files(readme: Path, name: str | None) -> bool:
+    """Whether a dataset's README.md lists the files of the configuration `name`; None is the default one."""
+    try:
+        configs = DatasetCard.load(readme).data.get("configs") if readme.is_file() else None
+    except Exception as error:  # of YAML, or of the reader of cards
+        raise ValueError(f"{readme} cannot be read: {first_line(error)}") from None
+    return any(
+        "data_files" in each and each.get("config_name", "default") == (name or "default") for each in configs or ()
+    )
+
+
 def _splits_in(folder: Path) -> dict[str, datasets.Dataset]:
-    """The splits in a folder; none if it holds no data."""
+    """The splits in a folder; none if it holds no data.
+
+    Files in folders below it count if those are named by a split. JSON Lines and Parquet are preferred, because files
+    with other endings may be something else.
+    """
     if is_saved(folder):
         return read_saved(folder)
+    files = [file for file in data_files(folder) if len(file.parts) == 1 or split_of(file.parent)]
+    files = [file for file in files if len(file.parts) == 1] or files
     shards: dict[str, list[datasets.Dataset]] = {}
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if path.suffix in SUFFIXES:
-            shards.setdefault(split_in_name(path), []).append(_read(path))
+    for file in [file for file in files if file.suffix in SUFFIXES] or files:
+        shards.setdefault(str(file.with_name(split_in_name(file))), []).append(_read(folder / file))
     return {split: datasets.concatenate_datasets(parts) for split, parts in shards.items()}
 
 
 def _read(path: Path) -> datasets.Dataset:
     """The rows of a file, in memory. (datasets' own readers keep copies in the home folder and guess at types.)"""
     try:
-        dataset = datasets.Dataset(pyarrow.parquet.read_table(path)) if path.suffix == ".parquet" else _read_jsonl(path)
+        if path.suffix == ".parquet":
+            dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
+        else:
+            dataset = _read_jsonl(path) if path.suffix == ".jsonl" else _read_other(path)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     if not len(dataset):
         raise ValueError(f"{path} is empty")
     return dataset
+
+
+def _read_other(path: Path) -> datasets.Dataset:
+    builder, options = READERS[ending_of(path)]
+    try:
+        rows = datasets.load.load_dataset(
+            builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
+        )
+        return datasets.Dataset.from_list(list(rows))
+    except Exception as error:  # the readers have no common error class
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _read_jsonl(path: Path) -> datasets.Dataset:

@@ -124,6 +124,43 @@ def test_strings_are_not_converted(tmp_path: Path) -> None:
     assert load_local(tmp_path, "d", None, split="test").num_rows == 2
 
 
+def test_names_of_files_are_those_of_training(tmp_path: Path) -> None:
+    """Shards with a fingerprint, words for splits, folders of splits, and all endings; a list in README.md is first."""
+    import datasets
+
+    from gda.eval.lm_eval.local_data import load_local
+
+    shard = "-of-00002-ab12cd34ef56.parquet"
+    for number in range(2):
+        (tmp_path / "a/data").mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list([{"n": number}]).to_parquet(tmp_path / f"a/data/train-0000{number}{shard}")
+    assert load_local(tmp_path, "a", None, "train")["n"][:] == [0, 1]
+    files = {
+        "b/train.json": '[{"n": 1}, {"n": 2}]',
+        "b/dataset_infos.json": "{}",
+        "c/c1/dev.csv": "n,text\n3,NA\n",
+        "d/test/0000.jsonl": '{"n": 4}\n',
+        "e/c1/train.jsonl": '{"n": 5}\n',
+        "e/other.jsonl": '{"n": 6}\n',
+        "e/README.md": "---\nconfigs:\n- config_name: c1\n  data_files:\n  - {split: train, path: other.jsonl}\n---\n",
+    }
+    files |= {
+        "f/c1/train.jsonl": '{"n": 7}\n',
+        "f/README.md": files["e/README.md"].replace("other", "not_downloaded"),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert load_local(tmp_path, "b", None, "train").to_list() == [{"n": 1}, {"n": 2}]
+    assert load_local(tmp_path, "c", "c1", "validation").to_list() == [{"n": 3, "text": "NA"}]
+    assert load_local(tmp_path, "c", "c1", "dev").to_list() == [{"n": 3, "text": "NA"}]
+    assert load_local(tmp_path, "d", None, "test").to_list() == [{"n": 4}]
+    assert load_local(tmp_path, "e", "c1", "train").to_list() == [{"n": 6}]
+    assert load_local(tmp_path, "f", "c1", "train").to_list() == [{"n": 7}]
+    with pytest.raises(FileNotFoundError, match=r"validation\.jsonl"):
+        load_local(tmp_path, "b", None, "validation")
+
+
 def test_field_missing_in_the_first_row(tmp_path: Path) -> None:
     """Every row has every field; missing values are None."""
     from gda.eval.lm_eval.local_data import load_local

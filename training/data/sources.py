@@ -14,35 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.data_files import FILES_TO_IGNORE
 from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from gda.common.dataset_folders import is_saved, read_saved, split_of
+from gda.common.dataset_folders import LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
 from gda.common.errors import first_line
 from gda.common.places import check_data
 from gda.common.text import jsonl_rows, text_pieces
 from gda.conversion.sources.hub import LOG_IN
 from gda.training.data.rows import Fields, Rows, Source, source_of_rows
 
-# The readers of `datasets`, and their arguments, by the ending of a file, which may be followed by one of COMPRESSED.
-BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": (
-        "parquet",
-        {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)},
-    ),
-    ".arrow": ("arrow", {}),
-    ".csv": ("csv", {"keep_default_na": False}),  # the words "NA" and "null" are text
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),  # only if compressed
-    ".ndjson": ("json", {}),
-}
-LINES = (".jsonl", ".ndjson")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# Endings of files that are read in a folder. A file that is named itself may have any ending; it is plain text unless
-# the ending is in BUILDERS.
-FOLDER_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".json", ".tsv", ".ndjson", ".arrow")
+CHECKED = {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)}
+# Ending of plain text in a folder. A file that is named itself may have any ending; it is plain text unless the ending
+# is in READERS.
+TEXT = ".txt"
 ROWS_AT_ONCE = 1000
 NAMED = 3  # files in a note
 
@@ -87,12 +72,11 @@ def _folder_sources(folder: Path, text_field: str, option: str) -> list[Source]:
             raise ValueError(f"{option} {folder} has no split train; name one of {_listed(folder, splits)}")
         identity = [file for each in rows.cache_files for file in _stamp(Path(each["filename"]))]
         return [_table_source(rows, str(folder), identity, text_field, _other_splits(folder, set(splits) - {"train"}))]
-    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and _is_read(path)]
-    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    files = data_files(folder, TEXT)
     others = {split for file in files if (split := split_of(file)) not in (None, "train")}
     read = [file for file in files if split_of(file) in (None, "train")]
     if not files:
-        raise FileNotFoundError(f"{option} {folder} is a folder without {', '.join(FOLDER_ENDINGS)} files")
+        raise FileNotFoundError(f"{option} {folder} is a folder without {', '.join((TEXT, *READERS))} files")
     if not read:
         raise ValueError(f"{option} {folder} has no split train, only {', '.join(sorted(others))}; name its files")
     if len(homes := {home for file in read if (home := _home_of_split(file)) is not None}) > 1:
@@ -102,16 +86,6 @@ def _folder_sources(folder: Path, text_field: str, option: str) -> list[Source]:
         )
     sources = [_file_source(folder / file, text_field) for file in read]
     return [*sources[:-1], sources[-1].with_note(_other_splits(folder, others, read))]
-
-
-def _is_read(path: Path) -> bool:
-    return _ending(path) in FOLDER_ENDINGS and path.name not in FILES_TO_IGNORE
-
-
-def _ending(path: Path) -> str:
-    """The ending that says how a file is read, in lower case and without that of a compression."""
-    name = Path(path.name.lower())
-    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def _home_of_split(file: Path) -> Path | None:
@@ -138,10 +112,10 @@ def _other_splits(folder: Path, others: set[str], read: Sequence[Path] = ()) -> 
 def _file_source(path: Path, text_field: str) -> Source:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    ending, identity = _ending(path), _stamp(path)
+    ending, identity = ending_of(path), _stamp(path)
     if ending in LINES and path.suffix.lower() == ending:
         return source_of_rows(str(path), identity, lambda _: _lines(path), text_field)
-    if ending in BUILDERS:
+    if ending in READERS:
         return source_of_rows(str(path), identity, partial(_read, path, ending), text_field)
     return Source(identity, partial(_text_document, path), has_examples=False)
 
@@ -166,7 +140,9 @@ def _lines(path: Path) -> Rows:
 
 def _read(path: Path, ending: str, fields: Fields | None) -> Rows:
     """The rows of a data file, or only some fields of them."""
-    builder, options = BUILDERS[ending]
+    builder, options = READERS[ending]
+    if builder == "parquet":
+        options = options | CHECKED
     load: Callable[..., Any] = partial(
         datasets.load_dataset, builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
     )

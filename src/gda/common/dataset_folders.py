@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gda.common.errors import first_line
 
@@ -16,7 +16,19 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")  # older releases of `datasets` add a fingerprint
+LINES = (".jsonl", ".ndjson")
+# The readers of `datasets`, and their arguments, by the ending of a file, which may be followed by one of COMPRESSED.
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {"keep_default_na": False}),  # the words "NA" and "null" are text
+    ".json": ("json", {}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".ndjson": ("json", {}),
+    ".arrow": ("arrow", {}),
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def is_saved(folder: Path) -> bool:
@@ -35,8 +47,28 @@ def read_saved(folder: Path) -> "dict[str, Dataset]":
     return dict(saved.items()) if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
 
 
+def ending_of(file: Path) -> str:
+    """The ending that says how a file is read, in lower case and without that of a compression."""
+    name = Path(file.name.lower())
+    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+
+
+def data_files(folder: Path, *endings: str) -> list[Path]:
+    """The files in a folder and below it whose rows are read, or that have one of `endings`; paths relative to it."""
+    from datasets.data_files import FILES_TO_IGNORE
+
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [
+        file
+        for file in files
+        if ending_of(file) in (*READERS, *endings)
+        and file.name not in FILES_TO_IGNORE
+        and not any(part.startswith(".") for part in file.parts)
+    ]
+
+
 def split_in_name(file: Path) -> str:
-    """The split by which a file is named: NAME.jsonl or NAME-00000-of-00003.parquet."""
+    """The name of a split as a file spells it, which may be any: NAME.jsonl or NAME-00000-of-00003.parquet."""
     stem = file.name.split(".", 1)[0]
     shard = SHARD.fullmatch(stem)
     return shard[1] if shard else stem
