@@ -1,16 +1,21 @@
 """Options of the commands that convert, check and share models. Nothing heavy is imported, so `--help` is fast."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gda.common.files import check_places, read_json, refuse_existing
 from gda.common.options import Options, argument, flag, option
-from gda.common.places import check_folder, check_model, check_served, check_text
+from gda.common.places import check_folder, check_model, check_served, check_text, gguf_file, layers_of
 
 LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "Noise heads", "Split", "Growth"
 COMPARISON = "Comparison"
 OUTPUT, HUB = "Output", "Hub"
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *([KMGT])B", re.IGNORECASE)
+POWERS = {"K": 3, "M": 6, "G": 9, "T": 12}
+RATIO = re.compile(r"0*[1-9][0-9]*(:1)?")
+SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class ShardOptions(ReplaceOptions):
     """Options of every command that writes weights."""
 
     max_shard_size: str | int = option("5GB", "Largest weight file, such as 5GB or 400MB.", panel=OUTPUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parsed_size(self.max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,15 @@ class NewHeadOptions(WriteOptions):
     )
     seed: int = option(0, "Seed of all random numbers.", panel=NEW_HEADS)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio is None:
+            return
+        if self.noise_heads is not None:
+            raise ValueError("--ratio and --noise-heads set the same number; pass one of them")
+        if not RATIO.fullmatch(str(self.ratio)):
+            raise ValueError(f"--ratio {self.ratio} is not a ratio such as 4 or 4:1")
+
 
 @dataclass(frozen=True)
 class VisibilityOptions(Options):
@@ -189,6 +207,12 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
         panel=LAYOUT,
         metavar="RANK",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in SPLIT_ONLY if self.mode != "split" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{flag(name)} is only for --mode split")
 
 
 @dataclass(frozen=True)
@@ -251,6 +275,12 @@ class GrowOptions(NewHeadOptions):
         panel=GROWTH,
         minimum=0,
     )
+
+    def check_places(self) -> None:
+        super().check_places()
+        layers = None if self.depth is None else layers_of(self.model)
+        if self.depth is not None and layers is not None and self.depth <= layers:
+            raise ValueError(f"--depth {self.depth} is not more than the {layers} layers of the source")
 
 
 @dataclass(frozen=True)
@@ -331,6 +361,8 @@ class VerifyOptions(RevisionOptions):
     def check_places(self) -> None:
         super().check_places()
         source, out = Path(self.source), Path(self.out)
+        if gguf_file(out) is not None:
+            raise ValueError(f"{out} is a GGUF file, which can only be SOURCE; perhaps swap: gda verify {out} {source}")
         if _is_converted(source) and out.is_dir() and not _is_converted(out):
             raise ValueError(f"{source} is converted and {out} is not; swap them: gda verify {out} {source}")
 
@@ -370,6 +402,15 @@ class DemoOptions(ReplaceOptions):
         panel=LAYOUT,
         check=check_model,
     )
+
+
+def parsed_size(size: str | int) -> int:
+    """A size such as "5GB" in bytes; ValueError for anything else."""
+    match = SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    parsed = int(float(match[1]) * 10 ** POWERS[match[2].upper()]) if match else size
+    if type(parsed) is not int or parsed < 1:
+        raise ValueError(f"--max-shard-size {size!r} is not a size such as 5GB or 400MB")
+    return parsed
 
 
 def _is_converted(folder: Path) -> bool:

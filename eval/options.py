@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gda.common.options import Options, argument, option
-from gda.common.places import check_model, check_text
+from gda.common.places import check_device, check_model, check_text, layers_of
 
 # A model in memory is allowed in Python. Its class cannot be named without importing PyTorch, hence Any.
 Model = str | Path | Any
@@ -79,7 +79,9 @@ class TaskOptions(Options):
         metavar="JSON",
     )
     batch_size: int | str = option(1, "Number of requests in a batch, or auto.", panel=MODEL)
-    device: str | None = option(None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL)
+    device: str | None = option(
+        None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL, check=check_device
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Data type to run the model in. auto: that of the checkpoint.", panel=MODEL
     )
@@ -156,7 +158,9 @@ class AttentionOptions(Options):
         panel=MODEL,
         check=check_model,
     )
-    device: str | None = option(None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL)
+    device: str | None = option(
+        None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL, check=check_device
+    )
     revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=MODEL)
     layers: str | Sequence[int] | None = option(
         None,
@@ -172,6 +176,14 @@ class AttentionOptions(Options):
         object.__setattr__(self, "layers", _layer_numbers(self.layers))
         if (self.text is None) == (self.file is None):
             raise ValueError("name one text: --text TEXT or --file FILE")
+
+    def check_places(self) -> None:
+        super().check_places()
+        if not self.layers or not isinstance(self.model, str | Path) or (depth := layers_of(self.model)) is None:
+            return
+        for layer in map(int, self.layers):
+            if not 0 <= layer < depth:
+                raise ValueError(f"--layers {layer} is not between 0 and {depth - 1}")
 
 
 def files_of_results(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ class TrainSettings(Options):
     data: tuple[str, ...] = option(
         (),
         "Text or chats to train on: a plain text, .jsonl, .json, .csv or .parquet file, a folder of such files or of a "
-        "downloaded or saved dataset, or a dataset NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
+        "downloaded or saved dataset, or a dataset OWNER/NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
         panel=DATA,
         metavar="FILE|DATASET",
     )

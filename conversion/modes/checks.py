@@ -13,7 +13,6 @@ from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import Recipe, is_lossless
 from gda.conversion.writing.provenance import read_settings
 
-SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
 PAPER_ONLY = ("lambda_init", "kv_layout", "head_norm")
 NEW_HEADS_ONLY = ("noise_heads", "ratio", "lambda_type", *PAPER_ONLY)
 # Fields of a GDA model that a Llama has no place for.
@@ -89,12 +88,7 @@ def requested_noise_heads(
     ratio = options.ratio
     if ratio is None:
         return options.noise_heads
-    if options.noise_heads is not None:
-        raise ValueError("--ratio and --noise-heads set the same number; pass one of them")
-    signal, _, noise = str(ratio).partition(":")
-    if not signal.isdecimal() or noise not in ("", "1") or int(signal) < 1:
-        raise ValueError(f"--ratio {ratio} is not a ratio such as 4 or 4:1")
-    in_group = int(signal) + counted_in_heads
+    in_group = int(str(ratio).partition(":")[0]) + counted_in_heads
     if query_heads % in_group:
         raise ValueError(f"--ratio {ratio} does not divide the {query_heads} query heads of the source; {possible}")
     return query_heads // in_group

@@ -28,11 +28,9 @@ from gda.conversion.families.llamalike import source_fields
 from gda.conversion.modes import head_norm
 from gda.conversion.modes.checks import (
     PAPER_ONLY,
-    SPLIT_ONLY,
     errors_named,
     exported,
     losses,
-    refuse,
     requested_noise_heads,
 )
 from gda.conversion.options import NewHeadOptions
@@ -57,7 +55,6 @@ EXPORTED_NOTE = "an exported GDA model is not restored: its noise heads are conv
 
 def plan(source: Source, options: NewHeadOptions) -> Conversion:
     """Add noise heads to a Llama, Mistral or Qwen."""
-    refuse(options, SPLIT_ONLY, "is only for --mode split")
     dtype = DTYPES[options.dtype]
     with errors_named(source):
         config = expanded_config(source.config, options)

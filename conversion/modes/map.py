@@ -7,7 +7,7 @@ import torch
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
-from gda.conversion.modes.checks import NEW_HEADS_ONLY, SPLIT_ONLY, errors_named, losses, refuse
+from gda.conversion.modes.checks import NEW_HEADS_ONLY, errors_named, losses, refuse
 from gda.conversion.options import WriteOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, copied, is_lossless
@@ -17,7 +17,6 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 def plan(source: Source, options: WriteOptions) -> Conversion:
     """Keep every tensor of a differential model, under GDA's name and in GDA's order of rows."""
     kind, dtype, notes = source.config.model_type, DTYPES[options.dtype], []
-    refuse(options, SPLIT_ONLY, "is only for --mode split")
     refuse(
         options,
         NEW_HEADS_ONLY,

@@ -16,7 +16,6 @@ from gda.conversion.families.llamalike import source_fields
 from gda.conversion.families.plain_heads import PlainHeads, columns_of, plain_heads, select_heads
 from gda.conversion.modes.checks import (
     NEW_HEADS_ONLY,
-    SPLIT_ONLY,
     BrokenTieError,
     errors_named,
     exported,
@@ -37,7 +36,6 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         BrokenTieError: if the exported model was trained since.
         ValueError: for a source that was not exported with its noise heads.
     """
-    refuse(options, SPLIT_ONLY, "is only for --mode split")
     refuse(options, NEW_HEADS_ONLY, "is not for an exported GDA model, which has noise heads; or pass --mode expand")
     export, dtype = exported(source), DTYPES[options.dtype]
     if export is None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from huggingface_hub.serialization._base import parse_size_to_int
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gda._version import __version__
 from gda.common.files import read_json, remove, sha256, write_json, write_text
 from gda.common.screen import progress_bars
+from gda.conversion.options import parsed_size
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.recipes import Recipe
@@ -27,24 +27,13 @@ FILENAME_PATTERN = "model{suffix}.safetensors"
 
 def shards_of(recipes: dict[str, Recipe], max_shard_size: str | int) -> dict[str, list[str]]:
     """Tensor names by file, in the files and order of `save_pretrained` with the same `max_shard_size`."""
-    size = _parsed_size(max_shard_size)
     split = split_state_dict_into_shards_factory(
         {name: recipe.spec for name, recipe in recipes.items()},
         get_storage_size=lambda spec: spec.nbytes,
         filename_pattern=FILENAME_PATTERN,
-        max_shard_size=size,
+        max_shard_size=parsed_size(max_shard_size),
     )
     return split.filename_to_tensors
-
-
-def _parsed_size(size: str | int) -> int:
-    try:
-        parsed = parse_size_to_int(size) if isinstance(size, str) else size
-    except (ValueError, OverflowError):
-        parsed = 0
-    if type(parsed) is not int or parsed < 1:
-        raise ValueError(f"--max-shard-size {size!r} is not a size such as 5GB or 400MB")
-    return parsed
 
 
 def write_checkpoint(

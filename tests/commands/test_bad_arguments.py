@@ -37,6 +37,21 @@ REFUSED = {
     "train GDA OUT --data notes.gguf --zzz": "there is no option --zzz; `gda train --help` lists the options",
     "train GDA OUT --data missing.txt": "--data missing.txt is not a file",
     "train GDA OUT --data notes.gguf --teacher ./none": "--teacher ./none does not exist",
+    "train GDA OUT --data nothere": "--data nothere is not a file, nor a dataset on the Hub, which would be OWNER/NAME",
+    "convert LLAMA OUT --max-shard-size huge": "--max-shard-size 'huge' is not a size such as 5GB or 400MB",
+    "convert LLAMA OUT --ratio banana": "--ratio banana is not a ratio such as 4 or 4:1",
+    "convert LLAMA OUT --ratio 2 --noise-heads 2": "--ratio and --noise-heads set the same number",
+    "convert LLAMA OUT --calibration notes.gguf": "--calibration is only for --mode split",
+    "convert LLAMA .. --no-verify --overwrite": ".. is the source, is inside it or contains it",
+    "convert someone/llama .. --overwrite": ".. is the working folder or contains it, and is not replaced",
+    "convert LLAMA OUT --effort fast": "--effort is only for --mode split",
+    "convert LLAMA OUT --mode expand --calibration-tokens 9": "--calibration-tokens is only for --mode split",
+    "verify LLAMA real.gguf": "real.gguf is a GGUF file, which can only be SOURCE; perhaps swap: gda verify real.gguf",
+    "grow GDA OUT --depth 2": "--depth 2 is not more than the 2 layers of the source",
+    "eval GDA --perplexity notes.gguf --device cuba": "--device cuba is not a device such as cpu, cuda or cuda:0",
+    "eval GDA --perplexity notes.gguf --html": "--html writes report.html to the folder of --output; name one",
+    "attention GDA --text a --layers 7 --json": "--layers 7 is not between 0 and 1",
+    "push GDA me/model --private --public": "--private and --public exclude each other; pass one of them",
     "eval missing/ --perplexity notes.gguf": "missing/ does not exist",
     "eval GDA --perplexity missing.txt": "--perplexity missing.txt is not a file",
     "eval GDA --baseline ./none --perplexity notes.gguf": "--baseline ./none does not exist",
@@ -54,6 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_llama(folder / "LLAMA")
     gda.convert(folder / "LLAMA", folder / "GDA", verify=False)
     (folder / "models").mkdir()
+    (folder / "real.gguf").write_bytes(b"GGUF")
     (folder / "notes.gguf").write_text("These are notes.\n")
     return folder
 

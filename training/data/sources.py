@@ -38,7 +38,7 @@ logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 def find_sources(
     names: Sequence[str | Path], text_field: str, *, streaming: bool, option: str = "--data"
 ) -> list[Source]:
-    """Find files, folders (of files, or of a dataset) and datasets NAME[:CONFIG[:SPLIT]] on the Hub."""
+    """Find files, folders (of files, or of a dataset) and datasets OWNER/NAME[:CONFIG[:SPLIT]] on the Hub."""
     found: list[Source] = []
     for name in names:
         path = Path(name)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
+from typer._click.core import Context
+from typer.core import TyperCommand
 
 from gda._version import __version__
 from gda.common.options import Options, choices, declared, flag, is_union
@@ -79,10 +81,21 @@ def command(
         parameters += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
         run.__signature__ = inspect.Signature(sorted(parameters, key=_place_in_help))  # type: ignore[attr-defined]
         epilog = "\n".join(["Examples:", *(f"  {each}" for each in examples)]) if examples else None
-        app.command(name or function.__name__, rich_help_panel=group, epilog=epilog, **settings)(run)
+        app.command(name or function.__name__, cls=_Command, rich_help_panel=group, epilog=epilog, **settings)(run)
         return function
 
     return decorate
+
+
+class _Command(TyperCommand):
+    """A command that refuses a switch together with its opposite; otherwise the last one would count."""
+
+    def parse_args(self, context: Context, arguments: list[str]) -> list[str]:
+        for each in self.params:
+            given = [name for names in (each.opts, each.secondary_opts) for name in names if name in arguments]
+            if each.secondary_opts and len(given) > 1:
+                raise ValueError(f"{' and '.join(given)} exclude each other; pass one of them")
+        return super().parse_args(context, arguments)
 
 
 def _parameter(each: Field[Any], hint: Any) -> inspect.Parameter:

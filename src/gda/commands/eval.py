@@ -86,11 +86,11 @@ def evaluate(
     if output is not None:
         for file in files_of_results(Path(output)):
             refuse_existing(file, overwrite)
+    _check_outputs(options, output, html=html, log_samples=log_samples, update_card=update_card)
     from gda.eval.card import update_card as write_card
     from gda.eval.evaluate import evaluate_with_baseline
     from gda.eval.report import to_json, write_report
 
-    _check_outputs(options, output, html=html, log_samples=log_samples, update_card=update_card)
     report = evaluate_with_baseline.run(options, console=progress_console)
     if report is None:  # not the first of several processes
         return
@@ -113,8 +113,6 @@ def _check_outputs(
     options: EvaluateOptions, output: str | None, *, html: bool, log_samples: bool, update_card: bool
 ) -> None:
     """Check that everything can be written before anything is run."""
-    from gda.eval.card import read_card
-
     if html and output is None:
         raise ValueError("--html writes report.html to the folder of --output; name one")
     if log_samples and (output is None or not options.tasks):
@@ -129,6 +127,8 @@ def _check_outputs(
         if not Path(options.model).is_dir():
             raise ValueError(f"--update-card: {options.model} is not a local folder")
         _check_writable(Path(options.model), "--update-card")
+        from gda.eval.card import read_card
+
         read_card(Path(options.model))
 
 

@@ -250,3 +250,5 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     """Raise FileExistsError if `out` exists and may not be replaced."""
     if os.path.lexists(out) and not overwrite:
         raise FileExistsError(f"{out} already exists; choose another path or pass --overwrite")
+    if out.is_dir() and Path.cwd().is_relative_to(out.resolve()):
+        raise FileExistsError(f"{out} is the working folder or contains it, and is not replaced; choose another path")

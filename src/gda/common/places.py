@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+from gda.common.files import read_json
+
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 GGUF_MAGIC = b"GGUF"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # one file of a model that llama.cpp has split
 ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another adapter of PEFT
+DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 MAX_NAMES = 8  # in a message
 # Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
 DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".md", ".tsv", ".ndjson", ".arrow", ".zst")
@@ -64,6 +67,20 @@ def is_hub_id(location: str | Path) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).parent.is_dir()
 
 
+def layers_of(location: str | Path) -> int | None:
+    """The number of layers of a model folder, by its config.json; None if it can't be told at a glance."""
+    config = Path(location) / "config.json"
+    read = read_json(config) if config.is_file() else None
+    layers = read.get("num_hidden_layers") if isinstance(read, dict) else None
+    return layers if isinstance(layers, int) else None
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless `device` is the name of a device; whether it exists takes PyTorch to tell."""
+    if not DEVICE.fullmatch(device):
+        raise ValueError(f"{device} is not a device such as cpu, cuda or cuda:0")
+
+
 def check_served(location: str) -> None:
     """`check_model` for a name that may end with @REVISION."""
     check_model(location.partition("@")[0])
@@ -82,10 +99,12 @@ def check_text(path: str | Path) -> None:
 
 
 def check_data(name: str) -> None:
-    """Raise FileNotFoundError if `name` does not exist and cannot be a dataset on the Hub, NAME[:CONFIG[:SPLIT]]."""
+    """Raise FileNotFoundError if `name` neither exists nor can be a dataset OWNER/NAME[:CONFIG[:SPLIT]] on the Hub."""
     repository = name.split(":", 1)[0]
     if Path(name).exists():  # perhaps a pipe or a device, which is refused when it is opened
         return
     looks_like_a_path = name.startswith((".", "/", "~")) or repository.count("/") > 1
     if not repository or looks_like_a_path or Path(repository).suffix in DATA_ENDINGS:
         raise FileNotFoundError(f"{name} is not a file")
+    if not HUB_ID.fullmatch(repository):
+        raise FileNotFoundError(f"{name} is not a file, nor a dataset on the Hub, which would be OWNER/NAME")
