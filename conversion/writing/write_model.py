@@ -126,9 +126,14 @@ def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check
 
     Returns notes.
     """
-    _save_config(conversion, folder, bundle_code=False)
-    source.copy_assets(folder)
-    return keep_tokenizer(source, folder, check=check)
+    try:
+        _save_config(conversion, folder, bundle_code=False)
+        source.copy_assets(folder)
+        return keep_tokenizer(source, folder, check=check)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(folder)  # the error of a failed write doesn't name the file
+        raise
 
 
 def _save_config(conversion: Conversion, folder: Path, *, bundle_code: bool) -> None:
