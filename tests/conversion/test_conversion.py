@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import gda
 from gda import GDAConfig
+from gda.configuration.configuration_gda import FADED
 from gda.conversion.verify import VerificationFailed
 from gda.conversion.writing.write_model import ConvertReport
 
@@ -427,7 +428,7 @@ def test_config_json_holds_every_field(tmp_path: Path) -> None:
     source = save_llama(tmp_path / "llama", attention_bias=True, rms_norm_eps=7e-6)
     convert(source, tmp_path / "gda", ratio=2, seed=3)
     written = json.loads((tmp_path / "gda" / "config.json").read_text())
-    own = {field.name for field in dataclasses.fields(GDAConfig)} - {
+    own = {field.name for field in dataclasses.fields(GDAConfig)} - {*FADED, "fade"} - {
         field.name for field in dataclasses.fields(PreTrainedConfig)
     }
     assert own <= set(written)

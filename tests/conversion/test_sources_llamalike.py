@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import (
+    AutoTokenizer,
     AutoConfig,
 )
 
 import gda
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, source_fields, target_config
+from gda.conversion.sources.compare_tokenizers import difference
 
 from ..support.checkpoints import load, logits
 from ..support.commands import Command
@@ -106,7 +108,7 @@ def test_logits_and_greedy_tokens_equal_the_source(variant: str, tmp_path: Path)
     assert verification is not None
     assert (verification.method, verification.passed, verification.greedy_match) == ("full", True, 1.0)
     assert verification.threshold == 1e-5
-    assert report.notes == []
+    assert [note for note in report.notes if not note.startswith("tokenizer_config.json names")] == []
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
@@ -270,7 +272,7 @@ def test_configs_of_older_transformers_are_read(tmp_path: Path) -> None:
     change_config(source, rope_theta=77.0, rope_scaling=None, torch_dtype="float32", use_mrope=False)
     report = gda.convert(source, tmp_path / "gda")
     assert report.config.rope_parameters == {"rope_type": "default", "rope_theta": 77.0}
-    assert report.notes == []
+    assert [note for note in report.notes if not note.startswith("tokenizer_config.json names")] == []
     assert relative_error(logits(load(tmp_path / "gda"), some_ids()), logits(load(source), some_ids())) <= 1e-5
 
 
@@ -394,11 +396,15 @@ def test_unknown_type_is_refused_with_the_known_ones(tmp_path: Path, command: Co
 
 @each_variant
 def test_round_trip_is_bit_for_bit(variant: str, tmp_path: Path) -> None:
-    """Tensors, logits and other files equal the source's, and config.json except for unused windows."""
+    """Tensors, logits and other files equal the source's, and config.json except for unused windows.
+
+    The tokenizer's files may be written anew, if another class reads them in a GDA model. They are read alike.
+    """
     model_type, changes = VARIANTS[variant]
     source = save_variant(tmp_path / "source", variant)
     lambda_type = "tanh" if len(variant) % 2 else None  # which the way back does not depend on
-    gda.convert(source, tmp_path / "gda", lambda_type=lambda_type, verify=False)
+    notes = gda.convert(source, tmp_path / "gda", lambda_type=lambda_type, verify=False).notes
+    rewritten = {"tokenizer.json", "tokenizer_config.json"} if "tokenizer_config.json names" in "".join(notes) else set()
     gda.export(
         tmp_path / "gda",
         tmp_path / "back",
@@ -408,8 +414,9 @@ def test_round_trip_is_bit_for_bit(variant: str, tmp_path: Path) -> None:
     before, after = files_of(source), files_of(tmp_path / "back")
     assert set(before) | {"README.md", "conversion.json"} == set(after)
     for name in before:
-        if name != "config.json":
+        if name not in {"config.json"} | rewritten:
             assert after[name] == before[name], name
+    assert difference(AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "back")) is None
     output, again = with_older_names(json.loads(before["config.json"])), json.loads(after["config.json"])
     unused = {"max_window_layers"} if variant != "qwen2, max_window_layers" else set()
     if variant == "qwen2, no layer slides":
@@ -461,22 +468,19 @@ def test_mistral_without_a_window_is_exported_as_llama(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "llama"), some_ids()), logits(load(source), some_ids()))
 
 
-@pytest.mark.parametrize("target", ["motif", "diffllama"])
-def test_output_bias_is_refused_by_motif_and_diffllama(target: str, tmp_path: Path) -> None:
-    """One field of theirs sets the biases of all projections."""
-    fields = {"lambda_init_offset": -1} if target == "motif" else {}
+def test_output_bias_is_refused_by_diffllama(tmp_path: Path) -> None:
+    """One field of it sets the biases of all projections."""
     model = tiny_model(
         kv_layout="paired",
         head_norm=True,
         num_noise_heads=4,
         attention_bias=True,
         attention_out_bias=False,
-        **fields,
-        **({"mlp_bias": True} if target == "motif" else {"head_norm_eps": 1e-5}),
+        head_norm_eps=1e-5,
     )
     model.save_pretrained(tmp_path / "gda")
     with pytest.raises(ValueError, match="attention_out_bias=False"):
-        gda.export(tmp_path / "gda", tmp_path / "back", format=target)
+        gda.export(tmp_path / "gda", tmp_path / "back", format="diffllama")
 
 
 def test_target_and_source_fields_are_inverse() -> None:

@@ -256,7 +256,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "batch size autox": (["--tasks", BLIMP, "--batch-size", "autox"], "--batch-size autox"),
     "endless limit": (["--tasks", BLIMP, "--limit", "inf"], "--limit inf"),
     "broken limit": (["--tasks", BLIMP, "--limit", "2.7"], "--limit 2.7"),
-    "device": (["--tasks", BLIMP, "--device", "foo"], "--device foo does not exist; available devices: cpu"),
+    "device": (["--tasks", BLIMP, "--device", "foo"], "--device foo is not a device such as cpu, cuda or cuda:0"),
     "seed": (["--tasks", BLIMP, "--seed", "-1"], "--seed -1"),
     "no output": (["--tasks", BLIMP, "--output", ""], "--output '' is not a folder"),
     "output below a file": (["--tasks", BLIMP, "--output", f"{__file__}/x"], "--output"),

@@ -241,7 +241,7 @@ def test_masked_growth_ends_as_an_ordinary_model(learner: str, models: Path, tmp
     assert outcome.code == 0, outcome
     assert "fade of the model rises from 0 to 1 over 4 steps" in outcome.out
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert [written[name] for name in ("fade", *MASKED)] == [None] * 4
+    assert not {"fade", *MASKED} & written.keys()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not [name for name, _ in model.named_modules() if "fade" in name]
     before, after = tensors_of(models / "masked"), tensors_of(tmp_path / "out")
