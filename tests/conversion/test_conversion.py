@@ -428,9 +428,11 @@ def test_config_json_holds_every_field(tmp_path: Path) -> None:
     source = save_llama(tmp_path / "llama", attention_bias=True, rms_norm_eps=7e-6)
     convert(source, tmp_path / "gda", ratio=2, seed=3)
     written = json.loads((tmp_path / "gda" / "config.json").read_text())
-    own = {field.name for field in dataclasses.fields(GDAConfig)} - {*FADED, "fade"} - {
-        field.name for field in dataclasses.fields(PreTrainedConfig)
-    }
+    own = (
+        {field.name for field in dataclasses.fields(GDAConfig)}
+        - {*FADED, "fade"}
+        - {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    )
     assert own <= set(written)
     assert not {"seed", "mode", "max_shard_size", "ratio", "noise_heads"} & set(written)
     assert written["model_type"] == "gda"

@@ -134,7 +134,9 @@ def test_killed_during_a_write(limit: int, source: Path, tmp_path: Path) -> None
 
     assert in_child(torn) == -signal.SIGXFSZ
     assert not (place / "gda").exists()
-    assert (place / ".gda.partial").exists() == (limit == 12_000)  # the tokenizer, written before, takes more than 5,000
+    assert (place / ".gda.partial").exists() == (
+        limit == 12_000
+    )  # the tokenizer, written before, takes more than 5,000
     convert(source, place / "gda", resume=True)
     assert files_of(place / "gda") == expected
     assert os.listdir(place) == ["gda"]
