@@ -67,21 +67,29 @@ class EvalReport:
         return [self.model] if self.baseline is None else [self.model, self.baseline]
 
     @property
+    def perplexities(self) -> list[TextPerplexity]:
+        """The perplexities of the models, in their order; empty if none was measured."""
+        return [model.perplexity for model in self.models if model.perplexity is not None]
+
+    @property
+    def same_number_of_tokens(self) -> bool:
+        """Whether all models read the text as the same number of tokens, so that their ratio is one per token."""
+        return len({each.tokens for each in self.perplexities}) == 1
+
+    @property
     def perplexity_ratio(self) -> float | None:
         """The model's perplexity divided by its baseline's: per token if both read the same number, else per word."""
-        if self.baseline is None or (ours := self.model.perplexity) is None:
+        if len(self.perplexities) < 2:
             return None
-        theirs = self.baseline.perplexity
-        assert theirs is not None  # both are measured with the same options
-        return ours.token / theirs.token if ours.tokens == theirs.tokens else ours.word / theirs.word
+        ours, theirs = self.perplexities
+        return ours.token / theirs.token if self.same_number_of_tokens else ours.word / theirs.word
 
     @property
     def perplexity_ratio_interval(self) -> tuple[float, float] | None:
         """95 % confidence interval of the ratio; None without one, or where the models read different sequences."""
-        if self.baseline is None or (ours := self.model.perplexity) is None:
+        if len(self.perplexities) < 2:
             return None
-        theirs = self.baseline.perplexity
-        assert theirs is not None
+        ours, theirs = self.perplexities
         return ratio_interval(ours.losses, theirs.losses)
 
     def settings(self) -> dict[str, Any]:
@@ -226,8 +234,7 @@ def _perplexity_table(report: EvalReport) -> TextTable:
             rows.append([model.name, *shown, *(f"{number:,}" for number in numbers)])
     headings = ["perplexity", "token", "word", "byte", "tokens", "context", "stride"]
     if (ratio := report.perplexity_ratio) is not None:
-        same_length = len({model.perplexity.tokens for model in report.models if model.perplexity}) == 1
-        headings.append("ratio" if same_length else "ratio per word")
+        headings.append("ratio" if report.same_number_of_tokens else "ratio per word")
         rows[0].append(f"{ratio:.4f}")
         rows[1].append(f"{1:.4f}")
         if (interval := report.perplexity_ratio_interval) is not None:

@@ -146,7 +146,11 @@ def expanded_recipes(
     config: GDAConfig, source: dict[str, TensorSpec], *, seed: int, dtype: torch.dtype | None
 ) -> dict[str, Recipe]:
     """The recipes of the expanded checkpoint, in the order in which transformers saves its tensors."""
-    return {name: _recipe(name, spec, config, source, seed, dtype) for name, spec in checkpoint_specs(config).items()}
+    specs = checkpoint_specs(config)
+    recipes = {name: _recipe(name, spec, config, source, seed, dtype) for name, spec in specs.items()}
+    if config.head_norm and head_norm.scales_values(source, dtype):
+        return {name: head_norm.with_scaled_values(each, name, config, source) for name, each in recipes.items()}
+    return recipes
 
 
 def _recipe(
@@ -158,10 +162,7 @@ def _recipe(
     if projection == "subln":
         return head_norm.weight_recipe(name, spec, config, dtype or source[name.replace("subln", "v_proj")].dtype)
     recipe = _wider(name, projection, TensorSpec(spec.shape, dtype or source[name].dtype), config, seed)
-    recipe = recipe or copied(name, source[name], dtype)
-    if config.head_norm and head_norm.scales_values(source, dtype):
-        return head_norm.with_scaled_values(recipe, name, config, source)
-    return recipe
+    return recipe or copied(name, source[name], dtype)
 
 
 def _wider(name: str, projection: str, target: TensorSpec, config: GDAConfig, seed: int) -> Recipe | None:

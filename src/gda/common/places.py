@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from gda.common.dataset_folders import COMPRESSED, READERS
 from gda.common.files import read_json
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -12,7 +13,7 @@ ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another ada
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 MAX_NAMES = 8  # in a message
 # Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
-DATA_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".md", ".tsv", ".ndjson", ".arrow", ".zst")
+DATA_ENDINGS = (".txt", ".md", *READERS, *COMPRESSED)
 
 
 def check_model(location: str | Path) -> None:
