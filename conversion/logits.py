@@ -1,12 +1,14 @@
 """Comparing two models by the logits and the greedy text that they produce."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from transformers import GenerationConfig, PreTrainedModel
 
 from gda.common.screen import progress_bars
@@ -129,17 +131,22 @@ def compare_whole(
 
 
 @torch.inference_mode()
-def compare_by_layers(source: Source, converted: Source, prompts: list[torch.Tensor]) -> LogitDifferences:
+def compare_by_layers(
+    source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None
+) -> LogitDifferences:
     """Run both models layer by layer on each prompt, and with a cache on rows of the prompts' tokens."""
     differences, (rows, prefill) = LogitDifferences(), _rows(prompts)
-    pairs = zip(
-        _logits_by_layers(source, prompts, rows, prefill if _trusts_cache(source, converted) else None),
-        _logits_by_layers(converted, prompts, rows, prefill),
-        strict=True,
-    )
-    for pair in itertools.islice(pairs, len(prompts)):
-        differences.add(*pair)
-    expected, got = next(pairs)  # logits of the rows
+    with progress_bars(console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()) as progress:
+        layers = source.config.num_hidden_layers + converted.config.num_hidden_layers
+        advance = partial(progress.advance, progress.add_task("verifying, layer", total=layers))
+        pairs = zip(
+            _logits_by_layers(source, prompts, rows, prefill if _trusts_cache(source, converted) else None, advance),
+            _logits_by_layers(converted, prompts, rows, prefill, advance),
+            strict=True,
+        )
+        for pair in itertools.islice(pairs, len(prompts)):
+            differences.add(*pair)
+        expected, got = next(pairs)  # logits of the rows
     wanted, found = (logits[:, prefill - 1 :].argmax(-1) for logits in (expected, got))
     same = wanted == found
     same_but_ties = same | _is_tie(expected[:, prefill - 1 :], found)
@@ -187,12 +194,16 @@ def _rows(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
 
 
 def _logits_by_layers(
-    source: Source, prompts: list[torch.Tensor], rows: torch.Tensor, prefill: int | None
+    source: Source,
+    prompts: list[torch.Tensor],
+    rows: torch.Tensor,
+    prefill: int | None,
+    advance: Callable[[], None],
 ) -> Iterator[torch.Tensor]:
     """Yield logits (1, T, vocabulary) of each prompt and (rows, T, vocabulary) of `rows`; one layer is in memory.
 
     Prompts (1, T) run without a cache, and rows (rows, T) with one: the first `prefill` ids of each at once, the others
-    one by one. Without `prefill`, rows run without a cache, too.
+    one by one. Without `prefill`, rows run without a cache, too. `advance` is called after each layer.
     """
     model = LayerwiseModel(source.config, source.read)
     # All ids are embedded at once: some sources dequantize the embeddings each time they are read.
@@ -206,4 +217,5 @@ def _logits_by_layers(
             decoded = model.run(index, tensors, decoded)
         else:
             decoded = model.decode(index, tensors, decoded, prefill)
+        advance()
     yield from map(model.head(), (*hidden, decoded))

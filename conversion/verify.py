@@ -181,7 +181,7 @@ def verify_opened(
     if method == "auto" and not source.can_run:
         method = "tensors"
     if method == "tensors":
-        return _compare_tensors(source, converted, settings)
+        return _compare_tensors(source, converted, settings, console)
     if not source.can_run:
         raise ValueError(
             f"--method {method} runs the source, but transformers has no class for a {source.config.model_type} model; "
@@ -210,7 +210,7 @@ def verify_by_logits(
         if method == "full":
             differences = compare_whole(source, converted, prompts.ids, console)
         else:
-            differences = compare_by_layers(source, converted, prompts.ids)
+            differences = compare_by_layers(source, converted, prompts.ids, console)
     except UnusedCacheError as error:
         raise CheckFailed(f"verification failed: {first_line(error)}") from None
     decodes = not lossless or all(text.same_but_ties for text in differences.texts)
@@ -254,7 +254,9 @@ def _require_same_windows(source: Source, converted: Source) -> None:
             )
 
 
-def _compare_tensors(source: Source, converted: FolderSource, settings: Settings | None) -> VerifyReport:
+def _compare_tensors(
+    source: Source, converted: FolderSource, settings: Settings | None, console: Console | None
+) -> VerifyReport:
     if settings is None:
         raise ValueError(
             f"--method tensors needs {PROVENANCE_FILE} in {converted.folder}: it records how each tensor was made"
@@ -266,5 +268,5 @@ def _compare_tensors(source: Source, converted: FolderSource, settings: Settings
                 f"{converted.folder}/config.json has {name}={getattr(converted.config, name)!r}, "
                 f"but {source.name} asks for {getattr(planned.config, name)!r}"
             )
-    different = different_tensors(converted.folder, planned.recipes, source)
+    different = different_tensors(converted.folder, planned.recipes, source, console)
     return VerifyReport(method="tensors", different_tensors=different, passed=not different)

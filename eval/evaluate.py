@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
+from gda.common.progress import duration
 from gda.common.screen import progress_bars, quiet_transformers, shows_progress
 from gda.common.text import read_text
 from gda.conversion.sources.compare_tokenizers import first_ids
@@ -93,13 +94,15 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
         prompts = read_prompt_settings(_metadata(options), alone=not options.tasks)
     text = None if options.perplexity is None else _read_text(Path(options.perplexity))
     candidates = _find_models(options)
-    results, loaded = [], []
+    results: list[ModelResult] = []
+    loaded = []
     with _quiet(options, console):
         tasks = []
         if options.tasks:
             console.print(f"loading {', '.join(options.tasks)}", highlight=False, markup=False)
             tasks = _load_tasks(candidates[0], options)
         for candidate in candidates:
+            console.print(_announcement(candidate, results, len(candidates)), highlight=False, markup=False)
             result, loaded_model = _evaluate_one(candidate, options, tasks, text, console)
             results.append(result)
             if options.diagnostics and first_process:
@@ -121,6 +124,14 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     model, baseline = results[0], results[1] if len(results) > 1 else None
     rows = compare(model.results, None if baseline is None else baseline.results)
     return EvalReport(model, baseline, rows, options, diagnostics)
+
+
+def _announcement(candidate: Candidate, done: list[ModelResult], number: int) -> str:
+    """What is run next and, if it is the second model, how long the first took: this one takes about as long."""
+    if number == 1:
+        return f"running {candidate.name}"
+    expected = "".join(f"; {each.name} took {duration(each.seconds)}" for each in done)
+    return f"running {candidate.name} ({len(done) + 1} of {number}{expected})"
 
 
 def _is_first_process() -> bool:
@@ -164,7 +175,6 @@ def _metadata(options: TaskOptions) -> dict[str, Any]:
 def _evaluate_one(
     candidate: Candidate, options: EvaluateOptions, tasks: list[Any], text: str | None, console: Console
 ) -> tuple[ModelResult, PreTrainedModel]:
-    console.print(f"running {candidate.name}", highlight=False, markup=False)
     started = time.monotonic()
     hashes = candidate.hashes()
     results: dict[str, Any] = {"results": {}}

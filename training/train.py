@@ -265,7 +265,7 @@ def _make_trainer(
         train_dataset=plan.sequences.rows,
         eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
         data_collator=collate,
-        callbacks=[checkpoints, *([] if shows_progress else [ProgressCallback()]), *plan.fade_callbacks()],
+        callbacks=[checkpoints, ProgressCallback(), *plan.fade_callbacks()],
         lambda_learning_rate=settings.lambda_learning_rate,
         distillation=plan.distillation,
         predicted_per_sequence=plan.eval_sequences and plan.eval_sequences.predicted_per_sequence(),

@@ -190,13 +190,16 @@ def _write_index(folder: Path, recipes: dict[str, Recipe], shards: dict[str, lis
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def different_tensors(folder: Path, recipes: dict[str, Recipe], source: Source) -> list[str]:
+def different_tensors(folder: Path, recipes: dict[str, Recipe], source: Source, console: Console | None) -> list[str]:
     """Names of the tensors in `folder` that differ in a bit from what the recipes make of the source."""
     written = SafetensorsReader(folder)
     if missing := sorted(set(recipes) ^ set(written.specs)):
         return missing
-    return [
-        name
-        for name, recipe in recipes.items()
-        if written.specs[name] != recipe.spec or not torch.equal(written.read(name), recipe(source.read))
-    ]
+    different = []
+    with byte_progress(console) as progress:
+        task = progress.add_task("comparing", total=sum(recipe.spec.nbytes for recipe in recipes.values()))
+        for name, recipe in recipes.items():
+            if written.specs[name] != recipe.spec or not torch.equal(written.read(name), recipe(source.read)):
+                different.append(name)
+            progress.advance(task, recipe.spec.nbytes)
+    return different

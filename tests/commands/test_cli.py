@@ -158,7 +158,7 @@ def test_progress_goes_to_standard_error(models: Path, tmp_path: Path) -> None:
 
 
 def test_log_files_get_no_progress_bars(models: Path, tmp_path: Path, command: Command) -> None:
-    """If standard error is not a terminal, nothing is printed to it."""
+    """If standard error is not a terminal, quick commands print nothing to it."""
     assert command("convert", models / "llama", tmp_path / "gda").error == ""
     assert command("verify", models / "llama", tmp_path / "gda").error == ""
     assert command("export", tmp_path / "gda", tmp_path / "back").error == ""

@@ -1,16 +1,24 @@
 """Progress without a terminal: log lines on standard error for commands, and through `logging` in Python."""
 
+import io
 import logging
 import re
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import gda
 from gda.common import progress
 from gda.common.progress import LoggedProgress, time_left
+from gda.eval.evaluate import evaluate_with_baseline
+from gda.eval.options import EvaluateOptions
+from gda.training.callbacks.progress import ProgressCallback
 
 from ..support.llamas import byte_tokenizer, llama_model, save_llama
 
@@ -45,6 +53,99 @@ def test_command_writes_lines_to_a_file(folder: Path, tmp_path: Path) -> None:
     assert [found[1] for line in (tmp_path / "log").read_text().splitlines() if (found := LINE.fullmatch(line))] == [
         *"1234"
     ]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that training reads, in seconds; a test can change it."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_run_says_how_long_it_takes(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    """After two steps, since the first one warms up. 98 steps of 3 s and the last 2 of 3 evaluations of 20 s: 334 s."""
+    args = TrainingArguments(max_steps=100, eval_strategy="steps", eval_steps=50, disable_tqdm=True)
+    state, callback = TrainerState(max_steps=100, eval_steps=50), ProgressCallback()
+    with caplog.at_level(logging.INFO, "gda"):
+        callback.on_train_begin(args, state, TrainerControl())
+        clock[0] += 20
+        callback.on_log(args, state, TrainerControl(), {"eval_loss": 2.0, "eval_runtime": 20.0})
+        for seconds in (30, 3, 3):
+            clock[0] += seconds
+            state.global_step += 1
+            callback.on_step_end(args, state, TrainerControl())
+            callback.on_log(args, state, TrainerControl(), {"loss": 1.0})
+    shown = [line.rsplit(", ")[-1] for line in caplog.messages[1:]]
+    assert shown == ["50 min left", "the other 98 steps and 2 evaluations take about 6 min", "6 min left", "6 min left"]
+
+
+@pytest.mark.parametrize("steps", [19, 22])
+def test_short_run_says_nothing_before(steps: int, clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    """Less than a minute remains after the second of 19 steps of 3.1 s, and more after the second of 22."""
+    args, state = TrainingArguments(max_steps=steps, disable_tqdm=True), TrainerState(max_steps=steps)
+    callback = ProgressCallback()
+    with caplog.at_level(logging.INFO, "gda"):
+        callback.on_train_begin(args, state, TrainerControl())
+        for _ in range(4):
+            clock[0] += 3.1
+            state.global_step += 1
+            callback.on_step_end(args, state, TrainerControl())
+    assert caplog.messages == (["the other 20 steps take about 62 s"] if steps == 22 else [])
+
+
+def test_long_evaluation_logs_lines(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The share of the held-out data, and the time left."""
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    args, state, callback = TrainingArguments(disable_tqdm=True), TrainerState(), ProgressCallback()
+    with caplog.at_level(logging.INFO, "gda"):
+        callback.on_train_begin(args, state, TrainerControl())
+        for _ in range(2):
+            callback.on_prediction_step(args, state, TrainerControl(), eval_dataloader=[{}] * 2)
+    assert caplog.messages == [f"measuring the held-out loss: {share} %, 0 s left" for share in (50, 100)]
+
+
+@pytest.mark.parametrize(("seconds", "logged"), [(9, []), (50, [10, 30]), (100, [2, 22, 52, 92])])
+def test_log_lines_grow_rarer(seconds: int, logged: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    """After 10 seconds, and then 20, 30 … seconds later. Work of a minute or more has a line after two seconds."""
+    now, lines = 0.0, []
+    with caplog.at_level(logging.INFO, "gda"), LoggedProgress(disable=True, get_time=lambda: now) as bar:
+        task = bar.add_task("work", total=seconds)
+        for _ in range(seconds):
+            now += 1
+            bar.advance(task)
+            lines += [now] * (len(caplog.messages) - len(lines))
+    assert lines == logged
+
+
+@pytest.mark.parametrize("work", ["convert", "grow", "verify", "layers", "tensors"])
+def test_long_conversion_logs_amounts(
+    work: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Writing and comparing: bytes, of how many, bytes per second, time left. Verification: share and time left."""
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "gda"):
+        if work in ("convert", "grow"):
+            function = {"convert": gda.convert, "grow": partial(gda.grow, depth=3)}[work]
+            function(folder / "llama", tmp_path / "out", verify=False)
+        else:
+            gda.verify(folder / "llama", folder / "gda", method="full" if work == "verify" else work)
+    amounts = r"[\d.]+/[\d.]+ [kM]B, ([\d.]+ [kMG]?B/s|\?), "
+    line = {
+        "verify": r"verifying: [\d]+ %, \d+ s left",
+        "layers": r"verifying, layer: [\d]+ %, +\d/4, \d+ s left",
+        "tensors": rf"comparing: [\d]+ %, +{amounts}\d+ s left",
+    }.get(work, rf"writing: [\d]+ %, +{amounts}\d+ s left")
+    assert caplog.messages
+    assert [found for found in caplog.messages if not re.fullmatch(line, found)] == []
+
+
+def test_second_model_is_announced_with_the_time_of_the_first(folder: Path) -> None:
+    """`gda eval` with a baseline."""
+    console = Console(file=io.StringIO())
+    options = EvaluateOptions(folder / "gda", baseline=folder / "llama", perplexity=folder / "text.txt")
+    evaluate_with_baseline.run(options, console=console)
+    assert re.search(r"running gda \(1 of 2\)\nrunning llama \(2 of 2; gda took \d+ s\)\n", console.file.getvalue())
 
 
 def test_long_work_logs_share_and_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -176,7 +176,7 @@ def test_output_on_the_screen(folder: Path, command: Command) -> None:
     assert re.search(rf"{BLIMP} .* acc .* \+0\.0000 .* yes", outcome.out)
     assert outcome.out.count("  prompt  ''\n          [0]\n") == 2
     assert "scored  ' The cat thanked " in outcome.out
-    assert "running gda\nscoring 12 requests of tasks\nrunning llama\n" in outcome.error
+    assert "running gda (1 of 2)\nscoring 12 requests of tasks\nrunning llama (2 of 2; gda took " in outcome.error
     assert "it/s" not in outcome.error  # no progress bar
 
 

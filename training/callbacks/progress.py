@@ -1,19 +1,53 @@
-"""Progress of training as lines in the log, where no bar is shown."""
+"""How long training takes, and its progress as lines in the log where no bar is shown."""
 
+import sys
 import time
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from gda.common.numbers import exponential
-from gda.common.progress import logger, time_left
+from gda.common.progress import LONG_SECONDS, LoggedProgress, duration, logger, time_left
 
 
 class ProgressCallback(TrainerCallback):
-    """Logs a line for each log entry and each evaluation: step, loss, learning rate, tokens per second, time left."""
+    """Says after two steps how long a run takes, unless it is short.
+
+    Where the Trainer shows no bar, it also logs a line for each log entry (step, loss, learning rate, tokens per second
+    and time left) and for each evaluation.
+    """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._began, self._first_step = time.monotonic(), state.global_step
+        self._first_step = self._counted_from = state.global_step
+        self._began = time.monotonic()  # of the counted steps, which the time of evaluations is added to
+        self._step_seconds = self._evaluation_seconds = 0.0
+        self._evaluation: LoggedProgress | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now, done = time.monotonic(), state.global_step - self._first_step
+        self._step_seconds = (now - self._began) / (state.global_step - self._counted_from)
+        if done == 1:  # it warms up, and the others are faster
+            self._began, self._counted_from = now, state.global_step
+        elif done == 2 and state.is_world_process_zero:
+            self._say_expected(args, state)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        if not args.disable_tqdm or not state.is_world_process_zero:
+            return
+        if self._evaluation is None:
+            self._evaluation = LoggedProgress(disable=True)
+            total = len(eval_dataloader) if has_length(eval_dataloader) else None
+            self._evaluation.add_task("measuring the held-out loss", total=total)
+        self._evaluation.advance(self._evaluation.task_ids[0])
 
     def on_log(
         self,
@@ -23,15 +57,41 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if not state.is_world_process_zero or logs is None:
+        if logs is None:
+            return
+        if "eval_loss" in logs:
+            self._evaluation_seconds, self._evaluation = logs.get("eval_runtime", 0.0), None
+            self._began += self._evaluation_seconds
+        if not args.disable_tqdm or not state.is_world_process_zero:
             return
         step = f"step {state.global_step:,} of {state.max_steps:,}"
         if "eval_loss" in logs:
-            seconds, loss = logs.get("eval_runtime", 0.0), logs["eval_loss"]
+            seconds, loss = self._evaluation_seconds, logs["eval_loss"]
             logger.info("%s: held-out loss %.4f, perplexity %.2f; %.0f s", step, loss, exponential(loss), seconds)
         elif "loss" in logs:
-            done = state.global_step - self._first_step
-            left = (time.monotonic() - self._began) / max(1, done) * (state.max_steps - state.global_step)
             speed = f", {logs['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in logs else ""
-            rate = logs.get("learning_rate", 0.0)
-            logger.info("%s: loss %.4f, rate %.2e%s, %s", step, logs["loss"], rate, speed, time_left(left))
+            rate, left = logs.get("learning_rate", 0.0), time_left(self._seconds_left(args, state))
+            logger.info("%s: loss %.4f, rate %.2e%s, %s", step, logs["loss"], rate, speed, left)
+
+    def _seconds_left(self, args: TrainingArguments, state: TrainerState) -> float:
+        """Estimated seconds of the steps and evaluations to come."""
+        steps = state.max_steps - state.global_step
+        return steps * self._step_seconds + _evaluations_left(args, state) * self._evaluation_seconds
+
+    def _say_expected(self, args: TrainingArguments, state: TrainerState) -> None:
+        if (seconds := self._seconds_left(args, state)) < LONG_SECONDS:
+            return
+        steps, evaluations = state.max_steps - state.global_step, _evaluations_left(args, state)
+        measured = f" and {evaluations} evaluation{'s' * (evaluations > 1)}" if evaluations else ""
+        expected = f"the other {steps:,} steps{measured} take about {duration(seconds)}"
+        if args.disable_tqdm:
+            logger.info(expected)
+        else:
+            tqdm.write(expected, file=sys.stderr)  # above the bar
+
+
+def _evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
+    if args.eval_strategy == "no":
+        return 0
+    every = int(state.eval_steps)
+    return state.max_steps // every - state.global_step // every

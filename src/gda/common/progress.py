@@ -7,22 +7,34 @@ Python, `logging.basicConfig(level=logging.INFO)` shows them.
 import contextlib
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
-from rich.progress import Progress, ProgressColumn, TaskID
+from rich.progress import (
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TransferSpeedColumn,
+)
 
 logger = logging.getLogger("gda")
-LOG_SECONDS = 10.0
+LOG_SECONDS = 10.0  # before the first line; the n-th interval is n times as long
+LONGEST_INTERVAL = 30  # in units of LOG_SECONDS
+# Work that takes a minute or more says so after two seconds.
+ESTIMATE_SECONDS, LONG_SECONDS = 2.0, 60.0
+LOGGED_COLUMNS = (DownloadColumn, MofNCompleteColumn, TransferSpeedColumn)
 
 
 class LoggedProgress(Progress):
-    """rich's progress bars. If they are disabled, the log gets at most one line every ten seconds."""
+    """rich's progress bars. If they are disabled, the log gets lines at growing intervals, and none for short work."""
 
     def __init__(self, *columns: str | ProgressColumn, **settings: Any):
         super().__init__(*columns, **settings)
-        self._logged = time.monotonic()
+        self._logged, self._lines = self.get_time(), 0
+        self._estimated: set[TaskID] = set()
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """Like `Progress.advance`, and log."""
@@ -35,22 +47,42 @@ class LoggedProgress(Progress):
         self._log(task_id)
 
     def _log(self, task_id: TaskID) -> None:
-        if not self.disable or time.monotonic() - self._logged < LOG_SECONDS:
+        if not self.disable:
             return
-        self._logged = time.monotonic()
-        task = self._tasks[task_id]
-        if task.total and task.completed:
-            left = time_left((task.elapsed or 0) / task.completed * (task.total - task.completed))
-            logger.info("%s: %.0f %%, %s", task.description, task.percentage, left)
-        else:
+        task, spent = self._tasks[task_id], self.get_time() - self._logged
+        left = _seconds_left(task)
+        if spent < LOG_SECONDS * min(self._lines + 1, LONGEST_INTERVAL) and not self._is_first_estimate(task, left):
+            return
+        self._logged, self._lines = self.get_time(), self._lines + 1
+        if left is None:
             logger.info("%s: %s", task.description, f"{task.completed:,.0f}")
+            return
+        self._estimated.add(task_id)
+        shown = [str(column.render(task)) for column in self.columns if isinstance(column, LOGGED_COLUMNS)]
+        logger.info("%s: %s", task.description, ", ".join([f"{task.percentage:.0f} %", *shown, time_left(left)]))
+
+    def _is_first_estimate(self, task: Task, left: float | None) -> bool:
+        is_long = left is not None and left >= LONG_SECONDS and (task.elapsed or 0) >= ESTIMATE_SECONDS
+        return is_long and task.id not in self._estimated
+
+
+def _seconds_left(task: Task) -> float | None:
+    """Estimated remaining seconds; None while nothing is known about it."""
+    if not task.total or not task.completed:
+        return None
+    return (task.elapsed or 0) / task.completed * (task.total - task.completed)
 
 
 def time_left(seconds: float) -> str:
     """The remaining time in words."""
+    return f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
     if seconds < 100:
-        return f"{seconds:.0f} s left"
-    return f"{seconds / 60:.0f} min left" if seconds < 6000 else f"{seconds / 3600:.1f} h left"
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 @contextlib.contextmanager
