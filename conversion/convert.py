@@ -13,7 +13,7 @@ from gda.conversion.modes.registry import plan, plan_default
 from gda.conversion.options import ConvertOptions
 from gda.conversion.push import push_result
 from gda.conversion.sources.adapter import AdapterSource
-from gda.conversion.sources.hub import check_name, require_token
+from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
 from gda.conversion.writing.write_model import ConvertReport, write_model
@@ -41,10 +41,8 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
         PermissionError, ConnectionError: if the Hub does not give the source or take the result.
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
     """
-    if options.push_to_hub is not None:
-        check_name(options.push_to_hub)
-        if not options.dry_run:
-            require_token(options.push_to_hub)
+    if options.push_to_hub is not None and not options.dry_run:
+        require_token(options.push_to_hub)
     with quiet_transformers():
         return convert_opened(open_source(options.source, options.revision), options, console=console)
 

@@ -7,7 +7,17 @@ from typing import Literal
 
 from gda.common.files import check_places, read_json, refuse_existing
 from gda.common.options import Options, argument, flag, option
-from gda.common.places import check_folder, check_model, check_served, check_text, gguf_file, layers_of
+from gda.common.places import (
+    check_folder,
+    check_gda_model,
+    check_model,
+    check_repository,
+    check_served,
+    check_text,
+    config_entry,
+    gguf_file,
+    layers_of,
+)
 
 LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "Noise heads", "Split", "Growth"
 COMPARISON = "Comparison"
@@ -16,6 +26,7 @@ SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *([KMGT])B", re.IGNORECASE)
 POWERS = {"K": 3, "M": 6, "G": 9, "T": 12}
 RATIO = re.compile(r"0*[1-9][0-9]*(:1)?")
 SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
+PAPER_ONLY = ("lambda_init", "kv_layout", "head_norm")
 
 
 @dataclass(frozen=True)
@@ -176,7 +187,11 @@ class HubOptions(VisibilityOptions):
     """Options of pushing the result to the Hub."""
 
     push_to_hub: str | None = option(
-        None, "Push OUT to this repository, such as me/llama-gda. Default: no push.", panel=HUB, metavar="REPO"
+        None,
+        "Push OUT to this repository, such as me/llama-gda. Default: no push.",
+        panel=HUB,
+        metavar="REPO",
+        check=check_repository,
     )
 
     def __post_init__(self) -> None:
@@ -210,9 +225,17 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in SPLIT_ONLY if self.mode != "split" else ():
+        refused, mode = (PAPER_ONLY, "expand") if self.mode == "split" else (SPLIT_ONLY, "split")
+        for name in refused:
             if getattr(self, name) is not None:
-                raise ValueError(f"{flag(name)} is only for --mode split")
+                raise ValueError(f"{flag(name)} is only for --mode {mode}")
+        if self.mode == "split" and self.qk_rank is not None:
+            raise ValueError("--qk-rank goes with --mode split in two steps: split first, then factorize the result")
+
+    def check_places(self) -> None:
+        super().check_places()
+        if self.qk_rank is None and config_entry(self.source, "model_type", str) == "gda":
+            raise ValueError(f"{self.source} is already a GDA model")
 
 
 @dataclass(frozen=True)
@@ -287,7 +310,7 @@ class GrowOptions(NewHeadOptions):
 class FoldOptions(WriteOptions):
     """Options of `gda fold`."""
 
-    model: str | Path = argument("GDA model with qk_rank: a folder or a Hub id.", check=check_model)
+    model: str | Path = argument("GDA model with qk_rank: a folder or a Hub id.", check=check_gda_model)
     out: str | Path = argument("Folder to create.")
 
 
@@ -295,7 +318,7 @@ class FoldOptions(WriteOptions):
 class ExportOptions(CheckpointOptions):
     """Options of `gda export`."""
 
-    model: str | Path = argument("GDA model: a folder or a Hub id.", check=check_model)
+    model: str | Path = argument("GDA model: a folder or a Hub id.", check=check_gda_model)
     out: str | Path = argument("Folder to create, or with --format gguf the file.")
     format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama", "gguf"] = option(
         "llama",
@@ -371,7 +394,7 @@ class VerifyOptions(RevisionOptions):
 class InspectOptions(RevisionOptions):
     """Options of `gda inspect`."""
 
-    model: str | Path = argument("GDA model: a folder or a Hub id.", check=check_model)
+    model: str | Path = argument("GDA model: a folder or a Hub id.", check=check_gda_model)
 
 
 @dataclass(frozen=True)
@@ -379,7 +402,9 @@ class PushOptions(VisibilityOptions, BundleOptions):
     """Options of `gda push`."""
 
     folder: str | Path = argument("Folder of a GDA model.", check=check_folder)
-    repo: str = argument("Repository on the Hub, owner/name or name; created if it doesn't exist.")
+    repo: str = argument(
+        "Repository on the Hub, owner/name or name; created if it doesn't exist.", check=check_repository
+    )
     revision: str = option("main", "Branch to push to; created if it doesn't exist.", panel=HUB, metavar="BRANCH")
     message: str | None = option(None, "Title of the commit. Default: Upload FOLDER.", panel=HUB)
     dry_run: bool = option(False, "Check the folder and list its files, but push nothing.", panel=OUTPUT)

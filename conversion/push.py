@@ -23,7 +23,7 @@ from gda.common.screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
 from gda.conversion.options import PushOptions
 from gda.conversion.sources.folder import FolderSource
-from gda.conversion.sources.hub import check_name, hub_errors
+from gda.conversion.sources.hub import hub_errors
 from gda.conversion.sources.open import MODEL_PATTERNS
 from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE
@@ -89,7 +89,6 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
         ConnectionError: if the Hub cannot be reached, or refuses.
     """
     folder, repo, revision = Path(options.folder), options.repo, options.revision
-    check_name(repo)
     if not REVISION.fullmatch(revision):
         raise ValueError(f"--revision {revision!r} is not a valid branch name")
     if not folder.is_dir():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gda.common.options import Options, argument, option
+from gda.common.options import Options, argument, flag, option
 from gda.common.places import check_device, check_model, check_text, layers_of
 
 # A model in memory is allowed in Python. Its class cannot be named without importing PyTorch, hence Any.
@@ -18,6 +18,10 @@ MORE = "Perplexity and attention"
 DEFAULT_CONTEXT = 512  # tokens
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.html"
 SAMPLES = ("samples_", "baseline_samples_")  # beginnings of names: of the model and of its baseline
+OF_TASKS = (
+    *("dataset_root", "include_path", "limit", "num_fewshot", "apply_chat_template", "system_instruction"),
+    *("gen_kwargs", "seed", "batch_size", "show_prompts"),
+)
 BATCH_SIZE = re.compile(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?")
 
 
@@ -91,8 +95,9 @@ class TaskOptions(Options):
         object.__setattr__(self, "tasks", _task_names(self.tasks))
         object.__setattr__(self, "metadata", _json_object("--metadata", self.metadata))
         object.__setattr__(self, "gen_kwargs", _gen_kwargs(self.gen_kwargs))
-        if self.include_path is not None and not Path(self.include_path).is_dir():
-            raise FileNotFoundError(f"--include-path {self.include_path} is not a folder")
+        for name in ("include_path", "dataset_root"):
+            if (folder := getattr(self, name)) is not None and not Path(folder).is_dir():
+                raise FileNotFoundError(f"{flag(name)} {folder} is not a folder")
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise ValueError(f"--limit {self.limit} is neither a number of documents nor a fraction below 1")
         if not BATCH_SIZE.fullmatch(str(self.batch_size)):
@@ -129,8 +134,11 @@ class EvaluateOptions(TaskOptions):
         super().__post_init__()
         if not self.tasks and self.perplexity is None and not self.diagnostics:
             raise ValueError("nothing to do: name --tasks, a text with --perplexity, or --diagnostics")
-        if not self.tasks and (self.gen_kwargs is not None or self.system_instruction is not None):
-            raise ValueError("--gen-kwargs and --system-instruction belong to --tasks; name some")
+        for name in () if self.tasks else OF_TASKS:
+            if str(getattr(self, name)) != str(getattr(type(self), name)):
+                raise ValueError(f"{flag(name)} belongs to --tasks; name some")
+        if self.metadata is not None and not self.tasks and not self.diagnostics:
+            raise ValueError("--metadata belongs to --tasks and --diagnostics; pass one of them")
         if self.perplexity is None and (self.context is not None or self.stride is not None):
             raise ValueError("--context and --stride belong to --perplexity; name its FILE")
         context = DEFAULT_CONTEXT if self.context is None else self.context

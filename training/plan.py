@@ -132,8 +132,7 @@ def make_plan(
 def context_of(settings: TrainSettings, config: GDAConfig) -> int:
     """Tokens per sequence, which must not be more than the model reads."""
     longest = config.max_position_embeddings
-    if settings.context is not None and settings.context > longest:
-        raise ValueError(f"--context {settings.context} is above {longest}, the model's max_position_embeddings")
+    settings.check_context(longest)
     return min(CONTEXT, longest) if settings.context is None else settings.context
 
 

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from gda.common.files import check_places, refuse_existing
 from gda.common.options import Options, argument, flag, option
-from gda.common.places import check_data, check_model
+from gda.common.places import check_data, check_gda_model, check_model, config_entry
 from gda.conversion.options import OUTPUT, BundleOptions, HubOptions, RevisionOptions
 
 EVAL_TOKENS = 32_768
@@ -180,6 +181,11 @@ class TrainSettings(Options):
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} add up to more than all steps")
 
+    def check_context(self, longest: int) -> None:
+        """Raise ValueError if a sequence has more than the `longest` tokens that the model reads."""
+        if self.context is not None and self.context > longest:
+            raise ValueError(f"--context {self.context} is above {longest}, the model's max_position_embeddings")
+
     def check_fade(self, steps: int) -> None:
         """Raise ValueError if a run of that many steps ends before the fade does."""
         for name in ("fade_steps", "lambda_anneal_steps"):
@@ -239,7 +245,7 @@ class TrainOptions(TrainSettings, RunOptions):
 
     model: str | Path = argument(
         "GDA language model with its tokenizer: a folder, a checkpoint of an earlier run or a Hub id.",
-        check=check_model,
+        check=check_gda_model,
     )
     out: str | Path | None = argument("Folder to create. Omit it with --plot to draw the log of MODEL.", default=None)
 
@@ -254,12 +260,18 @@ class TrainOptions(TrainSettings, RunOptions):
         if self.only_plots:
             return
         super().check_places()
+        assert self.out is not None
         for name in ("data", "eval_data"):
             for each in getattr(self, name):
                 try:
                     check_data(each)
                 except FileNotFoundError as error:
                     raise FileNotFoundError(f"{flag(name)} {error}") from None
+        for place in (self.model, *self.data, *self.eval_data):
+            check_places(place, self.out)
+        refuse_existing(Path(self.out), self.overwrite)
+        if (longest := config_entry(self.model, "max_position_embeddings", int)) is not None:
+            self.check_context(longest)
 
     @property
     def only_plots(self) -> bool:

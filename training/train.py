@@ -13,12 +13,11 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from gda.common.files import check_places, refuse_existing
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.versions import versions
 from gda.conversion.push import PushReport, push_result
-from gda.conversion.sources.hub import check_name, require_token
+from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
@@ -76,8 +75,6 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     if not str(options.out):
         raise ValueError("OUT is empty; name a folder to create")
     out = Path(options.out)
-    if options.push_to_hub is not None:
-        check_name(options.push_to_hub)
     processes = Processes()
     with quiet_transformers():
         source = processes.together(lambda: _check_inputs(options, out))
@@ -96,10 +93,6 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
 def _check_inputs(options: TrainOptions, out: Path) -> Path:
     """Refuse bad input before anything large is read; return the local folder of the model."""
     model = options.model
-    check_places(model, out)
-    for place in (*options.data, *options.eval_data):
-        check_places(place, out)
-    refuse_existing(out, options.overwrite)
     if options.revision is not None and Path(model).exists():
         raise ValueError(f"--revision is for a Hub id, but {model} is a local path")
     for reporter in options.report_to:

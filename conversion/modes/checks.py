@@ -8,12 +8,11 @@ from typing import Any
 
 from gda.common.options import Options, flag
 from gda.conversion.families.llamalike import LLAMALIKES, unread_fields
-from gda.conversion.options import NewHeadOptions
+from gda.conversion.options import PAPER_ONLY, NewHeadOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import Recipe, is_lossless
 from gda.conversion.writing.provenance import read_settings
 
-PAPER_ONLY = ("lambda_init", "kv_layout", "head_norm")
 NEW_HEADS_ONLY = ("noise_heads", "ratio", "lambda_type", *PAPER_ONLY)
 # Fields of a GDA model that a Llama has no place for.
 EXPORTED_FIELDS = (

@@ -27,13 +27,12 @@ from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
 from gda.conversion.modes import head_norm
 from gda.conversion.modes.checks import (
-    PAPER_ONLY,
     errors_named,
     exported,
     losses,
     requested_noise_heads,
 )
-from gda.conversion.options import NewHeadOptions
+from gda.conversion.options import PAPER_ONLY, NewHeadOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import (
     DTYPES,

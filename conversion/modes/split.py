@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gda.conversion.conversion import Conversion
-from gda.conversion.modes.checks import PAPER_ONLY, errors_named, losses, refuse, requested_noise_heads
+from gda.conversion.modes.checks import errors_named, losses, requested_noise_heads
 from gda.conversion.modes.expand import LAMBDA, signal_queries
 from gda.conversion.options import ConvertOptions
 from gda.conversion.sources.source import Source
@@ -20,9 +20,6 @@ SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
 
 def plan(source: Source, options: ConvertOptions) -> Conversion:
     """Divide the query heads of a source into signal and noise heads, and fit the result to the source."""
-    if options.qk_rank is not None:
-        raise ValueError("--qk-rank goes with --mode split in two steps: split first, then factorize the result")
-    refuse(options, PAPER_ONLY, "is for --mode expand")
     heads, dtype = source.config.num_attention_heads, DTYPES[options.dtype]
     possible = split_options(heads, source.config.num_key_value_heads)
     noise = requested_noise_heads(options, heads, counted_in_heads=True, possible=possible)

@@ -9,7 +9,6 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -17,20 +16,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from gda.common.errors import first_line
+from gda.common.places import check_repository
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def check_name(repo: str) -> None:
-    """Raise ValueError unless the Hub allows `repo` as the name of a repository."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"{repo!r} is not a valid repository name: {first_line(error)}") from None
 
 
 def require_token(repo: str) -> None:
@@ -63,7 +54,7 @@ def check_downloaded(path: Path, digest: str) -> None:
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Turn the Hub client's errors into one line that names the repository and the remedy."""
-    check_name(repo)
+    check_repository(repo)
     at = f"{repo}@{revision}" if revision not in (None, "main") else repo
     try:
         yield

@@ -3,7 +3,8 @@
 from html import escape
 from pathlib import Path
 
-from gda.common.files import refuse_existing, written_beside
+from gda.common.files import written_beside
+from gda.common.places import check_output
 from gda.eval.attention.data import AttentionData
 from gda.eval.attention.page import to_html
 
@@ -50,12 +51,3 @@ class AttentionReport(AttentionData):
         with written_beside(path) as file:
             draw(self, file)
         return path
-
-
-def check_output(out: str | Path, overwrite: bool, option: str) -> Path:
-    """The path of a file to write; an error that names the option if it cannot be written there."""
-    path = Path(out)
-    if not str(out) or path.is_dir():
-        raise ValueError(f"{option} {str(out) or '(empty)'} is not a file; name one, such as report.html")
-    refuse_existing(path, overwrite)
-    return path

@@ -41,12 +41,7 @@ def data_from(root: str | Path | None) -> Iterator[list[Path]]:
 
     A dataset is in `root`/dataset_path, see `load_local`. With None, tasks read their usual datasets, and an error
     names the one that is missing. The context yields the list of folders read so far.
-
-    Raises:
-        FileNotFoundError: if `root` is not a folder.
     """
-    if root is not None and not Path(root).is_dir():
-        raise FileNotFoundError(f"--dataset-root {root} is not a folder")
     original = datasets.load_dataset
     folders_read: list[Path] = []
 

@@ -50,6 +50,12 @@ REFUSED = {
     "grow GDA OUT --depth 2": "--depth 2 is not more than the 2 layers of the source",
     "eval GDA --perplexity notes.gguf --device cuba": "--device cuba is not a device such as cpu, cuda or cuda:0",
     "eval GDA --perplexity notes.gguf --html": "--html writes report.html to the folder of --output; name one",
+    "eval GDA --perplexity notes.gguf --limit 5": "--limit belongs to --tasks; name some",
+    "eval GDA --diagnostics --num-fewshot 5": "--num-fewshot belongs to --tasks; name some",
+    "eval GDA --perplexity notes.gguf --batch-size 8": "--batch-size belongs to --tasks; name some",
+    "eval GDA --perplexity notes.gguf --show-prompts 1": "--show-prompts belongs to --tasks; name some",
+    "eval GDA --perplexity notes.gguf --metadata {}": "--metadata belongs to --tasks and --diagnostics",
+    "convert projector OUT": "projector/config.json is missing",
     "attention GDA --text a --layers 7 --json": "--layers 7 is not between 0 and 1",
     "push GDA me/model --private --public": "--private and --public exclude each other; pass one of them",
     "eval missing/ --perplexity notes.gguf": "missing/ does not exist",
@@ -58,6 +64,21 @@ REFUSED = {
     "attention GDA --text a": "nothing to write",
     "demo --out ''": "OUT is empty",
     "demo --source ./none": "--source ./none does not exist",
+    "convert LLAMA OUT --mode split --kv-layout paired": "--kv-layout is only for --mode expand",
+    "convert LLAMA OUT --mode split --qk-rank 4": "--qk-rank goes with --mode split in two steps",
+    "convert GDA OUT": "GDA is already a GDA model",
+    "convert LLAMA OUT --push-to-hub a/b/c": "--push-to-hub 'a/b/c' is not a valid repository name",
+    "export LLAMA OUT": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
+    "inspect LLAMA": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
+    "serve LLAMA": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
+    "push LLAMA me/model": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
+    "push GDA a/b/c": "'a/b/c' is not a valid repository name",
+    "train LLAMA OUT --data notes.gguf": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
+    "train GDA models --data notes.gguf": "models already exists; choose another path or pass --overwrite",
+    "train GDA GDA --data notes.gguf --overwrite": "GDA is the source, is inside it or contains it",
+    "train GDA OUT --data notes.gguf --context 99999": "--context 99999 is above 128, the model's max_pos",
+    "eval GDA --tasks gda_tasks --dataset-root ./none": "--dataset-root ./none is not a folder",
+    "attention GDA --text a --out notes.gguf": "notes.gguf already exists; choose another path or pass --overwrite",
     "push ./none me/model": "none is not a folder",
     "serve ./none": "./none does not exist",
 }
@@ -70,6 +91,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gda.convert(folder / "LLAMA", folder / "GDA", verify=False)
     (folder / "models").mkdir()
     (folder / "real.gguf").write_bytes(b"GGUF")
+    (folder / "projector").mkdir()
+    (folder / "projector/mmproj-model-f16.gguf").write_bytes(b"GGUF")
     (folder / "notes.gguf").write_text("These are notes.\n")
     return folder
 

@@ -210,8 +210,8 @@ def test_verification_by_tensors_plans_the_same_layout(tmp_path: Path) -> None:
     [
         ({"lambda_init": "schedule", "lambda_type": "tanh"}, "--lambda-init schedule has no effect"),
         ({"kv_layout": "paired", "noise_heads": 1}, "1 noise heads cannot be added"),
-        ({"head_norm": True, "mode": "split"}, "--head-norm is for --mode expand"),
-        ({"kv_layout": "paired", "mode": "split"}, "--kv-layout is for --mode expand"),
+        ({"head_norm": True, "mode": "split"}, "--head-norm is only for --mode expand"),
+        ({"kv_layout": "paired", "mode": "split"}, "--kv-layout is only for --mode expand"),
     ],
     ids=str,
 )

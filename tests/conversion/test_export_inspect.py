@@ -357,5 +357,6 @@ def test_folder_named_like_a_licence_is_not_copied(tmp_path: Path) -> None:
 
 
 def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
     with pytest.raises(ValueError, match="--revision"):
-        gda.inspect(save_llama(tmp_path / "llama"), revision="main")
+        gda.inspect(tmp_path / "gda", revision="main")

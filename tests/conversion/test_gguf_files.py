@@ -268,13 +268,14 @@ def test_blob_without_a_suffix(tmp_path: Path) -> None:
 
 
 def test_folder_of_one_model(tmp_path: Path) -> None:
-    """It is read, in one file or in parts, with a note, also beside config.json."""
+    """It is read, in one file or in parts, with a note, also beside config.json or a vision projector."""
     llama = llama_model(**SHAPE)
     for name, parts in (("one", 0), ("split", 8)):
         folder = tmp_path / name
         folder.mkdir()
         file = write_gguf(folder / "tiny.gguf", llama, max_tensors=parts)
         llama.config.save_pretrained(folder)
+        (folder / "mmproj-tiny.gguf").write_bytes(b"GGUF")
         report = gda.convert(folder, tmp_path / f"{name}-gda")
         assert f"{file.name}, the only GGUF model in {name}, is read" in report.notes
         assert (

@@ -267,11 +267,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "setting of a task": (["--tasks", "gda_copy", "--metadata", '{"length": -1}'], "gda_copy"),
     "baseline": (["--tasks", BLIMP, "--baseline", "nowhere/at/all"], "nowhere/at/all does not exist"),
     "perplexity": (["--perplexity", "nowhere.txt"], "--perplexity nowhere.txt is not a file"),
-    "generation": (
-        ["--perplexity", __file__, "--gen-kwargs", "top_k=1"],
-        "--gen-kwargs and --system-instruction belong",
+    "generation": (["--perplexity", __file__, "--gen-kwargs", "top_k=1"], "--gen-kwargs belongs to --tasks; name"),
+    "system": (
+        ["--perplexity", __file__, "--system-instruction", "A"],
+        "--system-instruction belongs to --tasks; name",
     ),
-    "system": (["--perplexity", __file__, "--system-instruction", "Be kind."], "belong to --tasks; name some"),
     "include path": (["--perplexity", __file__, "--include-path", "nodir"], "--include-path nodir is not a folder"),
     "stride": (["--perplexity", __file__, "--stride", "600"], "--stride 600"),
     "context": (["--perplexity", __file__, "--context", "0"], "--context 0"),

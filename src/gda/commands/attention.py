@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from gda.commands.app import JSON, Group, command, print_json, progress_console
+from gda.common.places import check_output
 from gda.eval.options import OUTPUT, AttentionOptions
 
 Page = Annotated[
@@ -45,9 +46,9 @@ def attention(
     """
     if out is None and png is None and not as_json:
         raise ValueError("nothing to write: name --out FILE, --png FILE or --json")
+    _check_outputs(options, out, png, overwrite=overwrite)
     from gda.eval.attention.attention import attention as function
 
-    _check_outputs(options, out, png, overwrite=overwrite)
     report = function.run(options, console=progress_console)
     written = [report.write_html(out, overwrite=overwrite)] if out is not None else []
     written += [report.write_png(png, overwrite=overwrite)] if png is not None else []
@@ -61,8 +62,6 @@ def attention(
 
 def _check_outputs(options: AttentionOptions, out: str | None, png: str | None, *, overwrite: bool) -> None:
     """Check that everything can be written before anything is run."""
-    from gda.eval.attention.report import check_output
-
     for option, place in (("--out", out), ("--png", png)):
         if place is not None:
             path = check_output(place, overwrite, option)

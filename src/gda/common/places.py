@@ -2,16 +2,20 @@
 
 import re
 from pathlib import Path
+from typing import TypeVar
 
 from gda.common.dataset_folders import COMPRESSED, READERS
-from gda.common.files import read_json
+from gda.common.errors import first_line
+from gda.common.files import read_json, refuse_existing
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 GGUF_MAGIC = b"GGUF"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # one file of a model that llama.cpp has split
+VISION_PROJECTOR = "mmproj"  # in the name of a GGUF file that llama.cpp uses beside a model
 ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another adapter of PEFT
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 MAX_NAMES = 8  # in a message
+T = TypeVar("T")
 # Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
 DATA_ENDINGS = (".txt", ".md", *READERS, *COMPRESSED)
 
@@ -52,7 +56,7 @@ def gguf_file(location: str | Path) -> Path | None:
     if not path.is_dir() or (path / ADAPTER_CONFIG).is_file() or any(path.glob("*.safetensors")):
         return None
     models: dict[str, Path] = {}
-    for file in sorted(path.glob("*.gguf")):
+    for file in sorted(file for file in path.glob("*.gguf") if VISION_PROJECTOR not in file.name.lower()):
         match = GGUF_PART.fullmatch(file.name)
         models.setdefault(match[1] if match else file.name, file)  # the parts of a split model are one
     files = list(models.values())
@@ -68,12 +72,27 @@ def is_hub_id(location: str | Path) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).parent.is_dir()
 
 
-def layers_of(location: str | Path) -> int | None:
-    """The number of layers of a model folder, by its config.json; None if it can't be told at a glance."""
+def config_entry(location: str | Path, name: str, kind: type[T]) -> T | None:
+    """An entry of the config.json in a model folder; None if it can't be told at a glance."""
     config = Path(location) / "config.json"
     read = read_json(config) if config.is_file() else None
-    layers = read.get("num_hidden_layers") if isinstance(read, dict) else None
-    return layers if isinstance(layers, int) else None
+    value = read.get(name) if isinstance(read, dict) else None
+    return value if isinstance(value, kind) else None
+
+
+def layers_of(location: str | Path) -> int | None:
+    """The number of layers of a model folder; None if it can't be told at a glance."""
+    return config_entry(location, "num_hidden_layers", int)
+
+
+def check_gda_model(location: str | Path) -> None:
+    """`check_model` for a GDA model. The type of one on the Hub is checked later."""
+    check_model(location)
+    if (model_type := config_entry(location, "model_type", str)) not in (None, "gda"):
+        config = Path(location) / "config.json"
+        raise ValueError(
+            f"{config} has model_type {model_type!r}, so this is not a GDA model; convert it with `gda convert`"
+        )
 
 
 def check_device(device: str) -> None:
@@ -83,14 +102,26 @@ def check_device(device: str) -> None:
 
 
 def check_served(location: str) -> None:
-    """`check_model` for a name that may end with @REVISION."""
-    check_model(location.partition("@")[0])
+    """`check_gda_model` for a name that may end with @REVISION."""
+    check_gda_model(location.partition("@")[0])
 
 
 def check_folder(path: str | Path) -> None:
     """Raise FileNotFoundError unless `path` is a folder."""
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is not a folder; name one that holds a GDA model")
+    check_gda_model(path)
+
+
+def check_repository(name: str) -> None:
+    """Raise ValueError unless the Hub allows `name` as the name of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is not a valid repository name: {first_line(error)}") from None
 
 
 def check_text(path: str | Path) -> None:
@@ -109,3 +140,12 @@ def check_data(name: str) -> None:
         raise FileNotFoundError(f"{name} is not a file")
     if not HUB_ID.fullmatch(repository):
         raise FileNotFoundError(f"{name} is not a file, nor a dataset on the Hub, which would be OWNER/NAME")
+
+
+def check_output(out: str | Path, overwrite: bool, option: str) -> Path:
+    """The path of a file to write; an error that names the option if it cannot be written there."""
+    path = Path(out)
+    if not str(out) or path.is_dir():
+        raise ValueError(f"{option} {str(out) or '(empty)'} is not a file; name one, such as report.html")
+    refuse_existing(path, overwrite)
+    return path
