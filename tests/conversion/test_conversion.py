@@ -511,6 +511,7 @@ def test_model_card_without_verification(tmp_path: Path) -> None:
     convert(save_llama(tmp_path / "llama"), tmp_path / "gda")
     text = huggingface_hub.ModelCard.load(tmp_path / "gda" / "README.md").text
     assert "Not verified." in text
+    assert 'from_pretrained("path/or/id", trust_remote_code=True)' in text  # which needs no installation
     assert "KL divergence" not in text
 
 

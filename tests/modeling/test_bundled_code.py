@@ -274,7 +274,9 @@ def test_convert_without_code(tmp_path: Path, command: Command) -> None:
     source = save_llama(tmp_path / "llama")
     assert command("convert", source, tmp_path / "gda", "--no-bundle-code").code == 0
     assert not list((tmp_path / "gda").glob("*.py"))
-    assert "trust_remote_code" not in (tmp_path / "gda" / "README.md").read_text()
+    card = (tmp_path / "gda" / "README.md").read_text()
+    assert "trust_remote_code" not in card
+    assert "\nimport gda " in card
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "gda").config.num_noise_heads == 2
 
 
