@@ -1,4 +1,4 @@
-"""Settings of every run: one thread per process, the tests' own Hub, several processes, and which cases are fast.
+"""Settings of every run: one thread per process, the tests' own Hub, no flushing, several processes, fast cases.
 
 One thread per process, because threads of several processes would wait for each other on shared cores.
 """
@@ -54,6 +54,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     processes = min(os.cpu_count() or 1, MOST_PROCESSES)
     if whole_suite and may_choose and not interactive and not config.option.collectonly and processes > 1:
         config.option.numprocesses = processes
+    if getattr(config.option, "dist", None) in ("no", "load") and config.option.numprocesses:
+        config.option.dist = "loadfile"  # what the tests of a file share is made in one process, not in each
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -69,6 +71,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fast = {index * len(cases) // FAST_CASES for index in range(FAST_CASES)}
         for item in (item for index, item in enumerate(cases) if index not in fast):
             item.add_marker("slow")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_disks() -> Iterator[None]:
+    """Files are not flushed to the disk, which takes a third of a small conversion's time.
+
+    What a killed process has written is there without it; only a power cut would tell. Where and when files are
+    flushed is tested by the calls.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
