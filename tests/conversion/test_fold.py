@@ -386,7 +386,7 @@ def test_fold_refuses_other_models(kind: str, tmp_path: Path) -> None:
         save_llama(folder)
     elif kind == "broken":
         change_config(saved(folder, qk_rank=3), qk_rank=4)
-    wanted = {"dense": "nothing to fold", "llama": "'llama' model", "nothing": "does not exist", "broken": "q_"}[kind]
+    wanted = {"dense": "nothing to fold", "llama": "type 'llama'", "nothing": "does not exist", "broken": "q_"}[kind]
     with pytest.raises((ValueError, FileNotFoundError), match=wanted):
         gda.fold(folder, tmp_path / "deep" / "out")
     assert sorted(os.listdir(tmp_path)) == ([] if kind == "nothing" else ["source"])
