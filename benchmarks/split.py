@@ -3,6 +3,7 @@
     python benchmarks/split.py strategies ./llama --calibration valid.txt --test test.txt --dataset-root data
     python benchmarks/split.py tokens ./llama --calibration valid.txt --test test.txt
     python benchmarks/split.py shape
+    python benchmarks/split.py sizes
 
 `strategies` splits the heads in several ways and compares perplexity and, with --dataset-root, BLiMP with the source:
 
@@ -13,7 +14,8 @@
     default    greedy + refit, then trained: --effort default
 
 `tokens` compares several lengths of calibration text. `shape` generates a small Llama with 8 query heads per KV head,
-trains it for some minutes on the documentation of Python, and splits it 7:1, 3:1 and 1:1, as a second model.
+trains it for some minutes on the documentation of Python, and splits it 7:1, 3:1 and 1:1, as a second model. `sizes`
+measures one layer of Llamas with 1 and 8 billion parameters, and estimates the cost of splitting them.
 """
 
 import argparse
@@ -27,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import device
 from rich.console import Console
 from rich.table import Table
+from split_domains import blimp
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gda import GDAForCausalLM, convert
@@ -37,10 +41,13 @@ from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
-from gda.conversion.split.calibration import read_calibration
+from gda.conversion.split.calibration import CONTEXT, HELD_OUT_TOKENS, Text, read_calibration, shares
+from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
 from gda.conversion.split.recipes import LAMBDAS, split_config, split_recipes
+from gda.conversion.split.splitter import EFFORTS
 from gda.conversion.tensors.layerwise import LayerwiseModel
+from gda.conversion.tensors.recipes import checkpoint_specs
 
 BATCH = 4
 NAIVE_LAMBDA = 0.1
@@ -121,19 +128,6 @@ def test_ids(tokenizer: Any, path: str, tokens: int) -> torch.Tensor:
     return ids[:tokens]
 
 
-def blimp(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> float | None:
-    """Mean accuracy over the paradigms that are in --dataset-root; None without it."""
-    if arguments.dataset_root is None:
-        return None
-    from gda import evaluate
-
-    folder = Path(arguments.dataset_root) / "nyu-mll" / "blimp"
-    tasks = sorted(f"blimp_{each.name}" for each in folder.iterdir() if each.is_dir())
-    settings = {"dataset_root": arguments.dataset_root, "limit": arguments.limit, "batch_size": 32}
-    results = evaluate(model, tokenizer, tasks=tasks, **settings)["results"]
-    return sum(results[task]["acc,none"] for task in tasks) / len(tasks)
-
-
 class Rows:
     """A growing table: each row is a model with its figures relative to the source."""
 
@@ -147,7 +141,10 @@ class Rows:
     def add(self, name: str, model: Any, tokens: int, minutes: float) -> None:
         """Measure `model`, which took that many tokens and minutes."""
         row = {"name": name, "tokens": tokens, "minutes": minutes}
-        row |= {"perplexity": perplexity(model, self.ids), "blimp": blimp(model, self.tokenizer, self.arguments)}
+        row |= {
+            "perplexity": perplexity(model, self.ids),
+            "blimp": blimp(model, self.tokenizer, self.arguments.dataset_root, self.arguments.limit),
+        }
         self.base = self.base or row
         row["ratio"] = row["perplexity"] / self.base["perplexity"]
         accuracy = ["", ""]
@@ -185,10 +182,11 @@ def strategies(arguments: argparse.Namespace) -> None:
     rows.show()
 
 
-def calibrated(source: Source, path: str, tokens: int) -> Any:
-    config = source.config
-    longest, size = config.max_position_embeddings, config.vocab_size
-    return read_calibration(path, source.tokenizer(), tokens=tokens, longest=longest, vocab_size=size)
+def calibrated(source: Source, path: str, tokens: int) -> Text:
+    longest = source.config.max_position_embeddings
+    return read_calibration(
+        Path(path), source.tokenizer(), shares({path: 1.0}, sampled=0.0, tokens=tokens, longest=longest)
+    )
 
 
 def add_converted(rows: Rows, effort: str, arguments: argparse.Namespace, tokens: int, **settings: Any) -> None:
@@ -199,7 +197,7 @@ def add_converted(rows: Rows, effort: str, arguments: argparse.Namespace, tokens
             arguments.source,
             Path(scratch) / "split",
             mode="split",
-            calibration=arguments.calibration,
+            calibration=(arguments.calibration, "sampled:0"),
             calibration_tokens=tokens,
             effort=effort,
             **settings,
@@ -292,13 +290,33 @@ def trained_llama(tokenizer: Any, text: str, steps: int) -> LlamaForCausalLM:
     return model.eval()
 
 
+SHAPES: dict[str, dict[str, int]] = {
+    "1 B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+    "8 B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
+}
+
+
+def sizes(arguments: argparse.Namespace) -> None:
+    table = Table("", *(f"{effort}: minutes, GB of disk" for effort in EFFORTS), title=f"on {device().type}")
+    for name, shape in SHAPES.items():
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+        config = LlamaConfig(**shape, **heads, max_position_embeddings=CONTEXT)
+        specs = checkpoint_specs(config)
+        model = LayerwiseModel(config, lambda name: 0.02 * torch.randn(specs[name].shape), device())  # noqa: B023
+        sequences, held_out = arguments.tokens // CONTEXT, HELD_OUT_TOKENS // CONTEXT
+        amounts = [Amount(CONTEXT, sequences + held_out, sequences + 2 * held_out, steps) for steps in EFFORTS.values()]
+        costs = [(estimated_minutes(model, each), work_bytes(config, each) / 1e9) for each in amounts]
+        table.add_row(name, *(f"{minutes:,.0f}, {size:.1f}" for minutes, size in costs))
+    CONSOLE.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function in (strategies, tokens, shape):
+    for function in (strategies, tokens, shape, sizes):
         command = commands.add_parser(function.__name__)
         command.set_defaults(run=function)
-        if function is not shape:
+        if function in (strategies, tokens):
             command.add_argument("source")
             command.add_argument("--calibration", required=True, help="Calibration text.")
             command.add_argument("--test", required=True, help="Text to measure the perplexity of.")

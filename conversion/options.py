@@ -1,12 +1,13 @@
 """Options of the commands that convert, check and share models. Nothing heavy is imported, so `--help` is fast."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gda.common.files import check_places, read_json, refuse_existing
-from gda.common.options import Options, argument, flag, option
+from gda.common.options import Options, argument, as_names, flag, option
 from gda.common.places import (
     check_folder,
     check_gda_model,
@@ -27,6 +28,7 @@ POWERS = {"K": 3, "M": 6, "G": 9, "T": 12}
 RATIO = re.compile(r"0*[1-9][0-9]*(:1)?")
 SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
 PAPER_ONLY = ("lambda_init", "kv_layout", "head_norm")
+SAMPLED = "sampled"  # the name of the text that a source writes itself, as a value of --calibration
 
 
 @dataclass(frozen=True)
@@ -96,23 +98,47 @@ class WriteOptions(CheckpointOptions, BundleOptions):
 class SplitOptions(WriteOptions):
     """Options of `--mode split`."""
 
-    calibration: str | Path | None = option(
-        None,
-        "Calibration text: a text file, or .jsonl with a field `text`. Default: the documentation that comes with "
-        "Python.",
+    calibration: tuple[str, ...] = option(
+        (),
+        "Calibration text: a text file, or .jsonl with a field `text`. Can be repeated; FILE:2 counts twice as much as "
+        "FILE. `sampled` is text that the source writes itself; it is added to files unless `sampled:0` is given. "
+        "Default: sampled.",
         panel=SPLIT,
-        metavar="FILE",
-        check=check_text,
+        metavar="FILE[:WEIGHT]",
     )
     calibration_tokens: int | None = option(
-        None, "Number of calibration tokens. Default: 65,536.", panel=SPLIT, metavar="N"
+        None, "Number of tokens to fit to. Default: 65,536, or 32,768 with --effort fast.", panel=SPLIT, metavar="N"
     )
     effort: Literal["fast", "default", "best"] | None = option(
         None,
         "fast: choose heads, λ and output projections in closed form. default: then also train the attention on the "
-        "source's predictions for 80 steps. best: for 320 steps. Default: default.",
+        "source's predictions for 180 steps. best: for 720 steps. Default: default.",
         panel=SPLIT,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "calibration", as_names(self.calibration))
+
+    def check_places(self) -> None:
+        super().check_places()
+        for name in self.calibration_weights():
+            if name != SAMPLED and not Path(name).is_file():
+                raise FileNotFoundError(f"--calibration {name} is not a file")
+
+    def calibration_weights(self) -> dict[str, float]:
+        """The weight of each calibration file, by path, and of the text that the source writes, as `sampled`.
+
+        Raises:
+            ValueError: naming a text whose weight is not a positive number, or that is named twice.
+        """
+        weights: dict[str, float] = {}
+        for each in self.calibration:
+            name, weight = _weighted(each)
+            if name in weights:
+                raise ValueError(f"--calibration names {name} twice; give it a weight instead, such as {name}:2")
+            weights[name] = weight
+        return {SAMPLED: 1.0} | weights
 
 
 @dataclass(frozen=True)
@@ -227,7 +253,7 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
         super().__post_init__()
         refused, mode = (PAPER_ONLY, "expand") if self.mode == "split" else (SPLIT_ONLY, "split")
         for name in refused:
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, ()):
                 raise ValueError(f"{flag(name)} is only for --mode {mode}")
         if self.mode == "split" and self.qk_rank is not None:
             raise ValueError("--qk-rank goes with --mode split in two steps: split first, then factorize the result")
@@ -436,6 +462,20 @@ def parsed_size(size: str | int) -> int:
     if type(parsed) is not int or parsed < 1:
         raise ValueError(f"--max-shard-size {size!r} is not a size such as 5GB or 400MB")
     return parsed
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """A text of --calibration and its weight: 1 unless it ends in :WEIGHT. A file may have a colon in its name."""
+    name, colon, weight = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0  # not a file, as the check of places says
+    if not math.isfinite(value) or value < 0 or (value == 0 and name != SAMPLED):
+        raise ValueError(f"--calibration {text}: the weight {weight} is not a positive number")
+    return name, value
 
 
 def _is_converted(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gda.common.files import check_places, refuse_existing
-from gda.common.options import Options, argument, flag, option
+from gda.common.options import Options, argument, as_names, flag, option
 from gda.common.places import check_data, check_gda_model, check_model, config_entry
 from gda.conversion.options import OUTPUT, BundleOptions, HubOptions, RevisionOptions
 
@@ -156,7 +156,7 @@ class TrainSettings(Options):
 
     def __post_init__(self) -> None:
         for name in ("data", "eval_data", "report_to"):
-            object.__setattr__(self, name, _as_names(getattr(self, name)))
+            object.__setattr__(self, name, as_names(getattr(self, name)))
         object.__setattr__(self, "teacher", None if self.teacher is None else str(self.teacher))
         super().__post_init__()
         if not self.data:
@@ -216,10 +216,6 @@ class TrainSettings(Options):
         """The first setting that has another value in `other`, which was read from JSON; None if all are equal."""
         here = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
         return next((name for name in here if here[name] != other.get(name)), None)
-
-
-def _as_names(given: Any) -> tuple[str, ...]:
-    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given or ()))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from checked_models import CONFIGS, DTYPES, SHAPE, load, make_model, state_of
 from kit import Part, Row, capture, free_memory, parser_of
 from measuring import device, synchronize
+from split_layer import split_layer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, StaticCache
@@ -355,6 +356,15 @@ def subjects(folders: dict[str, str], wanted: list[tuple[str, str]], sizes: Size
         synchronize()
 
 
+def split_errors(sizes: Sizes) -> Row:
+    """The worst error of a layer that is split on this device, relative to the CPU, in float32 on both."""
+    size = (sizes.shape, sizes.rows, sizes.length)
+    expected, got = split_layer(*size, "cpu"), split_layer(*size, device())
+    errors = {name: relative_error(got[name], expected[name].double()) for name in expected}
+    worst = max(errors, key=lambda name: errors[name])
+    return judged("gradients", "float32", errors[worst], worst=worst)
+
+
 def main() -> None:
     options = parser_of(__doc__).parse_args()
     logging.set_verbosity_error()
@@ -369,6 +379,8 @@ def main() -> None:
         every = [(config, dtype) for dtype in DTYPES for config in CONFIGS]
         for labels, subject in subjects(folders, every, sizes):
             checks(part, labels, subject)
+        labels = {"config": "a Llama's layer", "dtype": "float32", "check": "split", "backend": "sdpa"}
+        part.attempt(labels, partial(split_errors, sizes))
         shared, paired = list(CONFIGS)[:2]
         slow = [(shared, "bfloat16"), (paired, "bfloat16"), (shared, "float32"), (paired, "float32")]
         for labels, subject in subjects(folders, slow[:1] if options.smoke else slow, sizes):

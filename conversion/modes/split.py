@@ -8,7 +8,7 @@ from rich.console import Console
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.checks import errors_named, losses, requested_noise_heads
 from gda.conversion.modes.expand import LAMBDA, signal_queries
-from gda.conversion.options import ConvertOptions
+from gda.conversion.options import SAMPLED, ConvertOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.split.recipes import drafts, split_config, split_options, split_recipes
 from gda.conversion.split.splitter import Splitter
@@ -26,16 +26,18 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     lambda_type = options.lambda_type or "reparameterized"
     with errors_named(source):
         config = split_config(source.config, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
+    weights = options.calibration_weights()
     splitter = Splitter(
         source,
         config,
-        calibration=options.calibration,
+        sampled=weights.pop(SAMPLED),
+        calibration=weights,
         tokens=options.calibration_tokens,
         effort=options.effort,
         seed=options.seed,
     )
     recipes = split_recipes(config, source.specs, drafts(config), trained=None, seed=options.seed, dtype=dtype)
-    expected = [splitter.expected()] if options.dry_run else []
+    expected = [splitter.expected(splitter.minutes())] if options.dry_run else []
     planned = Conversion(
         mode="split",
         config=config,

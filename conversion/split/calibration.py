@@ -1,6 +1,7 @@
-"""The calibration text of a split, as sequences of token ids."""
+"""The texts of a split, as sequences of token ids: those that it is fitted to, and those that it is measured on."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,56 +13,98 @@ from gda.common.text import python_documentation, read_text
 
 CONTEXT = 512
 DEFAULT_TOKENS = 65536
-HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 16  # of the sequences, for measuring the result
+HELD_OUT_TOKENS = 4096  # of each text, for measuring the result
+SAMPLED, PYTHON = "text sampled from the source", "the documentation of Python"
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Text that a split is fitted to, and held-out text that it is measured on."""
+class Text:
+    """One text, as token ids (sequences, context)."""
 
     name: str  # the file's name, or a description of the text
     sha256: str
-    sequences: torch.Tensor  # token ids (sequences, context) to fit to
-    held_out: torch.Tensor  # token ids (sequences, context) from the end of the text, which nothing is fitted to
+    sequences: torch.Tensor  # to fit to; none if the result is only measured on this text
+    held_out: torch.Tensor  # for measuring; nothing is fitted to them
 
     def to_dict(self) -> dict[str, Any]:
         """What conversion.json records, as JSON-ready values."""
         return {
-            "calibration": self.name,
+            "name": self.name,
             "sha256": self.sha256,
-            "context": self.sequences.shape[1],
             "windows": len(self.sequences),
             "held_out_windows": len(self.held_out),
         }
 
 
-def read_calibration(
-    path: str | Path | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int, longest: int, vocab_size: int
-) -> Calibration:
-    """Read a text, or Python's own documentation, and cut its first `tokens` into sequences.
+@dataclass(frozen=True)
+class Shares:
+    """How many sequences, of how many tokens, each text gives."""
 
-    They are at most as long as `longest` and `CONTEXT`. An incomplete last sequence is dropped.
+    context: int
+    files: dict[Path, int]
+    sampled: int  # sequences that the source writes, besides those that are held out
+
+    @property
+    def held_out(self) -> int:
+        """How many sequences of a text are held out if it has them."""
+        return -(-HELD_OUT_TOKENS // self.context)
+
+
+def shares(weights: Mapping[str, float], *, sampled: float, tokens: int, longest: int) -> Shares:
+    """Divide `tokens` among files, by path, and the text that is sampled, in proportion to their weights.
+
+    Sequences are at most as long as `longest` and `CONTEXT`.
+
+    Raises:
+        ValueError: if the tokens are too few for a sequence of each text.
+    """
+    context, total = min(CONTEXT, longest), sum(weights.values()) + sampled
+    texts = len(weights) + (sampled > 0)
+    if tokens < texts * context:
+        each = f"{texts} texts" if texts > 1 else "one text"
+        raise ValueError(
+            f"--calibration-tokens {tokens} is below {texts * context}, a sequence of {context} tokens for {each}"
+        )
+    counts = {Path(name): max(1, round(tokens * weight / total / context)) for name, weight in weights.items()}
+    return Shares(context, counts, max(1, round(tokens * sampled / total / context)) if sampled else 0)
+
+
+def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, shares: Shares) -> Text:
+    """A file's share of the sequences from its beginning, and those after them as held-out text.
+
+    A file that is too short for both keeps a tenth of its sequences for measuring. An incomplete last sequence is
+    dropped.
 
     Raises:
         FileNotFoundError, ValueError: naming the file, and the line if there is one.
     """
-    name, text = (
-        ("the documentation of Python", python_documentation())
-        if path is None
-        else read_text(Path(path), "--calibration")
-    )
-    context = min(CONTEXT, longest)
-    if tokens < 2 * context:
-        raise ValueError(f"--calibration-tokens {tokens} is below {2 * context}, two sequences of {context} tokens")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:tokens]
-    count = len(ids) // context
-    if count < 2:
-        raise ValueError(
-            f"{name} has {len(ids)} tokens; calibration needs at least {2 * context}, and thousands to work well"
-        )
-    sequences = torch.tensor(ids[: count * context]).view(count, context)
-    if int(sequences.max()) >= vocab_size:
-        raise ValueError(f"the tokenizer gives ids up to {sequences.max()}, but the model has {vocab_size} embeddings")
-    held_out = max(1, min(MAX_HELD_OUT, round(HELD_OUT_SHARE * count)))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Calibration(name, digest, sequences[:-held_out].clone(), sequences[-held_out:].clone())
+    name, text = read_text(path, "--calibration")
+    sequences = _cut(text, tokenizer, shares.context)
+    if len(sequences) < 2:
+        count, needed = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids), 2 * shares.context
+        raise ValueError(f"{name} has {count} tokens; calibration needs at least {needed}, and thousands to work well")
+    fitted = min(shares.files[path], len(sequences) - min(shares.held_out, max(1, len(sequences) // 10)))
+    return Text(name, _digest(text), sequences[:fitted], sequences[fitted : fitted + shares.held_out])
+
+
+def documentation(tokenizer: PreTrainedTokenizerBase, shares: Shares) -> Text:
+    """Sequences from all over Python's own documentation, for measuring."""
+    text = python_documentation()
+    sequences = _cut(text, tokenizer, shares.context)
+    spread = torch.linspace(0, max(0, len(sequences) - 1), min(shares.held_out, len(sequences))).long()
+    return Text(PYTHON, _digest(text), sequences[:0], sequences[spread])
+
+
+def sampled_text(ids: torch.Tensor, shares: Shares) -> Text:
+    """Token ids (sequences, context) that the source has written; the last are held out."""
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    return Text(SAMPLED, digest, ids[: shares.sampled], ids[shares.sampled :])
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids[: len(ids) // context * context], dtype=torch.long).view(-1, context)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -6,11 +6,12 @@ norms and embeddings are frozen. Trained weights and Adam's moments are in mappe
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
+from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
@@ -20,7 +21,7 @@ RELATIVE_LEARNING_RATE = 0.0025
 SMALLEST_SCALE = 0.02  # for a tensor of zeros, such as a λ projection
 BETAS = (0.9, 0.95)
 WARM_UP = 5  # steps
-CHUNK = 256  # tokens whose logits are in memory
+CHUNK = 128  # tokens whose logits are in memory
 CHECKPOINTS = 10  # per run: a killed run loses at most a tenth of the training
 
 ATTENTION = "self_attn."
@@ -48,16 +49,34 @@ class Plan:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """A layer's run: its input and attention weights as leaves, and its output."""
+
+    entering: torch.Tensor
+    trained: dict[str, torch.Tensor]
+    left: torch.Tensor
+
+
 class Distillation:
     """Trains the attention of a split model.
 
     `start` returns the initial attention tensors of a layer, by their names in the layer. Weights, moments and
-    checkpoints are stored in `work`.
+    checkpoints are stored in `work`. `keeps_graphs` keeps the activations of all layers for the way back, instead of
+    running each layer again.
     """
 
-    def __init__(self, model: LayerwiseModel, start: Callable[[int], dict[str, torch.Tensor]], work: Work):
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        start: Callable[[int], dict[str, torch.Tensor]],
+        work: Work,
+        *,
+        keeps_graphs: bool = False,
+    ):
         self.model = model
         self.work = work
+        self.keeps_graphs = keeps_graphs
         self.step = 0
         self.weights: list[dict[str, torch.Tensor]] = []
         self.means: list[dict[str, torch.Tensor]] = []
@@ -98,19 +117,29 @@ class Distillation:
     def _train_on(
         self, ids: torch.Tensor, wanted: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], rate: float
     ) -> float:
-        states = [self.model.embed(ids)]
-        with torch.no_grad():
-            for layer in range(self.model.num_layers):
-                states.append(self.model.run(layer, self.tensors(layer), states[-1]))
-        loss, gradient = _divergence(head, wanted.to(self.model.device), states.pop())
+        states, passes = self.model.embed(ids), []
+        for layer in range(self.model.num_layers):
+            with torch.set_grad_enabled(self.keeps_graphs):
+                passed = self._pass(layer, states)
+            states = passed.left.detach()
+            passes.append(passed if self.keeps_graphs else replace(passed, left=states[:0], trained={}))
+        loss, gradient = _divergence(head, wanted.to(self.model.device), states)
         for layer in reversed(range(self.model.num_layers)):
-            entering = states.pop().requires_grad_()
-            trained = {name: weight.to(self.model.device).requires_grad_() for name, weight in self._of(layer)}
-            left = self.model.run(layer, self.tensors(layer) | trained, entering)
-            gradient, *gradients = torch.autograd.grad(left, [entering, *trained.values()], gradient)
-            for name, each in zip(trained, gradients, strict=True):
+            passed = passes.pop()
+            if not self.keeps_graphs:
+                passed = self._pass(layer, passed.entering)
+            leaves = [passed.entering, *passed.trained.values()]
+            gradient, *gradients = torch.autograd.grad(passed.left, leaves, gradient)
+            for name, each in zip(passed.trained, gradients, strict=True):
                 self._update(layer, name, each, rate)
         return loss
+
+    def _pass(self, layer: int, states: torch.Tensor) -> "_Pass":
+        """Run a layer on `states` (B, T, hidden), with its attention's weights as leaves."""
+        entering = states.detach().requires_grad_()
+        trained = {name: each.to(self.model.device).requires_grad_() for name, each in self._of(layer)}
+        frozen = self.model.tensors(layer, without=ATTENTION)
+        return _Pass(entering, trained, self.model.run(layer, frozen | trained, entering))
 
     def tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """All tensors of a layer, with the current attention."""
@@ -154,6 +183,12 @@ class Distillation:
         return {f"{kind}.{name}": tensor for kind, of in kinds.items() for name, tensor in of[layer].items()}
 
 
+def graph_bytes(config: GDAConfig, tokens: int) -> int:
+    """About the bytes of activations that a step on so many tokens keeps, in float32."""
+    width = 8 * config.hidden_size + 4 * config.num_attention_heads * config.head_dim + 4 * config.intermediate_size
+    return config.num_hidden_layers * tokens * width * torch.float32.itemsize
+
+
 def _scale(tensor: torch.Tensor) -> float:
     return tensor.square().mean().sqrt().item() or SMALLEST_SCALE
 
@@ -163,13 +198,15 @@ def _divergence(
 ) -> tuple[float, torch.Tensor]:
     """KL(source ‖ result) in nats per token, and its gradient for `got`; inputs of the last norm, (B, T, hidden)."""
     leaf = got.detach().requires_grad_()
-    total = 0.0
+    total, tokens = 0.0, leaf[..., 0].numel()
     for source, result in zip(wanted.flatten(0, 1).split(CHUNK), leaf.flatten(0, 1).split(CHUNK), strict=True):
         with torch.no_grad():
             expected = log_softmax(head(source).float(), dim=-1)
-        found = log_softmax(head(result).float(), dim=-1)
-        loss = kl_div(found, expected, reduction="sum", log_target=True) / leaf[..., 0].numel()
-        loss.backward()
-        total += loss.item()
+        logits = head(result)
+        with torch.no_grad():
+            found = log_softmax(logits.float(), dim=-1)
+            total += kl_div(found, expected, reduction="sum", log_target=True).item()
+            slope = found.exp_().sub_(expected.exp_()).div_(tokens)  # of the divergence, for the logits
+        logits.backward(slope.to(logits))
     assert leaf.grad is not None
-    return total, leaf.grad
+    return total / tokens, leaf.grad

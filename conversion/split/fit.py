@@ -26,7 +26,7 @@ def fit_layers(
     Raises:
         ValueError: if a layer of the source gives values that are not finite.
     """
-    buffers = _buffers(work, source.config, sequences)
+    buffers = _buffers(work, source.config, *sequences.shape)
     if not work.has(_name(0)):
         for batch in range(0, len(sequences), BATCH):
             buffers[0][batch : batch + BATCH] = source.embed(sequences[batch : batch + BATCH])
@@ -41,18 +41,18 @@ def fit_layers(
         yield Split(**work.facts(name), output=work.tensors(name)["output"])
 
 
-def last_states(source: LayerwiseModel, sequences: torch.Tensor, work: Work) -> torch.Tensor:
-    """Outputs of the source's last layer, (sequences, T, hidden), once `fit_layers` is done."""
-    return _buffers(work, source.config, sequences)[source.num_layers % 2]
+def last_states(source: LayerwiseModel, sequences: int, length: int, work: Work) -> torch.Tensor:
+    """Outputs of the source's last layer, (sequences, length, hidden), once `fit_layers` is done."""
+    return _buffers(work, source.config, sequences, length)[source.num_layers % 2]
 
 
 def _name(index: int) -> str:
     return f"layer-{index}"
 
 
-def _buffers(work: Work, config: PreTrainedConfig, sequences: torch.Tensor) -> list[torch.Tensor]:
+def _buffers(work: Work, config: PreTrainedConfig, sequences: int, length: int) -> list[torch.Tensor]:
     """Inputs and outputs of a layer. They alternate, so a killed run finds the inputs of the layer it was at."""
-    return [work.allocate(f"states-{number}", *sequences.shape, config.hidden_size) for number in (0, 1)]
+    return [work.allocate(f"states-{number}", sequences, length, config.hidden_size) for number in (0, 1)]
 
 
 @torch.no_grad()

@@ -2,86 +2,44 @@
 
 import copy
 import math
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import get_max_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gda._version import __version__
-from gda.common.perplexity import mean_perplexity, ratio_interval
+from gda.common.perplexity import SequenceLoss, mean_perplexity, ratio_interval
 from gda.common.progress import logger
 from gda.common.screen import progress_bars, shows_progress
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import NoTokenizerError
-from gda.conversion.split.calibration import DEFAULT_TOKENS, read_calibration
-from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan
-from gda.conversion.split.fit import fit_layers, last_states
+from gda.conversion.split.calibration import (
+    DEFAULT_TOKENS,
+    documentation,
+    read_calibration,
+    sampled_text,
+    shares,
+)
+from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
+from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan, graph_bytes
+from gda.conversion.split.fit import MAX_TOKENS, fit_layers, last_states
 from gda.conversion.split.heads import Split
 from gda.conversion.split.measure import Measurements, losses, measure
 from gda.conversion.split.recipes import LAMBDAS, split_recipes
+from gda.conversion.split.report import SplitLayer, SplitReport, TextLoss
+from gda.conversion.split.sampling import sampled
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix, memory_to_use
 from gda.conversion.tensors.recipes import Recipe
 
 # Training steps after the closed form.
-EFFORTS = {"fast": 0, "default": 80, "best": 320}
-# Measured cost of fitting a layer to a batch, and of a training step, in forward passes of that batch.
-FITTING_COST, TRAINING_COST = 1.3, 3.0
-
+EFFORTS = {"fast": 0, "default": 180, "best": 720}
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SplitLayer:
-    """The split of one layer."""
-
-    signal_heads: list[int]  # indices of the source's heads, in the order of the result
-    noise_heads: list[int]
-    lambda_: float  # λ of the result; a token-dependent λ is averaged over the held-out text
-    error_before: float  # |y − y'|² / |y|² of the attention's output, with the source's output projection
-    error_after: float  # the same with the output projection that fits best
-    subtracted: float  # |W (λ o_noise)|² / |W (o − λ o_noise)|² of the result: energy of the subtracted part
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """How heads were split, and what it cost.
-
-    Attributes:
-        calibration: Name of the calibration text.
-        sha256: SHA-256 of the text.
-        tokens: Number of tokens fitted to.
-        held_out_tokens: Number of tokens not fitted to, on which perplexities are measured.
-        effort: "fast", "default" or "best".
-        steps: Number of training steps.
-        perplexity_source: Perplexity of the source.
-        perplexity_closed_form: Perplexity after the closed form.
-        perplexity: Perplexity of the result.
-        ratio_interval: 95 % confidence interval of `perplexity` / `perplexity_source`; None for a single sequence.
-        layers: The split of each layer.
-    """
-
-    calibration: str
-    sha256: str
-    tokens: int
-    held_out_tokens: int
-    effort: str
-    steps: int
-    perplexity_source: float
-    perplexity_closed_form: float
-    perplexity: float
-    ratio_interval: tuple[float, float] | None
-    layers: list[SplitLayer]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return asdict(self)
 
 
 class Splitter:
@@ -99,7 +57,8 @@ class Splitter:
         source: Source,
         config: GDAConfig,
         *,
-        calibration: str | Path | None,
+        calibration: Mapping[str, float],
+        sampled: float,
         tokens: int | None,
         effort: str | None,
         seed: int,
@@ -114,38 +73,55 @@ class Splitter:
             tokenizer = source.tokenizer()
         except NoTokenizerError as error:
             raise ValueError(f"--mode split reads text, but {error}; --mode expand needs no tokenizer") from None
-        self.calibration = read_calibration(
+        self.shares = shares(
             calibration,
-            tokenizer,
-            tokens=DEFAULT_TOKENS if tokens is None else tokens,
+            sampled=sampled,
+            tokens=(DEFAULT_TOKENS if self.steps else MAX_TOKENS) if tokens is None else tokens,
             longest=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
         )
+        size = 4 * sum(spec.numel for spec in source.specs.values())
+        if self.shares.sampled and size > get_max_memory()["cpu"]:
+            raise ValueError(
+                f"{source.name} needs {size / 1e9:.0f} GB of memory to write calibration text; "
+                "pass a text instead, with --calibration FILE --calibration sampled:0"
+            )
+        self.tokenizer = tokenizer
+        self.files = [read_calibration(path, tokenizer, self.shares) for path in self.shares.files]
+        self.outside = documentation(tokenizer, self.shares)
+        for text in (*self.files, self.outside):
+            if (largest := int(torch.cat([text.sequences, text.held_out]).max())) >= config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer gives ids up to {largest}, but the model has {config.vocab_size} embeddings"
+                )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.mixed_precision = _multiplies_bfloat16(self.device)
 
     def settings(self) -> dict[str, Any]:
         """The settings that the result depends on, as JSON-ready values."""
-        return {"effort": self.effort, **self.calibration.to_dict()}
+        return {
+            "effort": self.effort,
+            "context": self.shares.context,
+            "texts": [text.to_dict() for text in self.files],
+            "sampled_windows": self.shares.sampled,
+        }
 
-    def expected(self, minutes: float | None = None) -> str:
-        """How long `run` takes on this machine, as a sentence; `minutes` are the estimate, if it is known."""
-        minutes = max(1, round(self.minutes() if minutes is None else minutes))
-        return f"--effort {self.effort} takes about {minutes} minute{'s' * (minutes > 1)} on this machine"
-
-    @torch.no_grad()
     def minutes(self) -> float:
-        """Estimated minutes of `run`, from the time that one layer takes on this machine."""
+        """Estimated minutes of `run`."""
         model = LayerwiseModel(self.source.config, self.source.read, self.device)
-        tensors, states = model.tensors(0), model.embed(self.calibration.sequences[:BATCH])
-        for _ in range(2):  # the first run warms up
-            begun = time.perf_counter()
-            model.run(0, tensors, states)[..., 0].sum().item()
-            forward = time.perf_counter() - begun
-        head = model.config.vocab_size * model.config.hidden_size / sum(each.numel() for each in tensors.values())
-        batches = math.ceil((len(self.calibration.sequences) + len(self.calibration.held_out)) / BATCH)
-        fitting = FITTING_COST * batches * model.num_layers
-        training = TRAINING_COST * self.steps * (model.num_layers + head)
-        return (fitting + training) * forward / 60
+        return estimated_minutes(model, self.amount)
+
+    def expected(self, minutes: float) -> str:
+        """What `run` takes, as a sentence."""
+        count, size = max(1, round(minutes)), work_bytes(self.source.config, self.amount) / 1e9
+        time = f"{count} minute{'s' * (count > 1)}"
+        return f"--effort {self.effort} takes about {time} on this machine, and {size:.1f} GB of disk meanwhile"
+
+    @property
+    def amount(self) -> Amount:
+        """What `run` has to do."""
+        sampled = self.shares.sampled and self.shares.sampled + self.shares.held_out
+        read = sum(len(text.sequences) + len(text.held_out) for text in (*self.files, self.outside))
+        return Amount(self.shares.context, sampled, sampled + read, self.steps)
 
     def run(
         self, folder: Path, *, dtype: torch.dtype | None, console: Console | None
@@ -170,51 +146,69 @@ class Splitter:
             else:
                 logger.info(self.expected(minutes))
         teacher = LayerwiseModel(self.source.config, self.read, self.device)
-        sequences = torch.cat([self.calibration.sequences, self.calibration.held_out])
         with self.progress:
-            splits = self._fit(teacher, sequences)
+            written = [sampled_text(self._sampled(), self.shares)] if self.shares.sampled else []
+            self.texts = [*self.files, *written, self.outside]
+            sequences, held_out = self._sequences(), torch.cat([text.held_out for text in self.texts])
+            splits = self._fit(teacher, torch.cat([sequences, held_out]), len(sequences))
             if self.config.lambda_type == "reparameterized":
                 self.config.lambda_init = [split.lambda_ for split in splits]
             student = LayerwiseModel(self.config, self.read, self.device)
-            states = last_states(teacher, sequences, self.work)
-            held_out = self.calibration.held_out
-            of_source = losses(teacher, held_out, states[-len(held_out) :])
+            states = last_states(teacher, len(sequences) + len(held_out), self.shares.context, self.work)
+            of_source = losses(teacher, held_out, states[len(sequences) :])
             if not math.isfinite(mean_perplexity(of_source)):
                 raise ValueError("the last norm or the head of the source gives values that are not finite")
             initial = self._recipes(splits, None, torch.float32)
             closed_form = measure(student, lambda layer: self._closed_form(student, initial, layer), held_out)
-            trained = self._train(student, initial, states) if self.steps else None
+            trained = self._train(student, initial, sequences, states) if self.steps else None
             result = closed_form if trained is None else measure(student, trained.tensors, held_out)
-        report = SplitReport(
-            calibration=self.calibration.name,
-            sha256=self.calibration.sha256,
-            tokens=self.calibration.sequences.numel(),
-            held_out_tokens=self.calibration.held_out.numel(),
-            effort=self.effort,
-            steps=self.steps,
-            perplexity_source=mean_perplexity(of_source),
-            perplexity_closed_form=closed_form.perplexity,
-            perplexity=result.perplexity,
-            ratio_interval=ratio_interval(result.losses, of_source),
-            layers=self._layers(splits, result),
-        )
+        report = self._report(splits, of_source, closed_form, result)
         return self.config, self._recipes(splits, trained, dtype), report
 
-    def _fit(self, teacher: LayerwiseModel, sequences: torch.Tensor) -> list[Split]:
+    def _sampled(self) -> torch.Tensor:
+        """Token ids that the source has written, (sequences, context); a resumed run reads them from the work."""
+        if not self.work.has("sampled"):
+            count, context = self.shares.sampled + self.shares.held_out, self.shares.context
+            task = self.progress.add_task("sampling text, token", total=count * context)
+            model: Any = self.source.load()
+            ids = sampled(
+                model.to(self.device, torch.bfloat16 if self.mixed_precision else torch.float32),
+                self.tokenizer,
+                count=count,
+                length=context,
+                seed=self.seed,
+                advance=lambda tokens: self.progress.advance(task, tokens),
+            )
+            self.work.save("sampled", {"ids": ids.tolist()})
+        return torch.tensor(self.work.facts("sampled")["ids"])
+
+    def _sequences(self) -> torch.Tensor:
+        """The sequences of all texts to fit to, in random order."""
+        sequences = torch.cat([text.sequences for text in self.texts])
+        return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self.seed))]
+
+    def _fit(self, teacher: LayerwiseModel, sequences: torch.Tensor, fitted: int) -> list[Split]:
         fits = fit_layers(
             teacher,
             self.config,
             sequences,
-            fitted=len(self.calibration.sequences),
+            fitted=fitted,
             lambdas=LAMBDAS[self.config.lambda_type],
             work=self.work,
         )
         return list(self._with_progress("splitting heads, layer", fits, teacher.num_layers))
 
-    def _train(self, student: LayerwiseModel, initial: dict[str, Recipe], states: torch.Tensor) -> Distillation:
-        distillation = Distillation(student, lambda layer: self._attention(initial, layer), self.work)
-        plan = Plan(self.steps, self.seed, mixed_precision=_multiplies_bfloat16(self.device))
-        losses = distillation.train(plan, self.calibration.sequences, states)
+    def _train(
+        self, student: LayerwiseModel, initial: dict[str, Recipe], sequences: torch.Tensor, states: torch.Tensor
+    ) -> Distillation:
+        distillation = Distillation(
+            student,
+            lambda layer: self._attention(initial, layer),
+            self.work,
+            keeps_graphs=graph_bytes(student.config, BATCH * self.shares.context) < memory_to_use(),
+        )
+        plan = Plan(self.steps, self.seed, mixed_precision=self.mixed_precision)
+        losses = distillation.train(plan, sequences, states)
         for loss in self._with_progress("training, step", losses, self.steps, distillation.step):
             if not math.isfinite(loss):
                 raise ValueError("the training loss is not finite; does the source hold NaN or infinity?")
@@ -241,6 +235,32 @@ class Splitter:
             trained=None if trained is None else lambda layer, name: trained.weights[layer][name],
             seed=self.seed,
             dtype=dtype,
+        )
+
+    def _report(
+        self, splits: list[Split], of_source: list[SequenceLoss], closed_form: Measurements, result: Measurements
+    ) -> SplitReport:
+        texts, begin = [], 0
+        for text in self.texts:
+            here = slice(begin, begin := begin + len(text.held_out))
+            fitted, tokens = len(text.sequences) > 0, text.held_out.numel()
+            texts.append(TextLoss.of(text.name, fitted, tokens, of_source[here], result.losses[here]))
+        calibrated = [text for text in self.texts if len(text.sequences)]
+        measured = self.files or calibrated
+        inside = slice(sum(len(text.held_out) for text in measured))
+        return SplitReport(
+            calibration=", ".join(text.name for text in calibrated),
+            tokens=sum(text.sequences.numel() for text in calibrated),
+            effort=self.effort,
+            steps=self.steps,
+            inside=", ".join(text.name for text in measured),
+            held_out_tokens=sum(text.held_out.numel() for text in measured),
+            perplexity_source=mean_perplexity(of_source[inside]),
+            perplexity_closed_form=mean_perplexity(closed_form.losses[inside]),
+            perplexity=mean_perplexity(result.losses[inside]),
+            ratio_interval=ratio_interval(result.losses[inside], of_source[inside]),
+            texts=texts,
+            layers=self._layers(splits, result),
         )
 
     def _layers(self, splits: list[Split], result: Measurements) -> list[SplitLayer]:

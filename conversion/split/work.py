@@ -30,7 +30,7 @@ class Work:
         elif read_json(begun) != fingerprint:
             raise ValueError(
                 f"{folder.parent} was started with another source, text or setting; "
-                "run again without --resume to start over"
+                "pass --overwrite instead of --resume to start over"
             )
 
     def allocate(self, name: str, *shape: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ def staged_model(
     If the block fails, the folder is removed. Resumable work is kept if it is interrupted, or if continuing it fails,
     unless its result failed a check. Errors are those of `StagedFolder`.
     """
-    staged = StagedFolder(out, overwrite=overwrite, resume=resume)
+    staged = StagedFolder(out, overwrite=overwrite, resume=resume, resumable=resumable)
     try:
         yield staged.folder
         (staged.folder / MANIFEST_FILE).unlink()

@@ -173,8 +173,8 @@ def _finished_shards(manifest: Path, fingerprint: str) -> dict[str, str]:
     finished = held.get("finished") if isinstance(held, dict) and held.get("fingerprint") == fingerprint else None
     if not isinstance(finished, dict):
         raise ValueError(
-            f"{manifest.parent} was started with another source or other settings; run again without --resume to "
-            "start over"
+            f"{manifest.parent} was started with another source or other settings; pass --overwrite instead of "
+            "--resume to start over"
         )
     return finished
 

@@ -96,7 +96,7 @@ def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_killed_and_run_again_with_other_settings(resume: bool, source: Path, tmp_path: Path) -> None:
-    """Without --resume, OUT contains nothing of the killed run. With --resume, the run is refused or does the same."""
+    """With --overwrite, OUT contains nothing of the killed run. With --resume, the run is refused or does the same."""
     place = tmp_path / "place"
     other = {"max_shard_size": "5GB", "seed": 1}
     expected = reference(source, place, **other)
@@ -108,7 +108,7 @@ def test_killed_and_run_again_with_other_settings(resume: bool, source: Path, tm
         if not killed_at(moment, place, lambda: convert(source, out)):
             break
         if not out.exists():
-            outcome = in_child(lambda: convert(source, out, resume=resume, **other))
+            outcome = in_child(lambda: convert(source, out, resume=resume, overwrite=not resume, **other))
             outcomes.add(outcome)
             if outcome == ENDED:
                 assert sorted(files_of(out)) == sorted(expected), moment
@@ -119,6 +119,23 @@ def test_killed_and_run_again_with_other_settings(resume: bool, source: Path, tm
         shutil.rmtree(place)
         place.mkdir()
     assert outcomes == ({ENDED, FAILED} if resume else {ENDED})
+
+
+def test_unfinished_work_is_kept_without_a_word_of_the_user(source: Path, tmp_path: Path) -> None:
+    """The same command again names both remedies and touches nothing; each of them gives OUT."""
+    place = tmp_path / "place"
+    expected = reference(source, place)
+    for remedy in ({"resume": True}, {"overwrite": True}):
+        assert killed_at(9, place, lambda: convert(source, place / "gda"))
+        before = files_of(place / ".gda.partial")
+        assert before
+        with pytest.raises(FileExistsError, match="--resume to continue it, or --overwrite to start over"):
+            convert(source, place / "gda")
+        assert files_of(place / ".gda.partial") == before
+        convert(source, place / "gda", **remedy)
+        assert files_of(place / "gda") == expected
+        shutil.rmtree(place)
+        place.mkdir()
 
 
 @pytest.mark.parametrize("limit", [1, 5_000, 12_000])
@@ -260,10 +277,10 @@ def test_resume_with_other_source_or_settings_is_refused(
     }
     if difference == "source":
         other = save_llama(tmp_path / "other", seed=1, dtype=torch.bfloat16, max_shard_size=SHARD_SIZE)
-        with pytest.raises(ValueError, match="without --resume"):
+        with pytest.raises(ValueError, match="--overwrite instead of --resume"):
             convert(other, place / "gda", resume=True)
     else:
-        with pytest.raises(ValueError, match="without --resume"):
+        with pytest.raises(ValueError, match="--overwrite instead of --resume"):
             convert(source, place / "gda", resume=True, **{difference: changes[difference]})
     assert not (place / "gda").exists()
     assert finished_shards(place / ".gda.partial") == before
@@ -529,16 +546,19 @@ def test_killed_export_is_complete_or_absent(source: Path, tmp_path: Path) -> No
     shutil.rmtree(place)
     place.mkdir()
     moment, absent = 0, 0
+
+    def export(overwrite: bool = False) -> None:
+        gda.export(tmp_path / "gda", place / "llama", max_shard_size=SHARD_SIZE, overwrite=overwrite)
+
     while True:
         moment += 3
-        export = lambda: gda.export(tmp_path / "gda", place / "llama", max_shard_size=SHARD_SIZE)  # noqa: E731
         if not killed_at(moment, place, export):
             break
         if (place / "llama").exists():
             assert files_of(place / "llama") == expected, moment
         else:
             absent += 1
-            export()
+            export(overwrite=True)
             assert files_of(place / "llama") == expected, moment
         shutil.rmtree(place)
         place.mkdir()

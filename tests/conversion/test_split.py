@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import gda
 from gda.common.perplexity import perplexity
-from gda.conversion.split import distill, fit
+from gda.conversion.split import calibration, distill, fit
+from gda.conversion.split import report as report_module
 from gda.conversion.split import splitter as split_module
 from gda.conversion.split.distill import ATTENTION, BETAS, Distillation, Plan
 from gda.conversion.split.heads import RIDGE, Moments
+from gda.conversion.split.sampling import sampled
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 from gda.conversion.verify import VerificationFailed
@@ -27,7 +29,19 @@ from ..support.commands import Command
 from ..support.gguf_files import SHAPE, write_gguf
 from ..support.llama_like import save_source
 from ..support.llamas import VARIANTS, byte_tokenizer, files_of, llama_model, save_llama, tensors_of
-from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, captured, order_of, save_text, split, windows_of
+from ..support.splitting import (
+    CONTEXT,
+    HELD_OUT,
+    STEPS,
+    TOKENS,
+    brief,
+    captured,
+    measured_windows,
+    order_of,
+    save_text,
+    split,
+    windows_of,
+)
 from ..support.tiny import relative_error
 
 __all__ = ["brief"]
@@ -156,11 +170,16 @@ def test_result_matches_the_report(lambda_type: str, effort: str, llama: Path, t
     assert report.perplexity_source == pytest.approx(perplexity(load(llama), ids, context=CONTEXT), rel=1e-4)
     assert report.perplexity == pytest.approx(perplexity(model, ids, context=CONTEXT), rel=1e-4)
     assert (report.perplexity_closed_form == report.perplexity) == (effort == "fast")
-    entering = captured(model, lambda layer: layer.input_layernorm, held_out)
-    features = captured(model, lambda layer: layer.self_attn.o_proj, held_out)
+    texts = {each.text: each for each in report.texts}
+    measured = measured_windows(llama, llama.parent / "text.txt")
+    for name, here in (("text.txt", held_out), ("the documentation of Python", measured[2:])):
+        before, after = (perplexity(each, here.flatten(), context=CONTEXT) for each in (load(llama), model))
+        assert texts[name].ratio == pytest.approx(after / before, rel=1e-4)
+    entering = captured(model, lambda layer: layer.input_layernorm, measured)
+    features = captured(model, lambda layer: layer.self_attn.o_proj, measured)
     for index, layer in enumerate(report.layers):
         attention = model.model.layers[index].self_attn
-        states = entering[index][1].view(*held_out.shape, -1)
+        states = entering[index][1].view(*measured.shape, -1)
         with torch.no_grad():
             lambda_ = attention.compute_lambda(states)
         assert layer.lambda_ == pytest.approx(lambda_.mean().item(), rel=1e-4, abs=1e-6)
@@ -171,7 +190,7 @@ def test_result_matches_the_report(lambda_type: str, effort: str, llama: Path, t
         # Without the subtraction, the features differ only by λ o_noise.
         hook = attention.subtract.register_forward_pre_hook(lambda _, given: (*given[:2], torch.zeros_like(given[2])))
         undivided = (
-            captured(model, lambda layer: layer.self_attn.o_proj, held_out)[index][0] @ attention.o_proj.weight.T
+            captured(model, lambda layer: layer.self_attn.o_proj, measured)[index][0] @ attention.o_proj.weight.T
         )
         hook.remove()
         share = (undivided - got).square().sum() / got.square().sum()
@@ -239,9 +258,10 @@ def test_training_reduces_kl_and_changes_only_attention(
     assert report.config.lambda_init == gda.GDAConfig.from_pretrained(tmp_path / "fast").lambda_init
 
 
+@pytest.mark.parametrize("keeps_graphs", [False, True])
 @pytest.mark.parametrize("variant", ["gqa", "mlp_bias", "tied", "qwen3", "mistral"])
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
-def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, tmp_path: Path) -> None:
+def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, keeps_graphs: bool, tmp_path: Path) -> None:
     """One step against autograd through `GDAForCausalLM`, for every attention tensor."""
     if variant in VARIANTS:
         source = save_llama(tmp_path / "source", **VARIANTS[variant])
@@ -263,7 +283,10 @@ def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, tmp_
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix + ATTENTION)}
 
     streamed = Distillation(
-        LayerwiseModel(student.config, lambda name: tensors[name]), of_layer, Work(tmp_path / "work", {})
+        LayerwiseModel(student.config, lambda name: tensors[name]),
+        of_layer,
+        Work(tmp_path / "work", {}),
+        keeps_graphs=keeps_graphs,
     )
     plan = Plan(1, 0, mixed_precision=False)
     assert sorted(plan.batch(0, 4).tolist()) == [0, 1, 2, 3]
@@ -413,11 +436,14 @@ def test_short_text_and_jsonl(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
     (tmp_path / "b.txt").write_text("\ufeff" + "\n\n".join(texts), encoding="utf-8")
     reports = [
-        split(llama, tmp_path / f"gda{index}", calibration=tmp_path / name, calibration_tokens=10**6).split
+        split(
+            llama, tmp_path / f"gda{index}", calibration=(str(tmp_path / name), "sampled:0"), calibration_tokens=10**6
+        ).split
         for index, name in enumerate(["a.jsonl", "a.txt", "b.txt"])
     ]
     assert reports[0].calibration == "a.jsonl"
-    assert len({report.sha256 for report in reports}) == 1
+    made = [json.loads((tmp_path / f"gda{index}" / "conversion.json").read_text()) for index in range(3)]
+    assert len({each["settings"]["split"]["texts"][0]["sha256"] for each in made}) == 1
     assert len({report.perplexity for report in reports}) == 1
     count = len(byte_tokenizer()("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids)
     assert reports[0].tokens + reports[0].held_out_tokens == count // CONTEXT * CONTEXT
@@ -433,6 +459,7 @@ def divided(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_module, "EFFORTS", {"default": STEPS})
         patch.setattr(split_module, "_multiplies_bfloat16", lambda device: False)
+        patch.setattr(calibration, "HELD_OUT_TOKENS", HELD_OUT * CONTEXT)
         report = split(llama, out, effort="default", verify=True)
     return out, report
 
@@ -514,7 +541,7 @@ def test_output_of_the_commands(llama: Path, divided: tuple[Path, Any], tmp_path
     assert "model.safetensors" in pushed.out
     printed = command(
         *("convert", llama, tmp_path / "gda", "--mode", "split", "--effort", "default"),
-        *("--calibration", llama.parent / "text.txt", "--calibration-tokens", TOKENS),
+        *("--calibration", llama.parent / "text.txt", "--calibration", "sampled:0", "--calibration-tokens", TOKENS),
     )
     assert printed.code == 0, printed
     assert printed.error == ""
@@ -558,7 +585,78 @@ def test_json_and_dry_run(llama: Path, tmp_path: Path, command: Command) -> None
     assert printed["split"] == json.loads((tmp_path / "gda" / "conversion.json").read_text())["split"]
 
 
-def test_default_calibration_text_is_named(llama: Path, tmp_path: Path) -> None:
-    report = split(llama, tmp_path / "gda", calibration=None)
-    assert report.split.calibration == "the documentation of Python"
-    assert "the documentation of Python" in (tmp_path / "gda" / "README.md").read_text()
+def test_source_writes_its_own_text(llama: Path, tmp_path: Path) -> None:
+    """Without files, the split is fitted to what the source writes, and measured on other samples of it.
+
+    The ids in the work folder are drawn from the source's own probabilities: their mean log-probability is minus the
+    entropy, within the error of so many tokens.
+    """
+    written: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            split_module, "sampled", lambda *args, **options: written.append(sampled(*args, **options)) or written[0]
+        )
+        report = split(llama, tmp_path / "gda", calibration=()).split
+    (ids,) = written
+    assert ids.shape == (TOKENS // CONTEXT + HELD_OUT, CONTEXT)
+    with torch.no_grad():
+        scores = load(llama)(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    nats = -scores.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    entropy = -(scores.exp() * scores).sum(-1)
+    assert (nats - entropy).mean().abs() < 4 * (nats - entropy).std() / math.sqrt(nats.numel())
+    assert report.calibration == report.inside == "text sampled from the source"
+    assert report.tokens == TOKENS
+    assert [each.text for each in report.texts] == ["text sampled from the source", "the documentation of Python"]
+    assert [each.fitted for each in report.texts] == [True, False]
+    expected = perplexity(load(llama), ids[-HELD_OUT:].flatten(), context=CONTEXT)
+    assert report.perplexity_source == pytest.approx(expected, rel=1e-4)
+    assert "text sampled from the source" in (tmp_path / "gda" / "README.md").read_text()
+
+
+def test_samples_start_with_the_chat_template(llama: Path) -> None:
+    """Every other one; the others start with a random token after the BOS that the tokenizer adds."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    counted: list[int] = []
+    ids = sampled(load(llama), tokenizer, count=6, length=24, seed=0, advance=counted.append)
+    again = sampled(load(llama), tokenizer, count=6, length=24, seed=0, advance=counted.append)
+    assert torch.equal(ids, again)
+    opening = tokenizer("<user>", add_special_tokens=False).input_ids
+    assert all(each[: len(opening)] == opening for each in ids[1::2].tolist())
+    assert len({tuple(each) for each in ids.tolist()}) == 6
+    plain = ids[::2].tolist()
+    assert all(each[: len(opening)] != opening for each in plain)
+    if (bos := tokenizer("a").input_ids[0]) == tokenizer.bos_token_id:
+        assert all(each[0] == bos and each[1] not in tokenizer.all_special_ids for each in plain)
+
+
+def test_texts_are_mixed_by_weight(llama: Path, tmp_path: Path) -> None:
+    """Files count as their weights say, samples as one file; a file is measured on what follows its share."""
+    for name in ("a", "b"):
+        save_text(tmp_path / f"{name}.txt", 9_000)
+    files = (f"{tmp_path / 'a.txt'}:3", str(tmp_path / "b.txt"))
+    made = split(llama, tmp_path / "gda", calibration=files)
+    recorded = json.loads((tmp_path / "gda" / "conversion.json").read_text())["settings"]["split"]
+    assert [(each["name"], each["windows"]) for each in recorded["texts"]] == [("a.txt", 6), ("b.txt", 2)]
+    assert recorded["sampled_windows"] == 2
+    report = made.split
+    assert report.tokens == TOKENS
+    assert report.calibration == "a.txt, b.txt, text sampled from the source"
+    assert report.inside == "a.txt, b.txt"
+    assert report.held_out_tokens == 2 * HELD_OUT * CONTEXT
+    assert [each.text for each in report.texts][2:] == ["text sampled from the source", "the documentation of Python"]
+
+
+def test_warnings_name_the_text(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    """Where a ratio is 1.15 or more, and where little is held out: on the screen, in the card and in JSON."""
+    monkeypatch.setattr(report_module, "WORSE", 0.5)
+    arguments = ("convert", llama, tmp_path / "gda", "--mode", "split", "--effort", "fast", "--no-verify")
+    done = command(*arguments, *("--calibration", llama.parent / "text.txt", "--calibration", "sampled:0"))
+    assert done.code == 0
+    card = (tmp_path / "gda" / "README.md").read_text()
+    found = json.loads((tmp_path / "gda" / "conversion.json").read_text())["split"]["warnings"]
+    assert [each.split(",")[0] for each in found[:2]] == ["on text.txt", "on the documentation of Python"]
+    assert "only 256 tokens of text.txt are held out" in found[2]
+    for warning in found:
+        assert f"warning: {warning}" in done.out
+        assert f"**Warning**: {warning}." in card

@@ -72,12 +72,14 @@ def kill_me() -> None:
 
 # Stages in which a run may be stopped: the function, and how often it is called in total.
 STAGES: dict[str, tuple[Any, str, int]] = {
+    "sampling": (split_module, "sampled", 1),
     "dividing": (fit, "_fit_layer", LAYERS),
     "training": (Distillation, "_train_on", STEPS),
     "verifying": (write_module, "write_provenance", 1),
 }
 each_stop = pytest.mark.parametrize(
-    ("stage", "done"), [("dividing", 1), ("dividing", 2), ("training", 0), ("training", 2), ("verifying", 0)]
+    ("stage", "done"),
+    [("sampling", 0), ("dividing", 0), ("dividing", 2), ("training", 0), ("training", 2), ("verifying", 0)],
 )
 
 
@@ -214,7 +216,7 @@ def test_other_settings_are_refused(
         other = save_llama(tmp_path / options.pop("source"), seed=1, num_hidden_layers=LAYERS)
     if "calibration" in options:
         options["calibration"] = save_text(tmp_path / options["calibration"], 11_000)
-    with pytest.raises(ValueError, match="another source, text or setting; run again without --resume"):
+    with pytest.raises(ValueError, match="another source, text or setting; pass --overwrite instead of --resume"):
         trained(other, out, resume=True, **options)
     assert not out.exists()
     counts = calls_of(monkeypatch)
@@ -223,7 +225,7 @@ def test_other_settings_are_refused(
     assert files_of(out) == expected
 
 
-def test_work_is_not_used_without_resume(
+def test_work_is_not_used_with_overwrite(
     llama: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if the settings differed."""
@@ -236,7 +238,7 @@ def test_work_is_not_used_without_resume(
 
     assert in_child(killed) == -signal.SIGKILL
     counts = calls_of(monkeypatch)
-    trained(llama, out)
+    trained(llama, out, overwrite=True)
     assert counts == {stage: total for stage, (_, _, total) in STAGES.items()}
     assert files_of(out) == expected
 
@@ -346,7 +348,8 @@ def test_peak_memory_is_bounded(tmp_path: Path) -> None:
             return real[1](*arguments, **options)
 
         Distillation._update, fit.split_layer = update, divided  # type: ignore[method-assign]
-        trained(tmp_path / "llama", tmp_path / "gda", calibration_tokens=2 * CONTEXT)
+        texts = (str(tmp_path / "text.txt"), "sampled:0")  # to write text, the whole source is loaded
+        trained(tmp_path / "llama", tmp_path / "gda", calibration=texts, calibration_tokens=2 * CONTEXT)
         figures.write_text(json.dumps({"before": before, "most": max(most)}))
 
     assert in_child(measured) == ENDED

@@ -130,7 +130,7 @@ def checks(work: Path) -> Checks:
     def evaluate() -> None:
         gda("eval", work / "llama", *perplexity, "--output", work / "scores")
         metadata = '{"length": 320}'  # tokens of the synthetic prompts
-        gda("eval", work / "qwen3", "--diagnostics", "--metadata", metadata, "--limit", 2, "--output", work / "maps")
+        gda("eval", work / "qwen3", "--diagnostics", "--metadata", metadata, "--output", work / "maps")
 
     def push() -> None:
         gda("push", work / "llama", "me/llama-gda")

@@ -11,10 +11,12 @@ from transformers import AutoTokenizer
 
 import gda
 from gda.common.text import python_documentation
+from gda.conversion.split import calibration
 from gda.conversion.split import splitter as split_module
 
 CONTEXT = 128  # the longest sequence of the tiny models
 STEPS = 4
+HELD_OUT = 2  # sequences of each text
 TOKENS = 10 * CONTEXT
 
 
@@ -23,6 +25,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few training steps, in full precision."""
     monkeypatch.setattr(split_module, "EFFORTS", {"fast": 0, "default": STEPS, "best": 2 * STEPS})
     monkeypatch.setattr(split_module, "_multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(calibration, "HELD_OUT_TOKENS", HELD_OUT * CONTEXT)
 
 
 def save_text(path: Path, characters: int = 12_000) -> Path:
@@ -32,20 +35,29 @@ def save_text(path: Path, characters: int = 12_000) -> Path:
 
 
 def split(source: Path, out: Path, **options: Any) -> Any:
-    """Split a source; by default in closed form only and without verification."""
+    """Split a source; by default on a text alone, in closed form and without verification."""
     settings = {"effort": "fast", "verify": False, "calibration_tokens": TOKENS}
     if "calibration" not in options:
-        settings["calibration"] = save_text(source.parent / "text.txt")
+        settings["calibration"] = (str(save_text(source.parent / "text.txt")), "sampled:0")
     return gda.convert(source, out, mode="split", **(settings | options))
 
 
 def windows_of(source: Path, text: Path, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
-    """Token ids (sequences, T) of a text: those that the split is fitted to, and the last tenth, held out."""
+    """Token ids (sequences, T) of a text: those that the split is fitted to, in random order, and those held out."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids[:tokens]
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
     windows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
-    held_out = max(1, round(len(windows) / 10))
-    return windows[:-held_out], windows[-held_out:]
+    fitted = min(tokens // CONTEXT, len(windows) - HELD_OUT)
+    order = torch.randperm(fitted, generator=torch.Generator().manual_seed(0))
+    return windows[order], windows[fitted : fitted + HELD_OUT]
+
+
+def measured_windows(source: Path, text: Path) -> Tensor:
+    """Token ids (sequences, T) that a split is measured on: held out from its text, and Python's documentation."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(python_documentation(), add_special_tokens=False, verbose=False).input_ids
+    windows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
+    return torch.cat([windows_of(source, text)[1], windows[[0, -1]]])
 
 
 def order_of(layer: Any, noise_heads: int) -> list[int]:

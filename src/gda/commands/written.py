@@ -29,18 +29,30 @@ def print_written(report: Any) -> None:
 def _print_split(split: Any) -> None:
     lambdas = [layer.lambda_ for layer in split.layers]
     shares = [layer.subtracted for layer in split.layers]
-    ratio = f"{split.perplexity / split.perplexity_source:.3f} times the source's"
-    if split.ratio_interval is not None:
-        ratio += ", 95 % interval {:.3f} to {:.3f}".format(*split.ratio_interval)
+    ratio = times_the_source(split.perplexity / split.perplexity_source, split.ratio_interval)
     typer.echo(
-        f"lossy: perplexity on {split.held_out_tokens:,} held-out tokens of {split.calibration}: "
+        f"lossy: perplexity on {split.held_out_tokens:,} held-out tokens of {split.inside}: "
         f"source {split.perplexity_source:.3f}, closed form {split.perplexity_closed_form:.3f}, "
         f"result {split.perplexity:.3f} ({ratio})"
     )
+    for text in split.texts:
+        if text.text != split.inside:
+            fitted = "" if text.fitted else ", which it was not fitted to"
+            typer.echo(
+                f"on {text.tokens:,} tokens of {text.text}{fitted}: {times_the_source(text.ratio, text.interval)}"
+            )
+    for warning in split.warnings:
+        typer.echo(f"warning: {warning}")
     typer.echo(
         f"λ from {min(lambdas):.3f} to {max(lambdas):.3f}; the subtracted part has {min(shares):.3f} to "
         f"{max(shares):.3f} of the energy of the attention output; conversion.json lists the layers"
     )
+
+
+def times_the_source(ratio: float, interval: tuple[float, float] | None) -> str:
+    """The ratio of two perplexities in words."""
+    words = f"{ratio:.3f} times the source's"
+    return words if interval is None else words + ", 95 % interval {:.3f} to {:.3f}".format(*interval)
 
 
 def rank_summary(rank: int, parameters: int, dense: int) -> str:

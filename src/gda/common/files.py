@@ -141,14 +141,16 @@ class StagedFolder:
     Args:
         out: The final place. Missing parents are created.
         overwrite: Whether `finish` may replace an existing OUT.
-        resume: Whether to keep what a killed process left in the folder.
+        resume: Whether to keep what a killed process left in the folder. Otherwise it is removed.
+        resumable: Whether it is removed only with `overwrite`, since it may have taken long.
 
     Raises:
-        FileExistsError: if `out` exists and may not be replaced, or if the folder is a link.
+        FileExistsError: if `out`, or work that could be resumed, exists and may not be replaced, or if the folder is a
+            link.
         BlockingIOError: if another process is filling the folder.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False):
+    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False, resumable: bool = False):
         refuse_existing(out, overwrite)
         self.out = out
         self._overwrite = overwrite
@@ -159,9 +161,15 @@ class StagedFolder:
         except OSError:
             _remove_empty(self._created_parents)
             raise
-        if not resume:
-            for left_over in self.folder.iterdir():
-                remove(left_over)
+        left_over = [] if resume else list(self.folder.iterdir())
+        if left_over and resumable and not overwrite:
+            self.keep()
+            raise FileExistsError(
+                f"{out} was begun by a run that did not finish; "
+                "pass --resume to continue it, or --overwrite to start over"
+            )
+        for each in left_over:
+            remove(each)
 
     def _make_and_lock(self) -> int:
         """Lock the folder itself: the lock moves with it, and needs no file in it."""

@@ -120,6 +120,11 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def as_names(given: Any) -> tuple[str, ...]:
+    """The value of an option that can be repeated: None, one name or path, or several."""
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given or ()))
+
+
 def is_union(hint: Any) -> bool:
     """Whether a type hint is a union, written as `A | B` or as Optional."""
     return get_origin(hint) in (Union, UnionType)
