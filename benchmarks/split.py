@@ -43,6 +43,7 @@ from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
 from gda.conversion.split.calibration import CONTEXT, HELD_OUT_TOKENS, Text, read_calibration, shares
 from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
+from gda.conversion.split.fit import MAX_TOKENS
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
 from gda.conversion.split.recipes import LAMBDAS, split_config, split_recipes
 from gda.conversion.split.splitter import EFFORTS
@@ -115,7 +116,9 @@ def columns(output: torch.Tensor, split: Split, noise: int, d: int) -> torch.Ten
 
 
 def model_of(source: Source, splits: list[Split]) -> GDAForCausalLM:
-    config = split_config(source.config, noise_heads=None, lambda_type="reparameterized", dtype=torch.float32)
+    config = split_config(
+        source.config, noise_heads=source.config.num_key_value_heads, lambda_type="reparameterized", dtype=torch.float32
+    )
     config.lambda_init = [split.lambda_ for split in splits]
     recipes = split_recipes(config, source.specs, splits, trained=None, seed=0, dtype=torch.float32)
     model = GDAForCausalLM(config)
@@ -166,7 +169,9 @@ def strategies(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.source)
     tokenizer = source.tokenizer()
     calibration = calibrated(source, arguments.calibration, arguments.tokens)
-    config = split_config(source.config, noise_heads=None, lambda_type="reparameterized", dtype=None)
+    config = split_config(
+        source.config, noise_heads=source.config.num_key_value_heads, lambda_type="reparameterized", dtype=None
+    )
     ids = test_ids(tokenizer, arguments.test, arguments.test_tokens)
     rows = Rows(f"{source.name}, {len(ids):,} tokens of test", source.load(), tokenizer, ids, arguments)
     begun = time.monotonic()
@@ -215,8 +220,10 @@ def tokens(arguments: argparse.Namespace) -> None:
     tokenizer = source.tokenizer()
     ids = test_ids(tokenizer, arguments.test, arguments.test_tokens)
     lengths = [int(each) for each in arguments.lengths.split(",")]
-    calibration = calibrated(source, arguments.calibration, max(lengths) + 16 * 512)
-    config = split_config(source.config, noise_heads=None, lambda_type="reparameterized", dtype=None)
+    calibration = calibrated(source, arguments.calibration, max(lengths))
+    config = split_config(
+        source.config, noise_heads=source.config.num_key_value_heads, lambda_type="reparameterized", dtype=None
+    )
     rows = Rows(f"{source.name}, closed form, by calibration", source.load(), tokenizer, ids, arguments)
     begun = time.monotonic()
     cuts = [length // 512 for length in lengths]
@@ -303,8 +310,10 @@ def sizes(arguments: argparse.Namespace) -> None:
         config = LlamaConfig(**shape, **heads, max_position_embeddings=CONTEXT)
         specs = checkpoint_specs(config)
         model = LayerwiseModel(config, lambda name: 0.02 * torch.randn(specs[name].shape), device())  # noqa: B023
-        sequences, held_out = arguments.tokens // CONTEXT, HELD_OUT_TOKENS // CONTEXT
-        amounts = [Amount(CONTEXT, sequences + held_out, sequences + 2 * held_out, steps) for steps in EFFORTS.values()]
+        held_out, amounts = HELD_OUT_TOKENS // CONTEXT, []
+        for steps in EFFORTS.values():
+            written = (arguments.tokens if steps else MAX_TOKENS) // CONTEXT + held_out
+            amounts.append(Amount(CONTEXT, written, written + held_out, steps))
         costs = [(estimated_minutes(model, each), work_bytes(config, each) / 1e9) for each in amounts]
         table.add_row(name, *(f"{minutes:,.0f}, {size:.1f}" for minutes, size in costs))
     CONSOLE.print(table)

@@ -109,7 +109,7 @@ def spread_ids(tokenizer: Any, text: str, tokens: int) -> torch.Tensor:
     """About so many token ids, in sequences of 512 from all over a text."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     sequences = ids[: len(ids) // 512 * 512].view(-1, 512)
-    return sequences[torch.linspace(0, len(sequences) - 1, tokens // 512).long()].flatten()
+    return sequences[torch.linspace(0, len(sequences) - 1, min(len(sequences), tokens // 512)).long()].flatten()
 
 
 def measured(

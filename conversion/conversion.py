@@ -33,6 +33,7 @@ class Conversion:
         before: The conversion that low-rank factorization or growth started from; None for other modes.
         work: Makes the conversion final in a folder that lasts until the tensors are written, for a mode that has to
             fit something first. Until then the recipes only say which tensors there will be.
+        work_bytes: What that work needs in the folder.
         split: The report of that work.
         save_config: Writes the configuration into a folder; None for a GDA model, whose code is saved with it.
     """
@@ -47,6 +48,7 @@ class Conversion:
     new: tuple[str, ...] = ()
     before: "Conversion | None" = None
     work: "Callable[[Path, Console | None], Conversion] | None" = None
+    work_bytes: int = 0
     split: "SplitReport | None" = None
     save_config: Callable[[Path], object] | None = None
 

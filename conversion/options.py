@@ -19,6 +19,7 @@ from gda.common.places import (
     gguf_file,
     layers_of,
 )
+from gda.conversion.noise_heads import added, divided
 
 LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "Noise heads", "Split", "Growth"
 COMPARISON = "Comparison"
@@ -28,6 +29,9 @@ POWERS = {"K": 3, "M": 6, "G": 9, "T": 12}
 RATIO = re.compile(r"0*[1-9][0-9]*(:1)?")
 SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
 PAPER_ONLY = ("lambda_init", "kv_layout", "head_norm")
+HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
+PLAIN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_HEADS = 4096  # more are checked when the model is opened
 SAMPLED = "sampled"  # the name of the text that a source writes itself, as a value of --calibration
 
 
@@ -35,7 +39,7 @@ SAMPLED = "sampled"  # the name of the text that a source writes itself, as a va
 class ReplaceOptions(Options):
     """Option of every command that writes a folder."""
 
-    overwrite: bool = option(False, "Replace OUT if it exists.", panel=OUTPUT)
+    overwrite: bool = option(False, "Replace OUT if it exists, and discard what an unfinished run left.", panel=OUTPUT)
 
     def check_places(self) -> None:
         super().check_places()
@@ -130,15 +134,18 @@ class SplitOptions(WriteOptions):
         """The weight of each calibration file, by path, and of the text that the source writes, as `sampled`.
 
         Raises:
-            ValueError: naming a text whose weight is not a positive number, or that is named twice.
+            ValueError: naming a text whose weight is not a positive number, or that is named twice; without any text.
         """
         weights: dict[str, float] = {}
         for each in self.calibration:
             name, weight = _weighted(each)
-            if name in weights:
+            if any(name == other or Path(name).resolve() == Path(other).resolve() for other in weights):
                 raise ValueError(f"--calibration names {name} twice; give it a weight instead, such as {name}:2")
             weights[name] = weight
-        return {SAMPLED: 1.0} | weights
+        weights = {SAMPLED: 1.0} | weights
+        if not any(weights.values()):
+            raise ValueError(f"--calibration {SAMPLED}:0 leaves no text; name a file, too")
+        return weights
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,21 @@ class NewHeadOptions(WriteOptions):
         if not RATIO.fullmatch(str(self.ratio)):
             raise ValueError(f"--ratio {self.ratio} is not a ratio such as 4 or 4:1")
 
+    def check_heads(self, model: str | Path, mode: str | None) -> None:
+        """Check the number of noise heads, if `model` is the folder of a Llama or its like.
+
+        Raises:
+            ValueError: for a number that is impossible, naming those that are possible.
+        """
+        heads, kv_heads = (config_entry(model, name, int) or 0 for name in HEAD_COUNTS)
+        if config_entry(model, "model_type", str) not in PLAIN_TYPES or not 0 < kv_heads <= heads <= MAX_HEADS:
+            return  # what can't be told at a glance is checked when the model is opened
+        if mode == "split":
+            divided(heads, kv_heads, noise_heads=self.noise_heads, ratio=self.ratio)
+        elif mode in (None, "expand"):
+            layout = self.kv_layout or "shared"
+            added(heads, kv_heads, noise_heads=self.noise_heads, ratio=self.ratio, kv_layout=layout)
+
 
 @dataclass(frozen=True)
 class VisibilityOptions(Options):
@@ -247,6 +269,7 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
         "each head. SOURCE may also be a GDA model. Default: dense projections.",
         panel=LAYOUT,
         metavar="RANK",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:
@@ -262,6 +285,7 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
         super().check_places()
         if self.qk_rank is None and config_entry(self.source, "model_type", str) == "gda":
             raise ValueError(f"{self.source} is already a GDA model")
+        self.check_heads(self.source, self.mode)
 
 
 @dataclass(frozen=True)
@@ -327,6 +351,7 @@ class GrowOptions(NewHeadOptions):
 
     def check_places(self) -> None:
         super().check_places()
+        self.check_heads(self.model, "expand")
         layers = None if self.depth is None else layers_of(self.model)
         if self.depth is not None and layers is not None and self.depth <= layers:
             raise ValueError(f"--depth {self.depth} is not more than the {layers} layers of the source")

@@ -27,7 +27,9 @@ def split_layer(shape: Row, rows: int, length: int, place: str) -> dict[str, Ten
         for name, spec in checkpoint_specs(source).items()
     }
     ids = torch.randint(SHAPE["vocab_size"], (rows, length), generator=generator)
-    config = split_config(source, noise_heads=None, lambda_type="reparameterized", dtype=torch.float32)
+    config = split_config(
+        source, noise_heads=source.num_key_value_heads, lambda_type="reparameterized", dtype=torch.float32
+    )
     with tempfile.TemporaryDirectory() as scratch:
         work = Work(Path(scratch) / "work", {})
         teacher = LayerwiseModel(source, tensors.__getitem__, place)

@@ -8,7 +8,7 @@ from typing import Any
 
 from gda.common.options import Options, flag
 from gda.conversion.families.llamalike import LLAMALIKES, unread_fields
-from gda.conversion.options import PAPER_ONLY, NewHeadOptions
+from gda.conversion.options import PAPER_ONLY
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import Recipe, is_lossless
 from gda.conversion.writing.provenance import read_settings
@@ -74,23 +74,6 @@ def errors_named(source: Source) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from None
-
-
-def requested_noise_heads(
-    options: NewHeadOptions, query_heads: int, *, counted_in_heads: bool, possible: str
-) -> int | None:
-    """The number of noise heads that --noise-heads or --ratio asks for; None if neither is given.
-
-    `counted_in_heads` says whether noise heads are some of the source's `query_heads`, or are added to them. `possible`
-    completes an error message with the numbers that are possible.
-    """
-    ratio = options.ratio
-    if ratio is None:
-        return options.noise_heads
-    in_group = int(str(ratio).partition(":")[0]) + counted_in_heads
-    if query_heads % in_group:
-        raise ValueError(f"--ratio {ratio} does not divide the {query_heads} query heads of the source; {possible}")
-    return query_heads // in_group
 
 
 def losses(source: Source, recipes: dict[str, Recipe], dtype: str) -> list[str]:

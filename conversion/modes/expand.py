@@ -30,8 +30,8 @@ from gda.conversion.modes.checks import (
     errors_named,
     exported,
     losses,
-    requested_noise_heads,
 )
+from gda.conversion.noise_heads import added
 from gda.conversion.options import PAPER_ONLY, NewHeadOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import (
@@ -89,21 +89,6 @@ def signal_queries(config: GDAConfig) -> torch.Tensor:
     return is_signal.flatten().repeat_interleave(config.head_dim)
 
 
-def possible_noise_heads(signal_heads: int, kv_heads: int, kv_layout: str = "shared") -> list[int]:
-    """The numbers of noise heads that can be added to `signal_heads` query heads over `kv_heads` KV heads."""
-    fewer = kv_layout == "shared"  # with paired keys, each pair has noise heads of its own
-    return [
-        noise
-        for noise in range(1, signal_heads + 1)
-        if signal_heads % noise == 0 and (noise % kv_heads == 0 or (fewer and kv_heads % noise == 0))
-    ]
-
-
-def listed(noise_heads: list[int], signal_heads: int) -> str:
-    """Numbers of noise heads with their ratios, for an error message."""
-    return ", ".join(f"{noise} ({signal_heads // noise}:1)" for noise in noise_heads)
-
-
 def expanded_config(source: PreTrainedConfig, options: NewHeadOptions) -> GDAConfig:
     """The GDA configuration of `source` with the heads that the options ask for.
 
@@ -112,14 +97,7 @@ def expanded_config(source: PreTrainedConfig, options: NewHeadOptions) -> GDACon
     """
     signal, kv_heads = source.num_attention_heads, source.num_key_value_heads
     kv_layout, lambda_type = options.kv_layout or "shared", options.lambda_type or "reparameterized"
-    possible = possible_noise_heads(signal, kv_heads, kv_layout)
-    hint = f"possible for --noise-heads: {listed(possible, signal)}"
-    noise = requested_noise_heads(options, signal, counted_in_heads=False, possible=hint)
-    noise = kv_heads if noise is None else noise
-    if noise not in possible:
-        raise ValueError(
-            f"{noise} noise heads cannot be added to {signal} query heads over {kv_heads} KV heads; {hint}"
-        )
+    noise = added(signal, kv_heads, noise_heads=options.noise_heads, ratio=options.ratio, kv_layout=kv_layout)
     scheduled = options.lambda_init == "schedule"
     if scheduled and lambda_type != "reparameterized":
         raise ValueError(f"--lambda-init schedule has no effect on λ with --lambda-type {lambda_type}; omit it")

@@ -6,11 +6,13 @@ from pathlib import Path
 from rich.console import Console
 
 from gda.conversion.conversion import Conversion
-from gda.conversion.modes.checks import errors_named, losses, requested_noise_heads
+from gda.conversion.modes.checks import errors_named, losses
 from gda.conversion.modes.expand import LAMBDA, signal_queries
+from gda.conversion.noise_heads import divided
 from gda.conversion.options import SAMPLED, ConvertOptions
 from gda.conversion.sources.source import Source
-from gda.conversion.split.recipes import drafts, split_config, split_options, split_recipes
+from gda.conversion.split.cost import work_bytes
+from gda.conversion.split.recipes import drafts, split_config, split_recipes
 from gda.conversion.split.splitter import Splitter
 from gda.conversion.tensors.recipes import DTYPES
 
@@ -20,18 +22,19 @@ SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
 
 def plan(source: Source, options: ConvertOptions) -> Conversion:
     """Divide the query heads of a source into signal and noise heads, and fit the result to the source."""
-    heads, dtype = source.config.num_attention_heads, DTYPES[options.dtype]
-    possible = split_options(heads, source.config.num_key_value_heads)
-    noise = requested_noise_heads(options, heads, counted_in_heads=True, possible=possible)
+    dtype = DTYPES[options.dtype]
     lambda_type = options.lambda_type or "reparameterized"
     with errors_named(source):
+        heads, kv_heads = source.config.num_attention_heads, source.config.num_key_value_heads
+        noise = divided(heads, kv_heads, noise_heads=options.noise_heads, ratio=options.ratio)
         config = split_config(source.config, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
     weights = options.calibration_weights()
+    sampled_weight = weights.pop(SAMPLED)
     splitter = Splitter(
         source,
         config,
-        sampled=weights.pop(SAMPLED),
         calibration=weights,
+        sampled_weight=sampled_weight,
         tokens=options.calibration_tokens,
         effort=options.effort,
         seed=options.seed,
@@ -46,11 +49,13 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         notes=[
             "some heads become noise heads, which is not lossless",
             *losses(source, recipes, options.dtype),
+            *splitter.short_texts(),
             *expected,
         ],
         settings={"split": splitter.settings()},
         kept={"query": signal_queries(config)},
         new=(LAMBDA, SOLVED),
+        work_bytes=work_bytes(source.config, splitter.amount),
     )
 
     def fit(folder: Path, console: Console | None) -> Conversion:

@@ -1,5 +1,6 @@
 """A PEFT adapter as a source: its base model with the adapter merged."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class AdapterSource(Source):
         return self._merged.get_parameter(name).detach().to(self.specs[name].dtype)
 
     def load(self) -> PreTrainedModel:
-        return self._merged
+        return copy.deepcopy(self._merged)  # which `read` reads
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer if has_vocabulary(self.folder) else self.base.tokenizer()

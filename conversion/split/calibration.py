@@ -14,7 +14,7 @@ from gda.common.text import python_documentation, read_text
 CONTEXT = 512
 DEFAULT_TOKENS = 65536
 HELD_OUT_TOKENS = 4096  # of each text, for measuring the result
-SAMPLED, PYTHON = "text sampled from the source", "the documentation of Python"
+SAMPLED_TEXT, PYTHON = "text sampled from the source", "the documentation of Python"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Text:
         return {
             "name": self.name,
             "sha256": self.sha256,
-            "windows": len(self.sequences),
-            "held_out_windows": len(self.held_out),
+            "sequences": len(self.sequences),
+            "held_out_sequences": len(self.held_out),
         }
 
 
@@ -87,18 +87,20 @@ def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, shares: Sha
     return Text(name, _digest(text), sequences[:fitted], sequences[fitted : fitted + shares.held_out])
 
 
-def documentation(tokenizer: PreTrainedTokenizerBase, shares: Shares) -> Text:
-    """Sequences from all over Python's own documentation, for measuring."""
+def documentation(tokenizer: PreTrainedTokenizerBase, shares: Shares) -> list[Text]:
+    """Sequences from all over Python's own documentation, for measuring; none if the tokenizer knows no word of it."""
     text = python_documentation()
     sequences = _cut(text, tokenizer, shares.context)
-    spread = torch.linspace(0, max(0, len(sequences) - 1), min(shares.held_out, len(sequences))).long()
-    return Text(PYTHON, _digest(text), sequences[:0], sequences[spread])
+    if not len(sequences):
+        return []
+    spread = torch.linspace(0, len(sequences) - 1, min(shares.held_out, len(sequences))).long()
+    return [Text(PYTHON, _digest(text), sequences[:0], sequences[spread])]
 
 
 def sampled_text(ids: torch.Tensor, shares: Shares) -> Text:
     """Token ids (sequences, context) that the source has written; the last are held out."""
     digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    return Text(SAMPLED, digest, ids[: shares.sampled], ids[shares.sampled :])
+    return Text(SAMPLED_TEXT, digest, ids[: shares.sampled], ids[shares.sampled :])
 
 
 def _cut(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:

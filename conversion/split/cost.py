@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from gda.conversion.families.llamalike import head_dim
 from gda.conversion.split.distill import BATCH
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
@@ -28,7 +29,8 @@ class Amount:
 @torch.no_grad()
 def estimated_minutes(source: LayerwiseModel, amount: Amount) -> float:
     """Minutes of a split on this machine, from the best time of the first layer on one batch of arbitrary tokens."""
-    tensors, states = source.tensors(0), source.embed(torch.arange(BATCH * amount.context).view(BATCH, -1) % 100)
+    ids = torch.arange(BATCH * amount.context).view(BATCH, -1) % source.config.vocab_size
+    tensors, states = source.tensors(0), source.embed(ids)
     times = []
     for _ in range(RUNS):
         begun = time.perf_counter()
@@ -47,7 +49,6 @@ def work_bytes(config: PreTrainedConfig, amount: Amount) -> int:
     and a checkpoint of these while the one before is still there.
     """
     states = 2 * amount.fitted * amount.context * config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads + config.num_key_value_heads
-    trained = 2 * config.num_hidden_layers * heads * head_dim * config.hidden_size
+    trained = 2 * config.num_hidden_layers * heads * head_dim(config) * config.hidden_size
     return torch.float32.itemsize * (states + (9 * trained if amount.steps else 0))

@@ -1,12 +1,13 @@
 """Training the attention of a split model on its source's predictions, with one layer in memory at a time.
 
-A step runs the layers forward and keeps the inputs of each; computes the KL divergence from the source's predictions;
-and goes back through the layers, running each again for the gradients of its attention, which is then updated. MLPs,
-norms and embeddings are frozen. Trained weights and Adam's moments are in mapped files.
+A step runs the layers forward; computes the KL divergence from the source's predictions; and goes back through the
+layers for the gradients of their attention, which is then updated. Activations are kept if they fit into memory;
+otherwise only the input of each layer is, and the layer runs again on the way back. MLPs, norms and embeddings are
+frozen. Trained weights and Adam's moments are in mapped files.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import kl_div, log_softmax
@@ -117,17 +118,17 @@ class Distillation:
     def _train_on(
         self, ids: torch.Tensor, wanted: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], rate: float
     ) -> float:
-        states, passes = self.model.embed(ids), []
+        passes: list[_Pass | torch.Tensor] = []  # without graphs, only the inputs of the layers
+        states = self.model.embed(ids)
         for layer in range(self.model.num_layers):
             with torch.set_grad_enabled(self.keeps_graphs):
                 passed = self._pass(layer, states)
             states = passed.left.detach()
-            passes.append(passed if self.keeps_graphs else replace(passed, left=states[:0], trained={}))
+            passes.append(passed if self.keeps_graphs else passed.entering)
         loss, gradient = _divergence(head, wanted.to(self.model.device), states)
         for layer in reversed(range(self.model.num_layers)):
-            passed = passes.pop()
-            if not self.keeps_graphs:
-                passed = self._pass(layer, passed.entering)
+            kept = passes.pop()
+            passed = kept if isinstance(kept, _Pass) else self._pass(layer, kept)
             leaves = [passed.entering, *passed.trained.values()]
             gradient, *gradients = torch.autograd.grad(passed.left, leaves, gradient)
             for name, each in zip(passed.trained, gradients, strict=True):
@@ -184,9 +185,11 @@ class Distillation:
 
 
 def graph_bytes(config: GDAConfig, tokens: int) -> int:
-    """About the bytes of activations that a step on so many tokens keeps, in float32."""
-    width = 8 * config.hidden_size + 4 * config.num_attention_heads * config.head_dim + 4 * config.intermediate_size
-    return config.num_hidden_layers * tokens * width * torch.float32.itemsize
+    """About the bytes that a step on so many tokens keeps: activations, and weights with copies in a narrow dtype."""
+    attention = config.num_attention_heads * config.head_dim
+    activations = tokens * (8 * config.hidden_size + 4 * attention + 4 * config.intermediate_size)
+    weights = config.hidden_size * (4 * attention + 3 * config.intermediate_size)
+    return config.num_hidden_layers * (4 * activations + 6 * weights)
 
 
 def _scale(tensor: torch.Tensor) -> float:

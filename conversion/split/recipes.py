@@ -26,44 +26,22 @@ from gda.conversion.tensors.safetensors_io import TensorSpec
 LAMBDAS: dict[str, list[float]] = {"reparameterized": [0.1, 0.3], "tanh": [0.0], "sigmoid": [0.5]}
 
 
-def possible_noise_heads(heads: int, kv_heads: int) -> list[int]:
-    """How many of `heads` query heads over `kv_heads` KV heads can become noise heads."""
-    in_group = heads // kv_heads
-    return [kv_heads * noise for noise in range(1, in_group) if in_group % noise == 0]
-
-
-def split_options(heads: int, kv_heads: int) -> str:
-    """The values of `--noise-heads` that are possible, for an error message."""
-    possible = ", ".join(f"{each} ({heads // each - 1}:1)" for each in possible_noise_heads(heads, kv_heads))
-    if not possible:
-        return (
-            f"each of the {kv_heads} KV heads has only one of the {heads} query heads; --mode expand adds noise heads"
-        )
-    return f"possible for --noise-heads: {possible}"
-
-
 def split_config(
-    source: PreTrainedConfig, *, noise_heads: int | None, lambda_type: str, dtype: torch.dtype | None
+    source: PreTrainedConfig, *, noise_heads: int, lambda_type: str, dtype: torch.dtype | None
 ) -> GDAConfig:
-    """The GDA configuration of `source` with `noise_heads` of its heads as noise heads (None: one per KV head).
+    """The GDA configuration of `source` with `noise_heads` of its heads as noise heads.
 
     λ_init is that of the start; a finished split has one for each layer.
 
     Raises:
-        ValueError: for head counts that cannot be split, naming those that can, and for an unknown λ type.
+        ValueError: for an unknown λ type.
     """
     if lambda_type not in LAMBDAS:
         raise ValueError(f"--lambda-type {lambda_type} is not one of {', '.join(LAMBDAS)}")
-    heads, kv_heads = source.num_attention_heads, source.num_key_value_heads
-    noise = kv_heads if noise_heads is None else noise_heads
-    if noise not in possible_noise_heads(heads, kv_heads):
-        raise ValueError(
-            f"--mode split: {noise} of {heads} query heads cannot become noise heads; {split_options(heads, kv_heads)}"
-        )
     return GDAConfig(
         **source_fields(source),
-        num_attention_heads=heads,
-        num_noise_heads=noise,
+        num_attention_heads=source.num_attention_heads,
+        num_noise_heads=noise_heads,
         kv_layout="shared",
         lambda_type=lambda_type,
         lambda_init=LAMBDAS[lambda_type][0],

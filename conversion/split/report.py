@@ -88,16 +88,11 @@ class SplitReport:
     @property
     def warnings(self) -> list[str]:
         """What a user of the result must know."""
-        found = [
-            f"on {each.text}, perplexity is {each.ratio:.2f} times the source's"
-            for each in self.texts
-            if not each.ratio < WORSE
-        ]
-        found += [
-            f"only {each.tokens:,} tokens of {each.text} are held out, so its perplexities are rough"
-            for each in self.texts
-            if each.tokens < HELD_OUT_TOKENS
-        ]
+        worse = [each.text for each in self.texts if not each.ratio < WORSE]
+        short = [each.text for each in self.texts if each.tokens < HELD_OUT_TOKENS]
+        found = [f"perplexity is {WORSE} times the source's or more on {', '.join(worse)}"] if worse else []
+        if short:
+            found.append(f"fewer than {HELD_OUT_TOKENS:,} tokens are held out of {', '.join(short)}: ratios are rough")
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,14 +41,15 @@ def sampled(
         top_p=1.0,
         max_length=length,
         remove_invalid_values=True,
+        disable_compile=True,
         cache_implementation="static",
     )
     watch = StoppingCriteriaList([_Watch(advance)])
     written = torch.empty(count, length, dtype=torch.long)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        starts = [random_starts(tokenizer, count)]
-        if opening := chat_opening(tokenizer)[: length - 1]:
+        starts = [random_starts(tokenizer, count, model.config.vocab_size)]
+        if opening := chat_opening(tokenizer, model.config.vocab_size)[: length - 1]:
             starts.append(torch.tensor([opening]).expand(count, -1))
         for number, start in enumerate(starts):
             here = slice(number, count, len(starts))  # they alternate, so every part of the result has both
@@ -60,10 +61,10 @@ def sampled(
     return written
 
 
-def random_starts(tokenizer: PreTrainedTokenizerBase, count: int) -> torch.Tensor:
-    """Random tokens (count, 1), or (count, 2) after BOS; no special ones."""
+def random_starts(tokenizer: PreTrainedTokenizerBase, count: int, embeddings: int) -> torch.Tensor:
+    """Random tokens (count, 1) that have embeddings and are not special, or (count, 2) after BOS."""
     special = set(tokenizer.all_special_ids)
-    plain = torch.tensor([number for number in range(len(tokenizer)) if number not in special])
+    plain = torch.tensor([each for each in range(min(len(tokenizer), embeddings)) if each not in special])
     tokens = plain[torch.randint(len(plain), (count, 1))]
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("a").input_ids[0] != bos:
@@ -71,13 +72,17 @@ def random_starts(tokenizer: PreTrainedTokenizerBase, count: int) -> torch.Tenso
     return torch.cat([torch.full_like(tokens, bos), tokens], dim=1)
 
 
-def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of the chat template up to the first question; empty without a template."""
+def chat_opening(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> list[int]:
+    """The ids of the chat template up to the first question; empty without a template that takes a lone question."""
     if tokenizer.chat_template is None:
         return []
-    chat = str(tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False))
-    ids: list[int] = tokenizer(chat.partition(QUESTION)[0], add_special_tokens=False).input_ids
-    return ids
+    try:
+        chat = str(tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False))
+    except Exception:  # a template can raise anything, for example because it requires a system message
+        return []
+    opening, question, _ = chat.partition(QUESTION)
+    ids: list[int] = tokenizer(opening, add_special_tokens=False).input_ids if question else []
+    return ids if max(ids, default=0) < embeddings else []
 
 
 class _Watch(StoppingCriteria):

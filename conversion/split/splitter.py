@@ -45,8 +45,9 @@ T = TypeVar("T")
 class Splitter:
     """Splits the heads of every layer of a source, and fits the remaining attention to the source's.
 
-    Memory holds one layer and its moments; activations and trained weights are files in the work folder. A resumed run
-    continues from there. `config` is from `split_config`; the other arguments are options of `gda convert`.
+    Memory holds one layer and its moments, and the activations of a training step if they fit; to write text, it holds
+    the whole source. Other activations and trained weights are files in the work folder, and a resumed run continues
+    from there. `config` is from `split_config`; the other arguments are options of `gda convert`.
 
     Raises:
         FileNotFoundError, ValueError: for a text that cannot be read or is too short, and for an unknown effort.
@@ -58,7 +59,7 @@ class Splitter:
         config: GDAConfig,
         *,
         calibration: Mapping[str, float],
-        sampled: float,
+        sampled_weight: float,
         tokens: int | None,
         effort: str | None,
         seed: int,
@@ -75,7 +76,7 @@ class Splitter:
             raise ValueError(f"--mode split reads text, but {error}; --mode expand needs no tokenizer") from None
         self.shares = shares(
             calibration,
-            sampled=sampled,
+            sampled=sampled_weight,
             tokens=(DEFAULT_TOKENS if self.steps else MAX_TOKENS) if tokens is None else tokens,
             longest=config.max_position_embeddings,
         )
@@ -83,12 +84,12 @@ class Splitter:
         if self.shares.sampled and size > get_max_memory()["cpu"]:
             raise ValueError(
                 f"{source.name} needs {size / 1e9:.0f} GB of memory to write calibration text; "
-                "pass a text instead, with --calibration FILE --calibration sampled:0"
+                "add --calibration sampled:0, with a file if there is none"
             )
         self.tokenizer = tokenizer
         self.files = [read_calibration(path, tokenizer, self.shares) for path in self.shares.files]
         self.outside = documentation(tokenizer, self.shares)
-        for text in (*self.files, self.outside):
+        for text in (*self.files, *self.outside):
             if (largest := int(torch.cat([text.sequences, text.held_out]).max())) >= config.vocab_size:
                 raise ValueError(
                     f"the tokenizer gives ids up to {largest}, but the model has {config.vocab_size} embeddings"
@@ -102,7 +103,7 @@ class Splitter:
             "effort": self.effort,
             "context": self.shares.context,
             "texts": [text.to_dict() for text in self.files],
-            "sampled_windows": self.shares.sampled,
+            "sampled_sequences": self.shares.sampled,
         }
 
     def minutes(self) -> float:
@@ -116,12 +117,20 @@ class Splitter:
         time = f"{count} minute{'s' * (count > 1)}"
         return f"--effort {self.effort} takes about {time} on this machine, and {size:.1f} GB of disk meanwhile"
 
+    def short_texts(self) -> list[str]:
+        """Notes on files that are too short for their share."""
+        return [
+            f"{text.name} gives {text.sequences.numel():,} of the {wanted * self.shares.context:,} tokens of its share"
+            for text, wanted in zip(self.files, self.shares.files.values(), strict=True)
+            if len(text.sequences) < wanted
+        ]
+
     @property
     def amount(self) -> Amount:
         """What `run` has to do."""
-        sampled = self.shares.sampled and self.shares.sampled + self.shares.held_out
-        read = sum(len(text.sequences) + len(text.held_out) for text in (*self.files, self.outside))
-        return Amount(self.shares.context, sampled, sampled + read, self.steps)
+        written = self.shares.sampled and self.shares.sampled + self.shares.held_out
+        read = sum(len(text.sequences) + len(text.held_out) for text in (*self.files, *self.outside))
+        return Amount(self.shares.context, written, written + read, self.steps)
 
     def run(
         self, folder: Path, *, dtype: torch.dtype | None, console: Console | None
@@ -148,7 +157,7 @@ class Splitter:
         teacher = LayerwiseModel(self.source.config, self.read, self.device)
         with self.progress:
             written = [sampled_text(self._sampled(), self.shares)] if self.shares.sampled else []
-            self.texts = [*self.files, *written, self.outside]
+            self.texts = [*self.files, *written, *self.outside]
             sequences, held_out = self._sequences(), torch.cat([text.held_out for text in self.texts])
             splits = self._fit(teacher, torch.cat([sequences, held_out]), len(sequences))
             if self.config.lambda_type == "reparameterized":
@@ -205,11 +214,11 @@ class Splitter:
             student,
             lambda layer: self._attention(initial, layer),
             self.work,
-            keeps_graphs=graph_bytes(student.config, BATCH * self.shares.context) < memory_to_use(),
+            keeps_graphs=graph_bytes(student.config, BATCH * self.shares.context) < memory_to_use(self.device),
         )
         plan = Plan(self.steps, self.seed, mixed_precision=self.mixed_precision)
-        losses = distillation.train(plan, sequences, states)
-        for loss in self._with_progress("training, step", losses, self.steps, distillation.step):
+        steps = distillation.train(plan, sequences, states)
+        for loss in self._with_progress("training, step", steps, self.steps, distillation.step):
             if not math.isfinite(loss):
                 raise ValueError("the training loss is not finite; does the source hold NaN or infinity?")
         return distillation

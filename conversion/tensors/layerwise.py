@@ -30,9 +30,9 @@ CACHE_ARGUMENT = next(
 )
 
 
-def memory_to_use() -> float:
-    """Bytes of memory that may be used to keep what could be read again."""
-    return get_max_memory()["cpu"] * SHARE_OF_MEMORY
+def memory_to_use(device: str = "cpu") -> float:
+    """Bytes of the device's memory that may be used to keep what could be read or computed again."""
+    return get_max_memory()["cpu" if device == "cpu" else torch.cuda.current_device()] * SHARE_OF_MEMORY
 
 
 def layer_prefix(index: int) -> str:

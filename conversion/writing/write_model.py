@@ -155,8 +155,8 @@ def _write(
 ) -> ConvertReport:
     out = report.out
     with staged_model(out, overwrite=options.overwrite, resumable=True, resume=options.resume) as folder:
-        finished = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if options.resume else 0
-        require_space(out.parent, report.nbytes, reusable=finished)
+        finished = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if options.resume else 0
+        require_space(out.parent, report.nbytes + conversion.work_bytes, reusable=finished)
         source_hashes = in_background(source.hashes)
         if conversion.work is not None:
             conversion = conversion.work(folder / WORK_FOLDER, console)

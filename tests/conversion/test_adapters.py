@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gda
+from gda.conversion.split import splitter
 
 from ..support.checkpoints import load, logits
-from ..support.llamas import save_llama
+from ..support.llamas import save_llama, tensors_of
 from ..support.repository import ROOT
 from ..support.tiny import relative_error, tiny_model, token_ids
 
@@ -41,6 +42,20 @@ def test_adapter_of_llama_is_converted(tmp_path: Path) -> None:
     assert relative_error(logits(tmp_path / "gda", ids), expected) < 1e-5
     assert relative_error(logits(base, ids), expected) > 1e-2
     assert (tmp_path / "gda" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_split_does_not_round_the_merged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model writes its calibration text in bfloat16 where that is faster; what is written is in float32."""
+    monkeypatch.setattr(splitter, "_multiplies_bfloat16", lambda device: True)
+    base = save_llama(tmp_path / "llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    options = {"mode": "split", "effort": "fast", "calibration_tokens": 512, "verify": False}
+    gda.convert(adapter, tmp_path / "gda", **options)
+    expected = merged(base, adapter).state_dict()
+    same = {name: tensor for name, tensor in tensors_of(tmp_path / "gda").items() if ".mlp." in name}
+    assert same
+    for name, tensor in same.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_adapter_of_gda_model_is_exported(tmp_path: Path) -> None:

@@ -598,7 +598,7 @@ def test_verify_of_unrelated_models(llamas: Path, tmp_path: Path, command: Comma
     assert_refused(command("verify", llamas / "one", tmp_path / "gda", "--method", "guess"), "--method")
     assert_refused(command("verify", llamas / "one", tmp_path / "nowhere"), "nowhere")
     assert_refused(command("inspect", llamas / "one"), "not a GDA model")
-    assert_refused(command("export", llamas / "one", tmp_path / "out"), "only a GDA model")
+    assert_refused(command("export", llamas / "one", tmp_path / "out"), "not a GDA model")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,6 @@ def test_mode_returns_a_conversion(mode: str, source: str, options: Any, models:
         ("map", "llama", ConvertOptions("llama", "out"), "--mode expand or split"),
         ("fold", "llama", FoldOptions("llama", "out"), "with qk_rank can be folded"),
         ("map", "motif", ConvertOptions("motif", "out", ratio=3), "--ratio is only for a Llama"),
-        ("split", "llama", ConvertOptions("llama", "out", qk_rank=2), "--qk-rank goes with --mode split in two steps"),
     ],
 )
 def test_mode_refuses_unsuitable_sources_and_options(

@@ -630,6 +630,17 @@ def test_samples_start_with_the_chat_template(llama: Path) -> None:
         assert all(each[0] == bos and each[1] not in tokenizer.all_special_ids for each in plain)
 
 
+def test_samples_have_embeddings(tmp_path: Path) -> None:
+    """A tokenizer may know more tokens than the model; a file may have a colon and a number in its name."""
+    source = save_llama(tmp_path / "llama", vocab_size=300)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"word{number}" for number in range(200)])
+    tokenizer.save_pretrained(source)
+    text = save_text(tmp_path / "a.txt:7")
+    report = split(source, tmp_path / "gda", calibration=(f"{text}",)).split
+    assert report.calibration == "a.txt:7, text sampled from the source"
+
+
 def test_texts_are_mixed_by_weight(llama: Path, tmp_path: Path) -> None:
     """Files count as their weights say, samples as one file; a file is measured on what follows its share."""
     for name in ("a", "b"):
@@ -637,8 +648,8 @@ def test_texts_are_mixed_by_weight(llama: Path, tmp_path: Path) -> None:
     files = (f"{tmp_path / 'a.txt'}:3", str(tmp_path / "b.txt"))
     made = split(llama, tmp_path / "gda", calibration=files)
     recorded = json.loads((tmp_path / "gda" / "conversion.json").read_text())["settings"]["split"]
-    assert [(each["name"], each["windows"]) for each in recorded["texts"]] == [("a.txt", 6), ("b.txt", 2)]
-    assert recorded["sampled_windows"] == 2
+    assert [(each["name"], each["sequences"]) for each in recorded["texts"]] == [("a.txt", 6), ("b.txt", 2)]
+    assert recorded["sampled_sequences"] == 2
     report = made.split
     assert report.tokens == TOKENS
     assert report.calibration == "a.txt, b.txt, text sampled from the source"
@@ -650,13 +661,16 @@ def test_texts_are_mixed_by_weight(llama: Path, tmp_path: Path) -> None:
 def test_warnings_name_the_text(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     """Where a ratio is 1.15 or more, and where little is held out: on the screen, in the card and in JSON."""
     monkeypatch.setattr(report_module, "WORSE", 0.5)
+    monkeypatch.setattr(report_module, "HELD_OUT_TOKENS", 512)
     arguments = ("convert", llama, tmp_path / "gda", "--mode", "split", "--effort", "fast", "--no-verify")
     done = command(*arguments, *("--calibration", llama.parent / "text.txt", "--calibration", "sampled:0"))
     assert done.code == 0
     card = (tmp_path / "gda" / "README.md").read_text()
     found = json.loads((tmp_path / "gda" / "conversion.json").read_text())["split"]["warnings"]
-    assert [each.split(",")[0] for each in found[:2]] == ["on text.txt", "on the documentation of Python"]
-    assert "only 256 tokens of text.txt are held out" in found[2]
+    assert found == [
+        "perplexity is 0.5 times the source's or more on text.txt, the documentation of Python",
+        "fewer than 512 tokens are held out of text.txt, the documentation of Python: ratios are rough",
+    ]
     for warning in found:
         assert f"warning: {warning}" in done.out
         assert f"**Warning**: {warning}." in card

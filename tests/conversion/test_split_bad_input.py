@@ -87,6 +87,25 @@ def test_missing_text(refused: Callable[..., None], tmp_path: Path) -> None:
     refused("--calibration", tmp_path, named=("--calibration", str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("texts", "named"),
+    [
+        (("TEXT:0",), ("TEXT:0", "not a positive number")),
+        (("TEXT:-1",), ("TEXT:-1", "not a positive number")),
+        (("TEXT:nan",), ("TEXT:nan", "not a positive number")),
+        (("TEXT:much",), ("TEXT:much", "not a file")),
+        (("TEXT", "TEXT:2"), ("TEXT", "twice")),
+        (("sampled", "sampled:2"), ("sampled", "twice")),
+        (("sampled:0",), ("sampled:0", "no text")),
+    ],
+)
+def test_weights(texts: tuple[str, ...], named: tuple[str, ...], llama: Path, refused: Callable[..., None]) -> None:
+    """They are positive numbers, one for each text; only `sampled` can be left out with 0."""
+    text = str(llama.parent / "text.txt")
+    options = [part for each in texts for part in ("--calibration", each.replace("TEXT", text))]
+    refused(*options, named=tuple(each.replace("TEXT", text) for each in named))
+
+
 @pytest.mark.parametrize("tokens", ["0", "-5", "255"])
 def test_too_few_tokens(tokens: str, llama: Path, refused: Callable[..., None]) -> None:
     """At least one sequence to fit to and one to hold out."""

@@ -333,7 +333,7 @@ def test_peak_memory_is_bounded(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
 
     def measured() -> None:
-        split_module.memory_to_use = lambda: 0
+        split_module.memory_to_use = lambda *_: 0
         split_module.EFFORTS = {"default": 1}
         before = anonymous_memory()
         most = [before]

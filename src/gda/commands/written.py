@@ -37,7 +37,7 @@ def _print_split(split: Any) -> None:
     )
     for text in split.texts:
         if text.text != split.inside:
-            fitted = "" if text.fitted else ", which it was not fitted to"
+            fitted = "" if text.fitted else " (not fitted to)"
             typer.echo(
                 f"on {text.tokens:,} tokens of {text.text}{fitted}: {times_the_source(text.ratio, text.interval)}"
             )

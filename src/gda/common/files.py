@@ -142,7 +142,7 @@ class StagedFolder:
         out: The final place. Missing parents are created.
         overwrite: Whether `finish` may replace an existing OUT.
         resume: Whether to keep what a killed process left in the folder. Otherwise it is removed.
-        resumable: Whether it is removed only with `overwrite`, since it may have taken long.
+        resumable: Refuse to discard what a killed process left, unless `overwrite` is set.
 
     Raises:
         FileExistsError: if `out`, or work that could be resumed, exists and may not be replaced, or if the folder is a
