@@ -32,12 +32,11 @@ import torch
 from measuring import device
 from rich.console import Console
 from rich.table import Table
-from split_domains import blimp
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from split_domains import blimp, converted
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gda import GDAForCausalLM, convert
+from gda import GDAForCausalLM
 from gda.common.perplexity import perplexity
-from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
@@ -196,23 +195,10 @@ def calibrated(source: Source, path: str, tokens: int) -> Text:
 
 def add_converted(rows: Rows, effort: str, arguments: argparse.Namespace, tokens: int, **settings: Any) -> None:
     """Split with `gda convert`, and add the result."""
-    with tempfile.TemporaryDirectory() as scratch:
-        begun = time.monotonic()
-        report = convert(
-            arguments.source,
-            Path(scratch) / "split",
-            mode="split",
-            calibration=(arguments.calibration, "sampled:0"),
-            calibration_tokens=tokens,
-            effort=effort,
-            **settings,
-        )
-        minutes = (time.monotonic() - begun) / 60
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
-        name = f"{effort}, {report.config.signal_noise_ratio}:1"
-        assert report.split is not None
-        rows.add(name, model, report.split.tokens, minutes)
+    settings |= {"calibration": (arguments.calibration, "sampled:0"), "calibration_tokens": tokens, "effort": effort}
+    report, model, minutes = converted(arguments.source, **settings)
+    assert report.split is not None
+    rows.add(f"{effort}, {report.config.signal_noise_ratio}:1", model, report.split.tokens, minutes)
 
 
 def tokens(arguments: argparse.Namespace) -> None:

@@ -62,6 +62,16 @@ def compare(arguments: argparse.Namespace) -> None:
                 print(row.stem, relative(json.loads(row.read_text()), base), flush=True)
 
 
+def converted(source: str, **settings: Any) -> tuple[Any, Any, float]:
+    """Split with `gda convert`: its report, the model, and the minutes that the command took."""
+    with tempfile.TemporaryDirectory() as scratch:
+        begun = time.monotonic()
+        report = convert(source, Path(scratch) / "split", mode="split", **settings)
+        minutes = (time.monotonic() - begun) / 60
+        with quiet_transformers():
+            return report, AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval(), minutes
+
+
 def domain_row(
     arguments: argparse.Namespace,
     effort: str,
@@ -70,21 +80,9 @@ def domain_row(
     texts: dict[str, torch.Tensor],
 ) -> dict[str, float | None]:
     """Split once, and measure the result."""
-    with tempfile.TemporaryDirectory() as scratch:
-        begun = time.monotonic()
-        report = convert(
-            arguments.source,
-            Path(scratch) / "split",
-            mode="split",
-            calibration=calibration,
-            calibration_tokens=arguments.tokens,
-            effort=effort,
-            seed=seed,
-        )
-        minutes = (time.monotonic() - begun) / 60
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(report.out, dtype=torch.float32).eval()
-        figures = measured(model, open_source(arguments.source).tokenizer(), texts, arguments)
+    settings = {"calibration": calibration, "calibration_tokens": arguments.tokens, "effort": effort, "seed": seed}
+    report, model, minutes = converted(arguments.source, **settings)
+    figures = measured(model, open_source(arguments.source).tokenizer(), texts, arguments)
     checked = report.verification
     return figures | {"KL": checked.kl, "same top token": checked.top1_agreement, "minutes": minutes}
 

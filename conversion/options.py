@@ -109,6 +109,7 @@ class SplitOptions(WriteOptions):
         "Default: sampled.",
         panel=SPLIT,
         metavar="FILE[:WEIGHT]",
+        check=lambda text: _check_calibration(text),
     )
     calibration_tokens: int | None = option(
         None, "Number of tokens to fit to. Default: 65,536, or 32,768 with --effort fast.", panel=SPLIT, metavar="N"
@@ -126,9 +127,7 @@ class SplitOptions(WriteOptions):
 
     def check_places(self) -> None:
         super().check_places()
-        for name in self.calibration_weights():
-            if name != SAMPLED and not Path(name).is_file():
-                raise FileNotFoundError(f"--calibration {name} is not a file")
+        self.calibration_weights()
 
     def calibration_weights(self) -> dict[str, float]:
         """The weight of each calibration file, by path, and of the text that the source writes, as `sampled`.
@@ -499,8 +498,13 @@ def _weighted(text: str) -> tuple[str, float]:
     except ValueError:
         return text, 1.0  # not a file, as the check of places says
     if not math.isfinite(value) or value < 0 or (value == 0 and name != SAMPLED):
-        raise ValueError(f"--calibration {text}: the weight {weight} is not a positive number")
+        raise ValueError(f"{text}: the weight {weight} is not a positive number")
     return name, value
+
+
+def _check_calibration(text: str) -> None:
+    if (name := _weighted(text)[0]) != SAMPLED:
+        check_text(name)
 
 
 def _is_converted(folder: Path) -> bool:

@@ -32,12 +32,14 @@ class TrainSettings(Options):
         "downloaded or saved dataset, or a dataset OWNER/NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
         panel=DATA,
         metavar="FILE|DATASET",
+        check=check_data,
     )
     eval_data: tuple[str, ...] = option(
         (),
         "Text to measure the loss on before, during and after training. May be repeated. Default: none.",
         panel=DATA,
         metavar="FILE|DATASET",
+        check=check_data,
     )
     eval_tokens: int | None = option(
         None,
@@ -257,12 +259,6 @@ class TrainOptions(TrainSettings, RunOptions):
             return
         super().check_places()
         assert self.out is not None
-        for name in ("data", "eval_data"):
-            for each in getattr(self, name):
-                try:
-                    check_data(each)
-                except FileNotFoundError as error:
-                    raise FileNotFoundError(f"{flag(name)} {error}") from None
         for place in (self.model, *self.data, *self.eval_data):
             check_places(place, self.out)
         refuse_existing(Path(self.out), self.overwrite)

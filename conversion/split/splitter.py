@@ -68,7 +68,7 @@ class Splitter:
         if self.effort not in EFFORTS:
             raise ValueError(f"--effort {effort} is not one of {', '.join(EFFORTS)}")
         self.steps, self.seed = EFFORTS[self.effort], seed
-        self.source = source
+        self.source, self.read = source, _Cache(source)
         self.config = copy.deepcopy(config)
         try:
             tokenizer = source.tokenizer()
@@ -96,6 +96,7 @@ class Splitter:
                 )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.mixed_precision = _multiplies_bfloat16(self.device)
+        self.teacher = LayerwiseModel(source.config, self.read, self.device)
 
     def settings(self) -> dict[str, Any]:
         """The settings that the result depends on, as JSON-ready values."""
@@ -108,8 +109,7 @@ class Splitter:
 
     def minutes(self) -> float:
         """Estimated minutes of `run`."""
-        model = LayerwiseModel(self.source.config, self.source.read, self.device)
-        return estimated_minutes(model, self.amount)
+        return estimated_minutes(self.teacher, self.amount)
 
     def expected(self, minutes: float) -> str:
         """What `run` takes, as a sentence."""
@@ -146,7 +146,6 @@ class Splitter:
             OSError: if the disk has no space for the work.
         """
         self.work = Work(folder, self._fingerprint())
-        self.read = _Cache(self.source)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.progress = progress_bars(console, TextColumn("{task.description}"), *columns)
         if (minutes := self.minutes()) > 1:  # shorter runs need no announcement
@@ -154,17 +153,16 @@ class Splitter:
                 console.print(self.expected(minutes), highlight=False)
             else:
                 logger.info(self.expected(minutes))
-        teacher = LayerwiseModel(self.source.config, self.read, self.device)
         with self.progress:
             written = [sampled_text(self._sampled(), self.shares)] if self.shares.sampled else []
             self.texts = [*self.files, *written, *self.outside]
             sequences, held_out = self._sequences(), torch.cat([text.held_out for text in self.texts])
-            splits = self._fit(teacher, torch.cat([sequences, held_out]), len(sequences))
+            splits = self._fit(torch.cat([sequences, held_out]), len(sequences))
             if self.config.lambda_type == "reparameterized":
                 self.config.lambda_init = [split.lambda_ for split in splits]
             student = LayerwiseModel(self.config, self.read, self.device)
-            states = last_states(teacher, len(sequences) + len(held_out), self.shares.context, self.work)
-            of_source = losses(teacher, held_out, states[len(sequences) :])
+            states = last_states(self.teacher, len(sequences) + len(held_out), self.shares.context, self.work)
+            of_source = losses(self.teacher, held_out, states[len(sequences) :])
             if not math.isfinite(mean_perplexity(of_source)):
                 raise ValueError("the last norm or the head of the source gives values that are not finite")
             initial = self._recipes(splits, None, torch.float32)
@@ -196,16 +194,16 @@ class Splitter:
         sequences = torch.cat([text.sequences for text in self.texts])
         return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self.seed))]
 
-    def _fit(self, teacher: LayerwiseModel, sequences: torch.Tensor, fitted: int) -> list[Split]:
+    def _fit(self, sequences: torch.Tensor, fitted: int) -> list[Split]:
         fits = fit_layers(
-            teacher,
+            self.teacher,
             self.config,
             sequences,
             fitted=fitted,
             lambdas=LAMBDAS[self.config.lambda_type],
             work=self.work,
         )
-        return list(self._with_progress("splitting heads, layer", fits, teacher.num_layers))
+        return list(self._with_progress("splitting heads, layer", fits, self.teacher.num_layers))
 
     def _train(
         self, student: LayerwiseModel, initial: dict[str, Recipe], sequences: torch.Tensor, states: torch.Tensor

@@ -8,8 +8,9 @@ import pytest
 
 import gda
 from gda.conversion.conversion import Conversion
+from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.modes.registry import MODES, plan, plan_again
-from gda.conversion.options import ConvertOptions, FoldOptions, GrowOptions
+from gda.conversion.options import PLAIN_TYPES, ConvertOptions, FoldOptions, GrowOptions
 from gda.conversion.sources.open import open_source
 from gda.conversion.writing.card import TEMPLATES
 from gda.conversion.writing.provenance import read_settings
@@ -131,3 +132,8 @@ def test_factors_are_the_same_with_several_workers(models: Path, tmp_path: Path)
     assert one.sha256 == several.sha256
     weights = [name for name in files_of(tmp_path / "one") if name.endswith(".safetensors")]
     assert len(weights) == one.num_files
+
+
+def test_types_that_are_told_at_a_glance() -> None:
+    """Options know without transformers which models are converted head by head."""
+    assert set(PLAIN_TYPES) == set(LLAMALIKES)

@@ -54,7 +54,8 @@ def option(
         flag: How the command line spells it, if not as the field with dashes, such as "--private/--public".
         minimum, maximum: The smallest and the largest number allowed.
         above: The number must be greater than this one.
-        check: Raises ValueError or OSError for a path or a name that can't be used; called by `check_places`.
+        check: Raises ValueError or OSError for a path or a name that can't be used; called by `check_places`, for an
+            option that can be repeated with each value.
     """
     limits = {"minimum": minimum, "maximum": maximum, "above": above}
     return field(
@@ -90,13 +91,14 @@ class Options:
         """Check the models and files that the options name; OSError or ValueError that names the option."""
         for each in fields(self):
             check, value = each.metadata.get("check"), getattr(self, each.name)
-            if check is None or not isinstance(value, str | Path):  # perhaps a model in memory
-                continue
-            try:
-                check(value)
-            except (OSError, ValueError) as error:
-                option = "" if each.metadata["positional"] else f"{flag(each.name)} "
-                raise type(error)(f"{option}{error}") from None
+            for one in value if isinstance(value, tuple) else (value,):
+                if check is None or not isinstance(one, str | Path):  # perhaps a model in memory
+                    continue
+                try:
+                    check(one)
+                except (OSError, ValueError) as error:
+                    option = "" if each.metadata["positional"] else f"{flag(each.name)} "
+                    raise type(error)(f"{option}{error}") from None
 
 
 def _check_limits(each: Field[Any], value: Any) -> None:
