@@ -334,7 +334,8 @@ def test_verify_factored_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gda"])
 def test_impossible_ranks_are_refused(kind: str, rank: int, tmp_path: Path) -> None:
     source = save_llama(tmp_path / "source") if kind == "llama" else saved(tmp_path / "source")
-    with pytest.raises(ValueError, match=rf"qk_rank must be from 1 to 8.*got {rank}"):
+    refusal = rf"qk_rank must be from 1 to 8.*got {rank}" if rank > 0 else f"--qk-rank {rank} is below 1"
+    with pytest.raises(ValueError, match=refusal):
         gda.convert(source, tmp_path / "out", qk_rank=rank)
     assert os.listdir(tmp_path) == ["source"]
 
