@@ -12,6 +12,7 @@ from gda.common.places import (
     check_folder,
     check_gda_model,
     check_model,
+    check_plain_model,
     check_repository,
     check_served,
     check_text,
@@ -31,6 +32,10 @@ SPLIT_ONLY = ("calibration", "calibration_tokens", "effort")
 PAPER_ONLY = ("lambda_init", "kv_layout", "head_norm")
 HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
 PLAIN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+NO_NOISE_HEADS = "needs a model without noise heads; use --mode map or omit --mode"
+NOISE_HEADS = "needs a model with noise heads; use --mode expand or split, or omit --mode"
+NOTHING_TO_FOLD = "has no qk_rank: its projections are dense, so there is nothing to fold"
+NOT_EXPORTED = "has no conversion.json of an export with noise heads; omit --mode restore"
 MAX_HEADS = 4096  # more are checked when the model is opened
 SAMPLED = "sampled"  # the name of the text that a source writes itself, as a value of --calibration
 
@@ -282,8 +287,17 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
 
     def check_places(self) -> None:
         super().check_places()
-        if self.qk_rank is None and config_entry(self.source, "model_type", str) == "gda":
+        model_type = config_entry(self.source, "model_type", str)
+        if self.qk_rank is None and model_type == "gda":
             raise ValueError(f"{self.source} is already a GDA model")
+        if self.mode == "map" and model_type in PLAIN_TYPES:
+            raise ValueError(f"{self.source} is a {model_type!r} model: --mode map {NOISE_HEADS}")
+        if (
+            self.mode == "restore"
+            and model_type in PLAIN_TYPES
+            and not (Path(self.source) / "conversion.json").exists()
+        ):
+            raise ValueError(f"{self.source} {NOT_EXPORTED}")
         self.check_heads(self.source, self.mode)
 
 
@@ -362,6 +376,12 @@ class FoldOptions(WriteOptions):
 
     model: str | Path = argument("GDA model with qk_rank: a folder or a Hub id.", check=check_gda_model)
     out: str | Path = argument("Folder to create.")
+
+    def check_places(self) -> None:
+        super().check_places()
+        is_gda = config_entry(self.model, "model_type", str) == "gda"
+        if is_gda and config_entry(self.model, "qk_rank", int) is None:
+            raise ValueError(f"{self.model} {NOTHING_TO_FOLD}")
 
 
 @dataclass(frozen=True)
@@ -475,7 +495,7 @@ class DemoOptions(ReplaceOptions):
         None,
         "Llama to convert: a folder, a Hub id or a GGUF file. Default: SmolLM2-135M-Instruct.",
         panel=LAYOUT,
-        check=check_model,
+        check=check_plain_model,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from gda.common.files import check_places, refuse_existing
 from gda.common.options import Options, argument, as_names, flag, option
-from gda.common.places import check_data, check_gda_model, check_model, config_entry
+from gda.common.places import check_data, check_gda_model, check_model, check_reporter, config_entry
 from gda.conversion.options import OUTPUT, BundleOptions, HubOptions, RevisionOptions
 
 EVAL_TOKENS = 32_768
@@ -154,6 +154,7 @@ class TrainSettings(Options):
         "Log to tensorboard, trackio or wandb as well. May be repeated. Default: only to OUT.",
         panel=LOG,
         metavar="NAME",
+        check=check_reporter,
     )
 
     def __post_init__(self) -> None:

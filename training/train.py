@@ -4,7 +4,6 @@ import contextlib
 import sys
 import tempfile
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -98,8 +97,6 @@ def _check_inputs(options: TrainOptions, out: Path) -> Path:
     for reporter in options.report_to:
         if reporter not in INTEGRATION_TO_CALLBACK:
             raise ValueError(f"--report-to {reporter!r} is not a reporter; use tensorboard, trackio or wandb")
-        if find_spec(reporter) is None:
-            raise ImportError(f"--report-to {reporter} needs that package; pip install {reporter}")
     source = resolve_folder(model, options.revision)
     read_gda_config(source)
     return source

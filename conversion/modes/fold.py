@@ -8,7 +8,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import PARTS, dense_config, folded
 from gda.conversion.modes.map import same_config
-from gda.conversion.options import WriteOptions
+from gda.conversion.options import NOTHING_TO_FOLD, WriteOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, copied, is_lossless
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -19,7 +19,7 @@ def plan(source: Source, options: WriteOptions) -> Conversion:
     factored, dtype = source.config, DTYPES[options.dtype]
     assert isinstance(factored, GDAConfig)
     if factored.qk_rank is None:
-        raise ValueError(f"{source.name} has no qk_rank: its projections are dense, so there is nothing to fold")
+        raise ValueError(f"{source.name} {NOTHING_TO_FOLD}")
     recipes = folded_recipes(factored, source.specs, dtype)
     products = [recipe for recipe in recipes.values() if len(recipe.sources) == len(PARTS)]
     wide = all(recipe.spec.dtype.itemsize >= 4 for recipe in products)

@@ -10,7 +10,15 @@ from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
 from gda.conversion.modes.checks import BrokenTieError, exported
-from gda.conversion.options import CheckpointOptions, ConvertOptions, ExportOptions, FoldOptions, GrowOptions
+from gda.conversion.options import (
+    NO_NOISE_HEADS,
+    NOISE_HEADS,
+    CheckpointOptions,
+    ConvertOptions,
+    ExportOptions,
+    FoldOptions,
+    GrowOptions,
+)
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.writing.provenance import Settings
 
@@ -30,9 +38,6 @@ class Mode:
 
 
 DIFFERENTIAL = (*DIFFERENTIAL_FAMILIES, "gda")
-
-NO_NOISE_HEADS = "needs a model without noise heads; use --mode map or omit --mode"
-NOISE_HEADS = "needs a model with noise heads; use --mode expand or split, or omit --mode"
 
 MODES = {
     "expand": Mode(ConvertOptions, LLAMALIKES, f"--mode expand {NO_NOISE_HEADS}"),

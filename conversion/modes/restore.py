@@ -23,7 +23,7 @@ from gda.conversion.modes.checks import (
     refuse,
 )
 from gda.conversion.modes.expand import LAMBDA
-from gda.conversion.options import ConvertOptions
+from gda.conversion.options import NOT_EXPORTED, ConvertOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import DTYPES, Recipe, cast, checkpoint_specs, copied, is_lossless, lambda_recipe
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -39,7 +39,7 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     refuse(options, NEW_HEADS_ONLY, "is not for an exported GDA model, which has noise heads; or pass --mode expand")
     export, dtype = exported(source), DTYPES[options.dtype]
     if export is None:
-        raise ValueError(f"{source.name} has no {PROVENANCE_FILE} of an export with noise heads; omit --mode restore")
+        raise ValueError(f"{source.name} {NOT_EXPORTED}")
     with errors_named(source):
         config = GDAConfig(
             **source_fields(source.config) | export.fields,

@@ -86,6 +86,12 @@ REFUSED = {
     "attention GDA --text a --out notes.gguf": "notes.gguf already exists; choose another path or pass --overwrite",
     "push ./none me/model": "none is not a folder",
     "serve ./none": "./none does not exist",
+    "serve GDA --prot 8001": "there is no option --prot; did you mean --port?",
+    "convert LLAMA OUT --mode map": "LLAMA is a 'llama' model: --mode map needs a model with noise heads; use --mode",
+    "convert LLAMA OUT --mode restore": "LLAMA has no conversion.json of an export with noise heads; omit --mode",
+    "fold GDA OUT": "GDA has no qk_rank: its projections are dense, so there is nothing to fold",
+    "demo --source GDA": "--source GDA is already a GDA model",
+    "train GDA OUT --data notes.gguf --report-to wandbb": "--report-to wandbb is not installed; use tensorboard, tr",
 }
 
 

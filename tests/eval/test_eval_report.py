@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import gda
 from gda.common.files import sha256
 
-from ..support.browser import Page
+from ..support.browser import Page, opened
 from ..support.commands import Command
 from ..support.evaluation import write_models
 from ..support.llamas import byte_tokenizer, files_of
@@ -200,6 +200,21 @@ def test_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Path, 
     assert "<b" not in markdown
     assert markdown.splitlines()[0].replace("\\|", "").count("|") == 7
     assert name in outcome.out
+
+
+@pytest.mark.slow
+def test_every_column_is_visible_on_a_narrow_screen(folder: Path, tmp_path: Path, command: Command) -> None:
+    """The verdict is the last column; at 1,400 px it was cut off."""
+    outcome = command(
+        *("eval", folder / "gda", "--baseline", folder / "llama", "--tasks", BLIMP, "--limit", 4),
+        *("--dataset-root", folder / "data", "--output", tmp_path, "--html"),
+    )
+    assert outcome.code == 0, outcome.error
+    with opened(tmp_path / "report.html", width=1400, ready="table") as page:
+        wide = page.locator(".wide")
+        assert wide.count() == page.locator("table").count() + page.locator("figure").count() > 1
+        assert wide.evaluate_all("all => all.every(each => each.scrollWidth <= each.clientWidth)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1400
 
 
 def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Path, command: Command) -> None:

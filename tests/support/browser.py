@@ -57,8 +57,15 @@ def what_is_missing() -> str | None:
 
 
 @contextmanager
-def opened(path: Path, *, width: int = 1440, height: int = 1000, scheme: str = "light") -> Iterator[Any]:
-    """Open a page and wait for its script; console errors and requests to other addresses fail.
+def opened(
+    path: Path,
+    *,
+    width: int = 1440,
+    height: int = 1000,
+    scheme: str = "light",
+    ready: str = "body[data-ready]",  # what a page's script sets last
+) -> Iterator[Any]:
+    """Open a page and wait for the element `ready`; console errors and requests to other addresses fail.
 
     Skips the test without a working Chromium or without playwright.
     """
@@ -74,7 +81,7 @@ def opened(path: Path, *, width: int = 1440, height: int = 1000, scheme: str = "
         page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
         page.on("request", lambda request: None if request.url == path.as_uri() else complaints.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("body[data-ready]", timeout=60_000)
+        page.wait_for_selector(ready, timeout=60_000)
         yield page
         page.wait_for_timeout(100)
         browser.close()

@@ -285,7 +285,7 @@ BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "empty data": (("--data", ""), "--data is empty"),
     "empty eval data": (("--eval-data", ""), "--eval-data is empty"),
     "no reporter": (("--report-to", "json"), "--report-to 'json' is not a reporter"),
-    "a reporter's module": (("--report-to", "a.b"), "--report-to 'a.b' is not a reporter"),
+    "a reporter's module": (("--report-to", "a.b"), "--report-to a.b is not installed"),
 }
 
 

@@ -1,5 +1,11 @@
 """The command `gda serve`."""
 
+import difflib
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
 import typer
 
 from gda.commands.app import Group, command
@@ -23,6 +29,7 @@ def serve(options: ServeOptions, context: typer.Context) -> None:
     `transformers serve` alone finds only the models that are part of transformers. Pass its options after MODEL;
     `transformers serve --help` lists them.
     """
+    _refuse_unknown(context.args)
     with needed_by("serving", "serve"):
         import fastapi  # noqa: F401
         import openai  # noqa: F401
@@ -41,3 +48,21 @@ def serve(options: ServeOptions, context: typer.Context) -> None:
     require_packages(folder)
     transformers.GDAForCausalLM = GDAForCausalLM  # type: ignore[attr-defined]
     transformers_app(["serve", options.model, *context.args])
+
+
+def _refuse_unknown(arguments: Iterable[str]) -> None:
+    """Raise ValueError for an option that `transformers serve` does not have.
+
+    They are read from its source, since importing it takes seconds. If that is written in another way one day, no
+    option is found in it, and `transformers serve` itself refuses what it does not know.
+    """
+    transformers = find_spec("transformers")
+    source = Path(transformers.origin).parent / "cli/serve.py" if transformers and transformers.origin else Path()
+    parameters = re.findall(r"^ +(\w+): Annotated\[", source.read_text(), re.MULTILINE) if source.is_file() else []
+    known = {f"--{each.replace('_', '-')}" for each in (*parameters, "help")} if parameters else set()
+    for argument in arguments:
+        given = argument.partition("=")[0].replace("_", "-").replace("--no-", "--")
+        if known and given.startswith("--") and given not in known:
+            near = difflib.get_close_matches(given, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`transformers serve --help` lists the options"
+            raise ValueError(f"there is no option {argument.partition('=')[0]}; {hint}")

@@ -1,6 +1,7 @@
 """Checks of the models and files that a user names. Options run them before anything heavy is imported."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,6 +94,19 @@ def check_gda_model(location: str | Path) -> None:
         raise ValueError(
             f"{config} has model_type {model_type!r}, so this is not a GDA model; convert it with `gda convert`"
         )
+
+
+def check_plain_model(location: str | Path) -> None:
+    """`check_model` for a model that is not a GDA model yet. The type of one on the Hub is checked later."""
+    check_model(location)
+    if config_entry(location, "model_type", str) == "gda":
+        raise ValueError(f"{location} is already a GDA model")
+
+
+def check_reporter(name: str) -> None:
+    """Raise ValueError unless there is a package `name`, to which transformers' Trainer may report."""
+    if not name.isidentifier() or find_spec(name) is None:
+        raise ValueError(f"{name} is not installed; use tensorboard, trackio or wandb, after pip install {name}")
 
 
 def check_device(device: str) -> None:
