@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -513,6 +514,25 @@ def test_model_card_without_verification(tmp_path: Path) -> None:
     assert "Not verified." in text
     assert 'from_pretrained("path/or/id", trust_remote_code=True)' in text  # which needs no installation
     assert "KL divergence" not in text
+
+
+@pytest.mark.parametrize(
+    ("links", "wanted"),
+    [
+        ([], "`pip install -c constraints.txt -e .` in a clone of its repository"),
+        (["Documentation, https://a.example", "Repository, https://b.example/gda"], "git+https://b.example/gda`"),
+    ],
+    ids=["no repository", "repository"],
+)
+def test_model_card_says_how_to_install_the_package(
+    links: list[str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = Message()
+    for link in links:
+        described["Project-URL"] = link
+    monkeypatch.setattr("gda.conversion.writing.card.metadata", lambda _name: described)
+    convert(save_llama(tmp_path / "llama"), tmp_path / "gda")
+    assert wanted in (tmp_path / "gda/README.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- determinism
