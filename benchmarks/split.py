@@ -40,9 +40,8 @@ from gda.common.perplexity import perplexity
 from gda.common.text import python_documentation
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
-from gda.conversion.split.calibration import CONTEXT, HELD_OUT_TOKENS, Text, read_calibration, shares
+from gda.conversion.split.calibration import CONTEXT, HELD_OUT_TOKENS, TOKENS, Text, read_calibration, shares
 from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
-from gda.conversion.split.fit import MAX_TOKENS
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
 from gda.conversion.split.recipes import LAMBDAS, split_config, split_recipes
 from gda.conversion.split.splitter import EFFORTS
@@ -297,8 +296,8 @@ def sizes(arguments: argparse.Namespace) -> None:
         specs = checkpoint_specs(config)
         model = LayerwiseModel(config, lambda name: 0.02 * torch.randn(specs[name].shape), device())  # noqa: B023
         held_out, amounts = HELD_OUT_TOKENS // CONTEXT, []
-        for steps in EFFORTS.values():
-            written = (arguments.tokens if steps else MAX_TOKENS) // CONTEXT + held_out
+        for effort, steps in EFFORTS.items():
+            written = TOKENS[effort] // CONTEXT + held_out
             amounts.append(Amount(CONTEXT, written, written + held_out, steps))
         costs = [(estimated_minutes(model, each), work_bytes(config, each) / 1e9) for each in amounts]
         table.add_row(name, *(f"{minutes:,.0f}, {size:.1f}" for minutes, size in costs))

@@ -23,6 +23,7 @@ from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
 from gda.conversion.sources.open import open_source
 
+COMPARED = ("efforts", "calibrations", "seeds", "out")
 CALIBRATIONS = {  # name: values of --calibration, given the user's text
     "text": lambda text: (text, "sampled:0"),
     "sampled": lambda text: ("sampled",),
@@ -47,6 +48,7 @@ def compare(arguments: argparse.Namespace) -> None:
     texts = texts_of(source.tokenizer(), arguments)
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
+    require_same_arguments(folder / "arguments.json", arguments)
     of_source = folder / "source.json"
     if not of_source.exists():
         of_source.write_text(json.dumps(measured(source.load().eval(), source.tokenizer(), texts, arguments)))
@@ -60,6 +62,15 @@ def compare(arguments: argparse.Namespace) -> None:
                     figures = domain_row(arguments, effort, CALIBRATIONS[name](arguments.calibration), seed, texts)
                     row.write_text(json.dumps(figures))
                 print(row.stem, relative(json.loads(row.read_text()), base), flush=True)
+
+
+def require_same_arguments(kept: Path, arguments: argparse.Namespace) -> None:
+    """Keep what all rows of a folder have in common, and refuse other rows."""
+    common = {name: value for name, value in vars(arguments).items() if name not in COMPARED}
+    if not kept.exists():
+        kept.write_text(json.dumps(common))
+    elif json.loads(kept.read_text()) != common:
+        raise SystemExit(f"{kept} holds other arguments; name another --out")
 
 
 def converted(source: str, **settings: Any) -> tuple[Any, Any, float]:

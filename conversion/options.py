@@ -38,6 +38,7 @@ NOTHING_TO_FOLD = "has no qk_rank: its projections are dense, so there is nothin
 NOT_EXPORTED = "has no conversion.json of an export with noise heads; omit --mode restore"
 MAX_HEADS = 4096  # more are checked when the model is opened
 SAMPLED = "sampled"  # the name of the text that a source writes itself, as a value of --calibration
+SAMPLED_WEIGHT = 2.0  # of that text beside files: most of what a source can do is in no file
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,20 @@ class SplitOptions(WriteOptions):
     calibration: tuple[str, ...] = option(
         (),
         "Calibration text: a text file, or .jsonl with a field `text`. Can be repeated; FILE:2 counts twice as much as "
-        "FILE. `sampled` is text that the source writes itself; it is added to files unless `sampled:0` is given. "
+        "FILE. `sampled` is text that the source writes itself; `sampled:2` is added to files unless `sampled:0` is "
+        "given. "
         "Default: sampled.",
         panel=SPLIT,
         metavar="FILE[:WEIGHT]",
         check=lambda text: _check_calibration(text),
     )
     calibration_tokens: int | None = option(
-        None, "Number of tokens to fit to. Default: 65,536, or 32,768 with --effort fast.", panel=SPLIT, metavar="N"
+        None, "Number of tokens to fit to. Default: 98,304, or 16,384 with --effort fast.", panel=SPLIT, metavar="N"
     )
-    effort: Literal["fast", "default", "best"] | None = option(
+    effort: Literal["fast", "default"] | None = option(
         None,
         "fast: choose heads, λ and output projections in closed form. default: then also train the attention on the "
-        "source's predictions for 180 steps. best: for 720 steps. Default: default.",
+        "source's predictions for 240 steps. Default: default.",
         panel=SPLIT,
     )
 
@@ -146,7 +148,7 @@ class SplitOptions(WriteOptions):
             if any(name == other or Path(name).resolve() == Path(other).resolve() for other in weights):
                 raise ValueError(f"--calibration names {name} twice; give it a weight instead, such as {name}:2")
             weights[name] = weight
-        weights = {SAMPLED: 1.0} | weights
+        weights = {SAMPLED: SAMPLED_WEIGHT} | weights
         if not any(weights.values()):
             raise ValueError(f"--calibration {SAMPLED}:0 leaves no text; name a file, too")
         return weights

@@ -16,12 +16,12 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
-BATCH = 4  # sequences in a step
+BATCH = 2  # sequences in a step
 # Size of Adam's step relative to the root mean square of a tensor's weights.
 RELATIVE_LEARNING_RATE = 0.0025
 SMALLEST_SCALE = 0.02  # for a tensor of zeros, such as a λ projection
-BETAS = (0.9, 0.95)
-WARM_UP = 5  # steps
+BETAS = (0.9, 0.99)
+WARM_UP = 20  # steps
 CHUNK = 128  # tokens whose logits are in memory
 CHECKPOINTS = 10  # per run: a killed run loses at most a tenth of the training
 

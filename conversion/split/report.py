@@ -59,7 +59,7 @@ class SplitReport:
     Attributes:
         calibration: Names of the calibration texts.
         tokens: Number of tokens fitted to.
-        effort: "fast", "default" or "best".
+        effort: "fast" or "default".
         steps: Number of training steps.
         inside: Names of the texts on which the following perplexities are measured: the calibration files, or without
             files, the sampled text.

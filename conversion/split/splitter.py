@@ -19,7 +19,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import NoTokenizerError
 from gda.conversion.split.calibration import (
-    DEFAULT_TOKENS,
+    TOKENS,
     documentation,
     read_calibration,
     sampled_text,
@@ -27,7 +27,7 @@ from gda.conversion.split.calibration import (
 )
 from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
 from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan, graph_bytes
-from gda.conversion.split.fit import MAX_TOKENS, fit_layers, last_states
+from gda.conversion.split.fit import fit_layers, last_states
 from gda.conversion.split.heads import Split
 from gda.conversion.split.measure import Measurements, losses, measure
 from gda.conversion.split.recipes import LAMBDAS, split_recipes
@@ -38,7 +38,7 @@ from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix, memor
 from gda.conversion.tensors.recipes import Recipe
 
 # Training steps after the closed form.
-EFFORTS = {"fast": 0, "default": 180, "best": 720}
+EFFORTS = {"fast": 0, "default": 240}
 T = TypeVar("T")
 
 
@@ -77,7 +77,7 @@ class Splitter:
         self.shares = shares(
             calibration,
             sampled=sampled_weight,
-            tokens=(DEFAULT_TOKENS if self.steps else MAX_TOKENS) if tokens is None else tokens,
+            tokens=TOKENS[self.effort] if tokens is None else tokens,
             longest=config.max_position_embeddings,
         )
         size = 4 * sum(spec.numel for spec in source.specs.values())
@@ -148,7 +148,7 @@ class Splitter:
         self.work = Work(folder, self._fingerprint())
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.progress = progress_bars(console, TextColumn("{task.description}"), *columns)
-        if (minutes := self.minutes()) > 1:  # shorter runs need no announcement
+        if self.work.is_new and (minutes := self.minutes()) > 1:  # shorter runs need no announcement
             if console is not None and shows_progress(console):
                 console.print(self.expected(minutes), highlight=False)
             else:

@@ -18,14 +18,15 @@ class Work:
     """A folder of tensors that survives a killed process.
 
     `allocate` maps a file into memory. `save` writes tensors and facts atomically. `fingerprint` is what the work
-    depends on; ValueError if the folder holds work with another one.
+    depends on; ValueError if the folder holds work with another one. `is_new`: whether the folder held none.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         self.folder = folder
         folder.mkdir(exist_ok=True)
         begun = folder / FINGERPRINT_FILE
-        if not begun.exists():
+        self.is_new = not begun.exists()
+        if self.is_new:
             write_json(begun, fingerprint)
         elif read_json(begun) != fingerprint:
             raise ValueError(

@@ -17,7 +17,7 @@ from gda.common.perplexity import perplexity
 from gda.conversion.split import calibration, distill, fit
 from gda.conversion.split import report as report_module
 from gda.conversion.split import splitter as split_module
-from gda.conversion.split.distill import ATTENTION, BETAS, Distillation, Plan
+from gda.conversion.split.distill import ATTENTION, BATCH, BETAS, Distillation, Plan
 from gda.conversion.split.heads import RIDGE, Moments
 from gda.conversion.split.sampling import sampled
 from gda.conversion.split.work import Work
@@ -275,7 +275,7 @@ def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, keep
     with torch.no_grad():
         wanted = []
         hook = teacher.model.norm.register_forward_hook(lambda _module, inputs, _output: wanted.append(inputs[0]))
-        expected = teacher(fitted[:4], use_cache=False).logits.log_softmax(-1)
+        expected = teacher(fitted[:BATCH], use_cache=False).logits.log_softmax(-1)
         hook.remove()
 
     def of_layer(layer: int) -> dict[str, Tensor]:
@@ -289,11 +289,11 @@ def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, keep
         keeps_graphs=keeps_graphs,
     )
     plan = Plan(1, 0, mixed_precision=False)
-    assert sorted(plan.batch(0, 4).tolist()) == [0, 1, 2, 3]
-    (loss,) = streamed.train(plan, fitted[:4], wanted[0])
+    assert sorted(plan.batch(0, BATCH).tolist()) == list(range(BATCH))
+    (loss,) = streamed.train(plan, fitted[:BATCH], wanted[0])
 
-    found = student(fitted[:4], use_cache=False).logits.log_softmax(-1)
-    whole = kl_div(found, expected, reduction="sum", log_target=True) / fitted[:4].numel()
+    found = student(fitted[:BATCH], use_cache=False).logits.log_softmax(-1)
+    whole = kl_div(found, expected, reduction="sum", log_target=True) / fitted[:BATCH].numel()
     whole.backward()
     assert loss == pytest.approx(whole.item(), rel=1e-5)
     for layer, means in enumerate(streamed.means):

@@ -189,7 +189,7 @@ def test_killed_at_any_moment_between_files(llama: Path, expected: dict[str, byt
     "change",
     [
         {"seed": 1},
-        {"effort": "best"},
+        {"effort": "fast"},
         {"lambda_type": "tanh"},
         {"calibration_tokens": TOKENS - 200},
         {"calibration": "other.txt"},

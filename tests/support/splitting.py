@@ -23,7 +23,7 @@ TOKENS = 10 * CONTEXT
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few training steps, in full precision."""
-    monkeypatch.setattr(split_module, "EFFORTS", {"fast": 0, "default": STEPS, "best": 2 * STEPS})
+    monkeypatch.setattr(split_module, "EFFORTS", {"fast": 0, "default": STEPS})
     monkeypatch.setattr(split_module, "_multiplies_bfloat16", lambda device: False)
     monkeypatch.setattr(calibration, "HELD_OUT_TOKENS", HELD_OUT * CONTEXT)
 
