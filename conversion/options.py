@@ -124,7 +124,7 @@ class SplitOptions(WriteOptions):
     effort: Literal["fast", "default"] | None = option(
         None,
         "fast: choose heads, λ and output projections in closed form. default: then also train the attention on the "
-        "source's predictions for 240 steps. Default: default.",
+        "source's predictions for 96 steps. Default: default.",
         panel=SPLIT,
     )
 
@@ -292,13 +292,13 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
         model_type = config_entry(self.source, "model_type", str)
         if self.qk_rank is None and model_type == "gda":
             raise ValueError(f"{self.source} is already a GDA model")
-        if self.mode == "map" and model_type in PLAIN_TYPES:
+        if model_type in PLAIN_TYPES:
+            self._check_plain(model_type)
+
+    def _check_plain(self, model_type: str | None) -> None:
+        if self.mode == "map":
             raise ValueError(f"{self.source} is a {model_type!r} model: --mode map {NOISE_HEADS}")
-        if (
-            self.mode == "restore"
-            and model_type in PLAIN_TYPES
-            and not (Path(self.source) / "conversion.json").exists()
-        ):
+        if self.mode == "restore" and not (Path(self.source) / "conversion.json").exists():
             raise ValueError(f"{self.source} {NOT_EXPORTED}")
         self.check_heads(self.source, self.mode)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from gda.common.options import Options, argument, flag, option
 from gda.common.places import check_device, check_model, check_text, layers_of
+from gda.eval.task_texts import check_tasks
 
 # A model in memory is allowed in Python. Its class cannot be named without importing PyTorch, hence Any.
 Model = str | Path | Any
@@ -102,6 +103,11 @@ class TaskOptions(Options):
             raise ValueError(f"--limit {self.limit} is neither a number of documents nor a fraction below 1")
         if not BATCH_SIZE.fullmatch(str(self.batch_size)):
             raise ValueError(f"--batch-size {self.batch_size} is neither a positive number nor auto")
+
+    def check_places(self) -> None:
+        super().check_places()
+        if self.tasks and self.include_path is None:
+            check_tasks(self.tasks)
 
 
 @dataclass(frozen=True)

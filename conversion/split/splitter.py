@@ -37,8 +37,8 @@ from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix, memory_to_use
 from gda.conversion.tensors.recipes import Recipe
 
-# Training steps after the closed form.
-EFFORTS = {"fast": 0, "default": 240}
+# Training steps after the closed form: with the default number of tokens, each sequence is read once.
+EFFORTS = {"fast": 0, "default": 96}
 T = TypeVar("T")
 
 

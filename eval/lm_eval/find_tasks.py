@@ -3,12 +3,10 @@
 Only the folders of lm-eval whose files mention a wanted name are given to lm-eval's TaskManager to parse.
 """
 
-import difflib
 import fnmatch
-import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,10 @@ from lm_eval.tasks import TaskManager
 
 from gda.common.errors import first_line
 from gda.eval.lm_eval.local_data import data_from
+from gda.eval.task_texts import definitions, is_file, pattern, unknown_task
 from gda.eval.tasks import TASKS_FOLDER
 
 TASKS_OF_LM_EVAL = Path(lm_eval.tasks.__file__).parent
-NOT_A_DEFINITION = {".py", ".pyc", ".md", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".sh", ".ipynb"}
-DEFINED_NAME = re.compile(rb"^(?:task|group):[ \t]*[\"']?([\w.:/+-]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
 
 
 class TaskManagerWithOurs(TaskManager):
@@ -87,16 +84,16 @@ def find_tasks(
     names: Sequence[str], *, metadata: dict[str, Any] | None = None, include_path: str | Path | None = None
 ) -> tuple[TaskManager, list[str]]:
     """A task manager that knows `names`, and the names with each pattern replaced by what it matches."""
-    texts = _definitions()
-    wanted = [name for name in names if not _is_file(name)]
-    if any(_is_file(name) and _defines_group(name) for name in names):
+    texts = definitions()
+    wanted = [name for name in names if not is_file(name)]
+    if any(is_file(name) and _defines_group(name) for name in names):
         manager = TaskManagerWithOurs(metadata=metadata, include_path=include_path)  # members may be defined anywhere
     else:
         manager = _manager_of(wanted, texts, metadata, [] if include_path is None else [Path(include_path)])
     for name in wanted:
         if not _matches(manager, name):
-            raise ValueError(f"unknown task {name!r}{_did_you_mean(name, manager, texts.values())}")
-    found = [match for name in names for match in ([name] if _is_file(name) else _matches(manager, name))]
+            raise unknown_task(name, texts.values(), manager.all_tasks)
+    found = [match for name in names for match in ([name] if is_file(name) else _matches(manager, name))]
     return manager, list(dict.fromkeys(found))
 
 
@@ -108,7 +105,7 @@ def _manager_of(
     searched: set[str] = set()
     unsearched = set(wanted)
     while True:
-        folders |= {folder for folder, text in texts.items() if any(_pattern(name).search(text) for name in unsearched)}
+        folders |= {folder for folder, text in texts.items() if any(pattern(name).search(text) for name in unsearched)}
         folders |= {folder for folder in texts if _included(folder, texts) & folders}
         # If a name is defined twice, lm-eval takes the first definition in one folder, but the last of several folders.
         paths = [*sorted(folders, reverse=True), TASKS_FOLDER, *included]
@@ -120,26 +117,10 @@ def _manager_of(
             return manager
 
 
-def _definitions() -> dict[Path, bytes]:
-    """For each folder of lm-eval, the text of all files that define tasks or are included by such files."""
-    texts = {}
-    for folder in (path for path in TASKS_OF_LM_EVAL.iterdir() if path.is_dir()):
-        files = (os.path.join(place, file) for place, _, files in os.walk(folder) for file in files)
-        definitions = (file for file in files if os.path.splitext(file)[1] not in NOT_A_DEFINITION)
-        texts[folder] = b"\n".join(Path(file).read_bytes() for file in definitions)
-    return texts
-
-
 def _included(folder: Path, texts: dict[Path, bytes]) -> set[Path]:
     """Folders of lm-eval whose files are included by files of `folder`, with their tags."""
     names = re.findall(rb"^include:[ \t]*(?:\.\./)+([^/\s]+)/", texts[folder], re.MULTILINE)
     return {TASKS_OF_LM_EVAL / name.decode() for name in names}
-
-
-def _pattern(name: str) -> re.Pattern[bytes]:
-    """`name` as a whole word; `*` and `?` stand for parts of a word."""
-    word = re.escape(name).replace(r"\*", r"[\w.:/+-]*").replace(r"\?", r"[\w.:/+-]")
-    return re.compile(rf"(?<![\w.-]){word}(?![\w.-])".encode())
 
 
 def _members(config: dict[str, Any]) -> Iterator[str]:
@@ -159,15 +140,5 @@ def _matches(manager: TaskManager, name: str) -> list[str]:
     return sorted(fnmatch.filter(manager.all_tasks, name)) if set(name) & set("*?[") else []
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
-
-
 def _defines_group(file: str) -> bool:
     return re.search(rb"^group:", Path(file).read_bytes(), re.MULTILINE) is not None
-
-
-def _did_you_mean(name: str, manager: TaskManager, texts: Iterable[bytes]) -> str:
-    known = {found.decode() for text in texts for found in DEFINED_NAME.findall(text)} | set(manager.all_tasks)
-    close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(close)}?" if close else "; `python -m gda.eval ls tasks` lists all tasks"

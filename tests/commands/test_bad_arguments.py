@@ -82,6 +82,7 @@ REFUSED = {
     "train GDA models --data notes.gguf": "models already exists; choose another path or pass --overwrite",
     "train GDA GDA --data notes.gguf --overwrite": "GDA is the source, is inside it or contains it",
     "train GDA OUT --data notes.gguf --context 99999": "--context 99999 is above 128, the model's max_pos",
+    "eval GDA --tasks gda_task,helaswag": "unknown task 'gda_task'; did you mean gda_tasks",
     "eval GDA --tasks gda_tasks --dataset-root ./none": "--dataset-root ./none is not a folder",
     "attention GDA --text a --out notes.gguf": "notes.gguf already exists; choose another path or pass --overwrite",
     "push ./none me/model": "none is not a folder",

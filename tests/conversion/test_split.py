@@ -642,14 +642,14 @@ def test_samples_have_embeddings(tmp_path: Path) -> None:
 
 
 def test_texts_are_mixed_by_weight(llama: Path, tmp_path: Path) -> None:
-    """Files count as their weights say, samples as one file; a file is measured on what follows its share."""
+    """Files count as their weights say, samples as two files; a file is measured on what follows its share."""
     for name in ("a", "b"):
         save_text(tmp_path / f"{name}.txt", 9_000)
     files = (f"{tmp_path / 'a.txt'}:3", str(tmp_path / "b.txt"))
     made = split(llama, tmp_path / "gda", calibration=files)
     recorded = json.loads((tmp_path / "gda" / "conversion.json").read_text())["settings"]["split"]
-    assert [(each["name"], each["sequences"]) for each in recorded["texts"]] == [("a.txt", 6), ("b.txt", 2)]
-    assert recorded["sampled_sequences"] == 2
+    assert [(each["name"], each["sequences"]) for each in recorded["texts"]] == [("a.txt", 5), ("b.txt", 2)]
+    assert recorded["sampled_sequences"] == 3
     report = made.split
     assert report.tokens == TOKENS
     assert report.calibration == "a.txt, b.txt, text sampled from the source"

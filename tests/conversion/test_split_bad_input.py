@@ -195,7 +195,7 @@ def test_heads_that_cannot_be_split(
 
 @pytest.mark.parametrize("effort", ["foo", "", "Fast"])
 def test_unknown_effort(effort: str, llama: Path, refused: Callable[..., None]) -> None:
-    refused("--effort", effort, named=("--effort", "fast, default, best"))
+    refused("--effort", effort, named=("--effort", "fast, default"))
 
 
 def test_conflicting_options(llama: Path, refused: Callable[..., None]) -> None:

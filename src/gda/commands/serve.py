@@ -56,13 +56,17 @@ def _refuse_unknown(arguments: Iterable[str]) -> None:
     They are read from its source, since importing it takes seconds. If that is written in another way one day, no
     option is found in it, and `transformers serve` itself refuses what it does not know.
     """
-    transformers = find_spec("transformers")
-    source = Path(transformers.origin).parent / "cli/serve.py" if transformers and transformers.origin else Path()
-    parameters = re.findall(r"^ +(\w+): Annotated\[", source.read_text(), re.MULTILINE) if source.is_file() else []
-    known = {f"--{each.replace('_', '-')}" for each in (*parameters, "help")} if parameters else set()
+    known = _options_of_transformers()
     for argument in arguments:
-        given = argument.partition("=")[0].replace("_", "-").replace("--no-", "--")
-        if known and given.startswith("--") and given not in known:
+        given = argument.partition("=")[0]
+        if known and given.startswith("--") and given.replace("--no-", "--") not in known:
             near = difflib.get_close_matches(given, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "`transformers serve --help` lists the options"
-            raise ValueError(f"there is no option {argument.partition('=')[0]}; {hint}")
+            raise ValueError(f"there is no option {given}; {hint}")
+
+
+def _options_of_transformers() -> list[str]:
+    found = find_spec("transformers")
+    source = Path(found.origin).parent / "cli/serve.py" if found and found.origin else Path()
+    parameters = re.findall(r"^ +(\w+): Annotated\[", source.read_text(), re.MULTILINE) if source.is_file() else []
+    return [f"--{each.replace('_', '-')}" for each in parameters]

@@ -106,7 +106,7 @@ def check_plain_model(location: str | Path) -> None:
 def check_reporter(name: str) -> None:
     """Raise ValueError unless there is a package `name`, to which transformers' Trainer may report."""
     if not name.isidentifier() or find_spec(name) is None:
-        raise ValueError(f"{name} is not installed; use tensorboard, trackio or wandb, after pip install {name}")
+        raise ValueError(f"{name} is not installed; use tensorboard, trackio or wandb, and install it with pip")
 
 
 def check_device(device: str) -> None:
