@@ -14,6 +14,7 @@ GGUF_MAGIC = b"GGUF"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # one file of a model that llama.cpp has split
 VISION_PROJECTOR = "mmproj"  # in the name of a GGUF file that llama.cpp uses beside a model
 ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another adapter of PEFT
+REPORTERS = ("tensorboard", "trackio", "wandb")
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 MAX_NAMES = 8  # in a message
 T = TypeVar("T")
@@ -106,7 +107,8 @@ def check_plain_model(location: str | Path) -> None:
 def check_reporter(name: str) -> None:
     """Raise ValueError unless there is a package `name`, to which transformers' Trainer may report."""
     if not name.isidentifier() or find_spec(name) is None:
-        raise ValueError(f"{name} is not installed; use tensorboard, trackio or wandb, and install it with pip")
+        remedy = f"pip install {name}" if name in REPORTERS else f"use {', '.join(REPORTERS)}"
+        raise ValueError(f"{name} is not installed; {remedy}")
 
 
 def check_device(device: str) -> None:
