@@ -32,9 +32,17 @@ def _text_of(folder: Path) -> bytes:
 
 
 def pattern(name: str) -> re.Pattern[bytes]:
-    """`name` as a whole word; `*` and `?` stand for parts of a word."""
-    word = re.escape(name).replace(r"\*", r"[\w.:/+-]*").replace(r"\?", r"[\w.:/+-]")
+    """`name` as a whole word; `*`, `?` and `[…]` stand for parts of a word, as in fnmatch."""
+    word = "".join(map(_part, re.findall(r"\[!?[^\]]+\]|.", name)))
     return re.compile(rf"(?<![\w.-]){word}(?![\w.-])".encode())
+
+
+def _part(part: str) -> str:
+    """The regular expression for a character of a pattern, or for characters in brackets."""
+    if len(part) == 1:
+        return {"*": r"[\w.:/+-]*", "?": r"[\w.:/+-]"}.get(part) or re.escape(part)
+    inner = re.escape(part[1:-1].removeprefix("!")).replace(r"\-", "-")
+    return f"[{'^' if part[1] == '!' else ''}{inner}]"
 
 
 def is_file(name: str) -> bool:
@@ -43,15 +51,12 @@ def is_file(name: str) -> bool:
 
 
 def check_tasks(names: Iterable[str]) -> None:
-    """Raise ValueError for a name that occurs in no task file of lm-eval or of this package.
-
-    Patterns with brackets are left to `find_tasks`.
-    """
+    """Raise ValueError for a name that occurs in no task file of lm-eval or of this package."""
     if not (of_lm_eval := definitions()):
         return
     texts = [*of_lm_eval.values(), _text_of(TASKS_FOLDER)]
     for name in names:
-        if not is_file(name) and "[" not in name and not any(pattern(name).search(text) for text in texts):
+        if not is_file(name) and not any(pattern(name).search(text) for text in texts):
             raise unknown_task(name, texts)
 
 

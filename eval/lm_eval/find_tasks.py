@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -19,8 +18,6 @@ from gda.common.errors import first_line
 from gda.eval.lm_eval.local_data import data_from
 from gda.eval.task_texts import definitions, is_file, pattern, unknown_task
 from gda.eval.tasks import TASKS_FOLDER
-
-TASKS_OF_LM_EVAL = Path(lm_eval.tasks.__file__).parent
 
 
 class TaskManagerWithOurs(TaskManager):
@@ -120,7 +117,7 @@ def _manager_of(
 def _included(folder: Path, texts: dict[Path, bytes]) -> set[Path]:
     """Folders of lm-eval whose files are included by files of `folder`, with their tags."""
     names = re.findall(rb"^include:[ \t]*(?:\.\./)+([^/\s]+)/", texts[folder], re.MULTILINE)
-    return {TASKS_OF_LM_EVAL / name.decode() for name in names}
+    return {folder.parent / name.decode() for name in names}
 
 
 def _members(config: dict[str, Any]) -> Iterator[str]:

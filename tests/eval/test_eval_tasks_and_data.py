@@ -78,6 +78,25 @@ def test_unknown_task_gets_a_suggestion(name: str, meant: str) -> None:
         find_tasks([name])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("gda_mqar_pairs_[48]", ["gda_mqar_pairs_4", "gda_mqar_pairs_8"]),
+        ("[!a-fh-z]da_cop?", ["gda_copy"]),
+        ("blimp_passive_[1]", ["blimp_passive_1"]),
+    ],
+)
+def test_patterns_with_brackets(pattern: str, meant: list[str]) -> None:
+    """As fnmatch reads them; the check before lm-eval is imported takes them, too."""
+    from gda.eval.lm_eval.find_tasks import find_tasks
+    from gda.eval.task_texts import check_tasks
+
+    check_tasks([pattern])
+    assert find_tasks([pattern])[1] == meant
+    with pytest.raises(ValueError, match="unknown task"):
+        check_tasks(["gda_mqar_pairs_[ab]"])
+
+
 def test_unknown_task_without_similar_names() -> None:
     """The error says how to list the tasks."""
     from gda.eval.lm_eval.find_tasks import find_tasks
