@@ -35,16 +35,16 @@ from rich.table import Table
 from split_domains import blimp, converted
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gda import GDAForCausalLM
+from gda import GDAConfig, GDAForCausalLM
 from gda.common.perplexity import perplexity
 from gda.common.text import python_documentation
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
-from gda.conversion.split.calibration import CONTEXT, HELD_OUT_TOKENS, TOKENS, Text, read_calibration, shares
+from gda.conversion.split.calibration import CONTEXT, HELD_OUT_TOKENS, Text, read_calibration, shares
 from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
 from gda.conversion.split.recipes import LAMBDAS, split_config, split_recipes
-from gda.conversion.split.splitter import EFFORTS
+from gda.conversion.split.splitter import EFFORTS, TOKENS
 from gda.conversion.tensors.layerwise import LayerwiseModel
 from gda.conversion.tensors.recipes import checkpoint_specs
 
@@ -113,10 +113,14 @@ def columns(output: torch.Tensor, split: Split, noise: int, d: int) -> torch.Ten
     return output.unflatten(1, (-1, d))[:, signal].flatten(1)
 
 
+def one_noise_head_each(source: Source, dtype: torch.dtype | None) -> GDAConfig:
+    """The split of a source with one noise head for each KV head."""
+    noise_heads = source.config.num_key_value_heads
+    return split_config(source.config, noise_heads=noise_heads, lambda_type="reparameterized", dtype=dtype)
+
+
 def model_of(source: Source, splits: list[Split]) -> GDAForCausalLM:
-    config = split_config(
-        source.config, noise_heads=source.config.num_key_value_heads, lambda_type="reparameterized", dtype=torch.float32
-    )
+    config = one_noise_head_each(source, torch.float32)
     config.lambda_init = [split.lambda_ for split in splits]
     recipes = split_recipes(config, source.specs, splits, trained=None, seed=0, dtype=torch.float32)
     model = GDAForCausalLM(config)
@@ -167,9 +171,7 @@ def strategies(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.source)
     tokenizer = source.tokenizer()
     calibration = calibrated(source, arguments.calibration, arguments.tokens)
-    config = split_config(
-        source.config, noise_heads=source.config.num_key_value_heads, lambda_type="reparameterized", dtype=None
-    )
+    config = one_noise_head_each(source, None)
     ids = test_ids(tokenizer, arguments.test, arguments.test_tokens)
     rows = Rows(f"{source.name}, {len(ids):,} tokens of test", source.load(), tokenizer, ids, arguments)
     begun = time.monotonic()
@@ -206,9 +208,7 @@ def tokens(arguments: argparse.Namespace) -> None:
     ids = test_ids(tokenizer, arguments.test, arguments.test_tokens)
     lengths = [int(each) for each in arguments.lengths.split(",")]
     calibration = calibrated(source, arguments.calibration, max(lengths))
-    config = split_config(
-        source.config, noise_heads=source.config.num_key_value_heads, lambda_type="reparameterized", dtype=None
-    )
+    config = one_noise_head_each(source, None)
     rows = Rows(f"{source.name}, closed form, by calibration", source.load(), tokenizer, ids, arguments)
     begun = time.monotonic()
     cuts = [length // 512 for length in lengths]
@@ -314,6 +314,8 @@ def main() -> None:
             command.add_argument("source")
             command.add_argument("--calibration", required=True, help="Calibration text.")
             command.add_argument("--test", required=True, help="Text to measure the perplexity of.")
+        if function is sizes:  # which measures a layer, and reads no text
+            continue
         command.add_argument("--test-tokens", type=int, default=10240)
         command.add_argument("--dataset-root", help="Folder that contains nyu-mll/blimp.")
         command.add_argument("--limit", type=int, help="Number of pairs of each paradigm.")

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from gda import convert
+from gda import __version__, convert
 from gda.common.perplexity import perplexity
 from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
 from gda.conversion.sources.open import open_source
+from gda.conversion.split.splitter import EFFORTS, TOKENS
 
 COMPARED = ("efforts", "calibrations", "seeds", "out")
 CALIBRATIONS = {  # name: values of --calibration, given the user's text
@@ -67,6 +68,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def require_same_arguments(kept: Path, arguments: argparse.Namespace) -> None:
     """Keep what all rows of a folder have in common, and refuse other rows."""
     common = {name: value for name, value in vars(arguments).items() if name not in COMPARED}
+    common |= {"defaults": [__version__, EFFORTS, TOKENS]}
     if not kept.exists():
         kept.write_text(json.dumps(common))
     elif json.loads(kept.read_text()) != common:

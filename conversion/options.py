@@ -19,6 +19,7 @@ from gda.common.places import (
     config_entry,
     gguf_file,
     layers_of,
+    refuse_gda,
 )
 from gda.conversion.noise_heads import added, divided
 
@@ -112,8 +113,7 @@ class SplitOptions(WriteOptions):
         (),
         "Calibration text: a text file, or .jsonl with a field `text`. Can be repeated; FILE:2 counts twice as much as "
         "FILE. `sampled` is text that the source writes itself; `sampled:2` is added to files unless `sampled:0` is "
-        "given. "
-        "Default: sampled.",
+        "given. Default: sampled.",
         panel=SPLIT,
         metavar="FILE[:WEIGHT]",
         check=lambda text: _check_calibration(text),
@@ -289,16 +289,13 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
 
     def check_places(self) -> None:
         super().check_places()
+        if self.qk_rank is None:
+            refuse_gda(self.source)
         model_type = config_entry(self.source, "model_type", str)
-        if self.qk_rank is None and model_type == "gda":
-            raise ValueError(f"{self.source} is already a GDA model")
-        if model_type in PLAIN_TYPES:
-            self._check_plain(model_type)
-
-    def _check_plain(self, model_type: str | None) -> None:
-        if self.mode == "map":
+        if self.mode == "map" and model_type in PLAIN_TYPES:
             raise ValueError(f"{self.source} is a {model_type!r} model: --mode map {NOISE_HEADS}")
-        if self.mode == "restore" and not (Path(self.source) / "conversion.json").exists():
+        exported = (Path(self.source) / "conversion.json").exists()
+        if self.mode == "restore" and model_type in PLAIN_TYPES and not exported:
             raise ValueError(f"{self.source} {NOT_EXPORTED}")
         self.check_heads(self.source, self.mode)
 

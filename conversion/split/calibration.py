@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from gda.common.text import python_documentation, read_text
 
 CONTEXT = 512
-TOKENS = {"fast": 16384, "default": 98304}  # to fit to, by effort
 HELD_OUT_TOKENS = 4096  # of each text, for measuring the result
 SAMPLED_TEXT, PYTHON = "text sampled from the source", "the documentation of Python"
 

@@ -18,13 +18,7 @@ from gda.common.screen import progress_bars, shows_progress
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import NoTokenizerError
-from gda.conversion.split.calibration import (
-    TOKENS,
-    documentation,
-    read_calibration,
-    sampled_text,
-    shares,
-)
+from gda.conversion.split.calibration import documentation, read_calibration, sampled_text, shares
 from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
 from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan, graph_bytes
 from gda.conversion.split.fit import fit_layers, last_states
@@ -37,7 +31,8 @@ from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix, memory_to_use
 from gda.conversion.tensors.recipes import Recipe
 
-# Training steps after the closed form: with the default number of tokens, each sequence is read once.
+# By effort: the default number of tokens, and the training steps, which read each sequence of that many tokens once.
+TOKENS = {"fast": 16384, "default": 98304}
 EFFORTS = {"fast": 0, "default": 96}
 T = TypeVar("T")
 
