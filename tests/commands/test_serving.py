@@ -6,6 +6,7 @@ and linear layers are replaced by class name and plan; layers of other ranks are
 """
 
 import copy
+import inspect
 import json
 import re
 import socket
@@ -23,8 +24,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.models import OptionInfo
 
 import gda
+from gda.commands.serve import options_of_transformers
 
 from ..support.commands import Command
 from ..support.llamas import save_llama
@@ -284,3 +287,11 @@ def test_transformers_serves_a_converted_model(server: tuple[str, Path]) -> None
     assert answer["choices"][0]["message"]["content"] == expected
     assert streamed == expected.rstrip("\N{REPLACEMENT CHARACTER}")  # a stream waits for the rest of a character
     assert answer["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+
+
+def test_options_of_transformers_serve() -> None:
+    """`gda serve` refuses others before transformers is imported, so its list must be complete."""
+    serve = pytest.importorskip("transformers.cli.serve").Serve
+    kinds = {each.name: each.annotation.__metadata__[0] for each in inspect.signature(serve).parameters.values()}
+    options = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if isinstance(kind, OptionInfo)}
+    assert options == set(options_of_transformers())

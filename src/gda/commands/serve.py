@@ -53,20 +53,21 @@ def serve(options: ServeOptions, context: typer.Context) -> None:
 def _refuse_unknown(arguments: Iterable[str]) -> None:
     """Raise ValueError for an option that `transformers serve` does not have.
 
-    They are read from its source, since importing it takes seconds. If that is written in another way one day, no
-    option is found in it, and `transformers serve` itself refuses what it does not know.
+    They are read from its source, since importing it takes seconds. Where none is found in it, `transformers serve`
+    itself refuses what it does not know.
     """
-    known = _options_of_transformers()
+    known = options_of_transformers()
     for argument in arguments:
         given = argument.partition("=")[0]
-        if known and given.startswith("--") and given.replace("--no-", "--") not in known:
+        if known and given.startswith("--") and re.sub("^--no-", "--", given) not in known:
             near = difflib.get_close_matches(given, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "`transformers serve --help` lists the options"
             raise ValueError(f"there is no option {given}; {hint}")
 
 
-def _options_of_transformers() -> list[str]:
+def options_of_transformers() -> list[str]:
+    """Names such as "--port"; empty if its source is written in another way."""
     found = find_spec("transformers")
     source = Path(found.origin).parent / "cli/serve.py" if found and found.origin else Path()
-    parameters = re.findall(r"^ +(\w+): Annotated\[", source.read_text(), re.MULTILINE) if source.is_file() else []
+    parameters = re.findall(r"(\w+): Annotated\[[^()]*typer\.Option\(", source.read_text()) if source.is_file() else []
     return [f"--{each.replace('_', '-')}" for each in parameters]

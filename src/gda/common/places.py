@@ -100,6 +100,11 @@ def check_gda_model(location: str | Path) -> None:
 def check_plain_model(location: str | Path) -> None:
     """`check_model` for a model that is not a GDA model yet. The type of one on the Hub is checked later."""
     check_model(location)
+    refuse_gda(location)
+
+
+def refuse_gda(location: str | Path) -> None:
+    """Raise ValueError for the folder of a GDA model."""
     if config_entry(location, "model_type", str) == "gda":
         raise ValueError(f"{location} is already a GDA model")
 
