@@ -44,6 +44,7 @@ from gda.training.runs.run_folder import (
     unfinished_run,
 )
 from gda.training.runs.run_trainer import RunTrainer
+from gda.training.runs.watch import watched
 from gda.training.settings import TrainOptions, TrainSettings
 
 
@@ -62,6 +63,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     trainable.json (if `model` has one), training.json (settings and report) and training_log.jsonl.
 
     With `accelerate launch` or torchrun, every process calls this function. The main one writes; all return the report.
+    If one of them is lost, the others end, too: with ConnectionError, or with exit code 2 while they wait for the lost
+    one.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, ImportError, OSError: for bad input, in one line that names the
@@ -175,7 +178,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
 
     state = processes.on_main(open_folder)
     try:
-        with processes.ended_by_another():
+        with watched(processes):
             processes.together(lambda: _require_shared(state.path, processes))
             if state.report is not None:
                 report = TrainReport.from_dict(state.report, out, state.path)
@@ -225,7 +228,7 @@ def _train(
     with interrupts.installed(), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=None if state.checkpoint is None else str(state.checkpoint))
     if stop.interrupted:
-        raise KeyboardInterrupt
+        raise stop.interruption()
     report = _report(plan, trainer, state, out)
     model = trainer.whole_model()
 

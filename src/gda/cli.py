@@ -21,11 +21,10 @@ from gda.commands import (  # noqa: F401 - registers the commands, in the order 
     push,
     serve,
 )
-from gda.commands.app import app, is_main_process
+from gda.commands.app import INTERRUPTED, app, is_main_process
 from gda.common.errors import CheckFailed
 from gda.common.progress import log_on_stderr
 
-INTERRUPTED = 130
 # How to continue an interrupted command. The others start over.
 GO_ON = dict.fromkeys(("convert", "fold", "grow", "train"), "; run the same command with --resume to continue")
 GO_ON["push"] = "; run the same command again to continue"

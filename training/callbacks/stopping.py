@@ -3,7 +3,9 @@
 import contextlib
 import math
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -13,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gda.common.errors import Interrupted
 from gda.common.screen import shows_progress
 from gda.training.runs.processes import Processes
 
@@ -22,11 +25,14 @@ class NotFiniteError(Exception):
 
 
 class InterruptHandler:
-    """Handles Ctrl-C and SIGTERM: the first one requests a stop, the second one raises KeyboardInterrupt."""
+    """Handles Ctrl-C and SIGTERM: the first one requests a stop, the second one raises KeyboardInterrupt.
+
+    Slurm sends SIGTERM to all processes, and launchers pass it on. So SIGTERM counts once within two seconds.
+    """
 
     def __init__(self, console: Console | None):
-        self.requested = False
-        self._console = console
+        self.requested: str | None = None  # the name of the signal
+        self._console, self._at = console, 0.0
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -43,8 +49,10 @@ class InterruptHandler:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if number == signal.SIGTERM and time.monotonic() - self._at < 2:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._at = signal.Signals(number).name, time.monotonic()
         if self._console is not None and shows_progress(self._console):
             self._console.print("stopping after this step with a checkpoint; press Ctrl-C again to stop at once")
 
@@ -68,13 +76,20 @@ class StopCallback(TrainerCallback):
         """Raise NotFiniteError, before the update of a step, if its loss or gradient is not finite in any process."""
         finite = [math.isfinite(loss), math.isfinite(gradient_norm)]
         bad_loss, bad_norm, self._stop_requested = self.processes.any(
-            [not finite[0], not finite[1], self.interrupts.requested], device
+            [not finite[0], not finite[1], self.interrupts.requested is not None], device
         )
         if bad_loss or bad_norm:
             what = f"the loss was {loss}" if not finite[0] else f"the norm of the gradient was {gradient_norm}"
             if all(finite):
                 what = "the loss or the gradient of another process was not finite"
             raise NotFiniteError(f"{what} at step {step}")
+
+    def interruption(self) -> KeyboardInterrupt:
+        """The error that ends an interrupted run. Several processes say which of them was asked to stop."""
+        if self.processes.count == 1:
+            return KeyboardInterrupt()
+        asked = self.interrupts.requested and f"{self.interrupts.requested} on {socket.gethostname()}"
+        return Interrupted(f"stopped by {next(filter(None, self.processes.gather(asked)))}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps

@@ -1,8 +1,7 @@
 """The processes of a training run: shared work, and errors that end all of them."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -15,9 +14,6 @@ T = TypeVar("T")
 
 # Kinds of errors that are passed on to the other processes; any other kind becomes a ValueError there.
 KINDS = (FileNotFoundError, FileExistsError, PermissionError, ConnectionError, BlockingIOError, OSError, CheckFailed)
-
-# Messages of gloo and NCCL when a process at the other end is gone.
-PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Socket Timeout", "remote process exited")
 
 
 def on_cpu() -> bool:
@@ -75,16 +71,6 @@ class Processes:
         reduced = torch.tensor(flags, dtype=torch.int32, device=device)
         torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX)
         return [bool(flag) for flag in reduced.tolist()]
-
-    @contextlib.contextmanager
-    def ended_by_another(self) -> Iterator[None]:
-        """Do not report connections that break because another process has failed and reported why."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.count == 1 or not any(message in str(error) for message in PEER_IS_GONE):
-                raise
-            raise reported_elsewhere(ConnectionError("another process of this run has ended")) from None
 
 
 def reported_elsewhere(error: Exception) -> Exception:

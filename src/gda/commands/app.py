@@ -34,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 progress_console = Console(stderr=True)
+INTERRUPTED = 130  # the exit code
 LAST_PANELS = ("Perplexity and attention", "Output", "Hub")  # of `--help`
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", metavar="", rich_help_panel="Output")]

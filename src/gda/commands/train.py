@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from gda.commands.app import JSON, Group, command, is_main_process, print_json, progress_console
+from gda.commands.app import INTERRUPTED, JSON, Group, command, is_main_process, print_json, progress_console
+from gda.common.errors import Interrupted
 from gda.training.settings import TrainOptions
 
 if TYPE_CHECKING:
@@ -39,7 +40,12 @@ def train(options: TrainOptions, as_json: JSON = False) -> None:
         return
     from gda.training.train import train as function
 
-    report = function.run(options, console=progress_console)
+    try:
+        report = function.run(options, console=progress_console)
+    except Interrupted as stop:  # Typer would turn it into a code and drop the message
+        if is_main_process():
+            typer.echo(f"gda: {stop}; continue with --resume", err=True)
+        raise SystemExit(INTERRUPTED) from None
     if is_main_process():
         print_json(report.to_dict()) if as_json else print_report(report)
 

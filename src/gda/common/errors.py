@@ -7,6 +7,10 @@ class CheckFailed(RuntimeError):
     """The command ran, but a check failed: exit code 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Several processes stopped together, with a checkpoint. The message names the one that was asked to."""
+
+
 def first_line(error: BaseException) -> str:
     """The first two lines of an error's message, joined; the middle of a very long one is cut out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
