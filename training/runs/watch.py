@@ -96,7 +96,7 @@ class _Watch:
             problem = f"{self._names[index]} cannot reach process 0 at {address}, port {port} ({error})"
             logger.warning("%s: if it is lost, the others do not notice", problem)
         else:
-            self._peers[0].sendall(f"{token} {index}".encode())
+            self._peers[0].sendall(_hello(token, index))
 
     def leave(self, last_word: str) -> None:
         """Stop watching, and say how this process ends."""
@@ -109,7 +109,8 @@ class _Watch:
                 peer.send(text.encode())
 
     def _run(self) -> None:
-        if (lost := self._first_lost()) is None:
+        lost = self._first_lost()
+        if lost is None or self._left.is_set():
             return
         index, last_word = lost
         fate = f"has not answered for {MISSED * BEAT:.0f} s" if last_word is None else FATES.get(last_word)
@@ -154,6 +155,10 @@ def _listen(count: int) -> socket.socket:
     return socket.create_server(("", 0), backlog=count)
 
 
+def _hello(token: str, index: int) -> bytes:
+    return f"{token}{index:08}".encode()
+
+
 def _accept(listener: socket.socket, count: int, token: str) -> dict[int, socket.socket]:
     """By index, the connections of the other processes, which know the token."""
     peers: dict[int, socket.socket] = {}
@@ -162,9 +167,9 @@ def _accept(listener: socket.socket, count: int, token: str) -> dict[int, socket
         peer, _ = listener.accept()
         peer.settimeout(GRACE)
         with contextlib.suppress(OSError, ValueError):
-            given, index = peer.recv(256).decode().split()
-            if hmac.compare_digest(given, token):
-                peers[int(index)] = peer
+            hello = peer.recv(len(_hello(token, 0))).decode()  # not more: signs of life follow
+            if hmac.compare_digest(hello[: len(token)], token):
+                peers[int(hello[len(token) :])] = peer
     return peers
 
 
