@@ -67,12 +67,3 @@ def test_lost_machine(folder: Path, tmp_path: Path) -> None:
     ended = on_two_machines(arguments(folder, tmp_path / "out"))
     assert [each.code for each in ended.values()] == [0, 0], ended
     assert_same_result(folder, tmp_path / "out", resumed_from=9)
-
-
-@pytest.mark.slow
-def test_elastic_restart(folder: Path, tmp_path: Path) -> None:
-    """torchrun starts killed processes again, and they go on from the last checkpoint."""
-    faults = [Fault("SIGKILL", process=1, step=3, whom="process"), Fault("SIGKILL", process=0, step=6, whom="process")]
-    ended = with_torchrun(arguments(folder, tmp_path / "out"), *faults)
-    assert ended.code == 0, ended.error
-    assert_same_result(folder, tmp_path / "out", resumed_from=4)
