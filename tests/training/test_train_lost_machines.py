@@ -1,13 +1,17 @@
 """A machine is killed, silent or asked to stop in the middle: the others name it and end, and the run goes on."""
 
 import json
+import os
 import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import gda
+from gda.training.runs import watch
 from gda.training.runs.checkpoints import last_checkpoint
 
 from ..support.llamas import save_llama, tensors_of
@@ -67,3 +71,68 @@ def test_lost_machine(folder: Path, tmp_path: Path) -> None:
     ended = on_two_machines(arguments(folder, tmp_path / "out"))
     assert [each.code for each in ended.values()] == [0, 0], ended
     assert_same_result(folder, tmp_path / "out", resumed_from=9)
+
+
+@pytest.mark.slow
+def test_elastic_restart(folder: Path, tmp_path: Path) -> None:
+    """torchrun starts killed processes again, and they go on from the last checkpoint."""
+    faults = [Fault("SIGKILL", process=1, step=3, whom="process"), Fault("SIGKILL", process=0, step=6, whom="process")]
+    ended = with_torchrun(arguments(folder, tmp_path / "out"), *faults)
+    assert ended.code == 0, ended.error
+    assert_same_result(folder, tmp_path / "out", resumed_from=4)
+
+
+class Pair:
+    """One of two processes, which are threads here."""
+
+    count = 2
+    barrier = threading.Barrier(2)
+    values: dict[int, Any] = {}
+
+    def __init__(self, index: int):
+        self.index, self.is_main = index, index == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.index] = value
+        self.barrier.wait()
+        gathered = [self.values[0], self.values[1]]
+        self.barrier.wait()
+        return gathered
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (None, ""),
+        (ValueError("reported by the process itself"), ""),
+        (KeyboardInterrupt(), f"gda: process 1 on {HOST} was stopped; continue with --resume\n"),
+    ],
+)
+def test_how_a_process_leaves(
+    error: BaseException | None, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The main process ends if another one has ended with an error, and prints a line unless that one does."""
+    exits: list[int] = []
+    monkeypatch.setattr(watch, "BEAT", 0.05)
+    monkeypatch.setattr(watch, "GRACE", 0.3)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    left = threading.Event()
+
+    def other() -> None:
+        try:
+            with watch.watched(Pair(1)):  # type: ignore[arg-type]
+                if error is not None:
+                    raise error
+        except BaseException:
+            assert error is not None
+        left.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with watch.watched(Pair(0)):  # type: ignore[arg-type]
+        assert left.wait(10)
+        threading.Event().wait(1)  # as in a collective that hangs
+    thread.join()
+    assert capsys.readouterr().err == line
+    assert exits == ([] if error is None else [2])

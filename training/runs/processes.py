@@ -1,16 +1,19 @@
 """The processes of a training run: shared work, and errors that end all of them."""
 
 import os
+import secrets
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+from torch.distributed import PrefixStore, TCPStore
 
 from gda.common.errors import CheckFailed
 
 T = TypeVar("T")
+PREFIX_KEY = "gda/prefix"
 
 # Kinds of errors that are passed on to the other processes; any other kind becomes a ValueError there.
 KINDS = (FileNotFoundError, FileExistsError, PermissionError, ConnectionError, BlockingIOError, OSError, CheckFailed)
@@ -30,6 +33,8 @@ class Processes:
     """This process, number `index` of the `count` that `accelerate launch` or torchrun started; the main one writes."""
 
     def __init__(self) -> None:
+        if _may_be_restarted() and not torch.distributed.is_initialized():
+            _connect_after_restart()
         state = PartialState(cpu=on_cpu())
         self.count: int = state.num_processes
         self.index: int = state.process_index
@@ -71,6 +76,28 @@ class Processes:
         reduced = torch.tensor(flags, dtype=torch.int32, device=device)
         torch.distributed.all_reduce(reduced, torch.distributed.ReduceOp.MAX)
         return [bool(flag) for flag in reduced.tolist()]
+
+
+def _may_be_restarted() -> bool:
+    """Whether torchrun starts the processes again when one fails (`--max-restarts`), with the store that it has."""
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _connect_after_restart() -> None:
+    """Connect processes that torchrun has started, maybe not for the first time.
+
+    Some would find the addresses of ended processes in its store. So the main process chooses a new prefix for the
+    addresses, which is removed when all processes know it.
+    """
+    index, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, is_master=False)
+    if index == 0:
+        store.set(PREFIX_KEY, secrets.token_hex())
+    prefixed = PrefixStore(store.get(PREFIX_KEY).decode(), store)
+    torch.distributed.init_process_group(store=prefixed, rank=index, world_size=count)
+    if prefixed.add("know", 1) == count:
+        store.delete_key(PREFIX_KEY)
 
 
 def reported_elsewhere(error: Exception) -> Exception:
