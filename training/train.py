@@ -25,8 +25,10 @@ from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
 from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
+from gda.training.callbacks.stream import StreamCallback
 from gda.training.data.sequences import collate
 from gda.training.data.show import describe_sequence
+from gda.training.data.stream import SequenceStream
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
 from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.card import training_step, write_card
@@ -252,13 +254,15 @@ def _make_trainer(
     settings = plan.settings
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
     checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes)
+    rows = plan.sequences.rows
+    stream = [StreamCallback(rows, state.checkpoint)] if isinstance(rows, SequenceStream) else []
     trainer = RunTrainer(
         plan.learner,
         training_arguments(plan, state.path, resumes=state.checkpoint is not None, shows_progress=shows_progress),
-        train_dataset=plan.sequences.rows,
+        train_dataset=rows,
         eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
         data_collator=collate,
-        callbacks=[checkpoints, ProgressCallback(), *plan.fade_callbacks()],
+        callbacks=[*stream, checkpoints, ProgressCallback(), *plan.fade_callbacks()],
         lambda_learning_rate=settings.lambda_learning_rate,
         distillation=plan.distillation,
         predicted_per_sequence=plan.eval_sequences and plan.eval_sequences.predicted_per_sequence(),

@@ -66,7 +66,7 @@ def ids_of(*parts: tuple[str, bool]) -> tuple[list[int], list[bool]]:
 
 
 def encoded(template: str | None, prompt: Any, answer: Any) -> tuple[list[int], list[bool]]:
-    [found] = encode(tokenizer_with(template), Example("here", prompt, answer))
+    [[found]] = encode(tokenizer_with(template), [Example("here", prompt, answer)])
     return found.ids.tolist(), found.learned.tolist()
 
 

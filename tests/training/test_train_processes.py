@@ -149,7 +149,11 @@ def test_two_processes_equal_one(kind: str, alone: Path, tmp_path: Path) -> None
     half = {"batch_size": 4}
     runs = [placed(alone, tmp_path / "all", "all", **half, interrupt_at=5)]
     runs += [placed(alone, tmp_path / name, name, **half, resume=name == "all") for name in RUNS]
+    runs += [placed(alone, tmp_path / "continued", "stream", **half, interrupt_at=3)]
+    runs += [placed(alone, tmp_path / "continued", "stream", **half, resume=True)]
     launch(kind, runs)
+    stream, continued = tensors_of(tmp_path / "stream"), tensors_of(tmp_path / "continued")
+    assert all(torch.equal(stream[tensor], continued[tensor]) for tensor in stream)
     for name in RUNS:
         expected, got = tensors_of(alone / name), tensors_of(tmp_path / name)
         assert got.keys() == expected.keys()
@@ -163,7 +167,7 @@ def test_two_processes_equal_one(kind: str, alone: Path, tmp_path: Path) -> None
                 assert layer == pytest.approx(other, rel=1e-3, abs=1e-6)
     assert json.loads((tmp_path / "all" / "training.json").read_text())["report"]["resumed_from"] == 5
     old_stays_bit_for_bit(alone / "grown", tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(RUNS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*RUNS, "continued"])
 
 
 def old_stays_bit_for_bit(grown: Path, trained: Path) -> None:

@@ -1,12 +1,16 @@
 """Examples as token ids, with a mask of the tokens that are learned."""
 
+import itertools
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from gda.common.errors import first_line
 from gda.training.data.rows import Example, Message
@@ -28,11 +32,24 @@ class Encoded:
         return Encoded(self.ids[:length], self.learned[:length])
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Encoded]:
-    """The tokens of a whole example. A token is learned if any of its characters belongs to the answer.
+@dataclass(frozen=True)
+class Document:
+    """A whole example as text, and where its answers begin and end in it."""
 
-    A completion ends with the end-of-text token, which is learned. A chat ends as its template ends it. The first token
-    of a document is never learned, because nothing predicts it.
+    text: str
+    answers: list[Span]
+    is_chat: bool  # a chat ends as its template ends it, a completion with the end-of-text token
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[Encoded]]:
+    """The tokens of each example, of one document or of several; see `render` and `tokenize`."""
+    documents = render(tokenizer, examples)
+    encoded = iter(tokenize(tokenizer, [each for of_one in documents for each in of_one]))
+    return [[next(encoded) for _ in of_one] for of_one in documents]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[Document]]:
+    """The documents of each example.
 
     Some templates, such as Qwen3's, render a turn of the assistant differently once others follow it. Such a chat
     becomes several documents: for each turn of the assistant, the chat up to its end, as the model sees it in use.
@@ -40,96 +57,101 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[Encoded
     Raises:
         ValueError: naming the row, if its chat cannot be rendered, or if the turns of the assistant cannot be found.
     """
-    if not tokenizer.is_fast:
+    if examples and not tokenizer.is_fast:
         raise ValueError(
-            f"{example.place}: prompts and chats need a fast tokenizer, which knows the place of each token"
+            f"{examples[0].place}: prompts and chats need a fast tokenizer, which knows the place of each token"
         )
-    if isinstance(example.prompt, str) and isinstance(example.answer, str):
-        start = len(example.prompt)
-        text = example.prompt + example.answer
-        ids, learned = _tokenize(tokenizer, text, [(start, len(text))], add_special_tokens=True)
-        if (end := tokenizer.eos_token_id) is not None:
-            ids, learned = (ids[:-1], learned[:-1]) if ids[-1] == end else (ids, learned)
-            ids, learned = [*ids, end], [*learned, True]
-        found = [(ids, learned)]
-    else:
-        found = _Chat(tokenizer, example).encode()
-    return [_encoded(ids, learned) for ids, learned in found]
-
-
-def _encoded(ids: list[int], learned: list[bool]) -> Encoded:
-    learned[:1] = [False]
-    return Encoded(np.array(ids, dtype=np.int32), np.array(learned, dtype=np.bool_))
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span], *, add_special_tokens: bool
-) -> tuple[list[int], list[bool]]:
-    """Token ids, and whether each token has characters in one of the spans."""
-    encoded: Any = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    learned = [
-        any(begin < end and begin < last and end > first for first, last in spans)
-        for begin, end in encoded.offset_mapping
+    special_tokens = tokenizer.special_tokens_map
+    return [
+        _completion(each) if isinstance(each.answer, str) else _chat(tokenizer, each, special_tokens)
+        for each in examples
     ]
-    return encoded.input_ids, learned
 
 
-class _Chat:
-    """Renders a chat with the tokenizer's template, and finds the turns of the assistant in it."""
+def _completion(example: Example) -> list[Document]:
+    text = f"{example.prompt}{example.answer}"
+    return [Document(text, [(len(example.prompt), len(text))], False)]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example):
-        if tokenizer.chat_template is None:
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Iterator[Encoded]:
+    """Tokens of all documents. A token is learned if any of its characters belongs to an answer.
+
+    A completion ends with the end-of-text token, which is learned. The first token of a document is never learned,
+    because nothing predicts it.
+    """
+    end = tokenizer.eos_token_id
+    for is_chat, group in itertools.groupby(documents, key=lambda each: each.is_chat):
+        found = list(group)
+        texts = [each.text for each in found]
+        batch = tokenizer(texts, add_special_tokens=not is_chat, return_attention_mask=False, verbose=False)
+        assert batch.encodings is not None  # the tokenizer is fast
+        for document, encoding in zip(found, batch.encodings, strict=True):
+            ids, learned = np.array(encoding.ids, dtype=np.int32), _learned(encoding.offsets, document.answers)
+            if not is_chat and end is not None:
+                length = len(ids) - (encoding.ids[-1:] == [end])
+                ids, learned = np.append(ids[:length], np.int32(end)), np.append(learned[:length], True)
+            learned[:1] = False
+            yield Encoded(ids, learned)
+
+
+def _learned(offsets: list[Span], answers: list[Span]) -> NDArray[np.bool_]:
+    """For each token, whether it has characters in one of the answers."""
+    places = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+    begin, end = places[::2], places[1::2]
+    learned = np.zeros(len(offsets), dtype=np.bool_)
+    for first, last in answers:
+        learned |= (begin < last) & (end > first)
+    return learned & (begin < end)
+
+
+# ---------------------------------------------------------------------------------------------------------------- chats
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, chat: Example, special_tokens: dict[str, Any]) -> list[Document]:
+    """The whole chat with the turns of the assistant in it, or the chat up to each turn."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{chat.place} is a chat, but the model's tokenizer has no chat template; "
+            "add chat_template.jinja to the folder of MODEL"
+        )
+    messages: list[Any] = [*chat.prompt, *chat.answer]
+    template = tokenizer.get_chat_template(tools=chat.tools)
+    rendered = partial(_rendered, chat, {**special_tokens, "chat_template": template})
+    if not chat.prompt and GENERATION.search(template):
+        [text], [answers] = rendered([messages], return_assistant_tokens_mask=True)
+        return [Document(text, answers, True)]
+    turns = [index for index in range(len(chat.prompt), len(messages)) if messages[index]["role"] == "assistant"]
+    ends = [*(index + 1 for index in turns if index + 1 < len(messages)), len(messages)]
+    upto = dict(zip(ends, rendered([messages[:end] for end in ends])[0], strict=True))
+    starts = [index for index in turns if index]
+    before = rendered([messages[:start] for start in starts], add_generation_prompt=True)[0]
+    prompts = dict(zip(starts, before, strict=True))
+    if turns and not turns[0]:  # templates need not render a chat without messages
+        text = upto[1]
+        content = str(messages[0].get("content") or text).strip()
+        prompts[0] = text[: max(0, text.rfind(content))]
+    for index in turns:
+        if not upto[index + 1].startswith(prompts[index]):
             raise ValueError(
-                f"{example.place} is a chat, but the model's tokenizer has no chat template; "
-                "add chat_template.jinja to the folder of MODEL"
-            )
-        self.tokenizer = tokenizer
-        self.place = example.place
-        self.tools = example.tools
-        self.messages: list[Any] = [*example.prompt, *example.answer]
-        self.start = len(example.prompt)
-
-    def encode(self) -> list[tuple[list[int], list[bool]]]:
-        """Ids of the whole chat and which are learned, or of the chat up to each turn of the assistant."""
-        if self.start == 0 and GENERATION.search(self.tokenizer.get_chat_template(tools=self.tools)):
-            encoded = self._apply(self.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-            return [(encoded["input_ids"], [bool(each) for each in encoded["assistant_masks"]])]
-        text = self._apply(self.messages)
-        turns = [
-            self._turn(index)
-            for index in range(self.start, len(self.messages))
-            if self.messages[index]["role"] == "assistant"
-        ]
-        if all(text.startswith(upto) for upto, _ in turns):
-            documents = [(text, [span for _, span in turns])]
-        else:
-            documents = [(upto, [span]) for upto, span in turns]
-        return [_tokenize(self.tokenizer, text, spans, add_special_tokens=False) for text, spans in documents]
-
-    def _turn(self, index: int) -> tuple[str, Span]:
-        """The chat up to the end of a turn, and where the turn begins and ends in it."""
-        upto = self._apply(self.messages[: index + 1])
-        if index:
-            before = self._apply(self.messages[:index], add_generation_prompt=True)
-        else:  # templates need not render a chat without messages
-            content = str(self.messages[0].get("content") or upto).strip()
-            before = upto[: max(0, upto.rfind(content))]
-        if not upto.startswith(before):
-            raise ValueError(
-                f"{self.place}: the chat template begins the assistant's turn {index + 1} differently than with "
+                f"{chat.place}: the chat template begins the assistant's turn {index + 1} differently than with "
                 "add_generation_prompt, so its tokens are unknown; mark them in the template with {% generation %}"
             )
-        return upto, (len(before), len(upto))
+    whole, spans = upto[len(messages)], {index: (len(prompts[index]), len(upto[index + 1])) for index in turns}
+    if all(whole.startswith(upto[index + 1]) for index in turns):
+        return [Document(whole, list(spans.values()), True)]
+    return [Document(upto[index + 1], [span], True) for index, span in spans.items()]
 
-    def _apply(self, messages: list[Message], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tools=self.tools, **{"tokenize": False, **options})
-        except Exception as error:  # a template may raise anything
-            reason = first_line(error)
-            raise ValueError(f"{self.place}: the chat template cannot render this chat: {reason}") from None
+
+def _rendered(
+    chat: Example, template: dict[str, Any], beginnings: list[list[Message]], **options: Any
+) -> tuple[list[str], list[list[Span]]]:
+    """Some beginnings of a chat as text; with `return_assistant_tokens_mask`, also the spans that the template marks.
+
+    This is the part of `apply_chat_template` before it tokenizes. Only here are the spans to be had.
+    """
+    render: Any = render_jinja_template
+    try:
+        texts, spans = render(beginnings, chat.tools, **template, **options)
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"{chat.place}: the chat template cannot render this chat: {first_line(error)}") from None
+    return texts, spans

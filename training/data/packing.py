@@ -1,24 +1,30 @@
 """Documents packed into sequences of token ids."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gda.training.data.examples import Encoded, encode
+from gda.training.data.examples import Document, Encoded, render, tokenize
 from gda.training.data.rows import Example, Piece, Source
 from gda.training.labels import NO_LABEL
 
-# Characters and documents that are tokenized at once.
-BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 1000
-# Sequences that wait for examples that fit into the rest of them, and full ones that are written at once.
-OPEN_SEQUENCES, WRITTEN_SEQUENCES = 64, 256
+T = TypeVar("T")
 
+# Characters and documents that are tokenized at once, by all cores.
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**22, 1000
+# Sequences that wait for examples that fit into the rest of them.
+OPEN_SEQUENCES = 64
+
+# The number of a source, and a position in it.
+Place = tuple[int, Any]
 # Columns (n, context): `input_ids`; with examples also `labels`, and the `position_ids` within each document.
 Block = dict[str, NDArray[np.int32]]
+COLUMNS = ("input_ids", "labels", "position_ids")
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Tally:
         unanswered: Examples that are skipped because no token of them is learned.
         beyond: Examples that are skipped because their answer begins after the length of a sequence.
         shortened: Examples whose end is cut to the length of a sequence.
-        split: Chats that become several examples, see `encode`.
+        split: Chats that become several examples, see `render`.
     """
 
     sequences: int = 0
@@ -77,6 +83,53 @@ class Tally:
         return notes
 
 
+@dataclass
+class OpenSequence:
+    """A sequence with room for more examples.
+
+    Attributes:
+        columns: `COLUMNS` (3, context) int32. Its rest is padding, which is one more document.
+        used: Number of tokens before the rest.
+    """
+
+    columns: NDArray[np.int32]
+    used: int = 0
+
+    @classmethod
+    def empty(cls, context: int, padding: int) -> "OpenSequence":
+        """A sequence of padding."""
+        return cls(
+            np.stack([np.full(context, padding), np.full(context, NO_LABEL), np.arange(context)]).astype(np.int32)
+        )
+
+    def add(self, example: Encoded) -> None:
+        """Append an example, whose positions begin at 0."""
+        end = self.used + len(example.ids)
+        self.columns[0, self.used : end] = example.ids
+        self.columns[1, self.used : end] = np.where(example.learned, example.ids, NO_LABEL)
+        self.columns[2, self.used :] = np.arange(self.columns.shape[1] - self.used)
+        self.columns[2, end:] = np.arange(self.columns.shape[1] - end)
+        self.used = end
+
+
+@dataclass
+class Progress:
+    """How far documents are packed: what the next sequences depend on.
+
+    Attributes:
+        source, position: The next document: the number of its source, and the position in it.
+        rest: Tokens of text that do not fill a sequence yet.
+        unfinished: Sequences that wait for examples.
+        tally: Of the documents before.
+    """
+
+    source: int = 0
+    position: Any = None
+    rest: list[int] = field(default_factory=list)
+    unfinished: list[OpenSequence] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+
+
 @dataclass(frozen=True)
 class SequencePacker:
     """Packs documents into sequences of one length.
@@ -98,19 +151,27 @@ class SequencePacker:
             return ("the tokenizer has no end-of-text token, so blank lines separate documents",)
         return ()
 
-    def blocks(self, sources: Sequence[Source], tally: Tally) -> Iterator[Block]:
-        """Blocks of sequences: first of texts, then of examples. `tally` is complete after the last one.
+    def blocks(self, sources: Sequence[Source], progress: Progress) -> Iterator[Block]:
+        """Blocks of sequences: first of texts, then of examples.
+
+        They begin after `progress`, which at each block says how far it goes.
 
         Raises:
             ValueError: if the data has fewer tokens than one sequence, or no answer; what was skipped is counted.
         """
         texts, examples = ([each for each in sources if each.has_examples is kind] for kind in (False, True))
-        for ids in self._texts(texts, tally):
-            tally.sequences += len(ids)
-            tally.tokens += ids.size
-            positions = np.broadcast_to(np.arange(self.context, dtype=np.int32), ids.shape)
-            yield {"input_ids": ids} | ({"labels": ids, "position_ids": positions} if examples else {})
-        yield from self._examples(examples, tally)
+        tally = progress.tally
+        if progress.source < len(texts) or progress.rest:
+            for ids in self._texts(texts, progress):
+                tally.sequences += len(ids)
+                tally.tokens += ids.size
+                positions = np.broadcast_to(np.arange(self.context, dtype=np.int32), ids.shape)
+                yield {"input_ids": ids} | ({"labels": ids, "position_ids": positions} if examples else {})
+            tally.dropped, progress.rest = len(progress.rest), []
+            progress.source, progress.position = len(texts), None
+        for columns in self._examples([*texts, *examples], progress):
+            tally.sequences += len(columns)
+            yield dict(zip(COLUMNS, columns.swapaxes(0, 1), strict=True))
         if not tally.sequences:
             found, remedy = "no answer to learn", "raise --context" if tally.beyond else "add rows"
             if texts:
@@ -121,18 +182,18 @@ class SequencePacker:
 
     # ----------------------------------------------------------------------------------------------------------- texts
 
-    def _texts(self, sources: Sequence[Source], tally: Tally) -> Iterator[NDArray[np.int32]]:
+    def _texts(self, sources: Sequence[Source], progress: Progress) -> Iterator[NDArray[np.int32]]:
         """Blocks (n, context) of the joined texts."""
-        ids: list[int] = []
-        for pieces in _batches(piece for source in sources for piece in source.documents()):
-            tally.empty += pieces.count(None)
+        for pieces, place in _batches(sources, progress):
+            progress.tally.empty += pieces.count(None)
+            ids = progress.rest
             for tokenized in self._tokenize([piece for piece in pieces if piece is not None]):
                 ids += tokenized
             whole = len(ids) // self.context * self.context
+            progress.rest = ids[whole:]
+            progress.source, progress.position = place
             if whole:
                 yield np.array(ids[:whole], dtype=np.int32).reshape(-1, self.context)
-                ids = ids[whole:]
-        tally.dropped = len(ids)
 
     def _tokenize(self, pieces: list[Piece]) -> Iterator[list[int]]:
         if not pieces:
@@ -155,76 +216,79 @@ class SequencePacker:
 
     # -------------------------------------------------------------------------------------------------------- examples
 
-    def _examples(self, sources: Sequence[Source], tally: Tally) -> Iterator[Block]:
-        """Blocks of sequences, each with as many examples as fit. An example goes into the first one with room."""
-        unfinished: list[list[Encoded]] = []
-        finished: list[list[Encoded]] = []
-        for encoded in self._encoded(sources, tally):
-            room = self.context - len(encoded.ids)
-            packed = next((each for each in unfinished if _length(each) <= room), None)
-            if packed is None:
-                if len(unfinished) == OPEN_SEQUENCES:
-                    fullest = max(range(OPEN_SEQUENCES), key=lambda index: _length(unfinished[index]))
-                    finished.append(unfinished.pop(fullest))
-                unfinished.append(packed := [])
-            packed.append(encoded)
-            if len(finished) == WRITTEN_SEQUENCES:
-                yield self._block(finished, tally)
-                finished = []
-        if finished or unfinished:
-            yield self._block([*finished, *unfinished], tally)
+    def _examples(self, sources: Sequence[Source], progress: Progress) -> Iterator[NDArray[np.int32]]:
+        """Blocks (n, 3, context) of sequences, each with as many examples as fit: one goes into the first with room."""
+        padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        unfinished, tally = progress.unfinished, progress.tally
+        rendered = (self._rendered(documents, place) for documents, place in _batches(sources, progress))
+        for empty, documents, place in ahead(rendered):
+            finished: list[OpenSequence] = []
+            tally.empty += empty
+            for encoded in self._encoded(documents, tally):
+                packed = next((each for each in unfinished if self.context - each.used >= len(encoded.ids)), None)
+                if packed is None:
+                    if len(unfinished) == OPEN_SEQUENCES:
+                        fullest = max(range(OPEN_SEQUENCES), key=lambda index: unfinished[index].used)
+                        finished.append(unfinished.pop(fullest))
+                    unfinished.append(packed := OpenSequence.empty(self.context, padding))
+                packed.add(encoded)
+                tally.examples += 1
+                tally.tokens += len(encoded.ids)
+                tally.learned += int(encoded.learned.sum())
+            progress.source, progress.position = place
+            if finished:
+                yield np.stack([each.columns for each in finished])
+        if unfinished:
+            progress.unfinished = []
+            yield np.stack([each.columns for each in unfinished])
 
-    def _encoded(self, sources: Sequence[Source], tally: Tally) -> Iterator[Encoded]:
-        for example in (document for source in sources for document in source.documents()):
-            if not isinstance(example, Example):
-                tally.empty += 1
-                continue
-            documents = encode(self.tokenizer, example)
-            tally.split += len(documents) > 1
-            for whole in documents:
-                self._check(int(whole.ids.max(initial=0)))
-                encoded = whole.cut(self.context)
-                if encoded.learned.any():
-                    tally.shortened += len(whole.ids) > self.context
-                    yield encoded
-                elif whole.learned.any():
-                    tally.beyond += 1
-                else:
-                    tally.unanswered += 1
+    def _rendered(self, documents: list[Any], place: Place) -> tuple[int, list[list[Document]], Place]:
+        """The number of rows without content, and the texts of the others."""
+        examples = [each for each in documents if isinstance(each, Example)]
+        return len(documents) - len(examples), render(self.tokenizer, examples), place
 
-    def _block(self, sequences: list[list[Encoded]], tally: Tally) -> Block:
-        pad = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
-        shape = (len(sequences), self.context)
-        block = {"input_ids": np.full(shape, pad), "labels": np.full(shape, NO_LABEL), "position_ids": np.zeros(shape)}
-        for row, sequence in enumerate(sequences):
-            start = 0
-            for each in sequence:
-                end = start + len(each.ids)
-                block["input_ids"][row, start:end] = each.ids
-                block["labels"][row, start:end] = np.where(each.learned, each.ids, NO_LABEL)
-                block["position_ids"][row, start:end] = np.arange(end - start)
-                tally.learned += int(each.learned.sum())
-                start = end
-            block["position_ids"][row, start:] = np.arange(self.context - start)  # the padding is one more document
-            tally.tokens += start
-        tally.sequences += len(sequences)
-        tally.examples += sum(map(len, sequences))
-        return {name: values.astype(np.int32) for name, values in block.items()}
+    def _encoded(self, documents: list[list[Document]], tally: Tally) -> Iterator[Encoded]:
+        """The examples that have anything to learn in the length of a sequence."""
+        tally.split += sum(len(of_one) > 1 for of_one in documents)
+        for whole in tokenize(self.tokenizer, [each for of_one in documents for each in of_one]):
+            self._check(int(whole.ids.max(initial=0)))
+            encoded = whole.cut(self.context)
+            if encoded.learned.any():
+                tally.shortened += len(whole.ids) > self.context
+                yield encoded
+            elif whole.learned.any():
+                tally.beyond += 1
+            else:
+                tally.unanswered += 1
 
 
-def _length(sequence: list[Encoded]) -> int:
-    return sum(len(each.ids) for each in sequence)
-
-
-def _batches(pieces: Iterable[Any]) -> Iterator[list[Piece | None]]:
-    """Group pieces of text into lists that are tokenized at once."""
-    batch: list[Piece | None] = []
-    characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece[0]) if piece else 0
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
+def _batches(sources: Sequence[Source], progress: Progress) -> Iterator[tuple[list[Any], Place]]:
+    """Documents that are tokenized at once, and the place of the next one."""
+    batch: list[Any] = []
+    characters, start = 0, progress.position
+    for number in range(progress.source, len(sources)):
+        for document, position in sources[number].documents(start):
+            batch.append(document)
+            characters += _characters(document)
+            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+                yield batch, (number, position())
+                batch, characters = [], 0
+        start = None
     if batch:
-        yield batch
+        yield batch, (len(sources), None)
+
+
+def _characters(document: Piece | Example | None) -> int:
+    if isinstance(document, Example):
+        return len(str(document.prompt)) + len(str(document.answer))
+    return len(document[0]) if document else 0
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items. A thread computes the next one while the last one is used."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as thread:
+        item = thread.submit(next, items, end)
+        while (found := item.result()) is not end:
+            item = thread.submit(next, items, end)
+            yield found

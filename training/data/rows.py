@@ -9,8 +9,10 @@ from typing import Any
 
 # Text, and whether a document ends with it: a large document comes in several pieces.
 Piece = tuple[str, bool]
-# The place of a row in its file, for errors, and its fields.
-Rows = Iterator[tuple[str, dict[str, Any]]]
+# Returns the position after a row or document, JSON-ready. It is valid until the next one is read.
+Position = Callable[[], Any]
+# The place of a row in its file, for errors; its fields; and the position after it.
+Rows = Iterator[tuple[str, dict[str, Any], Position]]
 Fields = tuple[str, ...]
 Message = dict[str, Any]
 
@@ -41,13 +43,14 @@ class Source:
 
     Attributes:
         identity: JSON-ready values that change when the content does.
-        documents: Reads the documents in order, from the beginning; None is a row without content.
+        documents: Reads the documents in order, each with the position after it: from the beginning (None), or from
+            such a position. A document that is None is a row without content.
         has_examples: Whether they are examples instead of text.
         note: What the user should know.
     """
 
     identity: list[Any]
-    documents: Callable[[], Iterable[Piece | Example | None]]
+    documents: Callable[[Any], Iterable[tuple[Piece | Example | None, Position]]]
     has_examples: bool
     note: str | None = None
 
@@ -57,37 +60,37 @@ class Source:
 
 
 def source_of_rows(
-    name: str, identity: list[Any], open_rows: Callable[[Fields | None], Rows], text_field: str
+    name: str, identity: list[Any], open_rows: Callable[[Fields | None, Any], Rows], text_field: str
 ) -> Source:
     """The source of all rows of one file or dataset.
 
     Args:
         name: Its name, for errors.
-        open_rows: Reads the rows from the beginning: all of their fields, or those that are named.
+        open_rows: Reads all fields of the rows, or those that are named, from the beginning (None) or from a position.
         text_field: Field that holds text or messages. The default `text` may be missing where others are known.
 
     Raises:
         ValueError: if there is no field to train on, naming those that were found.
     """
-    rows = open_rows(None)
+    rows = open_rows(None, None)
     first = list(itertools.islice(rows, SEARCHED))
-    fields = next((found for _, row in first if (found := _choose_fields(row, text_field))), None)
+    fields = next((found for _, row, _ in first if (found := _choose_fields(row, text_field))), None)
     if fields is None:
-        there = ", ".join(dict.fromkeys(field for _, row in first for field in row)) or "none"
+        there = ", ".join(dict.fromkeys(field for _, row, _ in first for field in row)) or "none"
         expected = f"`{text_field}`" if text_field != "text" else "`text`, `messages`, or `prompt` and `completion`"
         raise ValueError(
             f"{name} has no field {expected}; choose one of its fields {there} with --text-field, or rename them"
         )
     to_document = partial(_document, name, fields)
-    known = filter(None, (to_document(place, row) for place, row in itertools.chain(first, rows)))
+    known = filter(None, (to_document(place, row) for place, row, _ in itertools.chain(first, rows)))
     has_examples = isinstance(next(known, None), Example)  # as in the first row with content
 
-    def documents() -> Iterator[Piece | Example | None]:
-        for place, row in open_rows(fields):
+    def documents(start: Any) -> Iterator[tuple[Piece | Example | None, Position]]:
+        for place, row, position in open_rows(fields, start):
             document = to_document(place, row)
             if document is not None and isinstance(document, Example) is not has_examples:
                 raise ValueError(f"{name}, {place}: `{fields[0]}` holds text in some rows and messages in others")
-            yield document
+            yield document, position
 
     return Source([*identity, *fields], documents, has_examples)
 

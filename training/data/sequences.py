@@ -1,10 +1,9 @@
 """Training text as sequences of token ids: tokenized once before training, or streamed while it runs."""
 
 import hashlib
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset
 from rich.console import Console
 from rich.progress import TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -20,18 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
 from gda.common.files import read_json, remove, write_json, written_beside
-from gda.common.progress import logger
 from gda.common.screen import progress_bars
-from gda.training.data.packing import SequencePacker, Tally
+from gda.training.data.packing import COLUMNS, Progress, SequencePacker, Tally
 from gda.training.data.rows import Source
 from gda.training.data.sources import find_sources
+from gda.training.data.stream import SequenceStream
 from gda.training.labels import num_predicted
 from gda.training.runs.processes import Processes
 
-# Columns of the sequences; text has the first one only.
-COLUMNS = ("input_ids", "labels", "position_ids")
-# Sequences of a stream that are held in memory; the next one is drawn from them at random.
-SHUFFLE_BUFFER = 1000
+ROWS_AT_ONCE = 1000  # of an Arrow file
 
 
 @dataclass(frozen=True)
@@ -40,14 +36,13 @@ class Sequences:
 
     Attributes:
         rows: Has the column `input_ids`, token ids (context,) int64; if the data has examples, also `labels` and
-            `position_ids`. The Trainer shuffles a `Dataset`. An `IterableDataset` shuffles itself and repeats the data
-            without end.
+            `position_ids`. The Trainer shuffles a `Dataset`. A stream shuffles itself and repeats the data without end.
         count: Number of sequences; None for a stream.
         tokens: Tokens in these sequences, without padding; None for a stream.
         notes: What the user should know.
     """
 
-    rows: Dataset | IterableDataset
+    rows: Dataset | SequenceStream
     count: int | None
     tokens: int | None
     notes: tuple[str, ...] = ()
@@ -64,7 +59,7 @@ class Sequences:
         """Mean number of tokens in a sequence that are predicted; None if it is the same in all."""
         if not isinstance(self.rows, Dataset) or "labels" not in self.rows.column_names:
             return None
-        return float(sum(num_predicted(batch["labels"]) for batch in self.rows.iter(SHUFFLE_BUFFER)) / len(self.rows))
+        return float(sum(num_predicted(batch["labels"]) for batch in self.rows.iter(ROWS_AT_ONCE)) / len(self.rows))
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -96,8 +91,7 @@ def open_sequences(
     with the same data, tokenizer and context reads this file again. Neither the data nor the sequences have to fit into
     memory.
 
-    With `streaming`, nothing is written, and only the beginning is read here. A buffer of a thousand sequences is
-    shuffled with `seed`. A resumed run reads again what was read before.
+    With `streaming`, nothing is written, and only the beginning is read here; see `SequenceStream`.
 
     Raises:
         FileNotFoundError, ValueError, ConnectionError: naming the file or dataset, and the line or row.
@@ -115,48 +109,12 @@ def open_sequences(
 
 
 def _stream(packer: SequencePacker, sources: list[Source], seed: int) -> Sequences:
-    next(packer.blocks(sources, Tally()))  # raises an error if there is no sequence
-    rows = _stream_of(_EndlessPasses(packer, sources, seed), packer.context, any(each.has_examples for each in sources))
-    return Sequences(rows.with_format("torch"), None, None, (*packer.notes, *_notes_of(sources)))
+    next(packer.blocks(sources, Progress()))  # raises an error if there is no sequence
+    return Sequences(SequenceStream(packer, sources, seed), None, None, (*packer.notes, *_notes_of(sources)))
 
 
 def _notes_of(sources: list[Source]) -> list[str]:
     return [source.note for source in sources if source.note is not None]
-
-
-def _stream_of(generator: Callable[[], Iterator[Any]], context: int, has_examples: bool) -> IterableDataset:
-    columns = COLUMNS if has_examples else COLUMNS[:1]
-    features = Features({name: List(Value("int32"), length=context) for name in columns})
-    return IterableDataset.from_generator(generator, features=features)
-
-
-@dataclass(frozen=True)
-class _EndlessPasses:
-    """Reads the data again and again, in a new order each time.
-
-    The Trainer sees one endless epoch. When it skips what was read before an interruption, it expects a stream that
-    does not end.
-    """
-
-    packer: SequencePacker
-    sources: list[Source]
-    seed: int
-
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        has_examples = any(each.has_examples for each in self.sources)
-        rows = _stream_of(self._one_pass, self.packer.context, has_examples)
-        rows = rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-        for epoch in itertools.count():
-            rows.set_epoch(epoch)
-            yield from rows
-
-    def _one_pass(self) -> Iterator[dict[str, Any]]:
-        tally = Tally()
-        for block in self.packer.blocks(self.sources, tally):
-            for row in zip(*block.values(), strict=True):
-                yield dict(zip(block, row, strict=True))
-        for note in tally.notes(self.packer.context):
-            logger.info("end of the data: %s", note)
 
 
 # ------------------------------------------------------------------------------------------------------- tokenized once
@@ -200,7 +158,7 @@ def _write(
     identity = _identity(packer, sources)
     if known.get("identity") == identity and path.is_file():
         return known
-    tally = Tally()
+    progress = Progress()
     kind = pa.list_(pa.int32(), packer.context)
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn())
     bar = progress_bars(console, *columns)
@@ -208,11 +166,11 @@ def _write(
     schema = pa.schema([(name, kind) for name in names])
     with bar, written_beside(path) as file, pa.ipc.new_stream(file, schema) as writer:
         task = bar.add_task("tokens", total=None)
-        for block in packer.blocks(sources, tally):
+        for block in packer.blocks(sources, progress):
             values = [pa.FixedSizeListArray.from_arrays(pa.array(block[each].reshape(-1)), type=kind) for each in names]
             writer.write_batch(pa.record_batch(values, names=list(names)))
-            bar.update(task, completed=tally.tokens)
-    return {"identity": identity, "tally": tally.to_dict(), "notes": _notes_of(sources)}
+            bar.update(task, completed=progress.tally.tokens)
+    return {"identity": identity, "tally": progress.tally.to_dict(), "notes": _notes_of(sources)}
 
 
 def _identity(packer: SequencePacker, sources: list[Source]) -> str:

@@ -20,14 +20,15 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 from gda.common.dataset_folders import LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
 from gda.common.errors import first_line
 from gda.common.places import check_data
-from gda.common.text import jsonl_rows, text_pieces
+from gda.common.text import pieces_from, rows_from
 from gda.conversion.sources.hub import LOG_IN
-from gda.training.data.rows import Fields, Rows, Source, source_of_rows
+from gda.training.data.rows import Fields, Piece, Position, Rows, Source, source_of_rows
 
 CHECKED = {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)}
 # Ending of plain text in a folder. A file that is named itself may have any ending; it is plain text unless the ending
 # is in READERS.
 TEXT = ".txt"
+END = "end"  # the position after the end of a text
 ROWS_AT_ONCE = 1000
 NAMED = 3  # files in a note
 
@@ -114,7 +115,7 @@ def _file_source(path: Path, text_field: str) -> Source:
         raise ValueError(f"{path} is empty")
     ending, identity = ending_of(path), _stamp(path)
     if ending in LINES and path.suffix.lower() == ending:
-        return source_of_rows(str(path), identity, lambda _: _lines(path), text_field)
+        return source_of_rows(str(path), identity, lambda _, start: _lines(path, start), text_field)
     if ending in READERS:
         return source_of_rows(str(path), identity, partial(_read, path, ending), text_field)
     return Source(identity, partial(_text_document, path), has_examples=False)
@@ -125,21 +126,31 @@ def _stamp(path: Path) -> list[Any]:
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
-def _text_document(path: Path) -> Iterator[tuple[str, bool]]:
-    for piece in text_pieces(path):
-        yield piece, False
-    yield "", True
+def _text_document(path: Path, start: Any) -> Iterator[tuple[Piece, Position]]:
+    if start == END:
+        return
+    for piece, position in pieces_from(path, *([] if start is None else [start])):
+        yield (piece, False), partial(list, position)
+    yield ("", True), lambda: END
 
 
-def _lines(path: Path) -> Rows:
-    for number, row in jsonl_rows(path):
+def _lines(path: Path, start: Any) -> Rows:
+    for number, row, tell in rows_from(path, *([] if start is None else [start])):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is not a JSON object, so it has no field `text`")
-        yield f"line {number}", row
+        yield f"line {number}", row, partial(_line_position, tell, number)
 
 
-def _read(path: Path, ending: str, fields: Fields | None) -> Rows:
-    """The rows of a data file, or only some fields of them."""
+def _line_position(tell: Callable[[], int], number: int) -> list[int]:
+    return [tell(), number]
+
+
+def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
+    """The rows of a data file, or only some fields of them.
+
+    A resumed stream continues at the row group of a Parquet file. Of other files, it reads the part before its position
+    again and drops it.
+    """
     builder, options = READERS[ending]
     if builder == "parquet":
         options = options | CHECKED
@@ -150,7 +161,9 @@ def _read(path: Path, ending: str, fields: Fields | None) -> Rows:
         rows = load() if fields is None or builder != "parquet" else load(columns=list(fields))
     except Exception as error:  # the readers have no common error class
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
-    return _table_rows(rows, str(path))
+    if builder == "parquet" and hasattr(rows, "reshard"):  # since datasets 4.6
+        rows = rows.reshard()
+    return _table_rows(rows, str(path), start)
 
 
 # ------------------------------------------------------------------------------------------------ tables of `datasets`
@@ -179,21 +192,38 @@ def _hub_source(name: str, text_field: str, streaming: bool, option: str) -> Sou
 
 
 def _table_source(rows: Any, name: str, identity: list[Any], text_field: str, note: str | None = None) -> Source:
-    def open_rows(fields: Fields | None) -> Rows:
-        return _table_rows(rows if fields is None else rows.select_columns(list(fields)), name)
+    def open_rows(fields: Fields | None, start: Any) -> Rows:
+        return _table_rows(rows if fields is None else rows.select_columns(list(fields)), name, start)
 
     return source_of_rows(name, identity, open_rows, text_field).with_note(note)
 
 
-def _table_rows(rows: Any, name: str) -> Rows:
-    number, batches = 0, rows.iter(ROWS_AT_ONCE)
+def _table_rows(rows: Any, name: str, start: Any) -> Rows:
+    """The rows of a Dataset or an IterableDataset after a position: the number of rows, and the state of the latter."""
+    number, state = start or (0, None)
+    if isinstance(rows, datasets.Dataset):
+        found = _in_batches(rows.skip(number))
+    else:
+        if state is not None:
+            rows.load_state_dict(state)
+        found = iter(rows)
     while True:
         try:
-            batch = next(batches, None)
+            row = next(found, None)
         except Exception as error:  # the readers have no common error class
             raise ValueError(f"{name} cannot be read after row {number}: {first_line(error)}") from None
-        if batch is None:
+        if row is None:
             return
+        number += 1
+        yield f"row {number}", row, partial(_row_position, number, rows)
+
+
+def _row_position(number: int, rows: Any) -> list[Any]:
+    return [number, None if isinstance(rows, datasets.Dataset) else rows.state_dict()]
+
+
+def _in_batches(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """The rows, which are read faster in batches."""
+    for batch in rows.iter(ROWS_AT_ONCE):
         for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield f"row {number}", dict(zip(batch, values, strict=True))
+            yield dict(zip(batch, values, strict=True))

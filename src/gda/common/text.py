@@ -3,11 +3,12 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-BLOCK = 2**20
+# Characters that are read at once. A piece of text has up to twice as many.
+BLOCK = 2**16
 
 
 def python_documentation() -> str:
@@ -30,7 +31,7 @@ def read_text(path: Path, option: str) -> tuple[str, str]:
 
 
 def text_pieces(path: Path) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in pieces of about a million characters that end at the end of a line.
+    """Yield the text of a UTF-8 file in pieces that end at the end of a line, see `BLOCK`.
 
     A shorter text is one piece. Pieces start with a nonempty line if possible. Line ends become "\\n", and a byte order
     mark is dropped.
@@ -38,16 +39,22 @@ def text_pieces(path: Path) -> Iterator[str]:
     Raises:
         ValueError: naming the file and the byte.
     """
-    held = ""
+    return (piece for piece, _ in pieces_from(path))
+
+
+def pieces_from(path: Path, position: tuple[int, str] = (0, "")) -> Iterator[tuple[str, tuple[int, str]]]:
+    """The same from a position on, each piece with the position after it: a place in the file, and text before it."""
+    offset, held = position
     with _opened(path) as file:
+        file.seek(offset)
         while block := file.read(BLOCK):
             held += _without_zeros(path, block)
             if len(held) >= 2 * BLOCK:
                 cut = _line_start(held) or len(held)
-                yield held[:cut]
-                held = held[cut:]
-    if held:
-        yield held
+                piece, held = held[:cut], held[cut:]
+                yield piece, (file.tell(), held)
+        if held:
+            yield held, (file.tell(), "")
 
 
 def jsonl_texts(path: Path, field: str) -> Iterator[str]:
@@ -66,15 +73,25 @@ def jsonl_texts(path: Path, field: str) -> Iterator[str]:
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the number, from 1, and the value of each line of a JSON Lines file that is not blank."""
+    return ((number, row) for number, row, _ in rows_from(path))
+
+
+def rows_from(path: Path, position: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, Any, Callable[[], int]]]:
+    """The same after a position, which is a place in the file and the number of the line that ends there.
+
+    The third value of each row returns the place where it ends, until the next row is read.
+    """
+    offset, before = position
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        file.seek(offset)
+        for number, line in enumerate(iter(file.readline, ""), before + 1):
             if not _without_zeros(path, line).strip():
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-            yield number, row
+            yield number, row, file.tell
 
 
 @contextlib.contextmanager
