@@ -43,6 +43,7 @@ FORGETFUL = (
 # Begins the assistant's turn otherwise than the generation prompt does.
 BLUNT = PREFIX.replace("<|assistant|>{% endif %}", "<|model|>{% endif %}")
 PAIRS = [{"prompt": f"What is {n} + {n}?", "completion": f" {'It is ' * (n % 3)}{2 * n}"} for n in range(20)]
+ROLES = ("user", "assistant") * 3
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "hi there"},
@@ -144,6 +145,40 @@ def test_only_the_completion_of_messages_is_learned(template: str) -> None:
         ),
         ("2=the end</s>", True),
     )
+
+
+HARD = ["  1=a", "\u20ac \U0001f600", "2\n\n", "x" * 50, "<|user|> </s> hi", "\u00e4=\U0001f468\u200d\U0001f469"]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("tools", [None, [TOOL]])
+@pytest.mark.parametrize("template", [PREFIX, MARKED, FORGETFUL])
+def test_batch_equals_examples_one_by_one(template: str, tools: Any) -> None:
+    """Ids and masks of chats and completions that are tokenized at once, and those of `apply_chat_template`."""
+    tokenizer = tokenizer_with(template.replace("{%", "{% if tools %}{{ tools | tojson }}{% endif %}{%", 1))
+    words = [[*HARD[n:], *HARD[:n]] for n in range(len(HARD))]
+    chats = [[{"role": role, "content": word} for role, word in zip(ROLES, each, strict=True)] for each in words]
+    for chat in chats:  # FORGETFUL changes what follows "=", which it should only do to the assistant
+        chat[0]["content"] = chat[2]["content"] = chat[4]["content"] = chat[4]["content"].replace("=", "")
+    examples = [Example(f"row {n}", [], chat, tools if n % 2 else None) for n, chat in enumerate(chats)]
+    examples += [Example("completion", f"{word}?", word) for word in HARD]
+    mixed = examples[::2] + examples[1::2]
+    found = encode(tokenizer, mixed)
+    for example, documents in zip(mixed, found, strict=True):
+        (alone,) = encode(tokenizer, [example])
+        assert len(alone) == len(documents)
+        for one, other in zip(alone, documents, strict=True):
+            assert (one.ids.tolist(), one.learned.tolist()) == (other.ids.tolist(), other.learned.tolist())
+        if isinstance(example.answer, str):
+            text = f"{example.prompt}{example.answer}"
+            assert documents[0].ids.tolist() == [*tokenizer(text).input_ids, EOS]
+            continue
+        expected: Any = tokenizer.apply_chat_template(
+            example.answer, tools=example.tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert documents[-1].ids.tolist() == expected["input_ids"]
+        if template is MARKED:
+            assert documents[0].learned.tolist() == [bool(each) for each in expected["assistant_masks"]]
 
 
 BAD_CHATS: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
