@@ -1,13 +1,12 @@
 """LoRA (arXiv 2106.09685) by PEFT, and the plain GDA model that it results in."""
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from gda.common.extras import needed_by
@@ -58,26 +57,6 @@ def merged(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     return model.merge_and_unload() if is_adapted(model) else model  # type: ignore[operator, return-value]
 
 
-def merged_state(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of `merged(model)`, without changing the model of PEFT.
-
-    Where the model is sharded, `state` is its full state dict.
-    """
-    state = model.state_dict() if state is None else state
-    adapted = ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
-    scales = {unwrapped_name(name): module.scaling[ADAPTER] for name, module in adapted}
-    plain = {}
-    for name, tensor in state.items():
-        if ".lora_A." in name or ".lora_B." in name:
-            continue
-        layer, _, kind = name.rpartition(".base_layer.")
-        if layer and kind == "weight":
-            down, up = (state[f"{layer}.lora_{each}.{ADAPTER}.weight"] for each in "AB")
-            tensor = tensor + scales[layer] * (up @ down)
-        plain[name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")] = tensor
-    return plain
-
-
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -86,7 +65,7 @@ def save_learned(model: nn.Module, folder: Path, *, writes: bool) -> None:
 
     All processes must call this together.
     """
-    learned = {name: full_tensor(each.detach()).cpu().contiguous() for name, each in _trained(model).items()}
+    learned = {name: full_tensor(each).cpu().contiguous() for name, each in _trained(model).items()}
     if writes:
         save_file(learned, folder / LEARNED_FILE, {"format": "pt"})
 

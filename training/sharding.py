@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -17,17 +19,44 @@ def unwrapped_name(name: str) -> str:
     return name
 
 
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor that may be sharded."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@torch.no_grad()
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor. All processes must call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole of a tensor that FSDP2 or ZeRO-3 may have sharded. All processes must call this together."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
 
 
-def distributed_like(parameter: Tensor, full: Tensor) -> Tensor:
-    """`full`, sharded as the parameter is."""
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
+
+
+def distributed_like(parameter: Tensor, full: Tensor | None) -> Tensor:
+    """`full`, sharded as the parameter is. The values of the first process count; in the others it may be None."""
     if isinstance(parameter, DTensor):
         device = parameter.to_local().device
+        full = torch.empty(parameter.shape, dtype=parameter.dtype) if full is None else full
         return distribute_tensor(full.to(device), parameter.device_mesh, parameter.placements)
+    assert full is not None
     return full
+
+
+def reshard(model: nn.Module) -> None:
+    """Shard again what FSDP2 keeps whole between a forward and a backward pass; after an evaluation, none follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class FrozenEntriesCallback(TrainerCallback):

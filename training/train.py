@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
@@ -34,7 +35,7 @@ from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.card import training_step, write_card
 from gda.training.runs.checkpoints import require_trainer_state, step_of
 from gda.training.runs.failures import explained, missing_space
-from gda.training.runs.model_folder import model_stamps, save
+from gda.training.runs.model_folder import add_companions, model_stamps
 from gda.training.runs.processes import Processes, reported_elsewhere
 from gda.training.runs.run_folder import (
     DATA_FOLDER,
@@ -48,6 +49,7 @@ from gda.training.runs.run_folder import (
 from gda.training.runs.run_trainer import RunTrainer
 from gda.training.runs.watch import watched
 from gda.training.settings import TrainOptions, TrainSettings
+from gda.training.weights import save_plain
 
 
 @takes(TrainOptions)
@@ -232,13 +234,15 @@ def _train(
     if stop.interrupted:
         raise stop.interruption()
     report = _report(plan, trainer, state, out)
-    model = trainer.whole_model()
-
-    def save_model() -> None:
-        model.config.use_cache = plan.config.use_cache  # the Trainer switches it off
-        save(model, plan.dtypes, source, state.path, bundle_code=options.bundle_code)
-
-    processes.on_main(save_model)
+    learner: Any = trainer.model
+    config = learner.config
+    config.use_cache = plan.config.use_cache  # the Trainer switches it off
+    processes.together(
+        lambda: save_plain(learner, state.path, plan.dtypes, writes=processes.is_main, bundle_code=options.bundle_code)
+    )
+    processes.on_main(lambda: add_companions(config, source, state.path))
+    if trainer.is_deepspeed_enabled:  # otherwise each model that is built from here on would be sharded, too
+        unset_hf_deepspeed_config()
     return report
 
 

@@ -6,11 +6,12 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
@@ -20,9 +21,10 @@ from gda.training.callbacks.layer_log import LayerLog, for_reporters
 from gda.training.callbacks.throughput import ThroughputCallback
 from gda.training.distillation import Distillation, DistillationLosses
 from gda.training.labels import num_predicted
-from gda.training.lora import is_adapted, load_learned, merged_state, save_learned
+from gda.training.lora import is_adapted, load_learned, save_learned
 from gda.training.parameters import optimizer_groups, partly_frozen
-from gda.training.sharding import FrozenEntriesCallback
+from gda.training.sharding import FrozenEntriesCallback, reshard
+from gda.training.weights import load_plain, save_plain
 
 # Numbers of a training entry of the log, beside step, epoch and tokens.
 LOGGED = (
@@ -78,7 +80,7 @@ class GDATrainer(Trainer):
         self.throughput = ThroughputCallback()
         self._loss_sums: dict[str, Tensor] = {}  # since the last log entry
         super().__init__(model, args, **kwargs)
-        _reduce_in_float32(self.accelerator)
+        _keep_weights_in_float32(self.accelerator)
         self.add_callback(self.throughput)
         if layer_log is not None:
             self.add_callback(layer_log)
@@ -247,34 +249,57 @@ class GDATrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the plain model; in a LoRA checkpoint, also all trained parameters."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and is_adapted(self._learner):
-            save_learned(self._learner, Path(str(output_dir or self.args.output_dir)), writes=self.args.should_save)
+    @property
+    def _is_sharded(self) -> bool:
+        return self.accelerator.is_fsdp2 or self.is_deepspeed_enabled
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not is_adapted(self._learner):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = str(output_dir or self.args.output_dir)
-            self._learner.get_base_model().save_pretrained(folder, state_dict=merged_state(self._learner, state_dict))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain model, without gathering all of it; in a LoRA checkpoint, also all trained parameters."""
+        if not self._is_sharded and not is_adapted(self._learner):
+            super().save_model(output_dir, _internal_call)
+            return
+        folder, writes = Path(str(output_dir or self.args.output_dir)), self.args.should_save
+        save_plain(self._learner, folder, writes=writes)
+        if writes:
+            self._learner.generation_config.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
+        if _internal_call and is_adapted(self._learner):
+            save_learned(self._learner, folder, writes=writes)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if is_adapted(self._learner):
             load_learned(self._learner, Path(resume_from_checkpoint))
+        elif self.accelerator.is_fsdp2:
+            load_plain(self._learner, Path(resume_from_checkpoint), reads=self.is_world_process_zero())
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.accelerator.is_fsdp2:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer's would also store the model a second time.
+        plugin = self.accelerator.state.fsdp_plugin
+        reshard(self._learner)  # or its parameters are not those of the optimizer
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-def _reduce_in_float32(accelerator: Accelerator) -> None:
-    """Let FSDP2 sum gradients in float32, and keep the loss in float32, when it computes in bfloat16.
 
-    accelerate's policy rounds both to bfloat16: a loss of 4.74 is reported as 4.75, and small contributions of many
-    processes are lost.
+def _keep_weights_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP2 and DeepSpeed, when they compute in bfloat16, keep the weights and sum the gradients in float32.
+
+    By accelerate's policy for FSDP2, sums of gradients and the loss are rounded to bfloat16: a loss of 4.74 is reported
+    as 4.75, and small contributions of many processes are lost. DeepSpeed's `bf16` rounds the weights themselves before
+    the first step, λ too; its autocast does not.
     """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    elif plugin is not None and plugin.deepspeed_config.get("bf16", {}).get("enabled") is True:
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # none is sent rounded
+        plugin.deepspeed_config |= {"bf16": {"enabled": False}, "torch_autocast": autocast}

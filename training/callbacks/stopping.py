@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gda.common.errors import Interrupted
 from gda.common.screen import shows_progress
 from gda.training.runs.processes import Processes
+from gda.training.sharding import local_part
 
 
 class NotFiniteError(Exception):
@@ -109,5 +110,4 @@ class StopCallback(TrainerCallback):
 
 
 def _is_finite(parameter: Tensor) -> bool:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return bool(local.isfinite().all())
+    return bool(local_part(parameter).isfinite().all())

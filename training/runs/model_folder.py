@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from gda.common.assets import copy_assets
 from gda.common.errors import first_line
@@ -46,20 +46,9 @@ def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
     return model.float(), dtypes | before
 
 
-def save(
-    model: GDAForCausalLM, dtypes: dict[str, torch.dtype], source: Path, folder: Path, *, bundle_code: bool
-) -> None:
-    """Write the model into `folder` in its former data types, with the tokenizer and other files of `source`."""
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-    model.generation_config = GenerationConfig.from_model_config(model.config)  # replaced by that of the source
-    model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # written as 0600, whatever the umask
-        shutil.copymode(folder / "config.json", weights)
-    if not bundle_code:
-        for code in folder.glob("*.py"):
-            code.unlink()
-        model.config.save_pretrained(folder, bundle_code=False)
+def add_companions(config: PreTrainedConfig, source: Path, folder: Path) -> None:
+    """Write what belongs to the saved model beside it: the generation config, and the other files of `source`."""
+    GenerationConfig.from_model_config(config).save_pretrained(folder)  # replaced by that of the source
     copy_companions(source, folder)
     keep_reading(read_tokenizer(source), folder)
 

@@ -5,9 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gda.modeling_gda.modeling_gda import GDAForCausalLM
 from gda.training.callbacks.stopping import StopCallback
-from gda.training.lora import is_adapted, merged, merged_state
 from gda.training.runs.checkpoints import damage_reported
 from gda.training.trainer import GDATrainer
 
@@ -51,19 +49,3 @@ class RunTrainer(GDATrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with damage_reported(checkpoint):
             super()._load_rng_state(checkpoint)
-
-    def whole_model(self) -> GDAForCausalLM:
-        """The plain trained model, on the CPU of the main process. All processes must call this together."""
-        model: Any = self.accelerator.unwrap_model(self.model_wrapped)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            whole: Any = merged(model)
-            return whole.cpu()
-        state = self.accelerator.get_state_dict(self.model_wrapped)  # empty except in the main process
-        if is_adapted(model) and state:
-            state = merged_state(model, state)
-        with torch.device("meta"):
-            plain = GDAForCausalLM(model.config)
-        if state:
-            plain.load_state_dict(state, assign=True)
-        plain.tie_weights()
-        return plain
