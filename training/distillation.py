@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
@@ -69,8 +68,6 @@ class Distillation:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> "Distillation":
         """Load the teacher (a folder, Hub id or `.gguf` file) in float32; ValueError if it does not fit."""
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(f"--teacher {source} does not work with DeepSpeed's ZeRO-3, which shards it; use FSDP2")
         opened = open_source(source)
         if not opened.can_run:
             raise ValueError(

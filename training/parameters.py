@@ -57,10 +57,6 @@ def choose_what_learns(
     if what == "lora":
         return with_lora(model, lora_rank, seed, [name for name in names if is_lambda(name) or HEAD_NORM.search(name)])
     if what == "new":
-        if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
-            raise ValueError(
-                "--train new does not work with DeepSpeed's ZeRO-3, which hides rows of weights; use FSDP2"
-            )
         Trainable.read(folder).freeze_others(model)
     elif what in ("attention", "all"):
         for name, parameter in model.named_parameters():

@@ -83,7 +83,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     out = Path(options.out)
     processes = Processes()
     with quiet_transformers():
-        source = processes.together(lambda: _check_inputs(options, out))
+        source = processes.together(lambda: _check_inputs(options, out, processes))
         if options.dry_run:
             return _dry_run(options, source, out, processes, console)
         if (repo := options.push_to_hub) is not None:
@@ -96,8 +96,11 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     return report
 
 
-def _check_inputs(options: TrainOptions, out: Path) -> Path:
+def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Path:
     """Refuse bad input before anything large is read; return the local folder of the model."""
+    processes.require_sharding()
+    if options.train == "new" and processes.engine == "DeepSpeed":
+        raise ValueError("--train new does not work with DeepSpeed, which hides the gradients; use FSDP2")
     model = options.model
     if options.revision is not None and Path(model).exists():
         raise ValueError(f"--revision is for a Hub id, but {model} is a local path")
@@ -159,7 +162,8 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     """Train in ``.OUT.partial``, which becomes OUT; on an error, say what is left of the run."""
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
-    identity = RunIdentity(settings, model_stamps(source), _teacher_stamps(settings), stamps(data), processes.count)
+    read = (model_stamps(source), _teacher_stamps(settings), stamps(data))
+    identity = RunIdentity(settings, *read, processes.count, processes.engine)
     folder: RunFolder | None = None  # in the main process
 
     def open_folder() -> RunState:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch.distributed import PrefixStore, TCPStore
 
 from gda.common.errors import CheckFailed
@@ -17,6 +17,9 @@ PREFIX_KEY = "gda/prefix"
 
 # Kinds of errors that are passed on to the other processes; any other kind becomes a ValueError there.
 KINDS = (FileNotFoundError, FileExistsError, PermissionError, ConnectionError, BlockingIOError, OSError, CheckFailed)
+
+# Where accelerate ignores its settings for FSDP and DeepSpeed.
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU)
 
 
 def on_cpu() -> bool:
@@ -39,6 +42,22 @@ class Processes:
         self.count: int = state.num_processes
         self.index: int = state.process_index
         self.is_main: bool = state.is_main_process
+
+    @property
+    def engine(self) -> str:
+        """What keeps the optimizer and writes it to checkpoints: DeepSpeed, FSDP2 or plain processes."""
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            return "DeepSpeed"
+        return "FSDP2" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "plain processes"
+
+    def require_sharding(self) -> None:
+        """Raise ValueError if the launcher asks for sharding that would silently not take place, or for FSDP1."""
+        if self.engine == "FSDP2" and os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("FSDP1 is not supported; set fsdp_version: 2 in the configuration for accelerate")
+        if self.engine != "plain processes" and PartialState().distributed_type in UNSHARDED:
+            raise ValueError(
+                f"accelerate uses {self.engine} on GPUs only, and there is none here; launch CPU processes with --multi_gpu"
+            )
 
     def together(self, work: Callable[[], T]) -> T:
         """Call `work` in every process. If it fails in one, all raise its error.

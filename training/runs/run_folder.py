@@ -1,5 +1,6 @@
 """The folder of a training run until it is finished, and what identifies the run."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from gda.training.settings import TrainSettings
 
 LOG_FILE = "training_log.jsonl"
 DATA_FOLDER = "data"
+# The settings by which a step is split over time and, with the number of processes, over processes.
+SPLIT_OF_A_STEP = ("batch_size", "accumulation")
 START_ANEW = "start over with --overwrite"
 
 
@@ -35,6 +38,7 @@ class RunIdentity:
     teacher: list[list[Any]]
     data: list[list[Any]]
     processes: int  # they share each batch
+    engine: str  # what keeps the optimizer, see `Processes.engine`
 
     def to_dict(self) -> dict[str, Any]:
         """The identity as training.json stores it."""
@@ -45,15 +49,17 @@ class RunIdentity:
         settings = begun.get("settings")
         if not isinstance(settings, dict):
             raise ValueError(f"{folder / TRAINING_FILE} does not describe a run; {START_ANEW}")
-        if (name := self.settings.first_difference(settings)) is not None:
+        self._require_same_steps(settings, begun)
+        split = {name: getattr(self.settings, name) for name in SPLIT_OF_A_STEP}
+        if (name := self.settings.first_difference(settings | split)) is not None:
             raise ValueError(
                 f"--resume: the run was started with {_as_flag(name, settings.get(name))}, not with "
                 f"{_as_flag(name, getattr(self.settings, name))}; pass the same value, or {START_ANEW}"
             )
-        if (processes := begun.get("processes")) != self.processes:
+        if (engine := begun.get("engine", self.engine)) != self.engine:
             raise ValueError(
-                f"--resume: the run was started with {processes!r:.100} process(es), not with {self.processes}; "
-                f"use as many, or {START_ANEW}"
+                f"--resume: the run was started with {engine!s:.100}, not with {self.engine}, which keeps the optimizer "
+                f"in other files; launch it as then, or {START_ANEW}"
             )
         if begun.get("report") is not None:
             return  # training is finished, and nothing is read any more
@@ -65,6 +71,18 @@ class RunIdentity:
                 raise ValueError(f"--resume: {changed[0][0]} of the {kind} has changed since; {START_ANEW}")
             if len(here) != len(known):
                 raise ValueError(f"--resume: the {kind} has other files than before; {START_ANEW}")
+
+    def _require_same_steps(self, settings: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
+        """Refuse a run whose steps read other sequences. Which process reads which of them makes no difference."""
+        before = [*(settings.get(name) for name in SPLIT_OF_A_STEP), begun.get("processes")]
+        here = [*(getattr(self.settings, name) for name in SPLIT_OF_A_STEP), self.processes]
+        if not all(isinstance(each, int) for each in before):
+            raise ValueError(f"--resume: training.json does not say how many sequences a step reads; {START_ANEW}")
+        if math.prod(before) != math.prod(here):
+            raise ValueError(
+                f"--resume: a step of the run reads {' × '.join(map(str, before))} sequences (--batch-size × --accumulation "
+                f"× processes), not {' × '.join(map(str, here))}; choose the same product, or {START_ANEW}"
+            )
 
 
 def _as_flag(name: str, value: Any) -> str:
