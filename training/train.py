@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -101,6 +102,8 @@ def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Pat
     processes.require_sharding()
     if options.train == "new" and processes.engine == "DeepSpeed":
         raise ValueError("--train new does not work with DeepSpeed, which hides the gradients; use FSDP2")
+    if options.gradient_checkpointing and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ValueError("--gradient-checkpointing: the configuration for FSDP recomputes activations; omit the option")
     model = options.model
     if options.revision is not None and Path(model).exists():
         raise ValueError(f"--revision is for a Hub id, but {model} is a local path")

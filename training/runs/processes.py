@@ -56,7 +56,7 @@ class Processes:
             raise ValueError("FSDP1 is not supported; set fsdp_version: 2 in the configuration for accelerate")
         if self.engine != "plain processes" and PartialState().distributed_type in UNSHARDED:
             raise ValueError(
-                f"accelerate uses {self.engine} on GPUs only, and there is none here; launch CPU processes with --multi_gpu"
+                f"accelerate uses {self.engine} on GPUs only, and there is none; launch CPU processes with --multi_gpu"
             )
 
     def together(self, work: Callable[[], T]) -> T:

@@ -58,8 +58,8 @@ class RunIdentity:
             )
         if (engine := begun.get("engine", self.engine)) != self.engine:
             raise ValueError(
-                f"--resume: the run was started with {engine!s:.100}, not with {self.engine}, which keeps the optimizer "
-                f"in other files; launch it as then, or {START_ANEW}"
+                f"--resume: the run was started with {engine!s:.100}, not with {self.engine}, whose optimizer is in "
+                f"other files; launch it as then, or {START_ANEW}"
             )
         if begun.get("report") is not None:
             return  # training is finished, and nothing is read any more
@@ -80,8 +80,9 @@ class RunIdentity:
             raise ValueError(f"--resume: training.json does not say how many sequences a step reads; {START_ANEW}")
         if math.prod(before) != math.prod(here):
             raise ValueError(
-                f"--resume: a step of the run reads {' × '.join(map(str, before))} sequences (--batch-size × --accumulation "
-                f"× processes), not {' × '.join(map(str, here))}; choose the same product, or {START_ANEW}"
+                f"--resume: a step of the run reads {' × '.join(map(str, before))} sequences (--batch-size × "
+                f"--accumulation × processes), not {' × '.join(map(str, here))}; choose the same product, or "
+                f"{START_ANEW}"
             )
 
 
