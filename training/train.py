@@ -35,6 +35,7 @@ from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, trai
 from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.card import training_step, write_card
 from gda.training.runs.checkpoints import require_trainer_state, step_of
+from gda.training.runs.deepspeed import fits, make_universal
 from gda.training.runs.failures import explained, missing_space
 from gda.training.runs.model_folder import add_companions, model_stamps
 from gda.training.runs.processes import Processes, reported_elsewhere
@@ -236,6 +237,9 @@ def _train(
     interrupts = InterruptHandler(console if processes.is_main else None)
     stop = StopCallback(interrupts, processes)
     trainer = _make_trainer(plan, state, source, processes, stop, shows_progress=shows_progress(console))
+    if (last := state.checkpoint) is not None and processes.engine == "DeepSpeed" and not fits(last, processes.count):
+        processes.on_main(lambda: make_universal(last))
+        trainer.read_universal()
     with interrupts.installed(), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=None if state.checkpoint is None else str(state.checkpoint))
     if stop.interrupted:

@@ -21,6 +21,7 @@ class RunTrainer(GDATrainer):
         super().__init__(*args, **kwargs)
         self.stop = stop
         self._losses: list[Tensor] = []  # of the current step
+        self._weight_decays: list[float] | None = None  # by parameter group, if a universal checkpoint is read
         self.add_callback(stop)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -42,9 +43,29 @@ class RunTrainer(GDATrainer):
         with damage_reported(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
+    def read_universal(self) -> None:
+        """Read a checkpoint in DeepSpeed's universal form, see `make_universal`. Call this before `train`."""
+        self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        self._weight_decays = [group["weight_decay"] for group in self.create_optimizer().param_groups]
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with damage_reported(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if self._weight_decays is not None:
+            self._mend_universal(self._weight_decays)
+
+    def _mend_universal(self, weight_decays: list[float]) -> None:
+        """Undo two mistakes of DeepSpeed 0.19 in the optimizer that it has read from a universal checkpoint.
+
+        All parameter groups have the settings of the first, and all states share one tensor that counts the steps, so
+        that it counts each step once for every group.
+        """
+        adam: Any = self.model_wrapped.optimizer.optimizer
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate, decay in zip(adam.param_groups, rates, weight_decays, strict=True):
+            group |= {"lr": rate, "weight_decay": decay}
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with damage_reported(checkpoint):
