@@ -97,7 +97,7 @@ class GDATrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- optimizing
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, over the three groups of `optimizer_groups`."""
+        """The Trainer's optimizer, over the groups of `optimizer_groups`."""
         if self.optimizer is None:
             model = self._learner if model is None else model
             optimizer: Any = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
