@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import Trainer, training_args
 
@@ -53,7 +54,6 @@ def held(trainer: Trainer) -> dict[str, Any]:
             for name, each in trainer.model.named_parameters()
         },
         "moments": moments,
-        "autocast": str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else None,
         "dtypes": sorted({str(each.dtype) for each in trainer.model.parameters()}),
     }
 
@@ -84,4 +84,5 @@ if __name__ == "__main__":
     if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         pretend_gpus()
     for run in json.loads(sys.argv[1]):
+        AcceleratorState._reset_state()  # the settings of DeepSpeed are those of one run
         train(**run)
