@@ -286,6 +286,7 @@ class GDATrainer(Trainer):
         reshard(self._learner)  # or its parameters are not those of the optimizer
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
+            assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
 

@@ -25,7 +25,7 @@ def plain_recipes(learner: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict
     """
     parameters = _parameters(learner)
     adapted = ((name, module) for name, module in learner.named_modules() if hasattr(module, "lora_A"))
-    scales = {unwrapped_name(name): module.scaling[ADAPTER] for name, module in adapted}  # type: ignore[index, operator]
+    scales = {unwrapped_name(name): module.scaling[ADAPTER] for name, module in adapted}
     recipes = {}
     for name, parameter in parameters.items():
         if ".lora_A." in name or ".lora_B." in name:

@@ -61,9 +61,11 @@ def held(trainer: Trainer) -> dict[str, Any]:
 def train(*, interrupt_at: int | None = None, **options: Any) -> None:
     """`gda.train`, interrupted at a step in one of the processes."""
     plain = Trainer.training_step
+    interrupts = [interrupt_at] if os.environ["RANK"] == "1" else []
 
     def training_step(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if os.environ["RANK"] == "1" and self.state.global_step + 1 == interrupt_at:
+        if self.state.global_step + 1 in interrupts:
+            interrupts.clear()  # a second one would stop at once
             os.kill(os.getpid(), signal.SIGINT)
         if self.state.global_step == 1:
             name = f"{Path(options['out']).name}-{os.environ['RANK']}.json"

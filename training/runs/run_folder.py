@@ -74,7 +74,7 @@ class RunIdentity:
 
     def _require_same_steps(self, settings: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
         """Refuse a run whose steps read other sequences. Which process reads which of them makes no difference."""
-        before = [*(settings.get(name) for name in SPLIT_OF_A_STEP), begun.get("processes")]
+        before: list[Any] = [*(settings.get(name) for name in SPLIT_OF_A_STEP), begun.get("processes")]
         here = [*(getattr(self.settings, name) for name in SPLIT_OF_A_STEP), self.processes]
         if not all(isinstance(each, int) for each in before):
             raise ValueError(f"--resume: training.json does not say how many sequences a step reads; {START_ANEW}")

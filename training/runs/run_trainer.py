@@ -1,6 +1,6 @@
 """The Trainer of `gda train`: it stops cleanly, names damaged checkpoints and gives the trained model."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,8 @@ class RunTrainer(GDATrainer):
         All parameter groups have the settings of the first, and all states share one tensor that counts the steps, so
         that it counts each step once for every group.
         """
-        adam: Any = self.model_wrapped.optimizer.optimizer
-        rates = self.lr_scheduler.get_last_lr()
+        engine, scheduler = cast(Any, self.model_wrapped), cast(Any, self.lr_scheduler)
+        adam, rates = engine.optimizer.optimizer, scheduler.get_last_lr()
         for group, rate, decay in zip(adam.param_groups, rates, weight_decays, strict=True):
             group |= {"lr": rate, "weight_decay": decay}
         for state in adam.state.values():
