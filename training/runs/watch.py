@@ -87,7 +87,9 @@ class _Watch:
                 self._peers = _accept(listener, connected, token)
         for peer in self._peers.values():
             peer.setblocking(False)
-        threading.Thread(target=self._run, name="gda-watch", daemon=True).start()
+        self._woken, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="gda-watch", daemon=True)
+        self._thread.start()
 
     def _connect(self, index: int, address: str, port: int, token: str) -> None:
         try:
@@ -102,6 +104,8 @@ class _Watch:
         """Stop watching, and say how this process ends."""
         self._left.set()
         self._send(f"{last_word}\n")
+        self._waker.send(b".")
+        self._thread.join(GRACE)  # a thread that runs while Python shuts down can abort the process
 
     def _send(self, text: str) -> None:
         for peer in list(self._peers.values()):
@@ -130,10 +134,13 @@ class _Watch:
         missed = dict.fromkeys(self._peers, 0)  # beats instead of seconds, since a whole run may be suspended
         due = time.monotonic()
         with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
             for index, peer in self._peers.items():
                 selector.register(peer, selectors.EVENT_READ, index)
             while self._peers and not self._left.is_set():
                 for key, _ in selector.select(max(0.0, due - time.monotonic())):
+                    if key.data is None:  # this process leaves
+                        return None
                     missed[key.data] = 0
                     last_word = _last_word(self._peers[key.data])
                     if last_word == LEFT:
