@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
 import gda
 from gda.common.trainable import Trainable
-from gda.training import accelerate_config
+from gda.training import TrainSettings, accelerate_config
+from gda.training.runs.run_folder import RunIdentity
 
 from ..support.llamas import save_llama, tensors_of
 from ..support.tiny import tiny_model
@@ -32,13 +34,8 @@ LAUNCHES = {
     "fsdp2": ("--config_file", str(accelerate_config("fsdp2"))),
     "zero3": ("--config_file", str(accelerate_config("zero3"))),
 }
-each_engine = pytest.mark.parametrize(
-    "engine",
-    [
-        *("ddp", "fsdp2"),
-        pytest.param("zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")),
-    ],
-)
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+each_engine = pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 # By name of the result: the model and options. Each step reads 8 sequences.
 RUNS: dict[str, dict[str, Any]] = {
     "all": {"model": "gda", "eval_data": "text.txt", "eval_every": 4},
@@ -214,9 +211,9 @@ def require_sharded(folder: Path, name: str, engine: str, trained: str) -> None:
 
 
 @each_engine
-@pytest.mark.parametrize("name", ["attention", "lora"])
-def test_resume_with_more_processes(engine: str, name: str, alone: Path, tmp_path: Path) -> None:
+def test_resume_with_more_processes(engine: str, alone: Path, tmp_path: Path) -> None:
     """The checkpoint of two processes is continued by four, to the same model."""
+    name = "attention"  # with several groups of parameters, and some that are frozen
     for processes, options in ((2, {"interrupt_at": 4}), (4, {"resume": True})):
         run = placed(alone, tmp_path / name, name, processes, **options)
         ran = launch(engine, [run], tmp_path / "held", processes)
@@ -224,11 +221,9 @@ def test_resume_with_more_processes(engine: str, name: str, alone: Path, tmp_pat
     require_equal(tmp_path / name, alone / name, engine)
 
 
-@each_engine
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_refusals_name_the_option(engine: str, alone: Path, tmp_path: Path) -> None:
     """What an engine cannot do is refused before the data is read."""
-    if engine == "ddp":
-        pytest.skip("it can do everything")
     name, options, message = {
         "fsdp2": ("all", {"gradient_checkpointing": True}, "the configuration for FSDP recomputes activations"),
         "zero3": ("new", {}, "--train new does not work with DeepSpeed"),
@@ -237,6 +232,36 @@ def test_refusals_name_the_option(engine: str, alone: Path, tmp_path: Path) -> N
     assert ran.returncode != 0
     assert message in ran.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["held"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "accelerate uses FSDP2 on GPUs only"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate uses DeepSpeed on GPUs only"),
+    ],
+)
+def test_sharding_is_never_ignored(
+    environment: dict[str, str], message: str, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would go on with data parallelism."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        gda.train(**placed(alone, tmp_path / "out", "all"))
+
+
+def test_resume_needs_equal_steps_and_the_same_engine(tmp_path: Path) -> None:
+    """Which process reads which sequences makes no difference, but what a step reads does."""
+    settings = TrainSettings(**COMMON, batch_size=4)
+    begun = {"settings": json.loads(json.dumps(settings.to_dict())), "processes": 2, "engine": "FSDP2"}
+    other = replace(settings, batch_size=8)
+    RunIdentity(other, [], [], [], 1, "FSDP2").require_same(begun | {"report": {}}, tmp_path)
+    with pytest.raises(ValueError, match="reads 4 × 1 × 2 sequences"):
+        RunIdentity(other, [], [], [], 2, "FSDP2").require_same(begun, tmp_path)
+    with pytest.raises(ValueError, match="was started with FSDP2, not with DeepSpeed"):
+        RunIdentity(other, [], [], [], 1, "DeepSpeed").require_same(begun, tmp_path)
 
 
 def old_stays_bit_for_bit(grown: Path, trained: Path) -> None:

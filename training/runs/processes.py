@@ -97,6 +97,12 @@ class Processes:
         return [bool(flag) for flag in reduced.tolist()]
 
 
+def part() -> None:
+    """Close the connections between the processes: C++ can abort a process that shuts down with open ones."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _may_be_restarted() -> bool:
     """Whether torchrun starts the processes again when one fails (`--max-restarts`), with the store that it has."""
     may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
