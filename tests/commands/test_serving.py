@@ -269,7 +269,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 @pytest.mark.slow
 @torch.no_grad()
 def test_transformers_serves_a_converted_model(server: tuple[str, Path]) -> None:
-    """A chat and a streamed chat over HTTP give what `generate` gives."""
+    """A chat and a streamed chat over HTTP, and `transformers chat`, give what `generate` gives."""
     address, folder = server
     messages = [{"role": "user", "content": "the thing in an other"}]
     (listed,) = json.loads(ask(f"{address}/v1/models"))["data"]
@@ -287,6 +287,11 @@ def test_transformers_serves_a_converted_model(server: tuple[str, Path]) -> None
     assert answer["choices"][0]["message"]["content"] == expected
     assert streamed == expected.rstrip("\N{REPLACEMENT CHARACTER}")  # a stream waits for the rest of a character
     assert answer["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), f"{address}/v1"]
+    command += ["max_new_tokens=6", "do_sample=False"]
+    said = f"{messages[0]['content']}\n!exit\n"
+    chat = subprocess.run(command, input=said, capture_output=True, text=True, cwd=folder.parent, timeout=120)
+    assert streamed.split()[0] in chat.stdout, chat.stderr
 
 
 def test_options_of_transformers_serve() -> None:

@@ -248,6 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
         sha, files = self._commit(id, rev)
         siblings = [{"rfilename": path} for path in sorted(files)]
         state = {"private": self._repo(id).private, "gated": False, "disabled": False}
+        config = json.loads(files["config.json"].data) if "config.json" in files else {}
+        state["config"] = {name: config[name] for name in ("architectures", "auto_map", "model_type") if name in config}
         self.answer(200, {"_id": "0", "id": id, "modelId": id, "sha": sha, "tags": [], "siblings": siblings} | state)
 
     def tree(self, id: str, rev: str, path: str = "") -> None:
