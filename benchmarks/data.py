@@ -32,6 +32,11 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MARKED = TEMPLATE.replace(
+    "'\n' + m.content + '<|im_end|>\n' }}",
+    "'\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
+)
 ROLES = ("user", "assistant") * 2
 
 
@@ -60,7 +65,7 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def measure(
-    rows: list[dict[str, Any]], tokenizer: Any, options: argparse.Namespace, scratch: Path
+    case: str, rows: list[dict[str, Any]], tokenizer: Any, options: argparse.Namespace, scratch: Path
 ) -> Iterator[dict[str, Any]]:
     """Tokens per second of each contestant, and the ratios of `gda train` to the others."""
     (kind,) = rows[0]
@@ -84,7 +89,9 @@ def measure(
 
     def tokenized(batch: dict[str, Any]) -> Any:
         if kind == "messages":
-            return tokenizer.apply_chat_template(batch[kind], tokenize=True, return_dict=True)
+            return tokenizer.apply_chat_template(
+                batch[kind], tokenize=True, return_dict=True, return_assistant_tokens_mask=case == "marked chats"
+            )
         return tokenizer(batch[kind], add_special_tokens=False, return_attention_mask=False)
 
     def mapped(name: str, processes: int | None) -> None:
@@ -98,7 +105,7 @@ def measure(
     seconds = interleaved(runs, options)
     for name, taken in seconds.items():
         yield {
-            "rows": kind,
+            "rows": case,
             "name": name,
             "tokens": tokens[name],
             "tokens_per_second": tokens[name] / statistics.median(taken),
@@ -113,17 +120,21 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=30, help="Size of the text.")
     parser.add_argument("--context", type=int, default=2048, help="Tokens per sequence.")
     parser.add_argument("--budget", type=float, default=120, help="Seconds that the repetitions of each case may take.")
+    parser.add_argument(
+        "--clock", choices=("wall", "all"), default="wall", help="Elapsed time, or CPU time of all threads."
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     options = parser.parse_args()
-    options.clock = "wall"
     disable_progress_bars()
     disable_caching()
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else trained_tokenizer()
     found: list[dict[str, Any]] = []
-    for rows in (texts(), chats()):
-        size = sum(len(json.dumps(row)) for row in rows)
+    for case, rows in (("text", texts()), ("chats", chats()), ("marked chats", chats())):
+        if case == "marked chats":
+            tokenizer.chat_template = MARKED
+        rows *= max(1, round(options.megabytes * 1e6 / len(json.dumps(rows))))
         with tempfile.TemporaryDirectory() as scratch:
-            found += measure(rows * max(1, round(options.megabytes * 1e6 / size)), tokenizer, options, Path(scratch))
+            found += measure(case, rows, tokenizer, options, Path(scratch))
     if options.json:
         print(json.dumps({**environment(options), "figures": found}, indent=2))
         return

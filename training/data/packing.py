@@ -1,6 +1,7 @@
 """Documents packed into sequences of token ids."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -112,6 +113,10 @@ class OpenSequence:
         self.used = end
 
 
+def _no_tokens() -> NDArray[np.int32]:
+    return np.zeros(0, dtype=np.int32)
+
+
 @dataclass
 class Progress:
     """How far documents are packed: what the next sequences depend on.
@@ -125,7 +130,7 @@ class Progress:
 
     source: int = 0
     position: Any = None
-    rest: list[int] = field(default_factory=list)
+    rest: NDArray[np.int32] = field(default_factory=_no_tokens)
     unfinished: list[OpenSequence] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
 
@@ -151,6 +156,11 @@ class SequencePacker:
             return ("the tokenizer has no end-of-text token, so blank lines separate documents",)
         return ()
 
+    @staticmethod
+    def ordered(sources: Sequence[Source]) -> list[Source]:
+        """The sources in the order in which they are packed: texts come first."""
+        return sorted(sources, key=lambda each: each.has_examples)
+
     def blocks(self, sources: Sequence[Source], progress: Progress) -> Iterator[Block]:
         """Blocks of sequences: first of texts, then of examples.
 
@@ -159,17 +169,18 @@ class SequencePacker:
         Raises:
             ValueError: if the data has fewer tokens than one sequence, or no answer; what was skipped is counted.
         """
-        texts, examples = ([each for each in sources if each.has_examples is kind] for kind in (False, True))
-        tally = progress.tally
-        if progress.source < len(texts) or progress.rest:
+        sources, tally = self.ordered(sources), progress.tally
+        texts = [each for each in sources if not each.has_examples]
+        has_examples = len(texts) < len(sources)
+        if progress.source < len(texts) or len(progress.rest):
             for ids in self._texts(texts, progress):
                 tally.sequences += len(ids)
                 tally.tokens += ids.size
                 positions = np.broadcast_to(np.arange(self.context, dtype=np.int32), ids.shape)
-                yield {"input_ids": ids} | ({"labels": ids, "position_ids": positions} if examples else {})
-            tally.dropped, progress.rest = len(progress.rest), []
+                yield {"input_ids": ids} | ({"labels": ids, "position_ids": positions} if has_examples else {})
+            tally.dropped, progress.rest = len(progress.rest), _no_tokens()
             progress.source, progress.position = len(texts), None
-        for columns in self._examples([*texts, *examples], progress):
+        for columns in self._examples(sources, progress):
             tally.sequences += len(columns)
             yield dict(zip(COLUMNS, columns.swapaxes(0, 1), strict=True))
         if not tally.sequences:
@@ -184,28 +195,29 @@ class SequencePacker:
 
     def _texts(self, sources: Sequence[Source], progress: Progress) -> Iterator[NDArray[np.int32]]:
         """Blocks (n, context) of the joined texts."""
-        for pieces, place in _batches(sources, progress):
-            progress.tally.empty += pieces.count(None)
-            ids = progress.rest
-            for tokenized in self._tokenize([piece for piece in pieces if piece is not None]):
-                ids += tokenized
+        tokenized = (self._tokenized(pieces, place) for pieces, place in _batches(sources, progress))
+        for empty, documents, place in ahead(tokenized):
+            progress.tally.empty += empty
+            ids = np.concatenate([progress.rest, *documents])
+            self._check(int(ids.max(initial=0)))
             whole = len(ids) // self.context * self.context
             progress.rest = ids[whole:]
             progress.source, progress.position = place
             if whole:
-                yield np.array(ids[:whole], dtype=np.int32).reshape(-1, self.context)
+                yield ids[:whole].reshape(-1, self.context)
 
-    def _tokenize(self, pieces: list[Piece]) -> Iterator[list[int]]:
+    def _tokenized(self, pieces: list[Piece | None], place: Place) -> tuple[int, list[NDArray[np.int32]], Place]:
+        """The number of rows without content, and the tokens of the others."""
+        found = [piece for piece in pieces if piece is not None]
+        return len(pieces) - len(found), list(self._tokenize(found)), place
+
+    def _tokenize(self, pieces: list[Piece]) -> Iterator[NDArray[np.int32]]:
         if not pieces:
             return
         end = self.tokenizer.eos_token_id
         texts = [text + "\n\n" if ends and end is None else text for text, ends in pieces]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for ids, (_, ends) in zip(encoded["input_ids"], pieces, strict=True):
-            if ends and end is not None:
-                ids.append(end)
-            self._check(max(ids, default=0))
-            yield ids
+        for ids, (_, ends) in zip(_ids(self.tokenizer, texts), pieces, strict=True):
+            yield np.array([*ids, end] if ends and end is not None else ids, dtype=np.int32)
 
     def _check(self, largest: int) -> None:
         if largest >= self.vocab_size:
@@ -219,38 +231,49 @@ class SequencePacker:
     def _examples(self, sources: Sequence[Source], progress: Progress) -> Iterator[NDArray[np.int32]]:
         """Blocks (n, 3, context) of sequences, each with as many examples as fit: one goes into the first with room."""
         padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
-        unfinished, tally = progress.unfinished, progress.tally
         rendered = (self._rendered(documents, place) for documents, place in _batches(sources, progress))
-        for empty, documents, place in ahead(rendered):
+        encoded = ((empty, self._encoded(documents), place) for empty, documents, place in ahead(rendered))
+        for empty, examples, place in ahead(encoded):
+            progress.tally.empty += empty
+            progress.tally.split += sum(len(documents) > 1 for documents in examples)
             finished: list[OpenSequence] = []
-            tally.empty += empty
-            for encoded in self._encoded(documents, tally):
-                packed = next((each for each in unfinished if self.context - each.used >= len(encoded.ids)), None)
-                if packed is None:
-                    if len(unfinished) == OPEN_SEQUENCES:
-                        fullest = max(range(OPEN_SEQUENCES), key=lambda index: unfinished[index].used)
-                        finished.append(unfinished.pop(fullest))
-                    unfinished.append(packed := OpenSequence.empty(self.context, padding))
-                packed.add(encoded)
-                tally.examples += 1
-                tally.tokens += len(encoded.ids)
-                tally.learned += int(encoded.learned.sum())
+            for example in self._kept(itertools.chain.from_iterable(examples), progress.tally):
+                finished += self._pack(example, progress, padding)
             progress.source, progress.position = place
             if finished:
                 yield np.stack([each.columns for each in finished])
-        if unfinished:
+        if unfinished := progress.unfinished:
             progress.unfinished = []
             yield np.stack([each.columns for each in unfinished])
+
+    def _pack(self, example: Encoded, progress: Progress, padding: int) -> list[OpenSequence]:
+        """Add an example to the first sequence with room; return a sequence that gives way to a new one."""
+        finished, unfinished, tally = [], progress.unfinished, progress.tally
+        packed = next((each for each in unfinished if self.context - each.used >= len(example.ids)), None)
+        if packed is None:
+            if len(unfinished) == OPEN_SEQUENCES:
+                fullest = max(range(OPEN_SEQUENCES), key=lambda index: unfinished[index].used)
+                finished = [unfinished.pop(fullest)]
+            unfinished.append(packed := OpenSequence.empty(self.context, padding))
+        packed.add(example)
+        tally.examples += 1
+        tally.tokens += len(example.ids)
+        tally.learned += int(example.learned.sum())
+        return finished
 
     def _rendered(self, documents: list[Any], place: Place) -> tuple[int, list[list[Document]], Place]:
         """The number of rows without content, and the texts of the others."""
         examples = [each for each in documents if isinstance(each, Example)]
         return len(documents) - len(examples), render(self.tokenizer, examples), place
 
-    def _encoded(self, documents: list[list[Document]], tally: Tally) -> Iterator[Encoded]:
+    def _encoded(self, documents: list[list[Document]]) -> list[list[Encoded]]:
+        """The tokens of examples."""
+        encoded = tokenize(self.tokenizer, [each for of_one in documents for each in of_one])
+        return [[next(encoded) for _ in of_one] for of_one in documents]
+
+    def _kept(self, examples: Iterable[Encoded], tally: Tally) -> Iterator[Encoded]:
         """The examples that have anything to learn in the length of a sequence."""
-        tally.split += sum(len(of_one) > 1 for of_one in documents)
-        for whole in tokenize(self.tokenizer, [each for of_one in documents for each in of_one]):
+        for whole in examples:
             self._check(int(whole.ids.max(initial=0)))
             encoded = whole.cut(self.context)
             if encoded.learned.any():
@@ -260,6 +283,14 @@ class SequencePacker:
                 tally.beyond += 1
             else:
                 tally.unanswered += 1
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The token ids of texts. A fast tokenizer takes a fifth less without the offsets that transformers asks for."""
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    tokenizer("", add_special_tokens=False)  # sets the tokenizer's options as for any other call
+    return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _batches(sources: Sequence[Source], progress: Progress) -> Iterator[tuple[list[Any], Place]]:

@@ -161,7 +161,7 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
         rows = load() if fields is None or builder != "parquet" else load(columns=list(fields))
     except Exception as error:  # the readers have no common error class
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
-    if builder == "parquet" and hasattr(rows, "reshard"):  # since datasets 4.6
+    if builder == "parquet" and hasattr(rows, "reshard"):  # not in early releases of datasets 4
         rows = rows.reshard()
     return _table_rows(rows, str(path), start)
 

@@ -76,7 +76,8 @@ class StreamState:
         progress, unfinished = self.progress, self.progress.unfinished
         described = {
             **{name: getattr(self, name) for name in ("seed", "epoch", "count")},
-            **{name: getattr(progress, name) for name in ("source", "position", "rest")},
+            **{name: getattr(progress, name) for name in ("source", "position")},
+            "rest": progress.rest.tolist(),
             "tally": progress.tally.to_dict(),
             "used": [each.used for each in unfinished],
             "random": self.random.bit_generator.state,
@@ -95,10 +96,14 @@ class StreamState:
                 rows[name] = list(file.get_tensor(name))
         if any(row.shape != shape or row.dtype != np.int32 for name in rows for row in rows[name]):
             raise ValueError(f"{path.name} holds other sequences than (columns, context) = {shape}")
+        if any(
+            type(described[name]) is not int or described[name] < 0 for name in ("seed", "epoch", "count", "source")
+        ):
+            raise ValueError(f"{path.name} does not describe a stream")
         progress = Progress(
             described["source"],
             described["position"],
-            described["rest"],
+            np.array(described["rest"], dtype=np.int32),
             [OpenSequence(*each) for each in zip(rows["unfinished"], described["used"], strict=True)],
             Tally(**described["tally"]),
         )
@@ -138,8 +143,11 @@ class SequenceStream(IterableDataset[dict[str, Tensor]]):
         saved.save(path)
 
     def resume(self, path: Path) -> None:
-        """Begin with a saved state."""
+        """Begin with a saved state. Its position is tried, so that a damaged one is noticed here."""
         self._start = StreamState.read(path, (len(self.columns), self.packer.context))
+        progress = self._start.progress
+        for source in self.packer.ordered(self.sources)[progress.source :][:1]:
+            next(iter(source.documents(progress.position)), None)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         state = self._state = copy.deepcopy(self._start)
