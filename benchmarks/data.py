@@ -37,6 +37,7 @@ MARKED = TEMPLATE.replace(
     "'\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
     "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}",
 )
+CLOCK_NAMES = {"wall": "elapsed time", "all": "CPU time of all threads and processes"}
 ROLES = ("user", "assistant") * 2
 
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048, help="Tokens per sequence.")
     parser.add_argument("--budget", type=float, default=120, help="Seconds that the repetitions of each case may take.")
     parser.add_argument(
-        "--clock", choices=("wall", "all"), default="wall", help="Elapsed time, or CPU time of all threads."
+        "--clock", choices=CLOCK_NAMES, default="wall", help="Elapsed time, or CPU time of all threads."
     )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     options = parser.parse_args()
@@ -138,7 +139,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({**environment(options), "figures": found}, indent=2))
         return
-    table = Table(title=f"tokens per second, {options.megabytes:g} MB")
+    table = Table(title=f"{options.megabytes:g} MB; seconds are {CLOCK_NAMES[options.clock]}")
     for column in ("rows", "", "tokens", "tokens per second", "gda train ÷ this"):
         table.add_column(column, justify="left" if column in ("rows", "") else "right")
     for each in found:

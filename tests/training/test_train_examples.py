@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import gda
-from gda.training.data.examples import encode
+from gda.training.data.examples import Encoded, render, tokenize
 from gda.training.data.rows import Example
 from gda.training.data.sequences import Sequences, collate, open_sequences
 
@@ -64,6 +64,10 @@ def ids_of(*parts: tuple[str, bool]) -> tuple[list[int], list[bool]]:
     tokenizer = byte_tokenizer()
     pieces = [(tokenizer(text, add_special_tokens=False).input_ids, learned) for text, learned in parts]
     return [id for ids, _ in pieces for id in ids], [learned for ids, learned in pieces for _ in ids]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> list[list[Encoded]]:
+    return tokenize(tokenizer, render(tokenizer, examples))
 
 
 def encoded(template: str | None, prompt: Any, answer: Any) -> tuple[list[int], list[bool]]:

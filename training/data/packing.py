@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gda.training.data.examples import Document, Encoded, render, tokenize
+from gda.training.data.examples import Document, Encoded, encodings, render, tokenize
 from gda.training.data.rows import Example, Piece, Source
 from gda.training.labels import NO_LABEL
 
@@ -232,7 +232,7 @@ class SequencePacker:
         """Blocks (n, 3, context) of sequences, each with as many examples as fit: one goes into the first with room."""
         padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         rendered = (self._rendered(documents, place) for documents, place in _batches(sources, progress))
-        encoded = ((empty, self._encoded(documents), place) for empty, documents, place in ahead(rendered))
+        encoded = ((empty, tokenize(self.tokenizer, documents), place) for empty, documents, place in ahead(rendered))
         for empty, examples, place in ahead(encoded):
             progress.tally.empty += empty
             progress.tally.split += sum(len(documents) > 1 for documents in examples)
@@ -266,11 +266,6 @@ class SequencePacker:
         examples = [each for each in documents if isinstance(each, Example)]
         return len(documents) - len(examples), render(self.tokenizer, examples), place
 
-    def _encoded(self, documents: list[list[Document]]) -> list[list[Encoded]]:
-        """The tokens of examples."""
-        encoded = tokenize(self.tokenizer, [each for of_one in documents for each in of_one])
-        return [[next(encoded) for _ in of_one] for of_one in documents]
-
     def _kept(self, examples: Iterable[Encoded], tally: Tally) -> Iterator[Encoded]:
         """The examples that have anything to learn in the length of a sequence."""
         for whole in examples:
@@ -286,11 +281,9 @@ class SequencePacker:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The token ids of texts. A fast tokenizer takes a fifth less without the offsets that transformers asks for."""
-    if not tokenizer.is_fast:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    tokenizer("", add_special_tokens=False)  # sets the tokenizer's options as for any other call
-    return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    if tokenizer.is_fast:
+        return [each.ids for each in encodings(tokenizer, texts, add_special_tokens=False, offsets=False)]
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _batches(sources: Sequence[Source], progress: Progress) -> Iterator[tuple[list[Any], Place]]:
