@@ -51,7 +51,7 @@ def save_plain(
     """Write config.json and the weights of the plain model into `folder`, if this process `writes`.
 
     All processes must call this together: each tensor is gathered from all of them just before it is written. No
-    process holds more than two whole tensors.
+    process holds more than a few whole tensors.
 
     Args:
         learner: The model, or PEFT's model around it.
@@ -61,19 +61,7 @@ def save_plain(
         saving: Arguments for `GDAConfig.save_pretrained`.
     """
     reshard(learner)
-    recipes = plain_recipes(learner, dtypes or {})
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = copy.deepcopy(learner.config)
-        config.architectures = config.architectures or [GDAForCausalLM.__name__]
-        config.dtype = next(iter(recipes.values())).spec.dtype
-        config.save_pretrained(folder, **saving)
-    _write_together(recipes, _parameters(learner), folder, writes=writes)
-
-
-def _write_together(
-    recipes: dict[str, Recipe], parameters: dict[str, nn.Parameter], folder: Path, *, writes: bool
-) -> None:
+    parameters, recipes = _parameters(learner), plain_recipes(learner, dtypes or {})
     shards = shards_of(recipes, CheckpointOptions.max_shard_size)
     in_files = ({name: recipes[name].spec for name in names} for names in shards.values())
     rest = iter([name for specs in in_files for name in file_order(specs)])
@@ -83,6 +71,11 @@ def _write_together(
 
     try:
         if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            config = copy.deepcopy(learner.config)
+            config.architectures = config.architectures or [GDAForCausalLM.__name__]
+            config.dtype = next(iter(recipes.values())).spec.dtype
+            config.save_pretrained(folder, **saving)
             write_weights(folder, recipes, shards, lambda _: recipes[next(rest)](gathered))
     finally:  # also after an error, because the others wait for this process at each tensor
         for name in rest:
