@@ -87,7 +87,7 @@ def optimizer_groups(
     lambda_learning_rate: float | None,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: with weight decay, without, and λ last. Empty ones are left out.
+    """Three parameter groups for an optimizer: with weight decay, without, and λ last. Any of them may be empty.
 
     Partly trained parameters do not decay, because decay would change their old entries.
 
@@ -104,9 +104,8 @@ def optimizer_groups(
             kind = "lambda" if is_lambda(name) else "decay" if decays(name) and name not in kept else "keep"
             groups[kind].append(parameter)
     rate = learning_rate if lambda_learning_rate is None else lambda_learning_rate
-    made = [
+    return [
         {"params": groups["decay"], "lr": learning_rate, "weight_decay": weight_decay},
         {"params": groups["keep"], "lr": learning_rate, "weight_decay": 0.0},
         {"params": groups["lambda"], "lr": rate, "weight_decay": 0.0},
     ]
-    return [group for group in made if group["params"]]  # distributed checkpoints cannot restore an empty one

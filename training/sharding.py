@@ -1,15 +1,29 @@
 """Parameters of models that are wrapped or sharded over processes."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # What torch.compile, FSDP2's activation checkpointing and DDP put before the names of parameters.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+
+NEW_WITH_DEEPSPEED = "--train new does not work with DeepSpeed, which has its own gradients; use FSDP2"
+
+
+@contextlib.contextmanager
+def first_failure() -> Iterator[None]:
+    """Raise the error of one process instead of torch's collection of them, which is not even an Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def unwrapped_name(name: str) -> str:
@@ -43,7 +57,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def distributed_like(parameter: Tensor, full: Tensor | None) -> Tensor:
-    """`full`, sharded as the parameter is. The values of the first process count; in the others it may be None."""
+    """`full`, sharded as the parameter is. Of a sharded parameter, only the first process needs `full`."""
     if isinstance(parameter, DTensor):
         device = parameter.to_local().device
         full = torch.empty(parameter.shape, dtype=parameter.dtype) if full is None else full

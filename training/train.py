@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, patch_environment
 from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -34,8 +34,8 @@ from gda.training.data.stream import SequenceStream
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
 from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.card import training_step, write_card
-from gda.training.runs.checkpoints import require_trainer_state, step_of
-from gda.training.runs.deepspeed import fits, make_universal
+from gda.training.runs.checkpoints import last_checkpoint, require_trainer_state, step_of
+from gda.training.runs.deepspeed import make_universal, written_by
 from gda.training.runs.failures import explained, missing_space
 from gda.training.runs.model_folder import add_companions, model_stamps
 from gda.training.runs.processes import Processes, reported_elsewhere
@@ -51,6 +51,7 @@ from gda.training.runs.run_folder import (
 from gda.training.runs.run_trainer import RunTrainer
 from gda.training.runs.watch import watched
 from gda.training.settings import TrainOptions, TrainSettings
+from gda.training.sharding import NEW_WITH_DEEPSPEED
 from gda.training.weights import save_plain
 
 
@@ -101,8 +102,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
 def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Path:
     """Refuse bad input before anything large is read; return the local folder of the model."""
     processes.require_sharding()
-    if options.train == "new" and processes.engine == "DeepSpeed":
-        raise ValueError("--train new does not work with DeepSpeed, which hides the gradients; use FSDP2")
+    if options.train == "new" and processes.uses_deepspeed:
+        raise ValueError(NEW_WITH_DEEPSPEED)
     if options.gradient_checkpointing and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ValueError("--gradient-checkpointing: the configuration for FSDP recomputes activations; omit the option")
     model = options.model
@@ -167,7 +168,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
     read = (model_stamps(source), _teacher_stamps(settings), stamps(data))
-    identity = RunIdentity(settings, *read, processes.count, processes.engine)
+    identity = RunIdentity(settings, *read, processes.count, processes.keeper)
     folder: RunFolder | None = None  # in the main process
 
     def open_folder() -> RunState:
@@ -199,7 +200,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
             processes.on_main(finish)
             return report
     except BaseException as error:
-        last = folder.close() if folder is not None else None
+        last = folder.close() if folder is not None else last_checkpoint(state.path)
         if (explanation := explained(error, last, state.path, settings)) is None:
             raise
         if isinstance(error, NotFiniteError) and not processes.is_main:
@@ -237,9 +238,9 @@ def _train(
     interrupts = InterruptHandler(console if processes.is_main else None)
     stop = StopCallback(interrupts, processes)
     trainer = _make_trainer(plan, state, source, processes, stop, shows_progress=shows_progress(console))
-    if (last := state.checkpoint) is not None and processes.engine == "DeepSpeed" and not fits(last, processes.count):
+    if (last := state.checkpoint) is not None and processes.uses_deepspeed and written_by(last) != processes.count:
         processes.on_main(lambda: make_universal(last))
-        trainer.read_universal()
+        trainer.expect_universal()
     with interrupts.installed(), contextlib.redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=None if state.checkpoint is None else str(state.checkpoint))
     if stop.interrupted:
@@ -271,19 +272,20 @@ def _make_trainer(
     checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes)
     rows = plan.sequences.rows
     stream = [StreamCallback(rows, state.checkpoint)] if isinstance(rows, SequenceStream) else []
-    trainer = RunTrainer(
-        plan.learner,
-        training_arguments(plan, state.path, resumes=state.checkpoint is not None, shows_progress=shows_progress),
-        train_dataset=rows,
-        eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
-        data_collator=collate,
-        callbacks=[*stream, checkpoints, ProgressCallback(), *plan.fade_callbacks()],
-        lambda_learning_rate=settings.lambda_learning_rate,
-        distillation=plan.distillation,
-        predicted_per_sequence=plan.eval_sequences and plan.eval_sequences.predicted_per_sequence(),
-        layer_log=LayerLog(state.path / LOG_FILE if processes.is_main else None),
-        stop=stop,
-    )
+    with patch_environment(ACCELERATE_MIXED_PRECISION=plan.mixed_precision):  # instead of the launcher's
+        trainer = RunTrainer(
+            plan.learner,
+            training_arguments(plan, state.path, resumes=state.checkpoint is not None, shows_progress=shows_progress),
+            train_dataset=rows,
+            eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
+            data_collator=collate,
+            callbacks=[*stream, checkpoints, ProgressCallback(), *plan.fade_callbacks()],
+            lambda_learning_rate=settings.lambda_learning_rate,
+            distillation=plan.distillation,
+            predicted_per_sequence=plan.eval_sequences and plan.eval_sequences.predicted_per_sequence(),
+            layer_log=LayerLog(state.path / LOG_FILE if processes.is_main else None),
+            stop=stop,
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -23,7 +23,7 @@ from gda.training.distillation import Distillation, DistillationLosses
 from gda.training.labels import num_predicted
 from gda.training.lora import is_adapted, load_learned, save_learned
 from gda.training.parameters import optimizer_groups, partly_frozen
-from gda.training.sharding import FrozenEntriesCallback, reshard
+from gda.training.sharding import NEW_WITH_DEEPSPEED, FrozenEntriesCallback, first_failure, reshard
 from gda.training.weights import load_plain, save_plain
 
 # Numbers of a training entry of the log, beside step, epoch and tokens.
@@ -86,7 +86,7 @@ class GDATrainer(Trainer):
             self.add_callback(layer_log)
         if partly := partly_frozen(model):
             if self.is_deepspeed_enabled:
-                raise ValueError("--train new does not work with DeepSpeed, which has its own gradients; use FSDP2")
+                raise ValueError(NEW_WITH_DEEPSPEED)
             self.add_callback(FrozenEntriesCallback(partly))
 
     @property
@@ -97,7 +97,7 @@ class GDATrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- optimizing
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, over the groups of `optimizer_groups`."""
+        """The Trainer's optimizer, over the three groups of `optimizer_groups`."""
         if self.optimizer is None:
             model = self._learner if model is None else model
             optimizer: Any = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
@@ -109,6 +109,8 @@ class GDATrainer(Trainer):
                 lambda_learning_rate=self.lambda_learning_rate,
                 weight_decay=self.args.weight_decay,
             )
+            if self._is_sharded:  # sharded checkpoints cannot restore an empty group
+                groups = [group for group in groups if group["params"]]
             self.optimizer = optimizer[0](groups, **optimizer[1])
         return self.optimizer
 
@@ -277,6 +279,12 @@ class GDATrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        if self.accelerator.is_fsdp2:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.accelerator.is_fsdp2:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -284,7 +292,8 @@ class GDATrainer(Trainer):
         # The Trainer's would also store the model a second time.
         plugin = self.accelerator.state.fsdp_plugin
         reshard(self._learner)  # or its parameters are not those of the optimizer
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        with first_failure():
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)

@@ -64,9 +64,11 @@ def save_plain(
     parameters, recipes = _parameters(learner), plain_recipes(learner, dtypes or {})
     shards = shards_of(recipes, CheckpointOptions.max_shard_size)
     in_files = ({name: recipes[name].spec for name in names} for names in shards.values())
-    rest = iter([name for specs in in_files for name in file_order(specs)])
+    order = iter([source for specs in in_files for name in file_order(specs) for source in recipes[name].sources])
 
     def gathered(name: str) -> Tensor:
+        if name != next(order):
+            raise RuntimeError(f"{name} is read out of order, which the other processes do not know")
         return full_tensor(parameters[name]).cpu()
 
     try:
@@ -76,11 +78,10 @@ def save_plain(
             config.architectures = config.architectures or [GDAForCausalLM.__name__]
             config.dtype = next(iter(recipes.values())).spec.dtype
             config.save_pretrained(folder, **saving)
-            write_weights(folder, recipes, shards, lambda _: recipes[next(rest)](gathered))
+            write_weights(folder, recipes, shards, lambda name: recipes[name](gathered))
     finally:  # also after an error, because the others wait for this process at each tensor
-        for name in rest:
-            for source in recipes[name].sources:
-                gathered(source)
+        for name in order:
+            full_tensor(parameters[name])
 
 
 @torch.no_grad()

@@ -88,4 +88,4 @@ if __name__ == "__main__":
     for run in json.loads(sys.argv[1]):
         AcceleratorState._reset_state()  # the settings of DeepSpeed are those of one run
         train(**run)
-    processes.part()
+    processes.disconnect()

@@ -51,7 +51,15 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "stream": {"model": "gda", "streaming": True},
 }
-COMMON = {"data": "text.txt", "context": 32, "steps": 6, "learning_rate": 1e-2, "log_every": 1, "save_every": 2}
+COMMON = {
+    "data": "text.txt",
+    "context": 32,
+    "steps": 6,
+    "precision": "float32",
+    "learning_rate": 1e-2,
+    "log_every": 1,
+    "save_every": 2,
+}
 
 
 # --------------------------------------------------------------------------------------------------- the configurations
@@ -144,7 +152,7 @@ def launch(engine: str, runs: list[dict[str, Any]], held: Path, processes: int =
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHES[engine]]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", str(port)]
+    command += ["--num_processes", str(processes), "--main_process_port", str(port)]
     command += [str(Path(__file__).parents[1] / "support" / "in_processes.py"), json.dumps(runs)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
     environment |= {"OMP_NUM_THREADS": "1", "HELD": str(held), "DS_ACCELERATOR": "cpu"}
@@ -238,8 +246,8 @@ def test_refusals_name_the_option(engine: str, alone: Path, tmp_path: Path) -> N
     ("environment", "message"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "accelerate uses FSDP2 on GPUs only"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate uses DeepSpeed on GPUs only"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "accelerate ignores FSDP2 here"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate ignores DeepSpeed's ZeRO"),
     ],
 )
 def test_sharding_is_never_ignored(
@@ -255,13 +263,13 @@ def test_sharding_is_never_ignored(
 def test_resume_needs_equal_steps_and_the_same_engine(tmp_path: Path) -> None:
     """Which process reads which sequences makes no difference, but what a step reads does."""
     settings = TrainSettings(**COMMON, batch_size=4)
-    begun = {"settings": json.loads(json.dumps(settings.to_dict())), "processes": 2, "engine": "FSDP2"}
+    begun = {"settings": json.loads(json.dumps(settings.to_dict())), "processes": 2, "keeper": "FSDP2"}
     other = replace(settings, batch_size=8)
     RunIdentity(other, [], [], [], 1, "FSDP2").require_same(begun | {"report": {}}, tmp_path)
     with pytest.raises(ValueError, match="reads 4 × 1 × 2 sequences"):
         RunIdentity(other, [], [], [], 2, "FSDP2").require_same(begun, tmp_path)
     with pytest.raises(ValueError, match="was started with FSDP2, not with DeepSpeed"):
-        RunIdentity(other, [], [], [], 1, "DeepSpeed").require_same(begun, tmp_path)
+        RunIdentity(other, [], [], [], 1, "DeepSpeed's ZeRO-3").require_same(begun, tmp_path)
 
 
 def old_stays_bit_for_bit(grown: Path, trained: Path) -> None:

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from gda.common.errors import first_line
 from gda.common.files import read_json, remove, sync, sync_tree, write_json
+from gda.training.sharding import first_failure
 
 # In a checkpoint, written when all of its files are on the disk. A checkpoint without it is incomplete.
 CHECKPOINT_FILE = "checkpoint.json"
@@ -103,7 +104,8 @@ def read_or_empty(path: Path) -> dict[str, Any]:
 def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
     """Turn errors while a checkpoint is read into one line with its name and the remedy."""
     try:
-        yield
+        with first_failure():
+            yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch has no common error class for damaged files

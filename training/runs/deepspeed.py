@@ -8,9 +8,9 @@ from gda.common.files import remove
 from gda.training.runs.checkpoints import step_of
 
 
-def fits(checkpoint: Path, processes: int) -> bool:
-    """Whether the checkpoint was written by as many processes."""
-    return len(list(checkpoint.glob("global_step*/*_optim_states.pt"))) == processes
+def written_by(checkpoint: Path) -> int:
+    """The number of processes that wrote the checkpoint."""
+    return len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
 
 
 def make_universal(checkpoint: Path) -> None:
@@ -27,4 +27,7 @@ def make_universal(checkpoint: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode != 0:
         reason = (ran.stderr.strip() or "no message").splitlines()[-1]
-        raise ValueError(f"--resume: DeepSpeed cannot convert {checkpoint} for another number of processes: {reason}")
+        raise ValueError(
+            f"--resume: DeepSpeed cannot convert {checkpoint} for another number of processes ({reason}); "
+            f"launch {written_by(checkpoint)} processes, as then"
+        )

@@ -44,19 +44,30 @@ class Processes:
         self.is_main: bool = state.is_main_process
 
     @property
-    def engine(self) -> str:
-        """What keeps the optimizer and writes it to checkpoints: DeepSpeed, FSDP2 or plain processes."""
-        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            return "DeepSpeed"
-        return "FSDP2" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "plain processes"
+    def uses_deepspeed(self) -> bool:
+        """Whether `accelerate launch`, or its configuration, asks for DeepSpeed."""
+        return bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether it asks for FSDP."""
+        return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+    @property
+    def keeper(self) -> str:
+        """What keeps the optimizer, and decides in which files a checkpoint has it."""
+        if self.uses_deepspeed:
+            return f"DeepSpeed's ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '?')}"
+        return "FSDP2" if self.uses_fsdp else "no sharding"
 
     def require_sharding(self) -> None:
         """Raise ValueError if the launcher asks for sharding that would silently not take place, or for FSDP1."""
-        if self.engine == "FSDP2" and os.environ.get("FSDP_VERSION") != "2":
+        if self.uses_fsdp and os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("FSDP1 is not supported; set fsdp_version: 2 in the configuration for accelerate")
-        if self.engine != "plain processes" and PartialState().distributed_type in UNSHARDED:
+        if (self.uses_fsdp or self.uses_deepspeed) and PartialState().distributed_type in UNSHARDED:
             raise ValueError(
-                f"accelerate uses {self.engine} on GPUs only, and there is none; launch CPU processes with --multi_gpu"
+                f"accelerate ignores {self.keeper} here, which needs GPUs and `accelerate launch`; launch CPU processes "
+                "with --multi_gpu"
             )
 
     def together(self, work: Callable[[], T]) -> T:
@@ -97,7 +108,7 @@ class Processes:
         return [bool(flag) for flag in reduced.tolist()]
 
 
-def part() -> None:
+def disconnect() -> None:
     """Close the connections between the processes: C++ can abort a process that shuts down with open ones."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

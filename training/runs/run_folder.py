@@ -38,7 +38,7 @@ class RunIdentity:
     teacher: list[list[Any]]
     data: list[list[Any]]
     processes: int  # they share each batch
-    engine: str  # what keeps the optimizer, see `Processes.engine`
+    keeper: str  # of the optimizer, see `Processes.keeper`
 
     def to_dict(self) -> dict[str, Any]:
         """The identity as training.json stores it."""
@@ -56,9 +56,9 @@ class RunIdentity:
                 f"--resume: the run was started with {_as_flag(name, settings.get(name))}, not with "
                 f"{_as_flag(name, getattr(self.settings, name))}; pass the same value, or {START_ANEW}"
             )
-        if (engine := begun.get("engine", self.engine)) != self.engine:
+        if (keeper := begun.get("keeper", self.keeper)) != self.keeper:
             raise ValueError(
-                f"--resume: the run was started with {engine!s:.100}, not with {self.engine}, whose optimizer is in "
+                f"--resume: the run was started with {keeper!s:.100}, not with {self.keeper}, whose optimizer is in "
                 f"other files; launch it as then, or {START_ANEW}"
             )
         if begun.get("report") is not None:

@@ -43,9 +43,9 @@ class RunTrainer(GDATrainer):
         with damage_reported(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
-    def read_universal(self) -> None:
+    def expect_universal(self) -> None:
         """Read a checkpoint in DeepSpeed's universal form, see `make_universal`. Call this before `train`."""
-        self.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        self.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("checkpoint", {})["load_universal"] = True
         self._weight_decays = [group["weight_decay"] for group in self.create_optimizer().param_groups]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -65,7 +65,8 @@ class RunTrainer(GDATrainer):
         for group, rate, decay in zip(adam.param_groups, rates, weight_decays, strict=True):
             group |= {"lr": rate, "weight_decay": decay}
         for state in adam.state.values():
-            state["step"] = state["step"].clone()
+            if isinstance(state["step"], Tensor):  # not with an offloaded optimizer
+                state["step"] = state["step"].clone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with damage_reported(checkpoint):

@@ -106,6 +106,8 @@ class _Watch:
         self._send(f"{last_word}\n")
         self._waker.send(b".")
         self._thread.join(GRACE)  # a thread that runs while Python shuts down can abort the process
+        for end in (self._waker, self._woken):
+            end.close()
 
     def _send(self, text: str) -> None:
         for peer in list(self._peers.values()):

@@ -38,7 +38,7 @@ def train(options: TrainOptions, as_json: JSON = False) -> None:
         page = plot(options.model)
         print_json({"page": str(page)}) if as_json else typer.echo(page)
         return
-    from gda.training.runs.processes import part
+    from gda.training.runs.processes import disconnect
     from gda.training.train import train as function
 
     try:
@@ -46,11 +46,11 @@ def train(options: TrainOptions, as_json: JSON = False) -> None:
     except Interrupted as stop:  # Typer would turn it into a code and drop the message
         if is_main_process():
             typer.echo(f"gda: {stop}; continue with --resume", err=True)
-        part()
+        disconnect()
         raise SystemExit(INTERRUPTED) from None
     if is_main_process():
         print_json(report.to_dict()) if as_json else print_report(report)
-    part()
+    disconnect()
 
 
 def print_report(report: "TrainReport") -> None:
