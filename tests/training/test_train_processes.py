@@ -51,15 +51,8 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "stream": {"model": "gda", "streaming": True},
 }
-COMMON = {
-    "data": "text.txt",
-    "context": 32,
-    "steps": 6,
-    "precision": "float32",
-    "learning_rate": 1e-2,
-    "log_every": 1,
-    "save_every": 2,
-}
+COMMON: dict[str, Any] = {"data": "text.txt", "context": 32, "steps": 6, "learning_rate": 1e-2, "precision": "float32"}
+COMMON |= {"log_every": 1, "save_every": 2}
 
 
 # --------------------------------------------------------------------------------------------------- the configurations
@@ -155,7 +148,7 @@ def launch(engine: str, runs: list[dict[str, Any]], held: Path, processes: int =
     command += ["--num_processes", str(processes), "--main_process_port", str(port)]
     command += [str(Path(__file__).parents[1] / "support" / "in_processes.py"), json.dumps(runs)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "HELD": str(held), "DS_ACCELERATOR": "cpu"}
+    environment |= {"OMP_NUM_THREADS": "1", "HELD": str(held), "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
     if engine != "zero3":
         environment["ACCELERATE_USE_CPU"] = "true"
     held.mkdir(exist_ok=True)

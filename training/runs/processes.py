@@ -66,7 +66,7 @@ class Processes:
             raise ValueError("FSDP1 is not supported; set fsdp_version: 2 in the configuration for accelerate")
         if (self.uses_fsdp or self.uses_deepspeed) and PartialState().distributed_type in UNSHARDED:
             raise ValueError(
-                f"accelerate ignores {self.keeper} here, which needs GPUs and `accelerate launch`; launch CPU processes "
+                f"accelerate ignores {self.keeper} here: that needs GPUs and a launcher; start CPU processes "
                 "with --multi_gpu"
             )
 
