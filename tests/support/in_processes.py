@@ -89,3 +89,6 @@ if __name__ == "__main__":
         AcceleratorState._reset_state()  # the settings of DeepSpeed are those of one run
         train(**run)
     processes.disconnect()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # with four processes on two cores, a thread of C++ sometimes aborts one that shuts down
