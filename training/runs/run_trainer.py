@@ -1,9 +1,12 @@
 """The Trainer of `gda train`: it stops cleanly, names damaged checkpoints and gives the trained model."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.constants import OPTIMIZER_NAME
 from torch import Tensor, nn
+from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
 from gda.training.callbacks.stopping import StopCallback
 from gda.training.runs.checkpoints import damage_reported
@@ -49,10 +52,19 @@ class RunTrainer(GDATrainer):
         self._weight_decays = [group["weight_decay"] for group in self.create_optimizer().param_groups]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.accelerator.is_fsdp2 and checkpoint is not None:
+            self._require_same_form(Path(checkpoint))
         with damage_reported(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if self._weight_decays is not None:
             self._mend_universal(self._weight_decays)
+
+    def _require_same_form(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint of FSDP2 whose optimizer is in one file, unless the configuration asks for that."""
+        whole = self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+        if (checkpoint / f"{OPTIMIZER_NAME}.bin").is_file() != whole:
+            form = "SHARDED_STATE_DICT" if whole else "FULL_STATE_DICT"
+            raise ValueError(f"--resume: {checkpoint} was not written in this form; set fsdp_state_dict_type: {form}")
 
     def _mend_universal(self, weight_decays: list[float]) -> None:
         """Undo two mistakes of DeepSpeed 0.19 in the optimizer that it has read from a universal checkpoint.
