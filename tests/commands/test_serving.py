@@ -9,7 +9,6 @@ import copy
 import inspect
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from gda.commands.serve import options_of_transformers
 
 from ..support.commands import Command
 from ..support.llamas import save_llama
+from ..support.machines import free_port
 from ..support.tiny import relative_error, tiny_config, tiny_model, token_ids
 
 SERVED: dict[str, dict[str, Any]] = {
@@ -245,9 +245,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The address of `gda serve`, in its own process, and the folder of its model."""
     folder = tmp_path / "llama-1.0-gda"
     gda.convert(save_llama(tmp_path / "llama"), folder, verify=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path / "log"
     with open(log, "wb") as out:

@@ -38,7 +38,7 @@ def on_two_machines(arguments: list[str], *faults: Fault) -> dict[int, Ended]:
     """Run `gda` with a process on each machine; return by rank how the machines ended that are not lost."""
     lost = [fault.process for fault in faults if fault.whom == "machine"]
     places = [("--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1") for rank in (0, 1)]
-    port = ("--num_processes", "2", "--main_process_port", str(_free_port()))
+    port = ("--num_processes", "2", "--main_process_port", str(free_port()))
     launchers = [_start([*ACCELERATE, *place, *port], arguments, faults) for place in places]
     return _ended({rank: each for rank, each in enumerate(launchers) if rank not in lost}, launchers)
 
@@ -46,7 +46,7 @@ def on_two_machines(arguments: list[str], *faults: Fault) -> dict[int, Ended]:
 def with_torchrun(arguments: list[str], *faults: Fault) -> Ended:
     """Run `gda` in two processes, which torchrun starts again after each fault."""
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(len(faults))]
-    launcher = _start([*launch, "--master-port", str(_free_port())], arguments, faults)
+    launcher = _start([*launch, "--master-port", str(free_port())], arguments, faults)
     return _ended({0: launcher}, [launcher])[0]
 
 
@@ -79,7 +79,8 @@ def _ended(survivors: dict[int, subprocess.Popen[str]], launchers: list[subproce
     return ended
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

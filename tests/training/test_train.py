@@ -33,10 +33,11 @@ from ..support.children import in_child, killed_at
 from ..support.commands import Command, Outcome
 from ..support.hub_server import Hub
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
+from ..support.training import save_inputs, sentences
 
 pytestmark = pytest.mark.sampled
 
-TEXT = "".join(f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(60))
+TEXT = sentences(60)
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 4, "context": 32, "learning_rate": 1e-2, "save_every": 4}
 OPTIONS = ("--steps", 4, "--batch-size", 4, "--context", 32, "--learning-rate", 1e-2, "--save-every", 4)
 OF_TRAINING = {"README.md", "training.json", "training_log.jsonl"}
@@ -46,8 +47,7 @@ OF_TRAINING = {"README.md", "training.json", "training_log.jsonl"}
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, a GDA model, one grown by copies and one in masked growth. Tests must not change it."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "text.txt").write_text(TEXT)
-    gda.convert(save_llama(folder / "llama"), folder / "gda", verify=False)
+    save_inputs(folder, 60)
     gda.grow(folder / "gda", folder / "grown", signal=2, depth=3, verify=False)
     gda.grow(folder / "gda", folder / "masked", masked=True, signal=2, mlp=1.5, depth=3, verify=False)
     return folder

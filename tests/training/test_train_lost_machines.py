@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import gda
 from gda.training.runs import watch
 from gda.training.runs.checkpoints import last_checkpoint
 
-from ..support.llamas import save_llama, tensors_of
+from ..support.llamas import tensors_of
 from ..support.machines import Fault, on_two_machines, with_torchrun
+from ..support.training import save_inputs
 
 HOST = socket.gethostname()
 OPTIONS = ("--context=32", "--steps=10", "--learning-rate=1e-2", "--batch-size=4", "--save-every=2", "--resume")
@@ -38,9 +38,7 @@ LINES = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, a model, and the result of an uninterrupted run in two processes."""
     folder = tmp_path_factory.mktemp("machines")
-    lines = (f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(200))
-    (folder / "text.txt").write_text("".join(lines))
-    gda.convert(save_llama(folder / "llama"), folder / "gda", verify=False)
+    save_inputs(folder)
     ended = with_torchrun(arguments(folder, folder / "whole"))
     assert ended.code == 0, ended.error
     return folder

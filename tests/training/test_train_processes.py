@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,8 +22,10 @@ from gda.common.trainable import Trainable
 from gda.training import TrainSettings, accelerate_config
 from gda.training.runs.run_folder import RunIdentity
 
-from ..support.llamas import save_llama, tensors_of
+from ..support.llamas import tensors_of
+from ..support.machines import free_port
 from ..support.tiny import tiny_model
+from ..support.training import save_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -122,9 +123,7 @@ def test_unknown_configuration() -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, models, and the results of training in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    lines = (f"{i} times {i} is {i * i}, and the other way round it is the same. " for i in range(200))
-    (folder / "text.txt").write_text("".join(lines))
-    gda.convert(save_llama(folder / "llama"), folder / "gda", verify=False)
+    save_inputs(folder)
     gda.grow(folder / "gda", folder / "grown", signal=2, depth=3, verify=False)
     for name in RUNS:
         gda.train(**placed(folder, folder / name, name))
@@ -141,11 +140,8 @@ def placed(folder: Path, out: Path, name: str, processes: int = 1, **options: An
 
 def launch(engine: str, runs: list[dict[str, Any]], held: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """Train in several processes with `accelerate launch`; what they hold is written into `held`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHES[engine]]
-    command += ["--num_processes", str(processes), "--main_process_port", str(port)]
+    command += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
     command += [str(Path(__file__).parents[1] / "support" / "in_processes.py"), json.dumps(runs)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
     environment |= {"OMP_NUM_THREADS": "1", "HELD": str(held), "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}

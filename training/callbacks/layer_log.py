@@ -20,6 +20,7 @@ from gda.common.numbers import finite
 from gda.common.subtraction import SUMS, measurements, subtraction_measured
 from gda.modeling_gda.attention_gda import GDAAttention
 from gda.training.parameters import is_lambda
+from gda.training.sharding import full_tensor
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -128,7 +129,7 @@ def _norm(gradients: list[Tensor]) -> float:
     sharded = [each for each in gradients if isinstance(each, DTensor)]
     whole = [each for each in gradients if not isinstance(each, DTensor)]
     norms = [get_total_norm(each) for each in (sharded, whole) if each]
-    return math.hypot(*(float(each.full_tensor() if isinstance(each, DTensor) else each) for each in norms))
+    return math.hypot(*(float(full_tensor(each)) for each in norms))
 
 
 def _lines_until(path: Path, step: int) -> Iterator[str]:
