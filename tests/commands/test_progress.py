@@ -118,6 +118,15 @@ def test_log_lines_grow_rarer(seconds: int, logged: list[float], caplog: pytest.
     assert lines == logged
 
 
+def test_slow_items_are_logged_one_by_one(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Each takes longer than the period in which rich counts them."""
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, "gda"), LoggedProgress(disable=True) as bar:
+        for _ in bar.track(range(2), description="work", update_period=0.01):
+            time.sleep(0.05)
+    assert caplog.messages == ["work: 50 %, 0 s left", "work: 100 %, 0 s left"]
+
+
 @pytest.mark.parametrize("work", ["convert", "grow", "verify", "layers", "tensors"])
 def test_long_conversion_logs_amounts(
     work: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -31,8 +31,9 @@ LOGGED_COLUMNS = (DownloadColumn, MofNCompleteColumn, TransferSpeedColumn)
 class LoggedProgress(Progress):
     """rich's progress bars. If they are disabled, the log gets lines at growing intervals, and none for short work."""
 
-    def __init__(self, *columns: str | ProgressColumn, **settings: Any):
-        super().__init__(*columns, **settings)
+    def __init__(self, *columns: str | ProgressColumn, disable: bool = False, **settings: Any):
+        # The thread in which `track` counts ends at once where nothing is drawn; without it, `track` counts itself.
+        super().__init__(*columns, disable=disable, auto_refresh=not disable, **settings)
         self._logged, self._lines = self.get_time(), 0
         self._estimated: set[TaskID] = set()
 
