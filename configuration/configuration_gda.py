@@ -5,6 +5,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib import import_module
@@ -298,6 +299,7 @@ class GDAConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; those of fading in only while something is faded in."""
+        _register_with_peft()  # PEFT asks for the fields right before it looks up the model type
         done = ("fade", *FADED) if self.fade in (None, 1) else ()
         return {name: value for name, value in super().to_dict().items() if name not in done}
 
@@ -451,6 +453,14 @@ class GDAConfig(PretrainedConfig):
 
 # The type of each field, by its name.
 FIELDS = {name: hint for name, hint in GDAConfig.__annotations__.items() if get_origin(hint) is not ClassVar}
+
+
+def _register_with_peft() -> None:
+    """Give PEFT, if it is imported, the layers that LoRA and the like adapt by default: those of a Llama."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, by_model_type in vars(constants).items() if constants else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in by_model_type:
+            by_model_type.setdefault("gda", by_model_type["llama"])
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gda.common.options import takes
+from gda.common.places import GDA_REMEDY, IS_GDA
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.modes.low_rank import low_rank
@@ -50,7 +51,7 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
 def convert_opened(source: Source, options: ConvertOptions, *, console: Console | None = None) -> ConvertReport:
     """`convert` for an opened source."""
     if isinstance(source.config, GDAConfig) and options.qk_rank is None and not isinstance(source, AdapterSource):
-        raise ValueError(f"{source.name} is already a GDA model")
+        raise ValueError(f"{source.name} {IS_GDA}; {GDA_REMEDY}")
     conversion = plan_default(source, options) if options.mode is None else plan(options.mode, source, options)
     if options.qk_rank is not None:
         conversion = low_rank(conversion, source, options.qk_rank)

@@ -9,6 +9,7 @@ from typing import Literal
 from gda.common.files import check_places, read_json, refuse_existing
 from gda.common.options import Options, argument, as_names, flag, option
 from gda.common.places import (
+    GDA_REMEDY,
     check_folder,
     check_gda_model,
     check_model,
@@ -290,7 +291,7 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
     def check_places(self) -> None:
         super().check_places()
         if self.qk_rank is None:
-            refuse_gda(self.source)
+            refuse_gda(self.source, GDA_REMEDY)
         model_type = config_entry(self.source, "model_type", str)
         if self.mode == "map" and model_type in PLAIN_TYPES:
             raise ValueError(f"{self.source} is a {model_type!r} model: --mode map {NOISE_HEADS}")

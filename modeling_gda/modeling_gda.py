@@ -3,7 +3,6 @@
 # beside a model's weights, so that they load with transformers alone.
 """Grouped Differential Attention models: the decoder, the language model and the classification heads."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -111,14 +110,6 @@ def _without_layers(config: GDAConfig) -> Iterator[None]:
         fields.update(kept)
 
 
-def _register_with_peft() -> None:
-    """Give PEFT, if it is imported, the layers that LoRA and the like adapt by default: those of a Llama."""
-    constants = sys.modules.get("peft.utils.constants")
-    for name, by_model_type in vars(constants).items() if constants else ():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in by_model_type:
-            by_model_type.setdefault("gda", by_model_type["llama"])
-
-
 class GDAPreTrainedModel(Qwen3PreTrainedModel):
     """Tells transformers how to initialize, load, place and record a GDA model."""
 
@@ -140,7 +131,6 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         names = ("lambda_proj",) if by_token else GDAAttention.lambda_vectors
         self._keep_in_fp32_modules_strict = set(names)
         getattr(self, "dtype_plan", {}).update(dict.fromkeys(names, torch.float32))  # releases before 5.4 read this
-        _register_with_peft()
 
     @torch.no_grad()
     def set_fade(self, value: float, lambda_target: float | None = None) -> None:

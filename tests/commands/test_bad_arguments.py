@@ -71,7 +71,7 @@ REFUSED = {
     "convert LLAMA OUT --mode split --noise-heads 3": "3 of 4 query heads cannot become noise heads; possible",
     "grow LLAMA OUT --signal 2 --ratio 3": "--ratio 3 does not divide the 4 query heads",
     "convert LLAMA OUT --qk-rank 0": "--qk-rank 0 is below 1",
-    "convert GDA OUT": "GDA is already a GDA model",
+    "convert GDA OUT": "GDA is already a GDA model; grow it with `gda grow`, train it with `gda train`, or fact",
     "convert LLAMA OUT --push-to-hub a/b/c": "--push-to-hub 'a/b/c' is not a valid repository name",
     "export LLAMA OUT": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
     "inspect LLAMA": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
@@ -91,7 +91,7 @@ REFUSED = {
     "convert LLAMA OUT --mode map": "LLAMA is a 'llama' model: --mode map needs a model with noise heads; use --mode",
     "convert LLAMA OUT --mode restore": "LLAMA has no conversion.json of an export with noise heads; omit --mode",
     "fold GDA OUT": "GDA has no qk_rank: its projections are dense, so there is nothing to fold",
-    "demo --source GDA": "--source GDA is already a GDA model",
+    "demo --source GDA": "--source GDA is already a GDA model; name a Llama, Mistral, Qwen2 or Qwen3",
     "train GDA OUT --data notes.gguf --report-to wandbb": "--report-to wandbb is not installed; use tensorboard, tr",
 }
 

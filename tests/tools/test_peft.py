@@ -1,5 +1,7 @@
 """PEFT adapts a GDA model by default as it adapts a Llama, and its adapters are saved, loaded and merged."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from gda import GDAForCausalLM
 
 from ..support.llamas import llama_model
+from ..support.repository import ROOT
 from ..support.tiny import tiny_model, token_ids
 
 peft = pytest.importorskip("peft")
@@ -34,6 +37,22 @@ def test_same_layers_as_in_a_llama(config: str) -> None:
     """Without target_modules."""
     llama = peft.get_peft_model(llama_model(), CONFIGS[config]())
     assert adapted_layers(peft.get_peft_model(tiny_model(), CONFIGS[config]())) == adapted_layers(llama)
+
+
+IMPORTED_LATE = """
+import sys
+from tests.support.tiny import tiny_model
+model = tiny_model()
+assert "peft" not in sys.modules
+from peft import LoraConfig, get_peft_model
+adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+print(*sorted({name.split(".")[-1] for name, each in adapted.named_modules() if hasattr(each, "base_layer")}))
+"""
+
+
+def test_peft_may_be_imported_after_the_model_is_made() -> None:
+    ran = subprocess.run([sys.executable, "-c", IMPORTED_LATE], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.split() == ["q_proj", "v_proj"], ran.stderr
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -16,6 +16,8 @@ VISION_PROJECTOR = "mmproj"  # in the name of a GGUF file that llama.cpp uses be
 ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another adapter of PEFT
 REPORTERS = ("tensorboard", "trackio", "wandb")
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+IS_GDA = "is already a GDA model"
+GDA_REMEDY = "grow it with `gda grow`, train it with `gda train`, or factorize its queries with --qk-rank"
 MAX_NAMES = 8  # in a message
 T = TypeVar("T")
 # Endings by which a mistyped file name is distinguished from the name of a dataset on the Hub.
@@ -100,13 +102,13 @@ def check_gda_model(location: str | Path) -> None:
 def check_plain_model(location: str | Path) -> None:
     """`check_model` for a model that is not a GDA model yet. The type of one on the Hub is checked later."""
     check_model(location)
-    refuse_gda(location)
+    refuse_gda(location, "name a Llama, Mistral, Qwen2 or Qwen3")
 
 
-def refuse_gda(location: str | Path) -> None:
-    """Raise ValueError for the folder of a GDA model."""
+def refuse_gda(location: str | Path, remedy: str) -> None:
+    """Raise ValueError with the remedy for the folder of a GDA model."""
     if config_entry(location, "model_type", str) == "gda":
-        raise ValueError(f"{location} is already a GDA model")
+        raise ValueError(f"{location} {IS_GDA}; {remedy}")
 
 
 def check_reporter(name: str) -> None:
