@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gda.training.runs.processes import reported_elsewhere
+
 # What torch.compile, FSDP2's activation checkpointing and DDP put before the names of parameters.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
 
@@ -19,11 +21,15 @@ NEW_WITH_DEEPSPEED = "--train new does not work with DeepSpeed, which has its ow
 
 @contextlib.contextmanager
 def first_failure() -> Iterator[None]:
-    """Raise the error of one process instead of torch's collection of them, which is not even an Exception."""
+    """Raise the error of one process instead of torch's collection of them, which is not even an Exception.
+
+    All processes get the same collection. In the others, the error is marked as reported elsewhere.
+    """
     try:
         yield
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise first if rank == torch.distributed.get_rank() else reported_elsewhere(first) from None
 
 
 def unwrapped_name(name: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,7 +35,7 @@ from gda.training.data.stream import SequenceStream
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
 from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.card import training_step, write_card
-from gda.training.runs.checkpoints import last_checkpoint, require_trainer_state, step_of
+from gda.training.runs.checkpoints import last_checkpoint, require_readable, step_of
 from gda.training.runs.deepspeed import make_universal, written_by
 from gda.training.runs.failures import explained, missing_space
 from gda.training.runs.model_folder import add_companions, model_stamps
@@ -234,7 +235,7 @@ def _train(
     if options.show_batch:
         processes.on_main(lambda: _show_batch(plan, source, console))
     if state.checkpoint is not None:
-        require_trainer_state(state.checkpoint)
+        processes.on_main(partial(require_readable, state.checkpoint))
     interrupts = InterruptHandler(console if processes.is_main else None)
     stop = StopCallback(interrupts, processes)
     trainer = _make_trainer(plan, state, source, processes, stop, shows_progress=shows_progress(console))

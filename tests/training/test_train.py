@@ -27,6 +27,7 @@ from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import MASKED
 from gda.conversion.writing.history import history_of
 from gda.training.report import TrainReport
+from gda.training.runs.checkpoints import mark_complete
 from gda.training.settings import TrainOptions
 
 from ..support.children import in_child, killed_at
@@ -640,9 +641,11 @@ def test_killed_at_any_moment(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_incomplete_checkpoints_are_not_used(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+def test_incomplete_checkpoints_are_not_used(
+    models: Path, tmp_path: Path, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     """With a short or missing file, or without checkpoint.json, the previous one is used, and the damaged one is
-    removed.
+    removed, which the log says.
     """
     partial = tmp_path / ".out.partial"
     interrupt(5, times=2)
@@ -653,6 +656,7 @@ def test_incomplete_checkpoints_are_not_used(models: Path, tmp_path: Path, inter
     interrupt(5, times=2)
     with pytest.raises(KeyboardInterrupt):
         short(models, "gda", tmp_path / "out", keep=2, resume=True, save_every=2)
+    assert caplog.messages == [f"{partial}/checkpoint-4/optimizer.pt is missing or cut, so its checkpoint is removed"]
     assert sorted(path.name for path in partial.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     (partial / "checkpoint-4" / "checkpoint.json").unlink()
     (partial / "checkpoint-2" / "model.safetensors").unlink()
@@ -660,6 +664,28 @@ def test_incomplete_checkpoints_are_not_used(models: Path, tmp_path: Path, inter
     with pytest.raises(KeyboardInterrupt):
         short(models, "gda", tmp_path / "out", keep=2, resume=True)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("optimizer.pt", bytes(1000)), ("shards/__0_0.distcp", b"PK\3\4 cut"), ("shards/.metadata", b"\x80\2 cut")],
+)
+def test_damaged_file_is_named(
+    name: str, content: bytes, models: Path, tmp_path: Path, interrupt: Callable[..., None]
+) -> None:
+    """Before it is loaded, if its size is right; otherwise its checkpoint counts as incomplete."""
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        short(models, "gda", tmp_path / "out")
+    checkpoint = tmp_path / ".out.partial" / "checkpoint-3"
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_bytes(content)
+    (checkpoint / "checkpoint.json").unlink()
+    mark_complete(checkpoint, {})
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-3 is damaged \({name} is cut or was overwritten\); remove it to"
+    ):
+        short(models, "gda", tmp_path / "out", resume=True)
 
 
 def test_only_the_same_run_is_resumed(

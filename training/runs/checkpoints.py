@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from gda.common.errors import first_line
 from gda.common.files import read_json, remove, sync, sync_tree, write_json
+from gda.common.progress import logger
+from gda.training.runs.processes import reported_elsewhere
+from gda.training.runs.watch import peer_is_gone
 from gda.training.sharding import first_failure
 
 # In a checkpoint, written when all of its files are on the disk. A checkpoint without it is incomplete.
 CHECKPOINT_FILE = "checkpoint.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+# Files of torch: archives, by their suffix, and a pickle, which says where distributed checkpoints have each tensor.
+ARCHIVES, DISTRIBUTED_INDEX = (".pt", ".pth", ".bin", ".distcp"), ".metadata"
 # Data types in which models are stored, by torch's names.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -52,10 +58,16 @@ def mark_complete(checkpoint: Path, dtypes: Mapping[str, str]) -> None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether all of its files exist in the size that they had when it was marked as complete."""
+    return _first_damaged(checkpoint) is None
+
+
+def _first_damaged(checkpoint: Path) -> str | None:
+    """The name of a file that is missing or has another size; checkpoint.json, if the checkpoint was not finished."""
     sizes = read_or_empty(checkpoint / CHECKPOINT_FILE).get("files")
     if not isinstance(sizes, dict):
-        return False
-    return all((file := checkpoint / name).is_file() and file.stat().st_size == size for name, size in sizes.items())
+        return CHECKPOINT_FILE
+    files = ((name, checkpoint / name, size) for name, size in sizes.items())
+    return next((name for name, file, size in files if not file.is_file() or file.stat().st_size != size), None)
 
 
 def dtypes_before_training(folder: Path) -> dict[str, str]:
@@ -76,10 +88,13 @@ def dtypes_before_training(folder: Path) -> dict[str, str]:
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Remove checkpoints that were not finished or are damaged."""
+    """Remove checkpoints that were not finished or are damaged; the log names a damaged file."""
     for checkpoint in checkpoints(folder, complete=False):
-        if not is_complete(checkpoint):
-            remove(checkpoint)
+        if (name := _first_damaged(checkpoint)) is None:
+            continue
+        if name != CHECKPOINT_FILE:
+            logger.warning("%s is missing or cut, so its checkpoint is removed", checkpoint / name)
+        remove(checkpoint)
 
 
 def remove_older(folder: Path, keep: int) -> None:
@@ -109,15 +124,24 @@ def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch has no common error class for damaged files
-        raise ValueError(
+        if peer_is_gone(error):
+            raise
+        damage = ValueError(
             f"--resume: {checkpoint} is damaged ({first_line(error)}); remove it to resume from the checkpoint "
             "before it, or start over with --overwrite"
-        ) from None
+        )
+        raise reported_elsewhere(damage) if hasattr(error, "reported_elsewhere") else damage from None
 
 
-def require_trainer_state(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose trainer_state.json is damaged or belongs to another step."""
+def require_readable(checkpoint: Path) -> None:
+    """Refuse a checkpoint with a file that torch cannot read, or whose trainer_state.json belongs to another step.
+
+    Of torch's files, only the end is read here, so that one process names a damaged one before all of them load it.
+    """
     with damage_reported(checkpoint):
+        for file in sorted(checkpoint.rglob("*")):
+            if not _is_whole(file):
+                raise ValueError(f"{file.relative_to(checkpoint)} is cut or was overwritten")
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         numbers = [state.epoch, state.max_steps, state.num_input_tokens_seen, state.total_flos]
         for entry in state.log_history:
@@ -125,6 +149,13 @@ def require_trainer_state(checkpoint: Path) -> None:
         is_whole = all(map(_is_number, numbers)) and isinstance(state.stateful_callbacks, dict)
         if state.global_step != step_of(checkpoint) or not is_whole:
             raise ValueError(f"{TRAINER_STATE_NAME} is not the state of step {step_of(checkpoint)}")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of torch ends as a zip archive does, or a pickle; true for all other files."""
+    if file.name == DISTRIBUTED_INDEX:
+        return file.read_bytes().endswith(b".")
+    return file.suffix not in ARCHIVES or zipfile.is_zipfile(file)
 
 
 def _is_number(value: Any) -> bool:

@@ -13,6 +13,7 @@ from torch.distributed import PrefixStore, TCPStore
 from gda.common.errors import CheckFailed
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 PREFIX_KEY = "gda/prefix"
 
 # Kinds of errors that are passed on to the other processes; any other kind becomes a ValueError there.
@@ -136,7 +137,7 @@ def _connect_after_restart() -> None:
         store.delete_key(PREFIX_KEY)
 
 
-def reported_elsewhere(error: Exception) -> Exception:
+def reported_elsewhere(error: E) -> E:
     """Mark an error as reported by another process, so that the command does not print it again."""
     error.reported_elsewhere = True  # type: ignore[attr-defined]
     return error

@@ -53,13 +53,18 @@ def watched(processes: Processes) -> Iterator[None]:
         last_word = STOPPED
         raise
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and not any(each in str(error) for each in PEER_IS_GONE):
+        if not peer_is_gone(error):
             raise
         if not watch.decided.wait(GRACE):
             raise ConnectionError(f"{first_line(error)}; continue with --resume") from None
         raise reported_elsewhere(ConnectionError(watch.verdict)) from None
     finally:
         watch.leave(last_word)
+
+
+def peer_is_gone(error: Exception) -> bool:
+    """Whether a collective failed because the process at the other end is gone."""
+    return isinstance(error, torch.distributed.DistError) or any(each in str(error) for each in PEER_IS_GONE)
 
 
 class _Watch:
