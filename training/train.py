@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils import patch_environment
 from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
@@ -105,7 +105,7 @@ def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Pat
     processes.require_sharding()
     if options.train == "new" and processes.uses_deepspeed:
         raise ValueError(NEW_WITH_DEEPSPEED)
-    if options.gradient_checkpointing and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
+    if options.gradient_checkpointing and processes.fsdp_recomputes:  # the Trainer refuses that after tokenizing
         raise ValueError("--gradient-checkpointing: the configuration for FSDP recomputes activations; omit the option")
     model = options.model
     if options.revision is not None and Path(model).exists():

@@ -36,6 +36,9 @@ def pretend_gpus() -> None:
         for module in (plan, processes):
             module.on_cpu = lambda: False  # type: ignore[attr-defined]
         training_args.is_torch_bf16_gpu_available = lambda: True
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # C++ to be compiled, only for CPUs
     else:
         torch.distributed.init_process_group("gloo")
 

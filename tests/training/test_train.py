@@ -640,6 +640,21 @@ def test_killed_at_any_moment(models: Path, tmp_path: Path) -> None:
     assert resumed == {None, 2, 4}
 
 
+def test_code_of_a_killed_process_is_not_kept(
+    models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is resumed without --bundle-code, after its model was saved with code, but not marked as complete."""
+    from gda.training import train as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "add_companions", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            short(models, "gda", tmp_path / "out")
+    assert list((tmp_path / ".out.partial").glob("*.py"))
+    short(models, "gda", tmp_path / "out", resume=True, bundle_code=False)
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
 @pytest.mark.slow
 def test_incomplete_checkpoints_are_not_used(
     models: Path, tmp_path: Path, interrupt: Callable[..., None], caplog: pytest.LogCaptureFixture

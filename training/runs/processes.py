@@ -55,6 +55,11 @@ class Processes:
         return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
     @property
+    def fsdp_recomputes(self) -> bool:
+        """Whether FSDP is asked to recompute activations."""
+        return self.uses_fsdp and bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"))
+
+    @property
     def keeper(self) -> str:
         """What keeps the optimizer, and decides in which files a checkpoint has it."""
         if self.uses_deepspeed:

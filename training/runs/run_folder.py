@@ -154,6 +154,8 @@ class RunFolder:
         else:
             raise FileExistsError(_unfinished(self.path, last))
         if report is None:
+            for code in self.path.glob("*.py"):  # of a model that a killed process has begun to save
+                remove(code)
             write_json(begun, identity.to_dict())
         return RunState(self.path, last, report)
 
