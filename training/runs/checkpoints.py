@@ -115,6 +115,10 @@ def read_or_empty(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
+class DamagedCheckpointError(ValueError):
+    """A checkpoint cannot be read."""
+
+
 @contextlib.contextmanager
 def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
     """Turn errors while a checkpoint is read into one line with its name and the remedy."""
@@ -124,9 +128,9 @@ def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch has no common error class for damaged files
-        if peer_is_gone(error):
+        if isinstance(error, DamagedCheckpointError) or peer_is_gone(error):
             raise
-        damage = ValueError(
+        damage = DamagedCheckpointError(
             f"--resume: {checkpoint} is damaged ({first_line(error)}); remove it to resume from the checkpoint "
             "before it, or start over with --overwrite"
         )

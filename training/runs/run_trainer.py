@@ -1,5 +1,6 @@
 """The Trainer of `gda train`: it stops cleanly, names damaged checkpoints and gives the trained model."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,12 @@ class RunTrainer(GDATrainer):
         norm_value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         self.stop.check_step(loss, norm_value, self.state.global_step + 1, self.args.device)
         return norm
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As Trainer, which lets DeepSpeed read its checkpoint here."""
+        reads = resume_from_checkpoint is not None and self.is_deepspeed_enabled
+        with damage_reported(resume_from_checkpoint) if reads else contextlib.nullcontext():
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with damage_reported(resume_from_checkpoint):
