@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,11 +57,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.numprocesses = processes
     if getattr(config.option, "dist", None) in ("no", "load") and config.option.numprocesses:
         config.option.dist = "loadfile"  # what the tests of a file share is made in one process, not in each
+        config.option.loadscopereorder = False  # `start_early` orders the files
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark long tests as slow, and also sampled ones, except a few that are spread evenly."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark long tests as slow, and also sampled ones, except a few that are spread evenly; order the files."""
     cases_of: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
@@ -71,6 +73,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fast = {index * len(cases) // FAST_CASES for index in range(FAST_CASES)}
         for item in (item for index, item in enumerate(cases) if index not in fast):
             item.add_marker("slow")
+    if hasattr(config, "workerinput"):
+        start_early(items)
+
+
+def start_early(items: list[pytest.Item]) -> None:
+    """Order files for several processes: those with a test that is marked `early`, then those with many tests.
+
+    Otherwise a process would start with a long test when the others have nothing left to do.
+    """
+    tests = Counter(item.path for item in items)
+    early = {item.path for item in items if item.get_closest_marker("early")}
+    items.sort(key=lambda item: (item.path not in early, -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import gda
 from gda.conversion.modes.low_rank import factor, folded
+from gda.conversion.sources.open import open_source
 from gda.conversion.verify import VerificationFailed
 
 from ..support.checkpoints import logits, needs_smollm2
@@ -436,13 +437,19 @@ def test_fold_overwrite_and_dry_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_smollm2
 def test_smollm2_factored_and_folded(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct, expanded and factored at rank 32: fewer parameters, measured errors, exact folding."""
+    """Four layers of SmolLM2-135M-Instruct, expanded and factored at rank 32: measured errors, exact folding."""
     from gda.conversion.demo import find_demo_model
 
-    report = gda.convert(find_demo_model(), tmp_path / "shared", qk_rank=32)
+    source = open_source(find_demo_model())
+    config = LlamaConfig.from_dict(source.config.to_dict() | {"num_hidden_layers": 4})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(source.load().state_dict(), strict=False)
+    model.save_pretrained(tmp_path / "source")
+    source.tokenizer().save_pretrained(tmp_path / "source")
+    report = gda.convert(tmp_path / "source", tmp_path / "shared", qk_rank=32)
     assert report.num_parameters < report.num_dense_parameters
     errors = report.projection_errors["q"]
-    assert len(errors) == 30
+    assert len(errors) == 4
     assert max(errors) < 0.25
     assert report.verification is not None
     assert report.verification.finite

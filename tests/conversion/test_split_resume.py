@@ -27,7 +27,7 @@ from ..support.llamas import files_of, save_llama
 from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, save_text, split
 
 __all__ = ["brief"]
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brief")]
+pytestmark = [pytest.mark.slow, pytest.mark.early, pytest.mark.usefixtures("brief")]
 
 LAYERS = 3
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.matrix.releases import LOWEST_INSTALLED, choose, default_cache, numbe
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 SIGNS = {"ok": "✓", "failed": "✗", "absent": "–"}
+MOST_PROCESSES = 4  # each takes about 1 GB
 TITLES = {"bundled": "Code saved beside the weights", "installed": "Installed package"}
 
 Results = dict[str, dict[str, dict[str, Any]]]  # part → release → check → how it ended
@@ -39,14 +41,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gda-matrix-") as name:
         folders = Path(name) / "folders"
         make_folders(folders)
-        results = {
-            part: {
-                release: check(part, release, folder, folders, arguments.verbose)
-                for release, folder in overlays.items()
-                if part == "bundled" or numbers(release) >= numbers(LOWEST_INSTALLED)
-            }
+        jobs = [
+            (part, release, folder)
             for part in arguments.parts
-        }
+            for release, folder in overlays.items()
+            if part == "bundled" or numbers(release) >= numbers(LOWEST_INSTALLED)
+        ]
+        with ThreadPoolExecutor(1 if arguments.verbose else min(os.cpu_count() or 1, MOST_PROCESSES)) as pool:
+            outcomes = pool.map(lambda job: check(*job, folders, arguments.verbose), jobs)
+            results: Results = {part: {} for part in arguments.parts}
+            for (part, release, _), outcome in zip(jobs, outcomes, strict=True):
+                results[part][release] = outcome
     failures = list_failures(results)
     if arguments.json:
         print(json.dumps(results, indent=2))

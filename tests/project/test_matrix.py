@@ -1,4 +1,4 @@
-"""The release matrix on the installed transformers. `.ci/run` checks more releases."""
+"""The release matrix on the installed transformers, which is one of the releases that `.ci/run` checks."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from ..support.repository import setup_cfg
 MATRIX = Path(__file__).parents[1] / "matrix" / "run.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["bundled", "installed"])
 def test_installed_release(part: str) -> None:
     command = [sys.executable, str(MATRIX), "--releases", version("transformers"), "--parts", part, "--json"]

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 import gda
 from gda.common.trainable import Trainable
 from gda.training import TrainSettings, accelerate_config
+from gda.training.runs.processes import Processes
 from gda.training.runs.run_folder import RunIdentity
 
 from ..support.llamas import tensors_of
@@ -27,7 +28,7 @@ from ..support.machines import free_port
 from ..support.tiny import tiny_model
 from ..support.training import save_inputs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.early]
 
 FOUR_MACHINES = ("--num_machines", "4", "--num_processes", "32", "--machine_rank", "2", "--main_process_ip", "10.0.0.1")
 LAUNCHES = {
@@ -36,7 +37,6 @@ LAUNCHES = {
     "zero3": ("--config_file", str(accelerate_config("zero3"))),
 }
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
-each_engine = pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 # By name of the result: the model and options. Each step reads 8 sequences.
 RUNS: dict[str, dict[str, Any]] = {
     "all": {"model": "gda", "eval_data": "text.txt", "eval_every": 4},
@@ -52,6 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "stream": {"model": "gda", "streaming": True},
 }
+INTERRUPTED = "attention"  # with several groups of parameters, and some that are frozen
 COMMON: dict[str, Any] = {"data": "text.txt", "context": 32, "steps": 6, "learning_rate": 1e-2, "precision": "float32"}
 COMMON |= {"log_every": 1, "save_every": 2}
 
@@ -119,6 +120,14 @@ def test_unknown_configuration() -> None:
 # ------------------------------------------------------------------------------------------------- several processes
 
 
+class Trained(NamedTuple):
+    """An engine, the folder of its results, and their names."""
+
+    engine: str
+    folder: Path
+    names: list[str]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, models, and the results of training in one process."""
@@ -171,29 +180,38 @@ def require_equal(here: Path, there: Path, engine: str) -> None:
             assert layer == pytest.approx(other, rel=1e-3, abs=1e-6)
 
 
-@each_engine
-def test_two_processes_equal_one(engine: str, alone: Path, tmp_path: Path) -> None:
-    """With half of the batch each: equal losses, layers and models, also if the run is stopped and resumed."""
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def trained(request: pytest.FixtureRequest, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """All runs in two processes with half of the batch each, and one that is interrupted, in one launch."""
+    engine, folder = request.param, tmp_path_factory.mktemp(request.param)
     names = [name for name in RUNS if (engine, name) != ("zero3", "new")]  # which is refused
-    runs = [placed(alone, tmp_path / "all", "all", 2, interrupt_at=5)]
-    runs += [placed(alone, tmp_path / name, name, 2, resume=name == "all") for name in names]
-    runs += [placed(alone, tmp_path / "continued", "stream", 2, interrupt_at=3)]
-    runs += [placed(alone, tmp_path / "continued", "stream", 2, resume=True)]
-    runs += [still := placed(alone, tmp_path / "still", "all", 2, learning_rate=1e-12, precision="bfloat16")]
-    ran = launch(engine, runs, tmp_path / "held")
+    runs = [placed(alone, folder / "all", "all", 2, interrupt_at=5)]
+    runs += [placed(alone, folder / name, name, 2, resume=name == "all") for name in names]
+    runs += [placed(alone, folder / "continued", "stream", 2, interrupt_at=3)]
+    runs += [placed(alone, folder / "continued", "stream", 2, resume=True)]
+    runs += [placed(alone, folder / "still", "all", 2, learning_rate=1e-12, precision="bfloat16")]
+    runs += [placed(alone, folder / "interrupted", INTERRUPTED, 2, interrupt_at=4)]
+    ran = launch(engine, runs, folder / "held")
     assert ran.returncode == 0, ran.stderr[-4000:]
+    folders = [*names, "continued", "held", "still", ".interrupted.partial"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(folders)
+    return Trained(engine, folder, names)
+
+
+def test_two_processes_equal_one(trained: Trained, alone: Path) -> None:
+    """Equal losses, layers and models, also if the run is stopped and resumed."""
+    engine, folder, names = trained
     for name in names:
-        require_equal(tmp_path / name, alone / name, engine)
-        require_sharded(tmp_path / "held", name, engine, RUNS[name].get("train", "all"))
-    assert json.loads((tmp_path / "all" / "training.json").read_text())["report"]["resumed_from"] == 5
-    stream, continued = tensors_of(tmp_path / "stream"), tensors_of(tmp_path / "continued")
+        require_equal(folder / name, alone / name, engine)
+        require_sharded(folder / "held", name, engine, RUNS[name].get("train", "all"))
+    assert json.loads((folder / "all" / "training.json").read_text())["report"]["resumed_from"] == 5
+    stream, continued = tensors_of(folder / "stream"), tensors_of(folder / "continued")
     assert all(torch.equal(stream[tensor], continued[tensor]) for tensor in stream)
     if "new" in names:
-        old_stays_bit_for_bit(alone / "grown", tmp_path / "new")
-    before = tensors_of(Path(still["model"]))
-    for tensor, after in tensors_of(tmp_path / "still").items():  # computed in bfloat16, but not stored in it
+        old_stays_bit_for_bit(alone / "grown", folder / "new")
+    before = tensors_of(alone / RUNS["all"]["model"])
+    for tensor, after in tensors_of(folder / "still").items():  # computed in bfloat16, but not stored in it
         torch.testing.assert_close(after, before[tensor], rtol=0, atol=1e-9, msg=tensor)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "continued", "held", "still"])
 
 
 def require_sharded(folder: Path, name: str, engine: str, trained: str) -> None:
@@ -207,36 +225,25 @@ def require_sharded(folder: Path, name: str, engine: str, trained: str) -> None:
         assert [part["moments"] / total for part in parts] == pytest.approx(shares, abs=0.01)
 
 
-@each_engine
-def test_resume_with_more_processes(engine: str, alone: Path, tmp_path: Path) -> None:
+def test_resume_with_more_processes(trained: Trained, alone: Path) -> None:
     """The checkpoint of two processes is continued by four, to the same model."""
-    name = "attention"  # with several groups of parameters, and some that are frozen
-    for processes, options in ((2, {"interrupt_at": 4}), (4, {"resume": True})):
-        run = placed(alone, tmp_path / name, name, processes, **options)
-        ran = launch(engine, [run], tmp_path / "held", processes)
-        assert ran.returncode == 0, ran.stderr[-4000:]
-    require_equal(tmp_path / name, alone / name, engine)
+    engine, folder, _ = trained
+    run = placed(alone, folder / "interrupted", INTERRUPTED, 4, resume=True)
+    ran = launch(engine, [run], folder / "held", 4)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    require_equal(folder / "interrupted", alone / INTERRUPTED, engine)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-def test_refusals_name_the_option(engine: str, alone: Path, tmp_path: Path) -> None:
-    """What an engine cannot do is refused before the data is read."""
-    name, options, message = {
-        "fsdp2": ("all", {"gradient_checkpointing": True}, "the configuration for FSDP recomputes activations"),
-        "zero3": ("new", {}, "--train new does not work with DeepSpeed"),
-    }[engine]
-    ran = launch(engine, [placed(alone, tmp_path / "out", name, 2, **options)], tmp_path / "held")
-    assert ran.returncode != 0
-    assert message in ran.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["held"]
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "accelerate ignores FSDP2 here"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate ignores DeepSpeed's ZeRO"),
+        (FSDP2 | {"FSDP_VERSION": "1"}, "FSDP1 is not supported"),
+        (FSDP2, "accelerate ignores FSDP2 here"),
+        (DEEPSPEED, "accelerate ignores DeepSpeed's ZeRO"),
     ],
 )
 def test_sharding_is_never_ignored(
@@ -247,6 +254,36 @@ def test_sharding_is_never_ignored(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         gda.train(**placed(alone, tmp_path / "out", "all"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "options", "message"),
+    [
+        (
+            FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "all",
+            {"gradient_checkpointing": True},
+            "the configuration for FSDP recomputes activations",
+        ),
+        (DEEPSPEED, "new", {}, "--train new does not work with DeepSpeed"),
+    ],
+)
+def test_refusals_name_the_option(
+    environment: dict[str, str],
+    name: str,
+    options: dict[str, Any],
+    message: str,
+    alone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What an engine cannot do is refused before the data is read, if the engine is in force."""
+    monkeypatch.setattr(Processes, "require_sharding", lambda _: None)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        gda.train(**placed(alone, tmp_path / "out", name, **options))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_needs_equal_steps_and_the_same_engine(tmp_path: Path) -> None:
