@@ -32,21 +32,34 @@ pytestmark = [pytest.mark.slow, pytest.mark.early, pytest.mark.usefixtures("brie
 LAYERS = 3
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of three layers, beside a text."""
+    folder = tmp_path_factory.mktemp("source")
+    save_text(folder / "text.txt")
+    return save_llama(folder / "llama", num_hidden_layers=LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path) -> Path:
+    """The folder in which results appear."""
     (tmp_path / "place").mkdir()
-    save_text(tmp_path / "text.txt")
-    return save_llama(tmp_path / "llama", num_hidden_layers=LAYERS)
+    return tmp_path / "place"
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, bytes]:
+    """Empty at first; `expected` fills it once."""
+    return {}
 
 
 @pytest.fixture
-def expected(llama: Path, tmp_path: Path) -> dict[str, bytes]:
+def expected(llama: Path, known: dict[str, bytes], tmp_path: Path) -> dict[str, bytes]:
     """The files of an undisturbed split."""
-    trained(llama, tmp_path / "place" / "gda")
-    files = files_of(tmp_path / "place" / "gda")
-    shutil.rmtree(tmp_path / "place" / "gda")
-    return files
+    if not known:
+        trained(llama, tmp_path / "expected" / "gda")
+        known |= files_of(tmp_path / "expected" / "gda")
+    return known
 
 
 def trained(llama: Path, out: Path, **options: Any) -> Any:
@@ -150,7 +163,7 @@ def test_ctrl_c_keeps_the_work(
     owner, name, _ = STAGES[stage]
     arguments = (
         *("convert", llama, out, "--mode", "split", "--effort", "default", "--no-verify"),
-        *("--calibration", tmp_path / "text.txt", "--calibration-tokens", TOKENS),
+        *("--calibration", llama.parent / "text.txt", "--calibration-tokens", TOKENS),
     )
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, after(done, getattr(owner, name), lambda: signal.raise_signal(signal.SIGINT)))
@@ -180,7 +193,7 @@ def test_killed_at_any_moment_between_files(llama: Path, expected: dict[str, byt
         assert set(os.listdir(place)) <= {"gda", ".gda.lock"}, moment
         shutil.rmtree(place)
         place.mkdir()
-        moment += 23
+        moment += 37
     assert files_of(out) == expected
     assert absent >= 4
 
@@ -211,12 +224,12 @@ def test_other_settings_are_refused(
         patch.setattr(owner, name, after(2, getattr(owner, name), lambda: signal.raise_signal(signal.SIGINT)))
         with pytest.raises(KeyboardInterrupt):
             trained(llama, out)
-    options = dict(change)
+    options = {"calibration": llama.parent / "text.txt"} | change
     other = llama
     if "source" in options:
         other = save_llama(tmp_path / options.pop("source"), seed=1, num_hidden_layers=LAYERS)
-    if "calibration" in options:
-        options["calibration"] = save_text(tmp_path / options["calibration"], 11_000)
+    if "calibration" in change:
+        options["calibration"] = save_text(tmp_path / change["calibration"], 11_000)
     with pytest.raises(ValueError, match="another source, text or setting; pass --overwrite instead of --resume"):
         trained(other, out, resume=True, **options)
     assert not out.exists()
@@ -252,7 +265,7 @@ def test_damaged_fingerprint_file(content: str, llama: Path, tmp_path: Path, com
     (work / "begun.json").write_text(content)
     outcome = command(
         *("convert", llama, tmp_path / "place" / "gda", "--mode", "split", "--effort", "fast", "--resume"),
-        *("--calibration", tmp_path / "text.txt"),
+        *("--calibration", llama.parent / "text.txt"),
     )
     assert outcome.code == 2
     assert len(outcome.error.splitlines()) == 1
@@ -294,7 +307,7 @@ def test_disk_full_while_training(
     monkeypatch.setattr(work, "write_safetensors", after(LAYERS, work.write_safetensors, full))
     outcome = command(
         *("convert", llama, tmp_path / "place" / "gda", "--mode", "split", "--effort", "default"),
-        *("--calibration", tmp_path / "text.txt", "--calibration-tokens", TOKENS),
+        *("--calibration", llama.parent / "text.txt", "--calibration-tokens", TOKENS),
     )
     assert outcome.code == 2
     assert len(outcome.error.splitlines()) == 1
