@@ -92,6 +92,7 @@ REFUSED = {
     "convert LLAMA OUT --mode restore": "LLAMA has no conversion.json of an export with noise heads; omit --mode",
     "fold GDA OUT": "GDA has no qk_rank: its projections are dense, so there is nothing to fold",
     "demo --source GDA": "--source GDA is already a GDA model; name a Llama, Mistral, Qwen2 or Qwen3",
+    "train GDA OUT --data notes.gguf --report-to dvclive": "--report-to dvclive is not installed; pip install dvclive",
     "train GDA OUT --data notes.gguf --report-to wandbb": "--report-to wandbb is not installed; use tensorboard, tr",
 }
 

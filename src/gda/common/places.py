@@ -15,6 +15,8 @@ GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # one file of a model 
 VISION_PROJECTOR = "mmproj"  # in the name of a GGUF file that llama.cpp uses beside a model
 ADAPTER_CONFIG = "adapter_config.json"  # in a folder with a LoRA or another adapter of PEFT
 REPORTERS = ("tensorboard", "trackio", "wandb")
+# The others of transformers that are named as their packages; more of them depend on services of their own.
+OTHER_REPORTERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "neptune", "swanlab")
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 IS_GDA = "is already a GDA model"
 GDA_REMEDY = "grow it with `gda grow`, train it with `gda train`, or factorize its queries with --qk-rank"
@@ -114,7 +116,7 @@ def refuse_gda(location: str | Path, remedy: str) -> None:
 def check_reporter(name: str) -> None:
     """Raise ValueError unless there is a package `name`, to which transformers' Trainer may report."""
     if not name.isidentifier() or find_spec(name) is None:
-        remedy = f"pip install {name}" if name in REPORTERS else f"use {', '.join(REPORTERS)}"
+        remedy = f"pip install {name}" if name in REPORTERS + OTHER_REPORTERS else f"use {', '.join(REPORTERS)}"
         raise ValueError(f"{name} is not installed; {remedy}")
 
 
