@@ -1,12 +1,15 @@
-"""Convert and verify models with the layers of a 70 B Llama, and add up what all of its layers would take.
+"""Convert and verify a model of 3 GB, and models with the layers of a 70 B Llama, and add up what all of these take.
 
     python benchmarks/large.py --folder FOLDER
     python benchmarks/large.py --quick
 
-Two random models in bfloat16 are made, with one and with two layers of that shape. Each is converted, and verified
-layer by layer as models that do not fit into memory are, each in its own process. What the second layer adds, times the
-number of layers, and the rest of the first model make up the time for the whole model. One layer at a time is in
-memory, so the peak does not grow with the number of layers.
+All models are random, in bfloat16. Each is converted and verified layer by layer, as models that do not fit into memory
+are; then `gda convert` runs as it is by default, with the verification in it. Each of the three is a process that has
+first done the same with a model of 2 MB, which imports everything. The source is in the page cache.
+
+Of the 70 B Llama, models with one and with two layers are made. What the second layer adds, times the number of layers,
+and the rest of the first model make up the time for the whole model. One layer at a time is in memory, so the peak does
+not grow with the number of layers.
 """
 
 import argparse
@@ -15,6 +18,8 @@ import resource
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
-from conversion import write_llama
+from conversion import llama_config, settle, write_llama
 from gda.conversion.convert import convert
 from gda.conversion.verify import verify
 
@@ -38,17 +43,37 @@ def llama_of(shape: dict[str, int], vocabulary: int, layers: int) -> LlamaConfig
     return LlamaConfig(**shape, vocab_size=vocabulary, num_hidden_layers=layers, dtype="bfloat16")
 
 
-def converted(source: Path, out: Path) -> tuple[float, float]:
+def converted(source: Path, out: Path, tiny: Path) -> tuple[float, float]:
     """Seconds of a conversion without verification, and peak resident gigabytes."""
-    begun = time.perf_counter()
-    convert(source, out, verify=False)
-    return time.perf_counter() - begun, _peak()
+    return _measured(partial(convert, verify=False), source, out, tiny)
 
 
-def verified(source: Path, out: Path) -> tuple[float, float]:
+def verified(source: Path, out: Path, tiny: Path) -> tuple[float, float]:
     """Seconds of a verification layer by layer, and peak resident gigabytes."""
+
+    def by_layers(source: Path, out: Path) -> None:
+        if source == tiny:
+            convert(source, out, verify=False)
+        assert verify(source, out, method="layers").passed
+
+    return _measured(by_layers, source, out, tiny)
+
+
+def whole(source: Path, out: Path, tiny: Path) -> tuple[float, float, str]:
+    """Seconds of a conversion with its verification, peak resident gigabytes, and the method of verification."""
+    methods: list[str] = []
+
+    def by_default(source: Path, out: Path) -> None:
+        methods.append(convert(source, out).verification.method)
+
+    return *_measured(by_default, source, out, tiny), methods[-1]
+
+
+def _measured(work: Callable[[Path, Path], object], source: Path, out: Path, tiny: Path) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        work(tiny, Path(folder) / "gda")
     begun = time.perf_counter()
-    assert verify(source, out, method="layers").passed
+    work(source, out)
     return time.perf_counter() - begun, _peak()
 
 
@@ -56,13 +81,17 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def measure(layers: int, shape: dict[str, int], vocabulary: int, scratch: Path) -> dict[str, Any]:
-    """Seconds and gigabytes of a model with that many layers."""
+def measure(name: str, config: LlamaConfig, scratch: Path, tiny: Path) -> dict[str, Any]:
+    """Seconds and gigabytes of a model."""
     source, out = scratch / "llama", scratch / "gda"
-    nbytes = in_child(write_llama, source, llama_of(shape, vocabulary, layers), "5GB")
-    found: dict[str, Any] = {"layers": layers, "gigabytes": nbytes / 1e9}
-    found["convert_s"], found["convert_gb"] = in_child(converted, source, out)
-    found["verify_s"], found["verify_gb"] = in_child(verified, source, out)
+    found: dict[str, Any] = {"model": name, "layers": config.num_hidden_layers}
+    found["gigabytes"] = in_child(write_llama, source, config, "5GB") / 1e9
+    settle(source)
+    found["convert_s"], found["convert_gb"] = in_child(converted, source, out, tiny)
+    settle(source)
+    found["verify_s"], found["verify_gb"] = in_child(verified, source, out, tiny)
+    settle(source, out)
+    found["whole_s"], found["whole_gb"], found["method"] = in_child(whole, source, out, tiny)
     for folder in (source, out):
         shutil.rmtree(folder)
     return found
@@ -70,34 +99,43 @@ def measure(layers: int, shape: dict[str, int], vocabulary: int, scratch: Path) 
 
 def extrapolated(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
     """The figures of all layers: times and bytes grow with the layers, memory does not."""
-    whole = {"layers": LAYERS, **{name: max(one[name], two[name]) for name in ("convert_gb", "verify_gb")}}
-    for name in ("gigabytes", "convert_s", "verify_s"):
-        whole[name] = one[name] + (LAYERS - 1) * (two[name] - one[name])
-    return whole
+    added = one | {"model": "70 B, added up", "layers": LAYERS}
+    added |= {name: max(one[name], two[name]) for name in one if name.endswith("_gb")}
+    for name in ("gigabytes", "convert_s", "verify_s", "whole_s"):
+        added[name] = one[name] + (LAYERS - 1) * (two[name] - one[name])
+    return added
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="Folder to work in. Default: the system's temporary folder.")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    parser.add_argument("--quick", action="store_true", help="Run with a small shape, as a smoke test.")
+    parser.add_argument("--quick", action="store_true", help="Run with small models, as a smoke test.")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     shape, vocabulary = (QUICK, 1024) if options.quick else (SHAPE, options.vocabulary)
+    gigabytes = 0.02 if options.quick else 3.0
+    models = {"3 GB": llama_config(gigabytes)} | {
+        f"70 B, layers: {layers}": llama_of(shape, vocabulary, layers) for layers in (1, 2)
+    }
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        figures = [measure(layers, shape, vocabulary, Path(scratch)) for layers in (1, 2)]
-    figures.append(extrapolated(*figures))
+        tiny = Path(scratch) / "tiny"
+        in_child(write_llama, tiny, llama_config(hidden_size=64), "5GB")
+        figures = [measure(name, config, Path(scratch), tiny) for name, config in models.items()]
+    figures.append(extrapolated(*figures[1:]))
     print(json.dumps(figures, indent=2)) if options.json else show(figures)
 
 
 def show(figures: list[dict[str, Any]]) -> None:
-    table = Table(title="gda convert, then gda verify --method layers")
-    for column in ("layers", "GB", "convert, s", "its peak, GB", "verify, s", "its peak, GB", "verify / convert"):
+    table = Table(title="gda convert --no-verify, gda verify --method layers, and gda convert")
+    parts = ("convert", "verify", "whole")
+    columns = ("model", "GB", *(f"{part}, {unit}" for part in parts for unit in ("s", "GB")), "verify / convert")
+    for column in (*columns, "method of the whole"):
         table.add_column(column, justify="right")
     for each in figures:
-        values = [each[name] for name in ("gigabytes", "convert_s", "convert_gb", "verify_s", "verify_gb")]
-        row = [f"{value:,.1f}" for value in values]
-        table.add_row(str(each["layers"]), *row, f"{each['verify_s'] / each['convert_s']:.2f}")
+        names = ("gigabytes", *(f"{part}_{unit}" for part in parts for unit in ("s", "gb")))
+        ratio = f"{each['verify_s'] / each['convert_s']:.2f}"
+        table.add_row(each["model"], *(f"{each[name]:,.1f}" for name in names), ratio, each["method"])
     Console().print(table)
 
 

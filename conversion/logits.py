@@ -1,7 +1,6 @@
 """Comparing two models by the logits and the greedy text that they produce."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,8 +18,9 @@ from gda.conversion.tensors.layerwise import LayerwiseModel
 GREEDY_TOKENS = 16
 TIE = 1e-4  # Two logits this close, relative to the largest at their position, differ by rounding only.
 RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
-# `compare_by_layers` cuts the prompts' tokens into rows, and decodes the last ones of each row one by one.
-ROWS, ROW_LENGTH, ROW_STEPS = 8, 32, 8
+# `compare_by_layers` cuts tokens of the prompts into rows, and decodes the last ones of each row one by one. There are
+# as few as the time allows: a model that does not fit into memory must not take longer to verify than to convert twice.
+ROWS, ROW_LENGTH, ROW_STEPS = 2, 24, 4
 
 PROMPTS = (
     "The capital of France is",
@@ -70,10 +70,10 @@ class LogitDifferences:
         return sum(text.same_but_ties and not text.same for text in self.texts) / len(self.texts)
 
     def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
-        """Add the logits (1, T, vocabulary) of the source and of the converted model."""
+        """Add the logits (B, T, vocabulary) of the source and of the converted model."""
         difference = (got - expected).abs()
         self.finite &= bool(torch.isfinite(expected).all() and torch.isfinite(got).all())
-        self.tokens += expected.shape[1]
+        self.tokens += expected[..., 0].numel()
         self.max_abs = max(self.max_abs, difference.max().item())
         self.max_logit = max(self.max_logit, expected.abs().max().item())
         self.sum_abs += difference.mean(dim=-1).sum().item()
@@ -134,19 +134,18 @@ def compare_whole(
 def compare_by_layers(
     source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None
 ) -> LogitDifferences:
-    """Run both models layer by layer on each prompt, and with a cache on rows of the prompts' tokens."""
+    """Run both models layer by layer on rows of the prompts' tokens, with a cache.
+
+    Logits of the prefill are compared, and the texts that the steps after it give.
+    """
     differences, (rows, prefill) = LogitDifferences(), _rows(prompts)
     with progress_bars(console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()) as progress:
         layers = source.config.num_hidden_layers + converted.config.num_hidden_layers
         advance = partial(progress.advance, progress.add_task("verifying, layer", total=layers))
-        pairs = zip(
-            _logits_by_layers(source, prompts, rows, prefill if _trusts_cache(source, converted) else None, advance),
-            _logits_by_layers(converted, prompts, rows, prefill, advance),
-            strict=True,
-        )
-        for pair in itertools.islice(pairs, len(prompts)):
-            differences.add(*pair)
-        expected, got = next(pairs)  # logits of the rows
+        cached = prefill if _trusts_cache(source, converted) else None
+        expected = _logits_by_layers(source, rows, cached, advance)
+        got = _logits_by_layers(converted, rows, prefill, advance)
+    differences.add(expected[:, :prefill], got[:, :prefill])
     wanted, found = (logits[:, prefill - 1 :].argmax(-1) for logits in (expected, got))
     same = wanted == found
     same_but_ties = same | _is_tie(expected[:, prefill - 1 :], found)
@@ -194,28 +193,19 @@ def _rows(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
 
 
 def _logits_by_layers(
-    source: Source,
-    prompts: list[torch.Tensor],
-    rows: torch.Tensor,
-    prefill: int | None,
-    advance: Callable[[], None],
-) -> Iterator[torch.Tensor]:
-    """Yield logits (1, T, vocabulary) of each prompt and (rows, T, vocabulary) of `rows`; one layer is in memory.
+    source: Source, rows: torch.Tensor, prefill: int | None, advance: Callable[[], None]
+) -> torch.Tensor:
+    """Logits (rows, T, vocabulary) of rows (rows, T) of ids; one layer is in memory.
 
-    Prompts (1, T) run without a cache, and rows (rows, T) with one: the first `prefill` ids of each at once, the others
-    one by one. Without `prefill`, rows run without a cache, too. `advance` is called after each layer.
+    The first `prefill` ids of each row are read at once, and the others one by one, with a cache. Without `prefill`,
+    rows run without a cache. `advance` is called after each layer.
     """
-    model = LayerwiseModel(source.config, source.read)
-    # All ids are embedded at once: some sources dequantize the embeddings each time they are read.
-    embedded = model.embed(torch.cat((*prompts, rows.view(1, -1)), dim=1))
-    *hidden, decoded = embedded.split([*(ids.shape[1] for ids in prompts), rows.numel()], dim=1)
-    decoded = decoded.view(*rows.shape, -1)
+    model = LayerwiseModel(source.config, source.read, narrow=True)
+    states = model.embed(rows)
     for index in range(model.num_layers):
-        tensors = model.tensors(index)
-        hidden = [model.run(index, tensors, states) for states in hidden]
         if prefill is None:
-            decoded = model.run(index, tensors, decoded)
+            states = model.run(index, model.tensors(index), states)
         else:
-            decoded = model.decode(index, tensors, decoded, prefill)
+            states = model.decode(index, model.tensors(index), states, prefill)
         advance()
-    yield from map(model.head(), (*hidden, decoded))
+    return model.head()(states)
