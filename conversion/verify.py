@@ -53,21 +53,24 @@ class VerifyReport:
     doesn't: a bug in its cache would be the converted model's too.
 
     Attributes:
-        method: "full": both models run; "layers": both run with one layer in memory, and each layer is read once;
-            "tensors": every tensor is converted again and compared bit for bit, and no model runs.
+        method: "full": both models run on all prompts; "layers": both run on two rows of 24 tokens with one layer in
+            memory, and each layer is read once; "tensors": every tensor is converted again and compared bit for bit,
+            and no model runs.
         prompts: What the models read: "texts" or "random ids"; "none" with "tensors".
         random_because: Why ids are random; None if they are not.
         tokenizers_compared: Whether the tokenizers were compared: not if the source's cannot be read. A conversion
             compares them before it writes the model, not here.
         different_tokenizer: What the tokenizers do differently; None if nothing.
-        tokens: Number of positions compared.
+        tokens: Number of positions whose logits are compared, for all of the following numbers up to
+            `top1_agreement`. With "full", all positions of the prompts, typically 100 to 400; with "layers", the first
+            20 of each row, 40 in all, so that KL and agreement of a lossy conversion are rough.
         relative: max |Δlogit| / max |logit|.
         max_abs, mean_abs: Largest and mean |Δlogit|.
         kl: KL(source ‖ converted), mean over positions, in nats.
         top1_agreement: Share of positions with the same most likely token.
         greedy_match: Share of prompts with the same greedy text. With "full" the text is a continuation of 16 tokens.
-            With "layers" the prompts' tokens are cut into rows, the last 8 tokens of each row are fed one by one, and
-            the text is the most likely next token after each. None with "tensors".
+            With "layers", where it is the share of rows, the last 4 tokens of each row are fed one by one, and the
+            text is the most likely next token after each. None with "tensors".
         greedy_ties: Share of prompts whose texts differ only at ties, where the source's logits of the two tokens are
             within 1e-4 of each other, relative to the largest logit at that position. Ties pass.
         threshold: Largest `relative` that passes; None if only non-finite logits fail.
@@ -118,7 +121,7 @@ class VerificationFailed(CheckFailed):
             reason = f"greedy text with a cache equals the source's for only {same:.0f} % of the prompts"
             if _within(report.relative, LOSSLESS_THRESHOLD):
                 reason += (
-                    ", though the logits without a cache agree; use another release of transformers than "
+                    ", though the logits of prompts that are read at once agree; use another release of transformers than "
                     f"{transformers.__version__}"
                 )
         super().__init__(f"verification failed: {reason}")

@@ -54,9 +54,7 @@ class CastingInBlocks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def linear_in_blocks(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def linear_in_blocks(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Inputs (…, n) times the transposed weight (m, n), whose rows are cast to the inputs' dtype block by block."""
     blocks = weight.split(max(1, BLOCK // weight.shape[1]))
     output = torch.cat([torch.nn.functional.linear(inputs, block.to(inputs.dtype)) for block in blocks], dim=-1)

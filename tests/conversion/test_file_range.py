@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import gda
 from gda.conversion.tensors.file_range import CHUNK, FileRange, stamp_of
-from gda.conversion.tensors.safetensors_io import SafetensorsReader
+from gda.conversion.tensors.safetensors_io import LARGE, SafetensorsReader
 
 from ..support.commands import Command
 from ..support.llamas import files_of, save_llama
@@ -100,7 +100,7 @@ from pathlib import Path
 moment, tensor, source, out = sys.argv[1:]
 from gda.cli import main
 from gda.conversion.tensors.file_range import FileRange
-from gda.conversion.tensors.safetensors_io import SafetensorsReader
+from gda.conversion.tensors.safetensors_io import LARGE, SafetensorsReader
 stored = SafetensorsReader(Path(source)).stored(tensor)
 read, preadv = FileRange.read_into, os.preadv
 
@@ -172,3 +172,15 @@ def test_short_reads_are_continued(most: int | None, tmp_path: Path, monkeypatch
         read = reader.read(name)
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor), name
+
+
+@pytest.mark.parametrize("length", [LARGE // 8 - 1, LARGE // 8, LARGE // 8 + 1])
+def test_large_tensors_are_read(length: int, tmp_path: Path) -> None:
+    """Around the size from which their memory asks for huge pages; the tensor is writable and owns its memory."""
+    expected = torch.arange(2 * length, dtype=torch.float32).view(2, length)[:, ::2].contiguous()
+    save_file({"a": expected}, tmp_path / "model.safetensors")
+    reader = SafetensorsReader(tmp_path)
+    first, second = reader.read("a"), reader.read("a")
+    first.add_(1.0)
+    assert torch.equal(second, expected)
+    assert torch.equal(first, expected + 1.0)

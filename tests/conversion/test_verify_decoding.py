@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import gda
 from gda.conversion.sources.folder import FolderSource
+from gda.conversion.tensors import layerwise
 from gda.conversion.tensors.layerwise import CACHE_ARGUMENT, LayerwiseModel
 from gda.conversion.verify import VerificationFailed
 from gda.modeling_gda import attention_gda
@@ -184,3 +185,37 @@ def test_layerwise_decoding_equals_the_full_run(windows: bool, tmp_path: Path) -
             expected = model.run(index, tensors, states)
             assert relative_error(model.decode(index, tensors, states, 7), expected) < 1e-5
             states = expected
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 7)])
+def test_weights_are_cast_in_blocks(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two rows, the last with one; against a product in float64."""
+    monkeypatch.setattr(layerwise, "BLOCK", 15)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(shape, generator=generator)
+    weight = torch.randn(9, 7, generator=generator).bfloat16()
+    bias = torch.randn(9, generator=generator)
+    expected = (inputs.double() @ weight.double().T + bias.double()).float()
+    with layerwise.CastingInBlocks():
+        got = torch.nn.functional.linear(inputs, weight, bias)
+    assert relative_error(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "growing", [{}, {"fade": 0.3, "masked_neurons": 8}, {"fade": 0.3, "masked_layers": [1], "blended_layers": True}]
+)
+def test_narrow_layers_compute_in_float32(growing: dict[str, Any], tmp_path: Path) -> None:
+    """Matrices stay in bfloat16, and the results are those of their values in float32; also while layers fade in."""
+    tiny_model(**growing).bfloat16().save_pretrained(tmp_path / "gda")
+    source = FolderSource(tmp_path / "gda")
+    narrow, wide = (LayerwiseModel(source.config, source.read, narrow=each) for each in (True, False))
+    states = wide.embed(token_ids(3, 12))
+    with torch.inference_mode():
+        for index in range(wide.num_layers):
+            tensors = narrow.tensors(index)
+            assert tensors["mlp.up_proj.weight"].dtype == torch.bfloat16
+            expected = wide.run(index, wide.tensors(index), states)
+            assert relative_error(narrow.run(index, tensors, states), expected) < 1e-5
+            assert relative_error(narrow.decode(index, tensors, states, 7), expected) < 1e-5
+            states = expected
+        assert relative_error(narrow.head()(states), wide.head()(states)) < 1e-5
