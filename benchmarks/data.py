@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -95,14 +95,22 @@ def measure(
             )
         return tokenizer(batch[kind], add_special_tokens=False, return_attention_mask=False)
 
-    def mapped(name: str, processes: int | None) -> None:
-        found = table.map(tokenized, batched=True, num_proc=processes, remove_columns=[kind])
+    def masked(batch: dict[str, Any]) -> Any:
+        return answers_masked(tokenizer, batch[kind])
+
+    def mapped(name: str, function: Callable[..., Any], processes: int | None) -> None:
+        found = table.map(function, batched=True, num_proc=processes, remove_columns=[kind])
         if name not in tokens:
             tokens[name] = sum(len(ids) for batch in found.iter(1000) for ids in batch["input_ids"])
 
     cores = os.cpu_count() or 1
-    names = {"map": None, f"map, num_proc={cores}": cores}
-    runs = {"gda train": ours} | {name: (lambda name=name: mapped(name, names[name])) for name in names}
+    maps: dict[str, tuple[Callable[..., Any], int | None]] = {
+        "map": (tokenized, None),
+        f"map, num_proc={cores}": (tokenized, cores),
+    }
+    if case == "chats":
+        maps["map, with masks"] = (masked, None)
+    runs = {"gda train": ours} | {name: (lambda name=name: mapped(name, *maps[name])) for name in maps}
     seconds = interleaved(runs, options)
     for name, taken in seconds.items():
         yield {
@@ -113,6 +121,24 @@ def measure(
             "gda_train_relative": median_ratio(taken, seconds["gda train"]) * tokens["gda train"] / tokens[name],
             "repetitions": len(taken),
         }
+
+
+def answers_masked(tokenizer: Any, chats: list[list[dict[str, str]]]) -> dict[str, list[list[int]]]:
+    """Ids of chats and masks of the answers: from the number of tokens before each answer and up to its end."""
+    found: dict[str, list[list[int]]] = {"input_ids": [], "assistant_masks": []}
+    for chat in chats:
+        ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+        mask = [0] * len(ids)
+        for index, message in enumerate(chat):
+            if message["role"] == "assistant":
+                before, through = (
+                    len(tokenizer.apply_chat_template(part, tokenize=True, return_dict=False, **prompt))
+                    for part, prompt in ((chat[:index], {"add_generation_prompt": True}), (chat[: index + 1], {}))
+                )
+                mask[before:through] = [1] * (through - before)
+        found["input_ids"].append(ids)
+        found["assistant_masks"].append(mask)
+    return found
 
 
 def main() -> None:

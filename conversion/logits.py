@@ -19,10 +19,10 @@ GREEDY_TOKENS = 16
 TIE = 1e-4  # Two logits this close, relative to the largest at their position, differ by rounding only.
 RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
 # `compare_by_layers` cuts the first tokens of the prompts into rows, and decodes the last ones of each row one by one.
-# There are so few because each costs two operations per weight, and verification must take less than twice the time of
+# There are so few because each costs two operations per weight, and verification must take at most twice the time of
 # the conversion. Lossy conversions get no more, since no threshold applies to them: a split measures its perplexity on
 # thousands of held-out tokens, and `gda eval` measures any model.
-ROWS, ROW_LENGTH, ROW_STEPS = 2, 24, 4
+ROWS, ROW_LENGTH, ROW_STEPS = 2, 16, 4
 
 PROMPTS = (
     "The capital of France is",

@@ -53,7 +53,7 @@ class VerifyReport:
     doesn't: a bug in its cache would be the converted model's too.
 
     Attributes:
-        method: "full": both models run on all prompts; "layers": both run on two rows of 24 tokens with one layer in
+        method: "full": both models run on all prompts; "layers": both run on two rows of 16 tokens with one layer in
             memory, and each layer is read once; "tensors": every tensor is converted again and compared bit for bit,
             and no model runs.
         prompts: What the models read: "texts" or "random ids"; "none" with "tensors".
@@ -63,7 +63,7 @@ class VerifyReport:
         different_tokenizer: What the tokenizers do differently; None if nothing.
         tokens: Number of positions whose logits are compared, for all of the following numbers up to
             `top1_agreement`. With "full", all positions of the prompts, typically 100 to 400; with "layers", the first
-            20 of each row, 40 in all, so that KL and agreement of a lossy conversion are rough.
+            12 of each row, 24 in all, so that KL and agreement of a lossy conversion are rough.
         relative: max |Δlogit| / max |logit|.
         max_abs, mean_abs: Largest and mean |Δlogit|.
         kl: KL(source ‖ converted), mean over positions, in nats.

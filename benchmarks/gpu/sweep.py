@@ -11,7 +11,7 @@ middle, so that the variants can be better or worse than the Transformer.
 The number of training steps follows from the remaining time: a few steps of one block are timed, and the number, within
 STEPS, is chosen so that about BLOCKS blocks fit.
 
-The width of the MLP makes up for the differences in FLOPs between variants, as in ratio_sweep.py.
+The width of the MLP makes up for the differences in FLOPs between variants.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from equal_flops import Heads, Shape, flops, interval, mlp_width
 from kit import OutOfTime, Part, Row, capture, free_memory, one_line, parser_of
 from measuring import device, synchronize
 from recall import VOCABULARY, Difficulty, question_places, rows
@@ -36,19 +37,18 @@ from gda import GDAConfig, GDAForCausalLM
 
 TRANSFORMER = "Transformer"
 PAIRED: Row = {"kv_layout": "paired", "head_norm": True}
-# Signal heads, noise heads, fields of the config.
-VARIANTS: dict[str, tuple[int, int, Row]] = {
-    TRANSFORMER: (16, 0, {}),
-    "paired 1:1": (8, 8, PAIRED),
-    "paired 3:1": (12, 4, PAIRED),
-    "paired 4:1": (16, 4, PAIRED),
-    "paired 7:1": (14, 2, PAIRED),
-    "shared 1:1": (8, 8, {}),
-    "shared 3:1": (12, 4, {}),
-    "shared 4:1": (16, 4, {}),
-    "shared tanh 3:1": (12, 4, {"lambda_type": "tanh"}),
-    "shared tanh 4:1": (16, 4, {"lambda_type": "tanh"}),
-    "shared sigmoid 4:1": (16, 4, {"lambda_type": "sigmoid"}),
+VARIANTS: dict[str, Heads] = {
+    TRANSFORMER: Heads(16, 0, {}),
+    "paired 1:1": Heads(8, 8, PAIRED),
+    "paired 3:1": Heads(12, 4, PAIRED),
+    "paired 4:1": Heads(16, 4, PAIRED),
+    "paired 7:1": Heads(14, 2, PAIRED),
+    "shared 1:1": Heads(8, 8, {}),
+    "shared 3:1": Heads(12, 4, {}),
+    "shared 4:1": Heads(16, 4, {}),
+    "shared tanh 3:1": Heads(12, 4, {"lambda_type": "tanh"}),
+    "shared tanh 4:1": Heads(16, 4, {"lambda_type": "tanh"}),
+    "shared sigmoid 4:1": Heads(16, 4, {"lambda_type": "sigmoid"}),
 }
 LADDER = (Difficulty(4, 8, 4), Difficulty(8, 16, 8), Difficulty(16, 32, 16), Difficulty(32, 64, 16))
 WANTED = (0.5, 0.9)
@@ -69,35 +69,29 @@ class Size:
     learning_rate: float = 2e-3
     tests: int = 1024  # rows
 
+    def shape(self, length: int) -> Shape:
+        """The shape that FLOPs are counted for, with rows of `length` tokens."""
+        return Shape(self.hidden, self.layers, self.head_dim, self.kv_heads, length)
+
 
 SMOKE = Size(hidden=32, layers=1, mlp=512, steps=6, batch=4, tests=8)
 
 
-def flops(size: Size, signal: int, noise: int, fields: Row, mlp: int, length: int) -> int:
-    """FLOPs per token of the matrix products of a forward pass; half of the scores are masked."""
-    heads, value_width = signal + noise, size.head_dim * (2 if fields.get("kv_layout") == "paired" else 1)
-    queries_keys_values = size.hidden * size.head_dim * (heads + 2 * size.kv_heads)
-    output = signal * value_width * size.hidden
-    attention = heads * (size.head_dim + value_width) * length // 2
-    lambdas = size.hidden * signal if "lambda_type" in fields else 0
-    return 2 * size.layers * (queries_keys_values + output + lambdas + attention + 3 * size.hidden * mlp)
-
-
 def mlp_of(size: Size, name: str, length: int) -> int:
-    """The width of the MLP, a multiple of 8, that gives the FLOPs of the Transformer."""
-    wanted = flops(size, *VARIANTS[TRANSFORMER], size.mlp, length)
-    return min(range(8, 4 * size.mlp, 8), key=lambda mlp: abs(flops(size, *VARIANTS[name], mlp, length) - wanted))
+    """The width of the MLP that gives the FLOPs of the Transformer."""
+    shape = size.shape(length)
+    return mlp_width(shape, VARIANTS[name], flops(shape, VARIANTS[TRANSFORMER], size.mlp))
 
 
 def build(name: str, size: Size, length: int, seed: int) -> Any:
     """An untrained model on the device."""
-    signal, noise, own_fields = VARIANTS[name]
+    heads = VARIANTS[name]
     fields: Row = {
         "vocab_size": VOCABULARY,
         "hidden_size": size.hidden,
         "intermediate_size": mlp_of(size, name, length),
         "num_hidden_layers": size.layers,
-        "num_attention_heads": signal + noise,
+        "num_attention_heads": heads.signal + heads.noise,
         "num_key_value_heads": size.kv_heads,
         "head_dim": size.head_dim,
         "max_position_embeddings": length,
@@ -107,8 +101,10 @@ def build(name: str, size: Size, length: int, seed: int) -> Any:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
     torch.manual_seed(seed)
-    config: Any = GDAConfig(**fields, **own_fields, num_noise_heads=noise) if noise else LlamaConfig(**fields)
-    model_class: Any = GDAForCausalLM if noise else LlamaForCausalLM
+    config: Any = LlamaConfig(**fields)
+    model_class: Any = LlamaForCausalLM
+    if heads.noise:
+        config, model_class = GDAConfig(**fields, **heads.fields, num_noise_heads=heads.noise), GDAForCausalLM
     return model_class._from_config(config, attn_implementation="sdpa").to(device())
 
 
@@ -244,40 +240,27 @@ def choose(part: Part, size: Size) -> Difficulty:
     return chosen
 
 
-# Two-sided 95 % points of Student's t by degrees of freedom; beyond the table the next smaller one, which is wider.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 12: 2.179,
-       15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000}  # fmt: skip
-
-
-def interval(differences: list[float]) -> Row:
-    """Mean and half the width of its 95 % t-interval."""
-    freedom = len(differences) - 1
-    if freedom < 1:
-        return {"mean": statistics.fmean(differences), "half_width": None}
-    t = T95[max(each for each in T95 if each <= freedom)]
-    half = t * statistics.stdev(differences) / math.sqrt(len(differences))
-    return {"mean": statistics.fmean(differences), "half_width": half}
-
-
 def summary(found: list[Row], size: Size, length: int) -> list[Row]:
     """For each variant: means, and differences to the Transformer of the same seed with 95 % t-intervals."""
     runs = [row for row in found if row.get("stage") == "sweep" and "accuracy" in row]
     peers = {row["seed"]: row for row in runs if row["name"] == TRANSFORMER}
     lines = []
-    for name, (signal, noise, fields) in VARIANTS.items():
+    shape = size.shape(length)
+    of_peer = flops(shape, VARIANTS[TRANSFORMER], size.mlp)
+    for name, heads in VARIANTS.items():
         own = [row for row in runs if row["name"] == name and row["seed"] in peers]
         if not own:
             continue
-        mlp, of_peer = mlp_of(size, name, length), flops(size, *VARIANTS[TRANSFORMER], size.mlp, length)
+        mlp = mlp_of(size, name, length)
         line: Row = {
             "name": name,
             "seeds": len(own),
             "mlp": mlp,
-            "flops": flops(size, signal, noise, fields, mlp, length) / of_peer,
+            "flops": flops(shape, heads, mlp) / of_peer,
         }
         for measure in ("accuracy", "loss", "mean_training_loss"):
             line[measure] = statistics.fmean(row[measure] for row in own)
-            if noise:
+            if heads.noise:
                 line[f"{measure}_difference"] = interval([row[measure] - peers[row["seed"]][measure] for row in own])
         lines.append(line)
     return lines

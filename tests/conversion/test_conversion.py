@@ -643,8 +643,8 @@ def test_reported_numbers_match_their_definitions(variant: str, method: str, tmp
     report = gda.verify(source, tmp_path / "gda", method=method)
     llama, converted, tokenizer = load(source), load(tmp_path / "gda"), AutoTokenizer.from_pretrained(source)
     read = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
-    if method == "layers":  # two rows of 24 tokens, of which 20 are read at once
-        read = list(torch.cat(read, dim=1)[0, : 2 * 24].view(2, 24)[:, :20].split(1))
+    if method == "layers":  # two rows of 16 tokens, of which 12 are read at once
+        read = list(torch.cat(read, dim=1)[0, : 2 * 16].view(2, 16)[:, :12].split(1))
     pairs = [(logits(llama, ids)[0].double(), logits(converted, ids)[0].double()) for ids in read]
     expected, got = (torch.cat(side) for side in zip(*pairs, strict=True))
     assert (report.method, report.tokens) == (method, len(expected))

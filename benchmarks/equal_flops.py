@@ -1,0 +1,62 @@
+"""Comparing variants of a small model at equal FLOPs and equal data, paired by seed."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Two-sided 95 % points of Student's t by degrees of freedom; beyond the table the next smaller one, which is wider.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 12: 2.179,
+       15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all variants have in common. `length` is that of a sequence."""
+
+    hidden: int
+    layers: int
+    head_dim: int
+    kv_heads: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What sets a variant apart: numbers of heads, and fields of its config."""
+
+    signal: int
+    noise: int
+    fields: Mapping[str, Any]
+
+    @property
+    def is_paired(self) -> bool:
+        return self.fields.get("kv_layout") == "paired"
+
+
+def flops(shape: Shape, heads: Heads, mlp: int) -> int:
+    """FLOPs per token of the matrix products of a forward pass; half of the scores are masked."""
+    all_heads, value_width = heads.signal + heads.noise, shape.head_dim * (2 if heads.is_paired else 1)
+    kv_heads = heads.fields.get("num_key_value_heads", shape.kv_heads)
+    queries_keys_values = shape.hidden * shape.head_dim * (all_heads + 2 * kv_heads)
+    output = heads.signal * value_width * shape.hidden
+    attention = all_heads * (shape.head_dim + value_width) * shape.length // 2
+    lambdas = shape.hidden * heads.signal if heads.fields.get("lambda_type") in ("sigmoid", "tanh") else 0
+    return 2 * shape.layers * (queries_keys_values + output + lambdas + attention + 3 * shape.hidden * mlp)
+
+
+def mlp_width(shape: Shape, heads: Heads, wanted: int, step: int = 8) -> int:
+    """The width of the MLP, a multiple of `step`, that comes closest to the FLOPs `wanted`."""
+    without, per_width = flops(shape, heads, 0), flops(shape, heads, 1) - flops(shape, heads, 0)
+    return max(step, round((wanted - without) / per_width / step) * step)
+
+
+def interval(differences: list[float]) -> dict[str, float | None]:
+    """Mean and half the width of its 95 % t-interval."""
+    freedom = len(differences) - 1
+    if freedom < 1:
+        return {"mean": statistics.fmean(differences), "half_width": None}
+    t = T95[max(each for each in T95 if each <= freedom)]
+    half = t * statistics.stdev(differences) / math.sqrt(len(differences))
+    return {"mean": statistics.fmean(differences), "half_width": half}

@@ -1,0 +1,163 @@
+"""Rows of the ratio experiment: three tasks of `gda eval` in a small vocabulary, and text.
+
+The generators of `gda.eval.tasks` write English, made-up words and numbers. The words and numbers have no meaning, so
+each row spells them with tokens that are drawn anew: one token per word or number, different ones for different words.
+A word of the prose or a sign is one token as well. So a small model learns the tasks in a minute, which it does not
+with a tokenizer that cuts made-up words anywhere. Text has the ids above, from a byte-pair encoding of its own.
+
+In each task, most of a row is noise: pairs, sentences and words that are not asked for.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from gda.common.text import python_documentation, read_text
+from gda.eval.tasks import copying, mqar, needles
+
+IGNORED = -100
+TEXT_VOCABULARY = 1024
+DRAWN = 80  # tokens for made-up words and numbers, the first ids
+TOKEN = re.compile(r"\w+|[^\w ]")
+
+Example = tuple[list[int], list[int]]  # ids, and labels: IGNORED except for answers
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Associative recall: the values of some of the keys of a list of pairs."""
+
+    pairs: int
+    queries: int
+
+    def examples(self, samples: int, seed: int) -> Iterator[Example]:
+        """One example per list, with all of its queries."""
+        settings = mqar.MQARSettings(pairs=self.pairs, queries=self.queries, samples=samples, data_seed=seed)
+        documents = mqar.make_documents(settings)
+        for first in range(0, len(documents), self.queries):
+            asked = documents[first : first + self.queries]
+            parts = [(asked[0]["text"], False)]
+            for document in asked:
+                parts += [(document["prefix"].rsplit(", ", 1)[-1], False), (document["target"], True), (",", False)]
+            yield encode(parts, Random(f"{seed} {first}"))
+
+
+@dataclass(frozen=True)
+class Copying:
+    """Copying: the words that follow a cue in a list of words."""
+
+    words: int
+    copied: int
+
+    def examples(self, samples: int, seed: int) -> Iterator[Example]:
+        """One example per list."""
+        settings = copying.CopySettings(length=self.words, copied=self.copied, samples=samples, data_seed=seed)
+        for index, document in enumerate(copying.make_documents(settings, count=lambda _: 1)):
+            parts = [(document["text"] + document["prefix"], False), (document["target"], True)]
+            yield encode(parts, Random(f"{seed} {index}"))
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Key retrieval: the numbers of some of the cities that sentences in prose name."""
+
+    length: int  # tokens
+    needles: int
+    queries: int
+
+    def examples(self, samples: int, seed: int) -> Iterator[Example]:
+        """One example per prompt."""
+        settings = needles.NeedleSettings(
+            length=self.length - 2 * self.queries, depth="all", needles=self.needles, queries=self.queries, digits=3,
+            samples=samples, data_seed=seed,
+        )  # fmt: skip
+        for index, prompt in enumerate(needles.make_prompts(settings, count=lambda text: len(TOKEN.findall(text)))):
+            numbers = re.split(r"(\d+)", prompt.target)
+            parts = [(prompt.text, False), *((part, part.isdigit()) for part in numbers)]
+            yield encode(parts, Random(f"{seed} {index}"))
+
+
+Task = Recall | Copying | Needles
+
+
+@cache
+def english() -> dict[str, int]:
+    """Ids of the words and signs that the generators write, made-up words and numbers aside."""
+    settings = needles.NeedleSettings(
+        length=100, depth="all", needles=4, queries=2, digits=3, samples=4000, data_seed=0
+    )
+    prompts = needles.make_prompts(settings, count=lambda text: len(TOKEN.findall(text)))
+    found = {token for prompt in prompts for token in TOKEN.findall(prompt.text) if not token.isdigit()}
+    return {token: DRAWN + index for index, token in enumerate(sorted(found))}
+
+
+def encode(parts: list[tuple[str, bool]], random: Random) -> Example:
+    """Ids and labels of texts, each with whether it is an answer."""
+    known, drawn = english(), random.sample(range(DRAWN), DRAWN)
+    new: dict[str, int] = {}
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, is_answer in parts:
+        for token in TOKEN.findall(text):
+            ids.append(known[token] if token in known else new.setdefault(token, drawn[len(new)]))
+            labels.append(ids[-1] if is_answer else IGNORED)
+    return ids, labels
+
+
+class Rows(NamedTuple):
+    """Ids (N, T) and labels (N, T); filled up at the end, where labels are IGNORED."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+def task_rows(task: Task, length: int, count: int, seed: int) -> Rows:
+    """Rows of one example each.
+
+    Raises:
+        ValueError: if an example is longer than `length`.
+    """
+    ids, labels = torch.zeros(count, length, dtype=torch.int16), torch.full((count, length), IGNORED, dtype=torch.int16)
+    for row, (tokens, answers) in enumerate(task.examples(count, seed)):
+        if len(tokens) > length:
+            raise ValueError(f"an example of {task} has {len(tokens)} tokens, more than {length}")
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, : len(tokens)] = torch.tensor(answers)
+    return Rows(ids, labels)
+
+
+def prepare_text(text: Path | None, held_out: Path | None, length: int, file: Path) -> None:
+    """Encode both texts as sequences of `length` ids, and write them to a safetensors file."""
+    read = read_text(text, "--text")[1] if text else python_documentation()
+    if held_out:
+        kept = read_text(held_out, "--held-out")[1]
+    else:
+        read, kept = read[: len(read) * 9 // 10], read[len(read) * 9 // 10 :]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([read], trainers.BpeTrainer(vocab_size=TEXT_VOCABULARY, initial_alphabet=alphabet))
+    sequences = {}
+    for name, each in (("text", read), ("held_out", kept)):
+        ids = torch.tensor(tokenizer.encode(each).ids, dtype=torch.int16) + DRAWN + len(english())
+        sequences[name] = ids[: len(ids) // length * length].view(-1, length)
+    save_file(sequences, file)
+
+
+def text_rows(file: Path, name: str, count: int, seed: int) -> Rows:
+    """Sequences of the text `name`, in random order, repeated as often as needed."""
+    sequences = load_file(file)[name]
+    generator = torch.Generator().manual_seed(seed)
+    passes = -(-count // len(sequences))
+    order = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(passes)])[:count]
+    return Rows(sequences[order], sequences[order])

@@ -1,0 +1,362 @@
+"""Signal : noise ratios against a Transformer: small models from scratch, equal FLOPs and data, paired by seed.
+
+    python benchmarks/ratios.py run --text wikitext2_valid.txt --held-out wikitext2_test.txt --out DIR
+    python benchmarks/ratios.py report DIR
+
+Every model reads the same rows in the same order as the others of its seed: in each batch, associative recall, copying,
+key retrieval (ratio_tasks.py) and text, a quarter of the rows each and with equal weight in the loss. The variants have
+the same hidden size, layers, head_dim and learning rate; the width of the MLP makes up for the FLOPs of their heads.
+"paired" is the layout of the GDA paper: separate keys for the noise, values twice as wide, and a norm of each head.
+"shared" and "sigmoid" are the shared layout, with one λ per layer and with one λ per token and signal head.
+
+A run takes one thread, and its result is a file in DIR. The same command continues with the missing runs. The first
+seeds are complete first, so that a report can be made at any time.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from equal_flops import Heads, Shape, flops, interval, mlp_width
+from ratio_tasks import (
+    DRAWN,
+    IGNORED,
+    TEXT_VOCABULARY,
+    Copying,
+    Needles,
+    Recall,
+    Rows,
+    Task,
+    english,
+    prepare_text,
+    task_rows,
+    text_rows,
+)
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gda import GDAConfig, GDAForCausalLM
+from gda.common.files import read_json, write_json
+from gda.eval.attention.analysis import LayerAttention, visit_attention
+
+TRANSFORMER = "Transformer"
+PAIRED = {"kv_layout": "paired", "head_norm": True, "num_key_value_heads": 2}
+SIGMOID = {"lambda_type": "sigmoid"}
+HEADS = {"1:1": (4, 4), "3:1": (6, 2), "4:1": (8, 2), "7:1": (7, 1)}
+VARIANTS = {TRANSFORMER: Heads(8, 0, {})} | {
+    f"{kind} {ratio}": Heads(*heads, fields)
+    for kind, fields in (("paired", PAIRED), ("shared", {}), ("sigmoid", SIGMOID))
+    for ratio, heads in HEADS.items()
+}
+SHAPE = Shape(hidden=64, layers=2, head_dim=32, kv_heads=1, length=64)
+MLP = 256  # of the Transformer
+
+# Rows as long as those of the training, and rows of twice the length, which training does not have.
+TASKS: dict[str, Task] = {"recall": Recall(6, 6), "copying": Copying(32, 24), "retrieval": Needles(64, 3, 2)}
+LONGER: dict[str, Task] = {"recall": Recall(16, 16), "copying": Copying(64, 48), "retrieval": Needles(128, 6, 2)}
+TEXT = "text"
+TESTS, TESTS_BETWEEN = 512, 128  # rows of each task after the training, and during it
+SEED_OF_TESTS = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a training, equal for all variants."""
+
+    steps: int = 1000
+    batch: int = 24
+    learning_rate: float = 8e-3
+    warm_up: float = 0.05  # share of the steps
+    initializer_range: float = 0.08  # 1/√hidden is 0.125
+    reports: int = 10  # measurements during the training
+
+
+def build(name: str, training: Training, seed: int) -> Any:
+    """An untrained model."""
+    heads = VARIANTS[name]
+    fields: dict[str, Any] = {
+        "vocab_size": DRAWN + len(english()) + TEXT_VOCABULARY,
+        "hidden_size": SHAPE.hidden,
+        "intermediate_size": mlp_of(name),
+        "num_hidden_layers": SHAPE.layers,
+        "num_attention_heads": heads.signal + heads.noise,
+        "num_key_value_heads": SHAPE.kv_heads,
+        "head_dim": SHAPE.head_dim,
+        "max_position_embeddings": 2 * SHAPE.length,
+        "initializer_range": training.initializer_range,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    if not heads.noise:
+        return LlamaForCausalLM(LlamaConfig(**fields))
+    return GDAForCausalLM(GDAConfig(**(fields | dict(heads.fields)), num_noise_heads=heads.noise))
+
+
+def mlp_of(name: str) -> int:
+    """The width of the MLP that gives the FLOPs of the Transformer."""
+    return mlp_width(SHAPE, VARIANTS[name], flops(SHAPE, VARIANTS[TRANSFORMER], MLP))
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def run_one(name: str, seed: int, training: Training, folder: Path) -> None:
+    """Train and measure one model, and write its file."""
+    torch.set_num_threads(1)
+    each = training.batch // (len(TASKS) + 1)
+    data = rows_of(folder, TASKS, SHAPE.length, training.steps * each, "text", 1000 + seed)
+    tests = rows_of(folder, TASKS, SHAPE.length, TESTS, "held_out", SEED_OF_TESTS)
+    longer = rows_of(folder, LONGER, 2 * SHAPE.length, TESTS, "held_out", SEED_OF_TESTS)
+    model = build(name, training, seed)
+    some = {task: Rows(*(part[:TESTS_BETWEEN] for part in rows)) for task, rows in tests.items()}
+    begun, history = time.perf_counter(), []
+    for step in train(model, data, training, each):
+        if step % (training.steps // training.reports) == 0:
+            history.append({"step": step, **measured(model, some)})
+    result = {
+        "name": name,
+        "seed": seed,
+        "parameters": model.num_parameters(),
+        "mlp": mlp_of(name),
+        "flops": flops(SHAPE, VARIANTS[name], mlp_of(name)) / flops(SHAPE, VARIANTS[TRANSFORMER], MLP),
+        "tokens": training.steps * training.batch * SHAPE.length,
+        "seconds": time.perf_counter() - begun,
+        "tests": measured(model, tests),
+        "longer": measured(model, longer),
+        "attention": attention_of(model, tests["recall"]),
+        "history": history,
+    }
+    write_json(run_file(folder, name, seed), result)
+
+
+def rows_of(folder: Path, tasks: dict[str, Task], length: int, count: int, text: str, seed: int) -> dict[str, Rows]:
+    """`count` rows of each task, and of the text."""
+    found = {name: task_rows(task, length, count, seed) for name, task in tasks.items()}
+    return found | {TEXT: text_rows(folder / f"text-{length}.safetensors", text, count, seed)}
+
+
+def train(model: Any, data: dict[str, Rows], training: Training, each: int) -> Iterator[int]:
+    """Train on `each` rows of everything per step; yield the number of steps done after each."""
+    optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training, step)
+        batch = [Rows(*(part[step * each : (step + 1) * each] for part in rows)) for rows in data.values()]
+        loss = torch.stack([cross_entropy(*answers) for answers in answers_of(model, batch)]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield step + 1
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """Linear warm-up, then half a cosine down to a tenth of the peak."""
+    rising = min(1.0, (step + 1) / (training.warm_up * training.steps))
+    return training.learning_rate * rising * (0.55 + 0.45 * math.cos(math.pi * step / training.steps))
+
+
+def answers_of(model: Any, batch: list[Rows]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each of the rows, logits (N, vocabulary) and ids (N) of what is asked for. The model runs once."""
+    hidden = model.model(torch.cat([rows.ids for rows in batch]).long(), use_cache=False).last_hidden_state
+    for rows, states in zip(batch, hidden[:, :-1].split([len(rows.ids) for rows in batch]), strict=True):
+        labels = rows.labels[:, 1:].long()
+        is_asked = labels != IGNORED
+        yield model.lm_head(states[is_asked]), labels[is_asked]
+
+
+@torch.no_grad()
+def measured(model: Any, tests: dict[str, Rows]) -> dict[str, Any]:
+    """Loss in nats, and share of the answers that the model ranks first, of each task and of the text."""
+    found: dict[str, Any] = {}
+    for name, rows in tests.items():
+        parts = zip(rows.ids.split(128), rows.labels.split(128), strict=True)
+        pairs = [pair for part in parts for pair in answers_of(model, [Rows(*part)])]
+        logits, wanted = (torch.cat(each) for each in zip(*pairs, strict=True))
+        found[name] = {
+            "loss": cross_entropy(logits, wanted).item(),
+            "accuracy": (logits.argmax(-1) == wanted).float().mean().item(),
+        }
+    return found
+
+
+def attention_of(model: Any, recall: Rows, count: int = 32) -> list[dict[str, float]]:
+    """For each layer, the share of attention on the answer's earlier place at the places that ask for it.
+
+    The share in the signal maps, in the noise maps, and in the difference that the layer attends by; and the mean λ.
+    Means over the heads and the questions of `count` rows. The answer is the value of the key that is asked for.
+    """
+    found: dict[int, list[dict[str, float]]] = {layer: [] for layer in range(SHAPE.layers)}
+    for ids, labels in zip(recall.ids[:count].long(), recall.labels[:count].long(), strict=True):
+        asking = (labels[1:] != IGNORED).nonzero()[:, 0]
+        is_answer = ids[None, :] == labels[asking + 1][:, None]
+        is_answer &= torch.arange(len(ids)) <= asking[:, None]
+
+        def share(maps: Tensor, asking: Tensor = asking, is_answer: Tensor = is_answer) -> float:
+            return (maps[:, asking] * is_answer).sum(-1).mean().item()
+
+        def read(maps: LayerAttention) -> None:
+            shares = {"signal": share(maps.signal), "difference": share(maps.difference)}
+            if maps.noise is not None and maps.lambda_ is not None:
+                shares |= {"noise": share(maps.noise), "lambda": maps.lambda_.mean().item()}
+            found[maps.layer].append(shares)
+
+        visit_attention(model, ids, read)
+    return [{key: sum(each[key] for each in rows) / len(rows) for key in rows[0]} for rows in found.values()]
+
+
+# ---------------------------------------------------------------------------------------------------------- all runs
+
+
+def run_file(folder: Path, name: str, seed: int) -> Path:
+    return folder / "runs" / f"{name.lower().replace(' ', '-').replace(':', '-')}-{seed}.json"
+
+
+def run(options: argparse.Namespace, training: Training) -> None:
+    """Start the missing runs, `jobs` at a time, seed by seed."""
+    folder: Path = options.out
+    settings = {"text": str(options.text), "held_out": str(options.held_out), **asdict(training)}
+    file = folder / "settings.json"
+    if file.exists() and (before := read_json(file)) != settings:
+        sys.exit(f"{file} has {before}, not {settings}; choose another --out")
+    if not file.exists():
+        (folder / "runs").mkdir(parents=True)
+        for length in (SHAPE.length, 2 * SHAPE.length):
+            prepare_text(options.text, options.held_out, length, folder / f"text-{length}.safetensors")
+        write_json(file, settings)
+    wanted = [(name, seed) for seed in options.seeds for name in options.variants or VARIANTS]
+    missing = [each for each in wanted if not run_file(folder, *each).exists()]
+    running: list[subprocess.Popen[bytes]] = []
+    failed = 0
+    for number, (name, seed) in enumerate(missing, 1):
+        while len(running) >= options.jobs:
+            time.sleep(0.5)
+            failed += sum(process.poll() not in (None, 0) for process in running)
+            running = [process for process in running if process.poll() is None]
+        print(f"{len(wanted) - len(missing) + number} of {len(wanted)}: {name}, seed {seed}", flush=True)
+        command = [sys.executable, __file__, "one", str(folder), name, str(seed), json.dumps(asdict(training))]
+        running.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    failed += sum(process.wait() != 0 for process in running)
+    if failed:
+        sys.exit(f"{failed} runs failed; the same command tries them again")
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def results_of(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """The finished runs by variant and seed, of the seeds that the Transformer has finished."""
+    files = [read_json(file) for file in sorted((folder / "runs").glob("*.json"))]
+    peers = {each["seed"] for each in files if each["name"] == TRANSFORMER}
+    return {
+        name: {each["seed"]: each for each in files if each["name"] == name and each["seed"] in peers}
+        for name in VARIANTS
+    }
+
+
+def report(folder: Path) -> str:
+    """Tables of means and of differences to the Transformer of the same seed, with 95 % intervals."""
+    results = results_of(folder)
+    measures = [("tests", task, "accuracy") for task in TASKS] + [("tests", TEXT, "loss")]
+    measures += [("longer", task, "accuracy") for task in TASKS] + [("longer", TEXT, "loss")]
+    head = ["", "MLP", "seeds", *(f"{task}{', longer' * (part == 'longer')}" for part, task, _ in measures)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, runs in results.items():
+        if not runs:
+            continue
+        cells = [name, str(mlp_of(name)), str(len(runs))]
+        for part, task, kind in measures:
+            values = {seed: each[part][task][kind] for seed, each in runs.items()}
+            mean = sum(values.values()) / len(values)
+            if name == TRANSFORMER:
+                cells.append(f"{mean:.3f}")
+                continue
+            peers = results[TRANSFORMER]
+            found = interval([value - peers[seed][part][task][kind] for seed, value in values.items()])
+            half = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
+            cells.append(f"{found['mean']:+.3f}{half}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def attention_table(folder: Path) -> str:
+    """What the heads attend to in the last layer: means over seeds."""
+    kinds = ("signal", "noise", "difference", "lambda")
+    lines = ["| | " + " | ".join(kinds[:3]) + " | λ |", "|---|---|---|---|---|"]
+    for name, runs in results_of(folder).items():
+        last = [each["attention"][-1] for each in runs.values()]
+        if last:
+            means = [f"{sum(each[kind] for each in last) / len(last):.3f}" if kind in last[0] else "" for kind in kinds]
+            lines.append(f"| {name} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def plot(folder: Path, file: Path) -> None:
+    """Accuracy against steps, one panel per task, one line per variant (mean over seeds)."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    colors = dict(zip(HEADS, ("#9ecae1", "#4292c6", "#08519c", "#08306b"), strict=True))
+    styles = {"paired": "-", "shared": "--", "sigmoid": ":"}
+    figure, panels = pyplot.subplots(1, len(TASKS) + 1, figsize=(16, 4), layout="constrained")
+    for axes, task in zip(panels, [*TASKS, TEXT], strict=True):
+        kind = "loss" if task == TEXT else "accuracy"
+        for name, runs in results_of(folder).items():
+            if not runs:
+                continue
+            curves = [[point[task][kind] for point in each["history"]] for each in runs.values()]
+            steps = [point["step"] for point in next(iter(runs.values()))["history"]]
+            means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            layout, _, ratio = name.partition(" ")
+            color = colors.get(ratio, "#d94801")
+            axes.plot(steps, means, styles.get(layout, "-"), color=color, label=name, linewidth=2 if not ratio else 1)
+        axes.set_title(task)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, nats per token" if kind == "loss" else kind)
+    panels[-1].legend(fontsize="x-small", ncols=2)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="Train the missing models.")
+    command.add_argument("--out", type=Path, default=Path("ratios"))
+    command.add_argument("--text", type=Path, help="Training text. Default: Python's documentation.")
+    command.add_argument("--held-out", type=Path, help="Text for the loss. Default: the last tenth of --text.")
+    command.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    command.add_argument("--variants", nargs="+", choices=VARIANTS, help="Default: all.")
+    command.add_argument("--steps", type=int, default=Training.steps)
+    command.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, one thread each.")
+    command = commands.add_parser("one", help="Train one model; `run` does this.")
+    for name in ("out", "name", "seed", "training"):
+        command.add_argument(name, type={"out": Path, "seed": int}.get(name, str))
+    command = commands.add_parser("report", help="Print the tables, and write the plot.")
+    command.add_argument("out", type=Path)
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options, replace(Training(), steps=options.steps))
+    elif options.command == "one":
+        run_one(options.name, options.seed, Training(**json.loads(options.training)), options.out)
+    else:
+        print(report(options.out), attention_table(options.out), sep="\n\n")
+        plot(options.out, options.out / "ratios.svg")
+
+
+if __name__ == "__main__":
+    main()
