@@ -4,8 +4,9 @@
 
 The data is Python's documentation, repeated: as text, one row per topic, and as chats of four paragraphs. `gda train`
 reads the rows from a JSON Lines file, tokenizes and packs them and writes the sequences. `map` has the rows in memory
-already and writes the token ids; of chats, it doesn't find the turns of the assistant. The contestants take turns;
-figures are medians. Without --tokenizer, a byte-level BPE is trained on the text.
+already and writes the token ids; of chats, it also writes the mask of the assistant's turns where the template marks
+them, and otherwise in a contestant of its own. The contestants take turns; figures are medians. Without --tokenizer, a
+byte-level BPE is trained on the text.
 """
 
 import argparse

@@ -108,7 +108,9 @@ def encode(parts: list[tuple[str, bool]], random: Random) -> Example:
     labels: list[int] = []
     for text, is_answer in parts:
         for token in TOKEN.findall(text):
-            ids.append(known[token] if token in known else new.setdefault(token, drawn[len(new)]))
+            if token not in known and token not in new:
+                new[token] = drawn[len(new)]
+            ids.append(known[token] if token in known else new[token])
             labels.append(ids[-1] if is_answer else IGNORED)
     return ids, labels
 

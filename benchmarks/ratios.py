@@ -123,7 +123,7 @@ def run_one(name: str, seed: int, training: Training, folder: Path) -> None:
     some = {task: Rows(*(part[:TESTS_BETWEEN] for part in rows)) for task, rows in tests.items()}
     begun, history = time.perf_counter(), []
     for step in train(model, data, training, each):
-        if step % (training.steps // training.reports) == 0:
+        if step % max(1, training.steps // training.reports) == 0:
             history.append({"step": step, **measured(model, some)})
     result = {
         "name": name,
@@ -193,16 +193,16 @@ def measured(model: Any, tests: dict[str, Rows]) -> dict[str, Any]:
 
 
 def attention_of(model: Any, recall: Rows, count: int = 32) -> list[dict[str, float]]:
-    """For each layer, the share of attention on the answer's earlier place at the places that ask for it.
+    """For each layer, the share of attention on the answer, the value after the first of two equal keys, at the second.
 
     The share in the signal maps, in the noise maps, and in the difference that the layer attends by; and the mean λ.
-    Means over the heads and the questions of `count` rows. The answer is the value of the key that is asked for.
+    Means over the heads and the questions of `count` rows.
     """
     found: dict[int, list[dict[str, float]]] = {layer: [] for layer in range(SHAPE.layers)}
     for ids, labels in zip(recall.ids[:count].long(), recall.labels[:count].long(), strict=True):
         asking = (labels[1:] != IGNORED).nonzero()[:, 0]
-        is_answer = ids[None, :] == labels[asking + 1][:, None]
-        is_answer &= torch.arange(len(ids)) <= asking[:, None]
+        follows_key = torch.nn.functional.pad(ids[None, :-1] == ids[asking][:, None], (1, 0))
+        is_answer = follows_key & (torch.arange(len(ids)) <= asking[:, None])
 
         def share(maps: Tensor, asking: Tensor = asking, is_answer: Tensor = is_answer) -> float:
             return (maps[:, asking] * is_answer).sum(-1).mean().item()
@@ -228,11 +228,12 @@ def run(options: argparse.Namespace, training: Training) -> None:
     """Start the missing runs, `jobs` at a time, seed by seed."""
     folder: Path = options.out
     settings = {"text": str(options.text), "held_out": str(options.held_out), **asdict(training)}
+    settings |= {"shape": asdict(SHAPE), "mlp": MLP, "variants": str(VARIANTS), "tasks": f"{TASKS}, {LONGER}"}
     file = folder / "settings.json"
     if file.exists() and (before := read_json(file)) != settings:
         sys.exit(f"{file} has {before}, not {settings}; choose another --out")
     if not file.exists():
-        (folder / "runs").mkdir(parents=True)
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
         for length in (SHAPE.length, 2 * SHAPE.length):
             prepare_text(options.text, options.held_out, length, folder / f"text-{length}.safetensors")
         write_json(file, settings)
@@ -243,8 +244,9 @@ def run(options: argparse.Namespace, training: Training) -> None:
     for number, (name, seed) in enumerate(missing, 1):
         while len(running) >= options.jobs:
             time.sleep(0.5)
-            failed += sum(process.poll() not in (None, 0) for process in running)
-            running = [process for process in running if process.poll() is None]
+            codes = [process.poll() for process in running]
+            failed += sum(code not in (None, 0) for code in codes)
+            running = [process for process, code in zip(running, codes, strict=True) if code is None]
         print(f"{len(wanted) - len(missing) + number} of {len(wanted)}: {name}, seed {seed}", flush=True)
         command = [sys.executable, __file__, "one", str(folder), name, str(seed), json.dumps(asdict(training))]
         running.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}))

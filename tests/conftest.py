@@ -57,11 +57,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.numprocesses = processes
     if getattr(config.option, "dist", None) in ("no", "load") and config.option.numprocesses:
         config.option.dist = "loadfile"  # what the tests of a file share is made in one process, not in each
+    if getattr(config.option, "dist", None) == "loadfile":
         config.option.loadscopereorder = False  # `start_early` orders the files
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Mark long tests as slow, and also sampled ones, except a few that are spread evenly; order the files."""
     cases_of: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -73,6 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         fast = {index * len(cases) // FAST_CASES for index in range(FAST_CASES)}
         for item in (item for index, item in enumerate(cases) if index not in fast):
             item.add_marker("slow")
+    yield  # -m and -k take away the tests that don't run
     if hasattr(config, "workerinput"):
         start_early(items)
 

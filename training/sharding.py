@@ -29,7 +29,8 @@ def first_failure() -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
-        raise first if rank == torch.distributed.get_rank() else reported_elsewhere(first) from None
+        is_own = not torch.distributed.is_initialized() or rank == torch.distributed.get_rank()
+        raise first if is_own else reported_elsewhere(first) from None
 
 
 def unwrapped_name(name: str) -> str:

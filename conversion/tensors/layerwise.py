@@ -21,7 +21,7 @@ from gda.modeling_gda.attention_gda import Fade
 # How much of the free memory a model may use.
 SHARE_OF_MEMORY = 1 / 4
 
-# Elements of a matrix that are cast at a time: in float32 they fit into the processor's cache.
+# Elements of a matrix that are cast at a time: 4 MB in float32.
 BLOCK = 1 << 20
 
 # The name of the cache argument in the installed transformers, from its Llama class, because ours is being verified.
@@ -46,7 +46,7 @@ def layer_prefix(index: int) -> str:
 
 
 class CastingInBlocks(TorchFunctionMode):
-    """Lets linear maps have weights in a narrower dtype than their inputs, without a copy of the weights."""
+    """Lets linear maps have weights in another dtype than their inputs, without a copy of the weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear and args[0].dtype != args[1].dtype:
@@ -55,7 +55,12 @@ class CastingInBlocks(TorchFunctionMode):
 
 
 def linear_in_blocks(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Inputs (…, n) times the transposed weight (m, n), whose rows are cast to the inputs' dtype block by block."""
+    """Inputs (…, n) times the transposed weight (m, n), whose rows are cast to the inputs' dtype block by block.
+
+    For inference only: the memory of a cast block is used again for the next.
+    """
+    if weight.dtype == inputs.dtype:
+        return torch.nn.functional.linear(inputs, weight, bias)
     blocks = weight.split(max(1, BLOCK // weight.shape[1]))
     cast = inputs.new_empty(blocks[0].shape)  # one for all blocks: new memory takes longer than the product
     output = torch.cat(

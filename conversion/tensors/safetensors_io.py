@@ -125,9 +125,9 @@ class SafetensorsReader:
 
 
 def _new_tensor(spec: TensorSpec) -> torch.Tensor:
-    """An uninitialized tensor. If it is large, it asks for huge pages.
+    """A tensor for any content. If it is large, it asks for huge pages.
 
-    To supply small pages takes the kernel three times as long as to copy the page cache into them.
+    To supply small pages takes the kernel twice as long as to copy the page cache into them.
     """
     if spec.nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(spec.shape, dtype=spec.dtype)

@@ -703,6 +703,7 @@ FAULTS: dict[str, tuple[str, Callable[[torch.Tensor], Any]]] = {
 def test_layers_method_detects_a_fault_of_the_last_layer(variant: str, fault: str, tmp_path: Path) -> None:
     source = save_llama(tmp_path / "llama", **VARIANTS[variant])
     convert(source, tmp_path / "gda")
+    assert gda.verify(source, tmp_path / "gda", method="layers").passed
     tensors, (name, change) = tensors_of(tmp_path / "gda"), FAULTS[fault]
     change(tensors[name])
     save_file(tensors, tmp_path / "gda" / "model.safetensors", metadata={"format": "pt"})

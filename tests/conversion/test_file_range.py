@@ -100,7 +100,7 @@ from pathlib import Path
 moment, tensor, source, out = sys.argv[1:]
 from gda.cli import main
 from gda.conversion.tensors.file_range import FileRange
-from gda.conversion.tensors.safetensors_io import LARGE, SafetensorsReader
+from gda.conversion.tensors.safetensors_io import SafetensorsReader
 stored = SafetensorsReader(Path(source)).stored(tensor)
 read, preadv = FileRange.read_into, os.preadv
 

@@ -1,6 +1,6 @@
 """The Trainer of `gda train`: it stops cleanly, names damaged checkpoints and gives the trained model."""
 
-import contextlib
+import traceback
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,10 +44,15 @@ class RunTrainer(GDATrainer):
         return norm
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """As Trainer, which lets DeepSpeed read its checkpoint here."""
-        reads = resume_from_checkpoint is not None and self.is_deepspeed_enabled
-        with damage_reported(resume_from_checkpoint) if reads else contextlib.nullcontext():
+        """As Trainer, which builds DeepSpeed's engine and then lets it read its checkpoint here."""
+        try:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if all(frame.name != "deepspeed_load_checkpoint" for frame in frames):
+                raise  # the engine could not be built: the checkpoint is as good as it was
+            with damage_reported(resume_from_checkpoint):
+                raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with damage_reported(resume_from_checkpoint):
