@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -701,6 +702,19 @@ def test_damaged_file_is_named(
         ValueError, match=rf"checkpoint-3 is damaged \({name} is cut or was overwritten\); remove it to"
     ):
         short(models, "gda", tmp_path / "out", resume=True)
+
+
+def test_empty_part_of_a_checkpoint_is_whole(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
+    """torch writes one for a process that has nothing to write."""
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        short(models, "gda", tmp_path / "out")
+    checkpoint = tmp_path / ".out.partial" / "checkpoint-3"
+    torch.distributed.checkpoint.save({}, checkpoint_id=checkpoint / "shards", no_dist=True)
+    assert [part.stat().st_size for part in (checkpoint / "shards").glob("*.distcp")] == [0]
+    (checkpoint / "checkpoint.json").unlink()
+    mark_complete(checkpoint, {})
+    short(models, "gda", tmp_path / "out", resume=True)
 
 
 def test_only_the_same_run_is_resumed(
