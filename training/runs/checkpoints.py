@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from gda.common.errors import first_line
 from gda.common.files import read_json, remove, sync, sync_tree, write_json
@@ -159,6 +159,8 @@ def _is_whole(file: Path) -> bool:
     """Whether a file of torch ends as a zip archive does, or a pickle; true for all other files."""
     if file.name == DISTRIBUTED_INDEX:
         return file.read_bytes().endswith(b".")
+    if file.name == TRAINING_ARGS_NAME:
+        return True  # never read
     if file.suffix == ".distcp" and not file.stat().st_size:
         return True  # of a process that had nothing to write; checkpoint.json has the sizes
     return file.suffix not in ARCHIVES or zipfile.is_zipfile(file)
