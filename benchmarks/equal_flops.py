@@ -46,10 +46,10 @@ def flops(shape: Shape, heads: Heads, mlp: int) -> int:
     return 2 * shape.layers * (queries_keys_values + output + lambdas + attention + 3 * shape.hidden * mlp)
 
 
-def mlp_width(shape: Shape, heads: Heads, wanted: int, step: int = 8) -> int:
-    """The width of the MLP, a multiple of `step`, that comes closest to the FLOPs `wanted`."""
+def mlp_width(shape: Shape, heads: Heads, wanted: int) -> int:
+    """The width of the MLP, a multiple of 8, that comes closest to the FLOPs `wanted`."""
     without, per_width = flops(shape, heads, 0), flops(shape, heads, 1) - flops(shape, heads, 0)
-    return max(step, round((wanted - without) / per_width / step) * step)
+    return max(8, round((wanted - without) / per_width / 8) * 8)
 
 
 def interval(differences: list[float]) -> dict[str, float | None]:

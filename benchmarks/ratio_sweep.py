@@ -91,24 +91,12 @@ def build(name: str, seed: int) -> Any:
 def prepare(text: Path | None, held_out: Path | None, folder: Path) -> None:
     """Write a tokenizer of the text and the tasks, and both texts as sequences of ids, to `folder`/data.pt."""
     import torch
+    from ratio_tasks import both_texts, byte_pair_encoding
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from gda.common.text import python_documentation, read_text
-
-    read = read_text(text, "--text")[1] if text else python_documentation()
-    if held_out:
-        kept = read_text(held_out, "--held-out")[1]
-    else:
-        read, kept = read[: len(read) * 9 // 10], read[len(read) * 9 // 10 :]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    read, kept = both_texts(text, held_out)
     lists = [document["text"] + document["prefix"] for document in documents("8 pairs", 200, seed=0)]
-    tokenizer.train_from_iterator(
-        [read, *lists],
-        trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
-    )
+    tokenizer = byte_pair_encoding([read, *lists], VOCABULARY)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     windows = {}

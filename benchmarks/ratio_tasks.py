@@ -137,18 +137,28 @@ def task_rows(task: Task, length: int, count: int, seed: int) -> Rows:
     return Rows(ids, labels)
 
 
-def prepare_text(text: Path | None, held_out: Path | None, length: int, file: Path) -> None:
-    """Encode both texts as sequences of `length` ids, and write them to a safetensors file."""
+def both_texts(text: Path | None, held_out: Path | None) -> tuple[str, str]:
+    """The text to train on, and the one to measure on: by default, Python's documentation, and the last tenth of it."""
     read = read_text(text, "--text")[1] if text else python_documentation()
     if held_out:
-        kept = read_text(held_out, "--held-out")[1]
-    else:
-        read, kept = read[: len(read) * 9 // 10], read[len(read) * 9 // 10 :]
+        return read, read_text(held_out, "--held-out")[1]
+    return read[: len(read) * 9 // 10], read[len(read) * 9 // 10 :]
+
+
+def byte_pair_encoding(texts: list[str], vocabulary: int) -> Tokenizer:
+    """A byte-level tokenizer of these texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([read], trainers.BpeTrainer(vocab_size=TEXT_VOCABULARY, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet))
+    return tokenizer
+
+
+def prepare_text(text: Path | None, held_out: Path | None, length: int, file: Path) -> None:
+    """Encode both texts as sequences of `length` ids, and write them to a safetensors file."""
+    read, kept = both_texts(text, held_out)
+    tokenizer = byte_pair_encoding([read], TEXT_VOCABULARY)
     sequences = {}
     for name, each in (("text", read), ("held_out", kept)):
         ids = torch.tensor(tokenizer.encode(each).ids, dtype=torch.int16) + DRAWN + len(english())
