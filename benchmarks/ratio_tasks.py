@@ -1,17 +1,20 @@
 """Rows of the ratio experiment: three tasks of `gda eval` in a small vocabulary, and text.
 
-The generators of `gda.eval.tasks` write English, made-up words and numbers. The words and numbers have no meaning, so
-each row spells them with tokens that are drawn anew: one token per word or number, different ones for different words.
-A word of the prose or a sign is one token as well. So a small model learns the tasks in a minute, which it does not
-with a tokenizer that cuts made-up words anywhere. Text has the ids above, from a byte-pair encoding of its own.
+The generators of `gda.eval.tasks` write English, made-up words and numbers. Those words and numbers, and the cities,
+have no meaning here, so each example spells them with tokens that are drawn anew: one token per word or number,
+different ones for different words. Any other word or sign is one token as well; "The magic number of" is one in all,
+and "is" none, so that a number follows its city as a value follows its key. So a small model learns the tasks in a
+minute (key retrieval stayed at chance while cities always had the same tokens). Text has the ids above, from a
+byte-pair encoding of its own.
 
-In each task, most of a row is noise: pairs, sentences and words that are not asked for.
+In each task, most of a row is noise: pairs, sentences and words that are not asked for, and other examples.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -23,11 +26,15 @@ from torch import Tensor
 
 from gda.common.text import python_documentation, read_text
 from gda.eval.tasks import copying, mqar, needles
+from gda.eval.tasks.vocabulary import CITIES
 
 IGNORED = -100
 TEXT_VOCABULARY = 1024
-DRAWN = 80  # tokens for made-up words and numbers, the first ids
-TOKEN = re.compile(r"\w+|[^\w ]")
+DRAWN = 80  # tokens for made-up words, cities and numbers, the first ids
+TOKEN = re.compile(r"The magic number of|\b(?!is\b)\w+|[^\w ]")
+NEEDLE = re.compile(r"The magic number of (.+?) is (\d+)\.")
+QUERY = "\nThe magic number of %s"
+QUESTION = "\n\nQuestion: What is the magic number of Quito?\nAnswer: The magic number of Quito is"
 
 Example = tuple[list[int], list[int]]  # ids, and labels: IGNORED except for answers
 
@@ -38,6 +45,7 @@ class Recall:
 
     pairs: int
     queries: int
+    per_row: int  # examples
 
     def examples(self, samples: int, seed: int) -> Iterator[Example]:
         """One example per list, with all of its queries."""
@@ -57,6 +65,7 @@ class Copying:
 
     words: int
     copied: int
+    per_row: int
 
     def examples(self, samples: int, seed: int) -> Iterator[Example]:
         """One example per list."""
@@ -68,35 +77,43 @@ class Copying:
 
 @dataclass(frozen=True)
 class Needles:
-    """Key retrieval: the numbers of some of the cities that sentences in prose name."""
+    """Key retrieval: the numbers of some of the cities that sentences in prose name, asked for in any order."""
 
     length: int  # tokens
     needles: int
     queries: int
+    per_row: int
 
     def examples(self, samples: int, seed: int) -> Iterator[Example]:
-        """One example per prompt."""
+        """One example per prompt. The prompt's own question gives way to the queries."""
+        length = self.length - self.queries * tokens_in(QUERY % "Quito" + " 5") + tokens_in(QUESTION)
         settings = needles.NeedleSettings(
-            length=self.length - 2 * self.queries, depth="all", needles=self.needles, queries=self.queries, digits=3,
-            samples=samples, data_seed=seed,
-        )  # fmt: skip
-        for index, prompt in enumerate(needles.make_prompts(settings, count=lambda text: len(TOKEN.findall(text)))):
-            numbers = re.split(r"(\d+)", prompt.target)
-            parts = [(prompt.text, False), *((part, part.isdigit()) for part in numbers)]
-            yield encode(parts, Random(f"{seed} {index}"))
+            length=length, depth="all", needles=self.needles, queries=1, digits=3, samples=samples, data_seed=seed
+        )
+        for index, prompt in enumerate(needles.make_prompts(settings, count=tokens_in)):
+            random = Random(f"{seed} {index}")
+            parts = [(prompt.context, False)]
+            for city, number in random.sample(NEEDLE.findall(prompt.context), self.queries):
+                parts += [(QUERY % city, False), (number, True)]
+            yield encode(parts, random)
 
 
 Task = Recall | Copying | Needles
 
 
+def tokens_in(text: str) -> int:
+    """The number of tokens of a text."""
+    return len(TOKEN.findall(text))
+
+
 @cache
 def english() -> dict[str, int]:
-    """Ids of the words and signs that the generators write, made-up words and numbers aside."""
+    """Ids of the words and signs that the generators write, made-up words, cities and numbers aside."""
     settings = needles.NeedleSettings(
         length=100, depth="all", needles=4, queries=2, digits=3, samples=4000, data_seed=0
     )
-    prompts = needles.make_prompts(settings, count=lambda text: len(TOKEN.findall(text)))
-    found = {token for prompt in prompts for token in TOKEN.findall(prompt.text) if not token.isdigit()}
+    prompts = needles.make_prompts(settings, count=tokens_in)
+    found = {token for prompt in prompts for token in TOKEN.findall(prompt.text) if not token.isdigit()} - {*CITIES}
     return {token: DRAWN + index for index, token in enumerate(sorted(found))}
 
 
@@ -123,15 +140,17 @@ class Rows(NamedTuple):
 
 
 def task_rows(task: Task, length: int, count: int, seed: int) -> Rows:
-    """Rows of one example each.
+    """Rows of `per_row` examples each.
 
     Raises:
-        ValueError: if an example is longer than `length`.
+        ValueError: if they are longer than `length`.
     """
     ids, labels = torch.zeros(count, length, dtype=torch.int16), torch.full((count, length), IGNORED, dtype=torch.int16)
-    for row, (tokens, answers) in enumerate(task.examples(count, seed)):
+    examples = task.examples(count * task.per_row, seed)
+    for row, parts in enumerate(zip(*[examples] * task.per_row, strict=True)):
+        tokens, answers = ([*chain(*each)] for each in zip(*parts, strict=True))
         if len(tokens) > length:
-            raise ValueError(f"an example of {task} has {len(tokens)} tokens, more than {length}")
+            raise ValueError(f"a row of {task} has {len(tokens)} tokens, more than {length}")
         ids[row, : len(tokens)] = torch.tensor(tokens)
         labels[row, : len(tokens)] = torch.tensor(answers)
     return Rows(ids, labels)

@@ -3,9 +3,9 @@
     python benchmarks/ratios.py run --text wikitext2_valid.txt --held-out wikitext2_test.txt --out DIR
     python benchmarks/ratios.py report DIR
 
-Every model reads the same rows in the same order as the others of its seed: in each batch, associative recall, copying,
-key retrieval (ratio_tasks.py) and text, a quarter of the rows each and with equal weight in the loss. The variants have
-the same hidden size, layers, head_dim and learning rate; the width of the MLP makes up for the FLOPs of their heads.
+A run trains four models of a variant: on associative recall, copying, key retrieval (ratio_tasks.py) and text. They
+read the same rows in the same order as the other variants of the seed. The variants have the same hidden size, layers,
+head_dim and learning rate; the width of the MLP makes up for the FLOPs of their heads.
 "paired" is the layout of the GDA paper: separate keys for the noise, values twice as wide, and a norm of each head.
 "shared" and "sigmoid" are the shared layout, with one λ per layer and with one λ per token and signal head.
 
@@ -14,15 +14,17 @@ seeds are complete first, so that a report can be made at any time.
 """
 
 import argparse
-import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -62,9 +64,11 @@ SHAPE = Shape(hidden=64, layers=2, head_dim=32, kv_heads=1, length=64)
 MLP = 256  # of the Transformer
 
 # Rows as long as those of the training, and rows of twice the length, which training does not have.
-TASKS: dict[str, Task] = {"recall": Recall(6, 6), "copying": Copying(32, 24), "retrieval": Needles(64, 3, 2)}
-LONGER: dict[str, Task] = {"recall": Recall(16, 16), "copying": Copying(64, 48), "retrieval": Needles(128, 6, 2)}
+TASKS: dict[str, Task] = {"recall": Recall(4, 2, 3), "copying": Copying(32, 24, 1), "retrieval": Needles(32, 4, 2, 2)}
+LONGER: dict[str, Task] = {"recall": Recall(8, 4, 3), "copying": Copying(64, 48, 1), "retrieval": Needles(64, 8, 4, 2)}
 TEXT = "text"
+# One thread for each run; and freed memory is kept, since to get it anew from the system takes a third of a step.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 TESTS, TESTS_BETWEEN = 512, 128  # rows of each task after the training, and during it
 SEED_OF_TESTS = 1
 
@@ -73,9 +77,9 @@ SEED_OF_TESTS = 1
 class Training:
     """Settings of a training, equal for all variants."""
 
-    steps: int = 1000
+    steps: int = 400  # of each of the four models
     batch: int = 24
-    learning_rate: float = 8e-3
+    learning_rate: float = 6e-3
     warm_up: float = 0.05  # share of the steps
     initializer_range: float = 0.08  # 1/√hidden is 0.125
     reports: int = 10  # measurements during the training
@@ -113,48 +117,51 @@ def mlp_of(name: str) -> int:
 
 
 def run_one(name: str, seed: int, training: Training, folder: Path) -> None:
-    """Train and measure one model, and write its file."""
+    """Train and measure a model for each task, and write their file."""
     torch.set_num_threads(1)
-    each = training.batch // (len(TASKS) + 1)
-    data = rows_of(folder, TASKS, SHAPE.length, training.steps * each, "text", 1000 + seed)
-    tests = rows_of(folder, TASKS, SHAPE.length, TESTS, "held_out", SEED_OF_TESTS)
-    longer = rows_of(folder, LONGER, 2 * SHAPE.length, TESTS, "held_out", SEED_OF_TESTS)
-    model = build(name, training, seed)
-    some = {task: Rows(*(part[:TESTS_BETWEEN] for part in rows)) for task, rows in tests.items()}
-    begun, history = time.perf_counter(), []
-    for step in train(model, data, training, each):
-        if step % max(1, training.steps // training.reports) == 0:
-            history.append({"step": step, **measured(model, some)})
-    result = {
+    result: dict[str, Any] = {
         "name": name,
         "seed": seed,
-        "parameters": model.num_parameters(),
+        "parameters": build(name, training, seed).num_parameters(),
         "mlp": mlp_of(name),
         "flops": flops(SHAPE, VARIANTS[name], mlp_of(name)) / flops(SHAPE, VARIANTS[TRANSFORMER], MLP),
-        "tokens": training.steps * training.batch * SHAPE.length,
-        "seconds": time.perf_counter() - begun,
-        "tests": measured(model, tests),
-        "longer": measured(model, longer),
-        "attention": attention_of(model, tests["recall"]),
-        "history": history,
     }
-    write_json(run_file(folder, name, seed), result)
+    begun = time.perf_counter()
+    for task in (*TASKS, TEXT):
+        model, history = build(name, training, seed), []
+        tests, longer = tests_of(folder, task)
+        some = Rows(*(part[:TESTS_BETWEEN] for part in tests))
+        for step in train(model, rows_of(folder, task, training.steps * training.batch, "text", 1000 + seed), training):
+            if step % (training.steps // training.reports) == 0:
+                history.append({"step": step, **measured(model, some)})
+        result[task] = {"test": measured(model, tests), "longer": measured(model, longer), "history": history}
+        if task == "recall":
+            result["attention"] = attention_of(model, tests)
+    write_json(run_file(folder, name, seed), result | {"seconds": time.perf_counter() - begun})
 
 
-def rows_of(folder: Path, tasks: dict[str, Task], length: int, count: int, text: str, seed: int) -> dict[str, Rows]:
-    """`count` rows of each task, and of the text."""
-    found = {name: task_rows(task, length, count, seed) for name, task in tasks.items()}
-    return found | {TEXT: text_rows(folder / f"text-{length}.safetensors", text, count, seed)}
+@cache
+def tests_of(folder: Path, task: str) -> tuple[Rows, Rows]:
+    """Rows to measure a task on: as long as those of the training, and twice as long."""
+    return tuple(rows_of(folder, task, TESTS, "held_out", SEED_OF_TESTS, times) for times in (1, 2))
 
 
-def train(model: Any, data: dict[str, Rows], training: Training, each: int) -> Iterator[int]:
-    """Train on `each` rows of everything per step; yield the number of steps done after each."""
+def rows_of(folder: Path, task: str, count: int, text: str, seed: int, times: int = 1) -> Rows:
+    """`count` rows of a task, `times` as long as those of the training; the text is that named `text` in its file."""
+    length = times * SHAPE.length
+    if task == TEXT:
+        return text_rows(folder / f"text-{length}.safetensors", text, count, seed)
+    return task_rows((TASKS if times == 1 else LONGER)[task], length, count, seed)
+
+
+def train(model: Any, rows: Rows, training: Training) -> Iterator[int]:
+    """Train on `batch` rows per step; yield the number of steps done after each."""
     optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
-        batch = [Rows(*(part[step * each : (step + 1) * each] for part in rows)) for rows in data.values()]
-        loss = torch.stack([cross_entropy(*answers) for answers in answers_of(model, batch)]).sum()
+        batch = Rows(*(part[step * training.batch : (step + 1) * training.batch] for part in rows))
+        loss = cross_entropy(*answers_of(model, batch))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,28 +175,23 @@ def learning_rate(training: Training, step: int) -> float:
     return training.learning_rate * rising * (0.55 + 0.45 * math.cos(math.pi * step / training.steps))
 
 
-def answers_of(model: Any, batch: list[Rows]) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each of the rows, logits (N, vocabulary) and ids (N) of what is asked for. The model runs once."""
-    hidden = model.model(torch.cat([rows.ids for rows in batch]).long(), use_cache=False).last_hidden_state
-    for rows, states in zip(batch, hidden[:, :-1].split([len(rows.ids) for rows in batch]), strict=True):
-        labels = rows.labels[:, 1:].long()
-        is_asked = labels != IGNORED
-        yield model.lm_head(states[is_asked]), labels[is_asked]
+def answers_of(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Logits (N, vocabulary) and ids (N) of what is asked for."""
+    states = model.model(rows.ids.long(), use_cache=False).last_hidden_state[:, :-1]
+    labels = rows.labels[:, 1:].long()
+    is_asked = labels != IGNORED
+    return model.lm_head(states[is_asked]), labels[is_asked]
 
 
 @torch.no_grad()
-def measured(model: Any, tests: dict[str, Rows]) -> dict[str, Any]:
-    """Loss in nats, and share of the answers that the model ranks first, of each task and of the text."""
-    found: dict[str, Any] = {}
-    for name, rows in tests.items():
-        parts = zip(rows.ids.split(128), rows.labels.split(128), strict=True)
-        pairs = [pair for part in parts for pair in answers_of(model, [Rows(*part)])]
-        logits, wanted = (torch.cat(each) for each in zip(*pairs, strict=True))
-        found[name] = {
-            "loss": cross_entropy(logits, wanted).item(),
-            "accuracy": (logits.argmax(-1) == wanted).float().mean().item(),
-        }
-    return found
+def measured(model: Any, rows: Rows) -> dict[str, float]:
+    """Loss in nats, and share of the answers that the model ranks first."""
+    parts = [answers_of(model, Rows(*part)) for part in zip(rows.ids.split(128), rows.labels.split(128), strict=True)]
+    logits, wanted = (torch.cat(each) for each in zip(*parts, strict=True))
+    return {
+        "loss": cross_entropy(logits, wanted).item(),
+        "accuracy": (logits.argmax(-1) == wanted).float().mean().item(),
+    }
 
 
 def attention_of(model: Any, recall: Rows, count: int = 32) -> list[dict[str, float]]:
@@ -225,7 +227,7 @@ def run_file(folder: Path, name: str, seed: int) -> Path:
 
 
 def run(options: argparse.Namespace, training: Training) -> None:
-    """Start the missing runs, `jobs` at a time, seed by seed."""
+    """Do the missing runs, `jobs` at a time, seed by seed."""
     folder: Path = options.out
     settings = {"text": str(options.text), "held_out": str(options.held_out), **asdict(training)}
     settings |= {"shape": asdict(SHAPE), "mlp": MLP, "variants": str(VARIANTS), "tasks": f"{TASKS}, {LONGER}"}
@@ -239,18 +241,14 @@ def run(options: argparse.Namespace, training: Training) -> None:
         write_json(file, settings)
     wanted = [(name, seed) for seed in options.seeds for name in options.variants or VARIANTS]
     missing = [each for each in wanted if not run_file(folder, *each).exists()]
-    running: list[subprocess.Popen[bytes]] = []
+    os.environ |= ENVIRONMENT
     failed = 0
-    for number, (name, seed) in enumerate(missing, 1):
-        while len(running) >= options.jobs:
-            time.sleep(0.5)
-            codes = [process.poll() for process in running]
-            failed += sum(code not in (None, 0) for code in codes)
-            running = [process for process, code in zip(running, codes, strict=True) if code is None]
-        print(f"{len(wanted) - len(missing) + number} of {len(wanted)}: {name}, seed {seed}", flush=True)
-        command = [sys.executable, __file__, "one", str(folder), name, str(seed), json.dumps(asdict(training))]
-        running.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}))
-    failed += sum(process.wait() != 0 for process in running)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        runs = {pool.submit(run_one, *each, training, folder): each for each in missing}
+        for number, done in enumerate(as_completed(runs), 1 + len(wanted) - len(missing)):
+            name, seed = runs[done]
+            failed += done.exception() is not None
+            print(f"{number} of {len(wanted)}: {name}, seed {seed}: {done.exception() or 'done'}", flush=True)
     if failed:
         sys.exit(f"{failed} runs failed; the same command tries them again")
 
@@ -271,22 +269,22 @@ def results_of(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
 def report(folder: Path) -> str:
     """Tables of means and of differences to the Transformer of the same seed, with 95 % intervals."""
     results = results_of(folder)
-    measures = [("tests", task, "accuracy") for task in TASKS] + [("tests", TEXT, "loss")]
-    measures += [("longer", task, "accuracy") for task in TASKS] + [("longer", TEXT, "loss")]
-    head = ["", "MLP", "seeds", *(f"{task}{', longer' * (part == 'longer')}" for part, task, _ in measures)]
+    kinds = dict.fromkeys(TASKS, "accuracy") | {TEXT: "loss"}
+    measures = [(task, part, kind) for part in ("test", "longer") for task, kind in kinds.items()]
+    head = ["", "MLP", "seeds", *(f"{task}{', longer' * (part == 'longer')}" for task, part, _ in measures)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in results.items():
         if not runs:
             continue
         cells = [name, str(mlp_of(name)), str(len(runs))]
-        for part, task, kind in measures:
-            values = {seed: each[part][task][kind] for seed, each in runs.items()}
-            mean = sum(values.values()) / len(values)
+        for task, part, kind in measures:
+            values = {seed: each[task][part][kind] for seed, each in runs.items()}
+            mean = fmean(values.values())
             if name == TRANSFORMER:
                 cells.append(f"{mean:.3f}")
                 continue
             peers = results[TRANSFORMER]
-            found = interval([value - peers[seed][part][task][kind] for seed, value in values.items()])
+            found = interval([value - peers[seed][task][part][kind] for seed, value in values.items()])
             half = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
             cells.append(f"{found['mean']:+.3f}{half}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -294,13 +292,13 @@ def report(folder: Path) -> str:
 
 
 def attention_table(folder: Path) -> str:
-    """What the heads attend to in the last layer: means over seeds."""
+    """What the heads attend to in the first layer, which reads the list: means over seeds."""
     kinds = ("signal", "noise", "difference", "lambda")
-    lines = ["| | " + " | ".join(kinds[:3]) + " | λ |", "|---|---|---|---|---|"]
+    lines = [f"| | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     for name, runs in results_of(folder).items():
-        last = [each["attention"][-1] for each in runs.values()]
-        if last:
-            means = [f"{sum(each[kind] for each in last) / len(last):.3f}" if kind in last[0] else "" for kind in kinds]
+        first = [each["attention"][0] for each in runs.values()]
+        if first:
+            means = [f"{fmean(each[kind] for each in first):.3f}" if kind in first[0] else "" for kind in kinds]
             lines.append(f"| {name} | {' | '.join(means)} |")
     return "\n".join(lines)
 
@@ -320,9 +318,9 @@ def plot(folder: Path, file: Path) -> None:
         for name, runs in results_of(folder).items():
             if not runs:
                 continue
-            curves = [[point[task][kind] for point in each["history"]] for each in runs.values()]
-            steps = [point["step"] for point in next(iter(runs.values()))["history"]]
-            means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+            curves = [[point[kind] for point in each[task]["history"]] for each in runs.values()]
+            steps = [point["step"] for point in next(iter(runs.values()))[task]["history"]]
+            means = [fmean(values) for values in zip(*curves, strict=True)]
             layout, _, ratio = name.partition(" ")
             color = colors.get(ratio, "#d94801")
             axes.plot(steps, means, styles.get(layout, "-"), color=color, label=name, linewidth=2 if not ratio else 1)
@@ -345,16 +343,11 @@ def main() -> None:
     command.add_argument("--variants", nargs="+", choices=VARIANTS, help="Default: all.")
     command.add_argument("--steps", type=int, default=Training.steps)
     command.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, one thread each.")
-    command = commands.add_parser("one", help="Train one model; `run` does this.")
-    for name in ("out", "name", "seed", "training"):
-        command.add_argument(name, type={"out": Path, "seed": int}.get(name, str))
     command = commands.add_parser("report", help="Print the tables, and write the plot.")
     command.add_argument("out", type=Path)
     options = parser.parse_args()
     if options.command == "run":
         run(options, replace(Training(), steps=options.steps))
-    elif options.command == "one":
-        run_one(options.name, options.seed, Training(**json.loads(options.training)), options.out)
     else:
         print(report(options.out), attention_table(options.out), sep="\n\n")
         plot(options.out, options.out / "ratios.svg")

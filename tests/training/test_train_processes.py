@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,17 +150,33 @@ def placed(folder: Path, out: Path, name: str, processes: int = 1, **options: An
     return options | paths | {"out": str(out)}
 
 
-def launch(engine: str, runs: list[dict[str, Any]], held: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Train in several processes with `accelerate launch`; what they hold is written into `held`."""
+def launch(engine: str, runs: list[dict[str, Any]], folder: Path, processes: int = 2) -> None:
+    """Train in several processes with `accelerate launch`, into `folder`; what they hold is written into "held" there.
+
+    Processes on CPUs crash in torch's C++ at times (SIGSEGV, SIGABRT). Then a warning shows the stack, and they are
+    started once more, with the same files.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHES[engine]]
-    command += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
-    command += [str(Path(__file__).parents[1] / "support" / "in_processes.py"), json.dumps(runs)]
+    command += ["--num_processes", str(processes)]
+    script = str(Path(__file__).parents[1] / "support" / "in_processes.py")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    environment |= {"OMP_NUM_THREADS": "1", "HELD": str(held), "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "HELD": str(folder / "held")}
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
     if engine != "zero3":
         environment["ACCELERATE_USE_CPU"] = "true"
-    held.mkdir(exist_ok=True)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    (folder / "held").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as before:
+        shutil.copytree(folder, before, dirs_exist_ok=True)
+        for may_crash in (True, False):
+            arguments = ["--main_process_port", str(free_port()), script, json.dumps(runs)]
+            ran = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=600)
+            _, crash, stack = ran.stderr.partition("Fatal Python error")
+            if not crash or not may_crash:
+                break
+            warnings.warn(f"{engine}, {processes} processes: {crash}{stack[:4000]}", stacklevel=2)
+            shutil.rmtree(folder)
+            shutil.copytree(before, folder)
+    assert ran.returncode == 0, ran.stderr[-4000:]
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -191,8 +210,7 @@ def trained(request: pytest.FixtureRequest, alone: Path, tmp_path_factory: pytes
     runs += [placed(alone, folder / "continued", "stream", 2, resume=True)]
     runs += [placed(alone, folder / "still", "all", 2, learning_rate=1e-12, precision="bfloat16")]
     runs += [placed(alone, folder / "interrupted", INTERRUPTED, 2, interrupt_at=4)]
-    ran = launch(engine, runs, folder / "held")
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    launch(engine, runs, folder)
     folders = [*names, "continued", "held", "still", ".interrupted.partial"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(folders)
     return Trained(engine, folder, names)
@@ -229,8 +247,7 @@ def test_resume_with_more_processes(trained: Trained, alone: Path) -> None:
     """The checkpoint of two processes is continued by four, to the same model."""
     engine, folder, _ = trained
     run = placed(alone, folder / "interrupted", INTERRUPTED, 4, resume=True)
-    ran = launch(engine, [run], folder / "held", 4)
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    launch(engine, [run], folder, 4)
     require_equal(folder / "interrupted", alone / INTERRUPTED, engine)
 
 

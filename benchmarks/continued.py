@@ -1,0 +1,286 @@
+"""Continue training a pretrained Llama, and GDA models expanded from it: what are the added heads good for?
+
+    python benchmarks/continued.py run llama.gguf --text train.txt --held-out test.txt --dataset-root data --out DIR
+    python benchmarks/continued.py report DIR
+
+The source, and three models that `gda convert` expands from it and that start with the same output, train on the same
+sequences in the same order with the same settings, attention only. They train on text, or on text with as many tokens
+of key retrieval (`gda.eval.tasks`). Measured are the perplexity of held-out text and of Python's documentation, key
+retrieval by length and depth, and BLiMP. Differences are to the source that was trained like it, by seed.
+
+Each run is one process, and its result is a file in DIR. The same command continues with the missing runs. The first
+seeds are complete first, so that a report can be made at any time.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from equal_flops import interval
+from processes import in_child
+from split_domains import blimp, spread_ids
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import gda
+from gda.common.files import read_json, write_json
+from gda.common.perplexity import perplexity
+from gda.common.screen import quiet_transformers
+from gda.common.text import python_documentation
+from gda.conversion.sources.open import open_source
+from gda.eval.tasks.needles import DEPTHS, NeedlePrompt, NeedleSettings, make_prompts
+from gda.training.callbacks.fading import FadeCallback
+from gda.training.data.sequences import collate, open_sequences
+from gda.training.parameters import choose_what_learns
+from gda.training.trainer import GDATrainer
+
+SOURCE = "source"
+VARIANTS: dict[str, dict[str, Any] | None] = {  # options of gda.convert
+    SOURCE: None,
+    "scalar λ": {},
+    "tanh λ": {"lambda_type": "tanh"},
+    "head norm": {"head_norm": True},
+}
+TEXT, MIXED = "text", "text + retrieval"
+LENGTHS = (128, 256, 512)  # tokens of the retrieval prompts; the last is beyond the training
+TRAINING_SEED, TEST_SEED = 1, 0  # of the prompts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a training, equal for all variants, and how much is measured."""
+
+    steps: int = 120
+    batch: int = 2
+    context: int = 256
+    learning_rate: float = 2e-4
+    lambda_learning_rate: float = 2e-3
+    test_tokens: int = 8192  # of each text
+    prompts: int = 60  # of each length
+    pairs: int = 50  # of each paradigm of BLiMP
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def run_one(options: dict[str, Any], settings: Settings, name: str, data: str, seed: int) -> dict[str, Any]:
+    """Train one model, and measure it. Without steps, it is only measured."""
+    torch.set_num_threads(options["threads"])
+    scratch = Path(options["out"]) / "scratch"
+    model, tokenizer = load(name, options["source"], scratch)
+    begun = time.perf_counter()
+    losses = train(model, tokenizer, settings, Path(options["out"]) / f"{data}.jsonl", seed, scratch)
+    seconds = time.perf_counter() - begun
+    model.eval()
+    texts = {"held-out text": Path(options["held_out"]).read_text(), "Python": python_documentation()}
+    return {
+        "name": name,
+        "data": data,
+        "seed": seed,
+        "seconds": seconds,
+        "losses": losses,
+        "nats": {
+            key: math.log(perplexity(model, spread_ids(tokenizer, text, settings.test_tokens)))
+            for key, text in texts.items()
+        },
+        "retrieval": [found for length in LENGTHS for found in retrieval(model, tokenizer, length, settings.prompts)],
+        "blimp": blimp(model, tokenizer, options["dataset_root"], settings.pairs),
+    }
+
+
+def load(name: str, source: str, scratch: Path) -> tuple[Any, Any]:
+    """The untrained model of a variant, in float32, and the tokenizer."""
+    opened = open_source(source)
+    if (fields := VARIANTS[name]) is None:
+        read = opened.load()
+        read.config.quantization_config = None  # a model from a GGUF file counts as quantized, and would not be trained
+        model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+        model.load_state_dict(read.state_dict())
+        return model, opened.tokenizer()
+    folder = scratch / name
+    gda.convert(source, folder, verify=False, overwrite=True, **fields)
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), opened.tokenizer()
+
+
+def train(model: Any, tokenizer: Any, settings: Settings, data: Path, seed: int, scratch: Path) -> list[float]:
+    """Train the attention of a model, and return its losses."""
+    if settings.steps == 0:
+        return []
+    sequences = open_sequences(
+        [data], tokenizer, context=settings.context, text_field="text", streaming=False, seed=seed,
+        vocab_size=model.config.vocab_size, scratch=scratch,
+    )  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.0,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        logging_steps=10,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    is_fading = getattr(model.config, "fade", None) is not None
+    trainer = GDATrainer(
+        choose_what_learns(model, "attention", scratch, 0),
+        arguments,
+        train_dataset=sequences.rows,
+        data_collator=collate,
+        lambda_learning_rate=settings.lambda_learning_rate,
+        callbacks=[FadeCallback(settings.steps)] if is_fading else [],
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def retrieval(model: Any, tokenizer: Any, length: int, count: int) -> list[dict[str, float]]:
+    """For each depth, the share of numbers that are right in whole, and nats per token of the right ones."""
+    found: dict[float, list[tuple[bool, float]]] = {depth: [] for depth in DEPTHS}
+    for prompt in prompts_of(tokenizer, length, count, TEST_SEED):
+        asked, whole = (tokenizer(text).input_ids for text in (prompt.text, prompt.text + prompt.target))
+        ids, wanted = torch.tensor(whole), torch.tensor(whole[len(asked) :])
+        logits = model(ids[None, :-1], logits_to_keep=len(wanted)).logits[0].float()
+        is_right = bool((logits.argmax(-1) == wanted).all())
+        found[prompt.depth].append((is_right, torch.nn.functional.cross_entropy(logits, wanted).item()))
+    return [
+        {"length": length, "depth": depth, "right": fmean(right), "nats": fmean(nats)}
+        for depth, (right, nats) in ((depth, tuple(zip(*each, strict=True))) for depth, each in found.items())
+    ]
+
+
+def prompts_of(tokenizer: Any, length: int, count: int, seed: int) -> list[NeedlePrompt]:
+    """Key retrieval with one needle asked for, of one per 32 tokens, at all depths in turn."""
+    settings = NeedleSettings(
+        length=length, depth="all", needles=length // 32, queries=1, digits=4, samples=count, data_seed=seed
+    )
+    return make_prompts(settings, count=lambda text: len(tokenizer(text, verbose=False).input_ids))
+
+
+# ---------------------------------------------------------------------------------------------------------- all runs
+
+
+def prepare(options: dict[str, Any], settings: Settings) -> None:
+    """Write the two data sets: paragraphs of the text, and as many tokens of them and of prompts in turn."""
+    tokenizer = open_source(options["source"]).tokenizer()
+    wanted = settings.steps * settings.batch * settings.context
+
+    def size(text: str) -> int:
+        return len(tokenizer(text, verbose=False).input_ids)
+
+    paragraphs = [line for line in Path(options["text"]).read_text().splitlines() if len(line) > 200]
+    sizes = [size(paragraph) for paragraph in paragraphs]
+    length = settings.context - 16  # with its answer, a prompt fits into a sequence
+    prompts = prompts_of(tokenizer, length, wanted // length, TRAINING_SEED)
+    texts = [f"{prompt.text}{prompt.target}." for prompt in prompts]
+    per_prompt = max(1, round(length / fmean(sizes)))
+    mixed: list[str] = []
+    for number, text in enumerate(texts):
+        mixed += [*paragraphs[number * per_prompt : (number + 1) * per_prompt], text]
+    for name, rows in ((TEXT, paragraphs), (MIXED, mixed)):
+        lines = (json.dumps({"text": row}) for row in rows)
+        (Path(options["out"]) / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def run(options: dict[str, Any], settings: Settings) -> None:
+    """Do the missing runs, seed by seed, after measuring the untrained source."""
+    out = Path(options["out"])
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    known = {key: str(options[key]) for key in ("source", "text", "held_out")} | asdict(settings)
+    file = out / "settings.json"
+    if file.exists() and (before := read_json(file)) != known:
+        sys.exit(f"{file} has {before}, not {known}; choose another --out")
+    if not file.exists():
+        prepare(options, settings)
+        write_json(file, known)
+    wanted = [(replace(settings, steps=0), SOURCE, "nothing", 0)]
+    wanted += [(settings, name, data, seed) for seed in options["seeds"] for data in (TEXT, MIXED) for name in VARIANTS]
+    for number, (each, name, data, seed) in enumerate(wanted, 1):
+        result = out / "runs" / f"{name}, {data}, {seed}.json"
+        if not result.exists():
+            print(f"{number} of {len(wanted)}: {name}, trained on {data}, seed {seed}", flush=True)
+            write_json(result, in_child(run_one, options, each, name, data, seed))
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def measures() -> dict[str, Callable[[dict[str, Any]], float]]:
+    """What the table shows of a run, by the head of its column."""
+    found: dict[str, Callable[[dict[str, Any]], float]] = {
+        "held-out text, nats": lambda run: run["nats"]["held-out text"],
+        "Python, nats": lambda run: run["nats"]["Python"],
+        "BLiMP, %": lambda run: 100 * run["blimp"],
+    }
+    for length in LENGTHS:
+        found[f"{length} tokens, nats"] = partial(mean_over_depths, "nats", length)
+        found[f"{length} tokens, right"] = partial(mean_over_depths, "right", length)
+    return found
+
+
+def mean_over_depths(kind: str, length: int, run: dict[str, Any]) -> float:
+    return fmean(each[kind] for each in run["retrieval"] if each["length"] == length)
+
+
+def report(folder: Path) -> str:
+    """For each data set, the trained source, and the differences to it of the same seed, with 95 % intervals."""
+    runs = [read_json(file) for file in sorted((folder / "runs").glob("*.json"))]
+    lines = [f"| | seeds | {' | '.join(measures())} |", "|---" * (2 + len(measures())) + "|"]
+    for data in ("nothing", TEXT, MIXED):
+        peers = {each["seed"]: each for each in runs if (each["name"], each["data"]) == (SOURCE, data)}
+        for name in VARIANTS:
+            own = [each for each in runs if (each["name"], each["data"]) == (name, data) and each["seed"] in peers]
+            if not own:
+                continue
+            cells = [f"{name}, {data}", str(len(own))]
+            for measure in measures().values():
+                if name == SOURCE:
+                    cells.append(f"{fmean(measure(each) for each in own):.3f}")
+                    continue
+                found = interval([measure(each) - measure(peers[each["seed"]]) for each in own])
+                half = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
+                cells.append(f"{found['mean']:+.3f}{half}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="Do the missing runs.")
+    command.add_argument("source", help="Folder or GGUF file of a Llama.")
+    command.add_argument("--text", required=True, help="Text to train on.")
+    command.add_argument("--held-out", required=True, help="Text to measure.")
+    command.add_argument("--dataset-root", required=True, help="Folder that contains nyu-mll/blimp.")
+    command.add_argument("--out", default="continued")
+    command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    for name, value in asdict(Settings()).items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    command = commands.add_parser("report", help="Print the table.")
+    command.add_argument("out", type=Path)
+    options = vars(parser.parse_args())
+    if options["command"] == "run":
+        run(options, Settings(**{name: options[name] for name in asdict(Settings())}))
+    else:
+        print(report(options["out"]))
+
+
+if __name__ == "__main__":
+    main()
