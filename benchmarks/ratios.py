@@ -98,6 +98,8 @@ def build(name: str, training: Training, seed: int) -> Any:
         "head_dim": SHAPE.head_dim,
         "max_position_embeddings": 2 * SHAPE.length,
         "initializer_range": training.initializer_range,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},  # defaults of the two classes differ
+        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": None,

@@ -98,7 +98,8 @@ def build(name: str, size: Size, length: int, seed: int) -> Any:
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},  # defaults of the two classes differ
+        "rms_norm_eps": 1e-6,
     }
     torch.manual_seed(seed)
     config: Any = LlamaConfig(**fields)
