@@ -9,11 +9,13 @@ head_dim and learning rate; the width of the MLP makes up for the FLOPs of their
 "paired" is the layout of the GDA paper: separate keys for the noise, values twice as wide, and a norm of each head.
 "shared" and "sigmoid" are the shared layout, with one λ per layer and with one λ per token and signal head.
 
-A run takes one thread, and its result is a file in DIR. The same command continues with the missing runs. The first
-seeds are complete first, so that a report can be made at any time.
+A run takes one thread, and its result is a line of DIR/runs.jsonl. The same command continues with the missing runs.
+The first seeds are complete first, so that a report can be made at any time. The results in docs/evidence.md are those
+in benchmarks/results/ratios.
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -71,6 +73,7 @@ TEXT = "text"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 TESTS, TESTS_BETWEEN = 512, 128  # rows of each task after the training, and during it
 SEED_OF_TESTS = 1
+RUNS = "runs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ def mlp_of(name: str) -> int:
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
-def run_one(name: str, seed: int, training: Training, folder: Path) -> None:
-    """Train and measure a model for each task, and write their file."""
+def run_one(name: str, seed: int, training: Training, folder: Path) -> dict[str, Any]:
+    """Train and measure a model for each task."""
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "name": name,
@@ -139,7 +142,7 @@ def run_one(name: str, seed: int, training: Training, folder: Path) -> None:
         result[task] = {"test": measured(model, tests), "longer": measured(model, longer), "history": history}
         if task == "recall":
             result["attention"] = attention_of(model, tests)
-    write_json(run_file(folder, name, seed), result | {"seconds": time.perf_counter() - begun})
+    return result | {"seconds": round(time.perf_counter() - begun)}
 
 
 @cache
@@ -190,10 +193,8 @@ def measured(model: Any, rows: Rows) -> dict[str, float]:
     """Loss in nats, and share of the answers that the model ranks first."""
     parts = [answers_of(model, Rows(*part)) for part in zip(rows.ids.split(128), rows.labels.split(128), strict=True)]
     logits, wanted = (torch.cat(each) for each in zip(*parts, strict=True))
-    return {
-        "loss": cross_entropy(logits, wanted).item(),
-        "accuracy": (logits.argmax(-1) == wanted).float().mean().item(),
-    }
+    right = (logits.argmax(-1) == wanted).float().mean()
+    return {"loss": round(cross_entropy(logits, wanted).item(), 5), "accuracy": round(right.item(), 5)}
 
 
 def attention_of(model: Any, recall: Rows, count: int = 32) -> list[dict[str, float]]:
@@ -218,39 +219,42 @@ def attention_of(model: Any, recall: Rows, count: int = 32) -> list[dict[str, fl
             found[maps.layer].append(shares)
 
         visit_attention(model, ids, read)
-    return [{key: sum(each[key] for each in rows) / len(rows) for key in rows[0]} for rows in found.values()]
+    return [{key: round(fmean(each[key] for each in rows), 5) for key in rows[0]} for rows in found.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------- all runs
 
 
-def run_file(folder: Path, name: str, seed: int) -> Path:
-    return folder / "runs" / f"{name.lower().replace(' ', '-').replace(':', '-')}-{seed}.json"
-
-
 def run(options: argparse.Namespace, training: Training) -> None:
     """Do the missing runs, `jobs` at a time, seed by seed."""
     folder: Path = options.out
-    settings = {"text": str(options.text), "held_out": str(options.held_out), **asdict(training)}
+    names = {key: path and path.name for key, path in (("text", options.text), ("held_out", options.held_out))}
+    settings = names | asdict(training)
     settings |= {"shape": asdict(SHAPE), "mlp": MLP, "variants": str(VARIANTS), "tasks": f"{TASKS}, {LONGER}"}
-    file = folder / "settings.json"
-    if file.exists() and (before := read_json(file)) != settings:
-        sys.exit(f"{file} has {before}, not {settings}; choose another --out")
-    if not file.exists():
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        for length in (SHAPE.length, 2 * SHAPE.length):
-            prepare_text(options.text, options.held_out, length, folder / f"text-{length}.safetensors")
-        write_json(file, settings)
+    kept = folder / "settings.json"
+    if kept.exists() and (before := read_json(kept)) != settings:
+        sys.exit(f"{kept} has {before}, not {settings}; choose another --out")
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(kept, settings)
+    for length in (SHAPE.length, 2 * SHAPE.length):
+        if not (file := folder / f"text-{length}.safetensors").exists():
+            prepare_text(options.text, options.held_out, length, file)
     wanted = [(name, seed) for seed in options.seeds for name in options.variants or VARIANTS]
-    missing = [each for each in wanted if not run_file(folder, *each).exists()]
+    finished = {(each["name"], each["seed"]) for each in runs_of(folder)}
+    missing = [each for each in wanted if each not in finished]
     os.environ |= ENVIRONMENT
     failed = 0
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
         runs = {pool.submit(run_one, *each, training, folder): each for each in missing}
         for number, done in enumerate(as_completed(runs), 1 + len(wanted) - len(missing)):
             name, seed = runs[done]
-            failed += done.exception() is not None
             print(f"{number} of {len(wanted)}: {name}, seed {seed}: {done.exception() or 'done'}", flush=True)
+            if done.exception():
+                failed += 1
+                continue
+            with (folder / RUNS).open("a") as results:
+                results.write(json.dumps(done.result()) + "\n")
     if failed:
         sys.exit(f"{failed} runs failed; the same command tries them again")
 
@@ -258,12 +262,18 @@ def run(options: argparse.Namespace, training: Training) -> None:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
+def runs_of(folder: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    file = folder / RUNS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def results_of(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """The finished runs by variant and seed, of the seeds that the Transformer has finished."""
-    files = [read_json(file) for file in sorted((folder / "runs").glob("*.json"))]
-    peers = {each["seed"] for each in files if each["name"] == TRANSFORMER}
+    runs = runs_of(folder)
+    peers = {each["seed"] for each in runs if each["name"] == TRANSFORMER}
     return {
-        name: {each["seed"]: each for each in files if each["name"] == name and each["seed"] in peers}
+        name: {each["seed"]: each for each in runs if each["name"] == name and each["seed"] in peers}
         for name in VARIANTS
     }
 
