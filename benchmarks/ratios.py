@@ -278,22 +278,17 @@ def results_of(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     }
 
 
-def report(folder: Path) -> str:
-    """Tables of means and of differences to the Transformer of the same seed, with 95 % intervals."""
-    results = results_of(folder)
-    kinds = dict.fromkeys(TASKS, "accuracy") | {TEXT: "loss"}
-    measures = [(task, part, kind) for part in ("test", "longer") for task, kind in kinds.items()]
-    head = ["", "MLP", "seeds", *(f"{task}{', longer' * (part == 'longer')}" for task, part, _ in measures)]
+def report(folder: Path, part: str) -> str:
+    """Means of the Transformer, and differences to it of the same seed, with 95 % intervals; `part`: test or longer."""
+    results, kinds = results_of(folder), dict.fromkeys(TASKS, "accuracy") | {TEXT: "loss"}
+    head = ["", "MLP", "seeds", *(f"{task}, {kind}" for task, kind in kinds.items())]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in results.items():
-        if not runs:
-            continue
         cells = [name, str(mlp_of(name)), str(len(runs))]
-        for task, part, kind in measures:
+        for task, kind in kinds.items() if runs else ():
             values = {seed: each[task][part][kind] for seed, each in runs.items()}
-            mean = fmean(values.values())
             if name == TRANSFORMER:
-                cells.append(f"{mean:.3f}")
+                cells.append(f"{fmean(values.values()):.3f}")
                 continue
             peers = results[TRANSFORMER]
             found = interval([value - peers[seed][task][part][kind] for seed, value in values.items()])
@@ -357,12 +352,14 @@ def main() -> None:
     command.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, one thread each.")
     command = commands.add_parser("report", help="Print the tables, and write the plot.")
     command.add_argument("out", type=Path)
+    command.add_argument("--plot", type=Path, default=Path("ratios.svg"))
     options = parser.parse_args()
     if options.command == "run":
         run(options, replace(Training(), steps=options.steps))
     else:
-        print(report(options.out), attention_table(options.out), sep="\n\n")
-        plot(options.out, options.out / "ratios.svg")
+        tables = report(options.out, "test"), report(options.out, "longer"), attention_table(options.out)
+        print(*tables, sep="\n\n")
+        plot(options.out, options.plot)
 
 
 if __name__ == "__main__":
