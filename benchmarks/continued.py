@@ -4,12 +4,15 @@
     python benchmarks/continued.py report DIR
 
 The source, and three models that `gda convert` expands from it and that start with the same output, train on the same
-sequences in the same order with the same settings, attention only. They train on text, or on text with as many tokens
-of key retrieval (`gda.eval.tasks`). Measured are the perplexity of held-out text and of Python's documentation, key
-retrieval by length and depth, and BLiMP. Differences are to the source that was trained like it, by seed.
+sequences in the same order, attention only and at the same rates. The expanded models have more to train and compute:
+a third more query heads in SmolLM2, and λ, which has a rate of its own. So a difference may be due to noise heads or to
+more weights. They train on text, or on as many sequences of text as of key retrieval (`gda.eval.tasks`; loss on the
+answers). Measured are the perplexity of held-out text and of Python's documentation, key retrieval by length and depth,
+and BLiMP. Differences are to the source that was trained like it, by seed. A seed determines the order of the sequences
+and the new weights.
 
-Each run is one process, and its result is a file in DIR. The same command continues with the missing runs. The first
-seeds are complete first, so that a report can be made at any time.
+Each run is one process, and its result is a line of DIR/runs.jsonl. The same command continues with the missing runs.
+The first seeds are complete first, so that a report can be made at any time.
 """
 
 import argparse
@@ -17,9 +20,12 @@ import json
 import math
 import sys
 import time
+from bisect import bisect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,7 +45,7 @@ from gda.conversion.sources.open import open_source
 from gda.eval.tasks.needles import DEPTHS, NeedlePrompt, NeedleSettings, make_prompts
 from gda.training.callbacks.fading import FadeCallback
 from gda.training.data.sequences import collate, open_sequences
-from gda.training.parameters import choose_what_learns
+from gda.training.parameters import choose_what_learns, count_learning
 from gda.training.trainer import GDATrainer
 
 SOURCE = "source"
@@ -49,7 +55,9 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # options of gda.convert
     "tanh λ": {"lambda_type": "tanh"},
     "head norm": {"head_norm": True},
 }
-TEXT, MIXED = "text", "text + retrieval"
+NOTHING, TEXT, MIXED = "nothing", "text", "text + retrieval"
+DATA = {NOTHING: (), TEXT: ("text.jsonl",), MIXED: ("half.jsonl", "prompts.jsonl")}
+RUNS = "runs.jsonl"
 LENGTHS = (128, 256, 512)  # tokens of the retrieval prompts; the last is beyond the training
 TRAINING_SEED, TEST_SEED = 1, 0  # of the prompts
 
@@ -61,6 +69,7 @@ class Settings:
     steps: int = 120
     batch: int = 2
     context: int = 256
+    fade_steps: int = 60  # of the head norm
     learning_rate: float = 2e-4
     lambda_learning_rate: float = 2e-3
     test_tokens: int = 8192  # of each text
@@ -72,12 +81,13 @@ class Settings:
 
 
 def run_one(options: dict[str, Any], settings: Settings, name: str, data: str, seed: int) -> dict[str, Any]:
-    """Train one model, and measure it. Without steps, it is only measured."""
+    """Train one model, and measure it. Without data, it is only measured."""
     torch.set_num_threads(options["threads"])
     scratch = Path(options["out"]) / "scratch"
-    model, tokenizer = load(name, options["source"], scratch)
+    model, tokenizer = load(name, options["source"], scratch, seed)
     begun = time.perf_counter()
-    losses = train(model, tokenizer, settings, Path(options["out"]) / f"{data}.jsonl", seed, scratch)
+    files = [Path(options["out"]) / file for file in DATA[data]]
+    losses = train(model, tokenizer, settings, files, seed, scratch) if files else []
     seconds = time.perf_counter() - begun
     model.eval()
     texts = {"held-out text": Path(options["held_out"]).read_text(), "Python": python_documentation()}
@@ -85,7 +95,9 @@ def run_one(options: dict[str, Any], settings: Settings, name: str, data: str, s
         "name": name,
         "data": data,
         "seed": seed,
-        "seconds": seconds,
+        "seconds": round(seconds),
+        "parameters": model.num_parameters(),
+        "trained": count_learning(model),
         "losses": losses,
         "nats": {
             key: math.log(perplexity(model, spread_ids(tokenizer, text, settings.test_tokens)))
@@ -96,7 +108,7 @@ def run_one(options: dict[str, Any], settings: Settings, name: str, data: str, s
     }
 
 
-def load(name: str, source: str, scratch: Path) -> tuple[Any, Any]:
+def load(name: str, source: str, scratch: Path, seed: int) -> tuple[Any, Any]:
     """The untrained model of a variant, in float32, and the tokenizer."""
     opened = open_source(source)
     if (fields := VARIANTS[name]) is None:
@@ -106,17 +118,15 @@ def load(name: str, source: str, scratch: Path) -> tuple[Any, Any]:
         model.load_state_dict(read.state_dict())
         return model, opened.tokenizer()
     folder = scratch / name
-    gda.convert(source, folder, verify=False, overwrite=True, **fields)
+    gda.convert(source, folder, verify=False, overwrite=True, seed=seed, **fields)
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), opened.tokenizer()
 
 
-def train(model: Any, tokenizer: Any, settings: Settings, data: Path, seed: int, scratch: Path) -> list[float]:
+def train(model: Any, tokenizer: Any, settings: Settings, files: list[Path], seed: int, scratch: Path) -> list[float]:
     """Train the attention of a model, and return its losses."""
-    if settings.steps == 0:
-        return []
     sequences = open_sequences(
-        [data], tokenizer, context=settings.context, text_field="text", streaming=False, seed=seed,
+        files, tokenizer, context=settings.context, text_field="text", streaming=False, seed=seed,
         vocab_size=model.config.vocab_size, scratch=scratch,
     )  # fmt: skip
     arguments = TrainingArguments(
@@ -128,7 +138,7 @@ def train(model: Any, tokenizer: Any, settings: Settings, data: Path, seed: int,
         warmup_steps=0.05,
         weight_decay=0.0,
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=True,
         save_strategy="no",
         logging_steps=10,
         remove_unused_columns=False,
@@ -142,7 +152,7 @@ def train(model: Any, tokenizer: Any, settings: Settings, data: Path, seed: int,
         train_dataset=sequences.rows,
         data_collator=collate,
         lambda_learning_rate=settings.lambda_learning_rate,
-        callbacks=[FadeCallback(settings.steps)] if is_fading else [],
+        callbacks=[FadeCallback(settings.fade_steps)] if is_fading else [],
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -176,48 +186,54 @@ def prompts_of(tokenizer: Any, length: int, count: int, seed: int) -> list[Needl
 
 
 def prepare(options: dict[str, Any], settings: Settings) -> None:
-    """Write the two data sets: paragraphs of the text, and as many tokens of them and of prompts in turn."""
-    tokenizer = open_source(options["source"]).tokenizer()
-    wanted = settings.steps * settings.batch * settings.context
-
-    def size(text: str) -> int:
-        return len(tokenizer(text, verbose=False).input_ids)
-
+    """Write paragraphs of the text, enough of them for half of a training, and prompts for the other half."""
+    tokenizer, out = open_source(options["source"]).tokenizer(), Path(options["out"])
+    half = settings.steps * settings.batch // 2 * settings.context  # tokens
     paragraphs = [line for line in Path(options["text"]).read_text().splitlines() if len(line) > 200]
-    sizes = [size(paragraph) for paragraph in paragraphs]
+    ends = list(accumulate(len(tokenizer(paragraph, verbose=False).input_ids) for paragraph in paragraphs))
+    if not ends or ends[-1] < 2 * half:
+        sys.exit(f"{options['text']} has fewer than {2 * half:,} tokens in lines of more than 200 characters")
     length = settings.context - 16  # with its answer, a prompt fits into a sequence
-    prompts = prompts_of(tokenizer, length, wanted // length, TRAINING_SEED)
-    texts = [f"{prompt.text}{prompt.target}." for prompt in prompts]
-    per_prompt = max(1, round(length / fmean(sizes)))
-    mixed: list[str] = []
-    for number, text in enumerate(texts):
-        mixed += [*paragraphs[number * per_prompt : (number + 1) * per_prompt], text]
-    for name, rows in ((TEXT, paragraphs), (MIXED, mixed)):
-        lines = (json.dumps({"text": row}) for row in rows)
-        (Path(options["out"]) / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    prompts = prompts_of(tokenizer, length, half // settings.context, TRAINING_SEED)
+    texts = [{"text": paragraph} for paragraph in paragraphs]
+    rows = {"text": texts, "half": texts[: bisect(ends, half) + 1]}
+    rows["prompts"] = [{"prompt": prompt.text, "completion": f"{prompt.target}."} for prompt in prompts]
+    for name, each in rows.items():
+        (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in each))
 
 
 def run(options: dict[str, Any], settings: Settings) -> None:
-    """Do the missing runs, seed by seed, after measuring the untrained source."""
+    """Measure the untrained source, then do the missing runs, seed by seed."""
     out = Path(options["out"])
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    known = {key: str(options[key]) for key in ("source", "text", "held_out")} | asdict(settings)
-    file = out / "settings.json"
-    if file.exists() and (before := read_json(file)) != known:
-        sys.exit(f"{file} has {before}, not {known}; choose another --out")
-    if not file.exists():
+    out.mkdir(parents=True, exist_ok=True)
+    digests = {key: sha256(Path(options[key]).read_bytes()).hexdigest() for key in ("text", "held_out")}
+    known = {"source": Path(options["source"]).name, **digests, "variants": VARIANTS, **asdict(settings)}
+    kept = out / "settings.json"
+    if kept.exists() and (before := read_json(kept)) != known:
+        sys.exit(f"{kept} has {before}, not {known}; choose another --out")
+    if not all((out / file).exists() for files in DATA.values() for file in files):
         prepare(options, settings)
-        write_json(file, known)
-    wanted = [(replace(settings, steps=0), SOURCE, "nothing", 0)]
-    wanted += [(settings, name, data, seed) for seed in options["seeds"] for data in (TEXT, MIXED) for name in VARIANTS]
-    for number, (each, name, data, seed) in enumerate(wanted, 1):
-        result = out / "runs" / f"{name}, {data}, {seed}.json"
-        if not result.exists():
-            print(f"{number} of {len(wanted)}: {name}, trained on {data}, seed {seed}", flush=True)
-            write_json(result, in_child(run_one, options, each, name, data, seed))
+    write_json(kept, known)
+    wanted = [(SOURCE, NOTHING, 0)]
+    wanted += [(name, data, seed) for seed in options["seeds"] for data in (TEXT, MIXED) for name in VARIANTS]
+    finished = {(each["name"], each["data"], each["seed"]) for each in runs_of(out)}
+    for number, each in enumerate(wanted, 1):
+        if each in finished:
+            continue
+        name, data, seed = each
+        print(f"{number} of {len(wanted)}: {name}, trained on {data}, seed {seed}", flush=True)
+        result = in_child(run_one, options, settings, *each)
+        with (out / RUNS).open("a") as results:
+            results.write(json.dumps(result) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- report
+
+
+def runs_of(folder: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    file = folder / RUNS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def measures() -> dict[str, Callable[[dict[str, Any]], float]]:
@@ -239,9 +255,9 @@ def mean_over_depths(kind: str, length: int, run: dict[str, Any]) -> float:
 
 def report(folder: Path) -> str:
     """For each data set, the trained source, and the differences to it of the same seed, with 95 % intervals."""
-    runs = [read_json(file) for file in sorted((folder / "runs").glob("*.json"))]
+    runs = runs_of(folder)
     lines = [f"| | seeds | {' | '.join(measures())} |", "|---" * (2 + len(measures())) + "|"]
-    for data in ("nothing", TEXT, MIXED):
+    for data in DATA:
         peers = {each["seed"]: each for each in runs if (each["name"], each["data"]) == (SOURCE, data)}
         for name in VARIANTS:
             own = [each for each in runs if (each["name"], each["data"]) == (name, data) and each["seed"] in peers]

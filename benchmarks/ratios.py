@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -43,6 +44,7 @@ from ratio_tasks import (
     Recall,
     Rows,
     Task,
+    both_texts,
     english,
     prepare_text,
     task_rows,
@@ -69,8 +71,8 @@ SHAPE = Shape(hidden=64, layers=2, head_dim=32, kv_heads=1, length=64)
 MLP = 256  # of the Transformer
 
 # Rows as long as those of the training, and rows of twice the length, which training does not have.
-TASKS: dict[str, Task] = {"recall": Recall(4, 2, 3), "copying": Copying(32, 24, 1), "retrieval": Needles(32, 4, 2, 2)}
-LONGER: dict[str, Task] = {"recall": Recall(8, 4, 3), "copying": Copying(64, 48, 1), "retrieval": Needles(64, 8, 4, 2)}
+TASKS: dict[str, Task] = {"recall": Recall(4, 2, 3), "copying": Copying(32, 24, 1), "retrieval": Needles(32, 3, 2, 2)}
+LONGER: dict[str, Task] = {"recall": Recall(8, 4, 3), "copying": Copying(64, 48, 1), "retrieval": Needles(64, 6, 3, 2)}
 TEXT = "text"
 # One thread for each run; and freed memory is kept, since to get it anew from the system takes a third of a step.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31)}
@@ -83,7 +85,7 @@ RUNS = "runs.jsonl"
 class Training:
     """Settings of a training, equal for all variants."""
 
-    steps: int = 400  # of each of the four models
+    steps: int = 500  # of each of the four models
     batch: int = 24
     learning_rate: float = 6e-3
     warm_up: float = 0.05  # share of the steps
@@ -140,7 +142,7 @@ def run_one(name: str, seed: int, training: Training, folder: Path) -> dict[str,
         tests, longer = tests_of(folder, task)
         some = Rows(*(part[:TESTS_BETWEEN] for part in tests))
         for step in train(model, rows_of(folder, task, training.steps * training.batch, "text", 1000 + seed), training):
-            if step % (training.steps // training.reports) == 0:
+            if step % max(1, training.steps // training.reports) == 0:
                 history.append({"step": step, **measured(model, some)})
         result[task] = {"test": measured(model, tests), "longer": measured(model, longer), "history": history}
         if task == "recall":
@@ -151,7 +153,8 @@ def run_one(name: str, seed: int, training: Training, folder: Path) -> dict[str,
 @cache
 def tests_of(folder: Path, task: str) -> tuple[Rows, Rows]:
     """Rows to measure a task on: as long as those of the training, and twice as long."""
-    return tuple(rows_of(folder, task, TESTS, "held_out", SEED_OF_TESTS, times) for times in (1, 2))
+    shorter = rows_of(folder, task, TESTS, "held_out", SEED_OF_TESTS)
+    return shorter, rows_of(folder, task, TESTS, "held_out", SEED_OF_TESTS, times=2)
 
 
 def rows_of(folder: Path, task: str, count: int, text: str, seed: int, times: int = 1) -> Rows:
@@ -164,7 +167,7 @@ def rows_of(folder: Path, task: str, count: int, text: str, seed: int, times: in
 
 def train(model: Any, rows: Rows, training: Training) -> Iterator[int]:
     """Train on `batch` rows per step; yield the number of steps done after each."""
-    optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), training.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(training.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
@@ -203,22 +206,25 @@ def measured(model: Any, rows: Rows) -> dict[str, float]:
 def attention_of(model: Any, recall: Rows, count: int = 32) -> list[dict[str, float]]:
     """For each layer, the share of attention on the answer, the value after the first of two equal keys, at the second.
 
-    The share in the signal maps, in the noise maps, and in the difference that the layer attends by; and the mean λ.
-    Means over the heads and the questions of `count` rows.
+    The share in the signal maps, in the noise maps, and in the differences that the layer attends by, whose rows have
+    negative entries: the entry of the answer relative to the magnitude of its row. And λ, which is negative where the
+    layer adds the noise map. Means over the heads and the questions of `count` rows.
     """
     found: dict[int, list[dict[str, float]]] = {layer: [] for layer in range(SHAPE.layers)}
     for ids, labels in zip(recall.ids[:count].long(), recall.labels[:count].long(), strict=True):
         asking = (labels[1:] != IGNORED).nonzero()[:, 0]
-        follows_key = torch.nn.functional.pad(ids[None, :-1] == ids[asking][:, None], (1, 0))
-        is_answer = follows_key & (torch.arange(len(ids)) <= asking[:, None])
+        # Another example of the row can have the same key; so the answer follows the last one before the question.
+        answers = torch.stack([(ids[:at] == ids[at]).nonzero()[-1, 0] + 1 for at in asking])
 
-        def share(maps: Tensor, asking: Tensor = asking, is_answer: Tensor = is_answer) -> float:
-            return (maps[:, asking] * is_answer).sum(-1).mean().item()
+        def share(maps: Tensor, asking: Tensor = asking, answers: Tensor = answers) -> float:
+            rows = maps[:, asking]  # (H, Q, T)
+            return (rows[:, range(len(asking)), answers] / rows.abs().sum(-1)).mean().item()
 
-        def read(maps: LayerAttention) -> None:
+        def read(maps: LayerAttention, asking: Tensor = asking) -> None:
             shares = {"signal": share(maps.signal), "difference": share(maps.difference)}
             if maps.noise is not None and maps.lambda_ is not None:
-                shares |= {"noise": share(maps.noise), "lambda": maps.lambda_.mean().item()}
+                lambdas = maps.lambda_.expand(len(maps.signal), len(maps.signal[0]))  # (H, T)
+                shares |= {"noise": share(maps.noise), "lambda": lambdas[:, asking].mean().item()}
             found[maps.layer].append(shares)
 
         visit_attention(model, ids, read)
@@ -231,9 +237,10 @@ def attention_of(model: Any, recall: Rows, count: int = 32) -> list[dict[str, fl
 def run(options: argparse.Namespace, training: Training) -> None:
     """Do the missing runs, `jobs` at a time, seed by seed."""
     folder: Path = options.out
-    names = {key: path and path.name for key, path in (("text", options.text), ("held_out", options.held_out))}
-    settings = names | asdict(training)
+    texts = both_texts(options.text, options.held_out)
+    settings: dict[str, Any] = {"texts": [sha256(text.encode()).hexdigest() for text in texts], **asdict(training)}
     settings |= {"shape": asdict(SHAPE), "mlp": MLP, "variants": str(VARIANTS), "tasks": f"{TASKS}, {LONGER}"}
+    settings["tests"] = [TESTS, TESTS_BETWEEN, SEED_OF_TESTS]
     kept = folder / "settings.json"
     if kept.exists() and (before := read_json(kept)) != settings:
         sys.exit(f"{kept} has {before}, not {settings}; choose another --out")
@@ -242,7 +249,7 @@ def run(options: argparse.Namespace, training: Training) -> None:
         write_json(kept, settings)
     for length in (SHAPE.length, 2 * SHAPE.length):
         if not (file := folder / f"text-{length}.safetensors").exists():
-            prepare_text(options.text, options.held_out, length, file)
+            prepare_text(*texts, length, file)
     wanted = [(name, seed) for seed in options.seeds for name in options.variants or VARIANTS]
     finished = {(each["name"], each["seed"]) for each in runs_of(folder)}
     missing = [each for each in wanted if each not in finished]
@@ -287,8 +294,10 @@ def report(folder: Path, part: str) -> str:
     head = ["", "MLP", "seeds", *(f"{task}, {kind}" for task, kind in kinds.items())]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in results.items():
+        if not runs:
+            continue
         cells = [name, str(mlp_of(name)), str(len(runs))]
-        for task, kind in kinds.items() if runs else ():
+        for task, kind in kinds.items():
             values = {seed: each[task][part][kind] for seed, each in runs.items()}
             if name == TRANSFORMER:
                 cells.append(f"{fmean(values.values()):.3f}")
@@ -302,14 +311,14 @@ def report(folder: Path, part: str) -> str:
 
 
 def attention_table(folder: Path) -> str:
-    """What the heads attend to in the first layer, which reads the list: means over seeds."""
+    """What the heads of each layer attend to: means over seeds."""
     kinds = ("signal", "noise", "difference", "lambda")
-    lines = [f"| | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    lines = [f"| | layer | {' | '.join(kinds)} |", "|---" * (len(kinds) + 2) + "|"]
     for name, runs in results_of(folder).items():
-        first = [each["attention"][0] for each in runs.values()]
-        if first:
-            means = [f"{fmean(each[kind] for each in first):.3f}" if kind in first[0] else "" for kind in kinds]
-            lines.append(f"| {name} | {' | '.join(means)} |")
+        for layer in range(SHAPE.layers) if runs else ():
+            found = [each["attention"][layer] for each in runs.values()]
+            means = [f"{fmean(each[kind] for each in found):.3f}" if kind in found[0] else "" for kind in kinds]
+            lines.append(f"| {name} | {layer} | {' | '.join(means)} |")
     return "\n".join(lines)
 
 

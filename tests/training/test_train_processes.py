@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -170,10 +171,10 @@ def launch(engine: str, runs: list[dict[str, Any]], folder: Path, processes: int
         for may_crash in (True, False):
             arguments = ["--main_process_port", str(free_port()), script, json.dumps(runs)]
             ran = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=600)
-            _, crash, stack = ran.stderr.partition("Fatal Python error")
-            if not crash or not may_crash:
+            crash = re.search("Fatal Python error: (Segmentation fault|Aborted).*", ran.stderr, re.DOTALL)
+            if ran.returncode == 0 or crash is None or not may_crash:
                 break
-            warnings.warn(f"{engine}, {processes} processes: {crash}{stack[:4000]}", stacklevel=2)
+            warnings.warn(f"{engine}, {processes} processes: {crash[0][:4000]}", stacklevel=2)
             shutil.rmtree(folder)
             shutil.copytree(before, folder)
     assert ran.returncode == 0, ran.stderr[-4000:]
