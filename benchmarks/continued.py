@@ -31,13 +31,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from equal_flops import interval
+from paired_runs import add_run, difference, keep_settings, runs_of
 from processes import in_child
 from split_domains import blimp, spread_ids
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import gda
-from gda.common.files import read_json, write_json
 from gda.common.perplexity import perplexity
 from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
@@ -57,7 +56,6 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # options of gda.convert
 }
 NOTHING, TEXT, MIXED = "nothing", "text", "text + retrieval"
 DATA = {NOTHING: (), TEXT: ("text.jsonl",), MIXED: ("half.jsonl", "prompts.jsonl")}
-RUNS = "runs.jsonl"
 LENGTHS = (128, 256, 512)  # tokens of the retrieval prompts; the last is beyond the training
 TRAINING_SEED, TEST_SEED = 1, 0  # of the prompts
 
@@ -205,15 +203,11 @@ def prepare(options: dict[str, Any], settings: Settings) -> None:
 def run(options: dict[str, Any], settings: Settings) -> None:
     """Measure the untrained source, then do the missing runs, seed by seed."""
     out = Path(options["out"])
-    out.mkdir(parents=True, exist_ok=True)
     digests = {key: sha256(Path(options[key]).read_bytes()).hexdigest() for key in ("text", "held_out")}
     known = {"source": Path(options["source"]).name, **digests, "variants": VARIANTS, **asdict(settings)}
-    kept = out / "settings.json"
-    if kept.exists() and (before := read_json(kept)) != known:
-        sys.exit(f"{kept} has {before}, not {known}; choose another --out")
+    keep_settings(out, known)
     if not all((out / file).exists() for files in DATA.values() for file in files):
         prepare(options, settings)
-    write_json(kept, known)
     wanted = [(SOURCE, NOTHING, 0)]
     wanted += [(name, data, seed) for seed in options["seeds"] for data in (TEXT, MIXED) for name in VARIANTS]
     finished = {(each["name"], each["data"], each["seed"]) for each in runs_of(out)}
@@ -222,18 +216,10 @@ def run(options: dict[str, Any], settings: Settings) -> None:
             continue
         name, data, seed = each
         print(f"{number} of {len(wanted)}: {name}, trained on {data}, seed {seed}", flush=True)
-        result = in_child(run_one, options, settings, *each)
-        with (out / RUNS).open("a") as results:
-            results.write(json.dumps(result) + "\n")
+        add_run(out, in_child(run_one, options, settings, *each))
 
 
 # ------------------------------------------------------------------------------------------------------------- report
-
-
-def runs_of(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs."""
-    file = folder / RUNS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def measures() -> dict[str, Callable[[dict[str, Any]], float]]:
@@ -268,9 +254,7 @@ def report(folder: Path) -> str:
                 if name == SOURCE:
                     cells.append(f"{fmean(measure(each) for each in own):.3f}")
                     continue
-                found = interval([measure(each) - measure(peers[each["seed"]]) for each in own])
-                half = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
-                cells.append(f"{found['mean']:+.3f}{half}")
+                cells.append(difference([measure(each) - measure(peers[each["seed"]]) for each in own]))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -7,8 +7,8 @@ and "is" none, so that a number follows its city as a value follows its key. So 
 minute (key retrieval stayed at chance while cities always had the same tokens). Text has the ids above, from a
 byte-pair encoding of its own.
 
-The noise is, in recall, half of the pairs of a list and the other lists of the row; in retrieval, prose and half of the
-sentences with numbers; in copying, the words that have been copied or are still to come.
+The noise is, in recall, half of the pairs of a list and the other lists of the row; in retrieval, prose and a
+third of the sentences with numbers; in copying, the words that have been copied or are still to come.
 """
 
 import re
@@ -21,10 +21,11 @@ from random import Random
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from gda.common.files import written_beside
 from gda.common.text import python_documentation, read_text
 from gda.eval.tasks import copying, mqar, needles
 from gda.eval.tasks.vocabulary import CITIES
@@ -165,29 +166,25 @@ def both_texts(text: Path | None, held_out: Path | None) -> tuple[str, str]:
     return read[: len(read) * 9 // 10], read[len(read) * 9 // 10 :]
 
 
-def byte_pair_encoding(texts: list[str], vocabulary: int) -> Tokenizer:
-    """A byte-level tokenizer of these texts."""
+def prepare_text(text: str, held_out: str, file: Path) -> None:
+    """Write the ids of both texts to a safetensors file, from a byte-level tokenizer of the first one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet))
-    return tokenizer
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=TEXT_VOCABULARY, initial_alphabet=alphabet))
+    first = DRAWN + len(english())
+    ids = {
+        name: torch.tensor(tokenizer.encode(each).ids, dtype=torch.int16) + first
+        for name, each in (("text", text), ("held_out", held_out))
+    }
+    with written_beside(file) as opened:
+        opened.write(save(ids))
 
 
-def prepare_text(text: str, held_out: str, length: int, file: Path) -> None:
-    """Encode both texts as sequences of `length` ids, and write them to a safetensors file."""
-    tokenizer = byte_pair_encoding([text], TEXT_VOCABULARY)
-    sequences = {}
-    for name, each in (("text", text), ("held_out", held_out)):
-        ids = torch.tensor(tokenizer.encode(each).ids, dtype=torch.int16) + DRAWN + len(english())
-        sequences[name] = ids[: len(ids) // length * length].view(-1, length)
-    save_file(sequences, file)
-
-
-def text_rows(file: Path, name: str, count: int, seed: int) -> Rows:
+def text_rows(file: Path, name: str, length: int, count: int, seed: int) -> Rows:
     """Sequences of the text `name`, in random order, repeated as often as needed."""
-    sequences = load_file(file)[name]
+    ids = load_file(file)[name]
+    sequences = ids[: len(ids) // length * length].view(-1, length)
     generator = torch.Generator().manual_seed(seed)
     passes = -(-count // len(sequences))
     order = torch.cat([torch.randperm(len(sequences), generator=generator) for _ in range(passes)])[:count]

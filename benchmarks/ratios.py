@@ -19,7 +19,6 @@ The first seeds are complete first, so that a report can be made at any time.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -35,7 +34,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from equal_flops import Heads, Shape, flops, interval, mlp_width
+from equal_flops import Heads, Shape, flops, mlp_width
+from paired_runs import add_run, difference, keep_settings, runs_of
 from ratio_tasks import (
     DRAWN,
     IGNORED,
@@ -56,7 +56,6 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gda import GDAConfig, GDAForCausalLM
-from gda.common.files import read_json, write_json
 from gda.eval.attention.analysis import LayerAttention, visit_attention
 
 TRANSFORMER = "Transformer"
@@ -79,7 +78,7 @@ TEXT = "text"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 TESTS, TESTS_BETWEEN = 512, 128  # rows of each task after the training, and during it
 SEED_OF_TESTS = 1
-RUNS = "runs.jsonl"
+TEXT_FILE = "text.safetensors"
 
 
 @dataclass(frozen=True)
@@ -133,13 +132,13 @@ def run_one(name: str, seed: int, training: Training, folder: Path) -> dict[str,
     result: dict[str, Any] = {
         "name": name,
         "seed": seed,
-        "parameters": build(name, training, seed).num_parameters(),
         "mlp": mlp_of(name),
         "flops": flops(SHAPE, VARIANTS[name], mlp_of(name)) / flops(SHAPE, VARIANTS[TRANSFORMER], MLP),
     }
     begun = time.perf_counter()
     for task in (*TASKS, TEXT):
         model, history = build(name, training, seed), []
+        result["parameters"] = model.num_parameters()
         tests, longer = tests_of(folder, task)
         some = Rows(*(part[:TESTS_BETWEEN] for part in tests))
         for step in train(model, rows_of(folder, task, training.steps * training.batch, "text", 1000 + seed), training):
@@ -162,7 +161,7 @@ def rows_of(folder: Path, task: str, count: int, text: str, seed: int, times: in
     """`count` rows of a task, `times` as long as those of the training; the text is that named `text` in its file."""
     length = times * SHAPE.length
     if task == TEXT:
-        return text_rows(folder / f"text-{length}.safetensors", text, count, seed)
+        return text_rows(folder / TEXT_FILE, text, length, count, seed)
     return task_rows((TASKS if times == 1 else LONGER)[task], length, count, seed)
 
 
@@ -242,15 +241,9 @@ def run(options: argparse.Namespace, training: Training) -> None:
     settings: dict[str, Any] = {"texts": [sha256(text.encode()).hexdigest() for text in texts], **asdict(training)}
     settings |= {"shape": asdict(SHAPE), "mlp": MLP, "variants": str(VARIANTS), "tasks": f"{TASKS}, {LONGER}"}
     settings["tests"] = [TESTS, TESTS_BETWEEN, SEED_OF_TESTS]
-    kept = folder / "settings.json"
-    if kept.exists() and (before := read_json(kept)) != settings:
-        sys.exit(f"{kept} has {before}, not {settings}; choose another --out")
-    if not kept.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(kept, settings)
-    for length in (SHAPE.length, 2 * SHAPE.length):
-        if not (file := folder / f"text-{length}.safetensors").exists():
-            prepare_text(*texts, length, file)
+    keep_settings(folder, settings)
+    if not (folder / TEXT_FILE).exists():
+        prepare_text(*texts, folder / TEXT_FILE)
     wanted = [(name, seed) for seed in options.seeds for name in options.variants or VARIANTS]
     finished = {(each["name"], each["seed"]) for each in runs_of(folder)}
     missing = [each for each in wanted if each not in finished]
@@ -264,19 +257,12 @@ def run(options: argparse.Namespace, training: Training) -> None:
             if done.exception():
                 failed += 1
                 continue
-            with (folder / RUNS).open("a") as results:
-                results.write(json.dumps(done.result()) + "\n")
+            add_run(folder, done.result())
     if failed:
         sys.exit(f"{failed} runs failed; the same command tries them again")
 
 
 # ------------------------------------------------------------------------------------------------------------- report
-
-
-def runs_of(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs."""
-    file = folder / RUNS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def results_of(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -304,9 +290,7 @@ def report(folder: Path, part: str) -> str:
                 cells.append(f"{fmean(values.values()):.3f}")
                 continue
             peers = results[TRANSFORMER]
-            found = interval([value - peers[seed][task][part][kind] for seed, value in values.items()])
-            half = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
-            cells.append(f"{found['mean']:+.3f}{half}")
+            cells.append(difference([value - peers[seed][task][part][kind] for seed, value in values.items()]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
