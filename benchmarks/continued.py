@@ -5,11 +5,12 @@
 
 The source, and three models that `gda convert` expands from it and that start with the same output, train on the same
 sequences in the same order, attention only and at the same rates. The expanded models have more to train and compute:
-a third more query heads in SmolLM2, and λ, which has a rate of its own. So a difference may be due to noise heads or to
-more weights. They train on text, or on as many sequences of text as of key retrieval (`gda.eval.tasks`; loss on the
-answers). Measured are the perplexity of held-out text and of Python's documentation, key retrieval by length and depth,
-and BLiMP. Differences are to the source that was trained like it, by seed. A seed determines the order of the sequences
-and the new weights.
+a third more query heads in SmolLM2, and λ, which has a rate of its own. "plain heads" has as many more query heads,
+which start with the queries of the noise heads, but with an output of their own, at first 0. So it shows what more
+heads do without a difference of maps. The models train on text, or on as many sequences of text as of key retrieval
+(`gda.eval.tasks`; loss on the answers). Measured are the loss of held-out text and of Python's documentation, key
+retrieval by length and depth, and BLiMP. Differences are to the source that was trained like it, by seed. A seed
+determines the order of the sequences and the new weights.
 
 Each run is one process, and its result is a line of DIR/runs.jsonl. The same command continues with the missing runs.
 The first seeds are complete first, so that a report can be made at any time.
@@ -22,6 +23,7 @@ import sys
 import time
 from bisect import bisect
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -34,6 +36,8 @@ import torch
 from paired_runs import add_run, difference, keep_settings, runs_of
 from processes import in_child
 from split_domains import blimp, spread_ids
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import gda
@@ -47,9 +51,10 @@ from gda.training.data.sequences import collate, open_sequences
 from gda.training.parameters import choose_what_learns, count_learning
 from gda.training.trainer import GDATrainer
 
-SOURCE = "source"
+SOURCE, PLAIN_HEADS = "source", "plain heads"
 VARIANTS: dict[str, dict[str, Any] | None] = {  # options of gda.convert
     SOURCE: None,
+    PLAIN_HEADS: {},  # the expanded model, made a Llama
     "scalar λ": {},
     "tanh λ": {"lambda_type": "tanh"},
     "head norm": {"head_norm": True},
@@ -109,16 +114,36 @@ def run_one(options: dict[str, Any], settings: Settings, name: str, data: str, s
 def load(name: str, source: str, scratch: Path, seed: int) -> tuple[Any, Any]:
     """The untrained model of a variant, in float32, and the tokenizer."""
     opened = open_source(source)
-    if (fields := VARIANTS[name]) is None:
-        read = opened.load()
-        read.config.quantization_config = None  # a model from a GGUF file counts as quantized, and would not be trained
-        model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
-        model.load_state_dict(read.state_dict())
-        return model, opened.tokenizer()
+    if (options := VARIANTS[name]) is None:
+        return llama(opened.config, opened.load().state_dict()), opened.tokenizer()
     folder = scratch / name
-    gda.convert(source, folder, verify=False, overwrite=True, seed=seed, **fields)
+    gda.convert(source, folder, verify=False, overwrite=True, seed=seed, **options)
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), opened.tokenizer()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if name == PLAIN_HEADS:
+        model = with_plain_heads(model, opened.config)
+    return model, opened.tokenizer()
+
+
+def llama(config: Any, weights: dict[str, Tensor]) -> Any:
+    """A Llama in float32 with these weights; one loaded from a GGUF file counts as quantized, and cannot train."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(weights)
+    return model
+
+
+def with_plain_heads(model: Any, source: Any) -> Any:
+    """The Llama with the config `source`, and with the noise heads of `model` as query heads whose output is 0."""
+    config = deepcopy(source)
+    config.num_attention_heads = model.config.num_attention_heads
+    weights = {name: weight for name, weight in model.state_dict().items() if "lambda" not in name}
+    for name, weight in weights.items():
+        if name.endswith(
+            "o_proj.weight"
+        ):  # (hidden, S · d) → (hidden, (S + N) · d): 0 after each group of signal heads
+            groups = weight.unflatten(1, (config.num_key_value_heads, -1))
+            weights[name] = pad(groups, (0, model.config.head_dim)).flatten(1)
+    return llama(config, weights)
 
 
 def train(model: Any, tokenizer: Any, settings: Settings, files: list[Path], seed: int, scratch: Path) -> list[float]:
@@ -165,7 +190,7 @@ def retrieval(model: Any, tokenizer: Any, length: int, count: int) -> list[dict[
         ids, wanted = torch.tensor(whole), torch.tensor(whole[len(asked) :])
         logits = model(ids[None, :-1], logits_to_keep=len(wanted)).logits[0].float()
         is_right = bool((logits.argmax(-1) == wanted).all())
-        found[prompt.depth].append((is_right, torch.nn.functional.cross_entropy(logits, wanted).item()))
+        found[prompt.depth].append((is_right, cross_entropy(logits, wanted).item()))
     return [
         {"length": length, "depth": depth, "right": fmean(right), "nats": fmean(nats)}
         for depth, (right, nats) in ((depth, tuple(zip(*each, strict=True))) for depth, each in found.items())
@@ -211,12 +236,19 @@ def run(options: dict[str, Any], settings: Settings) -> None:
     wanted = [(SOURCE, NOTHING, 0)]
     wanted += [(name, data, seed) for seed in options["seeds"] for data in (TEXT, MIXED) for name in VARIANTS]
     finished = {(each["name"], each["data"], each["seed"]) for each in runs_of(out)}
+    failed = 0
     for number, each in enumerate(wanted, 1):
         if each in finished:
             continue
         name, data, seed = each
         print(f"{number} of {len(wanted)}: {name}, trained on {data}, seed {seed}", flush=True)
-        add_run(out, in_child(run_one, options, settings, *each))
+        try:
+            add_run(out, in_child(run_one, options, settings, *each))
+        except Exception as error:
+            failed += 1
+            print(f"failed: {error}", flush=True)
+    if failed:
+        sys.exit(f"{failed} runs failed; the same command tries them again")
 
 
 # ------------------------------------------------------------------------------------------------------------- report

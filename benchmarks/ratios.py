@@ -8,6 +8,7 @@ read the same rows in the same order as the other variants of the seed. The vari
 head_dim and learning rate; the width of the MLP makes up for the FLOPs of their heads.
 "paired" is the layout of the GDA paper: separate keys for the noise, values twice as wide, and a norm of each head.
 "shared" and "sigmoid" are the shared layout, with one λ per layer and with one λ per token and signal head.
+Each is compared with a Transformer of as many KV heads. A paired model without the norm shows what the norm does.
 
 Steps, learning rate and initialization were chosen with the Transformer alone, with seeds -1 and -2, so that it learns
 the tasks but not perfectly: recall 0.65 and 0.66, copying 0.88 and 0.95, retrieval 0.62 and 0.70, text 4.00 and 3.96
@@ -58,15 +59,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gda import GDAConfig, GDAForCausalLM
 from gda.eval.attention.analysis import LayerAttention, visit_attention
 
-TRANSFORMER = "Transformer"
+TRANSFORMER, TRANSFORMER_2 = "Transformer", "Transformer 2 KV"
 PAIRED = {"kv_layout": "paired", "head_norm": True, "num_key_value_heads": 2}
 SIGMOID = {"lambda_type": "sigmoid"}
 HEADS = {"1:1": (4, 4), "3:1": (6, 2), "4:1": (8, 2), "7:1": (7, 1)}
-VARIANTS = {TRANSFORMER: Heads(8, 0, {})} | {
+VARIANTS = {TRANSFORMER: Heads(8, 0, {}), TRANSFORMER_2: Heads(8, 0, {"num_key_value_heads": 2})} | {
     f"{kind} {ratio}": Heads(*heads, fields)
     for kind, fields in (("paired", PAIRED), ("shared", {}), ("sigmoid", SIGMOID))
     for ratio, heads in HEADS.items()
 }
+VARIANTS["paired 3:1, no norm"] = Heads(*HEADS["3:1"], PAIRED | {"head_norm": False})
 SHAPE = Shape(hidden=64, layers=2, head_dim=32, kv_heads=1, length=64)
 MLP = 256  # of the Transformer
 
@@ -112,10 +114,11 @@ def build(name: str, training: Training, seed: int) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    fields |= heads.fields
     torch.manual_seed(seed)
     if not heads.noise:
         return LlamaForCausalLM(LlamaConfig(**fields))
-    return GDAForCausalLM(GDAConfig(**(fields | dict(heads.fields)), num_noise_heads=heads.noise))
+    return GDAForCausalLM(GDAConfig(**fields, num_noise_heads=heads.noise))
 
 
 def mlp_of(name: str) -> int:
@@ -266,31 +269,32 @@ def run(options: argparse.Namespace, training: Training) -> None:
 
 
 def results_of(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The finished runs by variant and seed, of the seeds that the Transformer has finished."""
+    """The finished runs by variant and seed."""
     runs = runs_of(folder)
-    peers = {each["seed"] for each in runs if each["name"] == TRANSFORMER}
-    return {
-        name: {each["seed"]: each for each in runs if each["name"] == name and each["seed"] in peers}
-        for name in VARIANTS
-    }
+    results = {name: {each["seed"]: each for each in runs if each["name"] == name} for name in VARIANTS}
+    return {name: runs for name, runs in results.items() if runs}
 
 
 def report(folder: Path, part: str) -> str:
-    """Means of the Transformer, and differences to it of the same seed, with 95 % intervals; `part`: test or longer."""
+    """Means of the Transformers, and differences to the Transformer with as many KV heads and the same seed.
+
+    With 95 % intervals. `part`: test or longer.
+    """
     results, kinds = results_of(folder), dict.fromkeys(TASKS, "accuracy") | {TEXT: "loss"}
     head = ["", "MLP", "seeds", *(f"{task}, {kind}" for task, kind in kinds.items())]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, runs in results.items():
-        if not runs:
+        peers = results.get(TRANSFORMER_2 if "num_key_value_heads" in VARIANTS[name].fields else TRANSFORMER, {})
+        seeds = sorted(runs.keys() & peers.keys())
+        if not seeds:
             continue
-        cells = [name, str(mlp_of(name)), str(len(runs))]
+        cells = [name, str(mlp_of(name)), str(len(seeds))]
         for task, kind in kinds.items():
-            values = {seed: each[task][part][kind] for seed, each in runs.items()}
-            if name == TRANSFORMER:
-                cells.append(f"{fmean(values.values()):.3f}")
-                continue
-            peers = results[TRANSFORMER]
-            cells.append(difference([value - peers[seed][task][part][kind] for seed, value in values.items()]))
+            values, baselines = ([each[seed][task][part][kind] for seed in seeds] for each in (runs, peers))
+            if VARIANTS[name].noise:
+                cells.append(difference([value - baseline for value, baseline in zip(values, baselines, strict=True)]))
+            else:
+                cells.append(f"{fmean(values):.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -300,7 +304,7 @@ def attention_table(folder: Path) -> str:
     kinds = ("signal", "noise", "difference", "lambda")
     lines = [f"| | layer | {' | '.join(kinds)} |", "|---" * (len(kinds) + 2) + "|"]
     for name, runs in results_of(folder).items():
-        for layer in range(SHAPE.layers) if runs else ():
+        for layer in range(SHAPE.layers):
             found = [each["attention"][layer] for each in runs.values()]
             means = [f"{fmean(each[kind] for each in found):.3f}" if kind in found[0] else "" for kind in kinds]
             lines.append(f"| {name} | {layer} | {' | '.join(means)} |")
@@ -314,20 +318,19 @@ def plot(folder: Path, file: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    colors = dict(zip(HEADS, ("#9ecae1", "#4292c6", "#08519c", "#08306b"), strict=True))
-    styles = {"paired": "-", "shared": "--", "sigmoid": ":"}
+    colors = {"": "#d94801", "2 KV": "#fdae6b", "1:1": "#9ecae1", "3:1": "#4292c6", "4:1": "#08519c", "7:1": "#08306b"}
+    colors["3:1, no norm"] = "#238b45"
+    styles = {"Transformer": "-", "paired": "-", "shared": "--", "sigmoid": ":"}
     figure, panels = pyplot.subplots(1, len(TASKS) + 1, figsize=(16, 4), layout="constrained")
     for axes, task in zip(panels, [*TASKS, TEXT], strict=True):
         kind = "loss" if task == TEXT else "accuracy"
         for name, runs in results_of(folder).items():
-            if not runs:
-                continue
             curves = [[point[kind] for point in each[task]["history"]] for each in runs.values()]
             steps = [point["step"] for point in next(iter(runs.values()))[task]["history"]]
             means = [fmean(values) for values in zip(*curves, strict=True)]
             layout, _, ratio = name.partition(" ")
-            color = colors.get(ratio, "#d94801")
-            axes.plot(steps, means, styles.get(layout, "-"), color=color, label=name, linewidth=2 if not ratio else 1)
+            width = 1 if VARIANTS[name].noise else 2
+            axes.plot(steps, means, styles[layout], color=colors[ratio], label=name, linewidth=width)
         axes.set_title(task)
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token" if kind == "loss" else kind)
