@@ -11,8 +11,6 @@ All four have the tensor names of GDA. `source_fields` translates such a configu
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,87 +53,12 @@ UNSUPPORTED_ROPE = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta"
 HARMLESS_FIELDS = ("auto_map", "transformers_weights", "head_dim", "layer_types")
 
 
-@dataclass(frozen=True)
-class Llamalike:
-    """How configurations of one model type are translated.
-
-    `reads` returns the `DIFFERING_FIELDS` of a configuration, except those with default values. `writes` returns the
-    type's own fields, besides `SHARED_FIELDS`, for a `GDAConfig`.
-    """
-
-    name: str
-    config_class: Callable[..., PreTrainedConfig]
-    architecture: str
-    reads: Callable[[Any], dict[str, Any]]
-    writes: Callable[[GDAConfig], dict[str, Any]]
-
-
-def _llama_reads(config: Any) -> dict[str, Any]:
-    bias = config.attention_bias
-    return {"attention_bias": bias, "attention_out_bias": bias, "mlp_bias": config.mlp_bias}
-
-
-def _llama_writes(config: GDAConfig) -> dict[str, Any]:
-    return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-
-
-def _mistral_reads(config: Any) -> dict[str, Any]:
-    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
-    return {"sliding_window": config.sliding_window, "layer_types": [kind] * config.num_hidden_layers}
-
-
-def _mistral_writes(config: GDAConfig) -> dict[str, Any]:
-    return {"head_dim": config.head_dim, "sliding_window": config.sliding_window if slides(config) else None}
-
-
-def _qwen2_reads(config: Any) -> dict[str, Any]:
-    return {"attention_bias": True, **_windows(config)}
-
-
-def _qwen2_writes(config: GDAConfig) -> dict[str, Any]:
-    return {"head_dim": config.head_dim, **_qwen_windows(config)}
-
-
-def _qwen3_reads(config: Any) -> dict[str, Any]:
-    bias = config.attention_bias
-    return {"attention_bias": bias, "attention_out_bias": bias, "qk_norm": True, **_windows(config)}
-
-
-def _qwen3_writes(config: GDAConfig) -> dict[str, Any]:
-    return {"head_dim": config.head_dim, "attention_bias": config.attention_bias, **_qwen_windows(config)}
-
-
-def _windows(config: Any) -> dict[str, Any]:
-    """Drop a window that no layer uses: DynamicCache and others look at sliding_window alone."""
-    window = config.sliding_window if slides(config) else None
-    return {"sliding_window": window, "layer_types": list(config.layer_types)}
-
-
-def _qwen_windows(config: GDAConfig) -> dict[str, Any]:
-    if not slides(config):
-        return {}
-    full = [layer for layer, kind in enumerate(config.layer_types or []) if kind == "full_attention"]
-    return {
-        "use_sliding_window": True,
-        "sliding_window": config.sliding_window,
-        "max_window_layers": len(full),  # layer_types takes precedence; both agree where windows come last
-        "layer_types": list(config.layer_types or []),
-    }
-
-
-def slides(config: Any) -> bool:
-    """Whether a layer of a configuration with `layer_types` has a sliding window."""
-    return "sliding_attention" in (config.layer_types or [])
-
-
-LLAMALIKES = {
-    "llama": Llamalike("Llama", LlamaConfig, "LlamaForCausalLM", _llama_reads, _llama_writes),
-    "mistral": Llamalike("Mistral", MistralConfig, "MistralForCausalLM", _mistral_reads, _mistral_writes),
-    "qwen2": Llamalike("Qwen2", Qwen2Config, "Qwen2ForCausalLM", _qwen2_reads, _qwen2_writes),
-    "qwen3": Llamalike("Qwen3", Qwen3Config, "Qwen3ForCausalLM", _qwen3_reads, _qwen3_writes),
+LLAMALIKES: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
 }
-
-
 NAMES = "Llama, Mistral, Qwen2 or Qwen3"
 RUNNERS = "transformers, `gda serve` or the transformers backend of an engine"  # of models that no such type can hold
 
@@ -145,18 +68,30 @@ def source_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
     With `num_attention_heads` signal heads and λ = 0, a GDA model with these fields computes what the source computes.
     """
-    reads = LLAMALIKES[config.model_type].reads(config)
+    # A config.json may set fields that the class of its model type does not have, and that transformers ignores.
+    kind, known = config.model_type, type(config).__dataclass_fields__
+    bias = kind == "qwen2" or ("attention_bias" in known and config.attention_bias)
+    window = config.sliding_window if "sliding_window" in known else None
+    if "layer_types" in known:
+        layer_types = list(config.layer_types)
+    else:
+        layer_types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
     return {
         **{name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS},
         "head_dim": head_dim(config),
-        "attention_bias": False,
-        "attention_out_bias": False,
-        "mlp_bias": False,
-        "qk_norm": False,
-        "sliding_window": None,
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
-        **reads,
+        "attention_bias": bias,
+        "attention_out_bias": bias and kind != "qwen2",
+        "mlp_bias": "mlp_bias" in known and config.mlp_bias,
+        "qk_norm": kind == "qwen3",
+        # A window that no layer uses is dropped: DynamicCache and others look at sliding_window alone.
+        "sliding_window": window if "sliding_attention" in layer_types else None,
+        "layer_types": layer_types,
     }
+
+
+def slides(config: GDAConfig) -> bool:
+    """Whether a layer has a sliding window."""
+    return "sliding_attention" in (config.layer_types or [])
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -169,19 +104,27 @@ def target_config(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
 
     `heads` are the numbers of its query heads and KV heads.
     """
-    target = LLAMALIKES[model_type]
+    target, window = LLAMALIKES[model_type], slides(config)
     shared = {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS}
     # transformers' classes refuse integers here.
     shared |= {name: float(shared[name]) for name in ("rms_norm_eps", "initializer_range")}
-    own = target.writes(config)
-    if model_type == "qwen2" and has_usual_heads(config, heads):
-        del own["head_dim"]  # its class has no such field, but reads it if it is set
-    return target.config_class(
+    known = target.__dataclass_fields__
+    own = {name: getattr(config, name) for name in ("attention_bias", "mlp_bias") if name in known}
+    if not (model_type == "qwen2" and has_usual_heads(config, heads)):
+        own["head_dim"] = config.head_dim  # the class of a Qwen2 has no such field, but reads it if it is set
+    if "sliding_window" in known:
+        own["sliding_window"] = config.sliding_window if window else None
+    if "max_window_layers" in known and window:
+        own["use_sliding_window"] = True
+        # layer_types takes precedence; both agree where windows come last.
+        own["max_window_layers"] = (config.layer_types or []).count("full_attention")
+        own["layer_types"] = list(config.layer_types or [])
+    return target(
         **shared | {"num_key_value_heads": heads[1]},
         **own,
         num_attention_heads=heads[0],
         dtype=config.dtype,
-        architectures=[target.architecture],
+        architectures=[f"{_name(model_type)}ForCausalLM"],
     )
 
 
@@ -209,11 +152,16 @@ def choose_target(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
         return model_type, None
     able = next((name for name in LLAMALIKES if _inexpressible(config, name, heads) is None), None)
     if able is not None:
-        return able, f"a {LLAMALIKES[model_type].name} cannot have {reason}; written as a {LLAMALIKES[able].name}"
+        return able, f"a {_name(model_type)} cannot have {reason}; written as a {_name(able)}"
     hint = f"run it with {RUNNERS}"
     if config.head_norm and config.kv_layout == "paired":
         hint += "; --format motif or diffllama may express it"
-    raise ValueError(f"no {NAMES} can hold the model; a {LLAMALIKES[model_type].name} cannot have {reason}: {hint}")
+    raise ValueError(f"no {NAMES} can hold the model; a {_name(model_type)} cannot have {reason}: {hint}")
+
+
+def _name(model_type: str) -> str:
+    """As in the name of its class, for instance Qwen2."""
+    return model_type.capitalize()
 
 
 def _inexpressible(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> str | None:

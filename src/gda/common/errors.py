@@ -1,5 +1,8 @@
 """Errors, and how they are printed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 MAX_LENGTH = 500  # characters of a message, which may quote a value of any length
 
 
@@ -16,3 +19,15 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = " ".join(lines[:2]) if lines else type(error).__name__
     return message if len(message) <= MAX_LENGTH else f"{message[: MAX_LENGTH // 2]} … {message[-MAX_LENGTH // 2 :]}"
+
+
+@contextmanager
+def any_error_as(message: str, caught: type[Exception] = Exception) -> Iterator[None]:
+    """Raise ValueError with `message` and the first line of whatever is raised inside.
+
+    For libraries whose errors on a malformed file have no class in common.
+    """
+    try:
+        yield
+    except caught as error:
+        raise ValueError(f"{message}: {first_line(error)}") from None
