@@ -1,7 +1,6 @@
 """Distillation: learning from a teacher's predictions (arXiv 1503.02531) and hidden states."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +16,6 @@ from gda.conversion.sources.tokenizers import NoTokenizerError
 from gda.training.labels import NO_LABEL
 
 CHUNK = 256  # tokens whose float32 probabilities are in memory
-
-
-@dataclass(frozen=True)
-class DistillationLosses:
-    """The teacher's parts of the loss: sums over the predicted tokens, divided by `num_items`.
-
-    `kl` is KL(teacher ‖ student) of the softened predictions, in nats. `hidden`, if wanted, is the squared distance of
-    hidden states relative to the teacher's square, averaged over layers.
-    """
-
-    kl: Tensor
-    hidden: Tensor | None
 
 
 class Distillation:
@@ -94,23 +81,26 @@ class Distillation:
             use_cache=False,
         )
 
-    def compare(self, student: Any, teacher: Any, labels: Tensor, num_items: Tensor | int) -> DistillationLosses:
+    def compare(self, student: Any, teacher: Any, labels: Tensor, num_items: Tensor | int) -> dict[str, Tensor]:
         """The losses of the student's outputs against the teacher's: logits (B, T, vocabulary) and hidden states.
 
         Predictions before each of the `labels` (B, T) that is not −100 are compared. Sums are divided by `num_items`.
+
+        Returns:
+            `kl`, the KL of the softened predictions in nats; and `hidden`, if its weight is above 0.
         """
         predicted = pad(labels[:, 1:], (0, 1), value=NO_LABEL).flatten().ne(NO_LABEL)  # (B · T,)
-        kl = divergence(student.logits, teacher.logits, predicted, self.temperature) / num_items
-        hidden = None
+        losses = {"kl": divergence(student.logits, teacher.logits, predicted, self.temperature) / num_items}
         if self.hidden_weight > 0:
-            pairs = list(zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True))
-            hidden = torch.stack([_distance(ours, theirs, predicted) for ours, theirs in pairs]).mean() / num_items
-        return DistillationLosses(kl, hidden)
+            pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+            distances = torch.stack([_distance(ours, theirs, predicted) for ours, theirs in pairs])
+            losses["hidden"] = distances.mean() / num_items
+        return losses
 
-    def loss(self, cross_entropy: Tensor, losses: DistillationLosses) -> Tensor:
-        """The weighted sum of all parts."""
-        total = (1 - self.weight) * cross_entropy + self.weight * self.temperature**2 * losses.kl
-        return total if losses.hidden is None else total + self.hidden_weight * losses.hidden
+    def loss(self, cross_entropy: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the loss on the text and the losses that `compare` returns."""
+        total = (1 - self.weight) * cross_entropy + self.weight * self.temperature**2 * losses["kl"]
+        return total + self.hidden_weight * losses["hidden"] if "hidden" in losses else total
 
 
 def divergence(student: Tensor, teacher: Tensor, predicted: Tensor, temperature: float) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
+from gda.common.files import partial_of, require_space
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
@@ -72,6 +73,16 @@ class Plan:
         if self.config.fade is None and self.settings.lambda_target is None:
             return []
         return [FadeCallback(_steps_of_fade(self.settings, self.steps), self.settings.lambda_target)]
+
+    def require_space(self, out: Path) -> None:
+        """Raise OSError unless the disk of `out` has room for the checkpoints.
+
+        A new checkpoint is written before an old one is removed. Each holds the weights and AdamW's two moments.
+        """
+        needed = 4 * (self.num_parameters + 2 * self.num_trained) * (self.settings.keep + 1)
+        place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
+        reusable = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
+        require_space(place, needed, reusable=reusable, needs="checkpoints need")
 
 
 def make_plan(

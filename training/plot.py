@@ -2,15 +2,17 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gda.common.files import write_text
 from gda.common.html import page
 from gda.common.text import text_pieces
 from gda.training.runs.run_folder import LOG_FILE
+
+T = TypeVar("T")
 
 PAGE_FILE = "training.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,15 +44,10 @@ LAYER_CHARTS = {
 class TrainingLog:
     """The content of a log: by name, points (step, value) and (step, value of each layer) in order; and notes."""
 
-    curves: dict[str, list[tuple[int, float]]]
-    layers: dict[str, list[tuple[int, list[float | None]]]]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def last_step(self) -> int:
-        """The last logged step."""
-        points: list[Sequence[Any]] = [*self.curves.values(), *self.layers.values()]
-        return max((curve[-1][0] for curve in points if curve), default=0)
+    last_step: int
+    notes: list[str]
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    layers: dict[str, list[tuple[int, list[float | None]]]] = field(default_factory=dict)
 
 
 def plot(log: str | Path, out: str | Path | None = None) -> Path:
@@ -82,7 +79,7 @@ def plot(log: str | Path, out: str | Path | None = None) -> Path:
         data=_data(found),
         name=given.resolve().name,
         last_step=found.last_step,
-        latest=_latest(found),
+        curves=found.curves,
         notes=found.notes,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +99,7 @@ def read_log(path: Path) -> TrainingLog:
     by_step: dict[int, dict[str, Any]] = {}
     for row in rows:
         by_step.setdefault(row["step"], {}).update(row)
-    found = TrainingLog({}, {}, notes)
+    found = TrainingLog(max(by_step, default=0), notes)
     for step in sorted(by_step):
         row = by_step[step]
         for name in (name for _, chart in CHARTS.values() for name in chart if row.get(name) is not None):
@@ -162,10 +159,8 @@ def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list
     """At most `most` points of a curve: the lowest and highest of each interval, so that no spike is lost."""
     if len(curve) <= most:
         return list(curve)
-    intervals = max(1, most // 2)
     kept: list[tuple[int, float]] = []
-    for index in range(intervals):
-        interval = curve[index * len(curve) // intervals : (index + 1) * len(curve) // intervals]
+    for interval in _intervals(curve, max(1, most // 2)):
         ends = {min(interval, key=_order), max(interval, key=_order)}
         kept += sorted(ends)
     return kept
@@ -182,12 +177,17 @@ def averaged(
     if len(values) <= most:
         return list(values)
     found = []
-    for index in range(most):
-        interval = values[index * len(values) // most : (index + 1) * len(values) // most]
+    for interval in _intervals(values, most):
         depth = max(len(layers) for _, layers in interval)
         by_layer = ([layers[at] for _, layers in interval if at < len(layers)] for at in range(depth))
         found.append((interval[-1][0], [_mean(layer) for layer in by_layer]))
     return found
+
+
+def _intervals(values: Sequence[T], number: int) -> Iterator[Sequence[T]]:
+    """Cut values into a number of parts whose lengths differ by at most one."""
+    for index in range(number):
+        yield values[index * len(values) // number : (index + 1) * len(values) // number]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -229,12 +229,3 @@ def _series(name: str, curve: list[tuple[int, float]]) -> dict[str, Any]:
 
 def _points(curve: Sequence[tuple[int, float | None]]) -> dict[str, Any]:
     return {"x": [step for step, _ in curve], "y": [value for _, value in curve]}
-
-
-def _latest(log: TrainingLog) -> list[tuple[str, str, str]]:
-    """Name, first and last value of each curve, for the table of the page."""
-
-    def as_text(point: tuple[int, float]) -> str:
-        return f"{point[1]:.5g} at step {point[0]:,}"
-
-    return [(name.replace("_", " "), as_text(curve[0]), as_text(curve[-1])) for name, curve in log.curves.items()]

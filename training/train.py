@@ -18,26 +18,26 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.versions import versions
-from gda.conversion.push import PushReport, push_result
+from gda.conversion.push import push_result
 from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.writing.history import history_of
-from gda.training.callbacks.checkpoints import CheckpointCallback
+from gda.training.callbacks.checkpoints import STREAM_FILE, CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
 from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
-from gda.training.callbacks.stream import StreamCallback
 from gda.training.data.sequences import collate
 from gda.training.data.show import describe_sequence
 from gda.training.data.stream import SequenceStream
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
+from gda.training.plot import plot
 from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.card import training_step, write_card
-from gda.training.runs.checkpoints import last_checkpoint, require_readable, step_of
+from gda.training.runs.checkpoints import damage_reported, last_checkpoint, require_readable, step_of
 from gda.training.runs.deepspeed import make_universal, written_by
-from gda.training.runs.failures import explained, missing_space
+from gda.training.runs.failures import explained
 from gda.training.runs.model_folder import add_companions, model_stamps
 from gda.training.runs.processes import Processes, reported_elsewhere
 from gda.training.runs.run_folder import (
@@ -94,9 +94,10 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
             processes.on_main(lambda: require_token(repo))
         report = _run(options, source, out, processes, console)
         if options.plot:
-            processes.on_main(lambda: _plot(out))
+            processes.on_main(lambda: plot(out))
         if repo is not None:
-            report = replace(report, pushed=processes.on_main(lambda: _push(options, repo, out, console)))
+            push = partial(push_result, private=options.private, bundle_code=options.bundle_code, console=console)
+            report = replace(report, pushed=processes.on_main(lambda: push(out, repo)))
     return report
 
 
@@ -135,6 +136,11 @@ def _dry_run(
         epochs, steps = divmod(plan.steps, steps_per_epoch(settings, plan.sequences.count, processes.count))
     per_step = settings.batch_size * settings.accumulation * processes.count
     sequences = epochs * (plan.sequences.count or 0) + steps * per_step
+    obstacles = [unfinished_run(out)]
+    try:
+        plan.require_space(out)
+    except OSError as error:
+        obstacles.append(str(error))
     return TrainReport(
         out=out,
         steps=plan.steps,
@@ -143,7 +149,7 @@ def _dry_run(
         num_parameters=plan.num_parameters,
         num_trained=plan.num_trained,
         dry_run=True,
-        notes=[*plan.notes, *filter(None, (unfinished_run(out), _missing_space(out, plan)))],
+        notes=[*plan.notes, *filter(None, obstacles)],
     )
 
 
@@ -155,10 +161,6 @@ def _show_batch(plan: Plan, source: Path, console: Console | None) -> None:
 def _require_shared(folder: Path, processes: Processes) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"process {processes.index} does not see {folder}, which all machines must share")
-
-
-def _missing_space(out: Path, plan: Plan) -> str | None:
-    return missing_space(out, num_parameters=plan.num_parameters, num_trained=plan.num_trained, keep=plan.settings.keep)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
@@ -226,12 +228,7 @@ def _train(
     """Train the model and save it in the folder of the run, beside its checkpoints."""
     settings, scratch = options.settings, state.path / DATA_FOLDER
     plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console))
-
-    def require_space() -> None:
-        if (message := _missing_space(out, plan)) is not None:
-            raise OSError(message)
-
-    processes.on_main(require_space)
+    processes.on_main(lambda: plan.require_space(out))
     if options.show_batch:
         processes.on_main(lambda: _show_batch(plan, source, console))
     if state.checkpoint is not None:
@@ -270,9 +267,13 @@ def _make_trainer(
 ) -> RunTrainer:
     settings = plan.settings
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
-    checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes)
     rows = plan.sequences.rows
-    stream = [StreamCallback(rows, state.checkpoint)] if isinstance(rows, SequenceStream) else []
+    stream = rows if isinstance(rows, SequenceStream) else None
+    # Without a saved state, the Trainer reads again what it has read.
+    if stream is not None and state.checkpoint is not None and (file := state.checkpoint / STREAM_FILE).is_file():
+        with damage_reported(state.checkpoint):
+            stream.resume(file)
+    checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes, stream)
     with patch_environment(ACCELERATE_MIXED_PRECISION=plan.mixed_precision):  # instead of the launcher's
         trainer = RunTrainer(
             plan.learner,
@@ -280,7 +281,7 @@ def _make_trainer(
             train_dataset=rows,
             eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
             data_collator=collate,
-            callbacks=[*stream, checkpoints, ProgressCallback(), *plan.fade_callbacks()],
+            callbacks=[checkpoints, ProgressCallback(), *plan.fade_callbacks()],
             lambda_learning_rate=settings.lambda_learning_rate,
             distillation=plan.distillation,
             predicted_per_sequence=plan.eval_sequences and plan.eval_sequences.predicted_per_sequence(),
@@ -312,13 +313,3 @@ def _report(plan: Plan, trainer: RunTrainer, state: RunState, out: Path) -> Trai
         resumed_from=None if state.checkpoint is None else step_of(state.checkpoint),
         notes=plan.notes,
     )
-
-
-def _plot(out: Path) -> None:
-    from gda.training.plot import plot
-
-    plot(out)
-
-
-def _push(options: TrainOptions, repo: str, out: Path, console: Console | None) -> PushReport:
-    return push_result(out, repo, private=options.private, bundle_code=options.bundle_code, console=console)

@@ -1,6 +1,7 @@
 """The Trainer of transformers with what GDA models need: a λ learning rate, a teacher, a layer log, LoRA beside λ."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from transformers.training_args import TrainingArguments
 from gda.common.numbers import exponential
 from gda.training.callbacks.layer_log import LayerLog, for_reporters
 from gda.training.callbacks.throughput import ThroughputCallback
-from gda.training.distillation import Distillation, DistillationLosses
+from gda.training.distillation import Distillation
 from gda.training.labels import num_predicted
 from gda.training.lora import is_adapted, load_learned, save_learned
 from gda.training.parameters import optimizer_groups, partly_frozen
@@ -31,6 +32,8 @@ LOGGED = (
     *("loss", "learning_rate", "lambda_learning_rate", "grad_norm", "tokens_per_second"),
     *("cross_entropy", "kl", "hidden", "fade"),
 )
+# Each process holds the whole model.
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class GDATrainer(Trainer):
@@ -126,7 +129,8 @@ class GDATrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             loss = loss * self._weight_in_mean(inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-        with self._measuring_layers():
+        log = self._measuring_log
+        with contextlib.nullcontext() if log is None else log.measuring(self._learner, self.state.global_step + 1):
             if self.distillation is None:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             hidden_states = {"output_hidden_states": True} if self.distillation.hidden_weight > 0 else {}
@@ -134,7 +138,7 @@ class GDATrainer(Trainer):
         with self.accelerator.autocast():
             taught = self.distillation.ask(inputs)
         losses = self.distillation.compare(outputs, taught, inputs["labels"], self._divisor(inputs, num_items_in_batch))
-        self._add_losses(loss, losses, num_items_in_batch)
+        self._add_losses({"cross_entropy": loss, **losses}, num_items_in_batch)
         loss = self.distillation.loss(loss, losses)
         return (loss, outputs) if return_outputs else loss
 
@@ -155,45 +159,32 @@ class GDATrainer(Trainer):
             return num_items / (self.accelerator.num_processes // self.get_tp_size())
         return num_items
 
-    def _add_losses(self, cross_entropy: Tensor, losses: DistillationLosses, num_items: Tensor | int | None) -> None:
+    def _add_losses(self, losses: Mapping[str, Tensor], num_items: Tensor | int | None) -> None:
         """Add up the parts of the loss for the next log entry."""
         share = 1 if num_items is not None else self.current_gradient_accumulation_steps
-        for name, part in (("cross_entropy", cross_entropy), ("kl", losses.kl), ("hidden", losses.hidden)):
-            if part is not None:
-                self._loss_sums[name] = self._loss_sums.get(name, torch.zeros_like(part)) + part.detach() / share
+        for name, part in losses.items():
+            self._loss_sums[name] = self._loss_sums.get(name, torch.zeros_like(part)) + part.detach() / share
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The Trainer's. After the last backward pass of a step, gradients are complete and not yet clipped."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.layer_log is not None and self._measures_layers and self.accelerator.sync_gradients:
-            self.layer_log.read_gradients(self._learner)
+        if (log := self._measuring_log) is not None and self.accelerator.sync_gradients:
+            log.read_gradients(self._learner)
         return loss
 
     # ---------------------------------------------------------------------------------------------------------- logging
 
     @property
-    def _measures_layers(self) -> bool:
-        """Whether layers are measured in the current step, because it will be logged."""
+    def _measuring_log(self) -> LayerLog | None:
+        """The layer log, if layers are measured in the current step because it will be logged."""
         step, args = self.state.global_step + 1, self.args
         regular = args.logging_strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0
         logged = regular or (step == 1 and args.logging_first_step) or step == self.state.max_steps
-        return self.layer_log is not None and logged and self._can_measure_layers
-
-    @property
-    def _can_measure_layers(self) -> bool:
-        kind = self.accelerator.distributed_type
-        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-            return False
-        if kind == DistributedType.FSDP:
-            return self.accelerator.state.fsdp_plugin.fsdp_version == 2
-        return kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-    def _measuring_layers(self) -> contextlib.AbstractContextManager[None]:
-        if self.layer_log is None or not self._measures_layers:
-            return contextlib.nullcontext()
-        return self.layer_log.measuring(self._learner, self.state.global_step + 1)
+        is_compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        can_measure = self.accelerator.is_fsdp2 or self.accelerator.distributed_type in REPLICATED
+        return self.layer_log if logged and can_measure and not is_compiled else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's, with further metrics; also writes the layer log."""

@@ -5,9 +5,12 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gda.training.data.stream import SequenceStream
 from gda.training.runs.checkpoints import mark_complete, remove_older
 from gda.training.runs.model_folder import copy_companions
 from gda.training.runs.processes import Processes
+
+STREAM_FILE = "stream.safetensors"
 
 
 class CheckpointCallback(TrainerCallback):
@@ -20,18 +23,39 @@ class CheckpointCallback(TrainerCallback):
         dtypes: By parameter, the data type that it had before training.
         keep: Number of checkpoints to keep.
         processes: The processes that write checkpoints.
+        stream: Streamed training data. Its state is saved too, so that a resumed run does not read the data again. The
+            main process reads the stream for all.
     """
 
-    def __init__(self, source: Path, dtypes: dict[str, str], keep: int, processes: Processes):
-        self.source, self.dtypes, self.keep, self.processes = source, dtypes, keep, processes
+    def __init__(
+        self,
+        source: Path,
+        dtypes: dict[str, str],
+        keep: int,
+        processes: Processes,
+        stream: SequenceStream | None = None,
+    ):
+        self.source, self.dtypes, self.keep, self.processes, self.stream = source, dtypes, keep, processes, stream
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stream is not None:
+            self.stream.remember(_per_step(args))  # the loader is one batch of each process ahead of the Trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
 
         def complete() -> None:
+            if self.stream is not None:
+                self.stream.save(checkpoint / STREAM_FILE, state.global_step * _per_step(args))
             copy_companions(self.source, checkpoint)
             mark_complete(checkpoint, self.dtypes)
             remove_older(folder, self.keep)
 
-        self.processes.on_main(complete)  # begins when all processes have written their part
+        self.processes.gather(None)  # so that all processes have written their part
+        self.processes.on_main(complete)
+
+
+def _per_step(args: TrainingArguments) -> int:
+    """Sequences that all processes read in an optimizer step."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size

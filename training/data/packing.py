@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gda.training.data.examples import Document, Encoded, encodings, render, tokenize
+from gda.training.data.examples import Encoded, encodings, render, tokenize
 from gda.training.data.rows import Example, Piece, Source
 from gda.training.labels import NO_LABEL
 
@@ -195,8 +195,9 @@ class SequencePacker:
 
     def _texts(self, sources: Sequence[Source], progress: Progress) -> Iterator[NDArray[np.int32]]:
         """Blocks (n, context) of the joined texts."""
-        tokenized = (self._tokenized(pieces, place) for pieces, place in _batches(sources, progress))
-        for empty, documents, place in ahead(tokenized):
+        batches = _batches(sources, progress)
+        tokenized = ((list(self._tokenize(pieces)), empty, place) for pieces, empty, place in batches)
+        for documents, empty, place in ahead(tokenized):
             progress.tally.empty += empty
             ids = np.concatenate([progress.rest, *documents])
             self._check(int(ids.max(initial=0)))
@@ -205,11 +206,6 @@ class SequencePacker:
             progress.source, progress.position = place
             if whole:
                 yield ids[:whole].reshape(-1, self.context)
-
-    def _tokenized(self, pieces: list[Piece | None], place: Place) -> tuple[int, list[NDArray[np.int32]], Place]:
-        """The number of rows without content, and the tokens of the others."""
-        found = [piece for piece in pieces if piece is not None]
-        return len(pieces) - len(found), list(self._tokenize(found)), place
 
     def _tokenize(self, pieces: list[Piece]) -> Iterator[NDArray[np.int32]]:
         if not pieces:
@@ -231,9 +227,10 @@ class SequencePacker:
     def _examples(self, sources: Sequence[Source], progress: Progress) -> Iterator[NDArray[np.int32]]:
         """Blocks (n, 3, context) of sequences, each with as many examples as fit: one goes into the first with room."""
         padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
-        rendered = (self._rendered(documents, place) for documents, place in _batches(sources, progress))
-        encoded = ((empty, tokenize(self.tokenizer, documents), place) for empty, documents, place in ahead(rendered))
-        for empty, examples, place in ahead(encoded):
+        batches = _batches(sources, progress)
+        rendered = ((render(self.tokenizer, batch), empty, place) for batch, empty, place in batches)
+        encoded = ((tokenize(self.tokenizer, texts), empty, place) for texts, empty, place in ahead(rendered))
+        for examples, empty, place in ahead(encoded):
             progress.tally.empty += empty
             progress.tally.split += sum(len(documents) > 1 for documents in examples)
             finished: list[OpenSequence] = []
@@ -261,11 +258,6 @@ class SequencePacker:
         tally.learned += int(example.learned.sum())
         return finished
 
-    def _rendered(self, documents: list[Any], place: Place) -> tuple[int, list[list[Document]], Place]:
-        """The number of rows without content, and the texts of the others."""
-        examples = [each for each in documents if isinstance(each, Example)]
-        return len(documents) - len(examples), render(self.tokenizer, examples), place
-
     def _kept(self, examples: Iterable[Encoded], tally: Tally) -> Iterator[Encoded]:
         """The examples that have anything to learn in the length of a sequence."""
         for whole in examples:
@@ -286,26 +278,29 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _batches(sources: Sequence[Source], progress: Progress) -> Iterator[tuple[list[Any], Place]]:
-    """Documents that are tokenized at once, and the place of the next one."""
+def _batches(sources: Sequence[Source], progress: Progress) -> Iterator[tuple[list[Any], int, Place]]:
+    """Documents that are tokenized at once, the number of rows without content, and the place of the next row."""
     batch: list[Any] = []
-    characters, start = 0, progress.position
+    characters, empty, start = 0, 0, progress.position
     for number in range(progress.source, len(sources)):
         for document, position in sources[number].documents(start):
-            batch.append(document)
-            characters += _characters(document)
-            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-                yield batch, (number, position())
-                batch, characters = [], 0
+            if document is None:
+                empty += 1
+            else:
+                batch.append(document)
+                characters += _characters(document)
+            if characters >= BATCH_CHARACTERS or len(batch) + empty >= BATCH_DOCUMENTS:
+                yield batch, empty, (number, position())
+                batch, characters, empty = [], 0, 0
         start = None
-    if batch:
-        yield batch, (len(sources), None)
+    if batch or empty:
+        yield batch, empty, (len(sources), None)
 
 
-def _characters(document: Piece | Example | None) -> int:
+def _characters(document: Piece | Example) -> int:
     if isinstance(document, Example):
         return len(str(document.prompt)) + len(str(document.answer))
-    return len(document[0]) if document else 0
+    return len(document[0])
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,10 +53,6 @@ class Source:
     documents: Callable[[Any], Iterable[tuple[Piece | Example | None, Position]]]
     has_examples: bool
     note: str | None = None
-
-    def with_note(self, note: str | None) -> "Source":
-        """The same source with a note."""
-        return replace(self, note=note)
 
 
 def source_of_rows(

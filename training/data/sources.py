@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from gda.common.dataset_folders import LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
-from gda.common.errors import first_line
+from gda.common.errors import any_error_as, first_line
 from gda.common.places import check_data
 from gda.common.text import pieces_from, rows_from
 from gda.conversion.sources.hub import LOG_IN
@@ -86,7 +87,7 @@ def _folder_sources(folder: Path, text_field: str, option: str) -> list[Source]:
             f"{_listed(folder, sorted(map(str, homes)))}; name the folders or files to train on"
         )
     sources = [_file_source(folder / file, text_field) for file in read]
-    return [*sources[:-1], sources[-1].with_note(_other_splits(folder, others, read))]
+    return [*sources[:-1], replace(sources[-1], note=_other_splits(folder, others, read))]
 
 
 def _home_of_split(file: Path) -> Path | None:
@@ -157,10 +158,8 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
     load: Callable[..., Any] = partial(
         datasets.load_dataset, builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
     )
-    try:
+    with any_error_as(f"{path} cannot be read"):
         rows = load() if fields is None or builder != "parquet" else load(columns=list(fields))
-    except Exception as error:  # the readers have no common error class
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     if builder == "parquet" and hasattr(rows, "reshard"):  # not in early releases of datasets 4
         rows = rows.reshard()
     return _table_rows(rows, str(path), start)
@@ -195,7 +194,7 @@ def _table_source(rows: Any, name: str, identity: list[Any], text_field: str, no
     def open_rows(fields: Fields | None, start: Any) -> Rows:
         return _table_rows(rows if fields is None else rows.select_columns(list(fields)), name, start)
 
-    return source_of_rows(name, identity, open_rows, text_field).with_note(note)
+    return replace(source_of_rows(name, identity, open_rows, text_field), note=note)
 
 
 def _table_rows(rows: Any, name: str, start: Any) -> Rows:

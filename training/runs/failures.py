@@ -2,14 +2,12 @@
 
 import errno
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from gda.common.errors import CheckFailed, first_line
-from gda.common.files import partial_of
 from gda.training.callbacks.stopping import NotFiniteError
 from gda.training.runs.checkpoints import step_of
 from gda.training.settings import TrainSettings
@@ -35,16 +33,3 @@ def explained(error: BaseException, last: Path | None, folder: Path, settings: T
         remedy = "" if last is None else "; make room and continue with --resume"
         return OSError(f"{folder} cannot be written: {reason}: {kept}{remedy}")
     return None
-
-
-def missing_space(out: Path, *, num_parameters: int, num_trained: int, keep: int) -> str | None:
-    """A message if there is no room for the checkpoints of a run; None if there is.
-
-    A new checkpoint is written before an old one is removed. Each holds the weights and AdamW's two moments.
-    """
-    needed = 4 * (num_parameters + 2 * num_trained) * (keep + 1)
-    place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
-    reusable = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
-    if (free := shutil.disk_usage(place).free + reusable) >= needed:
-        return None
-    return f"{place} has {free / 1e9:.1f} GB free, but checkpoints need {needed / 1e9:.1f} GB; make room"

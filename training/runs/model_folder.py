@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from gda.common.assets import copy_assets
-from gda.common.errors import first_line
+from gda.common.errors import any_error_as
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.writing.tokenizer_files import keep_reading
@@ -31,12 +31,10 @@ def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
     Raises:
         ValueError: if weights and config do not fit.
     """
-    try:
+    with any_error_as(f"{folder} cannot be loaded"):
         loaded: Any = GDAForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except Exception as error:  # a malformed folder can make transformers raise anything
-        raise ValueError(f"{folder} cannot be loaded: {first_line(error)}") from None
     model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):

@@ -34,7 +34,12 @@ def launcher_wants_bfloat16() -> bool:
 
 
 class Processes:
-    """This process, number `index` of the `count` that `accelerate launch` or torchrun started; the main one writes."""
+    """This process, number `index` of the `count` that `accelerate launch` or torchrun started; the main one writes.
+
+    Attributes:
+        uses_deepspeed, uses_fsdp: What the launcher, or its configuration, asks for.
+        fsdp_recomputes: Whether FSDP is asked to recompute activations.
+    """
 
     def __init__(self) -> None:
         if _may_be_restarted() and not torch.distributed.is_initialized():
@@ -43,21 +48,9 @@ class Processes:
         self.count: int = state.num_processes
         self.index: int = state.process_index
         self.is_main: bool = state.is_main_process
-
-    @property
-    def uses_deepspeed(self) -> bool:
-        """Whether `accelerate launch`, or its configuration, asks for DeepSpeed."""
-        return bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
-
-    @property
-    def uses_fsdp(self) -> bool:
-        """Whether it asks for FSDP."""
-        return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
-
-    @property
-    def fsdp_recomputes(self) -> bool:
-        """Whether FSDP is asked to recompute activations."""
-        return self.uses_fsdp and bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"))
+        self.uses_deepspeed = bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
+        self.uses_fsdp = bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
+        self.fsdp_recomputes = self.uses_fsdp and bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"))
 
     @property
     def keeper(self) -> str:

@@ -229,10 +229,10 @@ class StagedFolder:
         _remove_empty(self._created_parents)
 
 
-def require_space(folder: Path, nbytes: int, *, reusable: int = 0) -> None:
+def require_space(folder: Path, nbytes: int, *, reusable: int = 0, needs: str = "the result needs") -> None:
     """Raise OSError unless the disk of an existing folder has room for `nbytes`, of which `reusable` are there."""
     if (free := shutil.disk_usage(folder).free + reusable) < nbytes:
-        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but the result needs {nbytes / 1e9:.1f} GB")
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but {needs} {nbytes / 1e9:.1f} GB; make room")
 
 
 def remove(path: Path) -> None:
