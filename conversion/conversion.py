@@ -1,5 +1,6 @@
 """A planned conversion: what a mode makes of a source, before a tensor is read."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gda.common.trainable import Trainable
+from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.tensors.new_parameters import describe_new
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs
 
@@ -76,3 +78,12 @@ class Conversion:
             name: recipe.spec.shape for name, recipe in self.recipes.items()
         }
         return replace(self, recipes={name: self.recipes[name] for name in specs})
+
+
+def with_fields(config: GDAConfig, **changes: Any) -> GDAConfig:
+    """A copy of the configuration with these fields changed; ValueError for an impossible one."""
+    changed = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    changed.validate_architecture()
+    return changed

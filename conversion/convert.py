@@ -45,22 +45,20 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
     if options.push_to_hub is not None and not options.dry_run:
         require_token(options.push_to_hub)
     with quiet_transformers():
-        return convert_opened(open_source(options.source, options.revision), options, console=console)
-
-
-def convert_opened(source: Source, options: ConvertOptions, *, console: Console | None = None) -> ConvertReport:
-    """`convert` for an opened source."""
-    if isinstance(source.config, GDAConfig) and options.qk_rank is None and not isinstance(source, AdapterSource):
-        raise ValueError(f"{source.name} {IS_GDA}; {GDA_REMEDY}")
-    conversion = plan_default(source, options) if options.mode is None else plan(options.mode, source, options)
-    if options.qk_rank is not None:
-        conversion = low_rank(conversion, source, options.qk_rank)
-    report = write_model(
-        conversion, source, Path(options.out), options, bundle_code=options.bundle_code, console=console
-    )
+        report = convert_opened(open_source(options.source, options.revision), options, console=console)
     if options.push_to_hub is None or options.dry_run:
         return report
     pushed = push_result(
         report.out, options.push_to_hub, private=options.private, bundle_code=options.bundle_code, console=console
     )
     return replace(report, pushed=pushed)
+
+
+def convert_opened(source: Source, options: ConvertOptions, *, console: Console | None = None) -> ConvertReport:
+    """`convert` for an opened source, without the upload."""
+    if isinstance(source.config, GDAConfig) and options.qk_rank is None and not isinstance(source, AdapterSource):
+        raise ValueError(f"{source.name} {IS_GDA}; {GDA_REMEDY}")
+    conversion = plan_default(source, options) if options.mode is None else plan(options.mode, source, options)
+    if options.qk_rank is not None:
+        conversion = low_rank(conversion, source, options.qk_rank)
+    return write_model(conversion, source, Path(options.out), options, bundle_code=options.bundle_code, console=console)

@@ -49,11 +49,8 @@ class DemoReport:
 
 
 @takes(DemoOptions)
-def demo(options: DemoOptions, out: str | Path | None = None, *, console: Console | None = None) -> DemoReport:
+def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
     """Convert SmolLM2-135M-Instruct to GDA at 3:1, verify the result, and generate text with both models.
-
-    Args:
-        out: Folder to keep the converted model in. Default: it is not kept.
 
     Raises:
         FileNotFoundError: naming the remedy, if the model is not available.
@@ -63,7 +60,7 @@ def demo(options: DemoOptions, out: str | Path | None = None, *, console: Consol
     console = console or Console(quiet=True)
     location = find_demo_model() if options.source is None else options.source
     with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch, quiet_transformers():
-        folder = Path(scratch) / "smollm2-135m-gda" if out is None else out
+        folder = Path(scratch) / "smollm2-135m-gda" if options.out is None else options.out
         conversion = ConvertOptions(source=location, out=folder, overwrite=options.overwrite)
         conversion.check_places()
         console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
@@ -88,7 +85,7 @@ def demo(options: DemoOptions, out: str | Path | None = None, *, console: Consol
         seconds=time.monotonic() - begun,
     )
     console.print(_table(report))
-    if out is not None:
+    if options.out is not None:
         console.print(f"The converted model is in {folder}.", highlight=False)
     return report
 

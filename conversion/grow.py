@@ -85,7 +85,6 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
     """
     out = Path(options.out)
-    options = growth.checked(options)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         conversion = plan("grow", source, options)

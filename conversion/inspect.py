@@ -89,6 +89,7 @@ def inspect(options: InspectOptions) -> InspectReport:
     for name, spec in source.specs.items():
         parameters[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += spec.numel
     dtype = source.specs["model.embed_tokens.weight"].dtype
+    growth = {"growth_mask": config.fade} | {name: getattr(config, name) for name in MASKED}
     return InspectReport(
         name=source.name,
         head_map=head_map(config),
@@ -107,15 +108,8 @@ def inspect(options: InspectOptions) -> InspectReport:
         source_kv_cache_bytes_per_token=_source_cache(source.folder, dtype.itemsize),
         lambda_type=config.lambda_type,
         lambdas=layer_lambdas(config, source.read),
-        growth=_growth(config),
+        growth=growth if in_masked_growth(config) else None,
     )
-
-
-def _growth(config: GDAConfig) -> dict[str, Any] | None:
-    """The mask of masked growth and the parts that it masks; None outside masked growth."""
-    if not in_masked_growth(config):
-        return None
-    return {"growth_mask": config.fade} | {name: getattr(config, name) for name in MASKED}
 
 
 def _cache(shape: dict[str, Any], bytes_per_element: int) -> int:

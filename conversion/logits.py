@@ -1,7 +1,6 @@
-"""Comparing two models by the logits and the greedy text that they produce."""
+"""Running two models on the same tokens, for their logits and the greedy text that they produce."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from gda.conversion.tensors.layerwise import LayerwiseModel
 GREEDY_TOKENS = 16
 TIE = 1e-4  # Two logits this close, relative to the largest at their position, differ by rounding only.
 RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
-# `compare_by_layers` cuts the first tokens of the prompts into rows, and decodes the last ones of each row one by one.
+# `run_by_layers` cuts the first tokens of the prompts into rows, and decodes the last ones of each row one by one.
 # There are so few because each costs two operations per weight, and verification must take at most twice the time of
 # the conversion. Lossy conversions get no more, since no threshold applies to them: a split measures its perplexity on
 # thousands of held-out tokens, and `gda eval` measures any model.
@@ -43,118 +42,64 @@ class GreedyText(NamedTuple):
     same_but_ties: bool
 
 
-@dataclass
-class LogitDifferences:
-    """Running sums and maxima over the logits of two models, and the comparison of their greedy texts."""
+class Outputs(NamedTuple):
+    """Logits (tokens, vocabulary) of the source and of the converted model, and a comparison of their greedy texts."""
 
-    tokens: int = 0
-    same_top_token: int = 0
-    max_abs: float = 0.0
-    max_logit: float = 0.0
-    sum_abs: float = 0.0
-    sum_kl: float = 0.0
-    finite: bool = True
-    texts: tuple[GreedyText, ...] = ()
-
-    @property
-    def relative(self) -> float:
-        """max |Δlogit| / max |logit|."""
-        return self.max_abs / max(self.max_logit, torch.finfo(torch.float32).tiny)
-
-    @property
-    def greedy_match(self) -> float:
-        """Share of greedy texts that are equal."""
-        return sum(text.same for text in self.texts) / len(self.texts)
-
-    @property
-    def greedy_ties(self) -> float:
-        """Share of greedy texts that differ by ties only."""
-        return sum(text.same_but_ties and not text.same for text in self.texts) / len(self.texts)
-
-    def add(self, expected: torch.Tensor, got: torch.Tensor) -> None:
-        """Add the logits (B, T, vocabulary) of the source and of the converted model."""
-        difference = (got - expected).abs()
-        self.finite &= bool(torch.isfinite(expected).all() and torch.isfinite(got).all())
-        self.tokens += expected[..., 0].numel()
-        self.max_abs = max(self.max_abs, difference.max().item())
-        self.max_logit = max(self.max_logit, expected.abs().max().item())
-        self.sum_abs += difference.mean(dim=-1).sum().item()
-        self.same_top_token += int((expected.argmax(-1) == got.argmax(-1)).sum())
-        log_p, log_q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
-        self.sum_kl += (log_p.exp() * (log_p - log_q)).sum().item()
+    expected: torch.Tensor
+    got: torch.Tensor
+    texts: list[GreedyText]
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """What both models read: token ids (1, T) of the prompts, or random ids for a `reason`."""
-
-    ids: list[torch.Tensor]
-    reason: str | None = None
-
-    @property
-    def kind(self) -> str:
-        """What the ids are: "texts" or "random ids"."""
-        return "texts" if self.reason is None else "random ids"
-
-    @classmethod
-    def of(cls, source: Source) -> "Prompts":
-        """Prompts for a source. Random ids have a fixed seed."""
-        try:
-            tokenizer = source.tokenizer()
-            prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-            if (largest := max(max(ids, default=0) for ids in prompts)) >= source.config.vocab_size:
-                reason = f"the tokenizer gives id {largest}, but the model has {source.config.vocab_size} embeddings"
-            elif all(prompts):
-                return cls([torch.tensor([ids]) for ids in prompts])
-            else:
-                reason = "the tokenizer gives no ids for some prompts"
-        except NoTokenizerError as error:
-            reason = error.reason
-        generator = torch.Generator().manual_seed(0)
-        shape = (RANDOM_PROMPTS, RANDOM_LENGTH)
-        return cls(list(torch.randint(source.config.vocab_size, shape, generator=generator).split(1)), reason)
+def prompts_for(source: Source) -> tuple[list[torch.Tensor], str | None]:
+    """What both models read: token ids (1, T) of the prompts; or random ids, with a fixed seed, and the reason."""
+    try:
+        tokenizer = source.tokenizer()
+        prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+        if (largest := max(max(ids, default=0) for ids in prompts)) >= source.config.vocab_size:
+            reason = f"the tokenizer gives id {largest}, but the model has {source.config.vocab_size} embeddings"
+        elif all(prompts):
+            return [torch.tensor([ids]) for ids in prompts], None
+        else:
+            reason = "the tokenizer gives no ids for some prompts"
+    except NoTokenizerError as error:
+        reason = error.reason
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(source.config.vocab_size, (RANDOM_PROMPTS, RANDOM_LENGTH), generator=generator)
+    return list(ids.split(1)), reason
 
 
 @torch.inference_mode()
-def compare_whole(
-    source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None
-) -> LogitDifferences:
+def run_whole(source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None) -> Outputs:
     """Load both models, run them on each prompt, and let both continue it."""
-    differences, texts = LogitDifferences(), []
-    expected, got = source.load(), converted.load()
+    models, logits, texts = (source.load(), converted.load()), [], []
     with progress_bars(console) as progress:
         for ids in progress.track(prompts, description="verifying"):
-            differences.add(*(model(ids, use_cache=False).logits for model in (expected, got)))
-            wanted = _greedy(expected, ids, use_cache=_trusts_cache(source, converted))
-            found = _greedy(got, ids, use_cache=True)
-            texts.append(_compare_texts(expected, wanted, found))
-    differences.texts = tuple(texts)
-    return differences
+            logits.append([model(ids, use_cache=False).logits[0] for model in models])
+            wanted = _greedy(models[0], ids, use_cache=_trusts_cache(source, converted))
+            found = _greedy(models[1], ids, use_cache=True)
+            texts.append(_compare_texts(models[0], wanted, found))
+    expected, got = (torch.cat(each) for each in zip(*logits, strict=True))
+    return Outputs(expected, got, texts)
 
 
 @torch.inference_mode()
-def compare_by_layers(
-    source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None
-) -> LogitDifferences:
+def run_by_layers(source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None) -> Outputs:
     """Run both models layer by layer on rows of the prompts' tokens, with a cache.
 
-    Logits of the prefill are compared, and the texts that the steps after it give.
+    The logits are those of the prefill. The steps after it give the texts.
     """
-    differences, (rows, prefill) = LogitDifferences(), _rows(prompts)
+    rows, prefill = _rows(prompts)
     with progress_bars(console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()) as progress:
         layers = source.config.num_hidden_layers + converted.config.num_hidden_layers
         advance = partial(progress.advance, progress.add_task("verifying, layer", total=layers))
         cached = prefill if _trusts_cache(source, converted) else None
         expected = _logits_by_layers(source, rows, cached, advance)
         got = _logits_by_layers(converted, rows, prefill, advance)
-    differences.add(expected[:, :prefill], got[:, :prefill])
     wanted, found = (logits[:, prefill - 1 :].argmax(-1) for logits in (expected, got))
     same = wanted == found
     same_but_ties = same | _is_tie(expected[:, prefill - 1 :], found)
-    differences.texts = tuple(
-        GreedyText(bool(row.all()), bool(tied.all())) for row, tied in zip(same, same_but_ties, strict=True)
-    )
-    return differences
+    texts = [GreedyText(bool(row.all()), bool(tied.all())) for row, tied in zip(same, same_but_ties, strict=True)]
+    return Outputs(expected[:, :prefill].flatten(0, 1), got[:, :prefill].flatten(0, 1), texts)
 
 
 def _trusts_cache(source: Source, converted: Source) -> bool:

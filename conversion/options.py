@@ -22,6 +22,7 @@ from gda.common.places import (
     layers_of,
     refuse_gda,
 )
+from gda.conversion.growth import growth
 from gda.conversion.noise_heads import added, divided
 
 LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "Noise heads", "Split", "Growth"
@@ -53,7 +54,7 @@ class ReplaceOptions(Options):
         super().check_places()
         given = vars(self)
         if (out := given.get("out")) is not None:
-            check_places(given.get("source") or given["model"], out)
+            check_places(given.get("source") or given.get("model") or "", out)
             refuse_existing(Path(out), self.overwrite)
 
 
@@ -362,6 +363,11 @@ class GrowOptions(NewHeadOptions):
         minimum=0,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in growth.checked(self).items():
+            object.__setattr__(self, name, value)
+
     def check_places(self) -> None:
         super().check_places()
         self.check_heads(self.model, "expand")
@@ -496,6 +502,9 @@ class DemoOptions(ReplaceOptions):
         "Llama to convert: a folder, a Hub id or a GGUF file. Default: SmolLM2-135M-Instruct.",
         panel=LAYOUT,
         check=check_plain_model,
+    )
+    out: str | Path | None = option(
+        None, "Folder to save the converted model to. Default: it is not saved.", panel=OUTPUT
     )
 
 

@@ -4,14 +4,12 @@ import contextlib
 import inspect
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from rich.console import Console
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -27,14 +25,22 @@ from gda.conversion.sources.hub import hub_errors
 from gda.conversion.sources.open import MODEL_PATTERNS
 from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE
-from gda.conversion.tensors.safetensors_io import INDEX_FILE
+from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
 from gda.conversion.writing.card import CARD_FILE, PLACEHOLDER, model_card
 from gda.conversion.writing.history import history_of
 from gda.modeling_gda.modeling_gda import GDAModel
 
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 UNREPORTED = (".cache", ".git", ".gitattributes")  # in the folder, but left out without a note
+DIGITS = "[0-9]" * 5
+# Files of an earlier model that would be loaded with this one, besides its code. Adapters, licences and others stay.
+STALE = (
+    WEIGHTS_FILE,
+    INDEX_FILE,
+    f"model-{DIGITS}-of-{DIGITS}.safetensors",
+    TRAINING_FILE,
+    *(each for each in MODEL_PATTERNS if not each.startswith("*.safetensors") and each not in LICENCE_PATTERNS),
+)
 
 
 @dataclass(frozen=True)
@@ -91,11 +97,12 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
     folder, repo, revision = Path(options.folder), options.repo, options.revision
     if not REVISION.fullmatch(revision):
         raise ValueError(f"--revision {revision!r} is not a valid branch name")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; name one that holds a GDA model")
-    with quiet_transformers(), tempfile.TemporaryDirectory(prefix="gda-push-") as scratch:
-        source = _open(folder)
-        files, notes = _files_to_push(source, Path(scratch), options.bundle_code, repo)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{folder} holds an adapter; merge it into the model, or push it with PEFT's push_to_hub")
+    with tempfile.TemporaryDirectory(prefix="gda-push-") as scratch:
+        with quiet_transformers():
+            read_gda_config(folder)  # refuses a model of another type or with another head
+            files, notes = _files_to_push(FolderSource(folder), Path(scratch), options.bundle_code, repo)
         report = PushReport(
             repo=repo,
             revision=revision,
@@ -109,7 +116,9 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
             return report
         has_card = (folder / CARD_FILE).is_file()
         message = options.message or f"Upload {folder.resolve().name}"
-        with hub_errors(repo, revision), _progress_bars(console):
+        # The Hub's client shows progress bars of its own, some of them in log files, too.
+        bars = contextlib.nullcontext() if shows_progress(console) else disable_progress_bars()
+        with hub_errors(repo, revision), bars:
             return _send(report, files, options.private, has_card, message)
 
 
@@ -121,13 +130,6 @@ def push_result(
         return push(out, repo, private=private, bundle_code=bundle_code, console=console)
     except (ConnectionError, PermissionError, ValueError) as error:
         raise type(error)(f"{error}; {out} is complete: push it with `gda push {out} {repo}`") from None
-
-
-def _open(folder: Path) -> FolderSource:
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{folder} holds an adapter; merge it into the model, or push it with PEFT's push_to_hub")
-    read_gda_config(folder)
-    return FolderSource(folder)
 
 
 def _files_to_push(
@@ -217,7 +219,7 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
     held = [file.rfilename for file in before.siblings or []]
     if CARD_FILE in held and not has_card:
         files = {name: path for name, path in files.items() if name != CARD_FILE}  # keep the edited card
-    removed = _stale_files(held, files)
+    removed = sorted(filter_repo_objects(set(held) - files.keys(), allow_patterns=[*STALE, *_code_names()]))
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, str(path)) for name, path in files.items()
     ]
@@ -226,28 +228,3 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
     url = f"{api.endpoint}/{repo}" + ("" if report.revision == "main" else f"/tree/{report.revision}")
     changed = commit.oid != before.sha
     return replace(report, repo=repo, url=url, commit=commit.oid, removed=removed, changed=changed)
-
-
-def _stale_files(held: list[str], files: dict[str, Path]) -> list[str]:
-    """Files of an earlier model that would be loaded with this one; adapters, licences and other files stay."""
-    modules = _code_names()
-    patterns = {*MODEL_PATTERNS, TRAINING_FILE} - set(LICENCE_PATTERNS) - {"*.safetensors", "*.safetensors.index.json"}
-
-    def is_stale(name: str) -> bool:
-        is_model_file = any(fnmatchcase(name, pattern) for pattern in patterns)
-        return name not in files and (is_model_file or name in modules or WEIGHTS.fullmatch(name) is not None)
-
-    return sorted(filter(is_stale, held))
-
-
-@contextlib.contextmanager
-def _progress_bars(console: Console | None) -> Iterator[None]:
-    """Show the Hub client's progress bars only on a terminal."""
-    if shows_progress(console) or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

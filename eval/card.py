@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from gda.common.files import write_text
+from gda.common.progress import log_level
 from gda.eval.compare import Row
 from gda.eval.report import EvalReport
 
@@ -50,18 +51,14 @@ def read_card(folder: Path) -> RepoCard:
         ValueError: if its metadata is not valid.
     """
     path = folder / CARD_FILE
-    logger = logging.getLogger("huggingface_hub.repocard")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of a card without metadata
     try:
-        card = RepoCard.load(path) if path.is_file() else RepoCard(f"\n# {folder.resolve().name}\n")
-        if index := card.data.get("model-index"):
-            model_index_to_eval_results(index)
-        return card
+        with log_level("huggingface_hub.repocard", logging.ERROR):  # it warns of a card without metadata
+            card = RepoCard.load(path) if path.is_file() else RepoCard(f"\n# {folder.resolve().name}\n")
+            if index := card.data.get("model-index"):
+                model_index_to_eval_results(index)
+            return card
     except Exception as error:  # there is no common error class
         raise ValueError(f"{path}: its metadata is not valid: {' '.join(str(error).split())}") from None
-    finally:
-        logger.setLevel(level)
 
 
 def _result(report: EvalReport, row: Row) -> EvalResult:

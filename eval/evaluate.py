@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import time
 import warnings
 from dataclasses import replace
@@ -15,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
+from gda.common.processes import is_main_process
 from gda.common.progress import duration
 from gda.common.screen import progress_bars, quiet_transformers, shows_progress
 from gda.common.text import read_text
-from gda.conversion.sources.compare_tokenizers import first_ids
+from gda.conversion.sources.compare_tokenizers import first_difference
 from gda.eval.attention.diagnostics import diagnose, read_prompt_settings
 from gda.eval.compare import compare
 from gda.eval.device import choose_device
@@ -86,7 +86,7 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     Raises:
         FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
     """
-    first_process = _is_first_process()
+    first_process = is_main_process()
     console = console if console is not None and first_process else Console(quiet=True)
     choose_device(options.device)
     prompts = None
@@ -118,8 +118,8 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
         ids, others = (each.tokenizer(text, add_special_tokens=False, verbose=False).input_ids for each in candidates)
         if ids != others:
             results[0].notes.append(
-                f"perplexity: the tokenizer reads the text differently than the baseline's, {first_ids(ids, others)}; "
-                "compare perplexity per word or byte"
+                "perplexity: the tokenizer reads the text differently than the baseline's, "
+                f"{first_difference(ids, others)}; compare perplexity per word or byte"
             )
     model, baseline = results[0], results[1] if len(results) > 1 else None
     rows = compare(model.results, None if baseline is None else baseline.results)
@@ -132,11 +132,6 @@ def _announcement(candidate: Candidate, done: list[ModelResult], number: int) ->
         return f"running {candidate.name}"
     expected = "".join(f"; {each.name} took {duration(each.seconds)}" for each in done)
     return f"running {candidate.name} ({len(done) + 1} of {number}{expected})"
-
-
-def _is_first_process() -> bool:
-    """Whether this process reports, among those that `accelerate launch` has started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _quiet(options: EvaluateOptions, console: Console) -> contextlib.AbstractContextManager[None]:
@@ -181,11 +176,17 @@ def _evaluate_one(
     prompts: list[ReceivedRequest] = []
     notes: list[str] = []
     if tasks:
-        model, results, prompts, notes = _run_tasks(candidate, options, tasks, console)
+        from gda.eval.lm_eval.harness import load_for_tasks
+        from gda.eval.lm_eval.run_tasks import run_tasks
+
+        progress = shows_progress(console)
+        lm = load_for_tasks(candidate, options, show_prompts=options.show_prompts, progress=progress)
+        results = run_tasks(lm, tasks, options)
+        model, prompts, notes = lm.model, lm.received, _notes(lm, results, options)
     else:
         model = candidate.load(options)
     measured = None
-    if text is not None and _is_first_process():
+    if text is not None and is_main_process():
         measured = _measure_perplexity(model, candidate.tokenizer, text, options, console)
         if (wanted := options.context or DEFAULT_CONTEXT) > measured.context:
             notes.append(f"perplexity: the model reads {measured.context} tokens at a time, not {wanted}")
@@ -201,18 +202,6 @@ def _evaluate_one(
         notes=notes,
     )
     return result, model
-
-
-def _run_tasks(
-    candidate: Candidate, options: EvaluateOptions, tasks: list[Any], console: Console
-) -> "tuple[PreTrainedModel, dict[str, Any], list[ReceivedRequest], list[str]]":
-    """Load the model and run the tasks; returns the model, lm-eval's results, the requests to show, and notes."""
-    from gda.eval.lm_eval.harness import load_for_tasks
-    from gda.eval.lm_eval.run_tasks import run_tasks
-
-    lm = load_for_tasks(candidate, options, show_prompts=options.show_prompts, progress=shows_progress(console))
-    results = run_tasks(lm, tasks, options)
-    return lm.model, results, lm.received, _notes(lm, results, options)
 
 
 def _notes(lm: "GDALM", results: dict[str, Any], options: TaskOptions) -> list[str]:

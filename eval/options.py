@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gda.common.options import Options, argument, flag, option
+from gda.common.options import Options, argument, flag, layer_list, option
 from gda.common.places import check_device, check_model, check_text, layers_of
 from gda.eval.task_texts import check_tasks
 
@@ -187,17 +187,24 @@ class AttentionOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", _layer_numbers(self.layers))
+        if (layers := layer_list(self.layers)) is not None:
+            object.__setattr__(self, "layers", tuple(sorted(set(layers))))
         if (self.text is None) == (self.file is None):
             raise ValueError("name one text: --text TEXT or --file FILE")
 
     def check_places(self) -> None:
         super().check_places()
-        if not self.layers or not isinstance(self.model, str | Path) or (depth := layers_of(self.model)) is None:
-            return
-        for layer in map(int, self.layers):
+        depth = layers_of(self.model) if self.layers and isinstance(self.model, str | Path) else None
+        if depth is not None:
+            self.chosen_layers(depth)
+
+    def chosen_layers(self, depth: int) -> list[int]:
+        """The layers whose maps are kept of a model with `depth` layers; ValueError for one that it does not have."""
+        layers = list(range(depth)) if self.layers is None else [int(layer) for layer in self.layers]
+        for layer in layers:
             if not 0 <= layer < depth:
                 raise ValueError(f"--layers {layer} is not between 0 and {depth - 1}")
+        return layers
 
 
 def files_of_results(folder: Path) -> list[Path]:
@@ -237,15 +244,3 @@ def _gen_kwargs(given: dict[str, Any] | str | None) -> dict[str, Any] | str | No
             f"--gen-kwargs {given} is neither a JSON object nor of the form temperature=0.7,do_sample=true"
         )
     return given
-
-
-def _layer_numbers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    try:
-        numbers = [int(layer) for layer in (layers.split(",") if isinstance(layers, str) else layers)]
-    except ValueError:
-        raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None
-    if not numbers:
-        raise ValueError("--layers names no layer")
-    return tuple(sorted(set(numbers)))

@@ -93,8 +93,8 @@ class EvalReport:
         return ratio_interval(ours.losses, theirs.losses)
 
     def settings(self) -> dict[str, Any]:
-        """All options but the two models."""
-        names = [each.name for each in fields(self.options) if each.name not in ("model", "baseline")]
+        """The options of the evaluation, without the two models and the files that are written."""
+        names = [each.name for each in fields(EvaluateOptions) if each.name not in ("model", "baseline")]
         return {name: getattr(self.options, name) for name in names}
 
     def notes(self) -> list[tuple[str, str]]:

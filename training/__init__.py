@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gda.training.callbacks.fading import FadeCallback as FadeCallback
-    from gda.training.callbacks.layer_log import LayerLog as LayerLog
-    from gda.training.distillation import Distillation as Distillation
-    from gda.training.lora import merged as merged
-    from gda.training.parameters import choose_what_learns as choose_what_learns
-    from gda.training.parameters import optimizer_groups as optimizer_groups
-    from gda.training.settings import TrainSettings as TrainSettings
-    from gda.training.trainer import GDATrainer as GDATrainer
+    from gda.training.callbacks.fading import FadeCallback
+    from gda.training.callbacks.layer_log import LayerLog
+    from gda.training.distillation import Distillation
+    from gda.training.lora import merged
+    from gda.training.parameters import choose_what_learns, optimizer_groups
+    from gda.training.settings import TrainSettings
+    from gda.training.trainer import GDATrainer
 
 _HOMES = {
     "Distillation": "distillation",
@@ -25,7 +24,17 @@ _HOMES = {
     "optimizer_groups": "parameters",
 }
 
-__all__ = ["accelerate_config", *_HOMES]
+__all__ = [
+    "Distillation",
+    "FadeCallback",
+    "GDATrainer",
+    "LayerLog",
+    "TrainSettings",
+    "accelerate_config",
+    "choose_what_learns",
+    "merged",
+    "optimizer_groups",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -95,10 +95,10 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
         report = _run(options, source, out, processes, console)
         if options.plot:
             processes.on_main(lambda: plot(out))
-        if repo is not None:
-            push = partial(push_result, private=options.private, bundle_code=options.bundle_code, console=console)
-            report = replace(report, pushed=processes.on_main(lambda: push(out, repo)))
-    return report
+    if repo is None:
+        return report
+    push = partial(push_result, private=options.private, bundle_code=options.bundle_code, console=console)
+    return replace(report, pushed=processes.on_main(lambda: push(out, repo)))
 
 
 def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Path:

@@ -22,9 +22,12 @@ from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 MODEL_TYPE = "diffllama"
+CAN_RUN = True
 LAMBDA_INIT_OFFSET = 0
 SAME_FIELDS = (*SHARED_FIELDS, "head_dim", "attention_bias")
 REORDERED = (".q_proj.", ".k_proj.", ".v_proj.")
+
+source_specs = checkpoint_specs
 
 
 def halves_to_pairs(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -55,7 +58,7 @@ def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDACon
 
 
 def mapped_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
-    """Reorder the rows of q, k and v to pairs, add head norm weights of 1, and copy the rest. λ is never narrowed."""
+    """Reorder the rows of q, k and v to pairs, add head norm weights of 1, and copy the rest."""
 
     def recipe(name: str, spec: TensorSpec) -> Recipe:
         if name.endswith(".subln.weight"):
@@ -67,7 +70,7 @@ def mapped_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torc
             return Recipe(
                 target, (name,), lambda rows: halves_to_pairs(rows, config.head_dim), "halves reordered to pairs"
             )
-        return copied(name, source[name], torch.float32 if dtype is not None and ".lambda_" in name else dtype)
+        return copied(name, source[name], dtype)
 
     return {name: recipe(name, spec) for name, spec in checkpoint_specs(config).items()}
 
@@ -116,13 +119,14 @@ def exported_config(config: GDAConfig) -> DiffLlamaConfig:
     )
 
 
-def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec]) -> dict[str, Recipe]:
+def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
     """Reorder the rows of q, k and v to halves, drop the head norm's weights, which are 1, and copy the rest."""
 
     def recipe(name: str) -> Recipe:
         if any(part in name for part in REORDERED):
+            target = TensorSpec(source[name].shape, dtype or source[name].dtype)
             make = partial(pairs_to_halves, head_dim=config.head_dim)
-            return Recipe(source[name], (name,), make, "pairs reordered to halves")
-        return copied(name, source[name], None)
+            return Recipe(target, (name,), make, "pairs reordered to halves")
+        return copied(name, source[name], dtype)
 
     return {name: recipe(name) for name in checkpoint_specs(exported_config(config))}

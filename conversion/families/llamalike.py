@@ -109,7 +109,8 @@ def target_config(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
     # transformers' classes refuse integers here.
     shared |= {name: float(shared[name]) for name in ("rms_norm_eps", "initializer_range")}
     known = target.__dataclass_fields__
-    own = {name: getattr(config, name) for name in ("attention_bias", "mlp_bias") if name in known}
+    own: dict[str, Any] = {name: getattr(config, name) for name in ("attention_bias", "mlp_bias") if name in known}
+    own |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     if not (model_type == "qwen2" and has_usual_heads(config, heads)):
         own["head_dim"] = config.head_dim  # the class of a Qwen2 has no such field, but reads it if it is set
     if "sliding_window" in known:
@@ -120,9 +121,7 @@ def target_config(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
         own["max_window_layers"] = (config.layer_types or []).count("full_attention")
         own["layer_types"] = list(config.layer_types or [])
     return target(
-        **shared | {"num_key_value_heads": heads[1]},
-        **own,
-        num_attention_heads=heads[0],
+        **shared | own,
         dtype=config.dtype,
         architectures=[f"{_name(model_type)}ForCausalLM"],
     )

@@ -19,14 +19,15 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from gda.common.errors import first_line
+from gda.common.errors import any_error_as
 from gda.common.files import write_json
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import llamalike
-from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
+from gda.conversion.tensors.recipes import all_copied, checkpoint_specs
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 MODEL_TYPE = "motif"
+CAN_RUN = False
 LAMBDA_INIT_OFFSET = -1
 
 # Fields that config.json must have, and values that are assumed for others.
@@ -104,19 +105,15 @@ def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
         name: value for name, value in raw.items() if value is not None and name not in ("model_type", "auto_map")
     }
     fields |= {name: ASSUMED[name] for name in assumed} | {"assumed": assumed}
-    try:
+    with any_error_as(f"{path} is not a valid configuration"):
         config = MotifConfig(**fields)
-    except Exception as error:  # a malformed file can make the config class raise anything
-        raise ValueError(f"{path} is not a valid configuration: {first_line(error)}") from None
     _refuse_unsupported(config, path)
     if config.num_noise_heads is None:
         config.num_noise_heads = config.num_attention_heads // 2
     if config.head_dim is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    try:
+    with any_error_as(str(path), ValueError):
         mapped_config(config, None)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return config
 
 
@@ -126,8 +123,6 @@ def _refuse_unsupported(config: MotifConfig, path: Path) -> None:
             f"{path} has k_ratio={config.k_ratio}: several signal keys for each noise key; GDA pairs them one to one, "
             "so only k_ratio=1 can be converted"
         )
-    if config.num_attention_heads < 1:
-        raise ValueError(f"{path} has num_attention_heads={config.num_attention_heads}; it must be at least 1")
     if config.num_noise_heads is None and config.num_attention_heads % 2:
         raise ValueError(
             f"{path} has no num_noise_heads, so half of the query heads are noise heads, but num_attention_heads="
@@ -162,12 +157,7 @@ def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDACon
     )
 
 
-def mapped_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
-    """Copy every tensor under its own name. λ is never narrowed."""
-    return {
-        name: copied(name, source[name], dtype if dtype is None or ".lambda_" not in name else torch.float32)
-        for name in checkpoint_specs(config)
-    }
+mapped_recipes = all_copied  # tensors keep their names and the order of their rows
 
 
 def source_specs(config: PreTrainedConfig) -> dict[str, TensorSpec]:
@@ -194,11 +184,6 @@ def required_fields(config: GDAConfig) -> dict[str, Any]:
         "sliding_window": None,
         "mlp_bias": config.mlp_bias and config.attention_out_bias,  # use_bias gives o_proj a bias too
     }
-
-
-def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec]) -> dict[str, Recipe]:
-    """Copy every tensor under its own name."""
-    return mapped_recipes(config, source, None)
 
 
 def exported_config(config: GDAConfig) -> MotifConfig:

@@ -3,13 +3,12 @@
 layers  0 1 2 3   →   0 1 1′ 2 3 3′        o_proj and down_proj of a copy are 0, unless it is faded in
 """
 
-import copy
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from gda.conversion.conversion import Conversion
+from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.tensors.axes import LAYER
 from gda.conversion.tensors.recipes import Recipe
 
@@ -32,12 +31,10 @@ def deepen(model: Conversion, copied: list[int], *, silent: bool) -> Conversion:
     new = copy_positions(old.num_hidden_layers, copied)
 
     assert old.layer_types is not None  # filled in at construction
-    config = copy.deepcopy(old)
-    config.num_hidden_layers = len(origins)
-    config.layer_types = [old.layer_types[origin] for origin in origins]
-    if old.lambda_init is None or isinstance(old.lambda_init, list):
-        config.lambda_init = [old.layer_lambda_init(origin) for origin in origins]
-    config.validate_architecture()
+    layer_types, lambda_init = [old.layer_types[origin] for origin in origins], old.lambda_init
+    if lambda_init is None or isinstance(lambda_init, list):
+        lambda_init = [old.layer_lambda_init(origin) for origin in origins]
+    config = with_fields(old, num_hidden_layers=len(origins), layer_types=layer_types, lambda_init=lambda_init)
 
     by_layer: dict[int, dict[str, Recipe]] = {origin: {} for origin in origins}
     recipes = {}

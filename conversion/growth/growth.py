@@ -1,19 +1,21 @@
 """The options of growth: checks, and the numbers that follow from them and the size of the source."""
 
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gda.conversion.options import GrowOptions
+from gda.common.options import layer_list
+
+if TYPE_CHECKING:  # the options import this file
+    from gda.conversion.options import GrowOptions
 
 FIELDS = ("signal", "hidden", "width", "depth", "layers", "noise_std", "masked", "mlp", "untie", "new_layers")
 # Larger factors are typing errors, and merely planning such a model would fill the memory.
 LARGEST_FACTOR = 1000
 
 
-def checked(options: GrowOptions) -> GrowOptions:
+def checked(options: "GrowOptions") -> dict[str, Any]:
     """The options with whole factors as integers and --layers as a list; ValueError for an impossible growth."""
     signal, hidden, mlp, width, masked = options.signal, options.hidden, options.mlp, options.width, options.masked
-    layers = _layer_list(options.layers)
+    layers = layer_list(options.layers)
     if signal is hidden is mlp is width is options.depth is layers is None:
         operators = "--signal, --mlp or --depth" if masked else "--signal, --hidden, --mlp, --depth or --width"
         raise ValueError(f"nothing to grow: pass {operators}")
@@ -24,24 +26,23 @@ def checked(options: GrowOptions) -> GrowOptions:
         raise ValueError("--new-layers is for --masked with --depth or --layers")
     if width is not None and (hidden is not None or mlp is not None):
         raise ValueError("--width grows the hidden size and the MLP too; pass --width, or --hidden and --mlp")
-    if masked and options.noise_std != GrowOptions.noise_std:
+    if masked and options.noise_std != type(options).noise_std:
         raise ValueError("--noise-std applies to replicas, and --masked makes none; omit one of them")
-    return replace(
-        options,
-        signal=_factor("--signal", signal),
-        hidden=_factor("--hidden", hidden),
-        mlp=mlp if masked else _factor("--mlp", mlp),
-        width=_factor("--width", width),
-        layers=layers,
-    )
+    return {
+        "signal": _factor("--signal", signal),
+        "hidden": _factor("--hidden", hidden),
+        "mlp": mlp if masked else _factor("--mlp", mlp),
+        "width": _factor("--width", width),
+        "layers": layers,
+    }
 
 
-def settings(options: GrowOptions) -> dict[str, Any]:
+def settings(options: "GrowOptions") -> dict[str, Any]:
     """What conversion.json stores of the growth."""
     return {name: getattr(options, name) for name in FIELDS}
 
 
-def copied_layers(options: GrowOptions, layers: int) -> list[int]:
+def copied_layers(options: "GrowOptions", layers: int) -> list[int]:
     """The layers to copy of a model with `layers` layers, in order; empty if it does not become deeper.
 
     They are the named ones. By default, the layers are divided into as many equal parts as there are copies, and the
@@ -50,7 +51,7 @@ def copied_layers(options: GrowOptions, layers: int) -> list[int]:
     Raises:
         ValueError: naming the option, for an impossible depth or layer.
     """
-    depth, named = options.depth, _layer_list(options.layers)
+    depth, named = options.depth, layer_list(options.layers)
     if depth is not None and depth <= layers:
         raise ValueError(f"--depth {depth} is not more than the {layers} layers of the source")
     if depth is not None and depth > LARGEST_FACTOR * layers:
@@ -58,8 +59,6 @@ def copied_layers(options: GrowOptions, layers: int) -> list[int]:
     if named is None:
         copies = 0 if depth is None else depth - layers
         return [-(-(copy + 1) * layers // copies) - 1 for copy in range(copies)]
-    if not named:
-        raise ValueError("--layers names no layer")
     if wrong := [layer for layer in named if not 0 <= layer < layers]:
         raise ValueError(
             f"--layers {','.join(map(str, wrong))} is not among the {layers} layers of the source, 0 to {layers - 1}"
@@ -86,12 +85,3 @@ def _factor(option: str, times: int | float | None) -> int | None:
     if times is not None and not (times >= 2 and times == times // 1):
         raise ValueError(f"{option} {times:g} is not a number of replicas: it must be an integer of at least 2")
     return None if times is None else int(times)
-
-
-def _layer_list(layers: str | list[int] | None) -> list[int] | None:
-    if not isinstance(layers, str):
-        return layers
-    try:
-        return [int(layer) for layer in layers.split(",")]
-    except ValueError:
-        raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None

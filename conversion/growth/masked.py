@@ -1,26 +1,25 @@
 """Masked Structure Growth (arXiv 2305.02869): new heads and neurons, random or copied layers, at a fade of 0."""
 
-import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.conversion import Conversion
+from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.growth.features import NEW, neuron_origins, signal_origins, still_kept
 from gda.conversion.growth.growth import grown_neurons
+from gda.conversion.options import GrowOptions
 from gda.conversion.tensors.axes import LAYER, axes_of
 from gda.conversion.tensors.recipes import LAMBDA_VECTOR_STD, Recipe, checkpoint_specs, generator_for
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
-def mask_growth(
-    model: Conversion, *, signal: int | None, mlp: float | None, new_layers: list[int], copies: bool, seed: int
-) -> Conversion:
-    """Add new heads (`signal` times as many) and neurons (`mlp` times), and make copied layers new, at a fade of 0.
+def mask_growth(model: Conversion, options: GrowOptions, new_layers: list[int]) -> Conversion:
+    """Add new heads and neurons, and make the copied layers `new_layers` new, at a fade of 0.
 
-    New layers get random weights or, with `copies`, are blended in as they are.
+    New layers get random weights or, with `--new-layers copy`, are blended in as they are.
 
     Raises:
         ValueError: if something of the model is being faded in already, at a fade that is not 0.
@@ -31,23 +30,23 @@ def mask_growth(
         raise ValueError(
             f"--masked: {part} of the source is at fade {old.fade:g}, and new parts start at 0; train it to 1 first"
         )
-    config = copy.deepcopy(old)
     origins: dict[str, Tensor] = {}
-    config.fade = 0.0
-    config.masked_layers = new_layers or None
-    config.blended_layers = bool(new_layers and copies) or None
-    if signal is not None:
-        origins |= signal_origins(old, signal, replicate=False)
-        config.num_attention_heads = signal * old.num_signal_heads + old.num_noise_heads
-        config.masked_signal_heads = (signal - 1) * old.signal_group_size
-    if mlp is not None:
-        config.intermediate_size = grown_neurons(mlp, old.intermediate_size)
-        config.masked_neurons = config.intermediate_size - old.intermediate_size
-        origins |= neuron_origins(old.intermediate_size, config.masked_neurons)
-    config.validate_architecture()
+    changes: dict[str, Any] = {"fade": 0.0, "masked_layers": new_layers or None}
+    changes["blended_layers"] = bool(new_layers and options.new_layers == "copy") or None
+    if options.signal is not None:
+        times = int(options.signal)
+        origins |= signal_origins(old, times, replicate=False)
+        changes["num_attention_heads"] = times * old.num_signal_heads + old.num_noise_heads
+        changes["masked_signal_heads"] = (times - 1) * old.signal_group_size
+    if options.mlp is not None:
+        neurons = grown_neurons(options.mlp, old.intermediate_size)
+        added = neurons - old.intermediate_size
+        origins |= neuron_origins(old.intermediate_size, added)
+        changes |= {"intermediate_size": neurons, "masked_neurons": added}
+    config = with_fields(old, **changes)
     shapes = {name: spec.shape for name, spec in checkpoint_specs(config).items()}
     recipes = {
-        name: _masked_recipe(name, recipe, shapes[name], config, origins, seed)
+        name: _masked_recipe(name, recipe, shapes[name], config, origins, options.seed)
         for name, recipe in model.recipes.items()
     }
     return replace(model, config=config, recipes=recipes, kept=still_kept(dict(model.kept), origins))

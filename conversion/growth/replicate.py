@@ -8,7 +8,6 @@ column W becomes n columns that sum to W (Net2Net, arXiv 1511.05641; HyperClonin
 With W1 = W2 the replicas would always have equal gradients, so they differ by a little noise that sums to zero.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.conversion import Conversion
+from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.growth.features import occurrences, signal_origins, still_kept, tiled_origins
+from gda.conversion.options import GrowOptions
 from gda.conversion.tensors.axes import KINDS, axes_of, reads
 from gda.conversion.tensors.recipes import Recipe, generator_for
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -33,40 +33,28 @@ TILED: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
 }
 
 
-def replicate_signal(model: Conversion, times: int, *, noise_std: float, seed: int) -> Conversion:
+def replicate_signal(model: Conversion, times: int, options: GrowOptions) -> Conversion:
     """Replicate each signal head (group-differentiated growth, arXiv 2510.06949); noise heads, keys and values stay."""
-    config = copy.deepcopy(model.config)
-    config.num_attention_heads = times * config.num_signal_heads + config.num_noise_heads
-    origins = signal_origins(model.config, times, replicate=True)
-    return _replicated(model, config, origins, times, noise_std=noise_std, key="signal", seed=seed)
+    old = model.config
+    config = with_fields(old, num_attention_heads=times * old.num_signal_heads + old.num_noise_heads)
+    return _replicated(model, config, signal_origins(old, times, replicate=True), times, "signal", options)
 
 
-def tile(model: Conversion, operator: str, times: int, *, noise_std: float, seed: int) -> Conversion:
+def tile(model: Conversion, operator: str, times: int, options: GrowOptions) -> Conversion:
     """Tile the features of an operator of `TILED` (HyperCloning, arXiv 2409.12903); head_dim stays."""
-    names, kinds = TILED[operator]
-    config = copy.deepcopy(model.config)
-    for name in names:
-        setattr(config, name, times * getattr(config, name))
-    origins = tiled_origins(model.config, times, kinds)
-    return _replicated(model, config, origins, times, noise_std=noise_std, key=operator, seed=seed)
+    old, (names, kinds) = model.config, TILED[operator]
+    config = with_fields(old, **{name: times * getattr(old, name) for name in names})
+    return _replicated(model, config, tiled_origins(old, times, kinds), times, operator, options)
 
 
 def _replicated(
-    model: Conversion,
-    config: GDAConfig,
-    origins: dict[str, Tensor],
-    times: int,
-    *,
-    noise_std: float,
-    key: str,
-    seed: int,
+    model: Conversion, config: GDAConfig, origins: dict[str, Tensor], times: int, key: str, options: GrowOptions
 ) -> Conversion:
     """The model with features replicated `times`. With the seed, `key` makes the noise of each operator its own."""
-    config.validate_architecture()
 
     def noise(name: str, weight: Tensor) -> tuple[float, torch.Generator]:
         spread = deviation(weight) or config.initializer_range  # a constant weight gets the noise of a new one
-        return noise_std * spread, generator_for(f"{key}:{name}", seed)
+        return options.noise_std * spread, generator_for(f"{key}:{name}", options.seed)
 
     recipes = {
         name: _replicated_recipe(name, recipe, model.config, origins, times, noise)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.conversion import Conversion
+from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.families import diffllama, motif
 from gda.conversion.families.llamalike import (
     LLAMALIKES,
@@ -25,11 +25,10 @@ from gda.conversion.families.llamalike import (
 from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes, zero_biases
 from gda.conversion.modes.checks import EXPORTED_FIELDS, errors_named
 from gda.conversion.modes.fold import folded_recipes
-from gda.conversion.modes.map import same_config, same_recipes
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.lambdas import layer_lambdas
-from gda.conversion.tensors.recipes import DTYPES, cast, is_lossless
+from gda.conversion.tensors.recipes import DTYPES, all_copied, is_lossless
 
 QWEN2_NOTE = "vLLM, mlx-lm and CTranslate2 cannot run it, because they ignore head_dim of a Qwen2; transformers can"
 MOTIF_NOTE = "Motif's own code is not written; to run it, add configuration_motif.py and modeling_motif.py"
@@ -42,7 +41,7 @@ def plan(source: Source, options: ExportOptions) -> Conversion:
         ValueError: naming the field or the layer, if no such type can compute what the model computes.
     """
     assert isinstance(source.config, GDAConfig)
-    config = same_config(source.config, DTYPES[options.dtype])
+    config = with_fields(source.config, dtype=DTYPES[options.dtype] or source.config.dtype)
     with errors_named(source):
         if options.format in (*LLAMALIKES, "gguf"):
             return _as_plain(source, config, options)
@@ -57,7 +56,7 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
     is_gguf = options.format == "gguf"  # which names no model type, so any will do
     model_type, reason = choose_target(config, "llama" if is_gguf else options.format, counts)
     numbers = [_number(layer, value, with_noise) for layer, value in enumerate(lambdas)]
-    recipes = (same_recipes if config.qk_rank is None else folded_recipes)(config, source.specs, DTYPES[options.dtype])
+    recipes = (all_copied if config.qk_rank is None else folded_recipes)(config, source.specs, DTYPES[options.dtype])
     unmasked = unmasked_recipes(config, recipes)
     plain = plain_recipes(config, unmasked, heads, numbers)
     computed = config.qk_rank is not None or unmasked != recipes or any(numbers)
@@ -112,20 +111,20 @@ def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) 
         raise ValueError(
             f"fade={config.fade:.4g} has no counterpart in a {options.format}; train the model until its fade is 1"
         )
+    dtype = DTYPES[options.dtype]
     target: PreTrainedConfig
     if options.format == "motif":
         _require_fields(config, "a Motif", motif.required_fields(config))
         _require_schedule(config, "a Motif", motif.LAMBDA_INIT_OFFSET)
-        recipes, notes = motif.exported_recipes(config, source.specs), [MOTIF_NOTE]
+        recipes, notes = all_copied(config, source.specs, dtype), [MOTIF_NOTE]
         target, save_config = motif.exported_config(config), partial(motif.write_exported_config, config)
     else:
         _require_fields(config, "a DiffLlama", diffllama.required_fields(config))
         _require_schedule(config, "a DiffLlama", diffllama.LAMBDA_INIT_OFFSET)
         diffllama.require_plain_norms(config, source.read)
-        recipes, notes = diffllama.exported_recipes(config, source.specs), []
+        recipes, notes = diffllama.exported_recipes(config, source.specs, dtype), []
         target = diffllama.exported_config(config)
         save_config = partial(save_target_config, target, config)
-    recipes = cast(recipes, DTYPES[options.dtype])
     return Conversion(
         mode="export",
         config=target,

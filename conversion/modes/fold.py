@@ -5,9 +5,8 @@ from functools import partial
 import torch
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.conversion import Conversion
+from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.modes.low_rank import PARTS, dense_config, folded
-from gda.conversion.modes.map import same_config
 from gda.conversion.options import NOTHING_TO_FOLD, WriteOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, copied, is_lossless
@@ -28,7 +27,7 @@ def plan(source: Source, options: WriteOptions) -> Conversion:
     note = f"the folded weights are rounded to {narrow}, which is not lossless; --dtype float32 is"
     return Conversion(
         mode="fold",
-        config=same_config(dense_config(factored), dtype),
+        config=with_fields(factored, qk_rank=None, dtype=dtype or factored.dtype),
         recipes=recipes,
         lossless=lossless,
         notes=[] if lossless else [note],
@@ -41,7 +40,7 @@ def folded_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torc
     for name, spec in checkpoint_specs(dense_config(config)).items():
         projection = next((p for p in config.factored_projections if f".{p}_proj." in name), None)
         if projection is None:
-            recipes[name] = copied(name, source[name], None if ".lambda_" in name else dtype)
+            recipes[name] = copied(name, source[name], dtype)
         elif name.endswith(".bias"):
             bias = name.replace("_proj.bias", "_up.bias")
             recipes[name] = copied(bias, source[bias], dtype)

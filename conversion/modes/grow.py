@@ -9,10 +9,9 @@ therefore be chained, also after the expansion of a Llama, without writing inter
     --width    heads   a b n  c d n     →  a b n  c d n  a b n  c d n   KV heads, channels and neurons likewise
 """
 
-import copy
 from dataclasses import replace
 
-from gda.conversion.conversion import Conversion
+from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.growth import growth
 from gda.conversion.growth.depth import copy_positions, deepen
@@ -33,24 +32,20 @@ def plan(source: Source, options: GrowOptions) -> Conversion:
     Raises:
         ValueError: for impossible growth, naming the option, and for a source whose masked growth is unfinished.
     """
-    options, seed = growth.checked(options), options.seed
     if in_masked_growth(source.config):
         raise ValueError(f"{source.name} is in masked growth; train it until its fade is 1, then grow it")
     start = (expand if source.config.model_type in LLAMALIKES else map_tensors)(source, options)
-    noise_std = options.noise_std
     layers = start.config.num_hidden_layers
     copied = growth.copied_layers(options, layers)
     model = _untied(start) if options.untie else start
-    copies = options.new_layers == "copy"
-    model = deepen(model, copied, silent=not copies) if copied else model
+    if copied:
+        model = deepen(model, copied, silent=options.new_layers != "copy")
     if options.masked:
-        new_layers = copy_positions(layers, copied)
-        signal = None if options.signal is None else int(options.signal)
-        model = mask_growth(model, signal=signal, mlp=options.mlp, new_layers=new_layers, copies=copies, seed=seed)
+        model = mask_growth(model, options, copy_positions(layers, copied))
     else:
         model = _replicated(model, options)
     notes = list(start.notes)
-    if noise_std == 0 and (options.signal or options.hidden or options.width or options.mlp):
+    if options.noise_std == 0 and (options.signal or options.hidden or options.width or options.mlp):
         notes.append("--noise-std 0: replicas are equal and get equal gradients, so they stay equal during training")
     settings = {"growth": growth.settings(options)}
     return replace(model.in_order(), mode="grow", notes=notes, settings=settings, before=start)
@@ -60,17 +55,15 @@ def _untied(model: Conversion) -> Conversion:
     """Copy tied embeddings into a head of its own."""
     if not model.config.tie_word_embeddings:
         raise ValueError("--untie: the embeddings of the source are not tied")
-    config, embeddings = copy.deepcopy(model.config), model.recipes["model.embed_tokens.weight"]
-    config.tie_word_embeddings = False
-    return replace(model, config=config, recipes=model.recipes | {"lm_head.weight": embeddings})
+    head = {"lm_head.weight": model.recipes["model.embed_tokens.weight"]}
+    return replace(model, config=with_fields(model.config, tie_word_embeddings=False), recipes=model.recipes | head)
 
 
 def _replicated(model: Conversion, options: GrowOptions) -> Conversion:
     """Give a model more signal heads, then tile its hidden size, its MLP, or all of it."""
-    noise_std, seed = options.noise_std, options.seed
     if options.signal is not None:
-        model = replicate_signal(model, int(options.signal), noise_std=noise_std, seed=seed)
+        model = replicate_signal(model, int(options.signal), options)
     for operator in TILED:
         if (times := getattr(options, operator)) is not None:
-            model = tile(model, operator, int(times), noise_std=noise_std, seed=seed)
+            model = tile(model, operator, int(times), options)
     return model

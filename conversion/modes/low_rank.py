@@ -15,7 +15,6 @@ Updates of full rank, the smaller of d and hidden, are exact for any B. (With n 
 enough for the best base, and the rounds come close to it; there are then as many parameters as in dense projections.)
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.conversion import Conversion
+from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.modes.checks import errors_named
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, is_lossless
@@ -53,10 +52,8 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
             f"--qk-rank: a {source.config.model_type} model cannot be run to compare it with the result; "
             "convert it first, then convert the result with --qk-rank"
         )
-    config = copy.deepcopy(dense.config)
-    config.qk_rank = rank
     with errors_named(source):
-        config.validate_architecture()
+        config = with_fields(dense.config, qk_rank=rank)
     recipes = factored_recipes(config, dense.recipes)
     factors = [recipe for name, recipe in recipes.items() if name not in dense.recipes]
     wide = all(recipe.spec.dtype.itemsize >= 4 for recipe in factors)
@@ -88,9 +85,7 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
 
 def dense_config(config: GDAConfig) -> GDAConfig:
     """The configuration of the same model with dense projections."""
-    dense = copy.deepcopy(config)
-    dense.qk_rank = None
-    return dense
+    return with_fields(config, qk_rank=None)
 
 
 def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, Recipe]:

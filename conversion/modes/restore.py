@@ -25,7 +25,7 @@ from gda.conversion.modes.checks import (
 from gda.conversion.modes.expand import LAMBDA
 from gda.conversion.options import NOT_EXPORTED, ConvertOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
-from gda.conversion.tensors.recipes import DTYPES, Recipe, cast, checkpoint_specs, copied, is_lossless, lambda_recipe
+from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, copied, is_lossless, lambda_recipe
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
@@ -56,12 +56,9 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         raise ValueError(f"{source.name}: {PROVENANCE_FILE} does not describe an export; remove it")
     for layer, lambda_ in enumerate(export.lambdas):
         _require_tied(source, heads, layer, lambda_, specs, config.head_dim)
-    recipes = {
-        name: _recipe(name, spec, source.specs, heads, config.head_dim, options.seed) for name, spec in specs.items()
-    }
+    recipes = {name: _recipe(name, spec, source.specs, heads, config.head_dim, options) for name, spec in specs.items()}
     rounded = any(spec.dtype.itemsize < 4 for spec in source.specs.values())
     notes = ["its noise heads were rounded when it was exported, so this is not lossless"] if rounded else []
-    recipes = cast(recipes, dtype)
     return Conversion(
         mode="restore",
         config=config,
@@ -105,12 +102,12 @@ def _require_tied(
 
 
 def _recipe(
-    name: str, spec: TensorSpec, plain: dict[str, TensorSpec], heads: PlainHeads, head_dim: int, seed: int
+    name: str, spec: TensorSpec, plain: dict[str, TensorSpec], heads: PlainHeads, head_dim: int, options: ConvertOptions
 ) -> Recipe:
     if ".lambda_" in name:
-        return lambda_recipe(name, spec, seed)
-    projection, original = name.split(".")[-2], plain[name]
-    target = TensorSpec(spec.shape, original.dtype)
+        return lambda_recipe(name, spec, options.seed)
+    projection, dtype = name.split(".")[-2], DTYPES[options.dtype]
+    target = TensorSpec(spec.shape, dtype or plain[name].dtype)
     if (rows := heads.rows.get(projection)) is not None:
         first = [rows.index(row) for row in sorted(set(rows))]
         make = partial(select_heads, heads=first, head_dim=head_dim)
@@ -118,7 +115,7 @@ def _recipe(
     if projection == "o_proj" and name.endswith(".weight"):
         make = partial(_signal_columns, heads=heads, head_dim=head_dim)
         return Recipe(target, (name,), make, "columns of the signal heads")
-    return copied(name, original, None)
+    return copied(name, plain[name], dtype)
 
 
 def _signal_columns(output: Tensor, *, heads: PlainHeads, head_dim: int) -> Tensor:

@@ -9,7 +9,7 @@ from gda.conversion.conversion import Conversion
 from gda.conversion.modes.checks import errors_named, losses
 from gda.conversion.modes.expand import LAMBDA, signal_queries
 from gda.conversion.noise_heads import divided
-from gda.conversion.options import SAMPLED, ConvertOptions
+from gda.conversion.options import ConvertOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.split.cost import work_bytes
 from gda.conversion.split.recipes import drafts, split_config, split_recipes
@@ -28,17 +28,7 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         heads, kv_heads = source.config.num_attention_heads, source.config.num_key_value_heads
         noise = divided(heads, kv_heads, noise_heads=options.noise_heads, ratio=options.ratio)
         config = split_config(source.config, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)
-    weights = options.calibration_weights()
-    sampled_weight = weights.pop(SAMPLED)
-    splitter = Splitter(
-        source,
-        config,
-        calibration=weights,
-        sampled_weight=sampled_weight,
-        tokens=options.calibration_tokens,
-        effort=options.effort,
-        seed=options.seed,
-    )
+    splitter = Splitter(source, config, options)
     recipes = split_recipes(config, source.specs, drafts(config), trained=None, seed=options.seed, dtype=dtype)
     expected = [splitter.expected(splitter.minutes())] if options.dry_run else []
     planned = Conversion(

@@ -1,7 +1,7 @@
 """Whether two tokenizers read and write alike: compared on strings that tokenizers of different classes split apart."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def difference(first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -
         for special in (False, True):
             expected, got = (_outcome(each.encode, text, add_special_tokens=special) for each in (first, other))
             if expected != got:
-                return f"{text!r} has {first_ids(got, expected)}"
+                return f"{text!r} has {first_difference(got, expected)}"
     for name in PROPERTIES:
         if (expected := getattr(first, name)) != (got := getattr(other, name)):
             return f"{name} is {got} instead of {expected}"
@@ -60,14 +60,14 @@ def _difference_in_writing(first: PreTrainedTokenizerBase, other: PreTrainedToke
         for skip in (False, True):
             expected, got = (_outcome(each.decode, ids, skip_special_tokens=skip) for each in (first, other))
             if expected != got:
-                return f"ids {ids[:SHOWN_IDS]} are decoded as {_first_letters(got, expected)}"
+                return f"ids {ids[:SHOWN_IDS]} are decoded as {first_difference(got, expected)}"
     if (first.chat_template is None) != (other.chat_template is None):
         return f"it has {'no' if other.chat_template is None else 'a'} chat template"
     for chat in CHATS if first.chat_template is not None else ():
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": chat[-1]["role"] == "user"}
         expected, got = (_outcome(each.apply_chat_template, chat, **options) for each in (first, other))
         if expected != got:
-            return f"the chat template renders {_first_letters(got, expected)}"
+            return f"the chat template renders {first_difference(got, expected)}"
     return None
 
 
@@ -86,26 +86,15 @@ def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return type(error)
 
 
-def first_ids(got: Any, expected: Any) -> str:
-    """The ids around the first that differs."""
-    if not isinstance(got, list) or not isinstance(expected, list):
-        return " instead of ".join(
-            f"{len(ids)} ids" if isinstance(ids, list) else ids.__name__ for ids in (got, expected)
-        )
-    begin = _begin(got, expected, 2)
+def first_difference(got: Any, expected: Any) -> str:
+    """The ids or the letters around the first that differs."""
+    if {type(got), type(expected)} not in ({list}, {str}):  # one raised an error
+        return f"{got!r:.80} instead of {expected!r:.80}"
+    differing = (place for place, (one, two) in enumerate(zip(got, expected, strict=False)) if one != two)
+    first = next(differing, min(len(got), len(expected)))
+    if isinstance(got, str):
+        begin = max(0, first - 10)
+        return " instead of ".join(repr(text[begin : begin + SHOWN_LETTERS]) for text in (got, expected))
+    begin = max(0, first - 2)
     shown = [", ".join(map(str, ids[begin : begin + SHOWN_IDS])) for ids in (got, expected)]
     return f"ids {shown[0]} instead of {shown[1]} (from id {begin} on)"
-
-
-def _first_letters(got: Any, expected: Any) -> str:
-    """The text around the first letter that differs."""
-    if not isinstance(got, str) or not isinstance(expected, str):
-        return f"{got!r:.80} instead of {expected!r:.80}"
-    begin = _begin(got, expected, 10)
-    return " instead of ".join(repr(text[begin : begin + SHOWN_LETTERS]) for text in (got, expected))
-
-
-def _begin(got: Sequence[Any], expected: Sequence[Any], before: int) -> int:
-    """Where to begin to show two sequences that differ."""
-    first = next((index for index, (one, two) in enumerate(zip(got, expected, strict=False)) if one != two), None)
-    return max(0, (min(len(got), len(expected)) if first is None else first) - before)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from gda.common.assets import TOKENIZER_CONFIG, tokenizer_config
-from gda.common.errors import first_line
+from gda.common.errors import any_error_as, first_line
 from gda.common.extras import needed_by
 from gda.common.files import write_json
 from gda.common.screen import quiet_transformers
@@ -96,15 +96,20 @@ class GGUFSource(Source):
             )
 
     def _read_config(self) -> PreTrainedConfig:
-        try:
+        from gguf import MODEL_ARCH_NAMES
+
+        with any_error_as(f"{self.path} is not a readable GGUF file of a model"):
             self._require_layers()
             with quiet_transformers(), self._parsed_once():
                 read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
             fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
             config = type(read)(**fields)  # without attributes that a saved config should not have
-        except Exception as error:  # a damaged file can make transformers raise anything
-            raise ValueError(f"{self.path} is not a readable GGUF file of a model: {first_line(error)}") from None
         require_known_type(config.model_type, self.path)
+        if config.model_type not in MODEL_ARCH_NAMES.values():  # a Llama whose general.name is "mistral" becomes one
+            raise ValueError(
+                f"{self.path}: transformers has no table of GGUF tensors for a {config.model_type}; "
+                "convert from the safetensors model"
+            )
         config.dtype = torch.float32
         config.rope_parameters = config.rope_parameters | self._rope_scaling(config)
         return config
@@ -127,28 +132,17 @@ class GGUFSource(Source):
         return tensor.name == ROPE_FREQS and self._architecture == "llama"
 
     def _refuse_unread_contents(self) -> None:
-        for key, harmless in UNREAD_METADATA.items():
-            if self._metadata(key) not in (None, harmless):
+        for key, read in (UNREAD_METADATA | dict.fromkeys(HEAD_WIDTHS, head_dim(self.config))).items():
+            if (found := self._metadata(key)) not in (None, read):
                 raise ValueError(
-                    f"{self.path}: {self._architecture}.{key} is ignored by transformers; "
-                    "convert from the safetensors model"
-                )
-        for key in HEAD_WIDTHS:
-            if self._metadata(key) not in (None, head_dim(self.config)):
-                raise ValueError(
-                    f"{self.path}: {self._architecture}.{key} is {self._metadata(key)}, but transformers reads a "
-                    f"head_dim of {head_dim(self.config)}; convert from the safetensors model"
+                    f"{self.path}: {self._architecture}.{key} is {found}, but transformers reads the model as if it "
+                    f"were {read}; convert from the safetensors model"
                 )
 
     @property
     def _architecture(self) -> str:
         """llama.cpp's name of the model type, which determines the tensors' layout and prefixes the metadata."""
         return self._reader.fields["general.architecture"].contents()
-
-    @property
-    def _table(self) -> str:
-        """The model type whose table of tensor names applies."""
-        return self.config.model_type
 
     def _metadata(self, key: str) -> Any:
         return self._entry(f"{self._architecture}.{key}")
@@ -162,14 +156,8 @@ class GGUFSource(Source):
 
         processor_class = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
         self._processor = processor_class(config=self.config.to_dict())
-        try:
-            with self._parsed_once():
-                names = get_gguf_hf_weights_map(meta_model(self.config), self._processor, self._table)
-        except NotImplementedError:  # if general.name is "mistral", transformers assumes that type
-            raise ValueError(
-                f"{self.path}: transformers has no table of GGUF tensors for a {self.config.model_type}; "
-                "convert from the safetensors model"
-            ) from None
+        with self._parsed_once():
+            names = get_gguf_hf_weights_map(meta_model(self.config), self._processor, self._architecture)
         tensors = {}
         for tensor in self._reader.tensors:
             if self._is_rope(tensor):
@@ -200,17 +188,18 @@ class GGUFSource(Source):
     def load(self) -> PreTrainedModel:
         # transformers dequantizes, names and orders the weights, so that verification is independent of `read`. Its
         # progress bar cannot be disabled.
-        try:
-            with contextlib.redirect_stderr(io.StringIO()), self._parsed_once():
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.path.parent,
-                    gguf_file=self.path.name,
-                    config=self.config,
-                    dtype=torch.float32,
-                    attn_implementation="sdpa",
-                )
-        except Exception as error:  # a malformed file can make transformers raise anything
-            raise ValueError(f"{self.path}: transformers cannot load it: {first_line(error)}") from None
+        with (
+            any_error_as(f"{self.path}: transformers cannot load it"),
+            contextlib.redirect_stderr(io.StringIO()),
+            self._parsed_once(),
+        ):
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path.parent,
+                gguf_file=self.path.name,
+                config=self.config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+            )
         return model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from gda.common.errors import first_line
+from gda.common.errors import any_error_as
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import motif
 from gda.conversion.families.llamalike import refuse_unread
@@ -32,10 +32,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} has a quantization_config; dequantize the model and save it first")
     if model_type == motif.MODEL_TYPE:
         return motif.read_motif_config(raw, path)
-    try:
+    with any_error_as(f"{path} is not a valid configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a malformed file can make the config class raise anything
-        raise ValueError(f"{path} is not a valid configuration: {first_line(error)}") from None
     require_known_type(config.model_type, path)  # transformers turns a Mistral with layer_types into a Ministral
     refuse_unread(config, path)
     return config

@@ -37,7 +37,7 @@ class Source(ABC):
     def can_run(self) -> bool:
         """Whether transformers has a class for the model; others are compared tensor by tensor."""
         family = DIFFERENTIAL_FAMILIES.get(self.config.model_type)
-        return family is None or family.can_run
+        return family is None or family.CAN_RUN
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
@@ -108,7 +108,7 @@ class Source(ABC):
             )
         family = DIFFERENTIAL_FAMILIES.get(self.config.model_type)
         try:
-            return (checkpoint_specs if family is None else family.specs)(self.config)
+            return (checkpoint_specs if family is None else family.source_specs)(self.config)
         except Exception as error:  # a contradictory config can make the model class raise anything
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ValueError(f"{where}: no model can be built from its config.json: {reason}") from None

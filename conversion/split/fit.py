@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.split.heads import Moments, Split, split_layer
+from gda.conversion.split.recipes import LAMBDAS
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 
@@ -16,7 +17,7 @@ MAX_TOKENS = 32768  # that moments are computed from; more tokens change nothing
 
 
 def fit_layers(
-    source: LayerwiseModel, config: GDAConfig, sequences: torch.Tensor, *, fitted: int, lambdas: list[float], work: Work
+    source: LayerwiseModel, config: GDAConfig, sequences: torch.Tensor, *, fitted: int, work: Work
 ) -> Iterator[Split]:
     """Split the heads of one layer after another, except the layers that `work` already holds.
 
@@ -35,7 +36,7 @@ def fit_layers(
         name = _name(index)
         if not work.has(name):
             entering, leaving = buffers[index % 2], buffers[(index + 1) % 2]
-            split = _fit_layer(source, index, config, entering, leaving, counted, lambdas)
+            split = _fit_layer(source, index, config, entering, leaving, counted)
             facts = {key: value for key, value in asdict(split).items() if key != "output"}
             work.save(name, facts, {"output": split.output.float()})
         yield Split(**work.facts(name), output=work.tensors(name)["output"])
@@ -63,7 +64,6 @@ def _fit_layer(
     entering: torch.Tensor,
     leaving: torch.Tensor,
     counted: int,
-    lambdas: list[float],
 ) -> Split:
     """Run a layer on `entering`, write its outputs to `leaving`, and split its heads.
 
@@ -94,7 +94,7 @@ def _fit_layer(
         num_noise_heads=config.num_noise_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        lambdas=lambdas,
+        lambdas=LAMBDAS[config.lambda_type],
     )
     if not torch.isfinite(leaving).all():
         raise _not_finite(index, "mlp")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gda.common.perplexity import SequenceLoss, mean_perplexity, sequence_losses
+from gda.common.perplexity import SequenceLoss, sequence_losses
 from gda.common.subtraction import SUMS, measurements, subtraction_measured
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
@@ -19,11 +19,6 @@ class Measurements:
     losses: list[SequenceLoss] = field(default_factory=list)  # without the first token of each sequence
     lambda_: list[float] = field(default_factory=list)  # mean λ of each layer
     subtracted: list[float] = field(default_factory=list)  # |W (λ o_noise)|² / |W (o − λ o_noise)|² of each layer
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity of all sequences together."""
-        return mean_perplexity(self.losses)
 
 
 @torch.no_grad()

@@ -32,12 +32,7 @@ def split_config(
     """The GDA configuration of `source` with `noise_heads` of its heads as noise heads.
 
     λ_init is that of the start; a finished split has one for each layer.
-
-    Raises:
-        ValueError: for an unknown λ type.
     """
-    if lambda_type not in LAMBDAS:
-        raise ValueError(f"--lambda-type {lambda_type} is not one of {', '.join(LAMBDAS)}")
     return GDAConfig(
         **source_fields(source),
         num_attention_heads=source.num_attention_heads,
@@ -71,43 +66,28 @@ def split_recipes(
     """
     recipes = {}
     for name, spec in checkpoint_specs(config).items():
+        recipe = lambda_recipe(name, spec, seed) if ".lambda_" in name else copied(name, source[name], dtype)
         match = LAYER.fullmatch(name)
-        if match is None or not match.group(2).startswith("self_attn."):
-            recipes[name] = copied(name, source[name], dtype)
-            continue
-        layer, inner = int(match.group(1)), match.group(2)
-        recipe = _attention_recipe(name, spec, config, source, splits[layer], seed, dtype)
-        if trained is not None:
-            make = partial(_ignoring_source, partial(trained, layer, inner))
-            recipe = replace(recipe, make=make, how=f"{recipe.how}; then trained on the source's predictions")
+        if match is not None and match[2].startswith("self_attn."):
+            layer, inner = int(match[1]), match[2]
+            split, target = splits[layer], TensorSpec(spec.shape, recipe.spec.dtype)
+            if inner.startswith("self_attn.q_proj."):
+                make = partial(reordered, order=split.order, head_dim=config.head_dim)
+                how = f"rows of heads {split.order}; the last head of each group is noise"
+                recipe = Recipe(target, (name,), make, how)
+            elif inner == "self_attn.o_proj.weight":
+                how = "solved to reproduce the source's attention output on calibration text"
+                recipe = Recipe(target, (name,), partial(_instead, split.output), how)
+            if trained is not None:
+                how = f"{recipe.how}; then trained on the source's predictions"
+                recipe = replace(recipe, make=partial(_instead, trained(layer, inner)), how=how)
         recipes[name] = recipe
     return recipes
 
 
-def _attention_recipe(
-    name: str,
-    spec: TensorSpec,
-    config: GDAConfig,
-    source: dict[str, TensorSpec],
-    split: Split,
-    seed: int,
-    dtype: torch.dtype | None,
-) -> Recipe:
-    if ".lambda_" in name:
-        return lambda_recipe(name, spec, seed)
-    if ".q_proj." in name:
-        target = TensorSpec(spec.shape, dtype or source[name].dtype)
-        make = partial(reordered, order=split.order, head_dim=config.head_dim)
-        return Recipe(target, (name,), make, f"rows of heads {split.order}; the last head of each group is noise")
-    if name.endswith(".o_proj.weight"):
-        target = TensorSpec(spec.shape, dtype or source[name].dtype)
-        make = partial(_ignoring_source, lambda: split.output)
-        return Recipe(target, (name,), make, "solved to reproduce the source's attention output on calibration text")
-    return copied(name, source[name], dtype)
-
-
-def _ignoring_source(read: Callable[[], torch.Tensor], *_source: torch.Tensor) -> torch.Tensor:
-    return read()
+def _instead(tensor: torch.Tensor, *_source: torch.Tensor) -> torch.Tensor:
+    """The tensor that takes the place of the source's."""
+    return tensor
 
 
 def reordered(query: torch.Tensor, *, order: list[int], head_dim: int) -> torch.Tensor:

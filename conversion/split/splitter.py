@@ -1,10 +1,8 @@
 """Splitting the heads of a source: closed form, training on the source's predictions, and measuring the loss."""
 
-import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
@@ -16,6 +14,8 @@ from gda.common.perplexity import SequenceLoss, mean_perplexity, ratio_interval
 from gda.common.progress import logger
 from gda.common.screen import progress_bars, shows_progress
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.conversion import with_fields
+from gda.conversion.options import SAMPLED, ConvertOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import NoTokenizerError
 from gda.conversion.split.calibration import documentation, read_calibration, sampled_text, shares
@@ -24,7 +24,7 @@ from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan, g
 from gda.conversion.split.fit import fit_layers, last_states
 from gda.conversion.split.heads import Split
 from gda.conversion.split.measure import Measurements, losses, measure
-from gda.conversion.split.recipes import LAMBDAS, split_recipes
+from gda.conversion.split.recipes import split_recipes
 from gda.conversion.split.report import SplitLayer, SplitReport, TextLoss
 from gda.conversion.split.sampling import sampled
 from gda.conversion.split.work import Work
@@ -34,7 +34,6 @@ from gda.conversion.tensors.recipes import Recipe
 # By effort: the default number of tokens, and the training steps, which read each sequence of that many tokens once.
 TOKENS = {"fast": 16384, "default": 98304}
 EFFORTS = {"fast": 0, "default": 96}
-T = TypeVar("T")
 
 
 class Splitter:
@@ -42,35 +41,24 @@ class Splitter:
 
     Memory holds one layer and its moments, and the activations of a training step if they fit; to write text, it holds
     the whole source. Other activations and trained weights are files in the work folder, and a resumed run continues
-    from there. `config` is from `split_config`; the other arguments are options of `gda convert`.
+    from there. `config` is from `split_config`.
 
     Raises:
-        FileNotFoundError, ValueError: for a text that cannot be read or is too short, and for an unknown effort.
+        FileNotFoundError, ValueError: for a text that cannot be read or is too short.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        config: GDAConfig,
-        *,
-        calibration: Mapping[str, float],
-        sampled_weight: float,
-        tokens: int | None,
-        effort: str | None,
-        seed: int,
-    ):
-        self.effort = "default" if effort is None else effort
-        if self.effort not in EFFORTS:
-            raise ValueError(f"--effort {effort} is not one of {', '.join(EFFORTS)}")
-        self.steps, self.seed = EFFORTS[self.effort], seed
-        self.source, self.read = source, _Cache(source)
-        self.config = copy.deepcopy(config)
+    def __init__(self, source: Source, config: GDAConfig, options: ConvertOptions):
+        self.effort, self.seed = options.effort or "default", options.seed
+        self.steps = EFFORTS[self.effort]
+        self.source, self.read, self.config = source, _Cache(source), config
         try:
             tokenizer = source.tokenizer()
         except NoTokenizerError as error:
             raise ValueError(f"--mode split reads text, but {error}; --mode expand needs no tokenizer") from None
+        weights, tokens = options.calibration_weights(), options.calibration_tokens
+        sampled_weight = weights.pop(SAMPLED)
         self.shares = shares(
-            calibration,
+            weights,
             sampled=sampled_weight,
             tokens=TOKENS[self.effort] if tokens is None else tokens,
             longest=config.max_position_embeddings,
@@ -152,9 +140,12 @@ class Splitter:
             written = [sampled_text(self._sampled(), self.shares)] if self.shares.sampled else []
             self.texts = [*self.files, *written, *self.outside]
             sequences, held_out = self._sequences(), torch.cat([text.held_out for text in self.texts])
-            splits = self._fit(torch.cat([sequences, held_out]), len(sequences))
+            both = torch.cat([sequences, held_out])
+            fits = fit_layers(self.teacher, self.config, both, fitted=len(sequences), work=self.work)
+            layers = self.teacher.num_layers
+            splits = list(self.progress.track(fits, total=layers, description="splitting heads, layer"))
             if self.config.lambda_type == "reparameterized":
-                self.config.lambda_init = [split.lambda_ for split in splits]
+                self.config = with_fields(self.config, lambda_init=[split.lambda_ for split in splits])
             student = LayerwiseModel(self.config, self.read, self.device)
             states = last_states(self.teacher, len(sequences) + len(held_out), self.shares.context, self.work)
             of_source = losses(self.teacher, held_out, states[len(sequences) :])
@@ -189,17 +180,6 @@ class Splitter:
         sequences = torch.cat([text.sequences for text in self.texts])
         return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self.seed))]
 
-    def _fit(self, sequences: torch.Tensor, fitted: int) -> list[Split]:
-        fits = fit_layers(
-            self.teacher,
-            self.config,
-            sequences,
-            fitted=fitted,
-            lambdas=LAMBDAS[self.config.lambda_type],
-            work=self.work,
-        )
-        return list(self._with_progress("splitting heads, layer", fits, self.teacher.num_layers))
-
     def _train(
         self, student: LayerwiseModel, initial: dict[str, Recipe], sequences: torch.Tensor, states: torch.Tensor
     ) -> Distillation:
@@ -210,8 +190,9 @@ class Splitter:
             keeps_graphs=graph_bytes(student.config, BATCH * self.shares.context) < memory_to_use(self.device),
         )
         plan = Plan(self.steps, self.seed, mixed_precision=self.mixed_precision)
-        steps = distillation.train(plan, sequences, states)
-        for loss in self._with_progress("training, step", steps, self.steps, distillation.step):
+        task = self.progress.add_task("training, step", total=self.steps, completed=distillation.step)
+        for loss in distillation.train(plan, sequences, states):
+            self.progress.advance(task)
             if not math.isfinite(loss):
                 raise ValueError("the training loss is not finite; does the source hold NaN or infinity?")
         return distillation
@@ -292,12 +273,6 @@ class Splitter:
             "seed": self.seed,
             **self.settings(),
         }
-
-    def _with_progress(self, what: str, work: Iterable[T], total: int, done: int = 0) -> Iterator[T]:
-        task = self.progress.add_task(what, total=total, completed=done)
-        for each in work:
-            self.progress.advance(task)
-            yield each
 
 
 class _Cache:

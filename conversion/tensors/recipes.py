@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -45,20 +45,17 @@ class Recipe:
 
 
 def copied(name: str, source: TensorSpec, dtype: torch.dtype | None) -> Recipe:
-    """A copy of the source tensor `name`, in `dtype` if given."""
+    """A copy of the source tensor `name`, in `dtype` if given; λ is then in float32."""
+    if dtype is not None and ".lambda_" in name:
+        dtype = torch.float32
     spec = TensorSpec(source.shape, dtype or source.dtype)
     how = "copied" if spec.dtype == source.dtype else f"cast from {_short(source.dtype)} to {_short(spec.dtype)}"
     return Recipe(spec, (name,), _identity, how)
 
 
-def cast(recipes: dict[str, Recipe], dtype: torch.dtype | None) -> dict[str, Recipe]:
-    """The recipes with their results in `dtype`, if given; λ keeps its own."""
-    if dtype is None:
-        return recipes
-    return {
-        name: recipe if ".lambda_" in name else replace(recipe, spec=TensorSpec(recipe.spec.shape, dtype))
-        for name, recipe in recipes.items()
-    }
+def all_copied(config: PreTrainedConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
+    """Copies of the tensors of a checkpoint of `config`, from a source that has them under the same names."""
+    return {name: copied(name, source[name], dtype) for name in checkpoint_specs(config)}
 
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:

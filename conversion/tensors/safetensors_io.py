@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gda.common.errors import first_line
+from gda.common.errors import any_error_as
 from gda.common.files import read_json, written_beside
 from gda.conversion.tensors.file_range import FileRange, stamp_of
 
@@ -57,19 +58,17 @@ class SafetensorsReader:
     def __init__(self, folder: Path):
         self.folder = folder
         self.specs: dict[str, TensorSpec] = {}
-        self._files: dict[str, str] = {}
         self._ranges: dict[str, FileRange] = {}
         indexed = self._indexed_names()
         for file in sorted(set(indexed.values())) if indexed else [WEIGHTS_FILE]:
             self._read_header(file)
+        files = {name: stored.path.name for name, stored in self._ranges.items()}
         for name, file in (indexed or {}).items():
-            if self._files.get(name) != file:
+            if files.get(name) != file:
                 raise ValueError(f"{folder / INDEX_FILE} places tensor {name} in {file}, which does not hold it")
-        if indexed and (unlisted := sorted(set(self._files) - set(indexed))):
-            raise ValueError(
-                f"{folder / self._files[unlisted[0]]} holds {unlisted[0]}, which {INDEX_FILE} does not list"
-            )
-        self.files = sorted(set(self._files.values()))
+        if indexed and (unlisted := sorted(files.keys() - indexed)):
+            raise ValueError(f"{folder / files[unlisted[0]]} holds {unlisted[0]}, which {INDEX_FILE} does not list")
+        self.files = sorted(set(files.values()))
 
     def _indexed_names(self) -> dict[str, str] | None:
         if (self.folder / WEIGHTS_FILE).is_file():
@@ -98,20 +97,15 @@ class SafetensorsReader:
         path = self.folder / file
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing, though {INDEX_FILE} names it")
-        try:
-            stamp = stamp_of(path)
-            with safe_open(path, framework="pt") as opened:
-                ranges = _ranges(path, stamp)
-                for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    tensor = opened.get_slice(name)
-                    dtype = DTYPES.get(tensor.get_dtype())
-                    if dtype is None:
-                        raise ValueError(f"{path}: tensor {name} is {tensor.get_dtype()}, not one of {list(DTYPES)}")
-                    self.specs[name] = TensorSpec(tuple(tensor.get_shape()), dtype)
-                    self._files[name] = file
-                    self._ranges[name] = ranges[name]
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+        stamp = stamp_of(path)
+        with any_error_as(f"{path} is damaged", caught=SafetensorError), safe_open(path, framework="pt"):
+            start, header = _parsed_header(path)  # which safetensors has checked
+        for name, entry in sorted(header.items()):
+            if (dtype := DTYPES.get(entry["dtype"])) is None:
+                raise ValueError(f"{path}: tensor {name} is {entry['dtype']}, not one of {list(DTYPES)}")
+            begin, end = entry["data_offsets"]
+            self.specs[name] = TensorSpec(tuple(entry["shape"]), dtype)
+            self._ranges[name] = FileRange(path, start + begin, end - begin, stamp)
 
     def read(self, name: str) -> torch.Tensor:
         """Read the tensor `name` into new memory; ValueError if the file can no longer be read or has changed."""
@@ -137,16 +131,13 @@ def _new_tensor(spec: TensorSpec) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=spec.dtype).view(spec.shape)
 
 
-def _ranges(path: Path, stamp: tuple[int, int]) -> dict[str, FileRange]:
-    """The byte range of each tensor in a file whose header safetensors has already checked."""
+def _parsed_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file starts, and the entry of each tensor in its header."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return {
-        name: FileRange(path, 8 + length + begin, end - begin, stamp)
-        for name, (begin, end) in ((name, entry["data_offsets"]) for name, entry in header.items())
-    }
+    return 8 + length, header
 
 
 def write_safetensors(

@@ -86,7 +86,7 @@ def write_gguf(
     types = [entry.type for entry in entries.values() if len(entry.recipe.spec.shape) > 1]
     file_type = max(set(types), key=types.count)
     _add_metadata(writer, config, out.stem, file_type, source)
-    holds_all = all(_holds(entry) for entry in entries.values())
+    holds_all = all(entry.type in ("F32", TYPES.get(entry.recipe.spec.dtype)) for entry in entries.values())
     if not holds_all:
         notes.append(f"the matrices are rounded to {' and '.join(sorted(set(types)))}, which is not lossless")
     report = ConvertReport(
@@ -190,12 +190,6 @@ def _interleaved(make: Callable[..., Tensor], heads: int) -> Callable[..., Tenso
     return ordered
 
 
-def _holds(entry: _Entry) -> bool:
-    """Whether the type of the file holds every value of the recipe's dtype."""
-    dtype = entry.recipe.spec.dtype
-    return entry.type == "F32" or entry.type == TYPES[dtype]
-
-
 def _add_metadata(writer: "GGUFWriter", config: Any, name: str, file_type: str, source: Source) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
@@ -276,10 +270,6 @@ class WrittenGGUF(GGUFSource):
     def __init__(self, path: Path, config: PreTrainedConfig):
         self._known_config = config
         super().__init__(path)
-
-    @property
-    def _table(self) -> str:
-        return self._architecture
 
     def _read_config(self) -> PreTrainedConfig:
         return self._known_config

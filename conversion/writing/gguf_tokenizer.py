@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from gda.common.errors import any_error_as
 from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import NoTokenizerError
@@ -251,11 +252,9 @@ def _copy(writer: "GGUFWriter", path: Path, tokens: list[str]) -> None:
     """Copy the tokenizer's metadata from a GGUF file; ValueError unless its tokens are the model's."""
     from gguf import GGUFReader
 
-    try:
+    with any_error_as(f"--tokenizer {path} is not a GGUF file with a tokenizer"):
         fields = GGUFReader(path).fields
         theirs = fields["tokenizer.ggml.tokens"].contents()
-    except Exception as error:  # a damaged file can make the reader raise anything
-        raise ValueError(f"--tokenizer {path} is not a GGUF file with a tokenizer: {error}") from None
     if len(theirs) != len(tokens):
         raise ValueError(f"--tokenizer {path} has {len(theirs)} tokens, but the model has {len(tokens)}")
     for index, (our, their) in enumerate(zip(tokens, theirs, strict=True)):

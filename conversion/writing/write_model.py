@@ -1,14 +1,17 @@
 """Write the folder of a converted model: weights, configuration, tokenizer, checks, provenance and card."""
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from gda.common.files import in_background, remove, require_space, write_text
+from gda.common.errors import CheckFailed
+from gda.common.files import StagedFolder, in_background, remove, require_space, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import dense_config, layer_errors
@@ -22,8 +25,7 @@ from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opene
 from gda.conversion.writing.card import CARD_FILE, model_card
 from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
-from gda.conversion.writing.staging import staged_model
-from gda.conversion.writing.stream import shards_of, write_checkpoint
+from gda.conversion.writing.stream import MANIFEST_FILE, shards_of, write_checkpoint
 from gda.conversion.writing.tokenizer_files import keep_tokenizer
 
 if TYPE_CHECKING:  # only splits load it
@@ -143,6 +145,24 @@ def _save_config(conversion: Conversion, folder: Path, *, bundle_code: bool) -> 
         conversion.save_config(folder)
 
 
+@contextlib.contextmanager
+def _staged(out: Path, options: CheckpointOptions) -> Iterator[Path]:
+    """Yield a folder to fill by `write_checkpoint`, and rename it to `out` when the block ends.
+
+    If the block fails, the folder is removed. Work is kept if it is interrupted, or if continuing it fails, unless its
+    result failed a check. Errors are those of `StagedFolder`.
+    """
+    staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, resumable=True)
+    try:
+        yield staged.folder
+        (staged.folder / MANIFEST_FILE).unlink()
+        staged.finish()
+    except BaseException as error:
+        is_kept = isinstance(error, KeyboardInterrupt) or (options.resume and not isinstance(error, CheckFailed))
+        staged.keep() if is_kept else staged.discard()
+        raise
+
+
 def _write(
     report: ConvertReport,
     conversion: Conversion,
@@ -154,7 +174,7 @@ def _write(
     console: Console | None,
 ) -> ConvertReport:
     out = report.out
-    with staged_model(out, overwrite=options.overwrite, resumable=True, resume=options.resume) as folder:
+    with _staged(out, options) as folder:
         finished = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if options.resume else 0
         require_space(out.parent, report.nbytes + conversion.work_bytes, reusable=finished)
         source_hashes = in_background(source.hashes)

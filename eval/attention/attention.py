@@ -53,25 +53,25 @@ def attention(
     opened = _open(options.model, tokenizer, options.revision)
     ids, notes = _encode(opened, text, text_name, options.max_tokens)
     labels = token_labels(opened.tokenizer, ids)
-    shape = _Shape.of(opened.model)
-    lambda_type = str(opened.model.config.lambda_type) if shape.differential else None
+    depth, groups, heads, differential = _shape(opened.model)
+    lambda_type = str(opened.model.config.lambda_type) if differential else None
     plan = MapPlan.that_fits(
-        _chosen_layers(options, shape.layers),
-        groups=shape.groups,
-        heads=shape.heads,
+        options.chosen_layers(depth),
+        groups=groups,
+        heads=heads,
         tokens=len(ids),
         limit=int(options.map_megabytes * BYTES_PER_MEGABYTE),
-        differential=shape.differential,
+        differential=differential,
         baseline=options.baseline is not None,
     )
-    model = _read(opened, ids, shape.groups, plan, group_maps, options, console)
+    model = _read(opened, ids, groups, plan, group_maps, options, console)
     del opened  # the baseline takes its place in memory
     baseline: _Reading | None = None
     if options.baseline is not None:
         other = _open_baseline(options.baseline, tokenizer, model.name)
         _check_same_tokens(other, text, ids)
-        same_depth = len(attention_modules(other.model)) == shape.layers
-        baseline = _read(other, ids, shape.groups, plan if same_depth else None, baseline_maps, options, console)
+        same_depth = len(attention_modules(other.model)) == depth
+        baseline = _read(other, ids, groups, plan if same_depth else None, baseline_maps, options, console)
         if not same_depth:
             notes.append(f"{baseline.name} has a different number of layers than {model.name}; its maps are omitted")
     return AttentionReport(
@@ -86,7 +86,7 @@ def attention(
         plan=plan,
         maps=model.maps,
         baseline_maps=baseline.maps if baseline else {},
-        notes=[*notes, *_notes_on_maps(plan, shape)],
+        notes=[*notes, *_notes_on_maps(plan, depth, heads)],
     )
 
 
@@ -98,26 +98,6 @@ class _Opened:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     in_memory: bool
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Number of layers, of groups in a layer and of signal heads in a group, and whether there are noise heads."""
-
-    layers: int
-    groups: int
-    heads: int
-    differential: bool
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "_Shape":
-        """The shape of a model's attention, from its maps of one token."""
-        layers: list[LayerAttention] = []
-        visit_attention(model, torch.zeros(1, dtype=torch.long), layers.append)
-        signal, noise = len(layers[0].signal), layers[0].noise
-        groups = len(noise) if noise is not None else int(getattr(model.config, "num_key_value_heads", None) or 1)
-        groups = groups if signal % groups == 0 else 1
-        return cls(len(layers), groups, signal // groups, noise is not None)
 
 
 @dataclass(frozen=True)
@@ -150,6 +130,19 @@ def _open(
         if tokenizer is None:
             raise ValueError(f"{place} holds no tokenizer that transformers can load")
         return _Opened(source.name, source.load(), tokenizer, False)
+
+
+def _shape(model: PreTrainedModel) -> tuple[int, int, int, bool]:
+    """The numbers of layers, of groups in a layer and of signal heads in a group, and whether there are noise heads.
+
+    They are read from the maps of one token.
+    """
+    layers: list[LayerAttention] = []
+    visit_attention(model, torch.zeros(1, dtype=torch.long), layers.append)
+    signal, noise = len(layers[0].signal), layers[0].noise
+    groups = len(noise) if noise is not None else int(getattr(model.config, "num_key_value_heads", None) or 1)
+    groups = groups if signal % groups == 0 else 1
+    return len(layers), groups, signal // groups, noise is not None
 
 
 def _open_baseline(
@@ -189,18 +182,10 @@ def _check_same_tokens(opened: _Opened, text: str, ids: list[int]) -> None:
         raise ValueError(f"{opened.name} reads {longest} tokens, and the text has {len(ids)}; lower --max-tokens")
 
 
-def _chosen_layers(options: AttentionOptions, depth: int) -> list[int]:
-    layers = list(range(depth)) if options.layers is None else [int(layer) for layer in options.layers]
-    for layer in layers:
-        if not 0 <= layer < depth:
-            raise ValueError(f"--layers {layer} is not between 0 and {depth - 1}")
-    return layers
-
-
-def _notes_on_maps(plan: MapPlan, shape: _Shape) -> list[str]:
-    notes = plan.reductions(shape.heads)
-    if len(plan.layers) < shape.layers:
-        kept = f"maps are kept for {len(plan.layers)} of {shape.layers} layers (--layers)"
+def _notes_on_maps(plan: MapPlan, depth: int, heads: int) -> list[str]:
+    notes = plan.reductions(heads)
+    if len(plan.layers) < depth:
+        kept = f"maps are kept for {len(plan.layers)} of {depth} layers (--layers)"
         notes.append(f"{kept}; the numbers cover all layers")
     if notes and (plan.pool > 1 or not plan.heads):
         notes[-1] += "; fewer --layers or more --map-megabytes give finer maps"

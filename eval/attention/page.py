@@ -1,21 +1,24 @@
 """The page of `gda attention`. It holds all its data, the maps compressed, and draws them on demand."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gda.common.html import page
 from gda.common.versions import versions
 from gda.eval.attention.analysis import AttentionArrays
-from gda.eval.attention.data import PACKAGES, AttentionData
 from gda.eval.attention.maps import LayerMaps, deflated
 
+if TYPE_CHECKING:  # the report imports this file
+    from gda.eval.attention.report import AttentionReport
+
+PACKAGES = ("torch", "transformers")
 TEMPLATES = Path(__file__).parent / "templates"
 DIGITS = 6  # as many as float32 has
 
 
-def to_html(report: AttentionData) -> str:
+def to_html(report: "AttentionReport") -> str:
     """The page as text. Names, tokens and texts are data in it, and are always shown as text."""
     layers = [_packed(report, layer) for layer in range(report.arrays.num_layers)]
     megabytes = sum(map(len, layers)) / 1e6
@@ -31,7 +34,7 @@ def to_html(report: AttentionData) -> str:
     )
 
 
-def _facts(report: AttentionData) -> list[tuple[str, str]]:
+def _facts(report: "AttentionReport") -> list[tuple[str, str]]:
     baseline = [] if report.baseline_name is None else [("baseline", report.baseline_name)]
     return [
         ("model", report.name),
@@ -41,7 +44,7 @@ def _facts(report: AttentionData) -> list[tuple[str, str]]:
     ]
 
 
-def _packed(report: AttentionData, layer: int) -> str:
+def _packed(report: "AttentionReport", layer: int) -> str:
     """Data of one layer: received and cancelled (G, T) in float32, then scales and levels of its maps."""
     arrays = report.arrays
     parts = [arrays.received[layer]]
@@ -51,7 +54,7 @@ def _packed(report: AttentionData, layer: int) -> str:
     return deflated(*parts, *(maps.scales for maps in kept), *(maps.levels for maps in kept))
 
 
-def _data(report: AttentionData) -> dict[str, Any]:
+def _data(report: "AttentionReport") -> dict[str, Any]:
     arrays = report.arrays
     return {
         "model": report.name,

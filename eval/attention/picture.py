@@ -1,13 +1,15 @@
 """The picture of `gda attention --png`: numbers by layer, and the maps of the group that cancels most."""
 
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from gda.common.extras import needed_by
 from gda.eval.attention.analysis import AttentionArrays
-from gda.eval.attention.data import AttentionData
 from gda.eval.attention.maps import unpack
+
+if TYPE_CHECKING:  # the report imports this file
+    from gda.eval.attention.report import AttentionReport
 
 with needed_by("--png", "png"):
     import matplotlib
@@ -21,7 +23,7 @@ TITLES = {"entropy": "entropy, nats", "first_token": "share on the first token",
 MOST_MAPS = 4
 
 
-def draw(report: AttentionData, file: IO[bytes]) -> None:
+def draw(report: "AttentionReport", file: IO[bytes]) -> None:
     """Draw the picture and write it as PNG."""
     layer, group = _most_cancelling(report)
     maps = _maps(report, layer, group)
@@ -39,7 +41,7 @@ def draw(report: AttentionData, file: IO[bytes]) -> None:
         figure.savefig(file, format="png")
 
 
-def _most_cancelling(report: AttentionData) -> tuple[int, int]:
+def _most_cancelling(report: "AttentionReport") -> tuple[int, int]:
     """Layer and group that cancel most, among the layers whose maps are kept."""
     layers = list(report.plan.layers)
     if report.arrays.cancelled is None:
@@ -49,7 +51,7 @@ def _most_cancelling(report: AttentionData) -> tuple[int, int]:
     return layers[int(index)], int(group)
 
 
-def _maps(report: AttentionData, layer: int, group: int) -> list[tuple[str, np.ndarray]]:
+def _maps(report: "AttentionReport", layer: int, group: int) -> list[tuple[str, np.ndarray]]:
     found = []
     for kept in (report.maps.get(layer), report.baseline_maps.get(layer)):
         for index, kind in enumerate(kept.kinds if kept is not None else []):
@@ -66,7 +68,7 @@ def _maps(report: AttentionData, layer: int, group: int) -> list[tuple[str, np.n
     return means
 
 
-def _by_layer(report: AttentionData, figure: Any) -> None:
+def _by_layer(report: "AttentionReport", figure: Any) -> None:
     arrays = report.arrays
     axes = figure.subplots(1, 4 if arrays.lambda_ is not None else 3)
     if arrays.lambda_ is not None and arrays.cancelled is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 from huggingface_hub import DatasetCard
-from huggingface_hub.utils import logging as hub_logging
 
 from gda.common.dataset_folders import READERS, data_files, ending_of, is_saved, read_saved, split_in_name, split_of
-from gda.common.errors import first_line
+from gda.common.errors import any_error_as, first_line
+from gda.common.progress import log_level
 from gda.common.text import jsonl_rows
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -50,7 +51,8 @@ def data_from(root: str | Path | None) -> Iterator[list[Path]]:
             folders_read.append(Path(root) / path / (name or ""))
             return load_local(Path(root), path, name, kwargs.get("split"))
         try:
-            with _quiet_hub():
+            # The hub's client logs each attempt to reach it; the error after the last one says enough.
+            with log_level("huggingface_hub", logging.ERROR):
                 return original(path, name, *args, **kwargs)
         except Exception as error:  # datasets has no common error class
             dataset = path if name is None else f"{path} ({name})"
@@ -64,17 +66,6 @@ def data_from(root: str | Path | None) -> Iterator[list[Path]]:
         yield folders_read
     finally:
         datasets.load_dataset = original
-
-
-@contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Silence the message of each attempt to reach the Hub; the error after the last one says enough."""
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(verbosity)
 
 
 def load_local(root: Path, path: str, name: str | None, split: str | None = None) -> Any:
@@ -105,10 +96,8 @@ def load_local(root: Path, path: str, name: str | None, split: str | None = None
 
 def _lists_files(readme: Path, name: str | None) -> bool:
     """Whether a dataset's README.md lists the files of the configuration `name`; None is the default one."""
-    try:
+    with any_error_as(f"{readme} cannot be read"):
         configs = DatasetCard.load(readme).data.get("configs") if readme.is_file() else None
-    except Exception as error:  # of YAML, or of the reader of cards
-        raise ValueError(f"{readme} cannot be read: {first_line(error)}") from None
     return any(
         "data_files" in each and each.get("config_name", "default") == (name or "default") for each in configs or ()
     )
@@ -132,13 +121,11 @@ def _splits_in(folder: Path) -> dict[str, datasets.Dataset]:
 
 def _read(path: Path) -> datasets.Dataset:
     """The rows of a file, in memory. (datasets' own readers keep copies in the home folder and guess at types.)"""
-    try:
+    with any_error_as(f"{path} cannot be read", pyarrow.ArrowException):
         if path.suffix == ".parquet":
             dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
         else:
             dataset = _read_jsonl(path) if path.suffix == ".jsonl" else _read_other(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
     if not len(dataset):
         raise ValueError(f"{path} is empty")
     return dataset
@@ -146,13 +133,11 @@ def _read(path: Path) -> datasets.Dataset:
 
 def _read_other(path: Path) -> datasets.Dataset:
     builder, options = READERS[ending_of(path)]
-    try:
+    with any_error_as(f"{path} cannot be read"):
         rows = datasets.load.load_dataset(
             builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
         )
         return datasets.Dataset.from_list(list(rows))
-    except Exception as error:  # the readers have no common error class
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _read_jsonl(path: Path) -> datasets.Dataset:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
+from gda.common.progress import log_level
 from gda.eval.lm_eval.find_tasks import task_under_way
 from gda.eval.lm_eval.harness import GDALM
 from gda.eval.options import TaskOptions
@@ -84,14 +85,11 @@ def quiet_lm_eval(*, progress: bool = True) -> Iterator[None]:
     Two of them have no switch, hence the replaced functions: the bar while requests are built, and the call of git,
     which complains where the current folder is not a repository.
     """
-    logger = logging.getLogger("lm_eval")
-    before = lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm, logger.level
+    before = lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm
     lm_eval.evaluator.get_git_commit_hash = lambda: None
     lm_eval.api.task.tqdm = partial(tqdm, disable=not progress, desc="Building requests", leave=False)
-    logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with log_level("lm_eval", logging.ERROR), contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm, level = before
-        logger.setLevel(level)
+        lm_eval.evaluator.get_git_commit_hash, lm_eval.api.task.tqdm = before

@@ -6,13 +6,10 @@ This is what an induction head does (arXiv 2209.11895): find the earlier occurre
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gda.eval.tasks.settings import CountTokens, as_test_split, read_settings, require_integer, token_counter
 from gda.eval.tasks.vocabulary import made_up_words
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 CUE = 4  # words that are repeated for the model to continue
 
@@ -65,6 +62,6 @@ def _make_document(settings: CopySettings, count: CountTokens, random: Random) -
     }
 
 
-def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
+def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, Any]:
     """The data of the task (lm-eval's `custom_dataset`)."""
     return as_test_split(make_documents(read_settings(CopySettings, metadata, sweep), token_counter(metadata)))

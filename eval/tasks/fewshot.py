@@ -10,15 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gda.eval.tasks.settings import as_test_split, read_settings, require_integer
 from gda.eval.tasks.vocabulary import words_of
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 ARRANGEMENTS = ("random", "alternate")
 THINGS = {
@@ -146,7 +143,7 @@ def _arrange(random: Random, shown: Mapping[str, Sequence[str]], arrangement: st
     return tuple(example for round_ in zip(*columns, strict=True) for example in round_)
 
 
-def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
+def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, Any]:
     """The data of the task (lm-eval's `custom_dataset`)."""
     return as_test_split(make_documents(read_settings(FewShotSettings, metadata, sweep)))
 

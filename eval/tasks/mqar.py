@@ -7,13 +7,10 @@ each. Keys are made-up words, so only the list determines their values.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gda.eval.tasks.settings import as_test_split, read_settings, require_integer
 from gda.eval.tasks.vocabulary import made_up_words
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,6 @@ def make_documents(settings: MQARSettings) -> list[dict[str, Any]]:
     return documents
 
 
-def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
+def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, Any]:
     """The data of the task (lm-eval's `custom_dataset`)."""
     return as_test_split(make_documents(read_settings(MQARSettings, metadata, sweep)))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gda.eval.tasks.settings import (
     CountTokens,
@@ -19,9 +19,6 @@ from gda.eval.tasks.settings import (
     token_counter,
 )
 from gda.eval.tasks.vocabulary import CITIES, sentence
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 GENERATED_TOKENS = 64  # max_gen_toks in needles.yaml; a digit can take a whole token
@@ -153,7 +150,7 @@ def _enumerate(names: list[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> "dict[str, Dataset]":
+def load(sweep: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, Any]:
     """The data of the task (lm-eval's `custom_dataset`)."""
     prompts = make_prompts(read_settings(NeedleSettings, metadata, sweep), token_counter(metadata))
     return as_test_split([asdict(prompt) for prompt in prompts])

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-    from datasets import Dataset
 
     Settings = TypeVar("Settings", bound=DataclassInstance)
 
@@ -115,7 +114,7 @@ def _warn_of_seed() -> None:
     log.warning("`seed` in the metadata does not affect the tasks' data; `data_seed` does")
 
 
-def as_test_split(documents: "list[dict[str, Any]]") -> "dict[str, Dataset]":
+def as_test_split(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Documents in the form that lm-eval expects from a `custom_dataset`."""
     from datasets import Dataset
 

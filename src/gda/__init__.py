@@ -32,53 +32,7 @@ if TYPE_CHECKING:
     )
     from gda.training.train import train
 
-_HOMES = {
-    name: module
-    for module, names in {
-        "gda.conversion.convert": ["convert"],
-        "gda.conversion.demo": ["demo"],
-        "gda.conversion.export": ["export"],
-        "gda.conversion.fold": ["fold"],
-        "gda.conversion.grow": ["grow"],
-        "gda.conversion.inspect": ["inspect"],
-        "gda.conversion.push": ["push"],
-        "gda.conversion.verify": ["verify"],
-        "gda.eval.attention.attention": ["attention"],
-        "gda.eval.evaluate": ["evaluate"],
-        "gda.configuration.configuration_gda": ["GDAConfig"],
-        "gda.modeling_gda.modeling_gda": [
-            "GDAForCausalLM",
-            "GDAForQuestionAnswering",
-            "GDAForSequenceClassification",
-            "GDAForTokenClassification",
-            "GDAModel",
-        ],
-        "gda.training.train": ["train"],
-    }.items()
-    for name in names
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gda' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
-
-
-def _is_the_command() -> bool:
-    """Whether this process was started as `gda` or `python -m gda.cli`."""
-    return [Path(program).name for program in sys.argv[:1]] == ["gda"] or sys.orig_argv[1:3] == ["-m", "gda.cli"]
-
-
-# `gda --help` needs neither torch nor transformers, which take seconds to import. A command that opens a model imports
-# gda.modeling_gda, and so registers the model type, by itself.
-if not _is_the_command():
-    import_module("gda.modeling_gda")
-
+# Written out, with the imports above, for type checkers.
 __all__ = [
     "GDAConfig",
     "GDAForCausalLM",
@@ -99,3 +53,33 @@ __all__ = [
     "train",
     "verify",
 ]
+
+# The public names that are neither models nor functions of gda.conversion.
+_ELSEWHERE = {
+    "GDAConfig": "gda.configuration.configuration_gda",
+    "attention": "gda.eval.attention.attention",
+    "evaluate": "gda.eval.evaluate",
+    "train": "gda.training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'gda' has no attribute {name!r}")
+    usual = "gda.modeling_gda.modeling_gda" if name.startswith("GDA") else f"gda.conversion.{name}"
+    return getattr(import_module(_ELSEWHERE.get(name, usual)), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_the_command() -> bool:
+    """Whether this process was started as `gda` or `python -m gda.cli`."""
+    return [Path(program).name for program in sys.argv[:1]] == ["gda"] or sys.orig_argv[1:3] == ["-m", "gda.cli"]
+
+
+# `gda --help` needs neither torch nor transformers, which take seconds to import. A command that opens a model imports
+# gda.modeling_gda, and so registers the model type, by itself.
+if not _is_the_command():
+    import_module("gda.modeling_gda")

@@ -21,8 +21,9 @@ from gda.commands import (  # noqa: F401 - registers the commands, in the order 
     push,
     serve,
 )
-from gda.commands.app import INTERRUPTED, app, is_main_process
+from gda.commands.app import INTERRUPTED, app
 from gda.common.errors import CheckFailed
+from gda.common.processes import is_main_process
 from gda.common.progress import log_on_stderr
 
 # How to continue an interrupted command. The others start over.

@@ -63,6 +63,7 @@ REFUSED = {
     "eval GDA --baseline ./none --perplexity notes.gguf": "--baseline ./none does not exist",
     "attention GDA --text a": "nothing to write",
     "demo --out ''": "OUT is empty",
+    "demo --out models": "models already exists; choose another path or pass --overwrite",
     "demo --source ./none": "--source ./none does not exist",
     "convert LLAMA OUT --mode split --kv-layout paired": "--kv-layout is only for --mode expand",
     "convert LLAMA OUT --mode split --qk-rank 4": "--qk-rank goes with --mode split in two steps",

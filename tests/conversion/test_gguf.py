@@ -103,13 +103,16 @@ def test_gguf_without_a_tokenizer(tmp_path: Path) -> None:
         ({"extra_tensors": {"blk.0.attn_q.bias": torch.ones(64)}}, "bias"),
         ({"extra_tensors": {"blk.0.ffn_norm.bias": torch.ones(64)}}, "blk.0.ffn_norm.bias"),
         ({"metadata": {"llama.expert_count": 4}}, "expert"),
+        ({"metadata": {"llama.attention.value_length": 24}}, "value_length is 24, .* were 16"),
+        ({"metadata": {"general.name": "mistral"}}, "no table of GGUF tensors for a mistral"),
+        ({"architecture": "mistral"}, "no table of GGUF tensors for a mistral"),
         ({"architecture": "gpt2"}, "gpt2"),
         ({"architecture": "no-such"}, "no-such"),
     ],
     ids=str,
 )
 def test_contents_that_transformers_drops_are_refused(extra: dict[str, Any], named: str, tmp_path: Path) -> None:
-    """Biases, experts and other architectures, without files left."""
+    """Biases, experts, values of another width and other architectures, without files left."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE), **extra)
     with pytest.raises(ValueError, match=named):
         gda.convert(path, tmp_path / "gda", verify=False)

@@ -107,13 +107,27 @@ def test_second_push_sends_no_weights(folder: Path, hub: Hub, command: Command) 
     assert "already up to date" in again.out
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_upload_shows_its_progress_on_a_terminal(
+    is_terminal: bool, folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the progress bars of the Hub's client. A log file gets none."""
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(is_terminal)))
+    outcome = command("push", folder, "me/x")
+    assert outcome.code == 0
+    assert ("model-00001-of" in outcome.error) is is_terminal
+    assert is_terminal or outcome.error == ""
+
+
 @torch.no_grad()
 def test_files_of_an_earlier_model_are_removed(folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
     """A single weight file or a chat template would be loaded with the new shards. Other files are kept."""
     gda.convert(save_llama(tmp_path / "other", seed=5), tmp_path / "single", verify=False)
     assert command("push", tmp_path / "single", "me/x").code == 0
     theirs = {"NOTES.md": b"notes", "LICENSE": b"a licence", "adapter_model.safetensors": b"an adapter"}
+    theirs |= {"model-first-of-three.safetensors": b"no shard", "old/model.safetensors": b"a copy"}
     stale = {"chat_template.json": b"{}", "additional_chat_templates/old.jinja": b"old"}
+    stale |= {"model-00001-of-00099.safetensors": b"a shard", "training.json": b"{}"}
     for path, content in (theirs | stale).items():
         huggingface_hub.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id="me/x")
     outcome = command("push", folder, "me/x", "--json")

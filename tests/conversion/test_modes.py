@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import gda
 from gda.conversion.conversion import Conversion
@@ -12,6 +13,8 @@ from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.modes.registry import MODES, plan, plan_again
 from gda.conversion.options import PLAIN_TYPES, ConvertOptions, FoldOptions, GrowOptions
 from gda.conversion.sources.open import open_source
+from gda.conversion.tensors.recipes import copied
+from gda.conversion.tensors.safetensors_io import TensorSpec
 from gda.conversion.writing.card import TEMPLATES
 from gda.conversion.writing.provenance import read_settings
 
@@ -56,6 +59,13 @@ def test_mode_returns_a_conversion(mode: str, source: str, options: Any, models:
     assert list(conversion.in_order().recipes) == list(conversion.recipes)
     assert {name for recipe in conversion.recipes.values() for name in recipe.sources} <= set(opened.specs)
     assert (conversion.new_parameters is None) == (mode in ("map", "fold"))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.bfloat16), (torch.float16, torch.float32)])
+def test_a_cast_brings_lambda_to_float32(dtype: torch.dtype | None, expected: torch.dtype) -> None:
+    """Without a cast, a λ that was saved in a narrow dtype stays as it is."""
+    recipe = copied("model.layers.0.self_attn.lambda_q1", TensorSpec((8,), torch.bfloat16), dtype)
+    assert recipe.spec.dtype == expected
 
 
 @pytest.mark.parametrize(

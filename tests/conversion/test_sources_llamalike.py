@@ -20,7 +20,7 @@ from transformers import (
 import gda
 from gda.common.errors import CheckFailed
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, source_fields, target_config
-from gda.conversion.logits import Prompts, _rows
+from gda.conversion.logits import _rows, prompts_for
 from gda.conversion.sources.compare_tokenizers import difference
 from gda.conversion.sources.folder import FolderSource
 
@@ -164,7 +164,7 @@ def test_layers_give_the_numbers_of_whole_models(variant: str, tmp_path: Path) -
     tensors = tensors_of(tmp_path / "gda")
     tensors["model.layers.0.self_attn.v_proj.weight"] *= 1.3
     save_file(tensors, tmp_path / "gda" / "model.safetensors", metadata={"format": "pt"})
-    rows, prefill = _rows(Prompts.of(FolderSource(source)).ids)
+    rows, prefill = _rows(prompts_for(FolderSource(source))[0])
     expected, got = (logits(load(folder), rows[:, :prefill]) for folder in (source, tmp_path / "gda"))
     report = gda.verify(source, tmp_path / "gda", method="layers")
     assert report.relative is not None

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 from collections.abc import Callable
 from dataclasses import MISSING, Field
 from enum import StrEnum
@@ -131,23 +130,13 @@ def _as_typed(hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return list[_as_typed(get_args(hint)[0])] | None  # type: ignore[misc]
     if is_union(hint):
-        kinds = list(dict.fromkeys(map(_as_typed, get_args(hint))))
-        if float in kinds and int in kinds:
-            kinds.remove(int)
-        if str in kinds and len(set(kinds) - {type(None)}) > 1:  # text covers paths, numbers and names
-            kinds = [each for each in kinds if each in (str, type(None))]
-        union: Any = kinds[0]
-        for each in kinds[1:]:
-            union = union | each
-        return union
+        kinds = [_as_typed(each) for each in get_args(hint) if each is not type(None)]
+        # Text covers paths, names and numbers, and float covers int.
+        widest: Any = next(each for each in (str, float, *kinds) if each in kinds)
+        return widest | None if type(None) in get_args(hint) else widest
     return hint
 
 
 def print_json(report: dict[str, Any]) -> None:
     """Print a report on standard output."""
     typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
-
-
-def is_main_process() -> bool:
-    """Whether this process is the first of those that `accelerate launch` or torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"

@@ -1,29 +1,27 @@
 """The command `gda attention`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from gda.commands.app import JSON, Group, command, print_json, progress_console
+from gda.common.options import option
 from gda.common.places import check_output
 from gda.eval.options import OUTPUT, AttentionOptions
 
-Page = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="HTML page to write, a single file. Default: none.", rich_help_panel=OUTPUT),
-]
-Picture = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Picture to write; needs matplotlib. Default: none.", rich_help_panel=OUTPUT),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", metavar="", help="Replace existing files.", rich_help_panel=OUTPUT)
-]
+
+@dataclass(frozen=True)
+class PageOptions(AttentionOptions):
+    """Options of `gda attention`: those of `gda.attention`, and the files that are written."""
+
+    out: str | None = option(None, "HTML page to write, a single file. Default: none.", panel=OUTPUT, metavar="FILE")
+    png: str | None = option(None, "Picture to write; needs matplotlib. Default: none.", panel=OUTPUT, metavar="FILE")
+    overwrite: bool = option(False, "Replace existing files.", panel=OUTPUT)
 
 
 @command(
-    AttentionOptions,
+    PageOptions,
     Group.EVALUATE,
     examples=(
         "gda attention ./llama-gda --text 'The cat sat on the mat.' --out report.html",
@@ -32,21 +30,16 @@ Overwrite = Annotated[
         "gda attention ./llama-gda --text 'The cat sat.' --json",
     ),
 )
-def attention(
-    options: AttentionOptions,
-    out: Page = None,
-    png: Picture = None,
-    overwrite: Overwrite = False,
-    as_json: JSON = False,
-) -> None:
+def attention(options: PageOptions, as_json: JSON = False) -> None:
     """Show a model's attention on one text: signal, noise and their difference, by layer, group and token.
 
     The page works offline. Maps that exceed --map-megabytes are averaged, and the page says so. The numbers are always
     computed from the full maps.
     """
+    out, png, overwrite = options.out, options.png, options.overwrite
     if out is None and png is None and not as_json:
         raise ValueError("nothing to write: name --out FILE, --png FILE or --json")
-    _check_outputs(options, out, png, overwrite=overwrite)
+    _check_outputs(options)
     from gda.eval.attention.attention import attention as function
 
     report = function.run(options, console=progress_console)
@@ -60,13 +53,14 @@ def attention(
         print_json(report.to_dict())
 
 
-def _check_outputs(options: AttentionOptions, out: str | None, png: str | None, *, overwrite: bool) -> None:
+def _check_outputs(options: PageOptions) -> None:
     """Check that everything can be written before anything is run."""
-    for option, place in (("--out", out), ("--png", png)):
+    out, png = options.out, options.png
+    for name, place in (("--out", out), ("--png", png)):
         if place is not None:
-            path = check_output(place, overwrite, option)
+            path = check_output(place, options.overwrite, name)
             if options.file is not None and path.exists() and path.samefile(options.file):
-                raise ValueError(f"{option} {place} is the text to read; choose another file")
+                raise ValueError(f"{name} {place} is the text to read; choose another file")
     if out is not None and png is not None and Path(out).resolve() == Path(png).resolve():
         raise ValueError(f"--out and --png name the same file, {out}; name two files")
     if png is not None:

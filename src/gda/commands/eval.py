@@ -1,8 +1,9 @@
 """The command `gda eval`."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from gda.commands.app import JSON, Group, command, progress_console
 from gda.common.files import refuse_existing
+from gda.common.options import option
 from gda.eval.options import OUTPUT, EvaluateOptions, files_of_results
 
 if TYPE_CHECKING:
@@ -18,47 +20,26 @@ if TYPE_CHECKING:
 
 WIDTH_OF_FILES = 160  # of tables that are not printed on a screen
 
-OutputFolder = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR", help="Folder to write results.json and results.md to. Default: none.", rich_help_panel=OUTPUT
-    ),
-]
-Html = Annotated[
-    bool,
-    typer.Option("--html", metavar="", help="Also write report.html to the --output folder.", rich_help_panel=OUTPUT),
-]
-LogSamples = Annotated[
-    bool,
-    typer.Option(
-        "--log-samples",
-        metavar="",
-        help="Also write each document with the model's answers to samples_TASK.jsonl in the --output folder.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        metavar="",
-        help="Replace results.*, report.html and samples in the --output folder.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-UpdateCard = Annotated[
-    bool,
-    typer.Option(
-        "--update-card",
-        metavar="",
-        help="Write the scores to the model card (README.md) in MODEL.",
-        rich_help_panel=OUTPUT,
-    ),
-]
+
+@dataclass(frozen=True)
+class EvalOptions(EvaluateOptions):
+    """Options of `gda eval`: those of the evaluation, and the files that are written."""
+
+    output: str | None = option(
+        None, "Folder to write results.json and results.md to. Default: none.", panel=OUTPUT, metavar="DIR"
+    )
+    html: bool = option(False, "Also write report.html to the --output folder.", panel=OUTPUT)
+    log_samples: bool = option(
+        False,
+        "Also write each document with the model's answers to samples_TASK.jsonl in the --output folder.",
+        panel=OUTPUT,
+    )
+    overwrite: bool = option(False, "Replace results.*, report.html and samples in the --output folder.", panel=OUTPUT)
+    update_card: bool = option(False, "Write the scores to the model card (README.md) in MODEL.", panel=OUTPUT)
 
 
 @command(
-    EvaluateOptions,
+    EvalOptions,
     Group.EVALUATE,
     name="eval",
     examples=(
@@ -68,26 +49,15 @@ UpdateCard = Annotated[
         "gda eval ./llama-gda --perplexity text.txt --json",
     ),
 )
-def evaluate(
-    options: EvaluateOptions,
-    output: OutputFolder = None,
-    html: Html = False,
-    log_samples: LogSamples = False,
-    overwrite: Overwrite = False,
-    update_card: UpdateCard = False,
-    as_json: JSON = False,
-) -> None:
+def evaluate(options: EvalOptions, as_json: JSON = False) -> None:
     """Run tasks of lm-evaluation-harness on a model and, with the same options, on a baseline.
 
     Tasks come from lm-eval, which reads data from the Hub or local files, or from this package, whose tasks generate
     their data. The group gda_tasks contains gda_retrieval, gda_mqar_by_pairs, gda_copy_by_length and
     gda_fewshot_by_arrangement.
     """
-    if output is not None:
-        for file in files_of_results(Path(output)):
-            refuse_existing(file, overwrite)
-    _check_outputs(options, output, html=html, log_samples=log_samples, update_card=update_card)
-    from gda.eval.card import update_card as write_card
+    _check_outputs(options)
+    from gda.eval.card import update_card
     from gda.eval.evaluate import evaluate_with_baseline
     from gda.eval.report import to_json, write_report
 
@@ -101,27 +71,34 @@ def evaluate(
     for name, note in report.notes():
         progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
     written = []
-    if output is not None:
-        written = write_report(report, Path(output), with_html=html, with_samples=log_samples, overwrite=overwrite)
-    if update_card:
-        written.append(write_card(Path(options.model), report))
+    if options.output is not None:
+        written = write_report(
+            report,
+            Path(options.output),
+            with_html=options.html,
+            with_samples=options.log_samples,
+            overwrite=options.overwrite,
+        )
+    if options.update_card:
+        written.append(update_card(Path(options.model), report))
     for path in written:
         progress_console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_outputs(
-    options: EvaluateOptions, output: str | None, *, html: bool, log_samples: bool, update_card: bool
-) -> None:
+def _check_outputs(options: EvalOptions) -> None:
     """Check that everything can be written before anything is run."""
-    if html and output is None:
+    output = options.output
+    if options.html and output is None:
         raise ValueError("--html writes report.html to the folder of --output; name one")
-    if log_samples and (output is None or not options.tasks):
+    if options.log_samples and (output is None or not options.tasks):
         raise ValueError("--log-samples writes the documents of --tasks to the folder of --output; name both")
     if output is not None:
         if not output or (Path(output).exists() and not Path(output).is_dir()):
             raise ValueError(f"--output {output or repr(output)} is not a folder")
+        for file in files_of_results(Path(output)):
+            refuse_existing(file, options.overwrite)
         _check_writable(Path(output), "--output")
-    if update_card:
+    if options.update_card:
         if not options.tasks:
             raise ValueError("--update-card needs scores to write; name --tasks")
         if not Path(options.model).is_dir():

@@ -4,7 +4,6 @@ import typer
 
 from gda.commands.app import JSON, Group, command, print_json, progress_console
 from gda.commands.written import print_written
-from gda.conversion.growth import growth
 from gda.conversion.options import GrowOptions
 
 
@@ -26,7 +25,6 @@ def grow(options: GrowOptions, as_json: JSON = False) -> None:
     With --masked, new parts start from random weights, and training fades them in.
     The options can be combined. OUT contains trainable.json, which lists the new parameters.
     """
-    growth.checked(options)  # before anything heavy is imported
     from gda.conversion.grow import grow as function
 
     report = function.run(options, console=progress_console)

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from gda.commands.app import INTERRUPTED, JSON, Group, command, is_main_process, print_json, progress_console
+from gda.commands.app import INTERRUPTED, JSON, Group, command, print_json, progress_console
 from gda.common.errors import Interrupted
+from gda.common.processes import is_main_process
 from gda.training.settings import TrainOptions
 
 if TYPE_CHECKING:

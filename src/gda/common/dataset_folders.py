@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gda.common.errors import first_line
+from gda.common.errors import any_error_as
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,10 +40,8 @@ def read_saved(folder: Path) -> "dict[str, Dataset]":
     """The splits of a dataset that `save_to_disk` has written, mapped into memory; ValueError if it is damaged."""
     from datasets import DatasetDict, load_from_disk
 
-    try:
+    with any_error_as(f"{folder} cannot be read"):
         saved = load_from_disk(str(folder))
-    except Exception as error:  # datasets has no common error class
-        raise ValueError(f"{folder} cannot be read: {first_line(error)}") from None
     return dict(saved.items()) if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
 
 

@@ -16,7 +16,7 @@ import inspect
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -125,6 +125,19 @@ def flag(name: str) -> str:
 def as_names(given: Any) -> tuple[str, ...]:
     """The value of an option that can be repeated: None, one name or path, or several."""
     return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given or ()))
+
+
+def layer_list(layers: str | Iterable[int] | None) -> list[int] | None:
+    """The value of --layers as numbers; None stays None. Text separates them with commas."""
+    if layers is None:
+        return None
+    try:
+        numbers = [int(layer) for layer in (layers.split(",") if isinstance(layers, str) else layers)]
+    except ValueError:
+        raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None
+    if not numbers:
+        raise ValueError("--layers names no layer")
+    return numbers
 
 
 def is_union(hint: Any) -> bool:

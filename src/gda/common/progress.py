@@ -87,16 +87,27 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
+def log_level(name: str, level: int) -> Iterator[None]:
+    """Give the logger `name` another level within this context."""
+    named = logging.getLogger(name)
+    before = named.level
+    named.setLevel(level)
+    try:
+        yield
+    finally:
+        named.setLevel(before)
+
+
+@contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
     """Write the log to standard error within this context, unless it is a terminal, which shows bars."""
     if sys.stderr.isatty():
         yield
         return
-    handler, level = logging.StreamHandler(sys.stderr), logger.level
+    handler = logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     try:
-        yield
+        with log_level(logger.name, logging.INFO):
+            yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
