@@ -8,7 +8,7 @@ read the same rows in the same order as the other variants of the seed. The vari
 head_dim and learning rate; the width of the MLP makes up for the FLOPs of their heads.
 "paired" is the layout of the GDA paper: separate keys for the noise, values twice as wide, and a norm of each head.
 "shared" and "sigmoid" are the shared layout, with one λ per layer and with one λ per token and signal head.
-Each is compared with a Transformer of as many KV heads. A paired model without the norm shows what the norm does.
+Each is compared with a Transformer whose KV cache is as large. A paired model without the norm shows what it does.
 
 Steps, learning rate and initialization were chosen with the Transformer alone, with seeds -1 and -2, so that it learns
 the tasks but not perfectly: recall 0.65 and 0.66, copying 0.88 and 0.95, retrieval 0.62 and 0.70, text 4.00 and 3.96
@@ -59,7 +59,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gda import GDAConfig, GDAForCausalLM
 from gda.eval.attention.analysis import LayerAttention, visit_attention
 
-TRANSFORMER, TRANSFORMER_2 = "Transformer", "Transformer 2 KV"
+TRANSFORMER, TRANSFORMER_2, NO_NORM = "Transformer", "Transformer 2 KV", "paired 3:1, no norm"
 PAIRED = {"kv_layout": "paired", "head_norm": True, "num_key_value_heads": 2}
 SIGMOID = {"lambda_type": "sigmoid"}
 HEADS = {"1:1": (4, 4), "3:1": (6, 2), "4:1": (8, 2), "7:1": (7, 1)}
@@ -68,7 +68,7 @@ VARIANTS = {TRANSFORMER: Heads(8, 0, {}), TRANSFORMER_2: Heads(8, 0, {"num_key_v
     for kind, fields in (("paired", PAIRED), ("shared", {}), ("sigmoid", SIGMOID))
     for ratio, heads in HEADS.items()
 }
-VARIANTS["paired 3:1, no norm"] = Heads(*HEADS["3:1"], PAIRED | {"head_norm": False})
+VARIANTS[NO_NORM] = Heads(*HEADS["3:1"], PAIRED | {"head_norm": False})
 SHAPE = Shape(hidden=64, layers=2, head_dim=32, kv_heads=1, length=64)
 MLP = 256  # of the Transformer
 
@@ -269,32 +269,41 @@ def run(options: argparse.Namespace, training: Training) -> None:
 
 
 def results_of(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The finished runs by variant and seed."""
+    """The finished runs by variant and seed, of the seeds that all of these variants have finished."""
     runs = runs_of(folder)
-    results = {name: {each["seed"]: each for each in runs if each["name"] == name} for name in VARIANTS}
-    return {name: runs for name, runs in results.items() if runs}
+    by_name = {name: {each["seed"]: each for each in runs if each["name"] == name} for name in VARIANTS}
+    found = {name: by_seed for name, by_seed in by_name.items() if by_seed}
+    complete = sorted(set.intersection(*map(set, found.values()))) if found else []
+    if not complete:
+        sys.exit(f"{folder}: no seed is complete; `ratios.py run` continues")
+    return {name: {seed: by_seed[seed] for seed in complete} for name, by_seed in found.items()}
+
+
+def peer_of(name: str) -> str:
+    """The Transformer with as many KV heads."""
+    return TRANSFORMER if VARIANTS[name].fields.get("num_key_value_heads", SHAPE.kv_heads) == 1 else TRANSFORMER_2
 
 
 def report(folder: Path, part: str) -> str:
-    """Means of the Transformers, and differences to the Transformer with as many KV heads and the same seed.
+    """Means of the Transformers, and mean differences between runs of the same seed, with 95 % intervals.
 
-    With 95 % intervals. `part`: test or longer.
+    `part`: test or longer.
     """
     results, kinds = results_of(folder), dict.fromkeys(TASKS, "accuracy") | {TEXT: "loss"}
-    head = ["", "MLP", "seeds", *(f"{task}, {kind}" for task, kind in kinds.items())]
+    head = ["", "compared with", "MLP", "seeds", *(f"{task}, {kind}" for task, kind in kinds.items())]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, runs in results.items():
-        peers = results.get(TRANSFORMER_2 if "num_key_value_heads" in VARIANTS[name].fields else TRANSFORMER, {})
-        seeds = sorted(runs.keys() & peers.keys())
-        if not seeds:
+    compared = [(name, peer_of(name) if VARIANTS[name].noise else None) for name in results]
+    for name, peer in [*compared, ("paired 3:1", NO_NORM)]:
+        if name not in results or (peer is not None and peer not in results):
             continue
-        cells = [name, str(mlp_of(name)), str(len(seeds))]
+        cells = [name, peer or "", str(mlp_of(name)), str(len(results[name]))]
         for task, kind in kinds.items():
-            values, baselines = ([each[seed][task][part][kind] for seed in seeds] for each in (runs, peers))
-            if VARIANTS[name].noise:
-                cells.append(difference([value - baseline for value, baseline in zip(values, baselines, strict=True)]))
-            else:
+            values = [each[task][part][kind] for each in results[name].values()]
+            if peer is None:
                 cells.append(f"{fmean(values):.3f}")
+            else:
+                others = (each[task][part][kind] for each in results[peer].values())
+                cells.append(difference([value - other for value, other in zip(values, others, strict=True)]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

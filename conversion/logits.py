@@ -1,4 +1,4 @@
-"""Running two models on the same tokens, for their logits and the greedy text that they produce."""
+"""Comparing two models by the logits and the greedy text that they produce."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ from gda.conversion.tensors.layerwise import LayerwiseModel
 GREEDY_TOKENS = 16
 TIE = 1e-4  # Two logits this close, relative to the largest at their position, differ by rounding only.
 RANDOM_PROMPTS, RANDOM_LENGTH = 8, 48
-# `run_by_layers` cuts the first tokens of the prompts into rows, and decodes the last ones of each row one by one.
+# `compare_by_layers` cuts the first tokens of the prompts into rows, and decodes the last ones of each row one by one.
 # There are so few because each costs two operations per weight, and verification must take at most twice the time of
 # the conversion. Lossy conversions get no more, since no threshold applies to them: a split measures its perplexity on
 # thousands of held-out tokens, and `gda eval` measures any model.
@@ -42,12 +42,31 @@ class GreedyText(NamedTuple):
     same_but_ties: bool
 
 
-class Outputs(NamedTuple):
-    """Logits (tokens, vocabulary) of the source and of the converted model, and a comparison of their greedy texts."""
+class LogitDifferences(NamedTuple):
+    """Maxima and sums over the logits of some tokens; `sum_abs` is of the mean over the vocabulary."""
 
-    expected: torch.Tensor
-    got: torch.Tensor
-    texts: list[GreedyText]
+    tokens: int
+    same_top_token: int
+    max_abs: float
+    max_logit: float
+    sum_abs: float
+    sum_kl: float
+    finite: bool
+
+
+def logit_differences(expected: torch.Tensor, got: torch.Tensor) -> LogitDifferences:
+    """Compare the logits (B, T, vocabulary) of the source and of the converted model."""
+    difference = (got - expected).abs()
+    log_p, log_q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
+    return LogitDifferences(
+        tokens=expected[..., 0].numel(),
+        same_top_token=int((expected.argmax(-1) == got.argmax(-1)).sum()),
+        max_abs=difference.max().item(),
+        max_logit=expected.abs().max().item(),
+        sum_abs=difference.mean(dim=-1).sum().item(),
+        sum_kl=(log_p.exp() * (log_p - log_q)).sum().item(),
+        finite=bool(torch.isfinite(expected).all() and torch.isfinite(got).all()),
+    )
 
 
 def prompts_for(source: Source) -> tuple[list[torch.Tensor], str | None]:
@@ -69,24 +88,27 @@ def prompts_for(source: Source) -> tuple[list[torch.Tensor], str | None]:
 
 
 @torch.inference_mode()
-def run_whole(source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None) -> Outputs:
+def compare_whole(
+    source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None
+) -> tuple[list[LogitDifferences], list[GreedyText]]:
     """Load both models, run them on each prompt, and let both continue it."""
-    models, logits, texts = (source.load(), converted.load()), [], []
+    models, parts, texts = (source.load(), converted.load()), [], []
     with progress_bars(console) as progress:
         for ids in progress.track(prompts, description="verifying"):
-            logits.append([model(ids, use_cache=False).logits[0] for model in models])
+            parts.append(logit_differences(*(model(ids, use_cache=False).logits for model in models)))
             wanted = _greedy(models[0], ids, use_cache=_trusts_cache(source, converted))
             found = _greedy(models[1], ids, use_cache=True)
             texts.append(_compare_texts(models[0], wanted, found))
-    expected, got = (torch.cat(each) for each in zip(*logits, strict=True))
-    return Outputs(expected, got, texts)
+    return parts, texts
 
 
 @torch.inference_mode()
-def run_by_layers(source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None) -> Outputs:
+def compare_by_layers(
+    source: Source, converted: Source, prompts: list[torch.Tensor], console: Console | None
+) -> tuple[list[LogitDifferences], list[GreedyText]]:
     """Run both models layer by layer on rows of the prompts' tokens, with a cache.
 
-    The logits are those of the prefill. The steps after it give the texts.
+    Logits of the prefill are compared, and the texts that the steps after it give.
     """
     rows, prefill = _rows(prompts)
     with progress_bars(console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()) as progress:
@@ -99,7 +121,7 @@ def run_by_layers(source: Source, converted: Source, prompts: list[torch.Tensor]
     same = wanted == found
     same_but_ties = same | _is_tie(expected[:, prefill - 1 :], found)
     texts = [GreedyText(bool(row.all()), bool(tied.all())) for row, tied in zip(same, same_but_ties, strict=True)]
-    return Outputs(expected[:, :prefill].flatten(0, 1), got[:, :prefill].flatten(0, 1), texts)
+    return [logit_differences(expected[:, :prefill], got[:, :prefill])], texts
 
 
 def _trusts_cache(source: Source, converted: Source) -> bool:

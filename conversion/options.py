@@ -92,7 +92,7 @@ class CheckpointOptions(ShardOptions, RevisionOptions):
     """Options of every command that writes a model from another model."""
 
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
-        "keep", "Data type of the weights. λ is always float32.", panel=OUTPUT
+        "keep", "Data type of the weights. λ is never narrowed.", panel=OUTPUT
     )
     workers: int = option(1, "Number of weight files to write at once.", panel=OUTPUT, metavar="N", minimum=1)
     verify: bool = option(
@@ -365,7 +365,7 @@ class GrowOptions(NewHeadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in growth.checked(self).items():
+        for name, value in growth.uniform(self).items():
             object.__setattr__(self, name, value)
 
     def check_places(self) -> None:

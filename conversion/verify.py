@@ -13,7 +13,7 @@ from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import OWN_FIELDS
 from gda.conversion.families.llamalike import DIFFERING_FIELDS, SHARED_FIELDS, layer_windows
-from gda.conversion.logits import Outputs, prompts_for, run_by_layers, run_whole
+from gda.conversion.logits import compare_by_layers, compare_whole, prompts_for
 from gda.conversion.modes.registry import plan_again
 from gda.conversion.options import VerifyOptions
 from gda.conversion.sources.folder import FolderSource
@@ -31,9 +31,8 @@ LOSSLESS_THRESHOLD = 1e-5
 # Fields of the config that affect what a model with the same tensors computes.
 COMPUTED_WITH = (
     *(name for name in SHARED_FIELDS if name != "use_cache" and not name.endswith("_token_id")),
-    *DIFFERING_FIELDS,
     "num_attention_heads",
-    *OWN_FIELDS,
+    *dict.fromkeys((*DIFFERING_FIELDS, *OWN_FIELDS)),
 )
 
 
@@ -201,46 +200,32 @@ def verify_by_logits(
         method = "full" if _both_fit(source, converted) else "layers"
     _require_same_windows(source, converted)
     prompts, random_because = prompts_for(source)
-    run = run_whole if method == "full" else run_by_layers
+    compare = compare_whole if method == "full" else compare_by_layers
     try:
-        outputs = run(source, converted, prompts, console)
+        parts, texts = compare(source, converted, prompts, console)
     except UnusedCacheError as error:
         raise CheckFailed(f"verification failed: {first_line(error)}") from None
-    report = _measured(method, outputs)
-    decodes = not lossless or all(text.same_but_ties for text in outputs.texts)
-    return replace(
-        report,
-        prompts="texts" if random_because is None else "random ids",
-        random_because=random_because,
-        threshold=threshold,
-        passed=report.finite and _within(report.relative, threshold) and decodes,
-    )
-
-
-def _measured(method: str, outputs: Outputs) -> VerifyReport:
-    """A report on the logits and the greedy texts of both models. A largest difference that is NaN counts as 0."""
-    expected, got, texts = outputs
-    difference = (got - expected).abs()
-    max_abs = max(0.0, difference.max().item())
-    max_logit = max(torch.finfo(torch.float32).tiny, expected.abs().max().item())
+    tokens = sum(part.tokens for part in parts)
+    max_abs = max(0.0, *(part.max_abs for part in parts))  # begins with a number, since comparing with NaN is false
+    relative = max_abs / max(torch.finfo(torch.float32).tiny, *(part.max_logit for part in parts))
+    finite = all(part.finite for part in parts)
+    decodes = not lossless or all(text.same_but_ties for text in texts)
     return VerifyReport(
         method=method,
-        tokens=len(expected),
-        relative=max_abs / max_logit,
+        prompts="texts" if random_because is None else "random ids",
+        random_because=random_because,
+        tokens=tokens,
+        relative=relative,
         max_abs=max_abs,
-        mean_abs=difference.mean().item(),
-        kl=max(0.0, sum(map(_divergence, expected, got)) / len(expected)),
-        top1_agreement=(expected.argmax(-1) == got.argmax(-1)).double().mean().item(),
+        mean_abs=sum(part.sum_abs for part in parts) / tokens,
+        kl=max(0.0, sum(part.sum_kl for part in parts) / tokens),
+        top1_agreement=sum(part.same_top_token for part in parts) / tokens,
         greedy_match=sum(text.same for text in texts) / len(texts),
         greedy_ties=sum(text.same_but_ties and not text.same for text in texts) / len(texts),
-        finite=bool(torch.isfinite(expected).all() and torch.isfinite(got).all()),
+        threshold=threshold,
+        finite=finite,
+        passed=finite and _within(relative, threshold) and decodes,
     )
-
-
-def _divergence(expected: torch.Tensor, got: torch.Tensor) -> float:
-    """KL divergence at one position. Logits of a large vocabulary in float64 are large: all at once take gigabytes."""
-    log_p, log_q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum().item()
 
 
 def _both_fit(source: Source, converted: Source) -> bool:

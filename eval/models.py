@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.common.files import in_background, sha256
 from gda.common.places import gguf_file
 from gda.common.screen import quiet_transformers
@@ -44,7 +44,7 @@ class Candidate:
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Quiet transformers, and name the model in whatever it raises for a malformed folder."""
-        with quiet_transformers(), any_error_as(f"{self.name} cannot be loaded"):
+        with quiet_transformers(), errors_as(f"{self.name} cannot be loaded"):
             yield
 
     def load(self, options: TaskOptions) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from .modeling_gda import (
     GDAForSequenceClassification,
     GDAForTokenClassification,
     GDAModel,
+    GDAPreTrainedModel,
 )
 
 AutoConfig.register("gda", GDAConfig, exist_ok=True)
@@ -24,3 +25,12 @@ AutoModelForCausalLM.register(GDAConfig, GDAForCausalLM, exist_ok=True)
 AutoModelForQuestionAnswering.register(GDAConfig, GDAForQuestionAnswering, exist_ok=True)
 AutoModelForSequenceClassification.register(GDAConfig, GDAForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(GDAConfig, GDAForTokenClassification, exist_ok=True)
+
+__all__ = [
+    "GDAForCausalLM",
+    "GDAForQuestionAnswering",
+    "GDAForSequenceClassification",
+    "GDAForTokenClassification",
+    "GDAModel",
+    "GDAPreTrainedModel",
+]

@@ -75,14 +75,14 @@ class Plan:
         return [FadeCallback(_steps_of_fade(self.settings, self.steps), self.settings.lambda_target)]
 
     def require_space(self, out: Path) -> None:
-        """Raise OSError unless the disk of `out` has room for the checkpoints.
+        """Raise NoSpaceError unless the disk of `out` has room for the checkpoints.
 
         A new checkpoint is written before an old one is removed. Each holds the weights and AdamW's two moments.
         """
         needed = 4 * (self.num_parameters + 2 * self.num_trained) * (self.settings.keep + 1)
         place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
         reusable = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
-        require_space(place, needed, reusable=reusable, needs="checkpoints need")
+        require_space(place, needed, reusable=reusable, what="a run with checkpoints")
 
 
 def make_plan(

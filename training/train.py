@@ -15,6 +15,7 @@ from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from gda.common.files import NoSpaceError
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.versions import versions
@@ -139,7 +140,7 @@ def _dry_run(
     obstacles = [unfinished_run(out)]
     try:
         plan.require_space(out)
-    except OSError as error:
+    except NoSpaceError as error:
         obstacles.append(str(error))
     return TrainReport(
         out=out,

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.common.files import write_json
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import llamalike
@@ -105,14 +105,14 @@ def read_motif_config(raw: dict[str, Any], path: Path) -> MotifConfig:
         name: value for name, value in raw.items() if value is not None and name not in ("model_type", "auto_map")
     }
     fields |= {name: ASSUMED[name] for name in assumed} | {"assumed": assumed}
-    with any_error_as(f"{path} is not a valid configuration"):
+    with errors_as(f"{path} is not a valid configuration"):
         config = MotifConfig(**fields)
     _refuse_unsupported(config, path)
     if config.num_noise_heads is None:
         config.num_noise_heads = config.num_attention_heads // 2
     if config.head_dim is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    with any_error_as(str(path), ValueError):
+    with errors_as(str(path), ValueError):
         mapped_config(config, None)
     return config
 

@@ -12,8 +12,8 @@ FIELDS = ("signal", "hidden", "width", "depth", "layers", "noise_std", "masked",
 LARGEST_FACTOR = 1000
 
 
-def checked(options: "GrowOptions") -> dict[str, Any]:
-    """The options with whole factors as integers and --layers as a list; ValueError for an impossible growth."""
+def uniform(options: "GrowOptions") -> dict[str, Any]:
+    """Options in a uniform form: factors as integers, and --layers as a list. ValueError for an impossible growth."""
     signal, hidden, mlp, width, masked = options.signal, options.hidden, options.mlp, options.width, options.masked
     layers = layer_list(options.layers)
     if signal is hidden is mlp is width is options.depth is layers is None:

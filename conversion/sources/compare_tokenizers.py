@@ -1,6 +1,7 @@
 """Whether two tokenizers read and write alike: compared on strings that tokenizers of different classes split apart."""
 
 import random
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,8 @@ def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def first_difference(got: Any, expected: Any) -> str:
     """The ids or the letters around the first that differs."""
     if {type(got), type(expected)} not in ({list}, {str}):  # one raised an error
-        return f"{got!r:.80} instead of {expected!r:.80}"
+        names = (each.__name__ if isinstance(each, type) else reprlib.repr(each) for each in (got, expected))
+        return " instead of ".join(names)
     differing = (place for place, (one, two) in enumerate(zip(got, expected, strict=False)) if one != two)
     first = next(differing, min(len(got), len(expected)))
     if isinstance(got, str):

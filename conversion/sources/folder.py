@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.assets import copy_assets
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.common.places import ADAPTER_CONFIG
 from gda.conversion.sources.hub import check_downloaded
 from gda.conversion.sources.names import stored_names
@@ -38,7 +38,7 @@ class FolderSource(Source):
         self.weight_files = [folder / file for file in self._reader.files]
         self.specs = self._reader.specs
         expected = self._expected_specs(folder)
-        with any_error_as(str(folder), caught=ValueError):
+        with errors_as(str(folder), caught=ValueError):
             self._stored = stored_names(self.specs, expected, tied=self.config.tie_word_embeddings)
         self.specs = {name: self._reader.specs[stored] for name, stored in self._stored.items()}
         self._check_tensors(folder, expected)
@@ -52,7 +52,7 @@ class FolderSource(Source):
     def load(self) -> PreTrainedModel:
         config = copy.deepcopy(self.config)
         config._attn_implementation = "sdpa"  # as an argument, one that config.json names would override it
-        with any_error_as(f"{self.folder}: transformers cannot load it"):
+        with errors_as(f"{self.folder}: transformers cannot load it"):
             model = AutoModelForCausalLM.from_pretrained(
                 self.folder, config=config, dtype=torch.float32, trust_remote_code=False
             )

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from gda.common.assets import TOKENIZER_CONFIG, tokenizer_config
-from gda.common.errors import any_error_as, first_line
+from gda.common.errors import errors_as, first_line
 from gda.common.extras import needed_by
 from gda.common.files import write_json
 from gda.common.screen import quiet_transformers
@@ -98,7 +98,7 @@ class GGUFSource(Source):
     def _read_config(self) -> PreTrainedConfig:
         from gguf import MODEL_ARCH_NAMES
 
-        with any_error_as(f"{self.path} is not a readable GGUF file of a model"):
+        with errors_as(f"{self.path} is not a readable GGUF file of a model"):
             self._require_layers()
             with quiet_transformers(), self._parsed_once():
                 read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
@@ -189,7 +189,7 @@ class GGUFSource(Source):
         # transformers dequantizes, names and orders the weights, so that verification is independent of `read`. Its
         # progress bar cannot be disabled.
         with (
-            any_error_as(f"{self.path}: transformers cannot load it"),
+            errors_as(f"{self.path}: transformers cannot load it"),
             contextlib.redirect_stderr(io.StringIO()),
             self._parsed_once(),
         ):

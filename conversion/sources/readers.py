@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families import motif
 from gda.conversion.families.llamalike import refuse_unread
@@ -32,7 +32,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} has a quantization_config; dequantize the model and save it first")
     if model_type == motif.MODEL_TYPE:
         return motif.read_motif_config(raw, path)
-    with any_error_as(f"{path} is not a valid configuration"):
+    with errors_as(f"{path} is not a valid configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     require_known_type(config.model_type, path)  # transformers turns a Mistral with layer_types into a Ministral
     refuse_unread(config, path)

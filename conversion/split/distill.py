@@ -79,22 +79,24 @@ class Distillation:
         self.work = work
         self.keeps_graphs = keeps_graphs
         self.step = 0
-        self.stored: dict[str, list[dict[str, torch.Tensor]]] = {"weight": [], "mean": [], "square": []}
-        self.weights, self.means, self.squares = self.stored.values()
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.means: list[dict[str, torch.Tensor]] = []
+        self.squares: list[dict[str, torch.Tensor]] = []
         self.scales: list[dict[str, float]] = []
         for layer in range(model.num_layers):
             tensors = start(layer)
             self.scales.append({name: _scale(tensor) for name, tensor in tensors.items()})
-            for kind, layers in self.stored.items():
-                layers.append(
-                    {
-                        name: work.allocate(f"{kind}-{layer}-{name}", *each.shape).zero_()
-                        for name, each in tensors.items()
-                    }
-                )
+            self.weights.append(self._allocated("weight", layer, tensors))
+            self.means.append(self._allocated("mean", layer, tensors))
+            self.squares.append(self._allocated("square", layer, tensors))
             for name, tensor in tensors.items():
                 self.weights[layer][name].copy_(tensor)
+                self.means[layer][name].zero_()
+                self.squares[layer][name].zero_()
         self._load_checkpoint()
+
+    def _allocated(self, kind: str, layer: int, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: self.work.allocate(f"{kind}-{layer}-{name}", *tensor.shape) for name, tensor in like.items()}
 
     def train(self, plan: Plan, sequences: torch.Tensor, last_states: torch.Tensor) -> Iterator[float]:
         """Train to the last step of the plan, and yield the loss of each step, in nats per token.
@@ -151,7 +153,7 @@ class Distillation:
     @torch.no_grad()
     def _update(self, layer: int, name: str, gradient: torch.Tensor, rate: float) -> None:
         """One step of Adam (arXiv 1412.6980). torch's own keeps all moments in memory."""
-        weight, mean, square = (layers[layer][name] for layers in self.stored.values())
+        weight, mean, square = (each[layer][name] for each in (self.weights, self.means, self.squares))
         gradient = gradient.to(weight)
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
@@ -178,7 +180,8 @@ class Distillation:
                 tensor.copy_(saved[name])
 
     def _state(self, layer: int) -> dict[str, torch.Tensor]:
-        return {f"{kind}.{name}": tensor for kind, of in self.stored.items() for name, tensor in of[layer].items()}
+        kinds = {"weight": self.weights, "mean": self.means, "square": self.squares}
+        return {f"{kind}.{name}": tensor for kind, of in kinds.items() for name, tensor in of[layer].items()}
 
 
 def graph_bytes(config: GDAConfig, tokens: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.common.files import read_json, written_beside
 from gda.conversion.tensors.file_range import FileRange, stamp_of
 
@@ -98,7 +98,7 @@ class SafetensorsReader:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing, though {INDEX_FILE} names it")
         stamp = stamp_of(path)
-        with any_error_as(f"{path} is damaged", caught=SafetensorError), safe_open(path, framework="pt"):
+        with errors_as(f"{path} is damaged", caught=SafetensorError), safe_open(path, framework="pt"):
             start, header = _parsed_header(path)  # which safetensors has checked
         for name, entry in sorted(header.items()):
             if (dtype := DTYPES.get(entry["dtype"])) is None:

@@ -1,5 +1,6 @@
 """The model card: what a model is, what it was made from, how it was verified and how to load it."""
 
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.writing.headmap import head_map
 
 CARD_FILE = "README.md"
-INSTALL = "`pip install -c constraints.txt -e .` in a clone of its repository"  # how readers of a card get this package
+DISTRIBUTION = "grouped-differential-attention"
 PLACEHOLDER = "path/or/id"  # in the card of a folder, for the repository that it is pushed to
 # By name. conversion.json, which anybody may have written, names the mode_… that is used.
 TEMPLATES = {path.name.split(".")[0]: path for path in (Path(__file__).parent / "templates").glob("*.md.jinja")}
@@ -60,13 +61,26 @@ def model_card(
             config=config,
             head_map=head_map(config) if isinstance(config, GDAConfig) else "",
             has_code=has_code,
-            install=INSTALL,
+            install=how_to_install(),
             engines=is_gda and config.kv_layout == "shared" and config.num_noise_heads >= config.num_key_value_heads,
             version=__version__ if made is None else made["versions"]["gda"],
         )
     except (AttributeError, KeyError, TypeError, UndefinedError) as error:
         raise ValueError(f"conversion.json does not describe a conversion ({error!r}); remove it") from None
     return str(card)
+
+
+def how_to_install() -> str:
+    """How a reader of a card installs this package: from the `Repository` that setup.cfg names, or from a clone."""
+    try:
+        links = metadata(DISTRIBUTION).get_all("Project-URL", [])
+    except PackageNotFoundError:  # run from the source tree
+        links = []
+    for link in links:
+        name, _, address = link.partition(", ")
+        if name == "Repository":
+            return f"`pip install git+{address}`"
+    return "`pip install -c constraints.txt -e .` in a clone of its repository"
 
 
 def _template(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import NoTokenizerError
@@ -252,7 +252,7 @@ def _copy(writer: "GGUFWriter", path: Path, tokens: list[str]) -> None:
     """Copy the tokenizer's metadata from a GGUF file; ValueError unless its tokens are the model's."""
     from gguf import GGUFReader
 
-    with any_error_as(f"--tokenizer {path} is not a GGUF file with a tokenizer"):
+    with errors_as(f"--tokenizer {path} is not a GGUF file with a tokenizer"):
         fields = GGUFReader(path).fields
         theirs = fields["tokenizer.ggml.tokens"].contents()
     if len(theirs) != len(tokens):

@@ -12,7 +12,7 @@ import pyarrow.parquet
 from huggingface_hub import DatasetCard
 
 from gda.common.dataset_folders import READERS, data_files, ending_of, is_saved, read_saved, split_in_name, split_of
-from gda.common.errors import any_error_as, first_line
+from gda.common.errors import errors_as, first_line
 from gda.common.progress import log_level
 from gda.common.text import jsonl_rows
 
@@ -96,7 +96,7 @@ def load_local(root: Path, path: str, name: str | None, split: str | None = None
 
 def _lists_files(readme: Path, name: str | None) -> bool:
     """Whether a dataset's README.md lists the files of the configuration `name`; None is the default one."""
-    with any_error_as(f"{readme} cannot be read"):
+    with errors_as(f"{readme} cannot be read"):
         configs = DatasetCard.load(readme).data.get("configs") if readme.is_file() else None
     return any(
         "data_files" in each and each.get("config_name", "default") == (name or "default") for each in configs or ()
@@ -121,7 +121,7 @@ def _splits_in(folder: Path) -> dict[str, datasets.Dataset]:
 
 def _read(path: Path) -> datasets.Dataset:
     """The rows of a file, in memory. (datasets' own readers keep copies in the home folder and guess at types.)"""
-    with any_error_as(f"{path} cannot be read", pyarrow.ArrowException):
+    with errors_as(f"{path} cannot be read", pyarrow.ArrowException):
         if path.suffix == ".parquet":
             dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
         else:
@@ -133,7 +133,7 @@ def _read(path: Path) -> datasets.Dataset:
 
 def _read_other(path: Path) -> datasets.Dataset:
     builder, options = READERS[ending_of(path)]
-    with any_error_as(f"{path} cannot be read"):
+    with errors_as(f"{path} cannot be read"):
         rows = datasets.load.load_dataset(
             builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
         )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -508,13 +509,31 @@ def test_model_card_has_metadata_and_verified_numbers(tmp_path: Path) -> None:
 
 
 def test_model_card_without_verification(tmp_path: Path) -> None:
-    """It contains no numbers. Like every card, it says how to install the package."""
+    """It contains no numbers."""
     convert(save_llama(tmp_path / "llama"), tmp_path / "gda")
     text = huggingface_hub.ModelCard.load(tmp_path / "gda" / "README.md").text
     assert "Not verified." in text
     assert 'from_pretrained("path/or/id", trust_remote_code=True)' in text  # which needs no installation
     assert "KL divergence" not in text
-    assert "is installed (`pip install -c constraints.txt -e .` in a clone of its repository)" in text
+
+
+@pytest.mark.parametrize(
+    ("links", "wanted"),
+    [
+        ([], "`pip install -c constraints.txt -e .` in a clone of its repository"),
+        (["Documentation, https://a.example", "Repository, https://b.example/gda"], "git+https://b.example/gda`"),
+    ],
+    ids=["no repository", "repository"],
+)
+def test_model_card_says_how_to_install_the_package(
+    links: list[str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = Message()
+    for link in links:
+        described["Project-URL"] = link
+    monkeypatch.setattr("gda.conversion.writing.card.metadata", lambda _name: described)
+    convert(save_llama(tmp_path / "llama"), tmp_path / "gda")
+    assert wanted in (tmp_path / "gda/README.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- determinism

@@ -108,15 +108,18 @@ def test_second_push_sends_no_weights(folder: Path, hub: Hub, command: Command) 
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("converts", [True, False])
 def test_upload_shows_its_progress_on_a_terminal(
-    is_terminal: bool, folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+    converts: bool, is_terminal: bool, folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the progress bars of the Hub's client. A log file gets none."""
     monkeypatch.setenv("TTY_COMPATIBLE", str(int(is_terminal)))
-    outcome = command("push", folder, "me/x")
+    if converts:
+        outcome = command("convert", folder.parent / "llama", folder.parent / "new", "--push-to-hub", "me/x")
+    else:
+        outcome = command("push", folder, "me/x")
     assert outcome.code == 0
-    assert ("model-00001-of" in outcome.error) is is_terminal
-    assert is_terminal or outcome.error == ""
+    assert ("model" in outcome.error and ".safetensors: " in outcome.error) is is_terminal
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """One Conversion per mode: what writing, verification and the card use, and how verification plans it again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ def test_mode_returns_a_conversion(mode: str, source: str, options: Any, models:
     assert list(conversion.in_order().recipes) == list(conversion.recipes)
     assert {name for recipe in conversion.recipes.values() for name in recipe.sources} <= set(opened.specs)
     assert (conversion.new_parameters is None) == (mode in ("map", "fold"))
+    dtypes = {
+        name: recipe.spec.dtype
+        for name, recipe in plan(mode, opened, replace(options, dtype="float16")).recipes.items()
+    }
+    is_lambda = {name: ".lambda_" in name for name in dtypes}
+    assert any(is_lambda.values())
+    assert all(dtype == (torch.float32 if is_lambda[name] else torch.float16) for name, dtype in dtypes.items())
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.bfloat16), (torch.float16, torch.float32)])

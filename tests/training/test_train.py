@@ -20,15 +20,24 @@ import torch.distributed.checkpoint
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import gda
 from gda.common.options import flag
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import MASKED
 from gda.conversion.writing.history import history_of
+from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.report import TrainReport
 from gda.training.runs.checkpoints import mark_complete
+from gda.training.runs.processes import Processes
 from gda.training.settings import TrainOptions
 
 from ..support.children import in_child, killed_at
@@ -997,3 +1006,19 @@ def test_from_and_to_the_hub(models: Path, tmp_path: Path, hub: Any, command: Co
     assert differing(tensors_of(tmp_path / "local"), tensors_of(tmp_path / "out")) == set()
     model = AutoModelForCausalLM.from_pretrained("me/trained")
     assert torch.equal(model.lm_head.weight, tensors_of(tmp_path / "out")["lm_head.weight"])
+
+
+def test_checkpoint_holds_what_the_other_processes_write(models: Path, tmp_path: Path) -> None:
+    """It is marked as complete only after they have written their part."""
+    checkpoint = tmp_path / "checkpoint-5"
+    checkpoint.mkdir()
+
+    class SlowNeighbour(Processes):
+        def gather(self, value: Any) -> Any:
+            (checkpoint / "rng_state_1.pth").write_bytes(b"its state")
+            return super().gather(value)
+
+    callback = CheckpointCallback(models / "gda", {}, 1, SlowNeighbour())
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    callback.on_save(arguments, TrainerState(global_step=5), TrainerControl())
+    assert "rng_state_1.pth" in json.loads((checkpoint / "checkpoint.json").read_text())["files"]

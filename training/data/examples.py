@@ -13,7 +13,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.training.data.rows import Example, Message
 
 # Templates with this tag mark the turns of the assistant themselves.
@@ -160,5 +160,5 @@ def _rendered(
     This is the part of `apply_chat_template` before it tokenizes. Only here are the spans to be had.
     """
     render: Any = render_jinja_template
-    with any_error_as(f"{chat.place}: the chat template cannot render this chat"):  # it may raise anything
+    with errors_as(f"{chat.place}: the chat template cannot render this chat"):  # it may raise anything
         return render(beginnings, chat.tools, **template, **options)

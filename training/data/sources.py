@@ -19,7 +19,7 @@ from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from gda.common.dataset_folders import LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
-from gda.common.errors import any_error_as, first_line
+from gda.common.errors import errors_as, first_line
 from gda.common.places import check_data
 from gda.common.text import pieces_from, rows_from
 from gda.conversion.sources.hub import LOG_IN
@@ -158,7 +158,7 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
     load: Callable[..., Any] = partial(
         datasets.load_dataset, builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
     )
-    with any_error_as(f"{path} cannot be read"):
+    with errors_as(f"{path} cannot be read"):
         rows = load() if fields is None or builder != "parquet" else load(columns=list(fields))
     if builder == "parquet" and hasattr(rows, "reshard"):  # not in early releases of datasets 4
         rows = rows.reshard()

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from gda.common.assets import copy_assets
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.writing.tokenizer_files import keep_reading
@@ -31,7 +31,7 @@ def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
     Raises:
         ValueError: if weights and config do not fit.
     """
-    with any_error_as(f"{folder} cannot be loaded"):
+    with errors_as(f"{folder} cannot be loaded"):
         loaded: Any = GDAForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )

@@ -12,7 +12,7 @@ from gda.eval.options import OUTPUT, AttentionOptions
 
 
 @dataclass(frozen=True)
-class PageOptions(AttentionOptions):
+class AttentionOutputOptions(AttentionOptions):
     """Options of `gda attention`: those of `gda.attention`, and the files that are written."""
 
     out: str | None = option(None, "HTML page to write, a single file. Default: none.", panel=OUTPUT, metavar="FILE")
@@ -21,7 +21,7 @@ class PageOptions(AttentionOptions):
 
 
 @command(
-    PageOptions,
+    AttentionOutputOptions,
     Group.EVALUATE,
     examples=(
         "gda attention ./llama-gda --text 'The cat sat on the mat.' --out report.html",
@@ -30,7 +30,7 @@ class PageOptions(AttentionOptions):
         "gda attention ./llama-gda --text 'The cat sat.' --json",
     ),
 )
-def attention(options: PageOptions, as_json: JSON = False) -> None:
+def attention(options: AttentionOutputOptions, as_json: JSON = False) -> None:
     """Show a model's attention on one text: signal, noise and their difference, by layer, group and token.
 
     The page works offline. Maps that exceed --map-megabytes are averaged, and the page says so. The numbers are always
@@ -53,7 +53,7 @@ def attention(options: PageOptions, as_json: JSON = False) -> None:
         print_json(report.to_dict())
 
 
-def _check_outputs(options: PageOptions) -> None:
+def _check_outputs(options: AttentionOutputOptions) -> None:
     """Check that everything can be written before anything is run."""
     out, png = options.out, options.png
     for name, place in (("--out", out), ("--png", png)):

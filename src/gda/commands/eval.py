@@ -22,7 +22,7 @@ WIDTH_OF_FILES = 160  # of tables that are not printed on a screen
 
 
 @dataclass(frozen=True)
-class EvalOptions(EvaluateOptions):
+class EvalOutputOptions(EvaluateOptions):
     """Options of `gda eval`: those of the evaluation, and the files that are written."""
 
     output: str | None = option(
@@ -39,7 +39,7 @@ class EvalOptions(EvaluateOptions):
 
 
 @command(
-    EvalOptions,
+    EvalOutputOptions,
     Group.EVALUATE,
     name="eval",
     examples=(
@@ -49,7 +49,7 @@ class EvalOptions(EvaluateOptions):
         "gda eval ./llama-gda --perplexity text.txt --json",
     ),
 )
-def evaluate(options: EvalOptions, as_json: JSON = False) -> None:
+def evaluate(options: EvalOutputOptions, as_json: JSON = False) -> None:
     """Run tasks of lm-evaluation-harness on a model and, with the same options, on a baseline.
 
     Tasks come from lm-eval, which reads data from the Hub or local files, or from this package, whose tasks generate
@@ -85,7 +85,7 @@ def evaluate(options: EvalOptions, as_json: JSON = False) -> None:
         progress_console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_outputs(options: EvalOptions) -> None:
+def _check_outputs(options: EvalOutputOptions) -> None:
     """Check that everything can be written before anything is run."""
     output = options.output
     if options.html and output is None:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +40,7 @@ def read_saved(folder: Path) -> "dict[str, Dataset]":
     """The splits of a dataset that `save_to_disk` has written, mapped into memory; ValueError if it is damaged."""
     from datasets import DatasetDict, load_from_disk
 
-    with any_error_as(f"{folder} cannot be read"):
+    with errors_as(f"{folder} cannot be read"):
         saved = load_from_disk(str(folder))
     return dict(saved.items()) if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
 

@@ -22,10 +22,10 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def any_error_as(message: str, caught: type[Exception] = Exception) -> Iterator[None]:
-    """Raise ValueError with `message` and the first line of whatever is raised inside.
+def errors_as(message: str, caught: type[Exception] = Exception) -> Iterator[None]:
+    """Raise ValueError with `message` and the first line of an error that is raised inside.
 
-    For libraries whose errors on a malformed file have no class in common.
+    By default, of any: what libraries raise for a malformed file has no class in common.
     """
     try:
         yield

@@ -229,10 +229,14 @@ class StagedFolder:
         _remove_empty(self._created_parents)
 
 
-def require_space(folder: Path, nbytes: int, *, reusable: int = 0, needs: str = "the result needs") -> None:
-    """Raise OSError unless the disk of an existing folder has room for `nbytes`, of which `reusable` are there."""
+class NoSpaceError(OSError):
+    """The disk has too little room for what is to be written."""
+
+
+def require_space(folder: Path, nbytes: int, *, reusable: int = 0, what: str = "the result") -> None:
+    """Raise NoSpaceError unless the disk of a folder has room for the `nbytes` of `what`; `reusable` are there."""
     if (free := shutil.disk_usage(folder).free + reusable) < nbytes:
-        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but {needs} {nbytes / 1e9:.1f} GB; make room")
+        raise NoSpaceError(f"{folder} has {free / 1e9:.1f} GB free, but {what} needs {nbytes / 1e9:.1f} GB; make room")
 
 
 def remove(path: Path) -> None:

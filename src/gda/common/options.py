@@ -14,6 +14,7 @@ greet("Ada", times=3)        # and, by gda.commands.app.command, `gda greet Ada 
 import functools
 import inspect
 import math
+import operator
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -132,8 +133,8 @@ def layer_list(layers: str | Iterable[int] | None) -> list[int] | None:
     if layers is None:
         return None
     try:
-        numbers = [int(layer) for layer in (layers.split(",") if isinstance(layers, str) else layers)]
-    except ValueError:
+        numbers = [*map(int, layers.split(","))] if isinstance(layers, str) else [*map(operator.index, layers)]
+    except (TypeError, ValueError):
         raise ValueError(f"--layers {layers} is not a list of layers such as 3,7,11") from None
     if not numbers:
         raise ValueError("--layers names no layer")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gda.common.dataset_folders import COMPRESSED, READERS
-from gda.common.errors import any_error_as
+from gda.common.errors import errors_as
 from gda.common.files import read_json, refuse_existing
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -143,7 +143,7 @@ def check_repository(name: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    with any_error_as(f"{name!r} is not a valid repository name", HFValidationError):
+    with errors_as(f"{name!r} is not a valid repository name", HFValidationError):
         validate_repo_id(name)
 
 
