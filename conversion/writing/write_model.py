@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gda.common.errors import CheckFailed
-from gda.common.files import StagedFolder, in_background, remove, require_space, write_text
+from gda.common.files import StagedFolder, in_background, remove, require_space, unfinished, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import dense_config, layer_errors
@@ -119,7 +119,8 @@ def write_model(
         notes = _write_assets(conversion, source, assets, check=options.verify)  # first, since it can refuse
         report = _planned_report(conversion, source, out, options, notes)
         if options.dry_run:
-            return report
+            obstacle = None if options.resume or options.overwrite else unfinished(out)
+            return replace(report, notes=[*report.notes, *filter(None, [obstacle])])
         return _write(report, conversion, source, assets, options, bundle_code=bundle_code, console=console)
 
 

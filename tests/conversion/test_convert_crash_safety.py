@@ -122,7 +122,7 @@ def test_killed_and_run_again_with_other_settings(resume: bool, source: Path, tm
 
 
 def test_unfinished_work_is_kept_without_a_word_of_the_user(source: Path, tmp_path: Path) -> None:
-    """The same command again names both remedies and touches nothing; each of them gives OUT."""
+    """The same command again names both remedies, also with --dry-run, and touches nothing; each of them gives OUT."""
     place = tmp_path / "place"
     expected = reference(source, place)
     for remedy in ({"resume": True}, {"overwrite": True}):
@@ -131,6 +131,8 @@ def test_unfinished_work_is_kept_without_a_word_of_the_user(source: Path, tmp_pa
         assert before
         with pytest.raises(FileExistsError, match="--resume to continue it, or --overwrite to start over"):
             convert(source, place / "gda")
+        assert "--resume to continue it" in convert(source, place / "gda", dry_run=True).notes[-1]
+        assert convert(source, place / "gda", dry_run=True, **remedy).notes == []
         assert files_of(place / ".gda.partial") == before
         convert(source, place / "gda", **remedy)
         assert files_of(place / "gda") == expected

@@ -131,6 +131,14 @@ def partial_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
+def unfinished(out: Path) -> str | None:
+    """A message if a run to OUT did not finish and can be continued; None otherwise."""
+    folder = partial_of(out)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    return f"{out} was begun by a run that did not finish; pass --resume to continue it, or --overwrite to start over"
+
+
 class StagedFolder:
     """A folder that is filled under a temporary name and renamed when it is complete.
 
@@ -164,10 +172,7 @@ class StagedFolder:
         left_over = [] if resume else list(self.folder.iterdir())
         if left_over and resumable and not overwrite:
             self.keep()
-            raise FileExistsError(
-                f"{out} was begun by a run that did not finish; "
-                "pass --resume to continue it, or --overwrite to start over"
-            )
+            raise FileExistsError(unfinished(out))
         for each in left_over:
             remove(each)
 
