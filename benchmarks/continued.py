@@ -34,7 +34,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from paired_runs import add_run, difference, keep_settings, runs_of
+from paired_runs import add_run, cell, keep_settings, runs_of, table
 from processes import in_child
 from split_domains import blimp, spread_ids
 from torch import Tensor
@@ -271,9 +271,7 @@ def report(folder: Path) -> str:
 
     With 95 % intervals.
     """
-    runs = runs_of(folder)
-    head = ["", "compared with", "trained", "seeds", *measures()]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    runs, rows = runs_of(folder), []
     compared = [(SOURCE, None), *((name, SOURCE) for name in VARIANTS if name != SOURCE)]
     compared += [(name, PLAIN_HEADS) for name in VARIANTS if name not in (SOURCE, PLAIN_HEADS)]
     for data in DATA:
@@ -284,14 +282,12 @@ def report(folder: Path) -> str:
             seeds = sorted(own.keys() & others.keys())
             if not seeds:
                 continue
-            cells = [f"{name}, {data}", peer or "", f"{own[seeds[0]]['trained']:,}", str(len(seeds))]
+            row = [f"{name}, {data}", peer or "", f"{own[seeds[0]]['trained']:,}", str(len(seeds))]
             for measure in measures().values():
-                if peer is None:
-                    cells.append(f"{fmean(measure(own[seed]) for seed in seeds):.3f}")
-                else:
-                    cells.append(difference([measure(own[seed]) - measure(others[seed]) for seed in seeds]))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+                values, theirs = ([measure(each[seed]) for seed in seeds] for each in (own, others))
+                row.append(cell(values, theirs if peer else None))
+            rows.append(row)
+    return table(["", "compared with", "trained", "seeds", *measures()], rows)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from equal_flops import interval
@@ -34,8 +36,15 @@ def add_run(folder: Path, run: dict[str, Any]) -> None:
         file.write(json.dumps(run) + "\n")
 
 
-def difference(differences: list[float]) -> str:
-    """The mean and its 95 % interval, as a cell of a table."""
-    found = interval(differences)
+def cell(values: Iterable[float], others: Iterable[float] | None) -> str:
+    """The mean of runs or, with other runs of the same seeds, the mean difference to them and its 95 % interval."""
+    if others is None:
+        return f"{fmean(values):.3f}"
+    found = interval([value - other for value, other in zip(values, others, strict=True)])
     half = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
     return f"{found['mean']:+.3f}{half}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 from equal_flops import Heads, Shape, flops, mlp_width
-from paired_runs import add_run, difference, keep_settings, runs_of
+from paired_runs import add_run, cell, keep_settings, runs_of, table
 from ratio_tasks import (
     DRAWN,
     IGNORED,
@@ -81,6 +81,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THR
 TESTS, TESTS_BETWEEN = 512, 128  # rows of each task after the training, and during it
 SEED_OF_TESTS = 1
 TEXT_FILE = "text.safetensors"
+Results = dict[str, dict[int, dict[str, Any]]]  # runs by variant and seed
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def run(options: argparse.Namespace, training: Training) -> None:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def results_of(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
+def results_of(folder: Path) -> Results:
     """The finished runs by variant and seed, of the seeds that all of these variants have finished."""
     runs = runs_of(folder)
     by_name = {name: {each["seed"]: each for each in runs if each["name"] == name} for name in VARIANTS}
@@ -284,43 +285,36 @@ def peer_of(name: str) -> str:
     return TRANSFORMER if VARIANTS[name].fields.get("num_key_value_heads", SHAPE.kv_heads) == 1 else TRANSFORMER_2
 
 
-def report(folder: Path, part: str) -> str:
+def report(results: Results, part: str) -> str:
     """Means of the Transformers, and mean differences between runs of the same seed, with 95 % intervals.
 
     `part`: test or longer.
     """
-    results, kinds = results_of(folder), dict.fromkeys(TASKS, "accuracy") | {TEXT: "loss"}
-    head = ["", "compared with", "MLP", "seeds", *(f"{task}, {kind}" for task, kind in kinds.items())]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    kinds, rows = dict.fromkeys(TASKS, "accuracy") | {TEXT: "loss"}, []
     compared = [(name, peer_of(name) if VARIANTS[name].noise else None) for name in results]
     for name, peer in [*compared, ("paired 3:1", NO_NORM)]:
         if name not in results or (peer is not None and peer not in results):
             continue
-        cells = [name, peer or "", str(mlp_of(name)), str(len(results[name]))]
+        row = [name, peer or "", str(mlp_of(name)), str(len(results[name]))]
         for task, kind in kinds.items():
-            values = [each[task][part][kind] for each in results[name].values()]
-            if peer is None:
-                cells.append(f"{fmean(values):.3f}")
-            else:
-                others = (each[task][part][kind] for each in results[peer].values())
-                cells.append(difference([value - other for value, other in zip(values, others, strict=True)]))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            values = {each: [run[task][part][kind] for run in results[each].values()] for each in (name, peer) if each}
+            row.append(cell(values[name], values.get(peer)))
+        rows.append(row)
+    return table(["", "compared with", "MLP", "seeds", *(f"{task}, {kind}" for task, kind in kinds.items())], rows)
 
 
-def attention_table(folder: Path) -> str:
+def attention_table(results: Results) -> str:
     """What the heads of each layer attend to: means over seeds."""
-    kinds = ("signal", "noise", "difference", "lambda")
-    lines = [f"| | layer | {' | '.join(kinds)} |", "|---" * (len(kinds) + 2) + "|"]
-    for name, runs in results_of(folder).items():
+    kinds, rows = ("signal", "noise", "difference", "lambda"), []
+    for name, runs in results.items():
         for layer in range(SHAPE.layers):
             found = [each["attention"][layer] for each in runs.values()]
-            means = [f"{fmean(each[kind] for each in found):.3f}" if kind in found[0] else "" for kind in kinds]
-            lines.append(f"| {name} | {layer} | {' | '.join(means)} |")
-    return "\n".join(lines)
+            means = [cell((each[kind] for each in found), None) if kind in found[0] else "" for kind in kinds]
+            rows.append([name, str(layer), *means])
+    return table(["", "layer", *kinds], rows)
 
 
-def plot(folder: Path, file: Path) -> None:
+def plot(results: Results, file: Path) -> None:
     """Accuracy against steps, one panel per task, one line per variant (mean over seeds)."""
     import matplotlib
 
@@ -333,7 +327,7 @@ def plot(folder: Path, file: Path) -> None:
     figure, panels = pyplot.subplots(1, len(TASKS) + 1, figsize=(16, 4), layout="constrained")
     for axes, task in zip(panels, [*TASKS, TEXT], strict=True):
         kind = "loss" if task == TEXT else "accuracy"
-        for name, runs in results_of(folder).items():
+        for name, runs in results.items():
             curves = [[point[kind] for point in each[task]["history"]] for each in runs.values()]
             steps = [point["step"] for point in next(iter(runs.values()))[task]["history"]]
             means = [fmean(values) for values in zip(*curves, strict=True)]
@@ -366,9 +360,9 @@ def main() -> None:
     if options.command == "run":
         run(options, replace(Training(), steps=options.steps))
     else:
-        tables = report(options.out, "test"), report(options.out, "longer"), attention_table(options.out)
-        print(*tables, sep="\n\n")
-        plot(options.out, options.plot)
+        results = results_of(options.out)
+        print(report(results, "test"), report(results, "longer"), attention_table(results), sep="\n\n")
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":
