@@ -39,7 +39,7 @@ def model_of(layout: str = "gqa", **fields: Any) -> Any:
     return tiny_model(**LAYOUTS[layout] | EXTRAS | {"use_cache": False} | fields)
 
 
-def trainer(model: Any, folder: Path, log: LayerLog | None, **options: Any) -> GDATrainer:
+def trainer(model: Any, folder: Path, log: LayerLog | None, kind: Any = GDATrainer, **options: Any) -> GDATrainer:
     plain: dict[str, Any] = {
         "max_steps": 1,
         "per_device_train_batch_size": 8,
@@ -54,9 +54,7 @@ def trainer(model: Any, folder: Path, log: LayerLog | None, **options: Any) -> G
     named = {name: options.pop(name) for name in ("distillation", "lambda_learning_rate") if name in options}
     callbacks = options.pop("callbacks", [])
     arguments = TrainingArguments(output_dir=str(folder), **plain | options)
-    return GDATrainer(
-        model, arguments, train_dataset=DATA, eval_dataset=DATA, layer_log=log, callbacks=callbacks, **named
-    )
+    return kind(model, arguments, train_dataset=DATA, eval_dataset=DATA, layer_log=log, callbacks=callbacks, **named)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
