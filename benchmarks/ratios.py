@@ -21,22 +21,19 @@ The first seeds are complete first, so that a report can be made at any time.
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from equal_flops import Heads, Shape, flops, mlp_width
-from paired_runs import add_run, cell, keep_settings, runs_of, table
+from paired_runs import cell, do_missing, keep_settings, runs_of, table
 from ratio_tasks import (
     DRAWN,
     IGNORED,
@@ -76,8 +73,6 @@ MLP = 256  # of the Transformer
 TASKS: dict[str, Task] = {"recall": Recall(4, 2, 3), "copying": Copying(32, 24, 1), "retrieval": Needles(32, 3, 2, 2)}
 LONGER: dict[str, Task] = {"recall": Recall(8, 4, 3), "copying": Copying(64, 48, 1), "retrieval": Needles(64, 6, 3, 2)}
 TEXT = "text"
-# One thread for each run; and freed memory is kept, since to get it anew from the system takes a third of a step.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 TESTS, TESTS_BETWEEN = 512, 128  # rows of each task after the training, and during it
 SEED_OF_TESTS = 1
 TEXT_FILE = "text.safetensors"
@@ -130,12 +125,10 @@ def mlp_of(name: str) -> int:
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
-def run_one(name: str, seed: int, training: Training, folder: Path) -> dict[str, Any]:
+def run_one(training: Training, folder: Path, *, name: str, seed: int) -> dict[str, Any]:
     """Train and measure a model for each task."""
     torch.set_num_threads(1)
     result: dict[str, Any] = {
-        "name": name,
-        "seed": seed,
         "mlp": mlp_of(name),
         "flops": flops(SHAPE, VARIANTS[name], mlp_of(name)) / flops(SHAPE, VARIANTS[TRANSFORMER], MLP),
     }
@@ -248,22 +241,8 @@ def run(options: argparse.Namespace, training: Training) -> None:
     keep_settings(folder, settings)
     if not (folder / TEXT_FILE).exists():
         prepare_text(*texts, folder / TEXT_FILE)
-    wanted = [(name, seed) for seed in options.seeds for name in options.variants or VARIANTS]
-    finished = {(each["name"], each["seed"]) for each in runs_of(folder)}
-    missing = [each for each in wanted if each not in finished]
-    os.environ |= ENVIRONMENT
-    failed = 0
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        runs = {pool.submit(run_one, *each, training, folder): each for each in missing}
-        for number, done in enumerate(as_completed(runs), 1 + len(wanted) - len(missing)):
-            name, seed = runs[done]
-            print(f"{number} of {len(wanted)}: {name}, seed {seed}: {done.exception() or 'done'}", flush=True)
-            if done.exception():
-                failed += 1
-                continue
-            add_run(folder, done.result())
-    if failed:
-        sys.exit(f"{failed} runs failed; the same command tries them again")
+    wanted = [{"name": name, "seed": seed} for seed in options.seeds for name in options.variants or VARIANTS]
+    do_missing(folder, wanted, partial(run_one, training, folder), options.jobs)
 
 
 # ------------------------------------------------------------------------------------------------------------- report
