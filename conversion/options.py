@@ -99,7 +99,7 @@ class CheckpointOptions(ShardOptions, RevisionOptions):
         True, "Compare the result with its source before OUT appears.", panel=OUTPUT, flag="--verify/--no-verify"
     )
     resume: bool = option(False, "Continue an interrupted run; finished weight files are kept.", panel=OUTPUT)
-    dry_run: bool = option(False, "Check everything, but write nothing.", panel=OUTPUT)
+    dry_run: bool = option(False, "Check everything, but write no model; a Hub id is still downloaded.", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ class NewHeadOptions(WriteOptions):
 
     noise_heads: int | None = option(
         None,
-        "Number of noise heads to add or, with --mode split, to make of existing heads. Default: one per KV head.",
+        "Number of noise heads to add or, with --mode split, of existing heads to turn into noise heads. "
+        "Default: one per KV head.",
         panel=NEW_HEADS,
         metavar="N",
     )
@@ -316,7 +317,8 @@ class GrowOptions(NewHeadOptions):
     )
     depth: int | None = option(
         None,
-        "Number of layers of the result. New layers are copies that have no effect at first. Default: no new layers.",
+        "Number of layers of the result. New layers have no effect at first. They are copies or, with --masked, what "
+        "--new-layers says. Default: no new layers.",
         panel=GROWTH,
         metavar="LAYERS",
     )
@@ -337,7 +339,8 @@ class GrowOptions(NewHeadOptions):
     )
     masked: bool = option(
         False,
-        "Give new heads, neurons and layers random weights, which training fades in.",
+        "Add new heads, neurons and layers that training fades in. Their weights are random, except with --new-layers "
+        "copy.",
         panel=GROWTH,
     )
     new_layers: Literal["copy", "random"] | None = option(

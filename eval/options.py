@@ -83,7 +83,7 @@ class TaskOptions(Options):
         panel=TASKS,
         metavar="JSON",
     )
-    batch_size: int | str = option(1, "Number of requests in a batch, or auto.", panel=MODEL)
+    batch_size: int | str = option(1, "Number of requests in a batch, or auto or auto:N.", panel=MODEL)
     device: str | None = option(
         None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL, check=check_device
     )

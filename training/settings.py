@@ -28,8 +28,9 @@ class TrainSettings(Options):
 
     data: tuple[str, ...] = option(
         (),
-        "Text or chats to train on: a plain text, .jsonl, .json, .csv or .parquet file, a folder of such files or of a "
-        "downloaded or saved dataset, or a dataset OWNER/NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
+        "Text or chats to train on: a file (plain text, .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow, also "
+        "compressed), a folder of such files or of a downloaded or saved dataset, or a dataset "
+        "OWNER/NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
         panel=DATA,
         metavar="FILE|DATASET",
         check=check_data,
@@ -120,7 +121,10 @@ class TrainSettings(Options):
         minimum=1,
     )
     lambda_anneal_steps: int | None = option(
-        None, "Number of steps over which λ is faded in. Required with --lambda-target.", panel=LAMBDA, minimum=1
+        None,
+        "Number of steps over which λ is faded in. Needs --lambda-target, which needs this or --fade-steps.",
+        panel=LAMBDA,
+        minimum=1,
     )
 
     teacher: str | None = option(

@@ -23,7 +23,8 @@ def export(options: ExportOptions, as_json: JSON = False) -> None:
 
     A Llama, Mistral or Qwen can hold every model whose λ is one number per layer and that has no head norm. Its signal
     and noise heads become query heads. While λ is 0, only the signal heads are written.
-    Motif and DiffLlama have noise heads and keep λ. --format gguf writes the plain model as one file for llama.cpp.
+    The formats motif and diffllama keep the noise heads and λ. --format gguf writes the plain model as
+    one file for llama.cpp.
     """
     from gda.conversion.export import export as function
 

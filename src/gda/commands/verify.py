@@ -11,7 +11,7 @@ from gda.conversion.options import VerifyOptions
     examples=("gda verify ./llama ./llama-gda", "gda verify ./llama ./llama-gda --method tensors --json"),
 )
 def verify(options: VerifyOptions, as_json: JSON = False) -> None:
-    """Compare a converted model with its source: logits and generated text.
+    """Compare a converted model with its source: logits, generated text and tokenizers.
 
     The exit code is 1 if the check fails.
     """
