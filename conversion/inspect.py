@@ -11,6 +11,7 @@ from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import MASKED, GDAConfig
 from gda.conversion.modes.low_rank import dense_config
 from gda.conversion.options import InspectOptions
+from gda.conversion.sources.adapter import AdapterSource
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import PROVENANCE_FILE
@@ -81,6 +82,8 @@ def inspect(options: InspectOptions) -> InspectReport:
     with quiet_transformers():
         source = open_source(options.model, options.revision)
     config = source.config
+    if isinstance(source, AdapterSource):
+        raise ValueError(f"{options.model} is an adapter; merge it with `gda convert`, and inspect the result")
     if not isinstance(source, FolderSource) or not isinstance(config, GDAConfig):
         raise ValueError(
             f"{options.model} is a {config.model_type!r} model, not a GDA model; convert it with `gda convert`"

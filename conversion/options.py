@@ -292,6 +292,8 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
 
     def check_places(self) -> None:
         super().check_places()
+        for file in self.calibration_weights():
+            check_places(file, self.out)
         if self.qk_rank is None:
             refuse_gda(self.source, GDA_REMEDY)
         model_type = config_entry(self.source, "model_type", str)

@@ -174,7 +174,7 @@ def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
             notes.append(f"{PROVENANCE_FILE} describes different weights and is not pushed")
             del files[PROVENANCE_FILE]
             provenance = None
-        if CARD_FILE in files and files[CARD_FILE].read_text(encoding="utf-8") in generated:
+        if CARD_FILE in files and files[CARD_FILE].read_bytes() in [card.encode() for card in generated]:
             del files[CARD_FILE]  # unedited: it is generated again for the files that are pushed
     if CARD_FILE not in files:
         history = history_of(source.folder)

@@ -175,6 +175,8 @@ def verify_opened(
     if method == "auto" and not source.can_run:
         method = "tensors"
     if method == "tensors":
+        if threshold is not None:
+            raise ValueError(f"--threshold {threshold:g} has no effect: tensors are compared bit for bit; omit it")
         return _compare_tensors(source, converted, settings, console)
     if not source.can_run:
         raise ValueError(

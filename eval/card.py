@@ -92,6 +92,9 @@ def _arguments(report: EvalReport, task: str) -> dict[str, Any]:
         "dtype": None if options.dtype == "auto" else options.dtype,
         "apply_chat_template": options.apply_chat_template or None,
         "metadata": options.metadata or None,
+        "gen_kwargs": options.gen_kwargs or None,
+        "system_instruction": options.system_instruction or None,
+        "seed": options.seed,
     }
     return {name: value for name, value in arguments.items() if value is not None}
 

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gda.common.errors import first_line
 from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
 from gda.common.processes import is_main_process
@@ -19,7 +20,7 @@ from gda.common.progress import duration
 from gda.common.screen import progress_bars, quiet_transformers, shows_progress
 from gda.common.text import read_text
 from gda.conversion.sources.compare_tokenizers import first_difference
-from gda.eval.attention.diagnostics import diagnose, read_prompt_settings
+from gda.eval.attention.diagnostics import diagnose, read_prompt_settings, require_same_tokens
 from gda.eval.compare import compare
 from gda.eval.device import choose_device
 from gda.eval.models import Candidate, find_model
@@ -94,6 +95,8 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
         prompts = read_prompt_settings(_metadata(options), alone=not options.tasks)
     text = None if options.perplexity is None else _read_text(Path(options.perplexity))
     candidates = _find_models(options)
+    if prompts is not None and len(candidates) > 1:
+        require_same_tokens(prompts, *(each.tokenizer for each in candidates))
     results: list[ModelResult] = []
     loaded = []
     with _quiet(options, console):
@@ -103,7 +106,10 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
             tasks = _load_tasks(candidates[0], options)
         for candidate in candidates:
             console.print(_announcement(candidate, results, len(candidates)), highlight=False, markup=False)
-            result, loaded_model = _evaluate_one(candidate, options, tasks, text, console)
+            try:
+                result, loaded_model = _evaluate_one(candidate, options, tasks, text, console)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(f"{candidate.name}: {first_line(error)}; lower --batch-size or --context") from None
             results.append(result)
             if options.diagnostics and first_process:
                 loaded.append(loaded_model)  # only diagnostics need both models in memory

@@ -53,14 +53,20 @@ class Distillation:
         temperature: float = 1.0,
         hidden_weight: float = 0.0,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        context: int | None = None,
     ) -> "Distillation":
-        """Load the teacher (a folder, Hub id or `.gguf` file) in float32; ValueError if it does not fit."""
+        """Load the teacher (a folder, Hub id or `.gguf` file) in float32; ValueError if it does not fit.
+
+        `tokenizer` is the student's, and `context` the number of tokens in a sequence; without one, it isn't checked.
+        """
         opened = open_source(source)
         if not opened.can_run:
             raise ValueError(
                 f"--teacher {source} is a {opened.config.model_type!r} model, which transformers cannot run"
             )
         _require_equal_shapes(source, opened.config, student.config, hidden_weight)
+        if context is not None and context > (longest := opened.config.max_position_embeddings):
+            raise ValueError(f"--context {context} is above {longest}, max_position_embeddings of --teacher {source}")
         if tokenizer is not None and not _has_vocabulary(opened, tokenizer):
             raise ValueError(f"--teacher {source} has a different tokenizer than the model")
         # With sharded weights, all processes but the first would wait for weights that are never sent.

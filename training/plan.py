@@ -17,7 +17,7 @@ from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.training.callbacks.fading import FadeCallback
 from gda.training.data.sequences import Sequences, open_sequences
 from gda.training.distillation import Distillation
-from gda.training.parameters import choose_what_learns, count_learning
+from gda.training.parameters import choose_what_learns, count_learning, is_lambda
 from gda.training.runs.model_folder import load
 from gda.training.runs.processes import Processes, launcher_wants_bfloat16, on_cpu
 from gda.training.settings import EVAL_TOKENS, TrainSettings
@@ -68,6 +68,12 @@ class Plan:
         """The same in accelerate's words."""
         return "bf16" if self.computes_in_bfloat16 else "no"
 
+    @property
+    def eval_batch_size(self) -> int:
+        """The largest batch that divides the evaluated text: of others, accelerate repeats parts to fill the last."""
+        count, size = (self.eval_sequences and self.eval_sequences.count) or 0, self.settings.batch_size
+        return next(each for each in range(size, 0, -1) if count % each == 0)
+
     def fade_callbacks(self) -> list[TrainerCallback]:
         """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""
         if self.config.fade is None and self.settings.lambda_target is None:
@@ -79,7 +85,8 @@ class Plan:
 
         A new checkpoint is written before an old one is removed. Each holds the weights and AdamW's two moments.
         """
-        needed = 4 * (self.num_parameters + 2 * self.num_trained) * (self.settings.keep + 1)
+        learning = sum(each.numel() for each in self.learner.parameters() if each.requires_grad)  # in part, too
+        needed = 4 * (self.num_parameters + 2 * learning) * (self.settings.keep + 1)
         place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
         reusable = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
         require_space(place, needed, reusable=reusable, what="a run with checkpoints")
@@ -108,9 +115,13 @@ def make_plan(
             temperature=settings.temperature,
             hidden_weight=settings.hidden_weight,
             tokenizer=tokenizer,
+            context=context,
         )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     learner = choose_what_learns(model, settings.train, source, settings.lora_rank, seed=settings.seed)
+    learns_lambda = any(is_lambda(name) and each.requires_grad for name, each in learner.named_parameters())
+    if settings.lambda_learning_rate is not None and not learns_lambda:
+        raise ValueError(f"--lambda-learning-rate {settings.lambda_learning_rate:g} has no effect: no λ is trained")
 
     open_data = partial(
         open_sequences,
@@ -196,7 +207,7 @@ def training_arguments(plan: Plan, folder: Path, *, resumes: bool, shows_progres
         output_dir=str(folder),
         max_steps=plan.steps,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_eval_batch_size=plan.eval_batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,

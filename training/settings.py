@@ -254,6 +254,7 @@ class TrainOptions(TrainSettings, RunOptions):
 
     def __post_init__(self) -> None:
         if self.only_plots:
+            self._refuse_training_options()
             return
         if self.out is None:
             raise ValueError("OUT is missing; name the folder to create")
@@ -269,6 +270,12 @@ class TrainOptions(TrainSettings, RunOptions):
         refuse_existing(Path(self.out), self.overwrite)
         if (longest := config_entry(self.model, "max_position_embeddings", int)) is not None:
             self.check_context(longest)
+
+    def _refuse_training_options(self) -> None:
+        for each in fields(self):
+            given, default = getattr(self, each.name) or None, each.default or None  # none given: [] or ()
+            if each.name not in ("model", "out", "plot", "revision") and given != default:
+                raise ValueError(f"{flag(each.name)} has no effect without OUT: the log of MODEL is drawn; omit it")
 
     @property
     def only_plots(self) -> bool:

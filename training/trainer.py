@@ -82,6 +82,7 @@ class GDATrainer(Trainer):
         self.predicted_per_sequence = predicted_per_sequence
         self.throughput = ThroughputCallback()
         self._loss_sums: dict[str, Tensor] = {}  # since the last log entry
+        self._use_cache = model.config.use_cache  # which the Trainer switches off
         super().__init__(model, args, **kwargs)
         _keep_weights_in_float32(self.accelerator)
         self.add_callback(self.throughput)
@@ -248,6 +249,14 @@ class GDATrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain model, without gathering all of it; in a LoRA checkpoint, also all trained parameters."""
+        config, during_training = self._learner.config, self._learner.config.use_cache
+        config.use_cache = self._use_cache
+        try:
+            self._save_plain_model(output_dir, _internal_call)
+        finally:
+            config.use_cache = during_training
+
+    def _save_plain_model(self, output_dir: str | None, _internal_call: bool) -> None:
         if not self._is_sharded and not is_adapted(self._learner):
             super().save_model(output_dir, _internal_call)
             return

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from gda.common.files import read_json, write_json
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.tensors.safetensors_io import WEIGHTS_FILE
 
 # Fields with the same name and meaning in all of them and in GDA.
 SHARED_FIELDS = (
@@ -137,7 +138,8 @@ def save_target_config(target: PreTrainedConfig, config: GDAConfig, folder: Path
     path = folder / "config.json"
     fields = read_json(path)
     fields |= {"rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
-    write_json(path, dict(sorted((fields | {"torch_dtype": fields["dtype"]}).items())))
+    fields |= {"torch_dtype": fields["dtype"]} if "dtype" in fields else {}
+    write_json(path, dict(sorted(fields.items())))
 
 
 def choose_target(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> tuple[str, str | None]:
@@ -221,6 +223,10 @@ def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
             raise ValueError(f"{where}: rope_parameters has {name}, which is not part of a {config.model_type} model")
     if getattr(config, "use_mrope", False):
         raise ValueError(f"{where} has use_mrope, a RoPE for images, which is not part of a {config.model_type} model")
+    if not getattr(config, "is_causal", True):
+        raise ValueError(f"{where} has is_causal=false, but a GDA model is causal")
+    if (file := getattr(config, "transformers_weights", None)) not in (None, WEIGHTS_FILE):
+        raise ValueError(f"{where} names the weights {file!r} in transformers_weights; rename them to {WEIGHTS_FILE}")
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds != source_fields(config)["layer_types"]:
         raise ValueError(
@@ -230,7 +236,7 @@ def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
 
 
 def unread_fields(config: PreTrainedConfig) -> list[str]:
-    """Fields of a Llama-like config.json that its class in transformers doesn't define, except harmless ones."""
+    """Fields of a config.json that its class doesn't define, except harmless ones."""
     known = type(config).__dataclass_fields__
     return sorted(
         name

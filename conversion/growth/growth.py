@@ -26,8 +26,10 @@ def uniform(options: "GrowOptions") -> dict[str, Any]:
         raise ValueError("--new-layers is for --masked with --depth or --layers")
     if width is not None and (hidden is not None or mlp is not None):
         raise ValueError("--width grows the hidden size and the MLP too; pass --width, or --hidden and --mlp")
-    if masked and options.noise_std != type(options).noise_std:
-        raise ValueError("--noise-std applies to replicas, and --masked makes none; omit one of them")
+    has_replicas = not (masked or signal is hidden is mlp is width is None)
+    if not has_replicas and options.noise_std not in (type(options).noise_std, 0):
+        cause = "--masked makes none" if masked else "new layers are copies"
+        raise ValueError(f"--noise-std {options.noise_std:g} is for replicas, but {cause}; omit it")
     return {
         "signal": _factor("--signal", signal),
         "hidden": _factor("--hidden", hidden),

@@ -78,11 +78,14 @@ def errors_named(source: Source) -> Iterator[None]:
 
 def losses(source: Source, recipes: dict[str, Recipe], dtype: str) -> list[str]:
     """Notes on what a cast, or GDA itself, loses of a source."""
-    config, notes = source.config, []
-    if not is_lossless(recipes, source.specs):
-        notes.append(f"weights are cast to {dtype}, which is not lossless")
+    config, notes = source.config, losses_of_cast(source, recipes, dtype)
     if config.attention_dropout:
         notes.append(f"attention_dropout={config.attention_dropout} is ignored: differential attention has no dropout")
-    if config.model_type in LLAMALIKES and (unread := unread_fields(config)):
-        notes.append(f"transformers' {type(config).__name__} does not read {', '.join(unread)}; dropped")
+    if config.model_type != "gda" and (unread := unread_fields(config)):
+        notes.append(f"a {config.model_type} model does not read {', '.join(unread)} of config.json; dropped")
     return notes
+
+
+def losses_of_cast(source: Source, recipes: dict[str, Recipe], dtype: str) -> list[str]:
+    """A note if a cast loses something of a source."""
+    return [] if is_lossless(recipes, source.specs) else [f"weights are cast to {dtype}, which is not lossless"]

@@ -23,7 +23,7 @@ from gda.conversion.families.llamalike import (
     zero_bias_projections,
 )
 from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes, zero_biases
-from gda.conversion.modes.checks import EXPORTED_FIELDS, errors_named
+from gda.conversion.modes.checks import EXPORTED_FIELDS, errors_named, losses_of_cast
 from gda.conversion.modes.fold import folded_recipes
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.source import Source
@@ -66,6 +66,8 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
     if rounded:
         dtype = str(rounded[0].dtype).removeprefix("torch.")
         notes.append(f"the computed weights are rounded to {dtype}, which is not lossless; --dtype float32 is")
+    elif not is_gguf:
+        notes += losses_of_cast(source, plain, options.dtype)
     target = target_config(config, model_type, counts)
     settings = {
         "format": model_type,
@@ -130,7 +132,7 @@ def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) 
         config=target,
         recipes=recipes,
         lossless=is_lossless(recipes, source.specs),
-        notes=notes,
+        notes=[*notes, *losses_of_cast(source, recipes, options.dtype)],
         settings={"export": {"format": options.format}},
         save_config=save_config,
     )

@@ -57,7 +57,7 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
     recipes = factored_recipes(config, dense.recipes)
     factors = [recipe for name, recipe in recipes.items() if name not in dense.recipes]
     wide = all(recipe.spec.dtype.itemsize >= 4 for recipe in factors)
-    exact = rank == full_rank(config) and wide and is_lossless(recipes, source.specs)
+    exact = dense.lossless and rank == full_rank(config) and wide and is_lossless(recipes, source.specs)
     what = "queries and keys" if "k" in config.factored_projections else "queries"
     notes = list(dense.notes)
     if rank < full_rank(config):
@@ -68,9 +68,8 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
     elif dense.lossless and not exact:
         notes.append(f"base and updates of {what} are rounded to a narrow dtype, which is not lossless; use float32")
     kept = dict(dense.kept)
-    if "query" in kept:
-        by_head = kept["query"].view(config.num_attention_heads, config.head_dim)
-        kept["query rank"] = by_head[:, :1].expand(-1, rank).flatten()
+    for kind in {"query", "key"} & kept.keys():
+        kept[f"{kind} rank"] = kept[kind].view(-1, config.head_dim)[:, :1].expand(-1, rank).flatten()
     return replace(
         dense,
         config=config,

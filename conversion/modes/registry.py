@@ -88,12 +88,13 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
             "use full or layers"
         )
     given: dict[str, Any] = {"seed": settings.seed, "dtype": settings.dtype}
+    layout: Any = {}
     if source.config.model_type in LLAMALIKES:
         given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
-        given |= settings.layout or {}
+        layout = settings.layout or {}
     try:
-        options = mode.options(source.name, "", **given, **(settings.growth or {}))
+        options = mode.options(source.name, "", **given, **layout, **(settings.growth or {}))
         return plan(settings.mode, source, options)
     except TypeError:  # a setting that no growth has, or of another type
-        found = given | {"growth": settings.growth}
+        found = given | {"layout": layout, "growth": settings.growth}
         raise ValueError(f"{PROVENANCE_FILE} holds an unknown growth or setting: {found}") from None

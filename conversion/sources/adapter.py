@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gda.common.assets import copy_assets
+from gda.common.assets import ASSET_PATTERNS, OTHER_PATTERNS, copy_assets
 from gda.common.errors import first_line
 from gda.common.extras import needed_by
 from gda.common.files import read_json
@@ -27,8 +28,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / file).is_file() for file in weights)
 
 
-def base_of(folder: Path) -> str:
-    """The folder or Hub id of the model that an adapter belongs to.
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The folder or Hub id of the model that an adapter belongs to, and the revision of the latter.
 
     Raises:
         ValueError: if adapter_config.json names none, or the weights are not safetensors.
@@ -39,7 +40,7 @@ def base_of(folder: Path) -> str:
         raise ValueError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path; add the model that it adapts")
     if not (folder / ADAPTER_FILE).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_FILE}; save the adapter as safetensors")
-    return base
+    return base, None if Path(base).exists() else fields.get("revision")
 
 
 class AdapterSource(Source):
@@ -48,15 +49,17 @@ class AdapterSource(Source):
     Args:
         folder: The adapter.
         base: Its base model, opened.
+        name: Its name. Default: that of the folder.
+        revision: Its commit on the Hub.
 
     Raises:
         ImportError: if PEFT is missing.
         ValueError: if PEFT cannot load or merge the adapter.
     """
 
-    def __init__(self, folder: Path, base: Source):
+    def __init__(self, folder: Path, base: Source, *, name: str | None = None, revision: str | None = None):
         self.folder, self.base = folder, base
-        self.name, self.revision = folder.resolve().name, None
+        self.name, self.revision = name or folder.resolve().name, revision
         self.config, self.specs = base.config, base.specs
         self.notes = (f"the adapter {self.name} is merged into {base.name}",)
         self.weight_files = [*base.weight_files, folder / ADAPTER_FILE]
@@ -73,6 +76,8 @@ class AdapterSource(Source):
                 which = "has no" if differing[0] in expected else "has a superfluous"
                 raise ValueError(f"its tensors do not fit: it {which} {differing[0]}")
             model = adapted.merge_and_unload(safe_merge=True)
+            if self.config.tie_word_embeddings and not _is_tied(model):
+                raise ValueError("it unties the embeddings; merge it with PEFT, save the model, and convert that")
         except Exception as error:  # a malformed adapter can make PEFT raise anything
             reason = first_line(error)
             if "size mismatch" in reason and self.base.config.model_type == "gda":
@@ -101,8 +106,17 @@ class AdapterSource(Source):
         return read_tokenizer(self.folder, config=self.config)
 
     def copy_assets(self, folder: Path) -> None:
-        self.base.copy_assets(folder)
+        with tempfile.TemporaryDirectory() as scratch:  # files of two tokenizers must not be mixed
+            self.base.copy_assets(Path(scratch))
+            kept = OTHER_PATTERNS if has_vocabulary(self.folder) else ASSET_PATTERNS
+            copy_assets(Path(scratch), folder, kept)
         copy_assets(self.folder, folder)
 
     def card_data(self) -> dict[str, Any]:
         return self.base.card_data()
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    inputs: Any = model.get_input_embeddings()
+    outputs: Any = model.get_output_embeddings()
+    return bool(inputs.weight.data_ptr() == outputs.weight.data_ptr())

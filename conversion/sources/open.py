@@ -42,20 +42,21 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
     if path.is_dir():
         return _opened_adapter(path) if is_adapter(path) else FolderSource(path)
     folder = resolve_folder(location, revision)
+    named = {"name": str(location), "revision": folder.name}  # the Hub's cache names folders by commit
     if is_adapter(folder):
-        return _opened_adapter(folder)
+        return _opened_adapter(folder, **named)
     if not any(folder.glob("*.safetensors*")):
         raise FileNotFoundError(
             f"{location} has no safetensors on the Hub; if it has a GGUF file, `hf download` it and name the file"
         )
-    return FolderSource(folder, name=str(location), revision=folder.name)  # the Hub's cache names folders by commit
+    return FolderSource(folder, **named)
 
 
-def _opened_adapter(folder: Path) -> AdapterSource:
-    base = base_of(folder)
+def _opened_adapter(folder: Path, **named: str) -> AdapterSource:
+    base, revision = base_of(folder)
     if is_adapter(Path(base)):
         raise ValueError(f"{folder} is an adapter of {base}, which is an adapter itself; merge that one first")
-    return AdapterSource(folder, open_source(base))
+    return AdapterSource(folder, open_source(base, revision), **named)
 
 
 def resolve_folder(location: str | Path, revision: str | None = None) -> Path:

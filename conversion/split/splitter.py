@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_max_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -28,7 +27,7 @@ from gda.conversion.split.recipes import split_recipes
 from gda.conversion.split.report import SplitLayer, SplitReport, TextLoss
 from gda.conversion.split.sampling import sampled
 from gda.conversion.split.work import Work
-from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix, memory_to_use
+from gda.conversion.tensors.layerwise import LayerwiseModel, free_memory, layer_prefix, memory_to_use
 from gda.conversion.tensors.recipes import Recipe
 
 # By effort: the default number of tokens, and the training steps, which read each sequence of that many tokens once.
@@ -64,7 +63,7 @@ class Splitter:
             longest=config.max_position_embeddings,
         )
         size = 4 * sum(spec.numel for spec in source.specs.values())
-        if self.shares.sampled and size > get_max_memory()["cpu"]:
+        if self.shares.sampled and size > free_memory():
             raise ValueError(
                 f"{source.name} needs {size / 1e9:.0f} GB of memory to write calibration text; "
                 "add --calibration sampled:0, with a file if there is none"

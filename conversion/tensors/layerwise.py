@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import psutil
 import torch
-from accelerate.utils import get_max_memory
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -35,9 +35,14 @@ CACHE_ARGUMENT = next(
 )
 
 
+def free_memory(device: str = "cpu") -> int:
+    """Bytes of the device's memory that are free."""
+    return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
+
+
 def memory_to_use(device: str = "cpu") -> float:
     """Bytes of the device's memory that may be used to keep what could be read or computed again."""
-    return get_max_memory()["cpu" if device == "cpu" else torch.cuda.current_device()] * SHARE_OF_MEMORY
+    return free_memory(device) * SHARE_OF_MEMORY
 
 
 def layer_prefix(index: int) -> str:

@@ -41,7 +41,8 @@ def model_card(
         unconverted = {"name": name, "revision": None, "card_data": card_data or {}}
         source: dict[str, Any] = unconverted if made is None else made["source"]
         known = dict(source["card_data"])
-        base_model = known.pop("base_model", None) if source["revision"] is None else source["name"]
+        of_source = known.pop("base_model", None)
+        base_model = of_source if source["revision"] is None else source["name"]
         data = ModelCardData(
             **known,
             base_model=base_model,

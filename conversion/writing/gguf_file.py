@@ -86,7 +86,7 @@ def write_gguf(
     types = [entry.type for entry in entries.values() if len(entry.recipe.spec.shape) > 1]
     file_type = max(set(types), key=types.count)
     _add_metadata(writer, config, out.stem, file_type, source)
-    holds_all = all(entry.type in ("F32", TYPES.get(entry.recipe.spec.dtype)) for entry in entries.values())
+    holds_all = all(_holds(entry.type, entry.recipe.spec.dtype) for entry in entries.values())
     if not holds_all:
         notes.append(f"the matrices are rounded to {' and '.join(sorted(set(types)))}, which is not lossless")
     report = ConvertReport(
@@ -105,7 +105,7 @@ def write_gguf(
         return report
     refuse_existing(out, options.overwrite)
     verification = None
-    with created_parents(out), written_beside(out) as file:
+    with created_parents(out), written_beside(out, alone=True) as file:
         require_space(out.parent, report.nbytes)
         beside = Path(file.name)
         factors = rope_factors(config) if config.rope_parameters.get("rope_type") == "llama3" else None
@@ -173,10 +173,14 @@ def _entries(conversion: Conversion, architecture: str, dtype: str) -> dict[str,
     return entries
 
 
+def _holds(kind: str, dtype: torch.dtype) -> bool:
+    return kind == TYPES.get(dtype) or (kind == "F32" and dtype.itemsize <= 4)
+
+
 def _type(spec: TensorSpec, dtype: str) -> str:
     if len(spec.shape) == 1:
         return "F32"
-    kind = TYPES[spec.dtype] if dtype == "keep" else DTYPE_TYPES[dtype]
+    kind = TYPES.get(spec.dtype, "F32") if dtype == "keep" else DTYPE_TYPES[dtype]
     # Q8_0 packs blocks of 32 values of a row. llama.cpp, too, stores other rows as float16.
     return "F16" if kind == "Q8_0" and spec.shape[-1] % 32 else kind
 

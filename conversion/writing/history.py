@@ -29,7 +29,7 @@ def with_conversion(source: Source, made: dict[str, Any]) -> list[str]:
     options = f" ({', '.join(f'{name} {value}' for name, value in growth.items())})" if growth else ""
     commit = f" at commit {source.revision}" if source.revision else ""
     result = ""
-    if split is not None:
+    if split is not None and split["perplexity"] is not None:
         result = f"; held-out perplexity {split['perplexity']:.3f}, that of the source {split['perplexity_source']:.3f}"
     elif verification is not None and verification["relative"] is not None:
         result = f"; largest difference of a logit {verification['relative']:.1e}, relative to the largest logit"

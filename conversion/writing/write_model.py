@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gda.common.errors import CheckFailed
-from gda.common.files import StagedFolder, in_background, remove, require_space, unfinished, write_text
+from gda.common.files import StagedFolder, check_places, in_background, remove, require_space, unfinished, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import dense_config, layer_errors
 from gda.conversion.options import CheckpointOptions
 from gda.conversion.push import PushReport
 from gda.conversion.sources.folder import FolderSource
-from gda.conversion.sources.source import Source
+from gda.conversion.sources.source import TRAINING_FILE, Source
 from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opened
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # only splits load it
     from gda.conversion.split.splitter import SplitReport
 
 WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
+OF_TRAINING = {TRAINING_FILE: "`gda train`"}
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,10 @@ def _staged(out: Path, options: CheckpointOptions) -> Iterator[Path]:
     If the block fails, the folder is removed. Work is kept if it is interrupted, or if continuing it fails, unless its
     result failed a check. Errors are those of `StagedFolder`.
     """
-    staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, resumable=True)
+    staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, resumable=True, foreign=OF_TRAINING)
     try:
         yield staged.folder
-        (staged.folder / MANIFEST_FILE).unlink()
-        staged.finish()
+        staged.finish(without=MANIFEST_FILE)
     except BaseException as error:
         is_kept = isinstance(error, KeyboardInterrupt) or (options.resume and not isinstance(error, CheckFailed))
         staged.keep() if is_kept else staged.discard()
@@ -175,10 +175,14 @@ def _write(
     console: Console | None,
 ) -> ConvertReport:
     out = report.out
+    for file in source.weight_files:  # those of an adapter's base, too
+        check_places(file, out)
     with _staged(out, options) as folder:
         finished = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if options.resume else 0
         require_space(out.parent, report.nbytes + conversion.work_bytes, reusable=finished)
         source_hashes = in_background(source.hashes)
+        if conversion.work is None and (folder / WORK_FOLDER).exists():
+            raise ValueError(f"{out} was begun with --mode split; pass the same options, or --overwrite to start over")
         if conversion.work is not None:
             conversion = conversion.work(folder / WORK_FOLDER, console)
         settings = Settings.of(conversion, options)

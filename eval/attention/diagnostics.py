@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.screen import progress_bars
+from gda.conversion.sources.compare_tokenizers import first_difference
 from gda.eval.attention.analysis import LayerAttention, row_entropy, row_shares, visit_attention
 from gda.eval.tables import TextTable
 from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
@@ -138,9 +139,7 @@ def diagnose(
         ValueError: if a setting is out of range, the length is too short for the needles or too long for a model, the
             tokenizer cannot locate its tokens in the text, or a model's attention cannot be read.
     """
-    count = tokens_of(tokenizer)
-    prompts = [prompt for each in _prompts_by_depth(settings) for prompt in make_prompts(each, count)]
-    texts = [_Text.of(prompt, tokenizer) for prompt in prompts]
+    texts = [_Text.of(prompt, tokenizer) for prompt in _all_prompts(settings, tokenizer)]
     models = [model] if baseline is None else [model, baseline]
     for each in models:
         _check_fits(each, texts)
@@ -161,6 +160,24 @@ def diagnose(
         by_depth={kind: [AttentionShares(*row) for row in cells.mean(1).tolist()] for kind, cells in means.items()},
         lambdas=[None if None in layer else mean(layer) for layer in lambdas],
     )
+
+
+def require_same_tokens(
+    settings: NeedleSettings, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError unless two tokenizers read the prompts alike."""
+    for prompt in _all_prompts(settings, tokenizer):
+        ids, others = (each(prompt.text + prompt.target, verbose=False).input_ids for each in (tokenizer, other))
+        if ids != others:
+            raise ValueError(
+                "--diagnostics: model and baseline must share one tokenizer, but a prompt is read differently: "
+                f"{first_difference(ids, others)}; omit --baseline"
+            )
+
+
+def _all_prompts(settings: NeedleSettings, tokenizer: PreTrainedTokenizerBase) -> list[NeedlePrompt]:
+    count = tokens_of(tokenizer)
+    return [prompt for each in _prompts_by_depth(settings) for prompt in make_prompts(each, count)]
 
 
 @dataclass(frozen=True)

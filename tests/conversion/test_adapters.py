@@ -8,13 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gda
 from gda.conversion.split import splitter
 
 from ..support.checkpoints import load, logits
-from ..support.llamas import save_llama, tensors_of
+from ..support.hub_server import Blob, Hub, put
+from ..support.llamas import byte_tokenizer, files_of, save_llama, tensors_of
 from ..support.repository import ROOT
 from ..support.tiny import relative_error, tiny_model, token_ids
 
@@ -117,7 +118,7 @@ def test_adapter_of_the_source_on_the_converted_model(
     gda.convert(base, tmp_path / "llama-gda", noise_heads=number_of_noise_heads)
     guide = (ROOT / "docs" / "convert.md").read_text().split("## Adapters")[1]
     exec(guide.split("```python")[1].split("```")[0], {})
-    adapted = PeftModel.from_pretrained(load(tmp_path / "llama-gda"), adapter)
+    adapted = PeftModel.from_pretrained(load(tmp_path / "llama-gda"), tmp_path / "adapter-gda")
     assert relative_error(logits(adapted.eval(), ids), expected) < 1e-5
     assert relative_error(logits(tmp_path / "llama-gda", ids), expected) > 1e-2
 
@@ -130,6 +131,69 @@ def test_config_of_the_base_beside_an_adapter(tmp_path: Path) -> None:
     gda.convert(adapter, tmp_path / "gda")
     expected = logits(merged(base, adapter), token_ids(2, 12))
     assert relative_error(logits(tmp_path / "gda", token_ids(2, 12)), expected) < 1e-5
+
+
+def test_adapter_of_gda_beside_its_config(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    (adapter / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+    gda.convert(adapter, tmp_path / "merged")
+    expected = logits(merged(tmp_path / "base", adapter), token_ids(2, 12))
+    assert relative_error(logits(tmp_path / "merged", token_ids(2, 12)), expected) < 1e-5
+
+
+def test_adapter_that_unties_the_embeddings_is_refused(tmp_path: Path) -> None:
+    """The merged model has a head of its own, for which the config of the base has no place."""
+    base = save_llama(tmp_path / "llama", tie_word_embeddings=True)
+    adapter = save_adapter(base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="it unties the embeddings; merge it with PEFT"):
+        gda.convert(adapter, tmp_path / "gda", verify=False)
+
+
+def test_tokenizer_of_an_adapter_has_its_own_template(tmp_path: Path) -> None:
+    """Not that of the base, which is in a file that transformers prefers."""
+    base = save_llama(tmp_path / "llama")
+    (base / "chat_template.jinja").write_text("of the base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "of the adapter"
+    tokenizer.save_pretrained(adapter)
+    (adapter / "chat_template.jinja").unlink()
+    settings = adapter / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "of the adapter"}))
+    gda.convert(adapter, tmp_path / "gda")
+    assert AutoTokenizer.from_pretrained(tmp_path / "gda").chat_template == "of the adapter"
+
+
+def test_adapter_and_its_base_from_the_hub(tmp_path: Path, hub: Hub) -> None:
+    """The base is that of the revision which the adapter names, and the adapter has its own name."""
+    base = save_llama(tmp_path / "llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    expected = logits(merged(base, adapter), token_ids(2, 12))
+    first = put(hub, "me/llama", base)
+    weights = files_of(save_llama(tmp_path / "other", seed=1))["model.safetensors"]
+    hub.repos["me/llama"].commit("main", "trained", {"model.safetensors": Blob(weights, True)})
+    change(adapter, base_model_name_or_path="me/llama", revision=first)
+    commit = put(hub, "me/lora", adapter)
+    gda.convert("me/lora", tmp_path / "gda")
+    assert relative_error(logits(tmp_path / "gda", token_ids(2, 12)), expected) < 1e-5
+    source = json.loads((tmp_path / "gda" / "conversion.json").read_text())["source"]
+    assert (source["name"], source["revision"]) == ("me/lora", commit)
+
+
+def test_base_is_not_overwritten(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    before = files_of(base)
+    with pytest.raises(ValueError, match="is the source, is inside it or contains it"):
+        gda.convert(adapter, base, overwrite=True)
+    assert files_of(base) == before
+
+
+def test_inspect_says_how_to_merge(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="is an adapter; merge it with `gda convert`"):
+        gda.inspect(save_adapter(tmp_path / "base", tmp_path / "adapter"))
 
 
 def test_eval_says_how_to_merge(tmp_path: Path) -> None:

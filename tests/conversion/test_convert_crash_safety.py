@@ -140,6 +140,43 @@ def test_unfinished_work_is_kept_without_a_word_of_the_user(source: Path, tmp_pa
         place.mkdir()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_unfinished_training_is_not_discarded(resume: bool, source: Path, tmp_path: Path) -> None:
+    """The command to continue is named."""
+    partial = tmp_path / ".gda.partial"
+    (partial / "checkpoint-1").mkdir(parents=True)
+    (partial / "training.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="was begun by `gda train`, which did not finish; continue that"):
+        convert(source, tmp_path / "gda", resume=resume)
+    assert (partial / "checkpoint-1").is_dir()
+    convert(source, tmp_path / "gda", overwrite=True)
+    assert set(os.listdir(tmp_path)) >= {"gda"}
+    assert not partial.exists()
+
+
+def test_unfinished_split_is_not_discarded_by_another_mode(source: Path, tmp_path: Path) -> None:
+    work = tmp_path / ".gda.partial" / "work"
+    work.mkdir(parents=True)
+    (work / "begun.json").write_text("{}")
+    with pytest.raises(ValueError, match="was begun with --mode split"):
+        convert(source, tmp_path / "gda", resume=True)
+    assert (work / "begun.json").exists()
+
+
+def test_ctrl_c_while_the_old_model_is_removed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OUT is complete, and the interrupt is reported as one."""
+    convert(source, tmp_path / "gda")
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gda.common.files.remove", lambda path: interrupted(path) if path.exists() else None)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "gda", overwrite=True)
+    assert gda.verify(source, tmp_path / "gda").passed
+
+
 @pytest.mark.parametrize("limit", [1, 5_000, 12_000])
 def test_killed_during_a_write(limit: int, source: Path, tmp_path: Path) -> None:
     """The torn file is neither in OUT nor counted as finished."""

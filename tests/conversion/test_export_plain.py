@@ -14,7 +14,7 @@ from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed
 
 from ..support.checkpoints import load, logits
-from ..support.llamas import files_of
+from ..support.llamas import change_config, files_of, save_llama
 from ..support.tiny import relative_error, tiny_config, tiny_model, token_ids
 
 # By name: fields of the GDA model, and the type, query heads and KV heads that it is written with.
@@ -105,6 +105,19 @@ def test_columns_of_noise_heads_by_hand(tmp_path: Path) -> None:
     unchanged = {key for key in after if ".o_proj." not in key}
     assert unchanged == {key for key in before if ".o_proj." not in key and ".lambda_" not in key}
     assert all(torch.equal(before[key], after[key]) for key in unchanged)
+
+
+def test_config_without_a_dtype(tmp_path: Path) -> None:
+    """As in old checkpoints."""
+    change_config(saved(tmp_path / "gda"), dtype=...)
+    assert gda.export(tmp_path / "gda", tmp_path / "plain").num_tensors > 0
+
+
+def test_cast_is_noted_once(tmp_path: Path) -> None:
+    """Also where λ is 0, so that nothing is computed."""
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
+    report = gda.export(tmp_path / "gda", tmp_path / "plain", dtype="bfloat16")
+    assert report.notes == ["weights are cast to bfloat16, which is not lossless"]
 
 
 def test_all_heads_at_lambda_0(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import gda
+from gda.common.files import written_beside
 from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
 from gda.conversion.verify import VerificationFailed
@@ -159,6 +160,23 @@ def test_bfloat16_model_stays_bfloat16(tmp_path: Path) -> None:
     report = gda.export(tmp_path / "gda", tmp_path / "tiny.gguf", format="gguf")
     assert report.file_type == "BF16"
     assert any("no tokenizer" in note for note in report.notes)
+
+
+def test_float64_model_is_rounded_with_a_note(tmp_path: Path) -> None:
+    """GGUF files of llama.cpp have no float64."""
+    tiny_model(**SHAPE).double().save_pretrained(tmp_path / "gda")
+    byte_tokenizer().save_pretrained(tmp_path / "gda")
+    report = gda.export(tmp_path / "gda", tmp_path / "tiny.gguf", format="gguf")
+    assert report.file_type == "F32"
+    assert "the matrices are rounded to F32, which is not lossless" in report.notes
+
+
+def test_second_process_is_refused(tmp_path: Path) -> None:
+    with written_beside(tmp_path / "tiny.gguf", alone=True) as file:
+        file.write(b"of the first")
+        with pytest.raises(BlockingIOError, match="another process is writing"):
+            gda.export(saved(tmp_path / "gda"), tmp_path / "tiny.gguf", format="gguf")
+    assert (tmp_path / "tiny.gguf").read_bytes() == b"of the first"
 
 
 def test_q8_0_of_odd_rows_is_float16(tmp_path: Path) -> None:

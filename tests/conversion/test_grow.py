@@ -465,6 +465,13 @@ def test_expansion_options(tmp_path: Path) -> None:
             grow(tmp_path / "grown", tmp_path / "out", depth=3, **options)
 
 
+def test_layout_of_new_heads_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the tensors can be made again, and a run with another layout is not continued."""
+    llama, out, layout = save_llama(tmp_path / "llama"), tmp_path / "grown", {"kv_layout": "paired", "head_norm": True}
+    grow(llama, out, signal=2, noise_std=0, **layout)
+    assert json.loads((out / "conversion.json").read_text())["settings"]["layout"] == layout
+
+
 @each_operator
 def test_diffllama_and_motif_grow_at_once(growth: dict[str, Any], tmp_path: Path) -> None:
     """A DiffLlama is run and compared. A Motif cannot be run, so its tensors are compared."""
@@ -614,6 +621,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "layers and depth": ({"layers": [1], "depth": 5}, "--layers names 1 layers, but --depth 5 adds 2"),
     "noise": ({"signal": 2, "noise_std": -1.0}, "--noise-std -1.0 is below 0"),
     "endless noise": ({"signal": 2, "noise_std": float("nan")}, "--noise-std nan is not"),
+    "noise of nobody": ({"depth": 4, "noise_std": 0.1}, "--noise-std 0.1 is for replicas, but new layers are copies"),
     "dtype": ({"signal": 2, "dtype": "int8"}, "--dtype int8"),
 }
 

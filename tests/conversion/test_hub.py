@@ -16,7 +16,7 @@ import gda
 
 from ..conftest import HF_HOME
 from ..support.commands import Command
-from ..support.hub_server import READER, Blob, Fault, Hub, Refusal
+from ..support.hub_server import READER, Fault, Hub, Refusal, put
 from ..support.llamas import CHAT_TEMPLATE, files_of, save_llama, tensors_of
 from ..support.tiny import tiny_config, tiny_model, token_ids
 
@@ -38,13 +38,6 @@ def as_pushed(folder: Path, repo: str = "me/x") -> dict[str, bytes]:
     files = files_of(folder)
     assert b"path/or/id" in files["README.md"]
     return files | {"README.md": files["README.md"].replace(b"path/or/id", repo.encode())}
-
-
-def put(hub: Hub, repo: str, folder: Path) -> str:
-    """Store a folder in `hub` as if it had been pushed, and return the commit."""
-    files = {path: Blob(data, path.endswith(".safetensors")) for path, data in files_of(folder).items()}
-    huggingface_hub.create_repo(repo)
-    return hub.repos[repo].commit("main", "all of it", files)
 
 
 # -------------------------------------------------------------------------------------------------------- push and pull
@@ -164,7 +157,7 @@ def test_repository_is_created_private_or_public(
 def test_convert_and_push(tmp_path: Path, hub: Hub, command: Command) -> None:
     """From a Llama on the Hub; the card names it and its licence."""
     llama = save_llama(tmp_path / "llama", max_shard_size=SHARDS)
-    (llama / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en, de]\n---\nA Llama.\n")
+    (llama / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en, de]\nbase_model: a/b\n---\nA Llama.\n")
     (llama / "pytorch_model.bin").write_bytes(b"a pickle")
     (llama / "modeling_llama.py").write_text("raise SystemExit")
     commit = put(hub, "some-one/llama", llama)

@@ -290,7 +290,7 @@ def test_dropped_fields_are_noted(tmp_path: Path) -> None:
     change_config(source, logit_scale=0.5, rope_ratio=2)
     notes = "\n".join(gda.convert(source, tmp_path / "gda").notes)
     assert "attention_dropout=0.1 is ignored" in notes
-    assert "Qwen3Config does not read logit_scale, rope_ratio; dropped" in notes
+    assert "a qwen3 model does not read logit_scale, rope_ratio of config.json; dropped" in notes
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -328,6 +328,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "sliding_window",
     ),
     "layer types of another length": ("qwen3", {"layer_types": ["full_attention"]}, "layer"),
+    "attention to later tokens": ("qwen2", {"is_causal": False}, "is_causal=false"),
+    "weights under another name": ("qwen3", {"transformers_weights": "other.safetensors"}, "transformers_weights"),
     "chunked layers": ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
     "biases of o_proj": ("qwen3", {"attention_bias": True}, "bias"),
     "Qwen2-MoE": ("qwen2", {"model_type": "qwen2_moe"}, "qwen2_moe"),

@@ -13,7 +13,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gda import convert
-from gda.eval.attention.diagnostics import DEFAULTS, AttentionShares, DiagnosticsReport, diagnose, read_prompt_settings
+from gda.eval.attention.diagnostics import (
+    DEFAULTS,
+    AttentionShares,
+    DiagnosticsReport,
+    diagnose,
+    read_prompt_settings,
+    require_same_tokens,
+)
 from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.tasks import TASKS_FOLDER
 from gda.eval.tasks.needles import DEPTHS, NeedlePrompt, NeedleSettings, make_prompts
@@ -123,6 +130,14 @@ def test_gda_baseline_with_more_layers() -> None:
     report = report_of(gda_model(), baseline=deeper)
     assert report.by_layer["baseline"] == report_of(deeper).by_layer["difference"]
     assert report.to_markdown().count("\n| 2 |  |  |  |  | 0.") == 1
+
+
+def test_tokenizers_must_read_the_prompts_alike() -> None:
+    ours, other = byte_tokenizer(), byte_tokenizer()
+    require_same_tokens(DEFAULTS, ours, other)
+    other.add_tokens(["magic"])
+    with pytest.raises(ValueError, match="model and baseline must share one tokenizer, but"):
+        require_same_tokens(DEFAULTS, ours, other)
 
 
 def test_seed_determines_the_prompts() -> None:

@@ -25,7 +25,7 @@ pytest.importorskip("lm_eval")
 from gda.eval.card import update_card
 from gda.eval.compare import compare
 from gda.eval.evaluate import evaluate_with_baseline
-from gda.eval.report import EvalReport
+from gda.eval.report import EvalReport, _facts
 
 pytestmark = pytest.mark.sampled
 
@@ -340,12 +340,23 @@ def test_other_settings_make_another_result(report: EvalReport) -> None:
     from gda.eval.card import _arguments
 
     options = replace(report.options, limit=4, metadata={"length": 64}, apply_chat_template=True, dtype="bfloat16")
+    options = replace(options, gen_kwargs={"temperature": 0.7}, system_instruction="Be brief.", seed=5)
     assert _arguments(replace(report, options=options), "a_group") == {
         "limit": 4,
         "dtype": "bfloat16",
         "apply_chat_template": True,
         "metadata": {"length": 64},
+        "gen_kwargs": {"temperature": 0.7},
+        "system_instruction": "Be brief.",
+        "seed": 5,
     }
+
+
+def test_settings_that_are_zero_are_facts(report: EvalReport) -> None:
+    """Without --num-fewshot, a task's own number counts."""
+    options = replace(report.options, num_fewshot=0, seed=0)
+    (settings,) = (fact for name, fact in _facts(replace(report, options=options)) if name == "settings")
+    assert {"num_fewshot 0", "seed 0"} <= set(settings.split(", "))
 
 
 def test_invalid_card_is_refused_before_the_run(folder: Path, tmp_path: Path, command: Command) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from subprocess import Popen
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -360,3 +361,13 @@ def _routes() -> Iterator[Route]:
 
 ROUTES = list(_routes())
 WRITES = {_Handler.create_repo, _Handler.create_branch, _Handler.preupload, _Handler.commit, _Handler.lfs_batch}
+
+
+def put(hub: Hub, repo: str, folder: Path) -> str:
+    """Store a folder in `hub` as if it had been pushed, and return the commit."""
+    from huggingface_hub import create_repo  # not earlier: conftest sets its environment
+
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(folder)): Blob(path.read_bytes(), path.suffix == ".safetensors") for path in paths}
+    create_repo(repo)
+    return hub.repos[repo].commit("main", "all of it", files)

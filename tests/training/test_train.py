@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,12 @@ from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import MASKED
 from gda.conversion.writing.history import history_of
 from gda.training.callbacks.checkpoints import CheckpointCallback
+from gda.training.data.sequences import Sequences
+from gda.training.plan import Plan
 from gda.training.report import TrainReport
 from gda.training.runs.checkpoints import mark_complete
 from gda.training.runs.processes import Processes
-from gda.training.settings import TrainOptions
+from gda.training.settings import TrainOptions, TrainSettings
 
 from ..support.children import in_child, killed_at
 from ..support.commands import Command, Outcome
@@ -101,6 +104,50 @@ def test_eval_tokens_limits_what_is_measured(models: Path, tmp_path: Path) -> No
     with torch.no_grad():
         loss = AutoModelForCausalLM.from_pretrained(models / "gda").eval()(measured, labels=measured).loss
     assert report.first_eval_loss == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_batches_of_an_evaluation_are_full(models: Path, tmp_path: Path) -> None:
+    """Of a batch that is not full, accelerate repeats sequences with several processes, which then count twice."""
+    plan = Plan(**dict.fromkeys(each.name for each in fields(Plan)))
+    for size, count, expected in ((8, 12, 6), (8, 64, 8), (8, 13, 1), (8, 3, 3)):
+        settings = TrainSettings(data="a", batch_size=size)
+        sequences = Sequences(rows=None, count=count, tokens=0)
+        assert replace(plan, settings=settings, eval_sequences=sequences).eval_batch_size == expected
+
+
+def test_data_of_a_killed_process_is_used_again(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was tokenized before the first checkpoint."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        assert in_child(lambda: short(models, "gda", tmp_path / "out")) == -signal.SIGKILL
+    (data,) = (tmp_path / ".out.partial" / "data").glob("*.arrow")
+    inode = data.stat().st_ino
+    inodes = []
+    with monkeypatch.context() as patch:
+        train_it = Trainer.train
+        patch.setattr(Trainer, "train", lambda *a, **k: inodes.append(data.stat().st_ino) or train_it(*a, **k))
+        short(models, "gda", tmp_path / "out", resume=True)
+    assert inodes == [inode]
+
+
+def test_mixed_precision_that_is_not_supported(
+    models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
+    refused(outcome, "--mixed_precision fp16 of accelerate is not supported; pass no or bf16", tmp_path)
+
+
+def test_rate_of_lambda_without_one_that_is_trained(models: Path, tmp_path: Path, command: Command) -> None:
+    gda.grow(models / "gda", tmp_path / "grown", mlp=2, verify=False)
+    options = ("--train", "new", "--lambda-learning-rate", 0.1, *OPTIONS)
+    outcome = command("train", tmp_path / "grown", tmp_path / "out", "--data", models / "text.txt", *options)
+    refused(outcome, "--lambda-learning-rate 0.1 has no effect: no λ is trained", tmp_path)
+
+
+def test_plot_alone_takes_no_options_of_a_training(models: Path, tmp_path: Path, command: Command) -> None:
+    outcome = command("train", models / "gda", "--plot", "--steps", 3)
+    refused(outcome, "--steps has no effect without OUT", tmp_path)
 
 
 def test_card_has_the_whole_history(models: Path, tmp_path: Path) -> None:
@@ -811,6 +858,7 @@ def test_checkpoint_is_a_model(models: Path, tmp_path: Path, interrupt: Callable
     checkpoint = tmp_path / ".out.partial" / "checkpoint-3"
     assert AutoTokenizer.from_pretrained(checkpoint)("the").input_ids
     assert tensors_of(checkpoint)["lm_head.weight"].dtype == torch.float32
+    assert json.loads((checkpoint / "config.json").read_text())["use_cache"] is True
     with pytest.raises(ValueError, match="choose another folder"):
         gda.train(checkpoint, tmp_path / "out", data=models / "text.txt", overwrite=True, **SHORT)
     gda.train(checkpoint, tmp_path / "next", data=models / "text.txt", **(SHORT | {"steps": 2}))

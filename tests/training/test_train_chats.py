@@ -112,6 +112,22 @@ def test_answers_beyond_the_context_are_named(opened: Callable[..., Sequences]) 
         opened(rows, context=16)
 
 
+def test_tables_add_no_null_arguments(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """A table has the arguments of all calls in each of them."""
+
+    def chat(**arguments: str) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    chats = [{"messages": chat(city="Paris")}, {"messages": chat(query="x")}]
+    template = "{% for m in messages %}{{ m.role }} {{ (m.tool_calls or [])|tojson }}</s>{% endfor %}"
+    pq.write_table(pa.Table.from_pylist(chats), tmp_path / "a.parquet")
+    from_table, from_lines = (learned(opened(each, template, 256)) for each in (tmp_path / "a.parquet", chats))
+    assert len(from_table) == 2
+    assert not any("null" in text for text, _ in from_table)
+    assert [text for _, text in from_table] == [text for _, text in from_lines]
+
+
 def test_tools_that_are_not_json(opened: Callable[..., Sequences]) -> None:
     chat = [QUESTION, ANSWER]
     for tools, words in (("{", "is not JSON"), ('{"name": "f"}', "holds dict, not a list")):

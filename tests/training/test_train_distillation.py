@@ -238,3 +238,6 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
     tokenizer.add_tokens(["<one more>"])
     with pytest.raises(ValueError, match="different tokenizer"):
         Distillation.load(llama, model, weight=W, tokenizer=tokenizer)
+    longest = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"--context {longest + 1} is above {longest}, max_position_embeddings"):
+        Distillation.load(llama, model, weight=W, context=longest + 1)

@@ -168,6 +168,24 @@ def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
         trainer(adapted("gqa", tmp_path), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_checkpoint_with_modules_that_are_trained_in_full(tmp_path: Path) -> None:
+    """As trainable.json asks for after growth: the plain model has the trained copies."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(model_of("gqa"), config)
+    trainer(model, tmp_path, save_steps=6).train()
+    ids = token_ids(2, 9)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6").eval()
+    assert relative_error(plain(ids).logits, model.eval()(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("other", [{"use_dora": True}, {"adapter_name": "mine"}])
+def test_other_adapters_are_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    named = {name: other[name] for name in other if name == "adapter_name"}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=other.get("use_dora", False))
+    with pytest.raises(ValueError, match="a checkpoint is a plain model, which cannot hold"):
+        trainer(peft.get_peft_model(model_of("gqa"), config, **named), tmp_path).train()
+
+
 def test_new_heads_are_trained(tmp_path: Path) -> None:
     """From the exact start of an expansion, where λ is 0, LoRA trains λ and the noise queries."""
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)

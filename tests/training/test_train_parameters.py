@@ -15,6 +15,7 @@ from gda.common.trainable import NewParameters, Trainable
 from gda.training.parameters import choose_what_learns, count_learning, decays, is_lambda, optimizer_groups
 from gda.training.trainer import GDATrainer
 
+from ..support.checkpoints import load
 from ..support.llamas import save_llama, tensors_of
 from ..support.tiny import tiny_model, token_ids
 
@@ -198,6 +199,19 @@ def test_train_new_after_an_expansion(conversion: str, bias: bool, tmp_path: Pat
             if ".q_proj." in name:
                 signal = tensor.unflatten(0, (config.num_noise_heads, -1, config.head_dim))[:, :-1]
                 assert torch.equal(signal.flatten(0, 2), source[name])
+
+
+def test_new_keys_of_low_rank_are_trainable(tmp_path: Path) -> None:
+    """The noise keys' rows of both factors, and no row of signal keys."""
+    options: dict[str, Any] = {"kv_layout": "paired", "qk_rank": 2, "verify": False}
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", **options)
+    model = choose_what_learns(load(tmp_path / "gda"), "new", tmp_path / "gda", 0)
+    attention, rank = model.model.layers[0].self_attn, 2
+    for name, width in (("k_down", rank), ("k_up", model.config.head_dim)):
+        is_new = getattr(attention, name).weight.new_entries
+        heads = is_new.reshape(model.config.num_key_value_heads, width, -1).flatten(1)
+        assert heads.all(1).tolist() == [False, True] * (len(heads) // 2), name
+        assert heads.any(1).tolist() == [False, True] * (len(heads) // 2), name
 
 
 def test_train_new_after_a_split(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class LayerLog(TrainerCallback):
     They are measured in the step of the line, over the tokens of all processes and all accumulated batches.
 
     Args:
-        path: The file to write; None to write nothing. A resumed run continues it, without the lines of later steps.
+        path: The file to write; None to write nothing. A resumed run continues it, without the lines of later steps. A
+            new run replaces it.
     """
 
     def __init__(self, path: str | Path | None):
@@ -61,7 +62,9 @@ class LayerLog(TrainerCallback):
         if self.path is None or not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
+        if state.global_step == 0:
+            self.path.unlink(missing_ok=True)
+        elif self.path.exists():
             write_text(self.path, "".join(_lines_until(self.path, state.global_step)))
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -214,7 +214,15 @@ def _table_rows(rows: Any, name: str, start: Any) -> Rows:
         if row is None:
             return
         number += 1
+        row = {name: _without_nulls(value) for name, value in row.items()}
         yield f"row {number}", row, partial(_row_position, number, rows)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Messages and tools without the fields that are null: a table has them in all rows that lack them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _row_position(number: int, rows: Any) -> list[Any]:

@@ -29,8 +29,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
-    """The checkpoints in `folder`, oldest first: the complete ones, or all."""
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    """The checkpoints in `folder`, oldest first: the complete ones, or all. None in a folder that does not exist."""
+    try:
+        found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    except FileNotFoundError:  # the main process may have removed it, or this machine does not see it
+        return []
     return sorted((path for path in found if not complete or is_complete(path)), key=step_of)
 
 

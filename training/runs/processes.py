@@ -29,8 +29,11 @@ def on_cpu() -> bool:
 
 
 def launcher_wants_bfloat16() -> bool:
-    """Whether `accelerate launch`, or its configuration, asks for bfloat16."""
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16"
+    """Whether `accelerate launch`, or its configuration, asks for bfloat16. ValueError for fp16 and others."""
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", "bf16"):
+        raise ValueError(f"--mixed_precision {wanted} of accelerate is not supported; pass no or bf16")
+    return wanted == "bf16"
 
 
 class Processes:

@@ -18,6 +18,8 @@ from gda.common.files import (
 )
 from gda.common.options import flag
 from gda.conversion.sources.source import TRAINING_FILE
+from gda.conversion.writing.stream import MANIFEST_FILE
+from gda.conversion.writing.write_model import WORK_FOLDER
 from gda.training.report import TrainReport
 from gda.training.runs.checkpoints import checkpoints, last_checkpoint, read_or_empty, remove_incomplete, step_of
 from gda.training.settings import TrainSettings
@@ -27,6 +29,7 @@ DATA_FOLDER = "data"
 # The settings by which a step is split over time and, with the number of processes, over processes.
 SPLIT_OF_A_STEP = ("batch_size", "accumulation")
 START_ANEW = "start over with --overwrite"
+OF_CONVERSIONS = dict.fromkeys((MANIFEST_FILE, WORK_FOLDER), "a conversion")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class RunFolder:
         refuse_existing(out, overwrite)
         self.path = partial_of(out)
         check_places(source, self.path)
-        self._staged = StagedFolder(out, overwrite=overwrite, resume=True)
+        self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
         try:
             self.state = self._begin_or_resume(identity, resume, overwrite)
         except BaseException:
@@ -145,7 +148,7 @@ class RunFolder:
             raise ValueError(f"{begun} does not describe a run; {START_ANEW}")
         report = known.get("report")
         if last is None and report is None:
-            self._clear()
+            self._clear(but=DATA_FOLDER)  # which is used again if it holds the same data
         elif resume:
             identity.require_same(known, self.path)
         elif overwrite:
@@ -159,9 +162,10 @@ class RunFolder:
             write_json(begun, identity.to_dict())
         return RunState(self.path, last, report)
 
-    def _clear(self) -> None:
+    def _clear(self, *, but: str | None = None) -> None:
         for path in self.path.iterdir():
-            remove(path)
+            if path.name != but:
+                remove(path)
 
     def finish(self, origin: Mapping[str, Any], report: TrainReport) -> None:
         """Add the report and `origin` to training.json, remove checkpoints and tokenized data, and rename the folder to

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ VOCABULARY_PATTERNS = (
     "vocab.txt",
     "*.tiktoken",
 )
+OTHER_PATTERNS = ("generation_config.json", *LICENCE_PATTERNS)  # of files that don't belong to a tokenizer
 # These are copied byte for byte.
 ASSET_PATTERNS = (
-    "generation_config.json",
+    *OTHER_PATTERNS,
     *VOCABULARY_PATTERNS,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
@@ -30,14 +32,14 @@ ASSET_PATTERNS = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    *LICENCE_PATTERNS,
 )
 
 
-def copy_assets(source: Path, folder: Path) -> None:
+def copy_assets(source: Path, folder: Path, patterns: Sequence[str] = ASSET_PATTERNS) -> None:
     """Copy generation config, tokenizer and licences of the model in `source` into `folder`, byte for byte."""
-    paths = [path for pattern in ASSET_PATTERNS for path in sorted(source.glob(pattern))]
-    for path in (*paths, *tokenizer_code(source)):
+    paths = [path for pattern in patterns for path in sorted(source.glob(pattern))]
+    code = tokenizer_code(source) if patterns is ASSET_PATTERNS else []
+    for path in (*paths, *code):
         if path.is_file():
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)

@@ -8,9 +8,10 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
@@ -37,24 +38,25 @@ def in_background(function: Callable[[], T]) -> "Future[T]":
 
 
 @contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[BinaryIO]:
+def written_beside(path: Path, *, alone: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file for writing; rename it to `path` when the block ends, or remove it if the block fails.
 
-    Its bytes are on disk before it is renamed, and its name is on disk when the block has ended.
+    Its bytes are on disk before it is renamed, and its name is on disk when the block has ended. With `alone`, a second
+    process that writes the same file gets a BlockingIOError.
     """
     beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(beside, "wb", opener=_open_no_link) as file:
+    with open(beside, "wb", opener=_open_alone if alone else _open_no_link) as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync(path.parent)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)  # the error of a failed write doesn't name the file
-        beside.unlink(missing_ok=True)
-        raise
+            os.replace(beside, path)
+            sync(path.parent)
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = str(path)  # the error of a failed write doesn't name the file
+            beside.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -82,6 +84,23 @@ def _remove_empty(folders: list[Path]) -> None:
 def _open_no_link(path: str, flags: int) -> int:
     """Don't follow a link that someone else put there: its target would be overwritten."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _open_alone(path: str, flags: int) -> int:
+    """Lock the file before it is emptied."""
+    while True:
+        descriptor = _open_no_link(path, flags & ~os.O_TRUNC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.truncate(descriptor, 0)
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BlockingIOError(f"another process is writing {path}; wait for it to end") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # another process finished between open and lock
 
 
 def sync(path: Path) -> None:
@@ -151,6 +170,8 @@ class StagedFolder:
         overwrite: Whether `finish` may replace an existing OUT.
         resume: Whether to keep what a killed process left in the folder. Otherwise it is removed.
         resumable: Refuse to discard what a killed process left, unless `overwrite` is set.
+        foreign: Files or folders of another command's unfinished work, which is neither continued nor discarded unless
+            `overwrite` is set; with the name of the command.
 
     Raises:
         FileExistsError: if `out`, or work that could be resumed, exists and may not be replaced, or if the folder is a
@@ -158,17 +179,31 @@ class StagedFolder:
         BlockingIOError: if another process is filling the folder.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False, resumable: bool = False):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        resumable: bool = False,
+        foreign: Mapping[str, str] = MappingProxyType({}),
+    ):
         refuse_existing(out, overwrite)
         self.out = out
         self._overwrite = overwrite
         self.folder = partial_of(out)
         self._created_parents = _missing_parents(self.folder)
         try:
-            self._lock = self._make_and_lock()
+            self._lock: int | None = self._make_and_lock()
         except OSError:
             _remove_empty(self._created_parents)
             raise
+        other = next((command for name, command in foreign.items() if (self.folder / name).exists()), None)
+        if other is not None and not overwrite:
+            self.keep()
+            raise FileExistsError(
+                f"{out} was begun by {other}, which did not finish; continue that, or pass --overwrite to discard it"
+            )
         left_over = [] if resume else list(self.folder.iterdir())
         if left_over and resumable and not overwrite:
             self.keep()
@@ -190,16 +225,20 @@ class StagedFolder:
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
                 os.close(descriptor)
-                raise BlockingIOError(f"another process is writing {self.out}; wait for it to end") from None
+                if isinstance(error, BlockingIOError):
+                    raise BlockingIOError(f"another process is writing {self.out}; wait for it to end") from None
+                raise OSError(
+                    f"{self.out}: its file system can't lock folders ({error.strerror}); choose another place"
+                ) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(self.folder)):
                     return descriptor
             os.close(descriptor)  # another process finished between open and lock: this is its OUT now
 
-    def finish(self) -> None:
-        """Sync the folder to disk and rename it to OUT.
+    def finish(self, *, without: str | None = None) -> None:
+        """Sync the folder to disk, remove the file `without` from it, and rename it to OUT.
 
         Raises:
             FileExistsError: if OUT has appeared meanwhile and may not be replaced.
@@ -207,6 +246,9 @@ class StagedFolder:
         """
         sync_tree(self.folder)
         refuse_existing(self.out, self._overwrite)
+        if without is not None:
+            (self.folder / without).unlink()
+            sync(self.folder)
         replaced = self.out.with_name(f".{self.out.name}.replaced")
         if os.path.lexists(self.out):
             remove(replaced)  # left by a process that was killed between the two renames below
@@ -217,21 +259,27 @@ class StagedFolder:
             if replaced.exists():
                 os.rename(replaced, self.out)
             raise
+        self._unlock()
         for holder in dict.fromkeys((self.out.parent, *(made.parent for made in self._created_parents))):
             sync(holder)
-        os.close(self._lock)
         with contextlib.suppress(OSError):  # the new folder is in place, whether or not the old one can be removed
             remove(replaced)
 
     def keep(self) -> None:
-        """Keep the folder for a later process to resume."""
-        os.close(self._lock)
+        """Keep the folder for a later process to resume. Nothing happens once it is OUT."""
+        self._unlock()
 
     def discard(self) -> None:
-        """Remove the folder and the parents created for it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
-        _remove_empty(self._created_parents)
+        """Remove the folder and the parents created for it. Nothing happens once it is OUT."""
+        if self._lock is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._unlock()
+            _remove_empty(self._created_parents)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
 
 
 class NoSpaceError(OSError):

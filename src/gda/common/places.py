@@ -108,8 +108,8 @@ def check_plain_model(location: str | Path) -> None:
 
 
 def refuse_gda(location: str | Path, remedy: str) -> None:
-    """Raise ValueError with the remedy for the folder of a GDA model."""
-    if config_entry(location, "model_type", str) == "gda":
+    """Raise ValueError with the remedy for the folder of a GDA model. An adapter of one is allowed."""
+    if config_entry(location, "model_type", str) == "gda" and not (Path(location) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{location} {IS_GDA}; {remedy}")
 
 
