@@ -5,7 +5,7 @@
 
 The source, and models that `gda convert` expands from it and that start with the same output, train on the same
 sequences in the same order, attention only and at the same rates. The expanded models have more to train and compute:
-a third more query heads in SmolLM2, and λ, which has a rate of its own ("one rate": it has not).
+a third more query heads in SmolLM2, and λ, which has a rate of its own (except in "one rate").
 "plain heads" has as many more query heads, which start with the queries of the noise heads, but with an output of their
 own, at first 0. So it shows what more heads do without a difference of maps; its new columns of `o_proj` make it the
 largest, and they have the lower rate.
@@ -15,7 +15,7 @@ Differences are between runs on the same data with the same seed, which determin
 new weights.
 
 Rate and prompts were chosen with the source alone, in 120 steps of text and retrieval: at 8e-4, it became worse on
-Python's documentation, and at 2e-4 it didn't; one needle, of one per 32 tokens, it learned to find in 97 % of prompts.
+Python's documentation, and at 2e-4 it didn't; it learned to find one needle, of one per 32 tokens, in 97 % of prompts.
 
 A run takes one thread, and its result is a line of DIR/runs.jsonl. The same command continues with the missing runs.
 The first seeds are complete first, so that a report can be made at any time.
@@ -340,7 +340,8 @@ def plot(runs: list[dict[str, Any]], file: Path) -> None:
 
     measures = OF_TEXT | {name: measure for name, measure in OF_RETRIEVAL.items() if "nats" in name}
     figure, panels = pyplot.subplots(1, len(measures), figsize=(16, 3.5), layout="constrained", sharey=True)
-    names = [name for name in VARIANTS if name != SOURCE and pairs(runs, MIXED, name, SOURCE)[0]]
+    compared = [name for name in VARIANTS if name != SOURCE]
+    names = [name for name in compared if all(pairs(runs, data, name, SOURCE)[0] for data in (TEXT, MIXED))]
     for axes, (title, measure) in zip(panels, measures.items(), strict=True):
         for shift, (data, color) in enumerate([(TEXT, "#4292c6"), (MIXED, "#d94801")]):
             compared = [pairs(runs, data, name, SOURCE) for name in names]

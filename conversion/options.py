@@ -292,8 +292,8 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
 
     def check_places(self) -> None:
         super().check_places()
-        for file in self.calibration_weights():
-            check_places(file, self.out)
+        for file in self.calibration_weights().keys() - {SAMPLED}:
+            check_places(file, self.out, f"the calibration text {file}")
         if self.qk_rank is None:
             refuse_gda(self.source, GDA_REMEDY)
         model_type = config_entry(self.source, "model_type", str)
@@ -341,8 +341,8 @@ class GrowOptions(NewHeadOptions):
     )
     masked: bool = option(
         False,
-        "Add new heads, neurons and layers that training fades in. Their weights are random, except with --new-layers "
-        "copy.",
+        "Add new heads, neurons and layers that training fades in. Their weights are random, except those of "
+        "new layers with --new-layers copy.",
         panel=GROWTH,
     )
     new_layers: Literal["copy", "random"] | None = option(

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,17 +100,14 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
         require_same_tokens(prompts, *(each.tokenizer for each in candidates))
     results: list[ModelResult] = []
     loaded = []
-    with _quiet(options, console):
+    with _quiet(options, console), _memory_explained():
         tasks = []
         if options.tasks:
             console.print(f"loading {', '.join(options.tasks)}", highlight=False, markup=False)
             tasks = _load_tasks(candidates[0], options)
         for candidate in candidates:
             console.print(_announcement(candidate, results, len(candidates)), highlight=False, markup=False)
-            try:
-                result, loaded_model = _evaluate_one(candidate, options, tasks, text, console)
-            except torch.OutOfMemoryError as error:
-                raise ValueError(f"{candidate.name}: {first_line(error)}; lower --batch-size or --context") from None
+            result, loaded_model = _evaluate_one(candidate, options, tasks, text, console)
             results.append(result)
             if options.diagnostics and first_process:
                 loaded.append(loaded_model)  # only diagnostics need both models in memory
@@ -146,6 +144,15 @@ def _quiet(options: EvaluateOptions, console: Console) -> contextlib.AbstractCon
     from gda.eval.lm_eval.run_tasks import quiet_lm_eval
 
     return quiet_lm_eval(progress=shows_progress(console))
+
+
+@contextlib.contextmanager
+def _memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "lower --batch-size, or use --dtype bfloat16 or --device cpu"
+        raise ValueError(f"{first_line(error)}; {remedy}") from None
 
 
 def _find_models(options: EvaluateOptions) -> list[Candidate]:

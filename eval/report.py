@@ -248,7 +248,7 @@ def _facts(report: EvalReport) -> list[tuple[str, str]]:
     """How the numbers were obtained: settings, versions, weights and notes."""
     found = report.to_dict()["gda"]
     defaults = {each.name: each.default for each in fields(report.options)}
-    settings = {name: value for name, value in found["settings"].items() if value != defaults.get(name)}
+    settings = {name: value for name, value in found["settings"].items() if value not in (defaults.get(name), None, ())}
     words = {name: value if isinstance(value, list | tuple) else [value] for name, value in settings.items()}
     facts = [("settings", ", ".join(" ".join(map(str, [name, *values])) for name, values in words.items()))]
     facts.append(("versions", ", ".join(f"{name} {value}" for name, value in found["versions"].items())))

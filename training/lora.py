@@ -1,8 +1,9 @@
 """LoRA (arXiv 2106.09685) by PEFT, and the plain GDA model that it results in."""
 
+import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ LEARNED_FILE = "learned.safetensors"
 # Prefix and adapter name of PEFT.
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
+OTHER_UPDATES = re.compile(r"\.(lora_embedding|trainable_tokens)_|\.token_adapter\.")
 
 
 def with_lora(model: PreTrainedModel, rank: int, seed: int, trained: list[str]) -> "PeftModel":
@@ -50,6 +52,23 @@ def with_lora(model: PreTrainedModel, rank: int, seed: int, trained: list[str]) 
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model is one of PEFT's. (This does not import PEFT.)"""
     return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+
+
+def require_mergeable(model: nn.Module) -> None:
+    """Raise ValueError if the model is one of PEFT's with anything but LoRA on linear layers, as `default`.
+
+    A checkpoint holds the plain model, with LoRA's updates added to its weights.
+    """
+    if not is_adapted(model):
+        return
+    adapters: dict[str, Any] = model.peft_config  # type: ignore[assignment]
+    for name, config in adapters.items():
+        wrong = name != ADAPTER or config.peft_type != "LORA" or config.use_dora or config.lora_bias
+        if wrong or any(OTHER_UPDATES.search(each) for each, _ in model.named_parameters()):
+            raise ValueError(
+                f"the adapter {name!r} can't be merged into the plain model of a checkpoint; use LoRA on linear "
+                f"layers, without DoRA and biases, as {ADAPTER!r}"
+            )
 
 
 def merged(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:

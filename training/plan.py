@@ -68,12 +68,6 @@ class Plan:
         """The same in accelerate's words."""
         return "bf16" if self.computes_in_bfloat16 else "no"
 
-    @property
-    def eval_batch_size(self) -> int:
-        """The largest batch that divides the evaluated text: of others, accelerate repeats parts to fill the last."""
-        count, size = (self.eval_sequences and self.eval_sequences.count) or 0, self.settings.batch_size
-        return next(each for each in range(size, 0, -1) if count % each == 0)
-
     def fade_callbacks(self) -> list[TrainerCallback]:
         """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""
         if self.config.fade is None and self.settings.lambda_target is None:
@@ -83,9 +77,10 @@ class Plan:
     def require_space(self, out: Path) -> None:
         """Raise NoSpaceError unless the disk of `out` has room for the checkpoints.
 
-        A new checkpoint is written before an old one is removed. Each holds the weights and AdamW's two moments.
+        A new checkpoint is written before an old one is removed. Each holds the weights and AdamW's two moments,
+        which all entries of a partly trained parameter have.
         """
-        learning = sum(each.numel() for each in self.learner.parameters() if each.requires_grad)  # in part, too
+        learning = sum(each.numel() for each in self.learner.parameters() if each.requires_grad)
         needed = 4 * (self.num_parameters + 2 * learning) * (self.settings.keep + 1)
         place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
         reusable = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
@@ -197,17 +192,31 @@ def steps_per_epoch(settings: TrainSettings, sequences: int, processes: int) -> 
     return math.ceil(batches / settings.accumulation)
 
 
-def training_arguments(plan: Plan, folder: Path, *, resumes: bool, shows_progress: bool) -> TrainingArguments:
+def eval_batch_size(batch_size: int, sequences: int, processes: int) -> int:
+    """Sequences in a batch of an evaluation, at most `batch_size`.
+
+    With several processes, accelerate fills an incomplete batch with sequences that it repeats, and they would count
+    twice. So the batch divides the number of sequences.
+    """
+    if processes == 1:
+        return batch_size
+    return next(each for each in range(batch_size, 0, -1) if sequences % each == 0)
+
+
+def training_arguments(
+    plan: Plan, folder: Path, processes: int, *, resumes: bool, shows_progress: bool
+) -> TrainingArguments:
     """The Trainer's arguments for a plan, with checkpoints in `folder`."""
     settings = plan.settings
     warmup = min(plan.steps, round(settings.warmup * plan.steps))
     decay = min(plan.steps - warmup, round(settings.decay * plan.steps))
+    eval_count = (plan.eval_sequences and plan.eval_sequences.count) or 0
     checkpointing: dict[str, Any] = {CHECKPOINTING: settings.gradient_checkpointing}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=plan.steps,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=plan.eval_batch_size,
+        per_device_eval_batch_size=eval_batch_size(settings.batch_size, eval_count, processes),
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,

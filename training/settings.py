@@ -273,8 +273,8 @@ class TrainOptions(TrainSettings, RunOptions):
 
     def _refuse_training_options(self) -> None:
         for each in fields(self):
-            given, default = getattr(self, each.name) or None, each.default or None  # none given: [] or ()
-            if each.name not in ("model", "out", "plot", "revision") and given != default:
+            given, default = getattr(self, each.name) or None, each.default or None  # an empty list and tuple are equal
+            if each.name not in ("model", "out", "plot") and given != default:
                 raise ValueError(f"{flag(each.name)} has no effect without OUT: the log of MODEL is drawn; omit it")
 
     @property

@@ -40,7 +40,7 @@ from gda.training.runs.checkpoints import damage_reported, last_checkpoint, requ
 from gda.training.runs.deepspeed import make_universal, written_by
 from gda.training.runs.failures import explained
 from gda.training.runs.model_folder import add_companions, model_stamps
-from gda.training.runs.processes import Processes, launcher_wants_bfloat16, reported_elsewhere
+from gda.training.runs.processes import Processes, reported_elsewhere, require_known_precision
 from gda.training.runs.run_folder import (
     DATA_FOLDER,
     LOG_FILE,
@@ -105,7 +105,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
 def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Path:
     """Refuse bad input before anything large is read; return the local folder of the model."""
     processes.require_sharding()
-    launcher_wants_bfloat16()  # refuses other mixed precisions
+    if options.precision == "auto":
+        require_known_precision()
     if options.train == "new" and processes.uses_deepspeed:
         raise ValueError(NEW_WITH_DEEPSPEED)
     if options.gradient_checkpointing and processes.fsdp_recomputes:  # the Trainer refuses that after tokenizing
@@ -279,7 +280,13 @@ def _make_trainer(
     with patch_environment(ACCELERATE_MIXED_PRECISION=plan.mixed_precision):  # instead of the launcher's
         trainer = RunTrainer(
             plan.learner,
-            training_arguments(plan, state.path, resumes=state.checkpoint is not None, shows_progress=shows_progress),
+            training_arguments(
+                plan,
+                state.path,
+                processes.count,
+                resumes=state.checkpoint is not None,
+                shows_progress=shows_progress,
+            ),
             train_dataset=rows,
             eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
             data_collator=collate,

@@ -22,7 +22,7 @@ from gda.training.callbacks.layer_log import LayerLog, for_reporters
 from gda.training.callbacks.throughput import ThroughputCallback
 from gda.training.distillation import Distillation
 from gda.training.labels import num_predicted
-from gda.training.lora import is_adapted, load_learned, save_learned
+from gda.training.lora import is_adapted, load_learned, require_mergeable, save_learned
 from gda.training.parameters import optimizer_groups, partly_frozen
 from gda.training.sharding import NEW_WITH_DEEPSPEED, FrozenEntriesCallback, first_failure, reshard
 from gda.training.weights import load_plain, save_plain
@@ -60,7 +60,7 @@ class GDATrainer(Trainer):
         throughput: Steps, seconds and tokens since the start or the last resume.
 
     Raises:
-        ValueError: if this process sees several GPUs. Start one process for each.
+        ValueError: if this process sees several GPUs, of which each needs a process; for adapters that can't be merged.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class GDATrainer(Trainer):
     ):
         if args.n_gpu > 1:
             raise ValueError(f"this process sees {args.n_gpu} GPUs; start one for each by `accelerate launch`")
+        require_mergeable(model)
         self.lambda_learning_rate = lambda_learning_rate
         self.distillation = distillation
         self.layer_log = layer_log

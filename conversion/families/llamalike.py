@@ -18,7 +18,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 
 from gda.common.files import read_json, write_json
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.tensors.safetensors_io import WEIGHTS_FILE
+from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
 
 # Fields with the same name and meaning in all of them and in GDA.
 SHARED_FIELDS = (
@@ -51,7 +51,7 @@ DIFFERING_FIELDS = (
 # RoPE parameters for images or very long texts, which transformers' text models of these types ignore silently.
 UNSUPPORTED_ROPE = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta")
 # Entries of a config.json that transformers reads though its class has no such field, or that don't matter.
-HARMLESS_FIELDS = ("auto_map", "transformers_weights", "head_dim", "layer_types")
+HARMLESS_FIELDS = ("auto_map", "transformers_weights", "head_dim", "layer_types", "is_causal")
 
 
 LLAMALIKES: dict[str, type[PreTrainedConfig]] = {
@@ -225,8 +225,10 @@ def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
         raise ValueError(f"{where} has use_mrope, a RoPE for images, which is not part of a {config.model_type} model")
     if not getattr(config, "is_causal", True):
         raise ValueError(f"{where} has is_causal=false, but a GDA model is causal")
-    if (file := getattr(config, "transformers_weights", None)) not in (None, WEIGHTS_FILE):
-        raise ValueError(f"{where} names the weights {file!r} in transformers_weights; rename them to {WEIGHTS_FILE}")
+    if (file := getattr(config, "transformers_weights", None)) not in (None, WEIGHTS_FILE, INDEX_FILE):
+        raise ValueError(
+            f"{where} has transformers_weights={file!r}; rename that file to {WEIGHTS_FILE}, and remove the field"
+        )
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds != source_fields(config)["layer_types"]:
         raise ValueError(

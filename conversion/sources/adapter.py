@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gda.common.assets import ASSET_PATTERNS, OTHER_PATTERNS, copy_assets
+from gda.common.assets import copy_assets
 from gda.common.errors import first_line
 from gda.common.extras import needed_by
 from gda.common.files import read_json
@@ -77,7 +77,8 @@ class AdapterSource(Source):
                 raise ValueError(f"its tensors do not fit: it {which} {differing[0]}")
             model = adapted.merge_and_unload(safe_merge=True)
             if self.config.tie_word_embeddings and not _is_tied(model):
-                raise ValueError("it unties the embeddings; merge it with PEFT, save the model, and convert that")
+                remedy = "merge it with PEFT, set tie_word_embeddings to false, save the model, and convert that"
+                raise ValueError(f"it unties the embeddings; {remedy}")
         except Exception as error:  # a malformed adapter can make PEFT raise anything
             reason = first_line(error)
             if "size mismatch" in reason and self.base.config.model_type == "gda":
@@ -108,8 +109,7 @@ class AdapterSource(Source):
     def copy_assets(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:  # files of two tokenizers must not be mixed
             self.base.copy_assets(Path(scratch))
-            kept = OTHER_PATTERNS if has_vocabulary(self.folder) else ASSET_PATTERNS
-            copy_assets(Path(scratch), folder, kept)
+            copy_assets(Path(scratch), folder, tokenizer=not has_vocabulary(self.folder))
         copy_assets(self.folder, folder)
 
     def card_data(self) -> dict[str, Any]:

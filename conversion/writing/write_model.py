@@ -118,9 +118,11 @@ def write_model(
         assets = Path(scratch) / "assets"
         assets.mkdir()
         notes = _write_assets(conversion, source, assets, check=options.verify)  # first, since it can refuse
+        for file in source.weight_files:  # those of an adapter's base, too
+            check_places(file, out)
         report = _planned_report(conversion, source, out, options, notes)
         if options.dry_run:
-            obstacle = None if options.resume or options.overwrite else unfinished(out)
+            obstacle = None if options.resume or options.overwrite else unfinished(out, OF_TRAINING)
             return replace(report, notes=[*report.notes, *filter(None, [obstacle])])
         return _write(report, conversion, source, assets, options, bundle_code=bundle_code, console=console)
 
@@ -175,8 +177,6 @@ def _write(
     console: Console | None,
 ) -> ConvertReport:
     out = report.out
-    for file in source.weight_files:  # those of an adapter's base, too
-        check_places(file, out)
     with _staged(out, options) as folder:
         finished = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if options.resume else 0
         require_space(out.parent, report.nbytes + conversion.work_bytes, reusable=finished)

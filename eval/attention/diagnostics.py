@@ -165,13 +165,13 @@ def diagnose(
 def require_same_tokens(
     settings: NeedleSettings, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> None:
-    """Raise ValueError unless two tokenizers read the prompts alike."""
-    for prompt in _all_prompts(settings, tokenizer):
+    """Raise ValueError unless two tokenizers read a prompt of each depth alike."""
+    for prompt in _all_prompts(replace(settings, samples=1), tokenizer):
         ids, others = (each(prompt.text + prompt.target, verbose=False).input_ids for each in (tokenizer, other))
         if ids != others:
             raise ValueError(
                 "--diagnostics: model and baseline must share one tokenizer, but a prompt is read differently: "
-                f"{first_difference(ids, others)}; omit --baseline"
+                f"{first_difference(ids, others)}; omit --baseline or --diagnostics"
             )
 
 

@@ -26,7 +26,7 @@ from gda.common.errors import CheckFailed
 from gda.common.processes import is_main_process
 from gda.common.progress import log_on_stderr
 
-# How to continue an interrupted command. `gda export` says it when it is run again, and the others start over.
+# How to continue an interrupted command. (`gda export` continues a folder, but not a GGUF file.)
 GO_ON = dict.fromkeys(("convert", "fold", "grow", "train"), "; run the same command with --resume to continue")
 GO_ON["push"] = "; run the same command again to continue"
 

@@ -149,8 +149,9 @@ def test_unfinished_training_is_not_discarded(resume: bool, source: Path, tmp_pa
     with pytest.raises(FileExistsError, match="was begun by `gda train`, which did not finish; continue that"):
         convert(source, tmp_path / "gda", resume=resume)
     assert (partial / "checkpoint-1").is_dir()
-    convert(source, tmp_path / "gda", overwrite=True)
-    assert set(os.listdir(tmp_path)) >= {"gda"}
+    assert "continue that" in convert(source, tmp_path / "gda", dry_run=True).notes[-1]
+    convert(source, tmp_path / "gda", resume=resume, overwrite=True)
+    assert not {"checkpoint-1", "training.json"} & set(os.listdir(tmp_path / "gda"))
     assert not partial.exists()
 
 
@@ -551,6 +552,20 @@ def test_failed_write_leaves_no_files(source: Path, tmp_path: Path) -> None:
 
     assert in_child(limited) == errno.EFBIG
     assert os.listdir(tmp_path) == ["llama"]
+
+
+def test_failed_write_of_a_small_file_is_named(tmp_path: Path) -> None:
+    """It is written when it is closed, which would fail once more and without the name."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        try:
+            write_text(tmp_path / "config.json", "more than ten bytes")
+        except OSError as error:
+            os._exit(error.errno or 1 if "config.json" in str(error) else 99)
+
+    assert in_child(limited) == errno.EFBIG
+    assert os.listdir(tmp_path) == []
 
 
 def test_ctrl_c_keeps_finished_shards(

@@ -465,11 +465,12 @@ def test_expansion_options(tmp_path: Path) -> None:
             grow(tmp_path / "grown", tmp_path / "out", depth=3, **options)
 
 
-def test_layout_of_new_heads_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layout_of_new_heads_is_stored(tmp_path: Path) -> None:
     """So that the tensors can be made again, and a run with another layout is not continued."""
     llama, out, layout = save_llama(tmp_path / "llama"), tmp_path / "grown", {"kv_layout": "paired", "head_norm": True}
     grow(llama, out, signal=2, noise_std=0, **layout)
     assert json.loads((out / "conversion.json").read_text())["settings"]["layout"] == layout
+    assert gda.verify(llama, out, method="tensors").passed
 
 
 @each_operator

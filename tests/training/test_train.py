@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,11 @@ from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import MASKED
 from gda.conversion.writing.history import history_of
 from gda.training.callbacks.checkpoints import CheckpointCallback
-from gda.training.data.sequences import Sequences
-from gda.training.plan import Plan
+from gda.training.plan import eval_batch_size
 from gda.training.report import TrainReport
 from gda.training.runs.checkpoints import mark_complete
 from gda.training.runs.processes import Processes
-from gda.training.settings import TrainOptions, TrainSettings
+from gda.training.settings import TrainOptions
 
 from ..support.children import in_child, killed_at
 from ..support.commands import Command, Outcome
@@ -106,13 +104,11 @@ def test_eval_tokens_limits_what_is_measured(models: Path, tmp_path: Path) -> No
     assert report.first_eval_loss == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_batches_of_an_evaluation_are_full(models: Path, tmp_path: Path) -> None:
-    """Of a batch that is not full, accelerate repeats sequences with several processes, which then count twice."""
-    plan = Plan(**dict.fromkeys(each.name for each in fields(Plan)))
-    for size, count, expected in ((8, 12, 6), (8, 64, 8), (8, 13, 1), (8, 3, 3)):
-        settings = TrainSettings(data="a", batch_size=size)
-        sequences = Sequences(rows=None, count=count, tokens=0)
-        assert replace(plan, settings=settings, eval_sequences=sequences).eval_batch_size == expected
+def test_batches_of_an_evaluation_are_full() -> None:
+    """With several processes."""
+    found = [eval_batch_size(8, count, processes=2) for count in (12, 64, 13, 3, 0)]
+    assert found == [6, 8, 1, 3, 8]
+    assert eval_batch_size(8, 13, processes=1) == 8
 
 
 def test_data_of_a_killed_process_is_used_again(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +131,7 @@ def test_mixed_precision_that_is_not_supported(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
-    refused(outcome, "--mixed_precision fp16 of accelerate is not supported; pass no or bf16", tmp_path)
+    refused(outcome, "--mixed_precision fp16 of accelerate is not supported; use no or bf16, or --precision", tmp_path)
 
 
 def test_rate_of_lambda_without_one_that_is_trained(models: Path, tmp_path: Path, command: Command) -> None:

@@ -60,10 +60,15 @@ def test_message_without_content_is_refused(opened: Callable[..., Sequences]) ->
 
 
 @pytest.mark.parametrize("content", [None, ""])
-def test_chat_with_empty_answers_is_skipped(content: str | None, opened: Callable[..., Sequences]) -> None:
+@pytest.mark.parametrize("table", [False, True])
+def test_chat_with_empty_answers_is_skipped(
+    table: bool, content: str | None, opened: Callable[..., Sequences], tmp_path: Path
+) -> None:
     empty = {"role": "assistant", "content": content}
     chats = [[QUESTION, empty], [QUESTION, empty, QUESTION, empty], [QUESTION, ANSWER]]
-    sequences = opened([{"messages": chat} for chat in chats])
+    rows = [{"messages": chat} for chat in chats]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    sequences = opened(tmp_path / "a.parquet" if table else rows)
     assert learned(sequences) == [("<|user|>hi</s><|assistant|>hello</s>", "hello</s>")]
     assert "rows without content, skipped: 2" in sequences.notes
 

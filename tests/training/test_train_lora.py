@@ -178,12 +178,14 @@ def test_checkpoint_with_modules_that_are_trained_in_full(tmp_path: Path) -> Non
     assert relative_error(plain(ids).logits, model.eval()(ids).logits) < 1e-5
 
 
-@pytest.mark.parametrize("other", [{"use_dora": True}, {"adapter_name": "mine"}])
-def test_other_adapters_are_refused(other: dict[str, Any], tmp_path: Path) -> None:
-    named = {name: other[name] for name in other if name == "adapter_name"}
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=other.get("use_dora", False))
-    with pytest.raises(ValueError, match="a checkpoint is a plain model, which cannot hold"):
-        trainer(peft.get_peft_model(model_of("gqa"), config, **named), tmp_path).train()
+@pytest.mark.parametrize(
+    ("name", "other"), [("default", {"use_dora": True}), ("default", {"lora_bias": True}), ("mine", {})]
+)
+def test_other_adapters_are_refused(name: str, other: dict[str, Any], tmp_path: Path) -> None:
+    """Before the first step."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **other)
+    with pytest.raises(ValueError, match="can't be merged into the plain model of a checkpoint"):
+        trainer(peft.get_peft_model(model_of("gqa"), config, adapter_name=name), tmp_path)
 
 
 def test_new_heads_are_trained(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rich.progress import TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gda._version import __version__
 from gda.common.errors import first_line
 from gda.common.files import read_json, remove, write_json, written_beside
 from gda.common.screen import progress_bars
@@ -178,6 +179,7 @@ def _identity(packer: SequencePacker, sources: list[Source]) -> str:
     tokenizer = packer.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [
+        __version__,
         *([source.identity for source in sources], packer.context, packer.vocab_size),
         *(repr(tokenizer) if backend is None else backend.to_str(), tokenizer.eos_token_id, tokenizer.chat_template),
     ]

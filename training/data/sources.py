@@ -23,7 +23,7 @@ from gda.common.errors import errors_as, first_line
 from gda.common.places import check_data
 from gda.common.text import pieces_from, rows_from
 from gda.conversion.sources.hub import LOG_IN
-from gda.training.data.rows import Fields, Piece, Position, Rows, Source, source_of_rows
+from gda.training.data.rows import TOOLS, Fields, Piece, Position, Rows, Source, source_of_rows
 
 CHECKED = {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)}
 # Ending of plain text in a folder. A file that is named itself may have any ending; it is plain text unless the ending
@@ -214,15 +214,21 @@ def _table_rows(rows: Any, name: str, start: Any) -> Rows:
         if row is None:
             return
         number += 1
-        row = {name: _without_nulls(value) for name, value in row.items()}
+        row = {name: _without_nulls(value, also_on_top=name == TOOLS) for name, value in row.items()}
         yield f"row {number}", row, partial(_row_position, number, rows)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Messages and tools without the fields that are null: a table has them in all rows that lack them."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+def _without_nulls(value: Any, *, also_on_top: bool) -> Any:
+    """A value without the null fields that a table adds where only other rows have them.
+
+    Those of messages themselves stay: `content` may be null.
+    """
+    if isinstance(value, list):
+        return [_without_nulls(each, also_on_top=also_on_top) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {name: each for name, each in value.items() if each is not None or not also_on_top}
+    return {name: _without_nulls(each, also_on_top=True) for name, each in kept.items()}
 
 
 def _row_position(number: int, rows: Any) -> list[Any]:

@@ -28,12 +28,18 @@ def on_cpu() -> bool:
     return not torch.accelerator.is_available() or bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+LAUNCHER_PRECISION = "ACCELERATE_MIXED_PRECISION"  # an environment variable
+
+
 def launcher_wants_bfloat16() -> bool:
-    """Whether `accelerate launch`, or its configuration, asks for bfloat16. ValueError for fp16 and others."""
-    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted not in ("no", "bf16"):
-        raise ValueError(f"--mixed_precision {wanted} of accelerate is not supported; pass no or bf16")
-    return wanted == "bf16"
+    """Whether `accelerate launch`, or its configuration, asks for bfloat16."""
+    return os.environ.get(LAUNCHER_PRECISION, "no") == "bf16"
+
+
+def require_known_precision() -> None:
+    """Raise ValueError if the launcher, or its configuration, asks for a precision other than float32 and bfloat16."""
+    if (wanted := os.environ.get(LAUNCHER_PRECISION, "no")) not in ("no", "bf16"):
+        raise ValueError(f"--mixed_precision {wanted} of accelerate is not supported; use no or bf16, or --precision")
 
 
 class Processes:

@@ -14,6 +14,7 @@ from gda.common.files import (
     refuse_existing,
     remove,
     sync_tree,
+    unfinished,
     write_json,
 )
 from gda.common.options import flag
@@ -196,7 +197,9 @@ class RunFolder:
 def unfinished_run(out: Path) -> str | None:
     """A note about an unfinished run to `out`; None if there is none."""
     folder = partial_of(out)
-    last = last_checkpoint(folder) if folder.is_dir() else None
+    if any((folder / name).exists() for name in OF_CONVERSIONS):
+        return unfinished(out, OF_CONVERSIONS)
+    last = last_checkpoint(folder)
     is_trained = read_or_empty(folder / TRAINING_FILE).get("report") is not None
     return _unfinished(folder, last) if is_trained or last is not None else None
 

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,11 @@ ASSET_PATTERNS = (
 )
 
 
-def copy_assets(source: Path, folder: Path, patterns: Sequence[str] = ASSET_PATTERNS) -> None:
-    """Copy generation config, tokenizer and licences of the model in `source` into `folder`, byte for byte."""
+def copy_assets(source: Path, folder: Path, *, tokenizer: bool = True) -> None:
+    """Copy generation config, licences and the tokenizer, if wanted, of a model into `folder`, byte for byte."""
+    patterns = ASSET_PATTERNS if tokenizer else OTHER_PATTERNS
     paths = [path for pattern in patterns for path in sorted(source.glob(pattern))]
-    code = tokenizer_code(source) if patterns is ASSET_PATTERNS else []
-    for path in (*paths, *code):
+    for path in (*paths, *(tokenizer_code(source) if tokenizer else [])):
         if path.is_file():
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
@@ -45,7 +46,8 @@ def written_beside(path: Path, *, alone: bool = False) -> Iterator[BinaryIO]:
     process that writes the same file gets a BlockingIOError.
     """
     beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "wb", opener=_open_alone if alone else _open_no_link) as file:
+    opener = partial(_open_alone, out=path) if alone else _open_no_link
+    with open(beside, "wb", opener=opener) as file:
         try:
             yield file
             file.flush()
@@ -56,6 +58,8 @@ def written_beside(path: Path, *, alone: bool = False) -> Iterator[BinaryIO]:
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:
                 error.filename = str(path)  # the error of a failed write doesn't name the file
             beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # which would replace this error, since closing writes again
+                file.close()
             raise
 
 
@@ -86,21 +90,29 @@ def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def _open_alone(path: str, flags: int) -> int:
+def _open_alone(path: str, flags: int, *, out: Path) -> int:
     """Lock the file before it is emptied."""
     while True:
         descriptor = _open_no_link(path, flags & ~os.O_TRUNC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                os.truncate(descriptor, 0)
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise BlockingIOError(f"another process is writing {path}; wait for it to end") from None
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # another process finished between open and lock
+        if _locked(descriptor, path, out):
+            os.truncate(descriptor, 0)
+            return descriptor
+
+
+def _locked(descriptor: int, path: str | Path, out: Path) -> bool:
+    """Lock an open file or folder, which becomes OUT. If another process has renamed it meanwhile, close it: False."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise BlockingIOError(f"another process is writing {out}; wait for it to end") from None
+        raise OSError(f"{out}: its file system has no locks ({error.strerror}); choose another place") from None
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return True
+    os.close(descriptor)
+    return False
 
 
 def sync(path: Path) -> None:
@@ -150,11 +162,13 @@ def partial_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def unfinished(out: Path) -> str | None:
-    """A message if a run to OUT did not finish and can be continued; None otherwise."""
+def unfinished(out: Path, foreign: Mapping[str, str] = MappingProxyType({})) -> str | None:
+    """A message if a run to OUT did not finish; None otherwise. `foreign` is that of `StagedFolder`."""
     folder = partial_of(out)
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
+    if (other := next((command for name, command in foreign.items() if (folder / name).exists()), None)) is not None:
+        return f"{out} was begun by {other}, which did not finish; continue that, or pass --overwrite to discard it"
     return f"{out} was begun by a run that did not finish; pass --resume to continue it, or --overwrite to start over"
 
 
@@ -198,16 +212,11 @@ class StagedFolder:
         except OSError:
             _remove_empty(self._created_parents)
             raise
-        other = next((command for name, command in foreign.items() if (self.folder / name).exists()), None)
-        if other is not None and not overwrite:
-            self.keep()
-            raise FileExistsError(
-                f"{out} was begun by {other}, which did not finish; continue that, or pass --overwrite to discard it"
-            )
         left_over = [] if resume else list(self.folder.iterdir())
-        if left_over and resumable and not overwrite:
+        is_foreign = any((self.folder / name).exists() for name in foreign)
+        if not overwrite and (is_foreign or (left_over and resumable)):
             self.keep()
-            raise FileExistsError(unfinished(out))
+            raise FileExistsError(unfinished(out, foreign))
         for each in left_over:
             remove(each)
 
@@ -223,19 +232,8 @@ class StagedFolder:
                     f"{self.out} cannot be created: {error.strerror}; choose a path that you can write to"
                 ) from None
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(descriptor)
-                if isinstance(error, BlockingIOError):
-                    raise BlockingIOError(f"another process is writing {self.out}; wait for it to end") from None
-                raise OSError(
-                    f"{self.out}: its file system can't lock folders ({error.strerror}); choose another place"
-                ) from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(self.folder)):
-                    return descriptor
-            os.close(descriptor)  # another process finished between open and lock: this is its OUT now
+            if _locked(descriptor, self.folder, self.out):
+                return descriptor
 
     def finish(self, *, without: str | None = None) -> None:
         """Sync the folder to disk, remove the file `without` from it, and rename it to OUT.
@@ -300,15 +298,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_places(source: str | Path, out: str | Path) -> None:
-    """Raise ValueError if OUT is empty, or OUT and its source contain one another."""
+def check_places(source: str | Path, out: str | Path, what: str = "the source") -> None:
+    """Raise ValueError if OUT is empty, or OUT and its source, or `what` else is read, contain one another."""
     if not str(out):
         raise ValueError("OUT is empty; name a folder to create")
     if not str(source) or not Path(source).exists():
         return  # perhaps a Hub id
     read, written = Path(source).resolve(), Path(out).resolve()
     if written.is_relative_to(read) or read.is_relative_to(written):
-        raise ValueError(f"{out} is the source, is inside it or contains it; choose another folder")
+        raise ValueError(f"{out} is {what}, is inside it or contains it; choose another folder")
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
