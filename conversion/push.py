@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import re
+import shlex
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from gda.common.assets import LICENCE_PATTERNS, tokenizer_code
+from gda.common.errors import Interrupted
 from gda.common.files import read_json, write_json, write_text
 from gda.common.options import takes
 from gda.common.places import ADAPTER_CONFIG
@@ -34,12 +36,13 @@ REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 UNREPORTED = (".cache", ".git", ".gitattributes")  # in the folder, but left out without a note
 DIGITS = "[0-9]" * 5
 # Files of an earlier model that would be loaded with this one, besides its code. Adapters, licences and others stay.
+KEPT = (*LICENCE_PATTERNS, ADAPTER_CONFIG)
 STALE = (
     WEIGHTS_FILE,
     INDEX_FILE,
     f"model-{DIGITS}-of-{DIGITS}.safetensors",
     TRAINING_FILE,
-    *(each for each in MODEL_PATTERNS if not each.startswith("*.safetensors") and each not in LICENCE_PATTERNS),
+    *(each for each in MODEL_PATTERNS if not each.startswith("*.safetensors") and each not in KEPT),
 )
 
 
@@ -99,6 +102,9 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
         raise ValueError(f"--revision {revision!r} is not a valid branch name")
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} holds an adapter; merge it into the model, or push it with PEFT's push_to_hub")
+    if "/" not in repo and not options.dry_run:
+        with hub_errors(repo, revision):
+            repo = f"{HfApi().whoami()['name']}/{repo}"  # the card names it
     with tempfile.TemporaryDirectory(prefix="gda-push-") as scratch:
         with quiet_transformers():
             read_gda_config(folder)  # refuses a model of another type or with another head
@@ -125,11 +131,24 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
 def push_result(
     out: Path, repo: str, *, private: bool | None, bundle_code: bool, console: Console | None = None
 ) -> PushReport:
-    """Push the finished result of another command, as `push` does; an error says how to push it later."""
+    """Push the finished result of another command, as `push` does; an error says how to push it later.
+
+    Raises:
+        Interrupted: for Ctrl-C.
+        OSError, ValueError: as `push`.
+    """
+    visibility = [] if private is None else ["--private" if private else "--public"]
+    again = shlex.join(["gda", "push", str(out), repo, *visibility, *([] if bundle_code else ["--no-bundle-code"])])
+    remedy = f"{out} is complete: push it with `{again}`"
     try:
         return push(out, repo, private=private, bundle_code=bundle_code, console=console)
-    except (ConnectionError, PermissionError, ValueError) as error:
-        raise type(error)(f"{error}; {out} is complete: push it with `gda push {out} {repo}`") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    except OSError as error:
+        kind = next(each for each in (PermissionError, ConnectionError, OSError) if isinstance(error, each))
+        raise kind(f"{error}; {remedy}") from None
 
 
 def _files_to_push(
@@ -145,7 +164,7 @@ def _files_to_push(
         if path.is_file() and not path.match("*.safetensors") and path.name != INDEX_FILE
     }
     files |= {path.name: path for path in (*source.weight_files, *tokenizer_code(folder))}
-    if len(source.weight_files) > 1:
+    if source.weight_files != [folder / WEIGHTS_FILE]:
         files[INDEX_FILE] = folder / INDEX_FILE
     code = _code_of(folder) if getattr(config, "auto_map", None) == AUTO_MAP else []
     if code and bundle_code:
@@ -210,12 +229,13 @@ def _left_out(folder: Path, files: dict[str, Path]) -> list[str]:
 def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_card: bool, message: str) -> PushReport:
     api = HfApi()
     repo = api.create_repo(report.repo, private=private, exist_ok=True).repo_id
+    is_private = api.model_info(repo).private
+    if private is not None and is_private is not private:
+        kind = "private" if is_private else "public"
+        raise ValueError(f"{repo} exists and is {kind}; change this on its page, or choose another name")
     if report.revision != "main":
         api.create_branch(repo, branch=report.revision, exist_ok=True)
     before = api.model_info(repo, revision=report.revision)
-    if private is not None and before.private is not private:
-        kind = "private" if before.private else "public"
-        raise ValueError(f"{repo} exists and is {kind}; change this on its page, or choose another name")
     held = [file.rfilename for file in before.siblings or []]
     if CARD_FILE in held and not has_card:
         files = {name: path for name, path in files.items() if name != CARD_FILE}  # keep the edited card

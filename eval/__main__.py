@@ -17,7 +17,8 @@ def main() -> None:
 
         _run(options.dataset_root)
     except (FileNotFoundError, ImportError, ValueError) as error:
-        sys.exit(f"gda.eval: {error}")
+        print(f"gda.eval: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _run(dataset_root: str | None) -> None:

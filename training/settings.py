@@ -28,8 +28,8 @@ class TrainSettings(Options):
 
     data: tuple[str, ...] = option(
         (),
-        "Text or chats to train on: a file (plain text, .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow, also "
-        "compressed), a folder of such files or of a downloaded or saved dataset, or a dataset "
+        "Text or chats to train on: a file (plain text, or rows in .jsonl, .ndjson, .json, .csv, .tsv, .parquet or "
+        ".arrow, also compressed), a folder of such files or of a downloaded or saved dataset, or a dataset "
         "OWNER/NAME[:CONFIG[:SPLIT]] on the Hub. May be repeated.",
         panel=DATA,
         metavar="FILE|DATASET",

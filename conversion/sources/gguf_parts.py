@@ -10,7 +10,7 @@ from gda.common.places import GGUF_PART
 
 def parts_of(path: Path) -> list[Path]:
     """The files of a model of which `path` is one. FileNotFoundError if a part is missing."""
-    if (match := GGUF_PART.fullmatch(path.name)) is None:
+    if (match := GGUF_PART.fullmatch(path.name)) is None or int(match[3]) == 0:
         return [path]
     parts = [path.with_name(f"{match[1]}-{part:05}-of-{match[3]}.gguf") for part in range(1, int(match[3]) + 1)]
     for part in parts:

@@ -21,6 +21,7 @@ from gda.common.errors import first_line
 from gda.common.places import check_repository
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+GO_ON = "; run the same command again to continue"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -70,22 +71,23 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         if error.response.request.method not in ("GET", "HEAD"):
             raise PermissionError(f"{at}: the token may not write there; {LOG_IN}") from None
         raise FileNotFoundError(f"{at} is not on the Hub; if it is private, {LOG_IN}") from None
-    except RuntimeError as error:  # raised for any failed upload of a file
+    except RuntimeError as error:  # raised for any failed upload of a file, and by Xet
         if not isinstance(error.__cause__, HTTPError):
-            raise
+            raise ConnectionError(f"{at}: {first_line(error)}{GO_ON}") from None
         raise _described(f"{at}: {first_line(error)}", error.__cause__, resumable=True) from None
     except LocalEntryNotFoundError as error:
         raise ConnectionError(f"{at} is not cached and could not be downloaded: {first_line(error)}") from None
     except HTTPError as error:
         raise _described(at, error) from None
+    except (ConnectionError, TimeoutError) as error:  # of Xet
+        raise ConnectionError(f"{at}: the connection to the Hub broke ({first_line(error)}){GO_ON}") from None
 
 
 def _described(at: str, error: HTTPError, resumable: bool = False) -> OSError:
-    remedy = "; run the same command again to continue"
     if not isinstance(error, HfHubHTTPError):
-        return ConnectionError(f"{at}: the connection to the Hub broke ({first_line(error)}){remedy}")
+        return ConnectionError(f"{at}: the connection to the Hub broke ({first_line(error)}){GO_ON}")
     status = error.response.status_code
     message = error.server_message or f"HTTP {status}"
     if status in (401, 403):
         return PermissionError(f"{at}: the token may not do this ({message}); {LOG_IN} with one that can write")
-    return ConnectionError(f"{at}: the Hub refused ({status}: {message}){remedy if resumable or status >= 500 else ''}")
+    return ConnectionError(f"{at}: the Hub refused ({status}: {message}){GO_ON if resumable or status >= 500 else ''}")

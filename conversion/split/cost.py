@@ -45,10 +45,12 @@ def estimated_minutes(source: LayerwiseModel, amount: Amount) -> float:
 def work_bytes(config: PreTrainedConfig, amount: Amount) -> int:
     """Bytes of the work folder, in float32.
 
-    It holds the states before and after a layer and, of each weight in training, its value, the two moments of Adam,
-    and a checkpoint of these while the one before is still there.
+    It holds the states before and after a layer, the output projections in closed form and, of each weight in training,
+    its value, the two moments of Adam, and a checkpoint of these while the one before is still there.
     """
     states = 2 * amount.fitted * amount.context * config.hidden_size
     heads = config.num_attention_heads + config.num_key_value_heads
-    trained = 2 * config.num_hidden_layers * heads * head_dim(config) * config.hidden_size
-    return torch.float32.itemsize * (states + (9 * trained if amount.steps else 0))
+    matrix = config.num_hidden_layers * head_dim(config) * config.hidden_size  # of one head in all layers
+    fitted = config.num_attention_heads * matrix  # at most: noise heads have no columns
+    trained = 9 * 2 * heads * matrix if amount.steps else 0
+    return torch.float32.itemsize * (states + fitted + trained)

@@ -163,8 +163,10 @@ class Splitter:
             count, context = self.shares.sampled + self.shares.held_out, self.shares.context
             task = self.progress.add_task("sampling text, token", total=count * context)
             model: Any = self.source.load()
+            dtype = torch.bfloat16 if self.mixed_precision else torch.float32
+            fits = dtype.itemsize * model.num_parameters() < free_memory(self.device)
             ids = sampled(
-                model.to(self.device, torch.bfloat16 if self.mixed_precision else torch.float32),
+                model.to(self.device if fits else "cpu", dtype),
                 self.tokenizer,
                 count=count,
                 length=context,

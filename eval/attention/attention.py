@@ -126,10 +126,7 @@ def _open(
                 f"{place} is a {source.config.model_type}, which transformers cannot run; convert it with "
                 "`gda convert` first"
             )
-        tokenizer = tokenizer or source.tokenizer()
-        if tokenizer is None:
-            raise ValueError(f"{place} holds no tokenizer that transformers can load")
-        return _Opened(source.name, source.load(), tokenizer, False)
+        return _Opened(source.name, source.load(), tokenizer or source.tokenizer(), False)
 
 
 def _shape(model: PreTrainedModel) -> tuple[int, int, int, bool]:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import gda
 from gda.cli import main
-from gda.common.files import StagedFolder
+from gda.common.files import StagedFolder, write_text
 from gda.conversion.verify import VerificationFailed
 from gda.conversion.writing import stream
 from gda.conversion.writing import write_model as write_module

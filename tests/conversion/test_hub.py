@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -329,10 +330,60 @@ def test_failed_push_after_a_conversion(tmp_path: Path, hub: Hub, command: Comma
     """The model is kept, and the message says how to push it."""
     hub.faults.append(Fault("POST .*/commit/main", refuse=Refusal(400, "not today")))
     out = tmp_path / "gda"
-    error = refused(command, "convert", save_llama(tmp_path / "llama"), out, "--push-to-hub", "me/x")
+    options = ("--push-to-hub", "me/x", "--private", "--no-bundle-code")
+    error = refused(command, "convert", save_llama(tmp_path / "llama"), out, *options)
     assert "not today" in error
-    assert f"gda push {out} me/x" in error
-    assert command("push", out, "me/x").code == 0
+    again = ("push", out, "me/x", "--private", "--no-bundle-code")
+    assert f"`gda {' '.join(map(str, again))}`" in error
+    assert command(*again).code == 0
+
+
+def test_interrupted_push_after_a_conversion(
+    tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OUT is complete, so --resume is not the remedy."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", raising(KeyboardInterrupt()))
+    out = tmp_path / "gda"
+    outcome = command("convert", save_llama(tmp_path / "llama"), out, "--push-to-hub", "me/x")
+    assert outcome.code == 130
+    assert outcome.error.splitlines() == [f"gda: interrupted; {out} is complete: push it with `gda push {out} me/x`"]
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def work(*_: object, **__: object) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Task error"), ConnectionError("429"), TimeoutError("10 s")])
+def test_errors_of_xet(
+    error: Exception, folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It uploads and downloads beside the Hub's client, and raises Python's own errors."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", raising(error))
+    message = refused(command, "push", folder, "me/x")
+    assert message.startswith("gda: me/x: ")
+    assert str(error) in message
+    assert message.endswith("; run the same command again to continue\n")
+
+
+def test_owner_is_that_of_the_token(folder: Path, hub: Hub, command: Command) -> None:
+    """The card names the whole id."""
+    assert command("push", folder, "x").code == 0
+    assert b'from_pretrained("me/x"' in hub.files("me/x")["README.md"]
+    assert as_pushed(folder)["README.md"] == hub.files("me/x")["README.md"]
+
+
+def test_single_shard_has_its_index(folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
+    gda.convert(save_llama(tmp_path / "l"), tmp_path / "m", verify=False)
+    name = "model-00001-of-00001.safetensors"
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors_of(tmp_path / "m"), name)}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert command("push", tmp_path / "m", "me/x").code == 0
+    assert {name, "model.safetensors.index.json"} <= set(hub.files("me/x"))
+    AutoModelForCausalLM.from_pretrained("me/x")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/x y", "me/..", "-x"])
@@ -361,7 +412,8 @@ def test_push_private_to_a_public_repository_is_refused(
     """And the other way round."""
     assert command("push", folder, "me/x", there).code == 0
     (folder / "generation_config.json").write_text("{}")
-    assert f"is {there[2:]}" in refused(command, "push", folder, "me/x", asked)
+    assert f"is {there[2:]}" in refused(command, "push", folder, "me/x", asked, "--revision", "v2")
+    assert "v2" not in hub.repos["me/x"].branches
     assert hub.files("me/x")["generation_config.json"] != b"{}"
 
 

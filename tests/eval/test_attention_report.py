@@ -341,6 +341,16 @@ def test_a_notebook_shows_the_page(report: AttentionReport) -> None:
     assert html.escape(report.to_html()) in frame
 
 
+def test_page_in_a_frame_of_a_notebook(report: AttentionReport, tmp_path: Path) -> None:
+    """It has no address of its own there."""
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!doctype html><meta charset=utf-8>{report._repr_html_()}")
+    with opened(path, ready="iframe") as page:
+        frame = page.frame_locator("iframe")
+        frame.locator("body[data-ready]").wait_for()
+        assert frame.locator("canvas").count() > 0
+
+
 def test_page_fetches_nothing_and_runs_only_its_script(report: AttentionReport) -> None:
     text = report.to_html()
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)

@@ -1,6 +1,7 @@
 """Training text: the sequences that it is packed into, the same at every start, and input that is refused."""
 
 import csv
+import gzip
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -425,6 +426,13 @@ def test_unreadable_parquet(opened: Callable[..., Sequences], tmp_path: Path) ->
     refused(lambda: opened(path), ValueError, "a.parquet")
     path.write_bytes(damaged[:-100])
     refused(lambda: opened(path), ValueError, "a.parquet cannot be read")
+
+
+def test_compressed_text_is_refused(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    path = tmp_path / "text.txt.gz"
+    path.write_bytes(gzip.compress(b"a text"))
+    with pytest.raises(ValueError, match=r"text\.txt\.gz is compressed text; decompress it"):
+        opened(path)
 
 
 @pytest.mark.parametrize("name", ["none.txt", "./none", "/none/none", "none.parquet", "no/such/file", "no/file.csv"])

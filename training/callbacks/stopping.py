@@ -90,7 +90,7 @@ class StopCallback(TrainerCallback):
         if self.processes.count == 1:
             return KeyboardInterrupt()
         asked = self.interrupts.requested and f"{self.interrupts.requested} on {socket.gethostname()}"
-        return Interrupted(f"stopped by {next(filter(None, self.processes.gather(asked)))}")
+        return Interrupted(f"stopped by {next(filter(None, self.processes.gather(asked)))}; continue with --resume")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps

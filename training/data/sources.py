@@ -18,7 +18,7 @@ import datasets
 from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from gda.common.dataset_folders import LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
+from gda.common.dataset_folders import COMPRESSED, LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
 from gda.common.errors import errors_as, first_line
 from gda.common.places import check_data
 from gda.common.text import pieces_from, rows_from
@@ -119,6 +119,8 @@ def _file_source(path: Path, text_field: str) -> Source:
         return source_of_rows(str(path), identity, lambda _, start: _lines(path, start), text_field)
     if ending in READERS:
         return source_of_rows(str(path), identity, partial(_read, path, ending), text_field)
+    if path.suffix.lower() in COMPRESSED:
+        raise ValueError(f"{path} is compressed text; decompress it")
     return Source(identity, partial(_text_document, path), has_examples=False)
 
 

@@ -445,7 +445,11 @@ function numbersTable() {
 function choose(layer, group) {
   state.layer = Math.max(0, Math.min(data.layers - 1, layer));
   state.group = Math.max(0, Math.min(data.groups - 1, group));
-  history.replaceState(null, "", `#layer-${state.layer}-group-${state.group}`);
+  try {
+    history.replaceState(null, "", `#layer-${state.layer}-group-${state.group}`);
+  } catch {
+    // In a notebook the page is the srcdoc of a frame, which has no address.
+  }
   drawNavigator();
   return showGroup();
 }

@@ -14,7 +14,9 @@ from typer._click.core import Context
 from typer.core import TyperCommand
 
 from gda._version import __version__
+from gda.common.errors import Interrupted
 from gda.common.options import Options, choices, declared, flag, is_union
+from gda.common.processes import is_main_process
 
 
 class Group(StrEnum):
@@ -74,7 +76,12 @@ def command(
             values = {each: tuple(value) if isinstance(value, list) else value for each, value in values.items()}
             checked = options(**values)
             checked.check_places()
-            function(checked, **given)
+            try:
+                function(checked, **given)
+            except Interrupted as stop:  # Typer would turn it into a code and drop the message
+                if is_main_process():
+                    typer.echo(f"gda: {stop}", err=True)
+                raise SystemExit(INTERRUPTED) from None
 
         run.__doc__ = function.__doc__
         parameters = [_parameter(each, hint) for each, hint in declared(options)]

@@ -10,6 +10,7 @@ import typer
 
 from gda.commands.app import Group, command
 from gda.common.extras import needed_by
+from gda.common.places import at_revision
 from gda.conversion.options import ServeOptions
 
 
@@ -42,8 +43,7 @@ def serve(options: ServeOptions, context: typer.Context) -> None:
     from gda.conversion.sources.tokenizers import require_packages
     from gda.modeling_gda.modeling_gda import GDAForCausalLM
 
-    name, _, revision = options.model.partition("@")
-    folder = resolve_folder(name, revision or None)
+    folder = resolve_folder(*at_revision(options.model))
     read_gda_config(folder)
     require_packages(folder)
     transformers.GDAForCausalLM = GDAForCausalLM  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from gda.commands.app import INTERRUPTED, JSON, Group, command, print_json, progress_console
+from gda.commands.app import JSON, Group, command, print_json, progress_console
 from gda.common.errors import Interrupted
 from gda.common.processes import is_main_process
 from gda.training.settings import TrainOptions
@@ -44,11 +44,9 @@ def train(options: TrainOptions, as_json: JSON = False) -> None:
 
     try:
         report = function.run(options, console=progress_console)
-    except Interrupted as stop:  # Typer would turn it into a code and drop the message
-        if is_main_process():
-            typer.echo(f"gda: {stop}; continue with --resume", err=True)
+    except Interrupted:
         disconnect()
-        raise SystemExit(INTERRUPTED) from None
+        raise
     if is_main_process():
         print_json(report.to_dict()) if as_json else print_report(report)
     disconnect()

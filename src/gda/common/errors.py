@@ -11,7 +11,7 @@ class CheckFailed(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Several processes stopped together, with a checkpoint. The message names the one that was asked to."""
+    """Work was interrupted where it can go on. The message says how."""
 
 
 def first_line(error: BaseException) -> str:

@@ -128,7 +128,15 @@ def check_device(device: str) -> None:
 
 def check_served(location: str) -> None:
     """`check_gda_model` for a name that may end with @REVISION."""
-    check_gda_model(location.partition("@")[0])
+    check_gda_model(at_revision(location)[0])
+
+
+def at_revision(location: str) -> tuple[str, str | None]:
+    """A Hub id and its revision, for OWNER/NAME@REVISION; a path, which may contain an @, and None."""
+    if "@" not in location or Path(location).exists():
+        return location, None
+    name, _, revision = location.rpartition("@")
+    return name, revision or None
 
 
 def check_folder(path: str | Path) -> None:
