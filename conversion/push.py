@@ -23,7 +23,7 @@ from gda.common.screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
 from gda.conversion.options import PushOptions
 from gda.conversion.sources.folder import FolderSource
-from gda.conversion.sources.hub import hub_errors
+from gda.conversion.sources.hub import GO_ON, hub_errors
 from gda.conversion.sources.open import MODEL_PATTERNS
 from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE
@@ -35,14 +35,13 @@ from gda.modeling_gda.modeling_gda import GDAModel
 REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 UNREPORTED = (".cache", ".git", ".gitattributes")  # in the folder, but left out without a note
 DIGITS = "[0-9]" * 5
-# Files of an earlier model that would be loaded with this one, besides its code. Adapters, licences and others stay.
-KEPT = (*LICENCE_PATTERNS, ADAPTER_CONFIG)
+# Files of an earlier model, or of an adapter, that would be loaded with this one, besides its code. Others stay.
 STALE = (
     WEIGHTS_FILE,
     INDEX_FILE,
     f"model-{DIGITS}-of-{DIGITS}.safetensors",
     TRAINING_FILE,
-    *(each for each in MODEL_PATTERNS if not each.startswith("*.safetensors") and each not in KEPT),
+    *(each for each in MODEL_PATTERNS if not each.startswith("*.safetensors") and each not in LICENCE_PATTERNS),
 )
 
 
@@ -102,13 +101,14 @@ def push(options: PushOptions, *, console: Console | None = None) -> PushReport:
         raise ValueError(f"--revision {revision!r} is not a valid branch name")
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} holds an adapter; merge it into the model, or push it with PEFT's push_to_hub")
-    if "/" not in repo and not options.dry_run:
-        with hub_errors(repo, revision):
-            repo = f"{HfApi().whoami()['name']}/{repo}"  # the card names it
     with tempfile.TemporaryDirectory(prefix="gda-push-") as scratch:
         with quiet_transformers():
             read_gda_config(folder)  # refuses a model of another type or with another head
-            files, notes = _files_to_push(FolderSource(folder), Path(scratch), options.bundle_code, repo)
+            source = FolderSource(folder)
+            if "/" not in repo and not options.dry_run:
+                with hub_errors(repo, revision):
+                    repo = f"{HfApi().whoami()['name']}/{repo}"  # the card names it
+            files, notes = _files_to_push(source, Path(scratch), options.bundle_code, repo)
         report = PushReport(
             repo=repo,
             revision=revision,
@@ -148,7 +148,7 @@ def push_result(
         raise ValueError(f"{error}; {remedy}") from None
     except OSError as error:
         kind = next(each for each in (PermissionError, ConnectionError, OSError) if isinstance(error, each))
-        raise kind(f"{error}; {remedy}") from None
+        raise kind(f"{str(error).removesuffix(GO_ON)}; {remedy}") from None
 
 
 def _files_to_push(
@@ -229,9 +229,8 @@ def _left_out(folder: Path, files: dict[str, Path]) -> list[str]:
 def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_card: bool, message: str) -> PushReport:
     api = HfApi()
     repo = api.create_repo(report.repo, private=private, exist_ok=True).repo_id
-    is_private = api.model_info(repo).private
-    if private is not None and is_private is not private:
-        kind = "private" if is_private else "public"
+    if private is not None and api.model_info(repo).private is not private:
+        kind = "public" if private else "private"
         raise ValueError(f"{repo} exists and is {kind}; change this on its page, or choose another name")
     if report.revision != "main":
         api.create_branch(repo, branch=report.revision, exist_ok=True)

@@ -151,7 +151,7 @@ def _memory_explained() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        remedy = "lower --batch-size, or use --dtype bfloat16 or --device cpu"
+        remedy = "lower --batch-size or --context, or use --dtype bfloat16 or --device cpu"
         raise ValueError(f"{first_line(error)}; {remedy}") from None
 
 

@@ -22,7 +22,7 @@ LEARNED_FILE = "learned.safetensors"
 # Prefix and adapter name of PEFT.
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
-OTHER_UPDATES = re.compile(r"\.(lora_embedding|trainable_tokens)_|\.token_adapter\.")
+OTHER_UPDATES = re.compile(r"\.lora_(?![AB]\.default\.)|\.trainable_tokens_|\.token_adapter\.")
 
 
 def with_lora(model: PreTrainedModel, rank: int, seed: int, trained: list[str]) -> "PeftModel":
@@ -55,20 +55,22 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def require_mergeable(model: nn.Module) -> None:
-    """Raise ValueError if the model is one of PEFT's with anything but LoRA on linear layers, as `default`.
+    """Raise ValueError if the model is one of PEFT's with anything but plain LoRA, named `default`.
 
     A checkpoint holds the plain model, with LoRA's updates added to its weights.
     """
     if not is_adapted(model):
         return
     adapters: dict[str, Any] = model.peft_config  # type: ignore[assignment]
-    for name, config in adapters.items():
-        wrong = name != ADAPTER or config.peft_type != "LORA" or config.use_dora or config.lora_bias
-        if wrong or any(OTHER_UPDATES.search(each) for each, _ in model.named_parameters()):
-            raise ValueError(
-                f"the adapter {name!r} can't be merged into the plain model of a checkpoint; use LoRA on linear "
-                f"layers, without DoRA and biases, as {ADAPTER!r}"
-            )
+    config = adapters.get(ADAPTER)
+    is_lora = config is not None and config.peft_type == "LORA" and not config.lora_bias
+    has_variant = any(getattr(module, "lora_variant", None) for module in model.modules())
+    others = [name for name, _ in model.named_parameters() if OTHER_UPDATES.search(name)]
+    if len(adapters) > 1 or not is_lora or has_variant or others:
+        raise ValueError(
+            f"the adapter {', '.join(adapters)} can't be merged into the plain model of a checkpoint; use LoRA on "
+            f"linear layers, without DoRA, other variants and biases, and name it {ADAPTER}"
+        )
 
 
 def merged(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:

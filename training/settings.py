@@ -265,8 +265,9 @@ class TrainOptions(TrainSettings, RunOptions):
             return
         super().check_places()
         assert self.out is not None
-        for place in (self.model, *self.data, *self.eval_data):
-            check_places(place, self.out)
+        check_places(self.model, self.out, "the model")
+        for place in (*self.data, *self.eval_data):
+            check_places(place, self.out, f"the data {place}")
         refuse_existing(Path(self.out), self.overwrite)
         if (longest := config_entry(self.model, "max_position_embeddings", int)) is not None:
             self.check_context(longest)

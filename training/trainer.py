@@ -60,7 +60,7 @@ class GDATrainer(Trainer):
         throughput: Steps, seconds and tokens since the start or the last resume.
 
     Raises:
-        ValueError: if this process sees several GPUs, of which each needs a process; for adapters that can't be merged.
+        ValueError: if this process sees several GPUs, or an adapter can't be merged.
     """
 
     def __init__(

@@ -225,9 +225,10 @@ def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
         raise ValueError(f"{where} has use_mrope, a RoPE for images, which is not part of a {config.model_type} model")
     if not getattr(config, "is_causal", True):
         raise ValueError(f"{where} has is_causal=false, but a GDA model is causal")
-    if (file := getattr(config, "transformers_weights", None)) not in (None, WEIGHTS_FILE, INDEX_FILE):
+    read = WEIGHTS_FILE if (where.parent / WEIGHTS_FILE).exists() else INDEX_FILE
+    if (file := getattr(config, "transformers_weights", None)) not in (None, read):
         raise ValueError(
-            f"{where} has transformers_weights={file!r}; rename that file to {WEIGHTS_FILE}, and remove the field"
+            f"{where} has transformers_weights={file!r}, but {read} is read; rename it and remove the field"
         )
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds != source_fields(config)["layer_types"]:

@@ -82,7 +82,7 @@ def losses(source: Source, recipes: dict[str, Recipe], dtype: str) -> list[str]:
     if config.attention_dropout:
         notes.append(f"attention_dropout={config.attention_dropout} is ignored: differential attention has no dropout")
     if config.model_type != "gda" and (unread := unread_fields(config)):
-        notes.append(f"config.json has {', '.join(unread)}, which is not converted")
+        notes.append(f"fields of config.json that are not converted: {', '.join(unread)}")
     return notes
 
 

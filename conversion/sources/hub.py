@@ -73,12 +73,17 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise FileNotFoundError(f"{at} is not on the Hub; if it is private, {LOG_IN}") from None
     except RuntimeError as error:  # raised for any failed upload of a file, and by Xet
         if not isinstance(error.__cause__, HTTPError):
-            raise ConnectionError(f"{at}: {first_line(error)}{GO_ON}") from None
+            reason = first_line(error.__cause__ or error).rstrip(".")
+            raise ConnectionError(f"{at}: {reason}{GO_ON}") from None
         raise _described(f"{at}: {first_line(error)}", error.__cause__, resumable=True) from None
     except LocalEntryNotFoundError as error:
         raise ConnectionError(f"{at} is not cached and could not be downloaded: {first_line(error)}") from None
     except HTTPError as error:
         raise _described(at, error) from None
+    except (PermissionError, FileNotFoundError) as error:
+        if error.errno is not None:  # of a file here
+            raise
+        raise type(error)(f"{at}: {first_line(error)}; {LOG_IN}") from None  # of Xet
     except (ConnectionError, TimeoutError) as error:  # of Xet
         raise ConnectionError(f"{at}: the connection to the Hub broke ({first_line(error)}){GO_ON}") from None
 

@@ -163,10 +163,13 @@ class Splitter:
             count, context = self.shares.sampled + self.shares.held_out, self.shares.context
             task = self.progress.add_task("sampling text, token", total=count * context)
             model: Any = self.source.load()
-            dtype = torch.bfloat16 if self.mixed_precision else torch.float32
-            fits = dtype.itemsize * model.num_parameters() < free_memory(self.device)
+            device, dtype = self.device, torch.bfloat16 if self.mixed_precision else torch.float32
+            # Weights may take half of the memory; the cache takes the rest.
+            if device != "cpu" and dtype.itemsize * model.num_parameters() > free_memory(device) / 2:
+                device, dtype = "cpu", torch.bfloat16 if _multiplies_bfloat16("cpu") else torch.float32
+                logger.info("the model and its cache may not fit into the GPU, so text is sampled on the CPU")
             ids = sampled(
-                model.to(self.device if fits else "cpu", dtype),
+                model.to(device, dtype),
                 self.tokenizer,
                 count=count,
                 length=context,

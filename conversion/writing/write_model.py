@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gda.common.errors import CheckFailed
-from gda.common.files import StagedFolder, check_places, in_background, remove, require_space, unfinished, write_text
+from gda.common.files import (
+    StagedFolder,
+    begun_by_another,
+    check_places,
+    in_background,
+    remove,
+    require_space,
+    unfinished,
+    write_text,
+)
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import dense_config, layer_errors
@@ -122,8 +131,10 @@ def write_model(
             check_places(file, out)
         report = _planned_report(conversion, source, out, options, notes)
         if options.dry_run:
-            obstacle = None if options.resume or options.overwrite else unfinished(out, OF_TRAINING)
-            return replace(report, notes=[*report.notes, *filter(None, [obstacle])])
+            obstacles = [] if options.overwrite else [begun_by_another(out, OF_TRAINING)]
+            if not (options.overwrite or options.resume or any(obstacles)):
+                obstacles.append(unfinished(out))
+            return replace(report, notes=[*report.notes, *filter(None, obstacles)])
         return _write(report, conversion, source, assets, options, bundle_code=bundle_code, console=console)
 
 

@@ -165,8 +165,8 @@ def diagnose(
 def require_same_tokens(
     settings: NeedleSettings, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> None:
-    """Raise ValueError unless two tokenizers read a prompt of each depth alike."""
-    for prompt in _all_prompts(replace(settings, samples=1), tokenizer):
+    """Raise ValueError unless two tokenizers read the prompts alike."""
+    for prompt in _all_prompts(settings, tokenizer):
         ids, others = (each(prompt.text + prompt.target, verbose=False).input_ids for each in (tokenizer, other))
         if ids != others:
             raise ValueError(

@@ -26,7 +26,7 @@ from gda.common.errors import CheckFailed
 from gda.common.processes import is_main_process
 from gda.common.progress import log_on_stderr
 
-# How to continue an interrupted command. (`gda export` continues a folder, but not a GGUF file.)
+# How to continue an interrupted command.
 GO_ON = dict.fromkeys(("convert", "fold", "grow", "train"), "; run the same command with --resume to continue")
 GO_ON["push"] = "; run the same command again to continue"
 

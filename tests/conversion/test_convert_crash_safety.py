@@ -149,7 +149,7 @@ def test_unfinished_training_is_not_discarded(resume: bool, source: Path, tmp_pa
     with pytest.raises(FileExistsError, match="was begun by `gda train`, which did not finish; continue that"):
         convert(source, tmp_path / "gda", resume=resume)
     assert (partial / "checkpoint-1").is_dir()
-    assert "continue that" in convert(source, tmp_path / "gda", dry_run=True).notes[-1]
+    assert "continue that" in convert(source, tmp_path / "gda", dry_run=True, resume=resume).notes[-1]
     convert(source, tmp_path / "gda", resume=resume, overwrite=True)
     assert not {"checkpoint-1", "training.json"} & set(os.listdir(tmp_path / "gda"))
     assert not partial.exists()

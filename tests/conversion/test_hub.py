@@ -368,10 +368,16 @@ def test_errors_of_xet(
     assert message.endswith("; run the same command again to continue\n")
 
 
+def test_permissions_of_xet(folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its errors are those of a file, but have no number."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", raising(PermissionError("token refresh failed")))
+    message = refused(command, "push", folder, "me/x")
+    assert message.startswith("gda: me/x: token refresh failed; log in with")
+
+
 def test_owner_is_that_of_the_token(folder: Path, hub: Hub, command: Command) -> None:
     """The card names the whole id."""
     assert command("push", folder, "x").code == 0
-    assert b'from_pretrained("me/x"' in hub.files("me/x")["README.md"]
     assert as_pushed(folder)["README.md"] == hub.files("me/x")["README.md"]
 
 
@@ -383,7 +389,9 @@ def test_single_shard_has_its_index(folder: Path, tmp_path: Path, hub: Hub, comm
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert command("push", tmp_path / "m", "me/x").code == 0
     assert {name, "model.safetensors.index.json"} <= set(hub.files("me/x"))
-    AutoModelForCausalLM.from_pretrained("me/x")
+    ids = token_ids(1, 8)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()(ids).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained("me/x").eval()(ids).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/x y", "me/..", "-x"])

@@ -290,7 +290,7 @@ def test_dropped_fields_are_noted(tmp_path: Path) -> None:
     change_config(source, logit_scale=0.5, rope_ratio=2)
     notes = "\n".join(gda.convert(source, tmp_path / "gda").notes)
     assert "attention_dropout=0.1 is ignored" in notes
-    assert "config.json has logit_scale, rope_ratio, which is not converted" in notes
+    assert "fields of config.json that are not converted: logit_scale, rope_ratio" in notes
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

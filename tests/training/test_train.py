@@ -131,7 +131,11 @@ def test_mixed_precision_that_is_not_supported(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
-    refused(outcome, "--mixed_precision fp16 of accelerate is not supported; use no or bf16, or --precision", tmp_path)
+    refused(
+        outcome,
+        "--mixed_precision fp16 is not supported; launch with no or bf16, or pass --precision",
+        tmp_path,
+    )
 
 
 def test_rate_of_lambda_without_one_that_is_trained(models: Path, tmp_path: Path, command: Command) -> None:

@@ -179,11 +179,18 @@ def test_checkpoint_with_modules_that_are_trained_in_full(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("default", {"use_dora": True}), ("default", {"lora_bias": True}), ("mine", {})]
+    ("name", "config"),
+    [
+        ("default", peft.LoraConfig(target_modules=["q_proj"], use_dora=True)),
+        ("default", peft.LoraConfig(target_modules=["q_proj"], lora_bias=True)),
+        ("default", peft.LoraConfig(target_modules=["embed_tokens"])),
+        ("default", peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
+        ("mine", peft.LoraConfig(target_modules=["q_proj"])),
+    ],
+    ids=["DoRA", "biases", "embeddings", "IA3", "name"],
 )
-def test_other_adapters_are_refused(name: str, other: dict[str, Any], tmp_path: Path) -> None:
+def test_other_adapters_are_refused(name: str, config: Any, tmp_path: Path) -> None:
     """Before the first step."""
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **other)
     with pytest.raises(ValueError, match="can't be merged into the plain model of a checkpoint"):
         trainer(peft.get_peft_model(model_of("gqa"), config, adapter_name=name), tmp_path)
 

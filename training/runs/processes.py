@@ -39,7 +39,7 @@ def launcher_wants_bfloat16() -> bool:
 def require_known_precision() -> None:
     """Raise ValueError if the launcher, or its configuration, asks for a precision other than float32 and bfloat16."""
     if (wanted := os.environ.get(LAUNCHER_PRECISION, "no")) not in ("no", "bf16"):
-        raise ValueError(f"--mixed_precision {wanted} of accelerate is not supported; use no or bf16, or --precision")
+        raise ValueError(f"--mixed_precision {wanted} is not supported; launch with no or bf16, or pass --precision")
 
 
 class Processes:

@@ -8,13 +8,13 @@ from typing import Any
 
 from gda.common.files import (
     StagedFolder,
+    begun_by_another,
     check_places,
     partial_of,
     read_json,
     refuse_existing,
     remove,
     sync_tree,
-    unfinished,
     write_json,
 )
 from gda.common.options import flag
@@ -197,8 +197,8 @@ class RunFolder:
 def unfinished_run(out: Path) -> str | None:
     """A note about an unfinished run to `out`; None if there is none."""
     folder = partial_of(out)
-    if any((folder / name).exists() for name in OF_CONVERSIONS):
-        return unfinished(out, OF_CONVERSIONS)
+    if (message := begun_by_another(out, OF_CONVERSIONS)) is not None:
+        return message
     last = last_checkpoint(folder)
     is_trained = read_or_empty(folder / TRAINING_FILE).get("report") is not None
     return _unfinished(folder, last) if is_trained or last is not None else None

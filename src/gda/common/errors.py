@@ -11,7 +11,7 @@ class CheckFailed(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work was interrupted where it can go on. The message says how."""
+    """An interruption after which work can be continued. The message says how."""
 
 
 def first_line(error: BaseException) -> str:

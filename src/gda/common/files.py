@@ -100,14 +100,14 @@ def _open_alone(path: str, flags: int, *, out: Path) -> int:
 
 
 def _locked(descriptor: int, path: str | Path, out: Path) -> bool:
-    """Lock an open file or folder, which becomes OUT. If another process has renamed it meanwhile, close it: False."""
+    """Lock an open file or folder, which becomes OUT. Close it and return False if another process has renamed it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise BlockingIOError(f"another process is writing {out}; wait for it to end") from None
-        raise OSError(f"{out}: its file system has no locks ({error.strerror}); choose another place") from None
+        raise OSError(f"{out}: its file system can't lock it ({error.strerror}); choose another place") from None
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return True
@@ -162,14 +162,20 @@ def partial_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def unfinished(out: Path, foreign: Mapping[str, str] = MappingProxyType({})) -> str | None:
-    """A message if a run to OUT did not finish; None otherwise. `foreign` is that of `StagedFolder`."""
+def unfinished(out: Path) -> str | None:
+    """A message if a run to OUT did not finish and can be continued; None otherwise."""
     folder = partial_of(out)
     if not folder.is_dir() or not any(folder.iterdir()):
         return None
-    if (other := next((command for name, command in foreign.items() if (folder / name).exists()), None)) is not None:
-        return f"{out} was begun by {other}, which did not finish; continue that, or pass --overwrite to discard it"
     return f"{out} was begun by a run that did not finish; pass --resume to continue it, or --overwrite to start over"
+
+
+def begun_by_another(out: Path, foreign: Mapping[str, str]) -> str | None:
+    """A message if a run of another command to OUT did not finish; None otherwise."""
+    folder = partial_of(out)
+    if (other := next((command for name, command in foreign.items() if (folder / name).exists()), None)) is None:
+        return None
+    return f"{out} was begun by {other}, which did not finish; continue that, or pass --overwrite to discard it"
 
 
 class StagedFolder:
@@ -213,10 +219,10 @@ class StagedFolder:
             _remove_empty(self._created_parents)
             raise
         left_over = [] if resume else list(self.folder.iterdir())
-        is_foreign = any((self.folder / name).exists() for name in foreign)
-        if not overwrite and (is_foreign or (left_over and resumable)):
+        obstacle = unfinished(out) if left_over and resumable else None
+        if not overwrite and (message := begun_by_another(out, foreign) or obstacle) is not None:
             self.keep()
-            raise FileExistsError(unfinished(out, foreign))
+            raise FileExistsError(message)
         for each in left_over:
             remove(each)
 
@@ -299,7 +305,7 @@ def remove(path: Path) -> None:
 
 
 def check_places(source: str | Path, out: str | Path, what: str = "the source") -> None:
-    """Raise ValueError if OUT is empty, or OUT and its source, or `what` else is read, contain one another."""
+    """Raise ValueError if OUT is empty, or OUT and `source` contain one another. The message calls that `what`."""
     if not str(out):
         raise ValueError("OUT is empty; name a folder to create")
     if not str(source) or not Path(source).exists():
