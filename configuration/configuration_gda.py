@@ -316,7 +316,12 @@ class GDAConfig(PretrainedConfig):
 
         With `trust_remote_code=True` the folder then loads where this package is not installed. Saving a model always
         comes here, even if FSDP2 has swapped its class. The other arguments are those of `PretrainedConfig`.
+
+        Raises:
+            ValueError: for `push_to_hub` with code, which transformers would leave out.
         """
+        if push_to_hub and bundle_code:
+            raise ValueError("save_pretrained(push_to_hub=True) leaves out the model's code; use config.push_to_hub()")
         if type(self) is GDAConfig:  # a class made from it has code of its own, which is not known here
             vars(self).pop("auto_map", None)
             if bundle_code:

@@ -92,7 +92,7 @@ def inspect(options: InspectOptions) -> InspectReport:
     for name, spec in source.specs.items():
         parameters[next(part for part, pattern in PARTS.items() if re.search(pattern, name))] += spec.numel
     dtype = source.specs["model.embed_tokens.weight"].dtype
-    growth = {"growth_mask": config.fade} | {name: getattr(config, name) for name in MASKED}
+    growth = {name: getattr(config, name) for name in ("fade", *MASKED, "blended_layers")}
     return InspectReport(
         name=source.name,
         head_map=head_map(config),

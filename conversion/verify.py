@@ -183,6 +183,11 @@ def verify_opened(
             f"--method {method} runs the source, but transformers has no class for a {source.config.model_type} model; "
             "use tensors"
         )
+    if not converted.can_run:
+        raise ValueError(
+            f"{folder} is a {converted.config.model_type} model, which transformers cannot run; convert it back with "
+            "`gda convert`, and verify that"
+        )
     return verify_by_logits(source, converted, lossless=lossless, method=method, threshold=threshold, console=console)
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import DiffLlamaConfig, PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.families.llamalike import SHARED_FIELDS
+from gda.conversion.families.llamalike import SHARED_FIELDS, slides, with_floats
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
@@ -94,7 +94,7 @@ def required_fields(config: GDAConfig) -> dict[str, Any]:
         "qk_rank": None,
         "attention_out_bias": config.attention_bias,
         "mlp_bias": False,
-        "sliding_window": None,
+        "sliding_window": None if slides(config) else config.sliding_window,  # of no layer
     }
 
 
@@ -112,7 +112,7 @@ def require_plain_norms(config: GDAConfig, read: Callable[[str], torch.Tensor]) 
 def exported_config(config: GDAConfig) -> DiffLlamaConfig:
     """The DiffLlama configuration of a GDA model that can be exported."""
     return DiffLlamaConfig(
-        **{name: getattr(config, name) for name in SAME_FIELDS},
+        **with_floats({name: getattr(config, name) for name in SAME_FIELDS}),
         num_attention_heads=config.num_attention_heads,
         dtype=config.dtype,
         architectures=["DiffLlamaForCausalLM"],

@@ -100,15 +100,18 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def with_floats(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config with floats where transformers' classes refuse integers."""
+    return fields | {name: float(fields[name]) for name in ("rms_norm_eps", "initializer_range")}
+
+
 def target_config(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> PreTrainedConfig:
     """The configuration of that model type for a GDA model as a plain decoder, as far as the type can express it.
 
     `heads` are the numbers of its query heads and KV heads.
     """
     target, window = LLAMALIKES[model_type], slides(config)
-    shared = {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS}
-    # transformers' classes refuse integers here.
-    shared |= {name: float(shared[name]) for name in ("rms_norm_eps", "initializer_range")}
+    shared = with_floats({name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS})
     known = target.__dataclass_fields__
     own: dict[str, Any] = {name: getattr(config, name) for name in ("attention_bias", "mlp_bias") if name in known}
     own |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}

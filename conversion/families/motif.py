@@ -181,7 +181,7 @@ def required_fields(config: GDAConfig) -> dict[str, Any]:
         "head_norm": True,
         "qk_norm": False,
         "qk_rank": None,
-        "sliding_window": None,
+        "sliding_window": None if llamalike.slides(config) else config.sliding_window,  # of no layer
         "mlp_bias": config.mlp_bias and config.attention_out_bias,  # use_bias gives o_proj a bias too
     }
 

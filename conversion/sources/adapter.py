@@ -3,6 +3,7 @@
 import copy
 import functools
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,19 @@ class AdapterSource(Source):
         self.folder, self.base = folder, base
         self.name, self.revision = name or folder.resolve().name, revision
         self.config, self.specs = base.config, base.specs
-        self.notes = (f"the adapter {self.name} is merged into {base.name}",)
+        self.notes = (*base.notes, f"the adapter {self.name} is merged into {base.name}")
         self.weight_files = [*base.weight_files, folder / ADAPTER_FILE]
+        self._model: PreTrainedModel | None = None
+        self._merging = threading.Lock()
 
-    @functools.cached_property
+    @property
     def _merged(self) -> PreTrainedModel:
+        with self._merging:  # several threads read tensors
+            if self._model is None:
+                self._model = self._merge()
+        return self._model
+
+    def _merge(self) -> PreTrainedModel:
         with needed_by("merging an adapter", "train"):
             from peft import PeftModel, get_peft_model_state_dict
         try:

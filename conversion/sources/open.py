@@ -54,9 +54,12 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
 
 def _opened_adapter(folder: Path, **named: str) -> AdapterSource:
     base, revision = base_of(folder)
-    if is_adapter(Path(base)):
-        raise ValueError(f"{folder} is an adapter of {base}, which is an adapter itself; merge that one first")
-    return AdapterSource(folder, open_source(base, revision), **named)
+    try:
+        if is_adapter(Path(base) if Path(base).exists() else resolve_folder(base, revision)):
+            raise ValueError(f"{folder} is an adapter of {base}, which is an adapter itself; merge that one first")
+        return AdapterSource(folder, open_source(base, revision), **named)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
 
 
 def resolve_folder(location: str | Path, revision: str | None = None) -> Path:

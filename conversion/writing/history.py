@@ -25,7 +25,9 @@ def with_conversion(source: Source, made: dict[str, Any]) -> list[str]:
     """The steps of a source, and the conversion that conversion.json describes."""
     before = history_of(source.folder) if isinstance(source, FolderSource) else []
     settings, split, verification = made["settings"], made["split"], made["verification"]
-    growth = {name: value for name, value in (settings["growth"] or {}).items() if value not in (None, False)}
+    growth = {
+        name: value for name, value in (settings["growth"] or {}).items() if value is not None and value is not False
+    }
     options = f" ({', '.join(f'{name} {value}' for name, value in growth.items())})" if growth else ""
     commit = f" at commit {source.revision}" if source.revision else ""
     result = ""

@@ -3,11 +3,13 @@
 import inspect
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from gda.common.options import Options, argument, option, takes
+from gda.common.places import at_revision
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,11 @@ WRONG_VALUES = {
 def test_wrong_values_name_the_option(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         greet("Ada", **given)
+
+
+def test_a_path_may_contain_an_at_sign(tmp_path: Path) -> None:
+    """It is no revision there."""
+    (tmp_path / "llama@v2").mkdir()
+    assert at_revision(str(tmp_path / "llama@v2")) == (str(tmp_path / "llama@v2"), None)
+    assert at_revision("me/llama@v2") == ("me/llama", "v2")
+    assert at_revision("me/llama") == ("me/llama", None)

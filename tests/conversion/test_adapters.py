@@ -1,6 +1,8 @@
 """PEFT adapters as sources are merged into their base model, then converted or exported."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gda
+from gda.conversion.sources.adapter import AdapterSource
 from gda.conversion.split import splitter
 
 from ..support.checkpoints import load, logits
@@ -84,7 +87,10 @@ def test_bfloat16_base_stays_bfloat16(tmp_path: Path) -> None:
         (lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"), "as safetensors"),
         (lambda folder: change(folder, base_model_name_or_path=None), "names no base_model_name_or_path"),
         (lambda folder: change(folder, base_model_name_or_path=str(folder)), "is an adapter itself"),
-        (lambda folder: change(folder, base_model_name_or_path="/nowhere/at/all"), "does not exist"),
+        (
+            lambda folder: change(folder, base_model_name_or_path="/nowhere/at/all"),
+            "base_model_name_or_path: .*not exist",
+        ),
         (lambda folder: change(folder, peft_type="NONE"), "cannot be merged into llama"),
         (lambda folder: rename_tensors(folder), "its tensors do not fit: it has a superfluous .*attn.*lora_A.weight"),
         (lambda folder: copy_weights(folder), "its tensors do not fit: it has no .*lora_A.weight"),
@@ -179,6 +185,29 @@ def test_adapter_and_its_base_from_the_hub(tmp_path: Path, hub: Hub) -> None:
     assert relative_error(logits(tmp_path / "gda", token_ids(2, 12)), expected) < 1e-5
     source = json.loads((tmp_path / "gda" / "conversion.json").read_text())["source"]
     assert (source["name"], source["revision"]) == ("me/lora", commit)
+
+
+def test_adapter_on_the_hub_that_names_itself(tmp_path: Path, hub: Hub) -> None:
+    adapter = save_adapter(save_llama(tmp_path / "llama"), tmp_path / "adapter")
+    change(adapter, base_model_name_or_path="me/lora")
+    put(hub, "me/lora", adapter)
+    with pytest.raises(ValueError, match="is an adapter itself"):
+        gda.convert("me/lora", tmp_path / "gda")
+
+
+def test_several_writers_merge_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_llama(tmp_path / "llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    merged_by, merge = [], AdapterSource._merge
+
+    def slowly(source: AdapterSource) -> Any:
+        merged_by.append(threading.get_ident())
+        time.sleep(0.2)
+        return merge(source)
+
+    monkeypatch.setattr(AdapterSource, "_merge", slowly)
+    gda.convert(adapter, tmp_path / "gda", workers=4, max_shard_size="20KB", verify=False)
+    assert len(merged_by) == 1
 
 
 def test_base_is_not_overwritten(tmp_path: Path) -> None:

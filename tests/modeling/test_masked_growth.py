@@ -680,10 +680,11 @@ def test_llama_is_expanded_and_grown_masked(tmp_path: Path, command: Command) ->
     shown = command("inspect", tmp_path / "out")
     assert "the last 2 of each 4 signal heads; the last 20 of 60 neurons; layers 2 (fade 0)" in shown.out
     assert gda.inspect(tmp_path / "out").to_dict()["growth"] == {
-        "growth_mask": 0.0,
+        "fade": 0.0,
         "masked_signal_heads": 2,
         "masked_neurons": 20,
         "masked_layers": [2],
+        "blended_layers": None,
     }
     assert command("verify", llama, tmp_path / "out").code == 0
 

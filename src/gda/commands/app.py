@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from gda._version import __version__
 from gda.common.errors import Interrupted
+from gda.common.numbers import finite
 from gda.common.options import Options, choices, declared, flag, is_union
 from gda.common.processes import is_main_process
 
@@ -145,5 +146,5 @@ def _as_typed(hint: Any) -> Any:
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """Print a report on standard output."""
-    typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    """Print a report on standard output. Numbers that are not finite become null."""
+    typer.echo(json.dumps(finite(report), indent=2, ensure_ascii=False))

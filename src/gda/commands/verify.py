@@ -2,7 +2,6 @@
 
 from gda.commands.app import JSON, Group, command, print_json, progress_console
 from gda.commands.written import print_verification
-from gda.common.numbers import finite
 from gda.conversion.options import VerifyOptions
 
 
@@ -21,7 +20,7 @@ def verify(options: VerifyOptions, as_json: JSON = False) -> None:
 
     report = function.run(options, console=progress_console)
     if as_json:
-        print_json(finite(report.to_dict()))
+        print_json(report.to_dict())
     else:
         print_verification(report)
     if not report.passed:
