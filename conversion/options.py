@@ -163,7 +163,7 @@ class NewHeadOptions(WriteOptions):
     noise_heads: int | None = option(
         None,
         "Number of noise heads to add or, with --mode split, of existing heads to turn into noise heads. "
-        "Default: one per KV head.",
+        "Default: one per KV head; no other number was clearly better (docs/evidence.md).",
         panel=NEW_HEADS,
         metavar="N",
     )
@@ -177,7 +177,7 @@ class NewHeadOptions(WriteOptions):
         None,
         "How λ is computed. reparameterized: one λ per layer. tanh, sigmoid: one λ per token and signal head. sigmoid "
         "is never 0, so training fades it in, except after --mode split, where it starts at ½. Default: "
-        "reparameterized.",
+        "reparameterized, since a Llama can express it, and tanh did not train better (docs/evidence.md).",
         panel=NEW_HEADS,
     )
     lambda_init: Literal["zero", "schedule"] | None = option(
@@ -195,7 +195,8 @@ class NewHeadOptions(WriteOptions):
     head_norm: bool | None = option(
         None,
         "Give each head's output an RMSNorm, as the GDA paper has it, but with an epsilon of 1, so that it changes a "
-        "pretrained model little at first. Training fades it in. Default: no head norm.",
+        "pretrained model little at first. Training fades it in. Default: no head norm, since it raised the loss in "
+        "short trainings (docs/evidence.md).",
         panel=NEW_HEADS,
         flag="--head-norm/--no-head-norm",
     )

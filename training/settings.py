@@ -108,7 +108,10 @@ class TrainSettings(Options):
     )
 
     lambda_learning_rate: float | None = option(
-        None, "Peak learning rate of the λ parameters. Default: --learning-rate.", panel=LAMBDA, above=0
+        None,
+        "Peak learning rate of the λ parameters. Default: --learning-rate; no rate was shown to be better.",
+        panel=LAMBDA,
+        above=0,
     )
     lambda_target: float | None = option(
         None, "Fade λ in: from 0 towards this value, and then to the learned λ. Default: no fading in.", panel=LAMBDA

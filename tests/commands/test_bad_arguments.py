@@ -81,7 +81,7 @@ REFUSED = {
     "push GDA a/b/c": "'a/b/c' is not a valid repository name",
     "train LLAMA OUT --data notes.gguf": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
     "train GDA models --data notes.gguf": "models already exists; choose another path or pass --overwrite",
-    "train GDA GDA --data notes.gguf --overwrite": "GDA is the source, is inside it or contains it",
+    "train GDA GDA --data notes.gguf --overwrite": "GDA is the model, is inside it or contains it",
     "train GDA OUT --data notes.gguf --context 99999": "--context 99999 is above 128, the model's max_pos",
     "eval GDA --tasks gda_task,helaswag": "unknown task 'gda_task'; did you mean gda_tasks",
     "eval GDA --tasks gda_tasks --dataset-root ./none": "--dataset-root ./none is not a folder",
