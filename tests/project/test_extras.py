@@ -76,7 +76,7 @@ def test_lm_eval_command_line_names_what_is_missing(tmp_path: Path) -> None:
     hide = f"sys.modules |= dict.fromkeys({HIDDEN['eval']!r})"
     code = f"import runpy, sys; {hide}; runpy.run_module('gda.eval', None, '__main__')"
     outcome = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert outcome.returncode == 1
+    assert outcome.returncode == 2
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("gda.eval: ")
     assert all(requirement in line for requirement in EXTRAS["eval"])
