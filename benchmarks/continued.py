@@ -29,7 +29,7 @@ import time
 from bisect import bisect
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from itertools import accumulate
@@ -94,13 +94,14 @@ class Settings:
 def run_one(options: dict[str, Any], settings: Settings, *, name: str, data: str, seed: int) -> dict[str, Any]:
     """Train one model, and measure it. Without data, it is only measured."""
     torch.set_num_threads(1)
+    if name == ONE_RATE:
+        settings = replace(settings, lambda_learning_rate=settings.learning_rate)
     files, losses = [Path(options["out"]) / file for file in DATA[data]], []
     begun = time.perf_counter()
     with TemporaryDirectory(dir=options["out"]) as scratch:
         model, tokenizer = load(name, options["source"], Path(scratch) / "model", seed)
         if files:
-            rate = None if name == ONE_RATE else settings.lambda_learning_rate
-            losses = train(model, tokenizer, settings, rate, files, seed, Path(scratch))
+            losses = train(model, tokenizer, settings, files, seed, Path(scratch))
     model.eval()
     texts = {"held-out text": Path(options["held_out"]).read_text(), "Python": python_documentation()}
     return {
@@ -150,15 +151,7 @@ def with_plain_heads(model: Any, source: Any) -> Any:
     return llama(config, weights)
 
 
-def train(
-    model: Any,
-    tokenizer: Any,
-    settings: Settings,
-    lambda_rate: float | None,
-    files: list[Path],
-    seed: int,
-    scratch: Path,
-) -> list[float]:
+def train(model: Any, tokenizer: Any, settings: Settings, files: list[Path], seed: int, scratch: Path) -> list[float]:
     """Train the attention of a model, and return its losses."""
     sequences = open_sequences(
         files, tokenizer, context=settings.context, text_field="text", streaming=False, seed=seed,
@@ -186,7 +179,7 @@ def train(
         arguments,
         train_dataset=sequences.rows,
         data_collator=collate,
-        lambda_learning_rate=lambda_rate,
+        lambda_learning_rate=settings.lambda_learning_rate,
         callbacks=[FadeCallback(settings.fade_steps)] if is_fading else [],
     )
     trainer.train()
@@ -340,8 +333,8 @@ def plot(runs: list[dict[str, Any]], file: Path) -> None:
 
     measures = OF_TEXT | {name: measure for name, measure in OF_RETRIEVAL.items() if "nats" in name}
     figure, panels = pyplot.subplots(1, len(measures), figsize=(16, 3.5), layout="constrained", sharey=True)
-    compared = [name for name in VARIANTS if name != SOURCE]
-    names = [name for name in compared if all(pairs(runs, data, name, SOURCE)[0] for data in (TEXT, MIXED))]
+    others = [name for name in VARIANTS if name != SOURCE]
+    names = [name for name in others if all(pairs(runs, data, name, SOURCE)[0] for data in (TEXT, MIXED))]
     for axes, (title, measure) in zip(panels, measures.items(), strict=True):
         for shift, (data, color) in enumerate([(TEXT, "#4292c6"), (MIXED, "#d94801")]):
             compared = [pairs(runs, data, name, SOURCE) for name in names]

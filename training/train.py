@@ -40,7 +40,7 @@ from gda.training.runs.checkpoints import damage_reported, last_checkpoint, requ
 from gda.training.runs.deepspeed import make_universal, written_by
 from gda.training.runs.failures import explained
 from gda.training.runs.model_folder import add_companions, model_stamps
-from gda.training.runs.processes import Processes, reported_elsewhere, require_known_precision
+from gda.training.runs.processes import LAUNCHER_PRECISION, Processes, reported_elsewhere, require_known_precision
 from gda.training.runs.run_folder import (
     DATA_FOLDER,
     LOG_FILE,
@@ -277,7 +277,7 @@ def _make_trainer(
         with damage_reported(state.checkpoint):
             stream.resume(file)
     checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes, stream)
-    with patch_environment(ACCELERATE_MIXED_PRECISION=plan.mixed_precision):  # instead of the launcher's
+    with patch_environment(**{LAUNCHER_PRECISION: plan.mixed_precision}):  # instead of the launcher's
         trainer = RunTrainer(
             plan.learner,
             training_arguments(

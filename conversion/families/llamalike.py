@@ -226,8 +226,6 @@ def refuse_unread(config: PreTrainedConfig, where: Path) -> None:
             raise ValueError(f"{where}: rope_parameters has {name}, which is not part of a {config.model_type} model")
     if getattr(config, "use_mrope", False):
         raise ValueError(f"{where} has use_mrope, a RoPE for images, which is not part of a {config.model_type} model")
-    if not getattr(config, "is_causal", True):
-        raise ValueError(f"{where} has is_causal=false, but a GDA model is causal")
     read = WEIGHTS_FILE if (where.parent / WEIGHTS_FILE).exists() else INDEX_FILE
     if (file := getattr(config, "transformers_weights", None)) not in (None, read):
         raise ValueError(

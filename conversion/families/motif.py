@@ -130,8 +130,6 @@ def _refuse_unsupported(config: MotifConfig, path: Path) -> None:
         )
     if config.use_sliding_window and config.sliding_window is not None:
         raise ValueError(f"{path} has use_sliding_window, but which layers of a Motif slide is unknown")
-    if not getattr(config, "is_causal", True):
-        raise ValueError(f"{path} has is_causal=false, but a GDA model is causal")
     if set(config.layer_types or ()) - {"full_attention"}:
         raise ValueError(f"{path} has layer_types={config.layer_types}; only full attention is supported in a Motif")
 

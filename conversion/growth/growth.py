@@ -26,8 +26,7 @@ def uniform(options: "GrowOptions") -> dict[str, Any]:
         raise ValueError("--new-layers is for --masked with --depth or --layers")
     if width is not None and (hidden is not None or mlp is not None):
         raise ValueError("--width grows the hidden size and the MLP too; pass --width, or --hidden and --mlp")
-    has_replicas = not (masked or signal is hidden is mlp is width is None)
-    if not has_replicas and options.noise_std not in (type(options).noise_std, 0):
+    if not makes_replicas(options) and options.noise_std not in (type(options).noise_std, 0):
         cause = "--masked makes none" if masked else "new layers are copies"
         raise ValueError(f"--noise-std {options.noise_std:g} is for replicas, but {cause}; omit it")
     return {
@@ -37,6 +36,11 @@ def uniform(options: "GrowOptions") -> dict[str, Any]:
         "width": _factor("--width", width),
         "layers": layers,
     }
+
+
+def makes_replicas(options: "GrowOptions") -> bool:
+    """Whether a growth repeats heads, neurons or channels."""
+    return not options.masked and (options.signal, options.hidden, options.mlp, options.width) != (None,) * 4
 
 
 def settings(options: "GrowOptions") -> dict[str, Any]:

@@ -45,11 +45,7 @@ def plan(source: Source, options: GrowOptions) -> Conversion:
     else:
         model = _replicated(model, options)
     notes = list(start.notes)
-    if (
-        options.noise_std == 0
-        and not options.masked
-        and (options.signal or options.hidden or options.width or options.mlp)
-    ):
+    if options.noise_std == 0 and growth.makes_replicas(options):
         notes.append("--noise-std 0: replicas are equal and get equal gradients, so they stay equal during training")
     settings = start.settings | {"growth": growth.settings(options)}
     return replace(model.in_order(), mode="grow", notes=notes, settings=settings, before=start)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -115,11 +114,10 @@ class AdapterSource(Source):
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.folder, config=self.config)
 
-    def copy_assets(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:  # files of two tokenizers must not be mixed
-            self.base.copy_assets(Path(scratch))
-            copy_assets(Path(scratch), folder, tokenizer=not has_vocabulary(self.folder))
-        copy_assets(self.folder, folder)
+    def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
+        # Files of two tokenizers must not be mixed.
+        self.base.copy_assets(folder, tokenizer=tokenizer and not has_vocabulary(self.folder))
+        copy_assets(self.folder, folder, tokenizer=tokenizer)
 
     def card_data(self) -> dict[str, Any]:
         return self.base.card_data()

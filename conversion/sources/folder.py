@@ -67,8 +67,8 @@ class FolderSource(Source):
                 check_downloaded(self.folder / file, digest)
         return digests
 
-    def copy_assets(self, folder: Path) -> None:
-        copy_assets(self.folder, folder)
+    def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
+        copy_assets(self.folder, folder, tokenizer=tokenizer)
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 

@@ -215,13 +215,17 @@ class GGUFSource(Source):
         correct_tokenizer(tokenizer, self._entry)
         return tokenizer
 
-    def copy_assets(self, folder: Path) -> None:
-        with contextlib.suppress(NoTokenizerError):
-            self.tokenizer().save_pretrained(folder)
-            config = tokenizer_config(folder)
-            if config["tokenizer_class"] == "TokenizersBackend":  # a name that transformers 4 doesn't know
-                write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": ANY_TOKENIZER})
+    def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
+        if tokenizer:
+            with contextlib.suppress(NoTokenizerError):
+                self._write_tokenizer(folder)
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        self.tokenizer().save_pretrained(folder)
+        config = tokenizer_config(folder)
+        if config["tokenizer_class"] == "TokenizersBackend":  # a name that transformers 4 doesn't know
+            write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": ANY_TOKENIZER})
 
     def card_data(self) -> dict[str, Any]:
         fields = {"license": "general.license", "language": "general.languages"}

@@ -30,6 +30,11 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
         FileNotFoundError: if it is none of them.
         ValueError: if it does not hold a checkpoint that can be converted, or is empty.
     """
+    return _opened(location, revision, None)
+
+
+def _opened(location: str | Path, revision: str | None, adapter: Path | None) -> Source:
+    """`open_source`. If it is the base of an `adapter`, it may not be one itself."""
     check_model(location)
     path = Path(location)
     if revision is not None and path.exists():
@@ -40,11 +45,11 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
             source.notes = (f"{file.name}, the only GGUF model in {path.name}, is read",)
         return source
     if path.is_dir():
-        return _opened_adapter(path) if is_adapter(path) else FolderSource(path)
+        return _opened_adapter(path, adapter) if is_adapter(path) else FolderSource(path)
     folder = resolve_folder(location, revision)
     named = {"name": str(location), "revision": folder.name}  # the Hub's cache names folders by commit
     if is_adapter(folder):
-        return _opened_adapter(folder, **named)
+        return _opened_adapter(folder, adapter, **named)
     if not any(folder.glob("*.safetensors*")):
         raise FileNotFoundError(
             f"{location} has no safetensors on the Hub; if it has a GGUF file, `hf download` it and name the file"
@@ -52,12 +57,15 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
     return FolderSource(folder, **named)
 
 
-def _opened_adapter(folder: Path, **named: str) -> AdapterSource:
+def _opened_adapter(folder: Path, of: Path | None, **named: str) -> AdapterSource:
+    """The adapter in a folder; ValueError if it is the base `of` another one."""
+    if of is not None:
+        raise ValueError(
+            f"{of} is an adapter of {named.get('name', folder)}, which is an adapter itself; merge that one first"
+        )
     base, revision = base_of(folder)
     try:
-        if is_adapter(Path(base) if Path(base).exists() else resolve_folder(base, revision)):
-            raise ValueError(f"{folder} is an adapter of {base}, which is an adapter itself; merge that one first")
-        return AdapterSource(folder, open_source(base, revision), **named)
+        return AdapterSource(folder, _opened(base, revision, folder), **named)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
 

@@ -30,6 +30,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     require_known_type(model_type, path)
     if raw.get("quantization_config") is not None:
         raise ValueError(f"{path} has a quantization_config; dequantize the model and save it first")
+    if not raw.get("is_causal", True):
+        raise ValueError(f"{path} has is_causal=false, but a GDA model is causal")
     if model_type == motif.MODEL_TYPE:
         return motif.read_motif_config(raw, path)
     with errors_as(f"{path} is not a valid configuration"):

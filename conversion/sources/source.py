@@ -52,8 +52,8 @@ class Source(ABC):
         """Load the whole model in float32 for evaluation, with sdpa attention; ValueError if transformers cannot."""
 
     @abstractmethod
-    def copy_assets(self, folder: Path) -> None:
-        """Write generation config, tokenizer and licences into `folder`."""
+    def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
+        """Write generation config, licences and, if wanted, the tokenizer into `folder`."""
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:

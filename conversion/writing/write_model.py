@@ -13,12 +13,11 @@ from rich.console import Console
 from gda.common.errors import CheckFailed
 from gda.common.files import (
     StagedFolder,
-    begun_by_another,
     check_places,
     in_background,
+    obstacle,
     remove,
     require_space,
-    unfinished,
     write_text,
 )
 from gda.configuration.configuration_gda import GDAConfig
@@ -131,10 +130,8 @@ def write_model(
             check_places(file, out)
         report = _planned_report(conversion, source, out, options, notes)
         if options.dry_run:
-            obstacles = [] if options.overwrite else [begun_by_another(out, OF_TRAINING)]
-            if not (options.overwrite or options.resume or any(obstacles)):
-                obstacles.append(unfinished(out))
-            return replace(report, notes=[*report.notes, *filter(None, obstacles)])
+            message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=OF_TRAINING)
+            return replace(report, notes=[*report.notes, *filter(None, [message])])
         return _write(report, conversion, source, assets, options, bundle_code=bundle_code, console=console)
 
 

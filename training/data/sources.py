@@ -216,7 +216,7 @@ def _table_rows(rows: Any, name: str, start: Any) -> Rows:
         if row is None:
             return
         number += 1
-        row = {name: _without_nulls(value, also_on_top=name == TOOLS) for name, value in row.items()}
+        row = {field: _without_nulls(value, also_on_top=field == TOOLS) for field, value in row.items()}
         yield f"row {number}", row, partial(_row_position, number, rows)
 
 

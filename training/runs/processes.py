@@ -21,14 +21,12 @@ KINDS = (FileNotFoundError, FileExistsError, PermissionError, ConnectionError, B
 
 # Where accelerate ignores its settings for FSDP and DeepSpeed.
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU)
+LAUNCHER_PRECISION = "ACCELERATE_MIXED_PRECISION"  # an environment variable
 
 
 def on_cpu() -> bool:
     """Whether to train on the CPU: without an accelerator, or with `accelerate launch --cpu`."""
     return not torch.accelerator.is_available() or bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-LAUNCHER_PRECISION = "ACCELERATE_MIXED_PRECISION"  # an environment variable
 
 
 def launcher_wants_bfloat16() -> bool:

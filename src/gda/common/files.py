@@ -178,6 +178,13 @@ def begun_by_another(out: Path, foreign: Mapping[str, str]) -> str | None:
     return f"{out} was begun by {other}, which did not finish; continue that, or pass --overwrite to discard it"
 
 
+def obstacle(out: Path, *, resume: bool, overwrite: bool, foreign: Mapping[str, str]) -> str | None:
+    """What keeps a run from writing OUT: unfinished work, or None. The arguments are those of `StagedFolder`."""
+    if overwrite:
+        return None
+    return begun_by_another(out, foreign) or (None if resume else unfinished(out))
+
+
 class StagedFolder:
     """A folder that is filled under a temporary name and renamed when it is complete.
 
@@ -218,12 +225,11 @@ class StagedFolder:
         except OSError:
             _remove_empty(self._created_parents)
             raise
-        left_over = [] if resume else list(self.folder.iterdir())
-        obstacle = unfinished(out) if left_over and resumable else None
-        if not overwrite and (message := begun_by_another(out, foreign) or obstacle) is not None:
+        message = obstacle(out, resume=resume or not resumable, overwrite=overwrite, foreign=foreign)
+        if message is not None:
             self.keep()
             raise FileExistsError(message)
-        for each in left_over:
+        for each in [] if resume else list(self.folder.iterdir()):
             remove(each)
 
     def _make_and_lock(self) -> int:
