@@ -21,7 +21,7 @@ from gda.common.progress import duration
 from gda.common.screen import progress_bars, quiet_transformers, shows_progress
 from gda.common.text import read_text
 from gda.conversion.sources.compare_tokenizers import first_difference
-from gda.eval.attention.diagnostics import diagnose, read_prompt_settings, require_same_tokens
+from gda.eval.attention.diagnostics import DiagnosticsReport, diagnose, read_prompt_settings, require_same_tokens
 from gda.eval.compare import compare
 from gda.eval.device import choose_device
 from gda.eval.models import Candidate, find_model
@@ -78,6 +78,14 @@ def evaluate(
     return results
 
 
+class Unfinished(RuntimeError):
+    """Something failed after the model was evaluated: `report` has the results so far, `__cause__` the error."""
+
+    def __init__(self, report: EvalReport):
+        super().__init__("the evaluation failed after results of the model were known")
+        self.report = report
+
+
 @takes(EvaluateOptions)
 def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None = None) -> EvalReport | None:
     """Evaluate a model, and its baseline with the same options.
@@ -87,6 +95,7 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
 
     Raises:
         FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
+        Unfinished: if the baseline or the diagnostics fail after the model was evaluated.
     """
     first_process = is_main_process()
     console = console if console is not None and first_process else Console(quiet=True)
@@ -99,33 +108,61 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     if prompts is not None and len(candidates) > 1:
         require_same_tokens(prompts, *(each.tokenizer for each in candidates))
     results: list[ModelResult] = []
-    loaded = []
-    with _quiet(options, console), _memory_explained():
-        tasks = []
-        if options.tasks:
-            console.print(f"loading {', '.join(options.tasks)}", highlight=False, markup=False)
-            tasks = _load_tasks(candidates[0], options)
-        for candidate in candidates:
-            console.print(_announcement(candidate, results, len(candidates)), highlight=False, markup=False)
-            result, loaded_model = _evaluate_one(candidate, options, tasks, text, console)
-            results.append(result)
-            if options.diagnostics and first_process:
-                loaded.append(loaded_model)  # only diagnostics need both models in memory
-            del loaded_model
-        if not first_process:
-            return None
-        diagnostics = None
-        if prompts is not None:
-            second = loaded[1] if len(loaded) > 1 else None
-            diagnostics = diagnose(loaded[0], candidates[0].tokenizer, prompts, baseline=second, console=console)
-    if text is not None and len(candidates) > 1:
+    try:
+        with _quiet(options, console), _memory_explained():
+            loaded = _evaluate_all(candidates, options, text, console, results)
+            if not first_process:
+                return None
+            diagnostics = None
+            if prompts is not None:
+                second = loaded[1] if len(loaded) > 1 else None
+                diagnostics = diagnose(loaded[0], candidates[0].tokenizer, prompts, baseline=second, console=console)
+    except BaseException as error:  # Ctrl-C too: the model may have taken hours
+        if not results or not first_process:
+            raise
+        what = "the diagnostics" if len(results) == len(candidates) else candidates[len(results)].name
+        results[0].notes.append(f"{what} failed: {first_line(error)}")
+        raise Unfinished(_report(results, candidates, text, options)) from error
+    return _report(results, candidates, text, options, diagnostics)
+
+
+def _evaluate_all(
+    candidates: list[Candidate],
+    options: EvaluateOptions,
+    text: str | None,
+    console: Console,
+    results: list[ModelResult],
+) -> list[PreTrainedModel]:
+    """Add a result for each model to `results` as soon as it is known; return the models if diagnostics need them."""
+    tasks, loaded = [], []
+    if options.tasks:
+        console.print(f"loading {', '.join(options.tasks)}", highlight=False, markup=False)
+        tasks = _load_tasks(candidates[0], options)
+    for candidate in candidates:
+        console.print(_announcement(candidate, results, len(candidates)), highlight=False, markup=False)
+        result, loaded_model = _evaluate_one(candidate, options, tasks, text, console)
+        results.append(result)
+        if options.diagnostics and is_main_process():
+            loaded.append(loaded_model)  # only diagnostics need both models in memory
+        del loaded_model
+    return loaded
+
+
+def _report(
+    results: list[ModelResult],
+    candidates: list[Candidate],
+    text: str | None,
+    options: EvaluateOptions,
+    diagnostics: DiagnosticsReport | None = None,
+) -> EvalReport:
+    model, baseline = results[0], results[1] if len(results) > 1 else None
+    if text is not None and baseline is not None:
         ids, others = (each.tokenizer(text, add_special_tokens=False, verbose=False).input_ids for each in candidates)
         if ids != others:
-            results[0].notes.append(
+            model.notes.append(
                 "perplexity: the tokenizer reads the text differently than the baseline's, "
                 f"{first_difference(ids, others)}; compare perplexity per word or byte"
             )
-    model, baseline = results[0], results[1] if len(results) > 1 else None
     rows = compare(model.results, None if baseline is None else baseline.results)
     return EvalReport(model, baseline, rows, options, diagnostics)
 

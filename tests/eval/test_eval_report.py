@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gda
@@ -130,6 +132,24 @@ def test_perplexity_ratio(folder: Path, tmp_path: Path, command: Command) -> Non
         assert f"{ratio:.4f}" in text
         assert f"{low:.4f} to {high:.4f}" in text
     assert json.loads(command(*run, "--json").out)["gda"]["perplexity_ratio"] is None
+
+
+def test_a_failing_baseline_keeps_the_models_results(folder: Path, tmp_path: Path, command: Command) -> None:
+    """They are printed and written, with a note, before the command fails."""
+    (tmp_path / "text.txt").write_text("A text to read. " * 10)
+    damaged = shutil.copytree(folder / "llama", tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"].fill_(math.nan)
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    run = ("eval", folder / "other", "--perplexity", tmp_path / "text.txt")
+    alone = json.loads(command(*run, "--json").out)["gda"]
+    outcome = command(*run, "--baseline", damaged, "--output", tmp_path / "out")
+    assert outcome.code == 2
+    assert "--perplexity is nan" in outcome.error.splitlines()[-1]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["gda"]
+    assert written["perplexity"] == alone["perplexity"]
+    assert written["baseline"] is None
+    assert any(note.startswith("damaged failed: --perplexity is nan") for note in written["notes"])
 
 
 def test_report_files(folder: Path, tmp_path: Path, command: Command) -> None:

@@ -57,13 +57,22 @@ def evaluate(options: EvalOutputOptions, as_json: JSON = False) -> None:
     gda_fewshot_by_arrangement.
     """
     _check_outputs(options)
+    from gda.eval.evaluate import Unfinished, evaluate_with_baseline
+
+    try:
+        report = evaluate_with_baseline.run(options, console=progress_console)
+    except Unfinished as stop:
+        _publish(stop.report, options, as_json)
+        raise (stop.__cause__ or stop) from None
+    if report is not None:  # it is None in all but the first of several processes
+        _publish(report, options, as_json)
+
+
+def _publish(report: "EvalReport", options: EvalOutputOptions, as_json: bool) -> None:
+    """Print the report, and write the files that the options name."""
     from gda.eval.card import update_card
-    from gda.eval.evaluate import evaluate_with_baseline
     from gda.eval.report import to_json, write_report
 
-    report = evaluate_with_baseline.run(options, console=progress_console)
-    if report is None:  # not the first of several processes
-        return
     if as_json:
         typer.echo(to_json(report))
     else:
