@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
+from gda.common.errors import first_line
 from gda.common.options import Options, flag
 from gda.conversion.families.llamalike import LLAMALIKES, unread_fields
 from gda.conversion.options import PAPER_ONLY
@@ -69,11 +72,11 @@ def refuse(options: Options, names: tuple[str, ...], reason: str) -> None:
 
 @contextlib.contextmanager
 def errors_named(source: Source) -> Iterator[None]:
-    """Put the name of the source before a ValueError about its configuration."""
+    """Put the name of the source before an error about its configuration, or about one that is made of it."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{source.name}: {error}") from None
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{source.name}: {first_line(error)}") from None
 
 
 def losses(source: Source, recipes: dict[str, Recipe], dtype: str) -> list[str]:

@@ -22,6 +22,8 @@ from gda.common.files import (
 )
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
+from gda.conversion.families.llamalike import choose_target
+from gda.conversion.families.plain_heads import plain_heads
 from gda.conversion.modes.low_rank import dense_config, layer_errors
 from gda.conversion.options import CheckpointOptions
 from gda.conversion.push import PushReport
@@ -82,11 +84,14 @@ class ConvertReport:
     @property
     def is_plain(self) -> bool:
         """Whether `gda export` can write the model as a Llama, Mistral or Qwen, now and after training."""
-        return (
-            not self.config.head_norm
-            and self.config.lambda_type == "reparameterized"
-            and self.config.hidden_act != "poly_norm"
-        )
+        if self.config.lambda_type != "reparameterized":
+            return False
+        heads = plain_heads(self.config, with_noise=True)
+        try:
+            choose_target(self.config, "llama", (len(heads.query), len(heads.key)))
+        except ValueError:
+            return False
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import gda
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
@@ -356,3 +357,24 @@ def test_query_rows_of_repeated_noise_heads() -> None:
         (3, (3,), False),
         (4, (2, 3), True),
     ]
+
+
+def test_a_conversion_says_whether_it_can_be_exported(tmp_path: Path) -> None:
+    """Six query heads do not divide a hidden size of 32, as a Llama needs, and a Mistral has no biases."""
+    for name, biases in (("plain", False), ("biases", True)):
+        llama = save_llama(tmp_path / name, attention_bias=biases)
+        assert gda.convert(llama, tmp_path / f"{name}-gda", verify=False).is_plain is not biases
+    assert gda.export(tmp_path / "plain-gda", tmp_path / "mistral").format == "mistral"
+    with pytest.raises(ValueError, match="6 query heads, which do not divide hidden_size=32"):
+        gda.export(tmp_path / "biases-gda", tmp_path / "none")
+
+
+def test_a_field_that_the_type_refuses_is_named(tmp_path: Path) -> None:
+    """By transformers' validators, which older releases lack."""
+    try:
+        LlamaConfig(initializer_range=2.0)
+        pytest.skip("this release of transformers checks no ranges")
+    except StrictDataclassError:
+        folder = saved(tmp_path / "gda", initializer_range=2.0)
+    with pytest.raises(ValueError, match=r"gda: Validation error for field 'initializer_range'.* 1\.0, got 2\.0"):
+        gda.export(folder, tmp_path / "plain")

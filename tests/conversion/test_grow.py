@@ -546,13 +546,25 @@ def test_conversion_json_card_and_inspect(tmp_path: Path) -> None:
     assert made["tensors"]["model.layers.1.self_attn.k_proj.weight"]["how"] == "of layer 0: copied"
     assert "shared out to 2 replicas" in made["tensors"]["model.layers.0.self_attn.o_proj.weight"]["how"]
     card = (tmp_path / "grown" / "README.md").read_text()
-    assert "grown to 4 layers" in card
-    assert "2 replicas of each signal head" in card
+    assert "grown: 4 layers, of which the new ones are copies" in card
+    assert "2 times the signal heads" in card
     shown = gda.inspect(tmp_path / "grown")
     assert "s s s s n  s s s s n" in shown.head_map
     assert shown.num_layers == 4
     assert shown.source_kv_cache_bytes_per_token == shown.kv_cache_bytes_per_token // 2
     assert (tmp_path / "grown" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+def test_card_names_every_part_of_a_growth(tmp_path: Path) -> None:
+    """Also what masked growth makes of new layers."""
+    llama = save_llama(tmp_path / "llama", tie_word_embeddings=True)
+    gda.grow(llama, tmp_path / "wide", hidden=2, mlp=3, untie=True, verify=False)
+    card = (tmp_path / "wide" / "README.md").read_text()
+    for part in ("2 times the hidden size", "3 times the neurons of the MLP", "an output head with weights of its own"):
+        assert part in card
+    gda.grow(llama, tmp_path / "masked", masked=True, layers=[1], new_layers="copy", mlp=1.5, verify=False)
+    card = (tmp_path / "masked" / "README.md").read_text()
+    assert "3 layers, of which the new ones are copies that are blended in; 1.5 times the neurons of the MLP" in card
 
 
 def test_card_of_a_model_with_qk_rank(tmp_path: Path) -> None:
