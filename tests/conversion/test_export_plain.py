@@ -364,9 +364,9 @@ def test_a_conversion_says_whether_it_can_be_exported(tmp_path: Path) -> None:
     for name, biases in (("plain", False), ("biases", True)):
         llama = save_llama(tmp_path / name, attention_bias=biases)
         assert gda.convert(llama, tmp_path / f"{name}-gda", verify=False).is_plain is not biases
-    assert gda.export(tmp_path / "plain-gda", tmp_path / "mistral").format == "mistral"
+    assert gda.export(tmp_path / "plain-gda", tmp_path / "all", heads="all").format == "mistral"
     with pytest.raises(ValueError, match="6 query heads, which do not divide hidden_size=32"):
-        gda.export(tmp_path / "biases-gda", tmp_path / "none")
+        gda.export(tmp_path / "biases-gda", tmp_path / "none", heads="all")
 
 
 def test_a_field_that_the_type_refuses_is_named(tmp_path: Path) -> None:
