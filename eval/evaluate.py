@@ -210,6 +210,7 @@ def _load_tasks(candidate: Candidate, options: TaskOptions) -> list[Any]:
         dataset_root=options.dataset_root,
         metadata=metadata,
         include_path=options.include_path,
+        run_code=options.confirm_run_unsafe_code,
     )
 
 

@@ -21,7 +21,7 @@ RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.h
 SAMPLES = ("samples_", "baseline_samples_")  # beginnings of names: of the model and of its baseline
 OF_TASKS = (
     *("dataset_root", "include_path", "limit", "num_fewshot", "apply_chat_template", "system_instruction"),
-    *("gen_kwargs", "seed", "batch_size", "show_prompts"),
+    *("gen_kwargs", "seed", "confirm_run_unsafe_code", "batch_size", "show_prompts"),
 )
 BATCH_SIZE = re.compile(r"0*[1-9][0-9]*|auto(:[1-9][0-9]*)?")
 
@@ -75,6 +75,9 @@ class TaskOptions(Options):
         panel=TASKS,
         minimum=0,
         maximum=2**32 - 1,
+    )
+    confirm_run_unsafe_code: bool = option(
+        False, "Allow tasks to run code that the model writes, as humaneval does. Nothing isolates it.", panel=TASKS
     )
     metadata: dict[str, Any] | str | None = option(
         None,

@@ -4,6 +4,7 @@ Only the folders of lm-eval whose files mention a wanted name are given to lm-ev
 """
 
 import fnmatch
+import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,12 @@ from gda.common.errors import first_line
 from gda.eval.lm_eval.local_data import data_from
 from gda.eval.task_texts import definitions, is_file, pattern, unknown_task
 from gda.eval.tasks import TASKS_FOLDER
+
+CODE_VARIABLE = "HF_ALLOW_CODE_EVAL"  # in which Hugging Face's metric code_eval wants to read "1"
+RUNS_CODE = (
+    "{}: runs code that the model writes, with the rights of this process; pass --confirm-run-unsafe-code to allow it, "
+    "best in a container"
+)
 
 
 class TaskManagerWithOurs(TaskManager):
@@ -34,21 +41,27 @@ def load_tasks(
     dataset_root: str | Path | None = None,
     metadata: dict[str, Any] | None = None,
     include_path: str | Path | None = None,
+    run_code: bool = False,
 ) -> list[Task | Group]:
     """Load tasks, groups and tags of lm-eval or of this package, by names, patterns such as "blimp_*" or YAML files.
 
     Without `dataset_root`, each task reads its dataset from where its definition says, usually the Hub. `metadata`
     are settings of generated tasks, such as "tokenizer" and "length". Definitions in `include_path` precede those of
-    lm-eval.
+    lm-eval. `run_code` allows tasks that run what the model writes.
 
     Raises:
-        ValueError: for an unknown name, with similar ones, and for data that does not fit its task.
+        ValueError: for an unknown name, with similar ones, for data that does not fit its task, and for a task that
+            runs code without being allowed to.
         FileNotFoundError: for data that is missing or cannot be downloaded, naming the task.
     """
+    if run_code:
+        os.environ[CODE_VARIABLE] = "1"
     with data_from(dataset_root) as folders_read:
         manager, found = find_tasks(names, metadata=metadata, include_path=include_path)
         loaded = [_load(manager, name, folders_read) for name in found]
     tasks = {name: task for each in loaded for name, task in each["tasks"].items()}
+    if not run_code and (unsafe := [name for name, task in tasks.items() if task.config.unsafe_code]):
+        raise ValueError(RUNS_CODE.format(", ".join(unsafe)))
     groups = {name: group for each in loaded for name, group in each.get("groups", {}).items()}
     members = {child for each in loaded for children in each.get("group_map", {}).values() for child in children}
     all_of_them = {**groups, **tasks}
@@ -63,6 +76,8 @@ def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
     except Exception as error:  # a definition may do anything with data that it does not expect
         under_way = task_under_way(error)
         task, reason = name if under_way is None else under_way.config.task, first_line(error)
+        if CODE_VARIABLE in str(error):  # the metric of humaneval asks for it when the task is loaded
+            raise ValueError(RUNS_CODE.format(task)) from None
         last_read = f" from {folders_read[-1]}" if folders_read and str(folders_read[-1]) not in str(error) else ""
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"task {task}: {reason}") from None

@@ -48,6 +48,7 @@ def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **
             apply_chat_template=options.apply_chat_template,
             system_instruction=options.system_instruction,
             gen_kwargs=options.gen_kwargs,
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
             **lm_eval_options,
         )
     except (AssertionError, ValueError) as error:

@@ -114,6 +114,19 @@ def test_same_answers_as_lm_eval(case: str, folder: Path, tmp_path: Path, comman
             assert found == pytest.approx(wanted, abs=1e-4)
 
 
+def test_code_runs_only_if_it_is_allowed(folder: Path, tmp_path: Path, command: Command) -> None:
+    """lm-eval refuses such a task too, but only after the model was loaded."""
+    (tmp_path / "toy_code.yaml").write_text(GENERATING.replace("toy_words", "toy_code") + "unsafe_code: true\n")
+    run = ("eval", folder / "live", "--tasks", "toy_code", "--dataset-root", folder / "data", "--limit", 2)
+    refused = command(*run, "--include-path", tmp_path)
+    assert refused.code == 2
+    message = refused.error.splitlines()[-1]
+    assert message.startswith("gda: toy_code: runs code that the model writes")
+    assert "pass --confirm-run-unsafe-code" in message
+    allowed = command(*run, "--include-path", tmp_path, "--confirm-run-unsafe-code", "--json")
+    assert json.loads(allowed.out)["results"]["toy_code"]["exact_match,none"] == 0
+
+
 def test_samples_of_both_models(folder: Path, tmp_path: Path, command: Command) -> None:
     """Each in its own file; a later run without them removes both."""
     out = tmp_path / "out"
