@@ -23,8 +23,7 @@ from gda.common.text import read_text
 from gda.conversion.sources.compare_tokenizers import first_difference
 from gda.eval.attention.diagnostics import DiagnosticsReport, diagnose, read_prompt_settings, require_same_tokens
 from gda.eval.compare import compare
-from gda.eval.device import choose_device
-from gda.eval.models import Candidate, find_model
+from gda.eval.models import Candidate, choose_device, find_model
 from gda.eval.options import DEFAULT_CONTEXT, EvaluateOptions, TaskOptions
 from gda.eval.report import EvalReport, ModelResult
 

@@ -22,7 +22,7 @@ from gda.eval.attention.analysis import (
 )
 from gda.eval.attention.maps import LayerMaps, MapKind, MapPlan, baseline_maps, group_maps, pack
 from gda.eval.attention.report import AttentionReport
-from gda.eval.device import choose_device
+from gda.eval.models import choose_device
 from gda.eval.options import AttentionOptions
 
 BYTES_PER_MEGABYTE = 1_000_000
