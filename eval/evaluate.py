@@ -16,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.errors import first_line
 from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
-from gda.common.processes import is_main_process
-from gda.common.progress import duration
+from gda.common.progress import duration, is_main_process
 from gda.common.screen import progress_bars, quiet_transformers, shows_progress
 from gda.common.text import read_text
 from gda.conversion.sources.compare_tokenizers import first_difference
