@@ -246,12 +246,11 @@ def _perplexity_table(report: EvalReport) -> TextTable:
 
 def _facts(report: EvalReport) -> list[tuple[str, str]]:
     """How the numbers were obtained: settings, versions, weights and notes."""
-    found = report.to_dict()["gda"]
     defaults = {each.name: each.default for each in fields(report.options)}
-    settings = {name: value for name, value in found["settings"].items() if value not in (defaults.get(name), None, ())}
+    settings = {name: value for name, value in report.settings().items() if value not in (defaults.get(name), None, ())}
     words = {name: value if isinstance(value, list | tuple) else [value] for name, value in settings.items()}
     facts = [("settings", ", ".join(" ".join(map(str, [name, *values])) for name, values in words.items()))]
-    facts.append(("versions", ", ".join(f"{name} {value}" for name, value in found["versions"].items())))
+    facts.append(("versions", ", ".join(f"{name} {value}" for name, value in versions(*PACKAGES).items())))
     for model in report.models:
         hashes = ", ".join(f"{file} {digest[:16]}…" for file, digest in model.sha256.items())
         facts.append((model.name, f"{model.dtype}; {model.seconds:.0f} s; SHA-256 {hashes}"))
