@@ -51,12 +51,11 @@ def _most_cancelling(report: "AttentionReport") -> tuple[int, int]:
 
 
 def _maps(report: "AttentionReport", layer: int, group: int) -> list[tuple[str, np.ndarray]]:
-    found = []
-    for kept in (report.maps.get(layer), report.baseline_maps.get(layer)):
-        for index, kind in enumerate(kept.kinds if kept is not None else []):
-            assert kept is not None
-            scale, levels = float(kept.scales[group, index]), kept.levels[group, index]
-            found.append((kind.name, unpack(kind, scale, levels)))
+    found = [
+        (kind.name, unpack(kind, float(kept.scales[group, index]), kept.levels[group, index]))
+        for kept in report.kept_maps(layer)
+        for index, kind in enumerate(kept.kinds)
+    ]
     heads = report.signal_heads_per_group
     if len(found) <= MOST_MAPS or not report.plan.heads or heads == 1:
         return found

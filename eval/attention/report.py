@@ -54,6 +54,10 @@ class AttentionReport:
         heads = int(self.baseline.signal.entropy.shape[1])
         return heads // self.arrays.num_groups if heads % self.arrays.num_groups == 0 else heads
 
+    def kept_maps(self, layer: int) -> list[LayerMaps]:
+        """The maps kept of a layer: those of the model and those of the baseline, where there are any."""
+        return [maps for maps in (self.maps.get(layer), self.baseline_maps.get(layer)) if maps is not None]
+
     def most_cancelled(self, layer: int | None = None, group: int | None = None) -> list[dict[str, Any]]:
         """The tokens whose attention is cancelled most, in descending order. Empty without noise heads.
 
@@ -187,7 +191,7 @@ def _packed(report: AttentionReport, layer: int) -> str:
     parts = [arrays.received[layer]]
     if arrays.cancelled is not None:
         parts.append(arrays.cancelled[layer])
-    kept = [maps for maps in (report.maps.get(layer), report.baseline_maps.get(layer)) if maps is not None]
+    kept = report.kept_maps(layer)
     return deflated(*parts, *(maps.scales for maps in kept), *(maps.levels for maps in kept))
 
 
