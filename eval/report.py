@@ -9,6 +9,7 @@ import numpy as np
 
 from gda.common.files import write_text
 from gda.common.html import page
+from gda.common.numbers import finite
 from gda.common.perplexity import TextPerplexity, ratio_interval
 from gda.common.versions import versions
 from gda.eval.attention.diagnostics import DiagnosticsReport
@@ -127,9 +128,7 @@ def _without(unwanted: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def to_json(report: EvalReport) -> str:
     """The report as JSON: lm-eval's own format with one more key, "gda"."""
-    text = json.dumps(report.to_dict(), ensure_ascii=False, default=_serializable)
-    finite = json.loads(text, parse_constant=lambda _: None)  # JSON has neither NaN nor infinity
-    return json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, default=_serializable)
 
 
 def _serializable(value: Any) -> Any:
