@@ -46,11 +46,10 @@ def compare(results: dict[str, Any], baseline: dict[str, Any] | None = None) -> 
     for task, metrics in results["results"].items():
         for metric in _metrics(metrics):
             score, stderr = float(metrics[metric]), _stderr(metrics, metric)
-            others = (baseline or {"results": {}})["results"].get(task, {})
-            if not isinstance(other := others.get(metric), int | float):
+            others = {} if baseline is None else baseline["results"].get(task, {})
+            if baseline is None or not isinstance(other := others.get(metric), int | float):
                 rows.append(Row(task, metric, score, stderr))
                 continue
-            assert baseline is not None
             other_stderr = _stderr(others, metric)
             error = _paired_stderr(results, baseline, task, metric)
             if error is None and stderr is not None and other_stderr is not None:

@@ -16,15 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.errors import first_line
 from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
-from gda.common.processes import is_main_process
-from gda.common.progress import duration
+from gda.common.progress import duration, is_main_process
 from gda.common.screen import progress_bars, quiet_transformers, shows_progress
 from gda.common.text import read_text
 from gda.conversion.sources.compare_tokenizers import first_difference
-from gda.eval.attention.diagnostics import DiagnosticsReport, diagnose, read_prompt_settings, require_same_tokens
+from gda.eval.attention.diagnostics import DiagnosticsReport, diagnose, read_prompt_settings, read_texts
 from gda.eval.compare import compare
-from gda.eval.device import choose_device
-from gda.eval.models import Candidate, find_model
+from gda.eval.models import Candidate, choose_device, find_model
 from gda.eval.options import DEFAULT_CONTEXT, EvaluateOptions, TaskOptions
 from gda.eval.report import EvalReport, ModelResult
 
@@ -100,13 +98,12 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
     first_process = is_main_process()
     console = console if console is not None and first_process else Console(quiet=True)
     choose_device(options.device)
-    prompts = None
+    settings = None
     if options.diagnostics:
-        prompts = read_prompt_settings(_metadata(options), alone=not options.tasks)
+        settings = read_prompt_settings(_metadata(options), alone=not options.tasks)
     text = None if options.perplexity is None else _read_text(Path(options.perplexity))
     candidates = _find_models(options)
-    if prompts is not None and len(candidates) > 1:
-        require_same_tokens(prompts, *(each.tokenizer for each in candidates))
+    texts = [] if settings is None else read_texts(settings, *(each.tokenizer for each in candidates))
     results: list[ModelResult] = []
     try:
         with _quiet(options, console), _memory_explained():
@@ -114,9 +111,9 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
             if not first_process:
                 return None
             diagnostics = None
-            if prompts is not None:
+            if settings is not None:
                 second = loaded[1] if len(loaded) > 1 else None
-                diagnostics = diagnose(loaded[0], candidates[0].tokenizer, prompts, baseline=second, console=console)
+                diagnostics = diagnose(loaded[0], texts, settings, baseline=second, console=console)
     except BaseException as error:  # Ctrl-C too: the model may have taken hours
         if not results or not first_process:
             raise

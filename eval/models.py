@@ -1,4 +1,4 @@
-"""The model to evaluate: a folder, a Hub id, a GGUF file, or a model in memory."""
+"""The model to evaluate (a folder, a Hub id, a GGUF file, or a model in memory), and the device that it runs on."""
 
 import contextlib
 import copy
@@ -20,7 +20,6 @@ from gda.conversion.sources.config_file import read_config_file
 from gda.conversion.sources.open import open_source, resolve_folder
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import read_tokenizer
-from gda.eval.device import choose_device
 from gda.eval.options import TaskOptions
 
 WEIGHTS = "*.safetensors"
@@ -119,3 +118,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise ValueError if the tokenizer has no token to begin a text with."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has neither BOS nor EOS, and a text must begin with one of them")
+
+
+def choose_device(device: str | None) -> str:
+    """`device`, which must exist (lm-eval would use another one). None: a GPU if there is one, else the CPU."""
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available = ["cuda", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if device is None:
+        return available[0]
+    if device not in available:
+        raise ValueError(f"--device {device} does not exist; available devices: {', '.join(available)}")
+    return device

@@ -9,6 +9,7 @@ import numpy as np
 
 from gda.common.files import write_text
 from gda.common.html import page
+from gda.common.numbers import finite
 from gda.common.perplexity import TextPerplexity, ratio_interval
 from gda.common.versions import versions
 from gda.eval.attention.diagnostics import DiagnosticsReport
@@ -127,9 +128,7 @@ def _without(unwanted: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def to_json(report: EvalReport) -> str:
     """The report as JSON: lm-eval's own format with one more key, "gda"."""
-    text = json.dumps(report.to_dict(), ensure_ascii=False, default=_serializable)
-    finite = json.loads(text, parse_constant=lambda _: None)  # JSON has neither NaN nor infinity
-    return json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, default=_serializable)
 
 
 def _serializable(value: Any) -> Any:
@@ -246,12 +245,11 @@ def _perplexity_table(report: EvalReport) -> TextTable:
 
 def _facts(report: EvalReport) -> list[tuple[str, str]]:
     """How the numbers were obtained: settings, versions, weights and notes."""
-    found = report.to_dict()["gda"]
     defaults = {each.name: each.default for each in fields(report.options)}
-    settings = {name: value for name, value in found["settings"].items() if value not in (defaults.get(name), None, ())}
+    settings = {name: value for name, value in report.settings().items() if value not in (defaults.get(name), None, ())}
     words = {name: value if isinstance(value, list | tuple) else [value] for name, value in settings.items()}
     facts = [("settings", ", ".join(" ".join(map(str, [name, *values])) for name, values in words.items()))]
-    facts.append(("versions", ", ".join(f"{name} {value}" for name, value in found["versions"].items())))
+    facts.append(("versions", ", ".join(f"{name} {value}" for name, value in versions(*PACKAGES).items())))
     for model in report.models:
         hashes = ", ".join(f"{file} {digest[:16]}…" for file, digest in model.sha256.items())
         facts.append((model.name, f"{model.dtype}; {model.seconds:.0f} s; SHA-256 {hashes}"))

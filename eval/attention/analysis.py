@@ -91,14 +91,15 @@ def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visi
         seen.append(maps.layer)
         visit(maps)
 
+    decoder: Callable[..., Any] = model.base_model  # without the head, whose logits are not needed
     with _evaluating(model):
         cache = None
         if first_row:
             cache = DynamicCache(config=model.config)
             # The cache is passed by position, because its name depends on the release of transformers.
-            _decoder(model)(ids[:, :first_row], None, None, cache, use_cache=True)
-        with _eager(model), _observed(modules, ids.shape[1], counting):
-            _decoder(model)(ids[:, first_row:], None, None, cache, use_cache=cache is not None)
+            decoder(ids[:, :first_row], None, None, cache, use_cache=True)
+        with _observed(model, modules, ids.shape[1], counting):
+            decoder(ids[:, first_row:], None, None, cache, use_cache=cache is not None)
     if len(seen) != len(modules):
         raise ValueError(f"{type(model).__name__} gave the attention maps of {len(seen)} of its {len(modules)} layers")
 
@@ -129,10 +130,6 @@ def _one_text(input_ids: torch.Tensor, first_row: int) -> torch.Tensor:
     return ids
 
 
-def _decoder(model: PreTrainedModel) -> Callable[..., Any]:
-    return model.base_model  # without the head, whose logits are not needed
-
-
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
@@ -144,28 +141,20 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Use the eager backend, the only one that returns maps."""
-    before = model.config._attn_implementation
+def _observed(model: PreTrainedModel, modules: Sequence[Any], length: int, visit: Visit) -> Iterator[None]:
+    """Run the eager backend, the only one that returns maps, and call `visit` with those of each module."""
+    backend = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    hooks: list[RemovableHandle] = []
     try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _observed(modules: Sequence[Any], length: int, visit: Visit) -> Iterator[None]:
-    """Within this context, call `visit` with the maps of each attention module."""
-    hooks = []
-    for module in modules:
-        observe = _observe_subtraction if is_differential(module) else _observe_attention
-        hooks += observe(module, length, visit)
-    try:
+        for module in modules:
+            observe = _observe_subtraction if is_differential(module) else _observe_attention
+            hooks += observe(module, length, visit)
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        model.set_attn_implementation(backend)
 
 
 def _observe_subtraction(module: Any, length: int, visit: Visit) -> list[RemovableHandle]:

@@ -22,10 +22,8 @@ from gda.eval.attention.analysis import (
 )
 from gda.eval.attention.maps import LayerMaps, MapKind, MapPlan, baseline_maps, group_maps, pack
 from gda.eval.attention.report import AttentionReport
-from gda.eval.device import choose_device
+from gda.eval.models import choose_device
 from gda.eval.options import AttentionOptions
-
-BYTES_PER_MEGABYTE = 1_000_000
 
 
 @takes(AttentionOptions)
@@ -50,7 +48,7 @@ def attention(
     text_name, text = "text", options.text or ""
     if options.file is not None:
         text_name, text = read_text(Path(options.file), "--file")
-    opened = _open(options.model, tokenizer, options.revision)
+    opened = _open(options.model, tokenizer, options.device, options.revision)
     ids, notes = _encode(opened, text, text_name, options.max_tokens)
     labels = token_labels(opened.tokenizer, ids)
     depth, groups, heads, differential = _shape(opened.model)
@@ -60,65 +58,63 @@ def attention(
         groups=groups,
         heads=heads,
         tokens=len(ids),
-        limit=int(options.map_megabytes * BYTES_PER_MEGABYTE),
+        limit=int(options.map_megabytes * 1e6),
         differential=differential,
         baseline=options.baseline is not None,
     )
-    model = _read(opened, ids, groups, plan, group_maps, options, console)
+    name = opened.name
+    arrays, maps = _read(opened, ids, groups, plan, group_maps, console)
     del opened  # the baseline takes its place in memory
-    baseline: _Reading | None = None
+    baseline_name: str | None = None
+    baseline: AttentionArrays | None = None
+    maps_of_baseline: dict[int, LayerMaps] = {}
     if options.baseline is not None:
-        other = _open_baseline(options.baseline, tokenizer, model.name)
+        other = _open_baseline(options.baseline, tokenizer, options.device, name)
         _check_same_tokens(other, text, ids)
         same_depth = len(attention_modules(other.model)) == depth
-        baseline = _read(other, ids, groups, plan if same_depth else None, baseline_maps, options, console)
         if not same_depth:
-            notes.append(f"{baseline.name} has a different number of layers than {model.name}; its maps are omitted")
+            notes.append(f"{other.name} has a different number of layers than {name}; its maps are omitted")
+        baseline_name = other.name
+        baseline, maps_of_baseline = _read(other, ids, groups, plan if same_depth else None, baseline_maps, console)
     return AttentionReport(
-        name=model.name,
-        baseline_name=baseline.name if baseline else None,
+        name=name,
+        baseline_name=baseline_name,
         text_name=text_name,
         token_ids=ids,
         tokens=labels,
-        arrays=model.arrays,
-        baseline=baseline.arrays if baseline else None,
+        arrays=arrays,
+        baseline=baseline,
         lambda_type=lambda_type,
         plan=plan,
-        maps=model.maps,
-        baseline_maps=baseline.maps if baseline else {},
+        maps=maps,
+        baseline_maps=maps_of_baseline,
         notes=[*notes, *_notes_on_maps(plan, depth, heads)],
     )
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model with its name and tokenizer, and whether it came from memory."""
+    """A model with its name and tokenizer."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    in_memory: bool
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """Results for a model: its name, its numbers, and its maps by layer."""
-
-    name: str
-    arrays: AttentionArrays
-    maps: dict[int, LayerMaps]
 
 
 def _open(
     place: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    revision: str | None,
+    device: str | None,
+    revision: str | None = None,
     role: str = "model",
 ) -> _Opened:
     if isinstance(place, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(f"a {role} in memory needs its tokenizer: attention(model, tokenizer=…)")
-        return _Opened(place.name_or_path or type(place).__name__, place, tokenizer, True)
+        model: Any = place
+        if device is not None:
+            model.to(device)
+        return _Opened(model.name_or_path or type(model).__name__, model, tokenizer)
     with quiet_transformers():
         source = open_source(place, revision)
         if not source.can_run:
@@ -126,7 +122,8 @@ def _open(
                 f"{place} is a {source.config.model_type}, which transformers cannot run; convert it with "
                 "`gda convert` first"
             )
-        return _Opened(source.name, source.load(), tokenizer or source.tokenizer(), False)
+        model = source.load()
+        return _Opened(source.name, model.to(choose_device(device)), tokenizer or source.tokenizer())
 
 
 def _shape(model: PreTrainedModel) -> tuple[int, int, int, bool]:
@@ -143,10 +140,13 @@ def _shape(model: PreTrainedModel) -> tuple[int, int, int, bool]:
 
 
 def _open_baseline(
-    place: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name_of_model: str
+    place: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: str | None,
+    name_of_model: str,
 ) -> _Opened:
     in_memory = isinstance(place, PreTrainedModel)
-    opened = _open(place, tokenizer if in_memory else None, None, "baseline")
+    opened = _open(place, tokenizer if in_memory else None, device, role="baseline")
     return replace(opened, name=f"{opened.name} (baseline)") if opened.name == name_of_model else opened
 
 
@@ -195,24 +195,20 @@ def _read(
     groups: int,
     plan: MapPlan | None,
     select_maps: Callable[[LayerAttention, MapPlan, int], list[tuple[MapKind, torch.Tensor]]],
-    options: AttentionOptions,
     console: Console | None,
-) -> _Reading:
-    """Read a model's numbers, and the maps that `select_maps` keeps of each layer of the plan."""
+) -> tuple[AttentionArrays, dict[int, LayerMaps]]:
+    """A model's numbers, and the maps, by layer, that `select_maps` keeps of each layer of the plan."""
     maps: dict[int, LayerMaps] = {}
-    model: Any = opened.model
-    if options.device is not None or not opened.in_memory:
-        model = model.to(choose_device(options.device))
     with progress_bars(console) as bar:
-        task = bar.add_task(f"reading {opened.name}", total=len(attention_modules(model)))
+        task = bar.add_task(f"reading {opened.name}", total=len(attention_modules(opened.model)))
 
         def visit(layer: LayerAttention) -> None:
             if plan is not None and layer.layer in plan.layers:
                 maps[layer.layer] = pack(select_maps(layer, plan, groups))
             bar.advance(task)
 
-        arrays = attention_arrays(model, torch.tensor(ids), groups=groups, visit=visit)
-    return _Reading(opened.name, arrays, maps)
+        arrays = attention_arrays(opened.model, torch.tensor(ids), groups=groups, visit=visit)
+    return arrays, maps
 
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

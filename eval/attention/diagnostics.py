@@ -122,24 +122,44 @@ def _cell(layers: Sequence[AttentionShares], layer: int) -> str:
     return f"{cell.answer:.3f} / {cell.noise_context:.3f} / {cell.first_token:.3f} / {cell.entropy:.2f}"
 
 
+def read_texts(
+    settings: NeedleSettings, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None = None
+) -> list["Text"]:
+    """The prompts of the retrieval task in tokens (see `eval/tasks/README.md`), those of the first depth first.
+
+    Raises:
+        ValueError: if the length is too short for the needles, the tokenizer cannot locate its tokens in the text, or
+            `other`, the baseline's tokenizer, reads a prompt differently.
+    """
+    count = tokens_of(tokenizer)
+    prompts = [prompt for each in _prompts_by_depth(settings) for prompt in make_prompts(each, count)]
+    if other is not None:
+        for prompt in prompts:
+            ids, others = (each(prompt.text + prompt.target, verbose=False).input_ids for each in (tokenizer, other))
+            if ids != others:
+                raise ValueError(
+                    "--diagnostics: model and baseline must share one tokenizer, but a prompt is read differently: "
+                    f"{first_difference(ids, others)}; omit --baseline or --diagnostics"
+                )
+    return [Text.of(prompt, tokenizer) for prompt in prompts]
+
+
 def diagnose(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: NeedleSettings = DEFAULTS,
+    texts: Sequence["Text"],
+    settings: NeedleSettings,
     *,
     baseline: PreTrainedModel | None = None,
     console: Console | None = None,
 ) -> DiagnosticsReport:
-    """Measure where a model attends while it answers the prompts of the retrieval task (see `eval/tasks/README.md`).
+    """Measure where a model attends while it answers the `texts` that `read_texts` made by the `settings`.
 
     The model reads each prompt with its answer, and the rows that predict the answer count. Earlier rows are computed
     by the model's own attention backend and cost no maps.
 
     Raises:
-        ValueError: if a setting is out of range, the length is too short for the needles or too long for a model, the
-            tokenizer cannot locate its tokens in the text, or a model's attention cannot be read.
+        ValueError: if the texts are too long for a model, or a model's attention cannot be read.
     """
-    texts = [_Text.of(prompt, tokenizer) for prompt in _all_prompts(settings, tokenizer)]
     models = [model] if baseline is None else [model, baseline]
     for each in models:
         _check_fits(each, texts)
@@ -162,26 +182,8 @@ def diagnose(
     )
 
 
-def require_same_tokens(
-    settings: NeedleSettings, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
-) -> None:
-    """Raise ValueError unless two tokenizers read the prompts alike."""
-    for prompt in _all_prompts(settings, tokenizer):
-        ids, others = (each(prompt.text + prompt.target, verbose=False).input_ids for each in (tokenizer, other))
-        if ids != others:
-            raise ValueError(
-                "--diagnostics: model and baseline must share one tokenizer, but a prompt is read differently: "
-                f"{first_difference(ids, others)}; omit --baseline or --diagnostics"
-            )
-
-
-def _all_prompts(settings: NeedleSettings, tokenizer: PreTrainedTokenizerBase) -> list[NeedlePrompt]:
-    count = tokens_of(tokenizer)
-    return [prompt for each in _prompts_by_depth(settings) for prompt in make_prompts(each, count)]
-
-
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """A prompt with its answer in tokens `ids` (T,), and masks (T,) of those of the answer and of the noise context.
 
     `first_row` is the row that predicts the first token of the answer.
@@ -193,7 +195,7 @@ class _Text:
     context: torch.Tensor
 
     @classmethod
-    def of(cls, prompt: NeedlePrompt, tokenizer: PreTrainedTokenizerBase) -> "_Text":
+    def of(cls, prompt: NeedlePrompt, tokenizer: PreTrainedTokenizerBase) -> "Text":
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} cannot locate its tokens in the text; use a fast tokenizer")
         encoded = tokenizer(prompt.text + prompt.target, return_offsets_mapping=True, verbose=False)
@@ -212,7 +214,7 @@ class _Text:
         return cls(ids[:length], first_row, answer[:length], context[:length])
 
 
-def _check_fits(model: PreTrainedModel, texts: Sequence[_Text]) -> None:
+def _check_fits(model: PreTrainedModel, texts: Sequence[Text]) -> None:
     """Raise ValueError unless the model reads texts of that length and has all of their token ids."""
     name, config = type(model).__name__, model.config
     longest, limit = max(len(text.ids) for text in texts), config.max_position_embeddings
@@ -236,7 +238,7 @@ class _Reading:
     lambdas: list[float | None]
 
 
-def _read(model: PreTrainedModel, text: _Text) -> _Reading:
+def _read(model: PreTrainedModel, text: Text) -> _Reading:
     shares: dict[str, list[torch.Tensor]] = {}
     lambdas: list[float | None] = []
 
@@ -252,7 +254,7 @@ def _read(model: PreTrainedModel, text: _Text) -> _Reading:
     return _Reading({kind: torch.stack(layers) for kind, layers in shares.items()}, lambdas)
 
 
-def _shares(maps: torch.Tensor, text: _Text) -> torch.Tensor:
+def _shares(maps: torch.Tensor, text: Text) -> torch.Tensor:
     """`AttentionShares` of the maps (H, Q, T) of one layer, (4,)."""
     shares = row_shares(maps).cpu()
     measured = (

@@ -5,7 +5,6 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from gda.common.extras import needed_by
-from gda.eval.attention.analysis import AttentionArrays
 from gda.eval.attention.maps import unpack
 
 if TYPE_CHECKING:  # the report imports this file
@@ -52,12 +51,11 @@ def _most_cancelling(report: "AttentionReport") -> tuple[int, int]:
 
 
 def _maps(report: "AttentionReport", layer: int, group: int) -> list[tuple[str, np.ndarray]]:
-    found = []
-    for kept in (report.maps.get(layer), report.baseline_maps.get(layer)):
-        for index, kind in enumerate(kept.kinds if kept is not None else []):
-            assert kept is not None
-            scale, levels = float(kept.scales[group, index]), kept.levels[group, index]
-            found.append((kind.name, unpack(kind, scale, levels)))
+    found = [
+        (kind.name, unpack(kind, float(kept.scales[group, index]), kept.levels[group, index]))
+        for kept in report.kept_maps(layer)
+        for index, kind in enumerate(kept.kinds)
+    ]
     heads = report.signal_heads_per_group
     if len(found) <= MOST_MAPS or not report.plan.heads or heads == 1:
         return found
@@ -82,17 +80,14 @@ def _by_layer(report: "AttentionReport", figure: Any) -> None:
             if measured is not None and (measure != "negative" or kind == "difference"):
                 axis.plot(getattr(measured, measure).mean(axis=1), color=COLOURS[kind], label=kind)
         if report.baseline is not None:
-            values = getattr(_attended(report.baseline), measure).mean(axis=1)
+            attended = report.baseline.difference or report.baseline.signal
+            values = getattr(attended, measure).mean(axis=1)
             axis.plot(values, color=COLOURS["baseline"], linestyle="--", label=report.baseline_name)
         axis.set_title(title)
     for axis in axes:
         axis.set_xlabel("layer")
         if axis.get_lines():
             axis.legend(fontsize=7)
-
-
-def _attended(arrays: AttentionArrays) -> Any:
-    return arrays.difference or arrays.signal
 
 
 def _map(axis: Any, name: str, values: np.ndarray, pool: int) -> None:

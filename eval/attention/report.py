@@ -1,20 +1,27 @@
-"""The report of `gda attention`: its numbers and maps, and how it is written."""
+"""The report of `gda attention`: its numbers and maps, and how it is written.
 
+The page holds all its data, the maps compressed, and draws them on demand.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from gda.common.files import written_beside
+from gda.common.html import page
 from gda.common.places import check_output
 from gda.common.versions import versions
 from gda.eval.attention.analysis import AttentionArrays, MapStatistics
-from gda.eval.attention.maps import LayerMaps, MapPlan
-from gda.eval.attention.page import PACKAGES, to_html
+from gda.eval.attention.maps import LayerMaps, MapPlan, deflated
 
+PACKAGES = ("torch", "transformers")
+TEMPLATES = Path(__file__).parent / "templates"
 MOST_CANCELLED = 20  # tokens
+DIGITS = 6  # as many as float32 has
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class AttentionReport:
             return 0
         heads = int(self.baseline.signal.entropy.shape[1])
         return heads // self.arrays.num_groups if heads % self.arrays.num_groups == 0 else heads
+
+    def kept_maps(self, layer: int) -> list[LayerMaps]:
+        """The maps kept of a layer: those of the model and those of the baseline, where there are any."""
+        return [maps for maps in (self.maps.get(layer), self.baseline_maps.get(layer)) if maps is not None]
 
     def most_cancelled(self, layer: int | None = None, group: int | None = None) -> list[dict[str, Any]]:
         """The tokens whose attention is cancelled most, in descending order. Empty without noise heads.
@@ -108,8 +119,22 @@ class AttentionReport:
         return f'<iframe srcdoc="{escape(self.to_html())}" width="100%" height="900" style="border: 0"></iframe>'
 
     def to_html(self) -> str:
-        """A self-contained page: a navigator, maps on hover, and every number of the report."""
-        return to_html(self)
+        """A self-contained page: a navigator, maps on hover, and every number of the report.
+
+        Names, tokens and texts are data in it, and are always shown as text.
+        """
+        layers = [_packed(self, layer) for layer in range(self.arrays.num_layers)]
+        megabytes = sum(map(len, layers)) / 1e6
+        return page(
+            TEMPLATES / "attention.html.jinja",
+            style=TEMPLATES / "attention.css",
+            script=TEMPLATES / "attention.js",
+            data=_data(self),
+            report=self,
+            packed=layers,
+            facts=[*_facts(self), ("size", f"{megabytes:.1f} MB of maps in this file, compressed, 8 bits per value")],
+            notes=self.notes,
+        )
 
     def write_html(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the page. The file appears whole.
@@ -117,11 +142,7 @@ class AttentionReport:
         Raises:
             FileExistsError: if `out` exists and `overwrite` is False.
         """
-        path = check_output(out, overwrite, "--out")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(path) as file:
-            file.write(self.to_html().encode())
-        return path
+        return _write(out, overwrite, "--out", lambda file: file.write(self.to_html().encode()))
 
     def write_png(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Draw the numbers by layer and the maps of the group that cancels most. The file appears whole.
@@ -132,11 +153,15 @@ class AttentionReport:
         """
         from gda.eval.attention.picture import draw  # needs matplotlib, which is optional
 
-        path = check_output(out, overwrite, "--png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(path) as file:
-            draw(self, file)
-        return path
+        return _write(out, overwrite, "--png", lambda file: draw(self, file))
+
+
+def _write(out: str | Path, overwrite: bool, option: str, write: Callable[[BinaryIO], Any]) -> Path:
+    path = check_output(out, overwrite, option)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as file:
+        write(file)
+    return path
 
 
 def arrays_to_dict(arrays: AttentionArrays) -> dict[str, Any]:
@@ -148,3 +173,67 @@ def arrays_to_dict(arrays: AttentionArrays) -> dict[str, Any]:
         return None if value is None else value.tolist()
 
     return {name.rstrip("_"): listed(value) for name, value in vars(arrays).items()}
+
+
+def _facts(report: AttentionReport) -> list[tuple[str, str]]:
+    baseline = [] if report.baseline_name is None else [("baseline", report.baseline_name)]
+    return [
+        ("model", report.name),
+        *baseline,
+        ("text", f"{report.text_name}, {len(report.token_ids):,} tokens"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items())),
+    ]
+
+
+def _packed(report: AttentionReport, layer: int) -> str:
+    """Data of one layer: received and cancelled (G, T) in float32, then scales and levels of its maps."""
+    arrays = report.arrays
+    parts = [arrays.received[layer]]
+    if arrays.cancelled is not None:
+        parts.append(arrays.cancelled[layer])
+    kept = report.kept_maps(layer)
+    return deflated(*parts, *(maps.scales for maps in kept), *(maps.levels for maps in kept))
+
+
+def _data(report: AttentionReport) -> dict[str, Any]:
+    arrays = report.arrays
+    return {
+        "model": report.name,
+        "baseline": report.baseline_name,
+        "baselineHeads": report.baseline_heads,
+        "tokens": report.tokens,
+        "layers": arrays.num_layers,
+        "groups": arrays.num_groups,
+        "heads": report.signal_heads_per_group,
+        "lambdaType": report.lambda_type,
+        "pool": report.plan.pool,
+        "size": report.plan.size,
+        "kinds": _kinds(report.maps),
+        "baselineKinds": _kinds(report.baseline_maps),
+        "mapped": list(report.plan.layers),
+        "attention": _measures(arrays),
+        "baselineAttention": None if report.baseline is None else _measures(report.baseline),
+        "received": _rounded(arrays.received.mean(axis=(0, 1))),
+        "cancelled": None if arrays.cancelled is None else _rounded(arrays.cancelled.mean(axis=(0, 1))),
+        "cancelledShare": None if arrays.cancelled is None else _rounded(arrays.cancelled.sum(axis=-1)),
+    }
+
+
+def _kinds(maps: dict[int, LayerMaps]) -> list[dict[str, Any]]:
+    kinds = next(iter(maps.values())).kinds if maps else []
+    return [{"name": kind.name, "signed": kind.signed} for kind in kinds]
+
+
+def _measures(arrays: AttentionArrays) -> dict[str, Any]:
+    measures: dict[str, Any] = {"lambda": None if arrays.lambda_ is None else _rounded(arrays.lambda_)}
+    for kind in ("signal", "noise", "difference"):
+        statistics = getattr(arrays, kind)
+        measures[kind] = statistics and {name: _rounded(values) for name, values in vars(statistics).items()}
+    return measures
+
+
+def _rounded(values: np.ndarray) -> Any:
+    """The values as lists, without digits that float32 does not have."""
+    if values.ndim > 1:
+        return [_rounded(row) for row in values]
+    return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]

@@ -17,8 +17,7 @@ from rich.progress import TaskID
 
 import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
 from gda.common.progress import LoggedProgress, logger
-from gda.eval.device import choose_device
-from gda.eval.models import Candidate, CompleteOnly, check_tokenizer
+from gda.eval.models import Candidate, CompleteOnly, check_tokenizer, choose_device
 from gda.eval.options import TaskOptions
 
 GENERATED_TASKS = "gda_"  # how the names of this package's tasks begin

@@ -10,14 +10,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
-from gda.eval.tasks.settings import (
-    CountTokens,
-    as_test_split,
-    read_settings,
-    require_integer,
-    require_share,
-    token_counter,
-)
+from gda.eval.tasks.settings import CountTokens, as_test_split, read_settings, require_integer, token_counter
 from gda.eval.tasks.vocabulary import CITIES, sentence
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -48,8 +41,9 @@ class NeedleSettings:
             )
         require_integer("samples", self.samples, 1)
         require_integer("data_seed", self.data_seed, 0)
-        if self.depth != "all":
-            require_share("depth", self.depth)
+        is_share = isinstance(self.depth, int | float) and not isinstance(self.depth, bool) and 0 <= self.depth <= 1
+        if not is_share and self.depth != "all":
+            raise ValueError(f"`depth` must be a number from 0 to 1; got {self.depth!r}")
 
     @property
     def depths(self) -> tuple[float, ...]:

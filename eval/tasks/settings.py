@@ -39,7 +39,7 @@ def read_settings(
         if name not in names and (resembled := get_close_matches(name, names, n=1, cutoff=0.8)):
             raise ValueError(f"metadata has no setting `{name}`; did you mean `{resembled[0]}`?")
     if "seed" in metadata:
-        _warn_of_seed()
+        _warn_once("`seed` in the metadata does not affect the tasks' data; `data_seed` does")
     given = {**metadata, **(sweep or {})}
     if missing := [name for name in names if name not in given]:
         raise ValueError(f"metadata lacks the setting(s) {', '.join(missing)}")
@@ -57,12 +57,6 @@ def require_integer(name: str, value: Any, low: int, high: int | None = None) ->
         raise ValueError(f"`{name}` must be an integer, {limits}; got {value!r}")
 
 
-def require_share(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be a number from 0 to 1; got {value!r}")
-
-
 def token_counter(metadata: Mapping[str, Any]) -> CountTokens:
     """The function that counts length: in tokens if the metadata names a tokenizer, otherwise in words.
 
@@ -76,7 +70,9 @@ def token_counter(metadata: Mapping[str, Any]) -> CountTokens:
         options = {name: metadata[name] for name in TOKENIZER_OPTIONS if metadata.get(name) is not None}
         tokenizer = _load_tokenizer(tokenizer, tuple(options.items()))
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        _warn_of_words()
+        _warn_once(
+            'no tokenizer is known, so length is counted in words; name one: --metadata \'{"tokenizer": "FOLDER"}\''
+        )
         return count_words
     return tokens_of(tokenizer)
 
@@ -103,15 +99,8 @@ def _load_tokenizer(name: str, options: tuple[tuple[str, Any], ...]) -> Any:
 
 
 @cache
-def _warn_of_words() -> None:
-    log.warning(
-        'no tokenizer is known, so length is counted in words; name one: --metadata \'{"tokenizer": "FOLDER"}\''
-    )
-
-
-@cache
-def _warn_of_seed() -> None:
-    log.warning("`seed` in the metadata does not affect the tasks' data; `data_seed` does")
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def as_test_split(documents: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from gda.commands import (  # noqa: F401 - registers the commands, in the order 
 )
 from gda.commands.app import INTERRUPTED, app
 from gda.common.errors import CheckFailed
-from gda.common.processes import is_main_process
-from gda.common.progress import log_on_stderr
+from gda.common.progress import is_main_process, log_on_stderr
 
 # How to continue an interrupted command.
 GO_ON = dict.fromkeys(("convert", "fold", "grow", "train"), "; run the same command with --resume to continue")

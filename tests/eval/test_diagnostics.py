@@ -19,7 +19,7 @@ from gda.eval.attention.diagnostics import (
     DiagnosticsReport,
     diagnose,
     read_prompt_settings,
-    require_same_tokens,
+    read_texts,
 )
 from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.tasks import TASKS_FOLDER
@@ -38,7 +38,7 @@ def gda_model(**changes: Any) -> PreTrainedModel:
 
 def report_of(model: PreTrainedModel, *, baseline: PreTrainedModel | None = None, **settings: Any) -> DiagnosticsReport:
     chosen = replace(DEFAULTS, **({"length": LENGTH, "needles": NEEDLES, "samples": len(DEPTHS)} | settings))
-    return diagnose(model, byte_tokenizer(), chosen, baseline=baseline)
+    return diagnose(model, read_texts(chosen, byte_tokenizer()), chosen, baseline=baseline)
 
 
 def counted(maps: torch.Tensor, prompt: NeedlePrompt, tokenizer: Any) -> tuple[float, float, float, float]:
@@ -134,10 +134,10 @@ def test_gda_baseline_with_more_layers() -> None:
 
 def test_tokenizers_must_read_the_prompts_alike() -> None:
     ours, other = byte_tokenizer(), byte_tokenizer()
-    require_same_tokens(DEFAULTS, ours, other)
+    assert read_texts(DEFAULTS, ours, other)
     other.add_tokens(["magic"])
     with pytest.raises(ValueError, match="model and baseline must share one tokenizer, but"):
-        require_same_tokens(DEFAULTS, ours, other)
+        read_texts(DEFAULTS, ours, other)
 
 
 def test_seed_determines_the_prompts() -> None:
@@ -179,7 +179,7 @@ def test_every_setting_of_the_retrieval_task_applies() -> None:
     given = {"length": 300, "needles": 3, "queries": 2, "digits": 5}
     for metadata, depths, samples in (({"samples": 7}, list(DEPTHS), 2), ({"depth": 1, "samples": 3}, [1.0], 3)):
         settings = read_prompt_settings(given | {"data_seed": 9} | metadata)
-        fields = diagnose(gda_model(), byte_tokenizer(), settings).to_dict()
+        fields = diagnose(gda_model(), read_texts(settings, byte_tokenizer()), settings).to_dict()
         assert fields == fields | given | {"seed": 9, "depths": depths, "samples": samples}
 
 

@@ -250,11 +250,11 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     output = json.loads((tmp_path / "results.json").read_text())["gda"]
     assert output["diagnostics"]["lambdas"] == [0.0, 0.0]
     assert output["comparison"] == []
-    from gda.eval.attention.diagnostics import DEFAULTS, diagnose
+    from gda.eval.attention.diagnostics import DEFAULTS, diagnose, read_texts
 
     ours, llama = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("gda", "llama"))
     settings = replace(DEFAULTS, length=400, digits=5, depth=0.5, samples=3, data_seed=7)
-    expected = diagnose(ours, byte_tokenizer(), settings, baseline=llama)
+    expected = diagnose(ours, read_texts(settings, byte_tokenizer()), settings, baseline=llama)
     assert output["diagnostics"] == json.loads(json.dumps(expected.to_dict()))
     assert expected.to_markdown().strip() in (tmp_path / "results.md").read_text()
     page = (tmp_path / "report.html").read_text()

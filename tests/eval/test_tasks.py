@@ -295,7 +295,7 @@ def test_seed_determines_the_documents() -> None:
 
 
 def test_seed_in_the_metadata_warns(caplog: pytest.LogCaptureFixture) -> None:
-    settings._warn_of_seed.cache_clear()
+    settings._warn_once.cache_clear()
     task_manager(seed=3).load(["gda_mqar"])
     assert "`data_seed` does" in caplog.text
 

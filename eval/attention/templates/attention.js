@@ -52,7 +52,6 @@ async function openLayer(layer) {
 }
 
 function valueOf(map, row, column) {
-  if (column > row) return null;
   const level = map.levels[(row * (row + 1)) / 2 + column];
   const step = map.signed ? (level - 127) / 127 : level / 255;
   return Math.sign(step) * step * step * map.scale;
@@ -182,7 +181,7 @@ async function showGroup() {
       const at = (part, side) => Math.max(0, Math.min(data.size - 1, Math.floor((part / side) * data.size)));
       point(at(event.clientY - box.top, box.height), at(event.clientX - box.left, box.width));
     });
-    return { map, canvas, value, pixels: null };
+    return { map, canvas, value };
   });
   if (!maps.length) place.append(element("p", { class: "quiet" }, "This file has no maps of this layer (see --layers)."));
   drawMaps();
@@ -215,8 +214,8 @@ function drawMaps() {
       const step = map.signed ? (level - 127) / 127 : level / 255;
       return colour(Math.sign(step) * step * step * map.scale, full, pair);
     });
-    panel.pixels = new ImageData(data.size, data.size);
-    const target = panel.pixels.data;
+    const pixels = new ImageData(data.size, data.size);
+    const target = pixels.data;
     let index = 0;
     for (let row = 0; row < data.size; row++) {
       for (let column = 0; column < data.size; column++) {
@@ -225,7 +224,7 @@ function drawMaps() {
         [target[at], target[at + 1], target[at + 2], target[at + 3]] = [shade[0], shade[1], shade[2], 255];
       }
     }
-    paint(panel.canvas, panel.pixels);
+    paint(panel.canvas, pixels);
     panel.clean = new OffscreenCanvas(panel.canvas.width, panel.canvas.height);
     panel.clean.getContext("2d").drawImage(panel.canvas, 0, 0);
     drawCursor(panel);
@@ -247,7 +246,6 @@ function drawLegend(colours, full) {
 }
 
 function drawCursor(panel) {
-  if (!panel.clean) return;
   const context = panel.canvas.getContext("2d");
   context.drawImage(panel.clean, 0, 0);
   if (state.row === null) return;
@@ -366,11 +364,14 @@ for (const button of document.querySelectorAll("[data-scope]")) {
 const KINDS = { signal: "first", noise: "second", difference: "third" };
 const TITLES = { entropy: "Entropy", first_token: "Share on the first token", negative: "Share that is negative" };
 
-// The baseline's statistics; a plain model's maps have no negative values.
-function ofBaseline(name) {
-  const attention = data.baselineAttention;
-  if (!attention || (name === "negative" && !attention.difference)) return null;
-  return (attention.difference || attention.signal)[name];
+// One statistic of the kinds of map that have it, and of the baseline: a plain model's maps have no negative values.
+function curvesOf(statistic) {
+  const has = (attention, kind) => attention[kind] && (statistic !== "negative" || kind === "difference");
+  const own = Object.keys(KINDS).filter((kind) => has(data.attention, kind));
+  const found = own.map((kind) => ({ name: kind, kind: KINDS[kind], dash: false, rows: data.attention[kind][statistic] }));
+  const theirs = ["difference", "signal"].find((kind) => data.baselineAttention && has(data.baselineAttention, kind));
+  if (theirs) found.push({ name: data.baseline, kind: "fourth", dash: true, rows: data.baselineAttention[theirs][statistic] });
+  return found;
 }
 
 function layerCharts() {
@@ -390,11 +391,8 @@ function layerCharts() {
     lineChart(place, { title: "Share of the signals' attention that is cancelled", xLabel: "layer", series: cancelled, from: 0 });
   }
   for (const [name, title] of Object.entries(TITLES)) {
-    if (name === "negative" && !differential && !ofBaseline(name)) continue;
-    const kinds = Object.keys(KINDS).filter((kind) => data.attention[kind] && (name !== "negative" || kind === "difference"));
-    const series = kinds.map((kind) => line(kind, KINDS[kind], data.attention[kind][name].map(mean)));
-    if (ofBaseline(name)) series.push(line(data.baseline, "fourth", ofBaseline(name).map(mean), true));
-    lineChart(place, { title, xLabel: "layer", series, from: name === "entropy" ? null : 0 });
+    const series = curvesOf(name).map((one) => line(one.name, one.kind, one.rows.map(mean), one.dash));
+    if (series.length) lineChart(place, { title, xLabel: "layer", series, from: name === "entropy" ? null : 0 });
   }
 }
 
@@ -402,13 +400,11 @@ function headMaps() {
   const size = { rows: numbered(data.layers), rowLabel: "layer", height: Math.max(120, Math.min(280, 8 * data.layers)) };
   const row = () => byId("by-head").appendChild(element("div", { class: "charts heads" }));
   for (const [name, title] of Object.entries(TITLES)) {
-    const shown = Object.keys(KINDS).filter((kind) => data.attention[kind] && (name !== "negative" || kind === "difference"));
-    const sources = shown.map((kind) => [kind, data.attention[kind][name]]);
-    if (ofBaseline(name)) sources.push([data.baseline, ofBaseline(name)]);
-    if (!sources.length) continue;
-    const full = Math.max(...sources.flatMap(([, values]) => values.flat())) || 1;
+    const curves = curvesOf(name);
+    if (!curves.length) continue;
+    const full = Math.max(...curves.flatMap(({ rows }) => rows.flat())) || 1;
     const place = row();
-    for (const [kind, values] of sources) {
+    for (const { name: kind, rows: values } of curves) {
       heatMap(place, {
         ...size, title: `${title}: ${kind}`, values, full, rows: numbered(values.length), columns: numbered(values[0].length),
         columnLabel: kind === "noise" ? "noise map" : "head", kind: kind === "noise" || name === "negative" ? "second" : "first",
@@ -427,10 +423,7 @@ function numbersTable() {
     columns.push(["λ", data.attention.lambda], ["cancelled", data.cancelledShare]);
   }
   for (const [name, title] of Object.entries(TITLES)) {
-    for (const kind of Object.keys(KINDS).filter((one) => data.attention[one] && (name !== "negative" || one === "difference"))) {
-      columns.push([`${title.toLowerCase()}, ${kind}`, data.attention[kind][name]]);
-    }
-    if (ofBaseline(name)) columns.push([`${title.toLowerCase()}, ${data.baseline}`, ofBaseline(name)]);
+    for (const one of curvesOf(name)) columns.push([`${title.toLowerCase()}, ${one.name}`, one.rows]);
   }
   const table = byId("numbers");
   table.tHead.append(element("tr", {}, element("th", {}, "layer"), ...columns.map(([name]) => element("th", {}, name))));

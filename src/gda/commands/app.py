@@ -17,7 +17,7 @@ from gda._version import __version__
 from gda.common.errors import Interrupted
 from gda.common.numbers import finite
 from gda.common.options import Options, choices, declared, flag, is_union
-from gda.common.processes import is_main_process
+from gda.common.progress import is_main_process
 
 
 class Group(StrEnum):

@@ -6,7 +6,7 @@ import typer
 
 from gda.commands.app import JSON, Group, command, print_json, progress_console
 from gda.common.errors import Interrupted
-from gda.common.processes import is_main_process
+from gda.common.progress import is_main_process
 from gda.training.settings import TrainOptions
 
 if TYPE_CHECKING:

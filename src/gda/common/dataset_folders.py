@@ -10,12 +10,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # of a DatasetDict and of a Dataset
-# Words in the names of files and folders by which `datasets` recognizes splits.
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?")  # older releases of `datasets` add a fingerprint
 LINES = (".jsonl", ".ndjson")
 # The readers of `datasets`, and their arguments, by the ending of a file, which may be followed by one of COMPRESSED.
@@ -74,9 +68,11 @@ def split_in_name(file: Path) -> str:
 
 def split_of(file: Path) -> str | None:
     """The split to which a file belongs by a word in its path, which is relative to its dataset; None without one."""
+    from datasets.data_files import SPLIT_KEYWORDS
+
     for part in reversed(file.parts):
         words = re.split(r"[-._ 0-9]+", part.lower())
-        for split, known in SPLIT_WORDS.items():
+        for split, known in SPLIT_KEYWORDS.items():
             if any(word in known for word in words):
-                return split
+                return str(split)
     return None

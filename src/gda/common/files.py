@@ -162,14 +162,6 @@ def partial_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def unfinished(out: Path) -> str | None:
-    """A message if a run to OUT did not finish and can be continued; None otherwise."""
-    folder = partial_of(out)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    return f"{out} was begun by a run that did not finish; pass --resume to continue it, or --overwrite to start over"
-
-
 def begun_by_another(out: Path, foreign: Mapping[str, str]) -> str | None:
     """A message if a run of another command to OUT did not finish; None otherwise."""
     folder = partial_of(out)
@@ -182,7 +174,12 @@ def obstacle(out: Path, *, resume: bool, overwrite: bool, foreign: Mapping[str, 
     """What keeps a run from writing OUT: unfinished work, or None. The arguments are those of `StagedFolder`."""
     if overwrite:
         return None
-    return begun_by_another(out, foreign) or (None if resume else unfinished(out))
+    if (message := begun_by_another(out, foreign)) is not None:
+        return message
+    folder = partial_of(out)
+    if resume or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    return f"{out} was begun by a run that did not finish; pass --resume to continue it, or --overwrite to start over"
 
 
 class StagedFolder:

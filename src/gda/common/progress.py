@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, otherwise lines in the log.
+"""Progress of long work: a bar on a terminal, otherwise lines in the log; and which process reports it.
 
 The lines go to the logger `gda` at level INFO. Commands write them to standard error if it is not a terminal. In
 Python, `logging.basicConfig(level=logging.INFO)` shows them.
@@ -6,6 +6,7 @@ Python, `logging.basicConfig(level=logging.INFO)` shows them.
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -84,6 +85,11 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that reports: the first that `accelerate launch` or torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def read_text(path: Path, option: str) -> tuple[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{option} {path} is not a file")
     if path.suffix == ".jsonl":
-        return path.name, "\n\n".join(jsonl_texts(path, "text"))
+        return path.name, "\n\n".join(_jsonl_texts(path))
     return path.name, "".join(text_pieces(path))
 
 
@@ -57,16 +57,16 @@ def pieces_from(path: Path, position: tuple[int, str] = (0, "")) -> Iterator[tup
             yield held, (file.tell(), "")
 
 
-def jsonl_texts(path: Path, field: str) -> Iterator[str]:
-    """Yield the value of `field` in each line of a JSON Lines file; blank lines are skipped."""
+def _jsonl_texts(path: Path) -> Iterator[str]:
+    """Yield the field `text` of each line of a JSON Lines file; blank lines are skipped."""
     for number, row in jsonl_rows(path):
-        text = row.get(field) if isinstance(row, dict) else None
+        text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number} has no field `{field}` that holds a string")
+            raise ValueError(f"{path}, line {number} has no field `text` that holds a string")
         try:
             text.encode()
         except UnicodeEncodeError:
-            message = f"{path}, line {number} has half a surrogate pair in `{field}`, which is not a character"
+            message = f"{path}, line {number} has half a surrogate pair in `text`, which is not a character"
             raise ValueError(message) from None
         yield text
 
