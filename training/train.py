@@ -29,17 +29,14 @@ from gda.training.callbacks.checkpoints import STREAM_FILE, CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
 from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
-from gda.training.data.sequences import collate
-from gda.training.data.show import describe_sequence
+from gda.training.data.sequences import collate, describe_sequence
 from gda.training.data.stream import SequenceStream
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
 from gda.training.plot import plot
 from gda.training.report import TrainReport, peak_memory
-from gda.training.runs.card import training_step, write_card
 from gda.training.runs.checkpoints import damage_reported, last_checkpoint, require_readable, step_of
-from gda.training.runs.deepspeed import make_universal, written_by
 from gda.training.runs.failures import explained
-from gda.training.runs.model_folder import add_companions, model_stamps
+from gda.training.runs.model_folder import add_companions, model_stamps, training_step, write_card
 from gda.training.runs.processes import LAUNCHER_PRECISION, Processes, reported_elsewhere, require_known_precision
 from gda.training.runs.run_folder import (
     DATA_FOLDER,
@@ -50,7 +47,7 @@ from gda.training.runs.run_folder import (
     stamps,
     unfinished_run,
 )
-from gda.training.runs.run_trainer import RunTrainer
+from gda.training.runs.run_trainer import RunTrainer, make_universal, written_by
 from gda.training.runs.watch import watched
 from gda.training.settings import TrainOptions, TrainSettings
 from gda.training.sharding import NEW_WITH_DEEPSPEED

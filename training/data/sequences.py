@@ -1,9 +1,10 @@
 """Training text as sequences of token ids: tokenized once before training, or streamed while it runs."""
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from gda.training.data.packing import COLUMNS, Progress, SequencePacker, Tally
 from gda.training.data.rows import Source
 from gda.training.data.sources import find_sources
 from gda.training.data.stream import SequenceStream
-from gda.training.labels import num_predicted
+from gda.training.labels import NO_LABEL, num_predicted
 from gda.training.runs.processes import Processes
 
 ROWS_AT_ONCE = 1000  # of an Arrow file
@@ -70,6 +71,26 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return {"labels": batch["input_ids"], **batch}
+
+
+def describe_sequence(row: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Lines that show one row of `Sequences`: the texts are Python literals, which makes line ends visible."""
+    ids = row["input_ids"].tolist()
+    labels = row.get("labels", row["input_ids"]).tolist()
+    starts = [0]  # of documents
+    if "position_ids" in row:
+        starts = row["position_ids"].eq(0).nonzero().flatten().tolist()
+    yield f"first sequence: {len(ids)} tokens"
+    for number, (start, end) in enumerate(itertools.pairwise([*starts, len(ids)]), 1):
+        learned = [label != NO_LABEL for label in labels[start:end]]
+        if not any(learned):
+            yield f"  padding  {end - start} tokens"
+            continue
+        if len(starts) > 1:
+            yield f"  document {number}"
+        for is_learned, part in itertools.groupby(zip(ids[start:end], learned, strict=True), key=lambda each: each[1]):
+            text = tokenizer.decode([token for token, _ in part], clean_up_tokenization_spaces=False)
+            yield f"  {'learned' if is_learned else 'read   '}  {text!r}"
 
 
 def open_sequences(
