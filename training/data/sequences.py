@@ -5,7 +5,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,9 @@ def open_sequences(
 ) -> Sequences:
     """Tokenize documents and pack them into sequences, as `SequencePacker` does.
 
-    The sequences do not depend on the number of processes:
-    one process tokenizes and writes a file into `scratch`, which all share, and the others wait for it. A later run
-    with the same data, tokenizer and context reads this file again. Neither the data nor the sequences have to fit into
-    memory.
+    The sequences do not depend on the number of processes: one process tokenizes and writes a file into `scratch`,
+    which all share, and the others wait for it. A later run with the same data, tokenizer and context reads this file
+    again. Neither the data nor the sequences have to fit into memory.
 
     With `streaming`, nothing is written, and only the beginning is read here; see `SequenceStream`.
 
@@ -121,25 +120,17 @@ def open_sequences(
     packer = SequencePacker(tokenizer, context, vocab_size, ", ".join(map(str, names)))
     find = partial(find_sources, names, text_field, streaming=streaming, option=option)
     if streaming:
-        return _stream(packer, find(), seed)
+        sources = find()
+        next(packer.blocks(sources, Progress()))  # raises an error if there is no sequence
+        notes = (*packer.notes, *_notes_of(sources))
+        return Sequences(SequenceStream(packer, sources, seed), None, None, notes)
     path, index = (scratch / f"{option.strip('-')}{ending}" for ending in (".arrow", ".json"))
     _tokenize_in_one_process(index, lambda known: _write(path, packer, find(), known, console))
     return _read(path, index, packer, option)
 
 
-# ------------------------------------------------------------------------------------------------------------ streaming
-
-
-def _stream(packer: SequencePacker, sources: list[Source], seed: int) -> Sequences:
-    next(packer.blocks(sources, Progress()))  # raises an error if there is no sequence
-    return Sequences(SequenceStream(packer, sources, seed), None, None, (*packer.notes, *_notes_of(sources)))
-
-
 def _notes_of(sources: list[Source]) -> list[str]:
     return [source.note for source in sources if source.note is not None]
-
-
-# ------------------------------------------------------------------------------------------------------- tokenized once
 
 
 def _tokenize_in_one_process(index: Path, write: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -192,7 +183,7 @@ def _write(
             values = [pa.FixedSizeListArray.from_arrays(pa.array(block[each].reshape(-1)), type=kind) for each in names]
             writer.write_batch(pa.record_batch(values, names=list(names)))
             bar.update(task, completed=progress.tally.tokens)
-    return {"identity": identity, "tally": progress.tally.to_dict(), "notes": _notes_of(sources)}
+    return {"identity": identity, "tally": asdict(progress.tally), "notes": _notes_of(sources)}
 
 
 def _identity(packer: SequencePacker, sources: list[Source]) -> str:
