@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gda.common.errors import Interrupted
@@ -103,11 +103,7 @@ class StopCallback(TrainerCallback):
 
     def _require_finite(self, model: nn.Module, step: int, device: torch.device) -> None:
         """Refuse to save parameters that are not finite: finite gradients can still make too large a step."""
-        name = next((name for name, each in model.named_parameters() if not _is_finite(each)), None)
+        name = next((name for name, each in model.named_parameters() if not local_part(each).isfinite().all()), None)
         (anywhere,) = self.processes.any([name is not None], device)
         if anywhere:
             raise NotFiniteError(f"{name or 'a parameter'} is not finite after step {step}")
-
-
-def _is_finite(parameter: Tensor) -> bool:
-    return bool(local_part(parameter).isfinite().all())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from gda.common.files import (
     check_places,
     partial_of,
     read_json,
-    refuse_existing,
     remove,
     sync_tree,
     write_json,
@@ -35,7 +34,7 @@ OF_CONVERSIONS = dict.fromkeys((MANIFEST_FILE, WORK_FOLDER), "a conversion")
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a resumed run must have in common with the one that was interrupted."""
+    """What a resumed run must have in common with the one that was interrupted, as training.json stores it."""
 
     settings: TrainSettings
     model: list[list[Any]]  # `stamps` of its files; likewise for the teacher and the data, if they are local
@@ -43,10 +42,6 @@ class RunIdentity:
     data: list[list[Any]]
     processes: int  # they share each batch
     keeper: str  # of the optimizer, see `Processes.keeper`
-
-    def to_dict(self) -> dict[str, Any]:
-        """The identity as training.json stores it."""
-        return vars(self) | {"settings": self.settings.to_dict()}
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
@@ -131,7 +126,6 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, identity: RunIdentity, source: Path, *, resume: bool, overwrite: bool):
-        refuse_existing(out, overwrite)
         self.path = partial_of(out)
         check_places(source, self.path)
         self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
@@ -160,7 +154,7 @@ class RunFolder:
         if report is None:
             for code in self.path.glob("*.py"):  # of a model that a killed process has begun to save
                 remove(code)
-            write_json(begun, identity.to_dict())
+            write_json(begun, asdict(identity))
         return RunState(self.path, last, report)
 
     def _clear(self, *, but: str | None = None) -> None:
