@@ -63,11 +63,6 @@ class Plan:
         fast = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return fast and torch.bfloat16 in self.dtypes.values()
 
-    @property
-    def mixed_precision(self) -> str:
-        """The same in accelerate's words."""
-        return "bf16" if self.computes_in_bfloat16 else "no"
-
     def fade_callbacks(self) -> list[TrainerCallback]:
         """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""
         if self.config.fade is None and self.settings.lambda_target is None:
@@ -244,7 +239,6 @@ def training_arguments(
         disable_tqdm=not shows_progress,
         report_to=list(settings.report_to) or "none",
     )
-    arguments.mixed_precision = plan.mixed_precision
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process uses one device; `accelerate launch` starts one for each
     return arguments

@@ -49,7 +49,7 @@ from gda.training.runs.run_folder import (
 )
 from gda.training.runs.run_trainer import RunTrainer, make_universal, written_by
 from gda.training.runs.watch import watched
-from gda.training.settings import TrainOptions, TrainSettings
+from gda.training.settings import TrainOptions
 from gda.training.sharding import NEW_WITH_DEEPSPEED
 from gda.training.weights import save_plain
 
@@ -80,8 +80,6 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     """
     if options.out is None:  # the command draws the log of an earlier run then
         raise ValueError("out is missing; to draw the log of an earlier run, call gda.training.plot.plot")
-    if not str(options.out):
-        raise ValueError("OUT is empty; name a folder to create")
     out = Path(options.out)
     processes = Processes()
     with quiet_transformers():
@@ -170,8 +168,8 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     """Train in ``.OUT.partial``, which becomes OUT; on an error, say what is left of the run."""
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
-    read = (model_stamps(source), _teacher_stamps(settings), stamps(data))
-    identity = RunIdentity(settings, *read, processes.count, processes.keeper)
+    teacher = [] if settings.teacher is None else model_stamps(Path(settings.teacher))
+    identity = RunIdentity(settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper)
     folder: RunFolder | None = None  # in the main process
 
     def open_folder() -> RunState:
@@ -215,13 +213,6 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _teacher_stamps(settings: TrainSettings) -> list[list[Any]]:
-    if settings.teacher is None:
-        return []
-    teacher = Path(settings.teacher)
-    return stamps([teacher]) if teacher.is_file() else model_stamps(teacher)
-
-
 def _train(
     options: TrainOptions, state: RunState, source: Path, out: Path, processes: Processes, console: Console | None
 ) -> TrainReport:
@@ -257,13 +248,7 @@ def _train(
 
 
 def _make_trainer(
-    plan: Plan,
-    state: RunState,
-    source: Path,
-    processes: Processes,
-    stop: StopCallback,
-    *,
-    shows_progress: bool,
+    plan: Plan, state: RunState, source: Path, processes: Processes, stop: StopCallback, *, shows_progress: bool
 ) -> RunTrainer:
     settings = plan.settings
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
@@ -274,16 +259,11 @@ def _make_trainer(
         with damage_reported(state.checkpoint):
             stream.resume(file)
     checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes, stream)
-    with patch_environment(**{LAUNCHER_PRECISION: plan.mixed_precision}):  # instead of the launcher's
+    resumes, precision = state.checkpoint is not None, "bf16" if plan.computes_in_bfloat16 else "no"
+    with patch_environment(**{LAUNCHER_PRECISION: precision}):  # instead of the launcher's
         trainer = RunTrainer(
             plan.learner,
-            training_arguments(
-                plan,
-                state.path,
-                processes.count,
-                resumes=state.checkpoint is not None,
-                shows_progress=shows_progress,
-            ),
+            training_arguments(plan, state.path, processes.count, resumes=resumes, shows_progress=shows_progress),
             train_dataset=rows,
             eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
             data_collator=collate,

@@ -23,10 +23,12 @@ from gda.training.runs.run_folder import stamps
 from gda.training.settings import TrainSettings
 
 
-def model_stamps(folder: Path) -> list[list[Any]]:
-    """Name, size and modification time of each file that a training run depends on."""
+def model_stamps(model: Path) -> list[list[Any]]:
+    """Name, size and modification time of each file of a model, a folder or GGUF file, that a run depends on."""
+    if model.is_file():
+        return stamps([model])
     patterns = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", TRAINABLE_FILE)
-    return stamps(sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()))
+    return stamps(sorted(path for pattern in patterns for path in model.glob(pattern) if path.is_file()))
 
 
 def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
