@@ -34,31 +34,20 @@ class ProgressCallback(TrainerCallback):
             self._say_expected(args, state)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not args.disable_tqdm or not state.is_world_process_zero:
             return
         if self._evaluation is None:
             self._evaluation = LoggedProgress(disable=True)
-            total = len(eval_dataloader) if has_length(eval_dataloader) else None
+            batches = kwargs["eval_dataloader"]
+            total = len(batches) if has_length(batches) else None
             self._evaluation.add_task("measuring the held-out loss", total=total)
         self._evaluation.advance(self._evaluation.task_ids[0])
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        if logs is None:
-            return
         if "eval_loss" in logs:
             self._evaluation_seconds, self._evaluation = logs.get("eval_runtime", 0.0), None
             self._began += self._evaluation_seconds
