@@ -83,7 +83,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     out = Path(options.out)
     processes = Processes()
     with quiet_transformers():
-        source = processes.together(lambda: _check_inputs(options, out, processes))
+        source = processes.together(lambda: _check_inputs(options, processes))
         if options.dry_run:
             return _dry_run(options, source, out, processes, console)
         if (repo := options.push_to_hub) is not None:
@@ -97,7 +97,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     return replace(report, pushed=processes.on_main(lambda: push(out, repo)))
 
 
-def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Path:
+def _check_inputs(options: TrainOptions, processes: Processes) -> Path:
     """Refuse bad input before anything large is read; return the local folder of the model."""
     processes.require_sharding()
     if options.precision == "auto":
@@ -106,13 +106,12 @@ def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Pat
         raise ValueError(NEW_WITH_DEEPSPEED)
     if options.gradient_checkpointing and processes.fsdp_recomputes:  # the Trainer refuses that after tokenizing
         raise ValueError("--gradient-checkpointing: the configuration for FSDP recomputes activations; omit the option")
-    model = options.model
-    if options.revision is not None and Path(model).exists():
-        raise ValueError(f"--revision is for a Hub id, but {model} is a local path")
+    if options.revision is not None and Path(options.model).exists():
+        raise ValueError(f"--revision is for a Hub id, but {options.model} is a local path")
     for reporter in options.report_to:
         if reporter not in INTEGRATION_TO_CALLBACK:
             raise ValueError(f"--report-to {reporter!r} is not a reporter; use tensorboard, trackio or wandb")
-    source = resolve_folder(model, options.revision)
+    source = resolve_folder(options.model, options.revision)
     read_gda_config(source)
     return source
 

@@ -63,14 +63,11 @@ class StopCallback(TrainerCallback):
 
     All processes agree on this in every step, so all stop at the same one. The last step is logged but not saved as a
     checkpoint, because the model itself is written after it.
-
-    Attributes:
-        interrupted: Whether the run was stopped before its last step.
     """
 
     def __init__(self, interrupts: InterruptHandler, processes: Processes):
         self.interrupts, self.processes = interrupts, processes
-        self.interrupted = False
+        self.interrupted = False  # before the last step
         self._stop_requested = False
 
     def check_step(self, loss: float, gradient_norm: float, step: int, device: torch.device) -> None:

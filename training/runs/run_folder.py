@@ -108,16 +108,8 @@ class RunState:
 class RunFolder:
     """``.OUT.partial`` during a run: the Trainer writes its checkpoints there, and it becomes OUT in the end.
 
-    Args:
-        out: The folder to create.
-        identity: Identifies the run.
-        source: The model, which may not be inside the folder.
-        resume: Continue from the last complete checkpoint, if there is one.
-        overwrite: Replace `out`, and an unfinished run that is not resumed.
-
-    Attributes:
-        path: The folder.
-        state: The state of the run.
+    With `resume`, the run continues from the last complete checkpoint, if there is one. With `overwrite`, `out` is
+    replaced, and so is an unfinished run that is not resumed. The folder may not contain `source`, the model.
 
     Raises:
         FileExistsError: if `out` or an unfinished run exists, and neither `resume` nor `overwrite` is given.

@@ -17,11 +17,7 @@ from gda.training.trainer import GDATrainer
 
 
 class RunTrainer(GDATrainer):
-    """A GDATrainer that takes no step on a loss or gradient that is not finite, and stops when it is interrupted.
-
-    Args:
-        stop: The callback that decides this.
-    """
+    """A GDATrainer that takes no step on a loss or gradient that is not finite, and stops when it is interrupted."""
 
     def __init__(self, *args: Any, stop: StopCallback, **kwargs: Any):
         super().__init__(*args, **kwargs)
