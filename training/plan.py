@@ -124,13 +124,15 @@ def make_plan(
         console=console,
     )
     sequences = open_data(settings.data, streaming=settings.streaming)
-    eval_sequences = None
-    eval_notes: tuple[str, ...] = ()
+    eval_sequences, notes = None, [*sequences.notes]
     if settings.eval_data:
         eval_sequences = open_data(settings.eval_data, streaming=False, option="--eval-data")
         eval_sequences = eval_sequences.spread(max(1, (settings.eval_tokens or EVAL_TOKENS) // context))
-        eval_notes = eval_sequences.notes
+        notes += eval_sequences.notes
     steps = _count_steps(settings, sequences, processes.count)
+    if config.fade is not None:
+        fade_steps = _steps_of_fade(settings, steps)
+        notes.append(f"the fade of the model rises from {config.fade:g} to 1 over {fade_steps} steps")
     return Plan(
         settings=settings,
         config=config,
@@ -142,7 +144,7 @@ def make_plan(
         steps=steps,
         num_parameters=num_parameters,
         num_trained=count_learning(learner),
-        notes=[*sequences.notes, *eval_notes, *_fade_notes(settings, config, steps)],
+        notes=notes,
     )
 
 
@@ -160,12 +162,6 @@ def _check_fade(settings: TrainSettings, config: GDAConfig) -> None:
     if config.fade and wanted not in (None, current):
         remedy = "omit the option" if current is None else f"pass {current:g}"
         raise ValueError(f"--lambda-target {wanted}: the model is at fade {config.fade:g}, and λ would jump; {remedy}")
-
-
-def _fade_notes(settings: TrainSettings, config: GDAConfig, steps: int) -> list[str]:
-    if config.fade is None:
-        return []
-    return [f"the fade of the model rises from {config.fade:g} to 1 over {_steps_of_fade(settings, steps)} steps"]
 
 
 def _steps_of_fade(settings: TrainSettings, steps: int) -> int:
