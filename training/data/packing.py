@@ -235,7 +235,7 @@ class SequencePacker:
         """The examples that have anything to learn in the length of a sequence."""
         for whole in examples:
             self._check(int(whole.ids.max(initial=0)))
-            encoded = whole.cut(self.context)
+            encoded = Encoded(whole.ids[: self.context], whole.learned[: self.context])
             if encoded.learned.any():
                 tally.shortened += len(whole.ids) > self.context
                 yield encoded
