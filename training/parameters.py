@@ -80,11 +80,7 @@ def count_learning(model: nn.Module) -> int:
 
 
 def optimizer_groups(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    lambda_learning_rate: float | None,
-    weight_decay: float,
+    model: nn.Module, *, learning_rate: float, lambda_learning_rate: float | None, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Three parameter groups for an optimizer: with weight decay, without, and λ last. Any of them may be empty.
 

@@ -23,6 +23,7 @@ from gda.common.errors import errors_as, first_line
 from gda.common.places import check_data
 from gda.common.text import pieces_from, rows_from
 from gda.conversion.sources.hub import LOG_IN
+from gda.conversion.tensors.file_range import stamp_of
 from gda.training.data.rows import TOOLS, Fields, Piece, Position, Rows, Source, source_of_rows
 
 CHECKED = {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)}
@@ -125,8 +126,7 @@ def _file_source(path: Path, text_field: str) -> Source:
 
 
 def _stamp(path: Path) -> list[Any]:
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return [str(path.resolve()), *stamp_of(path)]
 
 
 def _text_document(path: Path, start: Any) -> Iterator[tuple[Piece, Position]]:

@@ -18,6 +18,7 @@ from gda.common.files import (
 )
 from gda.common.options import flag
 from gda.conversion.sources.source import TRAINING_FILE
+from gda.conversion.tensors.file_range import stamp_of
 from gda.conversion.writing.stream import MANIFEST_FILE
 from gda.conversion.writing.write_model import WORK_FOLDER
 from gda.training.report import TrainReport
@@ -93,7 +94,7 @@ def _as_flag(name: str, value: Any) -> str:
 
 def stamps(files: list[Path]) -> list[list[Any]]:
     """Name, size and modification time of each file."""
-    return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+    return [[file.name, *stamp_of(file)] for file in files]
 
 
 @dataclass(frozen=True)
