@@ -129,20 +129,15 @@ class SequencePacker:
             return ("the tokenizer has no end-of-text token, so blank lines separate documents",)
         return ()
 
-    @staticmethod
-    def ordered(sources: Sequence[Source]) -> list[Source]:
-        """The sources in the order in which they are packed: texts come first."""
-        return sorted(sources, key=lambda each: each.has_examples)
-
     def blocks(self, sources: Sequence[Source], progress: Progress) -> Iterator[Block]:
-        """Blocks of sequences: first of texts, then of examples.
+        """Blocks of sequences: first of texts, then of examples, as `find_sources` orders their sources.
 
         They begin after `progress`, which at each block says how far it goes.
 
         Raises:
             ValueError: if the data has fewer tokens than one sequence, or no answer; what was skipped is counted.
         """
-        sources, tally = self.ordered(sources), progress.tally
+        tally = progress.tally
         texts = [each for each in sources if not each.has_examples]
         has_examples = len(texts) < len(sources)
         if progress.source < len(texts) or len(progress.rest):

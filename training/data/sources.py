@@ -41,7 +41,10 @@ logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 def find_sources(
     names: Sequence[str | Path], text_field: str, *, streaming: bool, option: str = "--data"
 ) -> list[Source]:
-    """Find files, folders (of files, or of a dataset) and datasets OWNER/NAME[:CONFIG[:SPLIT]] on the Hub."""
+    """Find files, folders (of files, or of a dataset) and datasets OWNER/NAME[:CONFIG[:SPLIT]] on the Hub.
+
+    Those of texts come first: sources are packed in this order.
+    """
     found: list[Source] = []
     for name in names:
         path = Path(name)
@@ -52,7 +55,7 @@ def find_sources(
         else:
             _check_name(str(name), option)
             found.append(_hub_source(str(name), text_field, streaming, option))
-    return found
+    return sorted(found, key=lambda source: source.has_examples)
 
 
 def _check_name(name: str, option: str) -> None:

@@ -137,7 +137,7 @@ class SequenceStream(IterableDataset[dict[str, Tensor]]):
         """Begin with a saved state. Its position is tried, so that a damaged one is noticed here."""
         self._start = StreamState.read(path, (len(self.columns), self.packer.context))
         progress = self._start.progress
-        for source in self.packer.ordered(self.sources)[progress.source :][:1]:
+        for source in self.sources[progress.source :][:1]:
             next(iter(source.documents(progress.position)), None)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
