@@ -38,15 +38,7 @@ from gda.training.runs.checkpoints import damage_reported, last_checkpoint, requ
 from gda.training.runs.failures import explained
 from gda.training.runs.model_folder import add_companions, model_stamps, training_step, write_card
 from gda.training.runs.processes import LAUNCHER_PRECISION, Processes, reported_elsewhere, require_known_precision
-from gda.training.runs.run_folder import (
-    DATA_FOLDER,
-    LOG_FILE,
-    RunFolder,
-    RunIdentity,
-    RunState,
-    stamps,
-    unfinished_run,
-)
+from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, RunFolder, RunIdentity, RunState, stamps, unfinished_run
 from gda.training.runs.run_trainer import RunTrainer, make_universal, written_by
 from gda.training.runs.watch import watched
 from gda.training.settings import TrainOptions

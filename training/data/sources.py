@@ -38,9 +38,7 @@ NAMED = 3  # files in a note
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 
-def find_sources(
-    names: Sequence[str | Path], text_field: str, *, streaming: bool, option: str = "--data"
-) -> list[Source]:
+def find_sources(names: Sequence[str | Path], text_field: str, *, streaming: bool, option: str) -> list[Source]:
     """Find files, folders (of files, or of a dataset) and datasets OWNER/NAME[:CONFIG[:SPLIT]] on the Hub.
 
     Those of texts come first: sources are packed in this order.
