@@ -131,8 +131,7 @@ def make_plan(
         notes += eval_sequences.notes
     steps = _count_steps(settings, sequences, processes.count)
     if config.fade is not None:
-        fade_steps = _steps_of_fade(settings, steps)
-        notes.append(f"the fade of the model rises from {config.fade:g} to 1 over {fade_steps} steps")
+        notes += [f"the fade of the model rises from {config.fade:g} to 1 over {_steps_of_fade(settings, steps)} steps"]
     return Plan(
         settings=settings,
         config=config,
