@@ -75,17 +75,12 @@ def partly_frozen(model: nn.Module) -> dict[str, Tensor]:
 
 def count_learning(model: nn.Module) -> int:
     """Number of trained weights. Of a partly trained parameter, only the new entries count."""
-    partly = partly_frozen(model)
-    learning = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return sum(int(partly[name].sum()) if name in partly else parameter.numel() for name, parameter in learning)
+    learning = (each for each in model.parameters() if each.requires_grad)
+    return sum(int(each.new_entries.sum()) if hasattr(each, "new_entries") else each.numel() for each in learning)
 
 
 def optimizer_groups(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    lambda_learning_rate: float | None,
-    weight_decay: float,
+    model: nn.Module, *, learning_rate: float, lambda_learning_rate: float | None, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Three parameter groups for an optimizer: with weight decay, without, and λ last. Any of them may be empty.
 

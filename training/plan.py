@@ -63,11 +63,6 @@ class Plan:
         fast = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return fast and torch.bfloat16 in self.dtypes.values()
 
-    @property
-    def mixed_precision(self) -> str:
-        """The same in accelerate's words."""
-        return "bf16" if self.computes_in_bfloat16 else "no"
-
     def fade_callbacks(self) -> list[TrainerCallback]:
         """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""
         if self.config.fade is None and self.settings.lambda_target is None:
@@ -129,13 +124,14 @@ def make_plan(
         console=console,
     )
     sequences = open_data(settings.data, streaming=settings.streaming)
-    eval_sequences = None
-    eval_notes: tuple[str, ...] = ()
+    eval_sequences, notes = None, [*sequences.notes]
     if settings.eval_data:
         eval_sequences = open_data(settings.eval_data, streaming=False, option="--eval-data")
         eval_sequences = eval_sequences.spread(max(1, (settings.eval_tokens or EVAL_TOKENS) // context))
-        eval_notes = eval_sequences.notes
+        notes += eval_sequences.notes
     steps = _count_steps(settings, sequences, processes.count)
+    if config.fade is not None:
+        notes += [f"the fade of the model rises from {config.fade:g} to 1 over {_steps_of_fade(settings, steps)} steps"]
     return Plan(
         settings=settings,
         config=config,
@@ -147,7 +143,7 @@ def make_plan(
         steps=steps,
         num_parameters=num_parameters,
         num_trained=count_learning(learner),
-        notes=[*sequences.notes, *eval_notes, *_fade_notes(settings, config, steps)],
+        notes=notes,
     )
 
 
@@ -165,12 +161,6 @@ def _check_fade(settings: TrainSettings, config: GDAConfig) -> None:
     if config.fade and wanted not in (None, current):
         remedy = "omit the option" if current is None else f"pass {current:g}"
         raise ValueError(f"--lambda-target {wanted}: the model is at fade {config.fade:g}, and λ would jump; {remedy}")
-
-
-def _fade_notes(settings: TrainSettings, config: GDAConfig, steps: int) -> list[str]:
-    if config.fade is None:
-        return []
-    return [f"the fade of the model rises from {config.fade:g} to 1 over {_steps_of_fade(settings, steps)} steps"]
 
 
 def _steps_of_fade(settings: TrainSettings, steps: int) -> int:
@@ -244,7 +234,6 @@ def training_arguments(
         disable_tqdm=not shows_progress,
         report_to=list(settings.report_to) or "none",
     )
-    arguments.mixed_precision = plan.mixed_precision
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process uses one device; `accelerate launch` starts one for each
     return arguments

@@ -30,6 +30,7 @@ CHARTS: dict[str, tuple[bool, tuple[str, ...]]] = {
     "Tokens per second": (False, ("tokens_per_second",)),
     "Fade": (False, ("fade",)),
 }
+CURVES = tuple(name for _, names in CHARTS.values() for name in names)
 LAYER_CHARTS = {
     "lambda": "λ",
     "signal_norm": "Norm of the signal output",
@@ -38,6 +39,7 @@ LAYER_CHARTS = {
     "gradient_norm": "Gradient norm",
     "lambda_gradient_norm": "Gradient norm of λ",
 }
+NUMBERS = (int, float, type(None))  # in a log: not bool, which is an int to `isinstance`
 
 
 @dataclass
@@ -95,14 +97,11 @@ def read_log(path: Path) -> TrainingLog:
     Raises:
         ValueError: naming file and line.
     """
-    rows, notes = _rows(path)
-    by_step: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], {}).update(row)
+    by_step, notes = _steps(path)
     found = TrainingLog(max(by_step, default=0), notes)
     for step in sorted(by_step):
         row = by_step[step]
-        for name in (name for _, chart in CHARTS.values() for name in chart if row.get(name) is not None):
+        for name in (name for name in CURVES if row.get(name) is not None):
             found.curves.setdefault(name, []).append((step, float(row[name])))
         layers = sorted(row.get("layers", []), key=lambda layer: layer["layer"])
         for name in (name for name in LAYER_CHARTS if any(layer.get(name) is not None for layer in layers)):
@@ -115,8 +114,9 @@ def read_log(path: Path) -> TrainingLog:
     return found
 
 
-def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    rows: list[dict[str, Any]] = []
+def _steps(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """The lines by step, and notes."""
+    steps: dict[int, dict[str, Any]] = {}
     # Not splitlines, which also splits at characters that a JSON string may contain, such as U+2028.
     lines = "".join(text_pieces(path)).split("\n")
     for number, line in enumerate(lines, 1):
@@ -126,33 +126,30 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines):
-                return rows, ["the last line of the log is incomplete and ignored"]
+                return steps, ["the last line of the log is incomplete and ignored"]
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        _check_row(row, path, number)
-        rows.append(row)
-    return rows, []
+        if (problem := _problem(row)) is not None:
+            raise ValueError(f"{path}, line {number}: {problem}")
+        steps.setdefault(row["step"], {}).update(row)
+    return steps, []
 
 
-def _check_row(row: Any, path: Path, number: int) -> None:
-    def refuse(what: str) -> None:
-        raise ValueError(f"{path}, line {number}: {what}")
-
-    def is_number(value: Any) -> bool:
-        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
-        refuse("a line must be an object with an integer `step`")
-    for name in (name for _, chart in CHARTS.values() for name in chart):
-        if not is_number(row.get(name)):
-            refuse(f"`{name}` is {row[name]!r}, not a number")
+def _problem(row: Any) -> str | None:
+    """What is wrong with a line of the log, which holds `row`; None if nothing is."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return "a line must be an object with an integer `step`"
+    for name in CURVES:
+        if type(row.get(name)) not in NUMBERS:
+            return f"`{name}` is {row[name]!r}, not a number"
     layers = row.get("layers", [])
     if not isinstance(layers, list) or not all(
         isinstance(layer, dict) and isinstance(layer.get("layer"), int) for layer in layers
     ):
-        refuse("`layers` must be a list of objects with an integer `layer`")
+        return "`layers` must be a list of objects with an integer `layer`"
     for name in LAYER_CHARTS:
-        if not all(is_number(layer.get(name)) for layer in layers):
-            refuse(f"`{name}` of a layer is not a number")
+        if any(type(layer.get(name)) not in NUMBERS for layer in layers):
+            return f"`{name}` of a layer is not a number"
+    return None
 
 
 def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:

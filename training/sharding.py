@@ -83,8 +83,7 @@ def reshard(model: nn.Module) -> None:
 class FrozenEntriesCallback(TrainerCallback):
     """Keeps the old entries of partly trained parameters where FSDP2 replaces parameters and drops their hooks.
 
-    Args:
-        new_entries: By parameter name, which entries are trained; see `partly_frozen`.
+    `new_entries` are those of `partly_frozen`.
     """
 
     def __init__(self, new_entries: dict[str, Tensor]):

@@ -29,30 +29,19 @@ from gda.training.callbacks.checkpoints import STREAM_FILE, CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
 from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
-from gda.training.data.sequences import collate
-from gda.training.data.show import describe_sequence
+from gda.training.data.sequences import collate, describe_sequence
 from gda.training.data.stream import SequenceStream
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
 from gda.training.plot import plot
 from gda.training.report import TrainReport, peak_memory
-from gda.training.runs.card import training_step, write_card
 from gda.training.runs.checkpoints import damage_reported, last_checkpoint, require_readable, step_of
-from gda.training.runs.deepspeed import make_universal, written_by
 from gda.training.runs.failures import explained
-from gda.training.runs.model_folder import add_companions, model_stamps
+from gda.training.runs.model_folder import add_companions, model_stamps, training_step, write_card
 from gda.training.runs.processes import LAUNCHER_PRECISION, Processes, reported_elsewhere, require_known_precision
-from gda.training.runs.run_folder import (
-    DATA_FOLDER,
-    LOG_FILE,
-    RunFolder,
-    RunIdentity,
-    RunState,
-    stamps,
-    unfinished_run,
-)
-from gda.training.runs.run_trainer import RunTrainer
+from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, RunFolder, RunIdentity, RunState, stamps, unfinished_run
+from gda.training.runs.run_trainer import RunTrainer, make_universal, written_by
 from gda.training.runs.watch import watched
-from gda.training.settings import TrainOptions, TrainSettings
+from gda.training.settings import TrainOptions
 from gda.training.sharding import NEW_WITH_DEEPSPEED
 from gda.training.weights import save_plain
 
@@ -83,12 +72,10 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     """
     if options.out is None:  # the command draws the log of an earlier run then
         raise ValueError("out is missing; to draw the log of an earlier run, call gda.training.plot.plot")
-    if not str(options.out):
-        raise ValueError("OUT is empty; name a folder to create")
     out = Path(options.out)
     processes = Processes()
     with quiet_transformers():
-        source = processes.together(lambda: _check_inputs(options, out, processes))
+        source = processes.together(lambda: _check_inputs(options, processes))
         if options.dry_run:
             return _dry_run(options, source, out, processes, console)
         if (repo := options.push_to_hub) is not None:
@@ -102,7 +89,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> TrainRepo
     return replace(report, pushed=processes.on_main(lambda: push(out, repo)))
 
 
-def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Path:
+def _check_inputs(options: TrainOptions, processes: Processes) -> Path:
     """Refuse bad input before anything large is read; return the local folder of the model."""
     processes.require_sharding()
     if options.precision == "auto":
@@ -111,13 +98,12 @@ def _check_inputs(options: TrainOptions, out: Path, processes: Processes) -> Pat
         raise ValueError(NEW_WITH_DEEPSPEED)
     if options.gradient_checkpointing and processes.fsdp_recomputes:  # the Trainer refuses that after tokenizing
         raise ValueError("--gradient-checkpointing: the configuration for FSDP recomputes activations; omit the option")
-    model = options.model
-    if options.revision is not None and Path(model).exists():
-        raise ValueError(f"--revision is for a Hub id, but {model} is a local path")
+    if options.revision is not None and Path(options.model).exists():
+        raise ValueError(f"--revision is for a Hub id, but {options.model} is a local path")
     for reporter in options.report_to:
         if reporter not in INTEGRATION_TO_CALLBACK:
             raise ValueError(f"--report-to {reporter!r} is not a reporter; use tensorboard, trackio or wandb")
-    source = resolve_folder(model, options.revision)
+    source = resolve_folder(options.model, options.revision)
     read_gda_config(source)
     return source
 
@@ -173,8 +159,8 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     """Train in ``.OUT.partial``, which becomes OUT; on an error, say what is left of the run."""
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
-    read = (model_stamps(source), _teacher_stamps(settings), stamps(data))
-    identity = RunIdentity(settings, *read, processes.count, processes.keeper)
+    teacher = [] if settings.teacher is None else model_stamps(Path(settings.teacher))
+    identity = RunIdentity(settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper)
     folder: RunFolder | None = None  # in the main process
 
     def open_folder() -> RunState:
@@ -218,13 +204,6 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _teacher_stamps(settings: TrainSettings) -> list[list[Any]]:
-    if settings.teacher is None:
-        return []
-    teacher = Path(settings.teacher)
-    return stamps([teacher]) if teacher.is_file() else model_stamps(teacher)
-
-
 def _train(
     options: TrainOptions, state: RunState, source: Path, out: Path, processes: Processes, console: Console | None
 ) -> TrainReport:
@@ -260,13 +239,7 @@ def _train(
 
 
 def _make_trainer(
-    plan: Plan,
-    state: RunState,
-    source: Path,
-    processes: Processes,
-    stop: StopCallback,
-    *,
-    shows_progress: bool,
+    plan: Plan, state: RunState, source: Path, processes: Processes, stop: StopCallback, *, shows_progress: bool
 ) -> RunTrainer:
     settings = plan.settings
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
@@ -277,16 +250,11 @@ def _make_trainer(
         with damage_reported(state.checkpoint):
             stream.resume(file)
     checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes, stream)
-    with patch_environment(**{LAUNCHER_PRECISION: plan.mixed_precision}):  # instead of the launcher's
+    resumes, precision = state.checkpoint is not None, "bf16" if plan.computes_in_bfloat16 else "no"
+    with patch_environment(**{LAUNCHER_PRECISION: precision}):  # instead of the launcher's
         trainer = RunTrainer(
             plan.learner,
-            training_arguments(
-                plan,
-                state.path,
-                processes.count,
-                resumes=state.checkpoint is not None,
-                shows_progress=shows_progress,
-            ),
+            training_arguments(plan, state.path, processes.count, resumes=resumes, shows_progress=shows_progress),
             train_dataset=rows,
             eval_dataset=None if plan.eval_sequences is None else plan.eval_sequences.rows,
             data_collator=collate,

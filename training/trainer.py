@@ -19,7 +19,7 @@ from transformers.training_args import TrainingArguments
 
 from gda.common.numbers import exponential
 from gda.training.callbacks.layer_log import LayerLog, for_reporters
-from gda.training.callbacks.throughput import ThroughputCallback
+from gda.training.callbacks.progress import ThroughputCallback
 from gda.training.distillation import Distillation
 from gda.training.labels import num_predicted
 from gda.training.lora import is_adapted, load_learned, require_mergeable, save_learned

@@ -55,12 +55,8 @@ def save_plain(
     All processes must call this together: each tensor is gathered from all of them just before it is written. No
     process holds more than a few whole tensors.
 
-    Args:
-        learner: The model, or PEFT's model around it.
-        folder: Where to write.
-        dtypes: Data types of the weights, by name; that of training for the others.
-        writes: Whether this process is the one that writes.
-        saving: Arguments for `GDAConfig.save_pretrained`.
+    `learner` is the model, or PEFT's model around it. A weight that is not in `dtypes` keeps its data type. `saving`
+    are arguments for `GDAConfig.save_pretrained`.
     """
     reshard(learner)
     parameters, recipes = _parameters(learner), plain_recipes(learner, dtypes or {})

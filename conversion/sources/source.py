@@ -12,7 +12,7 @@ from gda.common.errors import first_line
 from gda.common.files import sha256
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
 from gda.conversion.sources.names import EMBEDDINGS, HEAD, LAYER, other_head, why_missing
-from gda.conversion.tensors.file_range import FileRange
+from gda.conversion.tensors.file_range import FileRange, stamp_of
 from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
@@ -70,7 +70,7 @@ class Source(ABC):
 
     def file_stamps(self) -> list[tuple[str, int, int]]:
         """Name, size and modification time of each file of weights. A resumed run requires them unchanged."""
-        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.weight_files]
+        return [(path.name, *stamp_of(path)) for path in self.weight_files]
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file of weights."""

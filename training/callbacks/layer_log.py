@@ -55,9 +55,7 @@ class LayerLog(TrainerCallback):
 
     # ----------------------------------------------------------------------------------------------------------- lines
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Remove the lines of steps that are repeated, and an unfinished line at the end."""
         if self.path is None or not state.is_world_process_zero:
             return

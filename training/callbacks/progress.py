@@ -1,4 +1,4 @@
-"""How long training takes, and its progress as lines in the log where no bar is shown."""
+"""How long training takes, its progress as lines in the log where no bar is shown, and tokens per second."""
 
 import sys
 import time
@@ -34,31 +34,20 @@ class ProgressCallback(TrainerCallback):
             self._say_expected(args, state)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not args.disable_tqdm or not state.is_world_process_zero:
             return
         if self._evaluation is None:
             self._evaluation = LoggedProgress(disable=True)
-            total = len(eval_dataloader) if has_length(eval_dataloader) else None
+            batches = kwargs["eval_dataloader"]
+            total = len(batches) if has_length(batches) else None
             self._evaluation.add_task("measuring the held-out loss", total=total)
         self._evaluation.advance(self._evaluation.task_ids[0])
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        if logs is None:
-            return
         if "eval_loss" in logs:
             self._evaluation_seconds, self._evaluation = logs.get("eval_runtime", 0.0), None
             self._began += self._evaluation_seconds
@@ -95,3 +84,38 @@ def _evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
         return 0
     every = int(state.eval_steps)
     return state.max_steps // every - state.global_step // every
+
+
+class ThroughputCallback(TrainerCallback):
+    """Counts steps, seconds and tokens of training steps, without evaluation, checkpoints and reading the data.
+
+    Attributes:
+        steps, seconds, tokens: Totals since the start or the last resume. `tokens` counts those of all processes.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.seconds, self.tokens = 0, 0.0, 0
+        self._tokens_before: int | None = None
+        self._reported = (0, 0.0, 0)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._tokens_before is None:
+            self._tokens_before = int(state.num_input_tokens_seen)
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.steps += 1
+        self.seconds += time.perf_counter() - self._began
+        self.tokens = int(state.num_input_tokens_seen) - (self._tokens_before or 0)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over all processes; None before the first step."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    def since_last_call(self) -> tuple[int, float, int]:
+        """Steps, seconds and tokens since the last call."""
+        now = self.steps, self.seconds, self.tokens
+        steps, seconds, tokens = (here - before for here, before in zip(now, self._reported, strict=True))
+        self._reported = now
+        return max(int(steps), 1), seconds, int(tokens)

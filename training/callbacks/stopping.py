@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gda.common.errors import Interrupted
@@ -63,14 +63,11 @@ class StopCallback(TrainerCallback):
 
     All processes agree on this in every step, so all stop at the same one. The last step is logged but not saved as a
     checkpoint, because the model itself is written after it.
-
-    Attributes:
-        interrupted: Whether the run was stopped before its last step.
     """
 
     def __init__(self, interrupts: InterruptHandler, processes: Processes):
         self.interrupts, self.processes = interrupts, processes
-        self.interrupted = False
+        self.interrupted = False  # before the last step
         self._stop_requested = False
 
     def check_step(self, loss: float, gradient_norm: float, step: int, device: torch.device) -> None:
@@ -103,11 +100,7 @@ class StopCallback(TrainerCallback):
 
     def _require_finite(self, model: nn.Module, step: int, device: torch.device) -> None:
         """Refuse to save parameters that are not finite: finite gradients can still make too large a step."""
-        name = next((name for name, each in model.named_parameters() if not _is_finite(each)), None)
+        name = next((name for name, each in model.named_parameters() if not local_part(each).isfinite().all()), None)
         (anywhere,) = self.processes.any([name is not None], device)
         if anywhere:
             raise NotFiniteError(f"{name or 'a parameter'} is not finite after step {step}")
-
-
-def _is_finite(parameter: Tensor) -> bool:
-    return bool(local_part(parameter).isfinite().all())

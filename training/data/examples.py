@@ -28,10 +28,6 @@ class Encoded:
     ids: NDArray[np.int32]
     learned: NDArray[np.bool_]
 
-    def cut(self, length: int) -> "Encoded":
-        """Its first `length` tokens."""
-        return Encoded(self.ids[:length], self.learned[:length])
-
 
 @dataclass(frozen=True)
 class Document:

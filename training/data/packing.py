@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,33 +30,18 @@ COLUMNS = ("input_ids", "labels", "position_ids")
 
 @dataclass
 class Tally:
-    """What happens to the documents while they are packed.
-
-    Attributes:
-        sequences, tokens: Those that are packed; padding does not count.
-        dropped: Tokens of text at the end, which do not fill a sequence.
-        empty: Rows without content.
-        examples, learned: Examples that are packed, and their tokens that are learned.
-        unanswered: Examples that are skipped because no token of them is learned.
-        beyond: Examples that are skipped because their answer begins after the length of a sequence.
-        shortened: Examples whose end is cut to the length of a sequence.
-        split: Chats that become several examples, see `render`.
-    """
+    """What happens to the documents while they are packed, counted."""
 
     sequences: int = 0
-    tokens: int = 0
-    dropped: int = 0
-    empty: int = 0
-    examples: int = 0
-    learned: int = 0
-    unanswered: int = 0
-    beyond: int = 0
-    shortened: int = 0
-    split: int = 0
-
-    def to_dict(self) -> dict[str, int]:
-        """The counts as JSON-ready values."""
-        return asdict(self)
+    tokens: int = 0  # in the sequences, without padding
+    dropped: int = 0  # tokens of text at the end, which do not fill a sequence
+    empty: int = 0  # rows without content
+    examples: int = 0  # that are packed
+    learned: int = 0  # tokens of the examples that are learned
+    unanswered: int = 0  # examples that are skipped because no token of them is learned
+    beyond: int = 0  # examples that are skipped because their answer begins after the length of a sequence
+    shortened: int = 0  # examples whose end is cut to the length of a sequence
+    split: int = 0  # chats that become several examples, see `render`
 
     def skipped(self, context: int) -> list[str]:
         """The rows and examples that are skipped, counted."""
@@ -86,15 +71,10 @@ class Tally:
 
 @dataclass
 class OpenSequence:
-    """A sequence with room for more examples.
+    """A sequence with room for more examples."""
 
-    Attributes:
-        columns: `COLUMNS` (3, context) int32. Its rest is padding, which is one more document.
-        used: Number of tokens before the rest.
-    """
-
-    columns: NDArray[np.int32]
-    used: int = 0
+    columns: NDArray[np.int32]  # `COLUMNS` (3, context). Its rest is padding, which is one more document.
+    used: int = 0  # number of tokens before the rest
 
     @classmethod
     def empty(cls, context: int, padding: int) -> "OpenSequence":
@@ -119,20 +99,13 @@ def _no_tokens() -> NDArray[np.int32]:
 
 @dataclass
 class Progress:
-    """How far documents are packed: what the next sequences depend on.
+    """How far documents are packed: what the next sequences depend on."""
 
-    Attributes:
-        source, position: The next document: the number of its source, and the position in it.
-        rest: Tokens of text that do not fill a sequence yet.
-        unfinished: Sequences that wait for examples.
-        tally: Of the documents before.
-    """
-
-    source: int = 0
-    position: Any = None
-    rest: NDArray[np.int32] = field(default_factory=_no_tokens)
-    unfinished: list[OpenSequence] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
+    source: int = 0  # the number of the source of the next document
+    position: Any = None  # in this source
+    rest: NDArray[np.int32] = field(default_factory=_no_tokens)  # tokens of text that do not fill a sequence yet
+    unfinished: list[OpenSequence] = field(default_factory=list)  # sequences that wait for examples
+    tally: Tally = field(default_factory=Tally)  # of the documents before
 
 
 @dataclass(frozen=True)
@@ -156,20 +129,15 @@ class SequencePacker:
             return ("the tokenizer has no end-of-text token, so blank lines separate documents",)
         return ()
 
-    @staticmethod
-    def ordered(sources: Sequence[Source]) -> list[Source]:
-        """The sources in the order in which they are packed: texts come first."""
-        return sorted(sources, key=lambda each: each.has_examples)
-
     def blocks(self, sources: Sequence[Source], progress: Progress) -> Iterator[Block]:
-        """Blocks of sequences: first of texts, then of examples.
+        """Blocks of sequences: first of texts, then of examples, as `find_sources` orders their sources.
 
         They begin after `progress`, which at each block says how far it goes.
 
         Raises:
             ValueError: if the data has fewer tokens than one sequence, or no answer; what was skipped is counted.
         """
-        sources, tally = self.ordered(sources), progress.tally
+        tally = progress.tally
         texts = [each for each in sources if not each.has_examples]
         has_examples = len(texts) < len(sources)
         if progress.source < len(texts) or len(progress.rest):
@@ -262,7 +230,7 @@ class SequencePacker:
         """The examples that have anything to learn in the length of a sequence."""
         for whole in examples:
             self._check(int(whole.ids.max(initial=0)))
-            encoded = whole.cut(self.context)
+            encoded = Encoded(whole.ids[: self.context], whole.learned[: self.context])
             if encoded.learned.any():
                 tally.shortened += len(whole.ids) > self.context
                 yield encoded

@@ -24,17 +24,14 @@ SEARCHED = 1000  # rows at the beginning, one of which must have a field to trai
 class Example:
     """A document of which the model learns only the answer.
 
-    Attributes:
-        place: Where it was found, for errors.
-        prompt, answer: Both texts, or both messages. Of messages, only the turns of the assistant in `answer` are
-            learned.
-        tools: Tools for the chat template.
+    Prompt and answer are both texts, or both messages. Of messages, only the turns of the assistant in the answer are
+    learned.
     """
 
-    place: str
+    place: str  # where it was found, for errors
     prompt: str | list[Message]
     answer: str | list[Message]
-    tools: list[Any] | None = None
+    tools: list[Any] | None = None  # for the chat template
 
 
 @dataclass(frozen=True)

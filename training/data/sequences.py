@@ -1,10 +1,11 @@
 """Training text as sequences of token ids: tokenized once before training, or streamed while it runs."""
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from gda.training.data.packing import COLUMNS, Progress, SequencePacker, Tally
 from gda.training.data.rows import Source
 from gda.training.data.sources import find_sources
 from gda.training.data.stream import SequenceStream
-from gda.training.labels import num_predicted
+from gda.training.labels import NO_LABEL, num_predicted
 from gda.training.runs.processes import Processes
 
 ROWS_AT_ONCE = 1000  # of an Arrow file
@@ -72,6 +73,26 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"labels": batch["input_ids"], **batch}
 
 
+def describe_sequence(row: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Lines that show one row of `Sequences`: the texts are Python literals, which makes line ends visible."""
+    ids = row["input_ids"].tolist()
+    labels = row.get("labels", row["input_ids"]).tolist()
+    starts = [0]  # of documents
+    if "position_ids" in row:
+        starts = row["position_ids"].eq(0).nonzero().flatten().tolist()
+    yield f"first sequence: {len(ids)} tokens"
+    for number, (start, end) in enumerate(itertools.pairwise([*starts, len(ids)]), 1):
+        learned = [label != NO_LABEL for label in labels[start:end]]
+        if not any(learned):
+            yield f"  padding  {end - start} tokens"
+            continue
+        if len(starts) > 1:
+            yield f"  document {number}"
+        for is_learned, part in itertools.groupby(zip(ids[start:end], learned, strict=True), key=lambda each: each[1]):
+            text = tokenizer.decode([token for token, _ in part], clean_up_tokenization_spaces=False)
+            yield f"  {'learned' if is_learned else 'read   '}  {text!r}"
+
+
 def open_sequences(
     names: Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase,
@@ -87,10 +108,9 @@ def open_sequences(
 ) -> Sequences:
     """Tokenize documents and pack them into sequences, as `SequencePacker` does.
 
-    The sequences do not depend on the number of processes:
-    one process tokenizes and writes a file into `scratch`, which all share, and the others wait for it. A later run
-    with the same data, tokenizer and context reads this file again. Neither the data nor the sequences have to fit into
-    memory.
+    The sequences do not depend on the number of processes: one process tokenizes and writes a file into `scratch`,
+    which all share, and the others wait for it. A later run with the same data, tokenizer and context reads this file
+    again. Neither the data nor the sequences have to fit into memory.
 
     With `streaming`, nothing is written, and only the beginning is read here; see `SequenceStream`.
 
@@ -100,25 +120,17 @@ def open_sequences(
     packer = SequencePacker(tokenizer, context, vocab_size, ", ".join(map(str, names)))
     find = partial(find_sources, names, text_field, streaming=streaming, option=option)
     if streaming:
-        return _stream(packer, find(), seed)
+        sources = find()
+        next(packer.blocks(sources, Progress()))  # raises an error if there is no sequence
+        notes = (*packer.notes, *_notes_of(sources))
+        return Sequences(SequenceStream(packer, sources, seed), None, None, notes)
     path, index = (scratch / f"{option.strip('-')}{ending}" for ending in (".arrow", ".json"))
     _tokenize_in_one_process(index, lambda known: _write(path, packer, find(), known, console))
     return _read(path, index, packer, option)
 
 
-# ------------------------------------------------------------------------------------------------------------ streaming
-
-
-def _stream(packer: SequencePacker, sources: list[Source], seed: int) -> Sequences:
-    next(packer.blocks(sources, Progress()))  # raises an error if there is no sequence
-    return Sequences(SequenceStream(packer, sources, seed), None, None, (*packer.notes, *_notes_of(sources)))
-
-
 def _notes_of(sources: list[Source]) -> list[str]:
     return [source.note for source in sources if source.note is not None]
-
-
-# ------------------------------------------------------------------------------------------------------- tokenized once
 
 
 def _tokenize_in_one_process(index: Path, write: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -171,7 +183,7 @@ def _write(
             values = [pa.FixedSizeListArray.from_arrays(pa.array(block[each].reshape(-1)), type=kind) for each in names]
             writer.write_batch(pa.record_batch(values, names=list(names)))
             bar.update(task, completed=progress.tally.tokens)
-    return {"identity": identity, "tally": progress.tally.to_dict(), "notes": _notes_of(sources)}
+    return {"identity": identity, "tally": asdict(progress.tally), "notes": _notes_of(sources)}
 
 
 def _identity(packer: SequencePacker, sources: list[Source]) -> str:

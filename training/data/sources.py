@@ -23,6 +23,7 @@ from gda.common.errors import errors_as, first_line
 from gda.common.places import check_data
 from gda.common.text import pieces_from, rows_from
 from gda.conversion.sources.hub import LOG_IN
+from gda.conversion.tensors.file_range import stamp_of
 from gda.training.data.rows import TOOLS, Fields, Piece, Position, Rows, Source, source_of_rows
 
 CHECKED = {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)}
@@ -37,10 +38,11 @@ NAMED = 3  # files in a note
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 
-def find_sources(
-    names: Sequence[str | Path], text_field: str, *, streaming: bool, option: str = "--data"
-) -> list[Source]:
-    """Find files, folders (of files, or of a dataset) and datasets OWNER/NAME[:CONFIG[:SPLIT]] on the Hub."""
+def find_sources(names: Sequence[str | Path], text_field: str, *, streaming: bool, option: str) -> list[Source]:
+    """Find files, folders (of files, or of a dataset) and datasets OWNER/NAME[:CONFIG[:SPLIT]] on the Hub.
+
+    Those of texts come first: sources are packed in this order.
+    """
     found: list[Source] = []
     for name in names:
         path = Path(name)
@@ -51,7 +53,7 @@ def find_sources(
         else:
             _check_name(str(name), option)
             found.append(_hub_source(str(name), text_field, streaming, option))
-    return found
+    return sorted(found, key=lambda source: source.has_examples)
 
 
 def _check_name(name: str, option: str) -> None:
@@ -125,8 +127,7 @@ def _file_source(path: Path, text_field: str) -> Source:
 
 
 def _stamp(path: Path) -> list[Any]:
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return [str(path.resolve()), *stamp_of(path)]
 
 
 def _text_document(path: Path, start: Any) -> Iterator[tuple[Piece, Position]]:

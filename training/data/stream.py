@@ -5,7 +5,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,23 +28,14 @@ Row = NDArray[np.int32]  # (columns, context)
 
 @dataclass
 class StreamState:
-    """What the next sequences of a stream depend on.
+    """What the next sequences of a stream depend on."""
 
-    Attributes:
-        seed, epoch: The data is shuffled by both; `epoch` is the number of the pass over it.
-        progress: How far the data is packed in this pass.
-        count: Number of sequences handed out, in all passes.
-        buffer: Sequences that are packed, but not shuffled.
-        ready: Sequences that come next.
-        random: The generator that shuffles.
-    """
-
-    seed: int
-    epoch: int = 0
-    progress: Progress = field(default_factory=Progress)
-    count: int = 0
-    buffer: list[Row] = field(default_factory=list)
-    ready: deque[Row] = field(default_factory=deque)
+    seed: int  # the data is shuffled by it and `epoch`
+    epoch: int = 0  # the number of the pass over the data
+    progress: Progress = field(default_factory=Progress)  # in this pass
+    count: int = 0  # sequences that were handed out, in all passes
+    buffer: list[Row] = field(default_factory=list)  # sequences that are packed, but not shuffled
+    ready: deque[Row] = field(default_factory=deque)  # sequences that come next
 
     def __post_init__(self) -> None:
         # The order is that of `datasets.IterableDataset.shuffle`: checkpoints without a stream were trained in it.
@@ -78,7 +69,7 @@ class StreamState:
             **{name: getattr(self, name) for name in ("seed", "epoch", "count")},
             **{name: getattr(progress, name) for name in ("source", "position")},
             "rest": progress.rest.tolist(),
-            "tally": progress.tally.to_dict(),
+            "tally": asdict(progress.tally),
             "used": [each.used for each in unfinished],
             "random": self.random.bit_generator.state,
         }
@@ -146,7 +137,7 @@ class SequenceStream(IterableDataset[dict[str, Tensor]]):
         """Begin with a saved state. Its position is tried, so that a damaged one is noticed here."""
         self._start = StreamState.read(path, (len(self.columns), self.packer.context))
         progress = self._start.progress
-        for source in self.packer.ordered(self.sources)[progress.source :][:1]:
+        for source in self.sources[progress.source :][:1]:
             next(iter(source.documents(progress.position)), None)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

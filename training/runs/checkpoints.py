@@ -34,7 +34,7 @@ def checkpoints(folder: Path, *, complete: bool = True) -> list[Path]:
         found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
     except FileNotFoundError:  # the main process may have removed it, or this machine does not see it
         return []
-    return sorted((path for path in found if not complete or is_complete(path)), key=step_of)
+    return sorted((path for path in found if not complete or _first_damaged(path) is None), key=step_of)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -59,13 +59,8 @@ def mark_complete(checkpoint: Path, dtypes: Mapping[str, str]) -> None:
     sync(checkpoint.parent)
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether all of its files exist in the size that they had when it was marked as complete."""
-    return _first_damaged(checkpoint) is None
-
-
 def _first_damaged(checkpoint: Path) -> str | None:
-    """The name of a file that is missing or has another size; checkpoint.json, if the checkpoint was not finished."""
+    """A file that is missing or has another size than checkpoint.json says, or that file; None if all are complete."""
     sizes = read_or_empty(checkpoint / CHECKPOINT_FILE).get("files")
     if not isinstance(sizes, dict):
         return CHECKPOINT_FILE
@@ -153,7 +148,8 @@ def require_readable(checkpoint: Path) -> None:
         numbers = [state.epoch, state.max_steps, state.num_input_tokens_seen, state.total_flos]
         for entry in state.log_history:
             numbers += [entry.get("loss", 0.0), entry.get("step", 0)]
-        is_whole = all(map(_is_number, numbers)) and isinstance(state.stateful_callbacks, dict)
+        are_numbers = all(type(each) in (int, float) and math.isfinite(each) for each in numbers)
+        is_whole = are_numbers and isinstance(state.stateful_callbacks, dict)
         if state.global_step != step_of(checkpoint) or not is_whole:
             raise ValueError(f"{TRAINER_STATE_NAME} is not the state of step {step_of(checkpoint)}")
 
@@ -167,7 +163,3 @@ def _is_whole(file: Path) -> bool:
     if file.suffix == ".distcp" and not file.stat().st_size:
         return True  # of a process that had nothing to write; checkpoint.json has the sizes
     return file.suffix not in ARCHIVES or zipfile.is_zipfile(file)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

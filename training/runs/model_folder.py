@@ -1,4 +1,4 @@
-"""The folder of the trained model: how it is read, and how it is written again."""
+"""The folder of the trained model: how it is read, how it is written again, and its model card."""
 
 import shutil
 from pathlib import Path
@@ -9,18 +9,26 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from gda.common.assets import copy_assets
 from gda.common.errors import errors_as
+from gda.common.files import write_text
 from gda.common.trainable import TRAINABLE_FILE
+from gda.conversion.sources.folder import FolderSource
+from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
+from gda.conversion.writing.card import CARD_FILE, model_card
 from gda.conversion.writing.tokenizer_files import keep_reading
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
+from gda.training.report import TrainReport
 from gda.training.runs.checkpoints import dtypes_before_training
 from gda.training.runs.run_folder import stamps
+from gda.training.settings import TrainSettings
 
 
-def model_stamps(folder: Path) -> list[list[Any]]:
-    """Name, size and modification time of each file that a training run depends on."""
+def model_stamps(model: Path) -> list[list[Any]]:
+    """Name, size and modification time of each file of a model, a folder or GGUF file, that a run depends on."""
+    if model.is_file():
+        return stamps([model])
     patterns = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", TRAINABLE_FILE)
-    return stamps(sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()))
+    return stamps(sorted(path for pattern in patterns for path in model.glob(pattern) if path.is_file()))
 
 
 def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
@@ -56,3 +64,24 @@ def copy_companions(source: Path, folder: Path) -> None:
     copy_assets(source, folder)
     if (source / TRAINABLE_FILE).is_file():
         shutil.copyfile(source / TRAINABLE_FILE, folder / TRAINABLE_FILE)
+
+
+def write_card(folder: Path, source: Path, name: str, history: list[str], *, has_code: bool) -> None:
+    """Write README.md into the folder of a trained model, with the licence and the base model of its source's card."""
+    card_data = FolderSource(source).card_data()
+    config = read_gda_config(folder)
+    card = model_card(config, name=name, made=None, has_code=has_code, history=history, card_data=card_data)
+    write_text(folder / CARD_FILE, card)
+
+
+def training_step(settings: TrainSettings, report: TrainReport, source: str) -> str:
+    """A sentence about the training: parameters, steps, data and losses."""
+    data = ", ".join(Path(name).name if Path(name).exists() else name for name in settings.data)
+    before, after, what = report.first_eval_loss, report.last_eval_loss, "held-out loss"
+    if before is None or after is None:
+        before, after, what = report.first_loss, report.last_loss, "training loss"
+    teacher = "" if settings.teacher is None else f", with the teacher {Path(settings.teacher).name}"
+    return (
+        f"Trained from {source} (`--train {settings.train}`) for {report.steps:,} steps on {report.tokens:,} tokens of "
+        f"{data}{teacher}; {what} {before:.4f} before, {after:.4f} after."
+    )

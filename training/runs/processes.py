@@ -41,12 +41,7 @@ def require_known_precision() -> None:
 
 
 class Processes:
-    """This process, number `index` of the `count` that `accelerate launch` or torchrun started; the main one writes.
-
-    Attributes:
-        uses_deepspeed, uses_fsdp: What the launcher, or its configuration, asks for.
-        fsdp_recomputes: Whether FSDP is asked to recompute activations.
-    """
+    """This process, number `index` of the `count` that `accelerate launch` or torchrun started; the main one writes."""
 
     def __init__(self) -> None:
         if _may_be_restarted() and not torch.distributed.is_initialized():
@@ -55,6 +50,7 @@ class Processes:
         self.count: int = state.num_processes
         self.index: int = state.process_index
         self.is_main: bool = state.is_main_process
+        # What the launcher, or its configuration, asks for.
         self.uses_deepspeed = bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
         self.uses_fsdp = bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
         self.fsdp_recomputes = self.uses_fsdp and bool(parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from gda.common.files import (
     check_places,
     partial_of,
     read_json,
-    refuse_existing,
     remove,
     sync_tree,
     write_json,
 )
 from gda.common.options import flag
 from gda.conversion.sources.source import TRAINING_FILE
+from gda.conversion.tensors.file_range import stamp_of
 from gda.conversion.writing.stream import MANIFEST_FILE
 from gda.conversion.writing.write_model import WORK_FOLDER
 from gda.training.report import TrainReport
@@ -35,7 +35,7 @@ OF_CONVERSIONS = dict.fromkeys((MANIFEST_FILE, WORK_FOLDER), "a conversion")
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a resumed run must have in common with the one that was interrupted."""
+    """What a resumed run must have in common with the one that was interrupted, as training.json stores it."""
 
     settings: TrainSettings
     model: list[list[Any]]  # `stamps` of its files; likewise for the teacher and the data, if they are local
@@ -43,10 +43,6 @@ class RunIdentity:
     data: list[list[Any]]
     processes: int  # they share each batch
     keeper: str  # of the optimizer, see `Processes.keeper`
-
-    def to_dict(self) -> dict[str, Any]:
-        """The identity as training.json stores it."""
-        return vars(self) | {"settings": self.settings.to_dict()}
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
@@ -98,7 +94,7 @@ def _as_flag(name: str, value: Any) -> str:
 
 def stamps(files: list[Path]) -> list[list[Any]]:
     """Name, size and modification time of each file."""
-    return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+    return [[file.name, *stamp_of(file)] for file in files]
 
 
 @dataclass(frozen=True)
@@ -113,16 +109,8 @@ class RunState:
 class RunFolder:
     """``.OUT.partial`` during a run: the Trainer writes its checkpoints there, and it becomes OUT in the end.
 
-    Args:
-        out: The folder to create.
-        identity: Identifies the run.
-        source: The model, which may not be inside the folder.
-        resume: Continue from the last complete checkpoint, if there is one.
-        overwrite: Replace `out`, and an unfinished run that is not resumed.
-
-    Attributes:
-        path: The folder.
-        state: The state of the run.
+    With `resume`, the run continues from the last complete checkpoint, if there is one. With `overwrite`, `out` is
+    replaced, and so is an unfinished run that is not resumed. The folder may not contain `source`, the model.
 
     Raises:
         FileExistsError: if `out` or an unfinished run exists, and neither `resume` nor `overwrite` is given.
@@ -131,7 +119,6 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, identity: RunIdentity, source: Path, *, resume: bool, overwrite: bool):
-        refuse_existing(out, overwrite)
         self.path = partial_of(out)
         check_places(source, self.path)
         self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
@@ -160,7 +147,7 @@ class RunFolder:
         if report is None:
             for code in self.path.glob("*.py"):  # of a model that a killed process has begun to save
                 remove(code)
-            write_json(begun, identity.to_dict())
+            write_json(begun, asdict(identity))
         return RunState(self.path, last, report)
 
     def _clear(self, *, but: str | None = None) -> None:

@@ -1,6 +1,7 @@
-"""The Trainer of `gda train`: it stops cleanly, names damaged checkpoints and gives the trained model."""
+"""The Trainer of `gda train`: it stops cleanly, names damaged checkpoints and reads DeepSpeed's universal ones."""
 
-import traceback
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,17 +10,14 @@ from accelerate.utils.constants import OPTIMIZER_NAME
 from torch import Tensor, nn
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
+from gda.common.files import remove
 from gda.training.callbacks.stopping import StopCallback
-from gda.training.runs.checkpoints import damage_reported
+from gda.training.runs.checkpoints import damage_reported, step_of
 from gda.training.trainer import GDATrainer
 
 
 class RunTrainer(GDATrainer):
-    """A GDATrainer that takes no step on a loss or gradient that is not finite, and stops when it is interrupted.
-
-    Args:
-        stop: The callback that decides this.
-    """
+    """A GDATrainer that takes no step on a loss or gradient that is not finite, and stops when it is interrupted."""
 
     def __init__(self, *args: Any, stop: StopCallback, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -47,9 +45,8 @@ class RunTrainer(GDATrainer):
         """As Trainer, which builds DeepSpeed's engine and then lets it read its checkpoint here."""
         try:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            if all(frame.name != "deepspeed_load_checkpoint" for frame in frames):
+        except Exception:
+            if self.deepspeed is None:
                 raise  # the engine could not be built: the checkpoint is as good as it was
             with damage_reported(resume_from_checkpoint):
                 raise
@@ -95,3 +92,28 @@ class RunTrainer(GDATrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with damage_reported(checkpoint):
             super()._load_rng_state(checkpoint)
+
+
+def written_by(checkpoint: Path) -> int:
+    """The number of processes that wrote the checkpoint."""
+    return len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+
+
+def make_universal(checkpoint: Path) -> None:
+    """Let DeepSpeed write the checkpoint again in its universal form, which any number of processes can read.
+
+    Raises:
+        ValueError: with DeepSpeed's last line, if it fails.
+    """
+    written = checkpoint / f"global_step{step_of(checkpoint)}"
+    universal = written.with_name(f"{written.name}_universal")
+    remove(universal)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(written), "--output_folder", str(universal)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode != 0:
+        reason = (ran.stderr.strip() or "no message").splitlines()[-1]
+        raise ValueError(
+            f"--resume: DeepSpeed cannot convert {checkpoint} for another number of processes ({reason}); "
+            f"launch {written_by(checkpoint)} processes, as then"
+        )

@@ -68,15 +68,11 @@ def peer_is_gone(error: Exception) -> bool:
 
 
 class _Watch:
-    """Connections to the other processes in the main process, and to the main process in the others.
-
-    Attributes:
-        decided: Set when a process is lost or has ended with an error.
-        verdict: Which one, and the remedy.
-    """
+    """Connections to the other processes in the main process, and to the main process in the others."""
 
     def __init__(self, processes: Processes):
-        self.decided, self.verdict = threading.Event(), ""
+        self.decided = threading.Event()  # a process is lost or has ended with an error
+        self.verdict = ""  # which one, and the remedy
         self._left, self._is_main = threading.Event(), processes.is_main
         self._peers: dict[int, socket.socket] = {}
         listener = _listen(processes.count) if self._is_main else None
