@@ -245,10 +245,9 @@ def _make_trainer(
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in plan.dtypes.items()}
     rows = plan.sequences.rows
     stream = rows if isinstance(rows, SequenceStream) else None
-    # Without a saved state, the Trainer reads again what it has read.
-    if stream is not None and state.checkpoint is not None and (file := state.checkpoint / STREAM_FILE).is_file():
+    if stream is not None and state.checkpoint is not None:
         with damage_reported(state.checkpoint):
-            stream.resume(file)
+            stream.resume(state.checkpoint / STREAM_FILE)
     checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes, stream)
     resumes, precision = state.checkpoint is not None, "bf16" if plan.computes_in_bfloat16 else "no"
     with patch_environment(**{LAUNCHER_PRECISION: precision}):  # instead of the launcher's

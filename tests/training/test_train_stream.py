@@ -240,9 +240,7 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", ["jsonl", "chats"])
-@pytest.mark.parametrize("has_state", [True, False])
 def test_resumed_run_equals_an_uninterrupted_one(
-    has_state: bool,
     kind: str,
     accumulation: int,
     model: Path,
@@ -250,7 +248,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     interrupted_at: Callable[[int], None],
     read: list[str],
 ) -> None:
-    """Bit for bit, also from a checkpoint without the state of the stream, for which everything is read again."""
+    """Bit for bit."""
     names = write(kind, tmp_path)
     options = {"accumulation": accumulation}
     train(model, tmp_path / "whole", names, **options)
@@ -259,11 +257,6 @@ def test_resumed_run_equals_an_uninterrupted_one(
         train(model, tmp_path / "out", names, **options)
     checkpoint = tmp_path / ".out.partial" / "checkpoint-5"
     assert (checkpoint / STATE).stat().st_size < 60_000
-    if not has_state:
-        (checkpoint / STATE).unlink()
-        described = json.loads((checkpoint / "checkpoint.json").read_text())
-        del described["files"][STATE]
-        (checkpoint / "checkpoint.json").write_text(json.dumps(described))
     report = train(model, tmp_path / "out", names, resume=True, **options)
     assert report.resumed_from == 5
     whole, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")

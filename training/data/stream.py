@@ -38,10 +38,7 @@ class StreamState:
     ready: deque[Row] = field(default_factory=deque)  # sequences that come next
 
     def __post_init__(self) -> None:
-        # The order is that of `datasets.IterableDataset.shuffle`: checkpoints without a stream were trained in it.
-        self.random = np.random.default_rng(self.seed)
-        if self.epoch:
-            self.random = np.random.default_rng(abs(int(self.random.integers(0, 1 << 63)) - self.epoch))
+        self.random = np.random.default_rng((self.seed, self.epoch))
 
     def add(self, block: Block, progress: Progress) -> None:
         """Put sequences into the buffer, and a half of it into `ready` whenever it is full."""
