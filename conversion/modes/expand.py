@@ -26,11 +26,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
 from gda.conversion.modes import head_norm
-from gda.conversion.modes.checks import (
-    errors_named,
-    exported,
-    losses,
-)
+from gda.conversion.modes.checks import errors_named, exported, losses
 from gda.conversion.noise_heads import added
 from gda.conversion.options import PAPER_ONLY, NewHeadOptions
 from gda.conversion.sources.source import Source

@@ -14,14 +14,7 @@ from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
 from gda.conversion.families.plain_heads import PlainHeads, columns_of, plain_heads, select_heads
-from gda.conversion.modes.checks import (
-    NEW_HEADS_ONLY,
-    BrokenTieError,
-    errors_named,
-    exported,
-    losses,
-    refuse,
-)
+from gda.conversion.modes.checks import NEW_HEADS_ONLY, BrokenTieError, errors_named, exported, losses, refuse
 from gda.conversion.modes.expand import LAMBDA
 from gda.conversion.options import NOT_EXPORTED, ConvertOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source

@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from gda.common.errors import CheckFailed
-from gda.common.files import (
-    StagedFolder,
-    check_places,
-    in_background,
-    obstacle,
-    remove,
-    require_space,
-    write_text,
-)
+from gda.common.files import StagedFolder, check_places, in_background, obstacle, remove, require_space, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import dense_config, layer_errors
