@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +71,7 @@ class FolderSource(Source):
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
-
-    @functools.cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.folder, config=self.config, hub_id=self.name if self.revision else None)
 
     def card_data(self) -> dict[str, Any]:

@@ -202,11 +202,7 @@ class GGUFSource(Source):
             )
         return model.eval()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
-
-    @functools.cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             with quiet_transformers(), self._parsed_once():
                 tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
@@ -228,6 +224,5 @@ class GGUFSource(Source):
             write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": ANY_TOKENIZER})
 
     def card_data(self) -> dict[str, Any]:
-        fields = {"license": "general.license", "language": "general.languages"}
-        found = {key: self._reader.fields.get(field) for key, field in fields.items()}
-        return {key: field.contents() for key, field in found.items() if field is not None}
+        found = {"license": self._entry("general.license"), "language": self._entry("general.languages")}
+        return {key: value for key, value in found.items() if value is not None}

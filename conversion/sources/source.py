@@ -1,5 +1,6 @@
 """What a conversion reads: the interface of a source."""
 
+import functools
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -55,7 +56,6 @@ class Source(ABC):
     def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
         """Write generation config, licences and, if wanted, the tokenizer into `folder`."""
 
-    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, which is read once.
 
@@ -63,6 +63,14 @@ class Source(ABC):
             ImportError: naming the remedy, if a package is missing.
             NoTokenizerError: if there is none that can be read.
         """
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._read_tokenizer()
+
+    @abstractmethod
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     def card_data(self) -> dict[str, Any]:
         """Licence and languages from the metadata of the source's model card, for the result's card."""
