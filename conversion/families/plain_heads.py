@@ -103,8 +103,7 @@ def plain_recipes(
     """
     rows, plain = heads.rows, {}
     for name, recipe in recipes.items():
-        module, _, parameter = name.rpartition(".")
-        projection = module.rpartition(".")[2]
+        projection, parameter = name.split(".")[-2:]
         if projection in rows:
             recipe = _with_rows(recipe, rows[projection], config.head_dim)
         elif (projection, parameter) == ("o_proj", "weight"):
@@ -137,8 +136,7 @@ def unmasked_recipes(config: GDAConfig, recipes: dict[str, Recipe]) -> dict[str,
         )
     unmasked = dict(recipes)
     for name, recipe in recipes.items():
-        module, _, parameter = name.rpartition(".")
-        projection = module.rpartition(".")[2]
+        projection, parameter = name.split(".")[-2:]
         if config.fade is None or projection not in ("o_proj", "down_proj"):
             continue
         if _layer(name) in (config.masked_layers or []):

@@ -116,13 +116,11 @@ def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) 
     dtype = DTYPES[options.dtype]
     target: PreTrainedConfig
     if options.format == "motif":
-        _require_fields(config, "a Motif", motif.required_fields(config))
-        _require_schedule(config, "a Motif", motif.LAMBDA_INIT_OFFSET)
+        _require_expressible(config, "a Motif", motif.required_fields(config), motif.LAMBDA_INIT_OFFSET)
         recipes, notes = all_copied(config, source.specs, dtype), [MOTIF_NOTE]
         target, save_config = motif.exported_config(config), partial(motif.write_exported_config, config)
     else:
-        _require_fields(config, "a DiffLlama", diffllama.required_fields(config))
-        _require_schedule(config, "a DiffLlama", diffllama.LAMBDA_INIT_OFFSET)
+        _require_expressible(config, "a DiffLlama", diffllama.required_fields(config), diffllama.LAMBDA_INIT_OFFSET)
         diffllama.require_plain_norms(config, source.read)
         recipes, notes = diffllama.exported_recipes(config, source.specs, dtype), []
         target = diffllama.exported_config(config)
@@ -138,15 +136,14 @@ def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) 
     )
 
 
-def _require_fields(config: GDAConfig, target: str, required: dict[str, Any]) -> None:
-    """Raise ValueError naming the first field with another value than `target` requires."""
+def _require_expressible(config: GDAConfig, target: str, required: dict[str, Any], offset: int) -> None:
+    """Raise ValueError naming the first field or layer that `target` cannot express.
+
+    Fields must have the `required` values, and λ_init must be 0.8 − 0.6 · exp(−0.3 · (layer + `offset`)).
+    """
     for name, value in required.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r} has no counterpart in {target}")
-
-
-def _require_schedule(config: GDAConfig, target: str, offset: int) -> None:
-    """Raise ValueError naming the first layer whose λ_init is not 0.8 − 0.6 · exp(−0.3 · (layer + `offset`))."""
     for layer in range(config.num_hidden_layers):
         scheduled = 0.8 - 0.6 * math.exp(-0.3 * (layer + offset))
         if not math.isclose(config.layer_lambda_init(layer), scheduled, rel_tol=1e-12, abs_tol=1e-12):

@@ -82,9 +82,9 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
     )
 
 
-def dense_config(config: GDAConfig) -> GDAConfig:
-    """The configuration of the same model with dense projections."""
-    return with_fields(config, qk_rank=None)
+def dense_specs(config: GDAConfig) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint of the same model with dense projections."""
+    return checkpoint_specs(with_fields(config, qk_rank=None))
 
 
 def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, Recipe]:

@@ -14,12 +14,11 @@ from gda.common.errors import CheckFailed
 from gda.common.files import StagedFolder, check_places, in_background, obstacle, remove, require_space, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
-from gda.conversion.modes.low_rank import dense_config, layer_errors
+from gda.conversion.modes.low_rank import dense_specs, layer_errors
 from gda.conversion.options import CheckpointOptions
 from gda.conversion.push import PushReport
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.source import TRAINING_FILE, Source
-from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opened
 from gda.conversion.writing.card import CARD_FILE, model_card
@@ -232,7 +231,7 @@ def _planned_report(
 ) -> ConvertReport:
     dense = conversion.num_parameters
     if getattr(conversion.config, "qk_rank", None) is not None:
-        dense = sum(spec.numel for spec in checkpoint_specs(dense_config(conversion.config)).values())
+        dense = sum(spec.numel for spec in dense_specs(conversion.config).values())
     return ConvertReport(
         out=out,
         config=conversion.config,
