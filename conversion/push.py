@@ -29,7 +29,7 @@ from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE
 from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
 from gda.conversion.writing.card import CARD_FILE, PLACEHOLDER, model_card
-from gda.conversion.writing.history import history_of
+from gda.conversion.writing.provenance import history_of
 from gda.modeling_gda.modeling_gda import GDAModel
 
 REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")

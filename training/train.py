@@ -24,7 +24,7 @@ from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
-from gda.conversion.writing.history import history_of
+from gda.conversion.writing.provenance import history_of
 from gda.training.callbacks.checkpoints import STREAM_FILE, CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
