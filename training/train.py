@@ -20,9 +20,9 @@ from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.versions import versions
 from gda.conversion.push import push_result
+from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
-from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.writing.provenance import history_of
 from gda.training.callbacks.checkpoints import STREAM_FILE, CheckpointCallback

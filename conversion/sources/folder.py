@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from gda.common.assets import copy_assets
 from gda.common.errors import errors_as
 from gda.common.places import ADAPTER_CONFIG
+from gda.conversion.sources.config_file import read_config
 from gda.conversion.sources.hub import check_downloaded
 from gda.conversion.sources.names import stored_names
-from gda.conversion.sources.readers import read_config
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.tensors.file_range import FileRange

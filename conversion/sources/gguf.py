@@ -26,10 +26,10 @@ from gda.common.extras import needed_by
 from gda.common.files import write_json
 from gda.common.screen import quiet_transformers
 from gda.conversion.families.llamalike import head_dim
+from gda.conversion.sources.config_file import require_known_type
 from gda.conversion.sources.gguf_parts import parts_of, read_parts
 from gda.conversion.sources.gguf_rope import ROPE_FREQS, scaling_in_metadata, scaling_in_tensor
 from gda.conversion.sources.gguf_splits import correct_tokenizer
-from gda.conversion.sources.readers import require_known_type
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import ANY_TOKENIZER, NoTokenizerError
 from gda.conversion.tensors.file_range import FileRange, stamp_of

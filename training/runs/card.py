@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from gda.common.files import write_text
+from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.folder import FolderSource
-from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.writing.card import CARD_FILE, model_card
 from gda.training.report import TrainReport
 from gda.training.settings import TrainSettings
