@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from gda.common.errors import errors_as
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.families import diffllama, motif
@@ -23,7 +24,7 @@ from gda.conversion.families.llamalike import (
     zero_bias_projections,
 )
 from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes, zero_biases
-from gda.conversion.modes.checks import EXPORTED_FIELDS, errors_named, losses_of_cast
+from gda.conversion.modes.checks import EXPORTED_FIELDS, losses_of_cast
 from gda.conversion.modes.fold import folded_recipes
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.source import Source
@@ -42,7 +43,7 @@ def plan(source: Source, options: ExportOptions) -> Conversion:
     """
     assert isinstance(source.config, GDAConfig)
     config = with_fields(source.config, dtype=DTYPES[options.dtype] or source.config.dtype)
-    with errors_named(source):
+    with errors_as(source.name, ValueError):
         if options.format in (*LLAMALIKES, "gguf"):
             return _as_plain(source, config, options)
         return _as_differential(source, config, options)
