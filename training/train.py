@@ -15,7 +15,7 @@ from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from gda.common.files import NoSpaceError
+from gda.common.files import NoSpaceError, stamps
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.versions import versions
@@ -41,15 +41,7 @@ from gda.training.runs.deepspeed import make_universal, written_by
 from gda.training.runs.failures import explained
 from gda.training.runs.model_folder import add_companions, model_stamps
 from gda.training.runs.processes import LAUNCHER_PRECISION, Processes, reported_elsewhere, require_known_precision
-from gda.training.runs.run_folder import (
-    DATA_FOLDER,
-    LOG_FILE,
-    RunFolder,
-    RunIdentity,
-    RunState,
-    stamps,
-    unfinished_run,
-)
+from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, RunFolder, RunIdentity, RunState, unfinished_run
 from gda.training.runs.run_trainer import RunTrainer
 from gda.training.runs.watch import watched
 from gda.training.settings import TrainOptions, TrainSettings

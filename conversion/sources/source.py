@@ -76,10 +76,6 @@ class Source(ABC):
         """Licence and languages from the metadata of the source's model card, for the result's card."""
         return {}
 
-    def file_stamps(self) -> list[tuple[str, int, int]]:
-        """Name, size and modification time of each file of weights. A resumed run requires them unchanged."""
-        return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.weight_files]
-
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file of weights."""
         return {path.name: sha256(path) for path in self.weight_files}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gda._version import __version__
+from gda.common.files import stamps
 from gda.common.perplexity import SequenceLoss, mean_perplexity, ratio_interval
 from gda.common.progress import logger
 from gda.common.screen import progress_bars, shows_progress
@@ -268,7 +269,7 @@ class Splitter:
         config = self.config
         return {
             "versions": [__version__, torch.__version__],
-            "source": [self.source.name, self.source.revision, [list(each) for each in self.source.file_stamps()]],
+            "source": [self.source.name, self.source.revision, stamps(self.source.weight_files)],
             "heads": [config.num_attention_heads, config.num_noise_heads, config.num_key_value_heads],
             "lambda_type": config.lambda_type,
             "seed": self.seed,

@@ -9,12 +9,12 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from gda.common.assets import copy_assets
 from gda.common.errors import errors_as
+from gda.common.files import stamps
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.writing.tokenizer_files import keep_reading
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
 from gda.training.runs.checkpoints import dtypes_before_training
-from gda.training.runs.run_folder import stamps
 
 
 def model_stamps(folder: Path) -> list[list[Any]]:

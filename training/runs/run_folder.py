@@ -96,11 +96,6 @@ def _as_flag(name: str, value: Any) -> str:
     return f"no {flag(name)}" if value in (None, False) else f"{flag(name)} {value!s:.100}"
 
 
-def stamps(files: list[Path]) -> list[list[Any]]:
-    """Name, size and modification time of each file."""
-    return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
-
-
 @dataclass(frozen=True)
 class RunState:
     """The state of a run when it is started, known to all processes."""

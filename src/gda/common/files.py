@@ -24,6 +24,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stamps(files: list[Path]) -> list[list[Any]]:
+    """Name, size and modification time of each file, which a resumed run requires unchanged."""
+    return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+
+
 def in_background(function: Callable[[], T]) -> "Future[T]":
     """Call `function` in a daemon thread, which does not keep an interrupted process alive."""
     future: Future[T] = Future()
