@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from gda.common.errors import CheckFailed
+from gda.common.errors import CheckFailed, errors_naming
 from gda.common.files import StagedFolder, check_places, in_background, obstacle, remove, require_space, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
@@ -131,14 +131,10 @@ def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check
 
     Returns notes.
     """
-    try:
+    with errors_naming(folder):
         _save_config(conversion, folder, bundle_code=False)
         source.copy_assets(folder)
         return keep_tokenizer(source, folder, check=check)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(folder)  # the error of a failed write doesn't name the file
-        raise
 
 
 def _save_config(conversion: Conversion, folder: Path, *, bundle_code: bool) -> None:

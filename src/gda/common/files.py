@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
+from gda.common.errors import errors_naming
+
 T = TypeVar("T")
 
 
@@ -52,16 +54,14 @@ def written_beside(path: Path, *, alone: bool = False) -> Iterator[BinaryIO]:
     """
     beside = path.with_name(f".{path.name}.tmp")
     opener = partial(_open_alone, out=path) if alone else _open_no_link
-    with open(beside, "wb", opener=opener) as file:
+    with errors_naming(path), open(beside, "wb", opener=opener) as file:
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(beside, path)
             sync(path.parent)
-        except BaseException as error:
-            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-                error.filename = str(path)  # the error of a failed write doesn't name the file
+        except BaseException:
             beside.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # which would replace this error, since closing writes again
                 file.close()
