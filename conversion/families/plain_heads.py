@@ -93,13 +93,9 @@ def _row(config: GDAConfig, signal: int, is_noise: bool) -> int:
 def plain_recipes(
     config: GDAConfig, recipes: dict[str, Recipe], heads: PlainHeads, lambdas: Sequence[float]
 ) -> dict[str, Recipe]:
-    """The recipes of the plain decoder, given those of a GDA model with dense projections and without masks.
+    """The recipes of the plain decoder with these heads, given those of a GDA model, dense and without masks.
 
-    Args:
-        config: Configuration of the GDA model.
-        recipes: How each of its tensors is made.
-        heads: The heads of the plain decoder.
-        lambdas: λ of each layer.
+    `lambdas` are λ of each layer.
     """
     rows, plain = heads.rows, {}
     for name, recipe in recipes.items():

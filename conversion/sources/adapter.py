@@ -45,12 +45,6 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 class AdapterSource(Source):
     """A LoRA or another adapter that PEFT can merge. The merged model is in memory, in the data types of the base.
 
-    Args:
-        folder: The adapter.
-        base: Its base model, opened.
-        name: Its name. Default: that of the folder.
-        revision: Its commit on the Hub.
-
     Raises:
         ImportError: if PEFT is missing.
         ValueError: if PEFT cannot load or merge the adapter.
