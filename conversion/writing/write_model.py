@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +19,7 @@ from gda.conversion.options import CheckpointOptions
 from gda.conversion.push import PushReport
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.source import TRAINING_FILE, Source
+from gda.conversion.split.report import SplitReport
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opened
 from gda.conversion.writing.card import CARD_FILE, model_card
@@ -26,9 +27,6 @@ from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
 from gda.conversion.writing.stream import MANIFEST_FILE, shards_of, write_checkpoint
 from gda.conversion.writing.tokenizer_files import keep_tokenizer
-
-if TYPE_CHECKING:  # only splits load it
-    from gda.conversion.split.splitter import SplitReport
 
 WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
 OF_TRAINING = {TRAINING_FILE: "`gda train`"}
@@ -63,7 +61,7 @@ class ConvertReport:
     num_dense_parameters: int
     projection_errors: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    split: "SplitReport | None" = None
+    split: SplitReport | None = None
     sha256: dict[str, str] = field(default_factory=dict)
     verification: VerifyReport | None = None
     pushed: PushReport | None = None
