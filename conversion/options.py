@@ -128,10 +128,6 @@ class SplitOptions(WriteOptions):
         super().__post_init__()
         object.__setattr__(self, "calibration", as_names(self.calibration))
 
-    def check_places(self) -> None:
-        super().check_places()
-        self.calibration_weights()
-
     def calibration_weights(self) -> dict[str, float]:
         """The weight of each calibration file, by path, and of the text that the source writes, as `sampled`.
 
