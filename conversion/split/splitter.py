@@ -229,7 +229,9 @@ class Splitter:
         for text in self.texts:
             here = slice(begin, begin := begin + len(text.held_out))
             fitted, tokens = len(text.sequences) > 0, text.held_out.numel()
-            texts.append(TextLoss.of(text.name, fitted, tokens, of_source[here], result.losses[here]))
+            before, after = mean_perplexity(of_source[here]), mean_perplexity(result.losses[here])
+            interval = ratio_interval(result.losses[here], of_source[here])
+            texts.append(TextLoss(text.name, fitted, tokens, before, after, after / before, interval))
         calibrated = [text for text in self.texts if len(text.sequences)]
         measured = self.files or calibrated
         inside = slice(sum(len(text.held_out) for text in measured))
