@@ -15,7 +15,7 @@ from gda.common.files import StagedFolder, check_places, in_background, obstacle
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.modes.low_rank import dense_specs, layer_errors
-from gda.conversion.options import CheckpointOptions
+from gda.conversion.options import BundleOptions, CheckpointOptions
 from gda.conversion.push import PushReport
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.source import TRAINING_FILE, Source
@@ -99,18 +99,9 @@ class ConvertReport:
 
 
 def write_model(
-    conversion: Conversion,
-    source: Source,
-    out: Path,
-    options: CheckpointOptions,
-    *,
-    bundle_code: bool = False,
-    console: Console | None = None,
+    conversion: Conversion, source: Source, out: Path, options: CheckpointOptions, *, console: Console | None = None
 ) -> ConvertReport:
-    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified.
-
-    `bundle_code` saves the code of a GDA model beside its weights.
-    """
+    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified."""
     with tempfile.TemporaryDirectory(prefix="gda-") as scratch:
         assets = Path(scratch) / "assets"
         assets.mkdir()
@@ -121,7 +112,7 @@ def write_model(
         if options.dry_run:
             message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=OF_TRAINING)
             return replace(report, notes=[*report.notes, *filter(None, [message])])
-        return _write(report, conversion, source, assets, options, bundle_code=bundle_code, console=console)
+        return _write(report, conversion, source, assets, options, console)
 
 
 def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check: bool) -> list[str]:
@@ -165,11 +156,9 @@ def _write(
     source: Source,
     assets: Path,
     options: CheckpointOptions,
-    *,
-    bundle_code: bool,
     console: Console | None,
 ) -> ConvertReport:
-    out = report.out
+    out, bundle_code = report.out, isinstance(options, BundleOptions) and options.bundle_code
     with _staged(out, options) as folder:
         finished = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if options.resume else 0
         require_space(out.parent, report.nbytes + conversion.work_bytes, reusable=finished)
