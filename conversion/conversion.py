@@ -4,18 +4,16 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.split.report import SplitReport
 from gda.conversion.tensors.new_parameters import describe_new
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs
-
-if TYPE_CHECKING:  # only splits load it
-    from gda.conversion.split.splitter import SplitReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ class Conversion:
     before: "Conversion | None" = None
     work: "Callable[[Path, Console | None], Conversion] | None" = None
     work_bytes: int = 0
-    split: "SplitReport | None" = None
+    split: SplitReport | None = None
     save_config: Callable[[Path], object] | None = None
 
     @property

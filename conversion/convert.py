@@ -61,4 +61,4 @@ def convert_opened(source: Source, options: ConvertOptions, *, console: Console 
     conversion = plan_default(source, options) if options.mode is None else plan(options.mode, source, options)
     if options.qk_rank is not None:
         conversion = low_rank(conversion, source, options.qk_rank)
-    return write_model(conversion, source, Path(options.out), options, bundle_code=options.bundle_code, console=console)
+    return write_model(conversion, source, Path(options.out), options, console=console)

@@ -24,9 +24,6 @@ def fold(options: FoldOptions, *, console: Console | None = None) -> ConvertRepo
         FileNotFoundError, FileExistsError, OSError: for bad input.
         VerificationFailed: if the result does not compute what the model computes; `out` is then not created.
     """
-    out = Path(options.out)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
-        return write_model(
-            plan("fold", source, options), source, out, options, bundle_code=options.bundle_code, console=console
-        )
+        return write_model(plan("fold", source, options), source, Path(options.out), options, console=console)

@@ -84,11 +84,10 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
         FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
         VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
     """
-    out = Path(options.out)
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         conversion = plan("grow", source, options)
-        report = write_model(conversion, source, out, options, bundle_code=options.bundle_code, console=console)
+        report = write_model(conversion, source, Path(options.out), options, console=console)
     before, new_parameters = conversion.before, conversion.new_parameters
     assert before is not None
     assert new_parameters is not None

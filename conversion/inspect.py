@@ -9,14 +9,13 @@ from gda.common.files import read_json
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import MASKED, GDAConfig
-from gda.conversion.modes.low_rank import dense_config
+from gda.conversion.modes.low_rank import dense_specs
 from gda.conversion.options import InspectOptions
 from gda.conversion.sources.adapter import AdapterSource
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import PROVENANCE_FILE
 from gda.conversion.tensors.lambdas import layer_lambdas
-from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.writing.headmap import head_map, in_masked_growth
 
 PARTS = {
@@ -106,7 +105,7 @@ def inspect(options: InspectOptions) -> InspectReport:
         num_parameters=sum(parameters.values()),
         parameters=parameters,
         qk_rank=config.qk_rank,
-        num_dense_parameters=sum(spec.numel for spec in checkpoint_specs(dense_config(config)).values()),
+        num_dense_parameters=sum(spec.numel for spec in dense_specs(config).values()),
         kv_cache_bytes_per_token=_cache(vars(config), dtype.itemsize),
         source_kv_cache_bytes_per_token=_source_cache(source.folder, dtype.itemsize),
         lambda_type=config.lambda_type,

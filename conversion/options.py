@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gda.common.files import check_places, read_json, refuse_existing
+from gda.common.files import check_places, refuse_existing
 from gda.common.options import Options, argument, as_names, flag, option
 from gda.common.places import (
     GDA_REMEDY,
@@ -59,17 +59,6 @@ class ReplaceOptions(Options):
 
 
 @dataclass(frozen=True)
-class ShardOptions(ReplaceOptions):
-    """Options of every command that writes weights."""
-
-    max_shard_size: str | int = option("5GB", "Largest weight file, such as 5GB or 400MB.", panel=OUTPUT)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parsed_size(self.max_shard_size)
-
-
-@dataclass(frozen=True)
 class BundleOptions(Options):
     """Option of every command that writes or pushes a GDA model."""
 
@@ -88,7 +77,7 @@ class RevisionOptions(Options):
 
 
 @dataclass(frozen=True)
-class CheckpointOptions(ShardOptions, RevisionOptions):
+class CheckpointOptions(ReplaceOptions, RevisionOptions):
     """Options of every command that writes a model from another model."""
 
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = option(
@@ -100,6 +89,11 @@ class CheckpointOptions(ShardOptions, RevisionOptions):
     )
     resume: bool = option(False, "Continue an interrupted run; finished weight files are kept.", panel=OUTPUT)
     dry_run: bool = option(False, "Check everything, but write no model; a Hub id is still downloaded.", panel=OUTPUT)
+    max_shard_size: str | int = option("5GB", "Largest weight file, such as 5GB or 400MB.", panel=OUTPUT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parsed_size(self.max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -133,10 +127,6 @@ class SplitOptions(WriteOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "calibration", as_names(self.calibration))
-
-    def check_places(self) -> None:
-        super().check_places()
-        self.calibration_weights()
 
     def calibration_weights(self) -> dict[str, float]:
         """The weight of each calibration file, by path, and of the text that the source writes, as `sampled`.
@@ -377,9 +367,8 @@ class GrowOptions(NewHeadOptions):
     def check_places(self) -> None:
         super().check_places()
         self.check_heads(self.model, "expand")
-        layers = None if self.depth is None else layers_of(self.model)
-        if self.depth is not None and layers is not None and self.depth <= layers:
-            raise ValueError(f"--depth {self.depth} is not more than the {layers} layers of the source")
+        if (layers := layers_of(self.model)) is not None:
+            growth.copied_layers(self, layers)  # refuses an impossible depth or layer
 
 
 @dataclass(frozen=True)
@@ -544,6 +533,4 @@ def _check_calibration(text: str) -> None:
 
 def _is_converted(folder: Path) -> bool:
     """Whether a folder holds the result of a conversion: a GDA model, or one with a conversion.json."""
-    config = folder / "config.json"
-    is_gda = config.is_file() and isinstance(read := read_json(config), dict) and read.get("model_type") == "gda"
-    return is_gda or (folder / "conversion.json").is_file()
+    return config_entry(folder, "model_type", str) == "gda" or (folder / "conversion.json").is_file()

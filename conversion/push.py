@@ -22,14 +22,14 @@ from gda.common.places import ADAPTER_CONFIG
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
 from gda.conversion.options import PushOptions
+from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.hub import GO_ON, hub_errors
 from gda.conversion.sources.open import MODEL_PATTERNS
-from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE
 from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
 from gda.conversion.writing.card import CARD_FILE, PLACEHOLDER, model_card
-from gda.conversion.writing.history import history_of
+from gda.conversion.writing.provenance import history_of
 from gda.modeling_gda.modeling_gda import GDAModel
 
 REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")

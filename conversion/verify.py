@@ -131,12 +131,7 @@ def verify(options: VerifyOptions, *, console: Console | None = None) -> VerifyR
         settings = read_settings(folder)
         source = open_source(options.source, options.revision)
         report = verify_opened(
-            source,
-            folder,
-            settings=settings,
-            method=options.method,
-            threshold=options.threshold,
-            console=console,
+            source, folder, settings=settings, method=options.method, threshold=options.threshold, console=console
         )
         return _with_tokenizers(report, source, folder)
 
@@ -148,12 +143,8 @@ def _with_tokenizers(report: VerifyReport, source: Source, folder: Path) -> Veri
     except NoTokenizerError:
         return report
     different = folder_difference(tokenizer, folder)
-    return replace(
-        report,
-        tokenizers_compared=True,
-        different_tokenizer=different,
-        passed=report.passed and different is None,
-    )
+    passed = report.passed and different is None
+    return replace(report, tokenizers_compared=True, different_tokenizer=different, passed=passed)
 
 
 def verify_opened(

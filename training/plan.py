@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from gda.common.files import partial_of, require_space
 from gda.configuration.configuration_gda import GDAConfig
-from gda.conversion.sources.readers import read_gda_config
+from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.training.callbacks.fading import FadeCallback
 from gda.training.data.sequences import Sequences, open_sequences

@@ -15,16 +15,16 @@ from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from gda.common.files import NoSpaceError
+from gda.common.files import NoSpaceError, stamps
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.versions import versions
 from gda.conversion.push import push_result
+from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
-from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
-from gda.conversion.writing.history import history_of
+from gda.conversion.writing.provenance import history_of
 from gda.training.callbacks.checkpoints import STREAM_FILE, CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
@@ -38,7 +38,7 @@ from gda.training.runs.checkpoints import damage_reported, last_checkpoint, requ
 from gda.training.runs.failures import explained
 from gda.training.runs.model_folder import add_companions, model_stamps, training_step, write_card
 from gda.training.runs.processes import LAUNCHER_PRECISION, Processes, reported_elsewhere, require_known_precision
-from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, RunFolder, RunIdentity, RunState, stamps, unfinished_run
+from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, RunFolder, RunIdentity, RunState, unfinished_run
 from gda.training.runs.run_trainer import RunTrainer, make_universal, written_by
 from gda.training.runs.watch import watched
 from gda.training.settings import TrainOptions

@@ -10,6 +10,7 @@ GDA         q heads    s0 n0 s1 n1 s2 n2 s3 n3         pairs [signal, noise]
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import DiffLlamaConfig, PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families.llamalike import SHARED_FIELDS, slides, with_floats
-from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied
+from gda.conversion.tensors.recipes import Recipe, all_copied, checkpoint_specs, copied
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 MODEL_TYPE = "diffllama"
@@ -59,20 +60,21 @@ def mapped_config(source: PreTrainedConfig, dtype: torch.dtype | None) -> GDACon
 
 def mapped_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
     """Reorder the rows of q, k and v to pairs, add head norm weights of 1, and copy the rest."""
+    reorder = partial(halves_to_pairs, head_dim=config.head_dim)
 
     def recipe(name: str, spec: TensorSpec) -> Recipe:
         if name.endswith(".subln.weight"):
-            norm = source["model.norm.weight"].dtype
-            ones = TensorSpec(spec.shape, dtype or norm)
+            ones = TensorSpec(spec.shape, dtype or source["model.norm.weight"].dtype)
             return Recipe(ones, (), lambda: torch.ones(spec.shape), "1, since the source's head norm has no weight")
-        if any(part in name for part in REORDERED):
-            target = TensorSpec(spec.shape, dtype or source[name].dtype)
-            return Recipe(
-                target, (name,), lambda rows: halves_to_pairs(rows, config.head_dim), "halves reordered to pairs"
-            )
-        return copied(name, source[name], dtype)
+        return _reordered(copied(name, source[name], dtype), reorder, "halves reordered to pairs")
 
     return {name: recipe(name, spec) for name, spec in checkpoint_specs(config).items()}
+
+
+def _reordered(copy: Recipe, reorder: Callable[[torch.Tensor], torch.Tensor], how: str) -> Recipe:
+    """The copy of a tensor with its rows reordered, if it is of q, k or v."""
+    is_reordered = any(part in copy.sources[0] for part in REORDERED)
+    return replace(copy, make=reorder, how=how) if is_reordered else copy
 
 
 def notes(config: PreTrainedConfig) -> list[str]:
@@ -121,12 +123,6 @@ def exported_config(config: GDAConfig) -> DiffLlamaConfig:
 
 def exported_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
     """Reorder the rows of q, k and v to halves, drop the head norm's weights, which are 1, and copy the rest."""
-
-    def recipe(name: str) -> Recipe:
-        if any(part in name for part in REORDERED):
-            target = TensorSpec(source[name].shape, dtype or source[name].dtype)
-            make = partial(pairs_to_halves, head_dim=config.head_dim)
-            return Recipe(target, (name,), make, "pairs reordered to halves")
-        return copied(name, source[name], dtype)
-
-    return {name: recipe(name) for name in checkpoint_specs(exported_config(config))}
+    reorder, how = partial(pairs_to_halves, head_dim=config.head_dim), "pairs reordered to halves"
+    copies = all_copied(exported_config(config), source, dtype)
+    return {name: _reordered(copy, reorder, how) for name, copy in copies.items()}

@@ -124,11 +124,7 @@ def target_config(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
         # layer_types takes precedence; both agree where windows come last.
         own["max_window_layers"] = (config.layer_types or []).count("full_attention")
         own["layer_types"] = list(config.layer_types or [])
-    return target(
-        **shared | own,
-        dtype=config.dtype,
-        architectures=[f"{_name(model_type)}ForCausalLM"],
-    )
+    return target(**shared | own, dtype=config.dtype, architectures=[f"{_name(model_type)}ForCausalLM"])
 
 
 def save_target_config(target: PreTrainedConfig, config: GDAConfig, folder: Path) -> None:

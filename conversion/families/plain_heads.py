@@ -93,18 +93,13 @@ def _row(config: GDAConfig, signal: int, is_noise: bool) -> int:
 def plain_recipes(
     config: GDAConfig, recipes: dict[str, Recipe], heads: PlainHeads, lambdas: Sequence[float]
 ) -> dict[str, Recipe]:
-    """The recipes of the plain decoder, given those of a GDA model with dense projections and without masks.
+    """The recipes of the plain decoder with these heads, given those of a GDA model, dense and without masks.
 
-    Args:
-        config: Configuration of the GDA model.
-        recipes: How each of its tensors is made.
-        heads: The heads of the plain decoder.
-        lambdas: λ of each layer.
+    `lambdas` are λ of each layer.
     """
     rows, plain = heads.rows, {}
     for name, recipe in recipes.items():
-        module, _, parameter = name.rpartition(".")
-        projection = module.rpartition(".")[2]
+        projection, parameter = name.split(".")[-2:]
         if projection in rows:
             recipe = _with_rows(recipe, rows[projection], config.head_dim)
         elif (projection, parameter) == ("o_proj", "weight"):
@@ -137,8 +132,7 @@ def unmasked_recipes(config: GDAConfig, recipes: dict[str, Recipe]) -> dict[str,
         )
     unmasked = dict(recipes)
     for name, recipe in recipes.items():
-        module, _, parameter = name.rpartition(".")
-        projection = module.rpartition(".")[2]
+        projection, parameter = name.split(".")[-2:]
         if config.fade is None or projection not in ("o_proj", "down_proj"):
             continue
         if _layer(name) in (config.masked_layers or []):

@@ -91,12 +91,9 @@ def _replicated_recipe(
 
     shape = list(recipe.spec.shape)
     how, axes = [recipe.how], ("rows", "columns")
-    for axis, origin in repeats.items():
+    for axis, origin in (repeats | shares).items():
         shape[axis] = len(origin)
-        how.append(f"{axes[axis]} × {times}")
-    for axis, origin in shares.items():
-        shape[axis] = len(origin)
-        how.append(f"{axes[axis]} shared out to {times} replicas")
+        how.append(f"{axes[axis]} × {times}" if axis in repeats else f"{axes[axis]} shared out to {times} replicas")
     return replace(recipe, spec=TensorSpec(tuple(shape), recipe.spec.dtype), make=make, how="; ".join(how))
 
 

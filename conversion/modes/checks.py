@@ -1,14 +1,9 @@
 """What several modes check and report."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
-from gda.common.errors import first_line
 from gda.common.options import Options, flag
 from gda.conversion.families.llamalike import LLAMALIKES, unread_fields
 from gda.conversion.options import PAPER_ONLY
@@ -16,7 +11,6 @@ from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import Recipe, is_lossless
 from gda.conversion.writing.provenance import read_settings
 
-NEW_HEADS_ONLY = ("noise_heads", "ratio", "lambda_type", *PAPER_ONLY)
 # Fields of a GDA model that a Llama has no place for.
 EXPORTED_FIELDS = (
     "num_attention_heads",
@@ -63,20 +57,11 @@ def exported(source: Source) -> Export | None:
     return Export(fields, lambdas)
 
 
-def refuse(options: Options, names: tuple[str, ...], reason: str) -> None:
-    """Raise ValueError naming the first of these options that is given."""
-    for name in names:
+def refuse_new_heads(options: Options, reason: str) -> None:
+    """Raise ValueError naming the first option of new noise heads that is given."""
+    for name in ("noise_heads", "ratio", "lambda_type", *PAPER_ONLY):
         if getattr(options, name, None) is not None:
             raise ValueError(f"{flag(name)} {reason}")
-
-
-@contextlib.contextmanager
-def errors_named(source: Source) -> Iterator[None]:
-    """Put the name of the source before an error about its configuration, or about one that is made of it."""
-    try:
-        yield
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{source.name}: {first_line(error)}") from None
 
 
 def losses(source: Source, recipes: dict[str, Recipe], dtype: str) -> list[str]:

@@ -22,15 +22,12 @@ from functools import partial
 import torch
 from transformers import PreTrainedConfig
 
+from gda.common.errors import errors_as
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
 from gda.conversion.modes import head_norm
-from gda.conversion.modes.checks import (
-    errors_named,
-    exported,
-    losses,
-)
+from gda.conversion.modes.checks import exported, losses
 from gda.conversion.noise_heads import added
 from gda.conversion.options import PAPER_ONLY, NewHeadOptions
 from gda.conversion.sources.source import Source
@@ -55,7 +52,7 @@ EXPORTED_NOTE = "an exported GDA model is not restored: its noise heads are conv
 def plan(source: Source, options: NewHeadOptions) -> Conversion:
     """Add noise heads to a Llama, Mistral or Qwen."""
     dtype = DTYPES[options.dtype]
-    with errors_named(source):
+    with errors_as(source.name, ValueError):
         config = expanded_config(source.config, options)
     recipes = expanded_recipes(config, source.specs, seed=options.seed, dtype=dtype)
     unscaled = config.head_norm and not head_norm.scales_values(source.specs, dtype)

@@ -8,8 +8,10 @@ import math
 from functools import partial
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from gda.common.errors import errors_as
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.families import diffllama, motif
@@ -23,7 +25,7 @@ from gda.conversion.families.llamalike import (
     zero_bias_projections,
 )
 from gda.conversion.families.plain_heads import plain_heads, plain_recipes, unmasked_recipes, zero_biases
-from gda.conversion.modes.checks import EXPORTED_FIELDS, errors_named, losses_of_cast
+from gda.conversion.modes.checks import EXPORTED_FIELDS, losses_of_cast
 from gda.conversion.modes.fold import folded_recipes
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.source import Source
@@ -42,7 +44,7 @@ def plan(source: Source, options: ExportOptions) -> Conversion:
     """
     assert isinstance(source.config, GDAConfig)
     config = with_fields(source.config, dtype=DTYPES[options.dtype] or source.config.dtype)
-    with errors_named(source):
+    with errors_as(source.name, (ValueError, StrictDataclassError)):  # transformers checks the fields of the target
         if options.format in (*LLAMALIKES, "gguf"):
             return _as_plain(source, config, options)
         return _as_differential(source, config, options)
@@ -116,13 +118,11 @@ def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) 
     dtype = DTYPES[options.dtype]
     target: PreTrainedConfig
     if options.format == "motif":
-        _require_fields(config, "a Motif", motif.required_fields(config))
-        _require_schedule(config, "a Motif", motif.LAMBDA_INIT_OFFSET)
+        _require_expressible(config, "a Motif", motif.required_fields(config), motif.LAMBDA_INIT_OFFSET)
         recipes, notes = all_copied(config, source.specs, dtype), [MOTIF_NOTE]
         target, save_config = motif.exported_config(config), partial(motif.write_exported_config, config)
     else:
-        _require_fields(config, "a DiffLlama", diffllama.required_fields(config))
-        _require_schedule(config, "a DiffLlama", diffllama.LAMBDA_INIT_OFFSET)
+        _require_expressible(config, "a DiffLlama", diffllama.required_fields(config), diffllama.LAMBDA_INIT_OFFSET)
         diffllama.require_plain_norms(config, source.read)
         recipes, notes = diffllama.exported_recipes(config, source.specs, dtype), []
         target = diffllama.exported_config(config)
@@ -138,15 +138,14 @@ def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) 
     )
 
 
-def _require_fields(config: GDAConfig, target: str, required: dict[str, Any]) -> None:
-    """Raise ValueError naming the first field with another value than `target` requires."""
+def _require_expressible(config: GDAConfig, target: str, required: dict[str, Any], offset: int) -> None:
+    """Raise ValueError naming the first field or layer that `target` cannot express.
+
+    Fields must have the `required` values, and λ_init must be 0.8 − 0.6 · exp(−0.3 · (layer + `offset`)).
+    """
     for name, value in required.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r} has no counterpart in {target}")
-
-
-def _require_schedule(config: GDAConfig, target: str, offset: int) -> None:
-    """Raise ValueError naming the first layer whose λ_init is not 0.8 − 0.6 · exp(−0.3 · (layer + `offset`))."""
     for layer in range(config.num_hidden_layers):
         scheduled = 0.8 - 0.6 * math.exp(-0.3 * (layer + offset))
         if not math.isclose(config.layer_lambda_init(layer), scheduled, rel_tol=1e-12, abs_tol=1e-12):

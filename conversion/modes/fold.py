@@ -6,10 +6,10 @@ import torch
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion, with_fields
-from gda.conversion.modes.low_rank import PARTS, dense_config, folded
+from gda.conversion.modes.low_rank import PARTS, dense_specs, folded
 from gda.conversion.options import NOTHING_TO_FOLD, WriteOptions
 from gda.conversion.sources.source import Source
-from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, copied, is_lossless
+from gda.conversion.tensors.recipes import DTYPES, Recipe, copied, is_lossless
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
@@ -37,7 +37,7 @@ def plan(source: Source, options: WriteOptions) -> Conversion:
 def folded_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
     """The recipes of the dense checkpoint, given the configuration and the tensors of the factored one."""
     recipes = {}
-    for name, spec in checkpoint_specs(dense_config(config)).items():
+    for name, spec in dense_specs(config).items():
         projection = next((p for p in config.factored_projections if f".{p}_proj." in name), None)
         if projection is None:
             recipes[name] = copied(name, source[name], dtype)

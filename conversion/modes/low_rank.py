@@ -22,9 +22,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gda.common.errors import errors_as
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion, with_fields
-from gda.conversion.modes.checks import errors_named
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, is_lossless
 from gda.conversion.tensors.safetensors_io import TensorSpec
@@ -52,7 +52,7 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
             f"--qk-rank: a {source.config.model_type} model cannot be run to compare it with the result; "
             "convert it first, then convert the result with --qk-rank"
         )
-    with errors_named(source):
+    with errors_as(source.name, ValueError):
         config = with_fields(dense.config, qk_rank=rank)
     recipes = factored_recipes(config, dense.recipes)
     factors = [recipe for name, recipe in recipes.items() if name not in dense.recipes]
@@ -82,9 +82,9 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
     )
 
 
-def dense_config(config: GDAConfig) -> GDAConfig:
-    """The configuration of the same model with dense projections."""
-    return with_fields(config, qk_rank=None)
+def dense_specs(config: GDAConfig) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint of the same model with dense projections."""
+    return checkpoint_specs(with_fields(config, qk_rank=None))
 
 
 def factored_recipes(config: GDAConfig, dense: dict[str, Recipe]) -> dict[str, Recipe]:

@@ -10,18 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gda.common.errors import errors_as
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import source_fields
 from gda.conversion.families.plain_heads import PlainHeads, columns_of, plain_heads, select_heads
-from gda.conversion.modes.checks import (
-    NEW_HEADS_ONLY,
-    BrokenTieError,
-    errors_named,
-    exported,
-    losses,
-    refuse,
-)
+from gda.conversion.modes.checks import BrokenTieError, exported, losses, refuse_new_heads
 from gda.conversion.modes.expand import LAMBDA
 from gda.conversion.options import NOT_EXPORTED, ConvertOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
@@ -36,11 +30,11 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         BrokenTieError: if the exported model was trained since.
         ValueError: for a source that was not exported with its noise heads.
     """
-    refuse(options, NEW_HEADS_ONLY, "is not for an exported GDA model, which has noise heads; or pass --mode expand")
+    refuse_new_heads(options, "is not for an exported GDA model, which has noise heads; or pass --mode expand")
     export, dtype = exported(source), DTYPES[options.dtype]
     if export is None:
         raise ValueError(f"{source.name} {NOT_EXPORTED}")
-    with errors_named(source):
+    with errors_as(source.name, ValueError):
         config = GDAConfig(
             **source_fields(source.config) | export.fields,
             lambda_type="reparameterized",

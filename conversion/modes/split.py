@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gda.common.errors import errors_as
 from gda.conversion.conversion import Conversion
-from gda.conversion.modes.checks import errors_named, losses
+from gda.conversion.modes.checks import losses
 from gda.conversion.modes.expand import LAMBDA, signal_queries
 from gda.conversion.noise_heads import divided
 from gda.conversion.options import ConvertOptions
@@ -24,7 +25,7 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     """Divide the query heads of a source into signal and noise heads, and fit the result to the source."""
     dtype = DTYPES[options.dtype]
     lambda_type = options.lambda_type or "reparameterized"
-    with errors_named(source):
+    with errors_as(source.name, ValueError):
         heads, kv_heads = source.config.num_attention_heads, source.config.num_key_value_heads
         noise = divided(heads, kv_heads, noise_heads=options.noise_heads, ratio=options.ratio)
         config = split_config(source.config, noise_heads=noise, lambda_type=lambda_type, dtype=dtype)

@@ -1,7 +1,6 @@
 """A PEFT adapter as a source: its base model with the adapter merged."""
 
 import copy
-import functools
 import threading
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,6 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 class AdapterSource(Source):
     """A LoRA or another adapter that PEFT can merge. The merged model is in memory, in the data types of the base.
-
-    Args:
-        folder: The adapter.
-        base: Its base model, opened.
-        name: Its name. Default: that of the folder.
-        revision: Its commit on the Hub.
 
     Raises:
         ImportError: if PEFT is missing.
@@ -107,12 +100,9 @@ class AdapterSource(Source):
     def load(self) -> PreTrainedModel:
         return copy.deepcopy(self._merged)  # which `read` reads
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer if has_vocabulary(self.folder) else self.base.tokenizer()
-
-    @functools.cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return read_tokenizer(self.folder, config=self.config)
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase:
+        own = has_vocabulary(self.folder)
+        return read_tokenizer(self.folder, config=self.config) if own else self.base.tokenizer()
 
     def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
         # Files of two tokenizers must not be mixed.

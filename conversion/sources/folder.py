@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from gda.common.assets import copy_assets
 from gda.common.errors import errors_as
 from gda.common.places import ADAPTER_CONFIG
+from gda.conversion.sources.config_file import read_config
 from gda.conversion.sources.hub import check_downloaded
 from gda.conversion.sources.names import stored_names
-from gda.conversion.sources.readers import read_config
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.tensors.file_range import FileRange
@@ -72,11 +71,7 @@ class FolderSource(Source):
         if not (folder / "generation_config.json").exists():
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
-
-    @functools.cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase:
         return read_tokenizer(self.folder, config=self.config, hub_id=self.name if self.revision else None)
 
     def card_data(self) -> dict[str, Any]:

@@ -23,16 +23,16 @@ from transformers import (
 from gda.common.assets import TOKENIZER_CONFIG, tokenizer_config
 from gda.common.errors import errors_as, first_line
 from gda.common.extras import needed_by
-from gda.common.files import write_json
+from gda.common.files import stamp_of, write_json
 from gda.common.screen import quiet_transformers
 from gda.conversion.families.llamalike import head_dim
+from gda.conversion.sources.config_file import require_known_type
 from gda.conversion.sources.gguf_parts import parts_of, read_parts
 from gda.conversion.sources.gguf_rope import ROPE_FREQS, scaling_in_metadata, scaling_in_tensor
 from gda.conversion.sources.gguf_splits import correct_tokenizer
-from gda.conversion.sources.readers import require_known_type
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import ANY_TOKENIZER, NoTokenizerError
-from gda.conversion.tensors.file_range import FileRange, stamp_of
+from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.recipes import meta_model
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
@@ -202,11 +202,7 @@ class GGUFSource(Source):
             )
         return model.eval()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
-
-    @functools.cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             with quiet_transformers(), self._parsed_once():
                 tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
@@ -228,6 +224,5 @@ class GGUFSource(Source):
             write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": ANY_TOKENIZER})
 
     def card_data(self) -> dict[str, Any]:
-        fields = {"license": "general.license", "language": "general.languages"}
-        found = {key: self._reader.fields.get(field) for key, field in fields.items()}
-        return {key: field.contents() for key, field in found.items() if field is not None}
+        found = {"license": self._entry("general.license"), "language": self._entry("general.languages")}
+        return {key: value for key, value in found.items() if value is not None}

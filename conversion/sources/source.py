@@ -1,5 +1,6 @@
 """What a conversion reads: the interface of a source."""
 
+import functools
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -12,7 +13,7 @@ from gda.common.errors import first_line
 from gda.common.files import sha256
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
 from gda.conversion.sources.names import EMBEDDINGS, HEAD, LAYER, other_head, why_missing
-from gda.conversion.tensors.file_range import FileRange, stamp_of
+from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
@@ -55,7 +56,6 @@ class Source(ABC):
     def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
         """Write generation config, licences and, if wanted, the tokenizer into `folder`."""
 
-    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, which is read once.
 
@@ -63,14 +63,18 @@ class Source(ABC):
             ImportError: naming the remedy, if a package is missing.
             NoTokenizerError: if there is none that can be read.
         """
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._read_tokenizer()
+
+    @abstractmethod
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     def card_data(self) -> dict[str, Any]:
         """Licence and languages from the metadata of the source's model card, for the result's card."""
         return {}
-
-    def file_stamps(self) -> list[tuple[str, int, int]]:
-        """Name, size and modification time of each file of weights. A resumed run requires them unchanged."""
-        return [(path.name, *stamp_of(path)) for path in self.weight_files]
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file of weights."""

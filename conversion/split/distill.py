@@ -25,7 +25,7 @@ WARM_UP = 20  # steps
 CHUNK = 128  # tokens whose logits are in memory
 CHECKPOINTS = 10  # per run: a killed run loses at most a tenth of the training
 
-ATTENTION = "self_attn."
+ATTENTION = "self_attn."  # what the names of the trained tensors begin with
 
 
 @dataclass(frozen=True)
@@ -85,18 +85,17 @@ class Distillation:
         self.scales: list[dict[str, float]] = []
         for layer in range(model.num_layers):
             tensors = start(layer)
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
             self.scales.append({name: _scale(tensor) for name, tensor in tensors.items()})
-            self.weights.append(self._allocated("weight", layer, tensors))
-            self.means.append(self._allocated("mean", layer, tensors))
-            self.squares.append(self._allocated("square", layer, tensors))
-            for name, tensor in tensors.items():
-                self.weights[layer][name].copy_(tensor)
-                self.means[layer][name].zero_()
-                self.squares[layer][name].zero_()
+            self.weights.append(self._mapped("weight", layer, tensors))
+            self.means.append(self._mapped("mean", layer, zeros))
+            self.squares.append(self._mapped("square", layer, zeros))
         self._load_checkpoint()
 
-    def _allocated(self, kind: str, layer: int, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: self.work.allocate(f"{kind}-{layer}-{name}", *tensor.shape) for name, tensor in like.items()}
+    def _mapped(self, kind: str, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of the tensors in mapped files."""
+        allocate = self.work.allocate
+        return {name: allocate(f"{kind}-{layer}-{name}", *each.shape).copy_(each) for name, each in tensors.items()}
 
     def train(self, plan: Plan, sequences: torch.Tensor, last_states: torch.Tensor) -> Iterator[float]:
         """Train to the last step of the plan, and yield the loss of each step, in nats per token.
@@ -138,17 +137,13 @@ class Distillation:
     def _pass(self, layer: int, states: torch.Tensor) -> "_Pass":
         """Run a layer on `states` (B, T, hidden), with its attention's weights as leaves."""
         entering = states.detach().requires_grad_()
-        trained = {name: each.to(self.model.device).requires_grad_() for name, each in self._of(layer)}
-        frozen = self.model.tensors(layer, without=ATTENTION)
-        return _Pass(entering, trained, self.model.run(layer, frozen | trained, entering))
+        weights = self.weights[layer].items()
+        trained = {name: weight.detach().to(self.model.device).requires_grad_() for name, weight in weights}
+        return _Pass(entering, trained, self.model.run(layer, self.model.tensors(layer, trained), entering))
 
     def tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """All tensors of a layer, with the current attention."""
-        frozen = self.model.tensors(layer, without=ATTENTION)
-        return frozen | {name: weight.to(self.model.device) for name, weight in self._of(layer)}
-
-    def _of(self, layer: int) -> list[tuple[str, torch.Tensor]]:
-        return [(name, weight.detach()) for name, weight in self.weights[layer].items()]
+        return self.model.tensors(layer, self.weights[layer])
 
     @torch.no_grad()
     def _update(self, layer: int, name: str, gradient: torch.Tensor, rate: float) -> None:

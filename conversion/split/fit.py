@@ -58,12 +58,7 @@ def _buffers(work: Work, config: PreTrainedConfig, sequences: int, length: int) 
 
 @torch.no_grad()
 def _fit_layer(
-    source: LayerwiseModel,
-    index: int,
-    config: GDAConfig,
-    entering: torch.Tensor,
-    leaving: torch.Tensor,
-    counted: int,
+    source: LayerwiseModel, index: int, config: GDAConfig, entering: torch.Tensor, leaving: torch.Tensor, counted: int
 ) -> Split:
     """Run a layer on `entering`, write its outputs to `leaving`, and split its heads.
 

@@ -63,7 +63,6 @@ def split_layer(
     width = len(moments.heads)
     covariance = moments.heads + _ridge(moments.heads)
     inverse = torch.linalg.inv(covariance)
-    best: Split | None = None
     group_width, noise_in_group = width // num_kv_heads, num_noise_heads // num_kv_heads
     heads_in_group = group_width // head_dim
     coefficients = moments.cross @ inverse
@@ -73,16 +72,14 @@ def split_layer(
         given_others = torch.linalg.inv(inverse[rows, rows])
         gram = coefficients[:, rows].T @ coefficients[:, rows]
         groups.append((given_others, gram))
+    splits = []
     for lambda_ in lambdas:
         order = []
         for group, (given_others, gram) in enumerate(groups):
             chosen = _best_order(given_others, gram, heads_in_group, noise_in_group, head_dim, lambda_)
             order += [group * heads_in_group + head for head in chosen]
-        split = fitted(moments, output, order, num_noise_heads, head_dim, lambda_)
-        if best is None or split.error_after < best.error_after:
-            best = split
-    assert best is not None
-    return best
+        splits.append(fitted(moments, output, order, num_noise_heads, head_dim, lambda_))
+    return min(splits, key=lambda split: split.error_after)
 
 
 def features(heads: int, noise_heads: int, head_dim: int, lambda_: float, order: list[int]) -> torch.Tensor:

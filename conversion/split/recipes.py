@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.families.llamalike import source_fields
+from gda.conversion.families.plain_heads import select_heads
 from gda.conversion.split.heads import Split
 from gda.conversion.tensors.axes import LAYER
 from gda.conversion.tensors.recipes import Recipe, checkpoint_specs, copied, lambda_recipe
@@ -72,7 +73,7 @@ def split_recipes(
             layer, inner = int(match[1]), match[2]
             split, target = splits[layer], TensorSpec(spec.shape, recipe.spec.dtype)
             if inner.startswith("self_attn.q_proj."):
-                make = partial(reordered, order=split.order, head_dim=config.head_dim)
+                make = partial(select_heads, heads=split.order, head_dim=config.head_dim)
                 how = f"rows of heads {split.order}; the last head of each group is noise"
                 recipe = Recipe(target, (name,), make, how)
             elif inner == "self_attn.o_proj.weight":
@@ -88,8 +89,3 @@ def split_recipes(
 def _instead(tensor: torch.Tensor, *_source: torch.Tensor) -> torch.Tensor:
     """The tensor that takes the place of the source's."""
     return tensor
-
-
-def reordered(query: torch.Tensor, *, order: list[int], head_dim: int) -> torch.Tensor:
-    """Put the heads of q_proj's weight or bias, rows (H · head_dim, …), into the given order."""
-    return query.unflatten(0, (-1, head_dim))[order].flatten(0, 1)

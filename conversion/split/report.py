@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gda.common.numbers import finite
-from gda.common.perplexity import SequenceLoss, mean_perplexity, ratio_interval
 from gda.conversion.split.calibration import HELD_OUT_TOKENS
 
 WORSE = 1.15  # times the source's perplexity: reported as a warning
@@ -42,14 +41,6 @@ class TextLoss:
     perplexity: float
     ratio: float
     interval: tuple[float, float] | None
-
-    @classmethod
-    def of(
-        cls, text: str, fitted: bool, tokens: int, source: list[SequenceLoss], result: list[SequenceLoss]
-    ) -> "TextLoss":
-        """From the losses of the source and of the result on the same sequences."""
-        before, after = mean_perplexity(source), mean_perplexity(result)
-        return cls(text, fitted, tokens, before, after, after / before, ratio_interval(result, source))
 
 
 @dataclass(frozen=True)

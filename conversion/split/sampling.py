@@ -4,12 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 BATCH = 64  # sequences written at a time
 QUESTION = "{question}"

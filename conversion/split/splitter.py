@@ -1,6 +1,8 @@
 """Splitting the heads of a source: closed form, training on the source's predictions, and measuring the loss."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gda._version import __version__
+from gda.common.files import stamps
 from gda.common.perplexity import SequenceLoss, mean_perplexity, ratio_interval
 from gda.common.progress import logger
 from gda.common.screen import progress_bars, shows_progress
@@ -150,9 +153,9 @@ class Splitter:
             of_source = losses(self.teacher, held_out, states[len(sequences) :])
             if not math.isfinite(mean_perplexity(of_source)):
                 raise ValueError("the last norm or the head of the source gives values that are not finite")
-            initial = self._recipes(splits, None, torch.float32)
-            closed_form = measure(student, lambda layer: self._closed_form(student, initial, layer), held_out)
-            trained = self._train(student, initial, sequences, states) if self.steps else None
+            attention = partial(self._attention, self._recipes(splits, None, torch.float32))
+            closed_form = measure(student, lambda layer: student.tensors(layer, attention(layer)), held_out)
+            trained = self._train(student, attention, sequences, states) if self.steps else None
             result = closed_form if trained is None else measure(student, trained.tensors, held_out)
         report = self._report(splits, of_source, closed_form, result)
         return self.config, self._recipes(splits, trained, dtype), report
@@ -185,14 +188,14 @@ class Splitter:
         return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self.seed))]
 
     def _train(
-        self, student: LayerwiseModel, initial: dict[str, Recipe], sequences: torch.Tensor, states: torch.Tensor
+        self,
+        student: LayerwiseModel,
+        start: Callable[[int], dict[str, torch.Tensor]],
+        sequences: torch.Tensor,
+        states: torch.Tensor,
     ) -> Distillation:
-        distillation = Distillation(
-            student,
-            lambda layer: self._attention(initial, layer),
-            self.work,
-            keeps_graphs=graph_bytes(student.config, BATCH * self.shares.context) < memory_to_use(self.device),
-        )
+        fits = graph_bytes(student.config, BATCH * self.shares.context) < memory_to_use(self.device)
+        distillation = Distillation(student, start, self.work, keeps_graphs=fits)
         plan = Plan(self.steps, self.seed, mixed_precision=self.mixed_precision)
         task = self.progress.add_task("training, step", total=self.steps, completed=distillation.step)
         for loss in distillation.train(plan, sequences, states):
@@ -200,11 +203,6 @@ class Splitter:
             if not math.isfinite(loss):
                 raise ValueError("the training loss is not finite; does the source hold NaN or infinity?")
         return distillation
-
-    def _closed_form(self, student: LayerwiseModel, initial: dict[str, Recipe], layer: int) -> dict[str, torch.Tensor]:
-        """All tensors of a layer before training."""
-        frozen = student.tensors(layer, without=ATTENTION)
-        return frozen | {name: each.to(self.device) for name, each in self._attention(initial, layer).items()}
 
     def _attention(self, initial: dict[str, Recipe], layer: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer's attention before training, in float32."""
@@ -231,7 +229,9 @@ class Splitter:
         for text in self.texts:
             here = slice(begin, begin := begin + len(text.held_out))
             fitted, tokens = len(text.sequences) > 0, text.held_out.numel()
-            texts.append(TextLoss.of(text.name, fitted, tokens, of_source[here], result.losses[here]))
+            before, after = mean_perplexity(of_source[here]), mean_perplexity(result.losses[here])
+            interval = ratio_interval(result.losses[here], of_source[here])
+            texts.append(TextLoss(text.name, fitted, tokens, before, after, after / before, interval))
         calibrated = [text for text in self.texts if len(text.sequences)]
         measured = self.files or calibrated
         inside = slice(sum(len(text.held_out) for text in measured))
@@ -271,7 +271,7 @@ class Splitter:
         config = self.config
         return {
             "versions": [__version__, torch.__version__],
-            "source": [self.source.name, self.source.revision, [list(each) for each in self.source.file_stamps()]],
+            "source": [self.source.name, self.source.revision, stamps(self.source.weight_files)],
             "heads": [config.num_attention_heads, config.num_noise_heads, config.num_key_value_heads],
             "lambda_type": config.lambda_type,
             "seed": self.seed,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from gda.common.errors import errors_naming
 from gda.common.files import read_json, remove, write_json
 from gda.conversion.tensors.safetensors_io import TensorSpec, file_order, write_safetensors
 
@@ -69,10 +70,6 @@ class Work:
 
 def _reserve(path: Path, nbytes: int) -> None:
     """Allocate all blocks of the file: writing to a mapped file on a full disk would kill the process."""
-    with open(path, "ab") as file:
-        try:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, nbytes)
-        except OSError as error:
-            error.filename = str(path)
-            raise
+    with open(path, "ab") as file, errors_naming(path):
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, nbytes)

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gda.common.errors import errors_naming
+from gda.common.files import stamp_of
+
 CHUNK = 1 << 18  # bytes; fits in the processor's cache between reading and writing or hashing
 MAX_READ = 1 << 26  # bytes in one system call, which an interrupt has to wait for
 
@@ -57,17 +60,8 @@ class FileRange:
 
     def _read_at(self, descriptor: int, piece: memoryview, done: int) -> int:
         """Read what follows the first `done` bytes into `piece`; return how many bytes were read."""
-        try:
+        with errors_naming(self.path):
             size = os.preadv(descriptor, [piece], self.offset + done)
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
         if not size:
             raise ValueError(f"{self.path} ends before its header says; it was truncated while it was read")
         return size
-
-
-def stamp_of(file: int | Path) -> tuple[int, int]:
-    """Size and modification time of a file, given by path or descriptor."""
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns

@@ -110,11 +110,12 @@ class LayerwiseModel:
         """The module of layer `index`, on the meta device, for hooks and shapes."""
         return self.model.model.layers[index]
 
-    def tensors(self, index: int, without: str | None = None) -> dict[str, torch.Tensor]:
-        """The tensors of layer `index`, by their names in it, except those whose names start with `without`."""
-        names = [name for name in self.layer(index).state_dict() if without is None or not name.startswith(without)]
+    def tensors(self, index: int, given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of layer `index`, by their names in it: the `given` ones, and the others as they are read."""
+        here = {name: tensor.to(self.device) for name, tensor in (given or {}).items()}
+        names = [name for name in self.layer(index).state_dict() if name not in here]
         linear = self._linear_weights(index) if self._narrow else ()
-        return {name: self._tensor(layer_prefix(index) + name, narrow=name in linear) for name in names}
+        return here | {name: self._tensor(layer_prefix(index) + name, narrow=name in linear) for name in names}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids (B, T) → hidden states (B, T, hidden)."""

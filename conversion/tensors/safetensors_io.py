@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gda.common.errors import errors_as
-from gda.common.files import read_json, written_beside
-from gda.conversion.tensors.file_range import FileRange, stamp_of
+from gda.common.files import read_json, stamp_of, written_beside
+from gda.conversion.tensors.file_range import FileRange
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -75,13 +75,9 @@ class SafetensorsReader:
             return None
         index_path = self.folder / INDEX_FILE
         if not index_path.is_file():
-            pickles = sorted(path.name for path in self.folder.glob("*.bin")) + sorted(
-                path.name for path in self.folder.glob("*.pt*")
-            )
-            if pickles:
+            if pickles := [*sorted(self.folder.glob("*.bin")), *sorted(self.folder.glob("*.pt*"))]:
                 raise ValueError(
-                    f"{self.folder / pickles[0]} is a pickle, which can run code when read; "
-                    "save the model as safetensors first"
+                    f"{pickles[0]} is a pickle, which can run code when read; save the model as safetensors first"
                 )
             raise FileNotFoundError(f"{self.folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
         index = read_json(index_path)

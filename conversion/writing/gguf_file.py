@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gda._version import __version__
+from gda.common.errors import errors_as
 from gda.common.extras import needed_by
 from gda.common.files import created_parents, refuse_existing, require_space, sha256, written_beside
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim, layer_windows
-from gda.conversion.modes.checks import errors_named
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.gguf_rope import ROPE_FREQS, rope_factors
@@ -77,7 +77,7 @@ def write_gguf(
     if out.is_dir():
         raise ValueError(f"{out} is a folder; choose another path")
     config: Any = conversion.config
-    with errors_named(source):
+    with errors_as(source.name, ValueError):
         architecture = architecture_of(config)
         writer = GGUFWriter(None, architecture)
         tokenizer_file = None if options.tokenizer is None else Path(options.tokenizer)

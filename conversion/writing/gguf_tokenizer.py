@@ -28,13 +28,10 @@ REMEDY = "pass --tokenizer FILE.gguf, a GGUF file with this tokenizer that llama
 def add_tokenizer(
     writer: "GGUFWriter", source: Source, config: PreTrainedConfig, copied_from: Path | None
 ) -> list[str]:
-    """Add the metadata of the tokenizer and its chat template; return notes on where llama.cpp differs.
+    """Add the metadata of the source's tokenizer and its chat template; return notes on where llama.cpp differs.
 
-    Args:
-        writer: Where it goes.
-        source: The model, for its tokenizer as transformers runs it. Without one, the file takes token ids only.
-        config: The configuration of the model.
-        copied_from: A GGUF file with the metadata to copy instead.
+    If the source has no tokenizer, the file takes token ids only. `copied_from` is a GGUF file with the metadata to
+    copy instead.
 
     Raises:
         ValueError: if llama.cpp has no tokenizer that is known to give the same ids.

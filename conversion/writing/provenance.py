@@ -1,4 +1,7 @@
-"""conversion.json: what a converted checkpoint was made from, with which settings, and how each tensor was made."""
+"""conversion.json: what a converted checkpoint was made from, with which settings, and how each tensor was made.
+
+It also holds the history of the model: the conversions, growth and training that led to it, as sentences for its card.
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,9 +12,9 @@ from gda.common.versions import versions
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim
 from gda.conversion.options import CheckpointOptions
-from gda.conversion.sources.source import PROVENANCE_FILE, Source
+from gda.conversion.sources.folder import FolderSource
+from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE, Source
 from gda.conversion.tensors.recipes import DTYPES
-from gda.conversion.writing.history import with_conversion
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def write_provenance(
             for name, recipe in conversion.recipes.items()
         },
     }
-    made["history"] = with_conversion(source, made)
+    made["history"] = _with_conversion(source, made)
     write_json(folder / PROVENANCE_FILE, made)
     return made
 
@@ -114,3 +117,30 @@ def read_settings(folder: Path) -> Settings | None:
     except (KeyError, TypeError):
         raise ValueError(f"{path} does not hold the settings of a conversion; remove it") from None
     return settings
+
+
+def history_of(folder: Path) -> list[str]:
+    """The steps that a folder records, oldest first; empty without a record."""
+    for name in (PROVENANCE_FILE, TRAINING_FILE):  # a trained model no longer has the tensors of the first
+        if (folder / name).is_file():
+            record = read_json(folder / name)
+            steps = record.get("history") if isinstance(record, dict) else None
+            return [step for step in steps if isinstance(step, str)] if isinstance(steps, list) else []
+    return []
+
+
+def _with_conversion(source: Source, made: dict[str, Any]) -> list[str]:
+    """The steps of a source, and the conversion that conversion.json describes."""
+    before = history_of(source.folder) if isinstance(source, FolderSource) else []
+    settings, split, verification = made["settings"], made["split"], made["verification"]
+    growth = {
+        name: value for name, value in (settings["growth"] or {}).items() if value is not None and value is not False
+    }
+    options = f" ({', '.join(f'{name} {value}' for name, value in growth.items())})" if growth else ""
+    commit = f" at commit {source.revision}" if source.revision else ""
+    result = ""
+    if split is not None and split["perplexity"] is not None:
+        result = f"; held-out perplexity {split['perplexity']:.3f}, that of the source {split['perplexity_source']:.3f}"
+    elif verification is not None and verification["relative"] is not None:
+        result = f"; largest difference of a logit {verification['relative']:.1e}, relative to the largest logit"
+    return [*before, f"`{settings['mode']}`{options} of {source.name}{commit}{result}."]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gda._version import __version__
-from gda.common.files import read_json, remove, sha256, write_json, write_text
+from gda.common.files import read_json, remove, sha256, stamps, write_json, write_text
 from gda.common.screen import progress_bars
 from gda.conversion.options import parsed_size
 from gda.conversion.sources.source import Source
@@ -158,7 +158,7 @@ def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, 
         torch.__version__,
         source.name,
         source.revision,
-        source.file_stamps(),
+        stamps(source.weight_files),
         source.config.to_dict() | {"_name_or_path": None},  # the same source by a relative or an absolute path
         settings,
         shards,

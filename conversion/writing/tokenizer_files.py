@@ -43,13 +43,7 @@ def keep_reading(tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: boo
     types transformers chooses another. Then tokenizer.json gets what that class does, and tokenizer_config.json names a
     class that runs it unchanged.
 
-    Args:
-        tokenizer: The source's.
-        folder: The files, with the config.json of the result.
-        check: Refuse tokenizers that differ. Otherwise a note says so.
-
-    Returns:
-        Notes on what was changed.
+    `folder` also holds the config.json of the result. Notes say what was changed and, without `check`, what differs.
 
     Raises:
         CheckFailed: naming a string and its ids, if transformers cannot be made to read both alike.

@@ -6,30 +6,22 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from gda.common.errors import CheckFailed
-from gda.common.files import (
-    StagedFolder,
-    check_places,
-    in_background,
-    obstacle,
-    remove,
-    require_space,
-    write_text,
-)
+from gda.common.errors import CheckFailed, errors_naming
+from gda.common.files import StagedFolder, check_places, in_background, obstacle, remove, require_space, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import choose_target
 from gda.conversion.families.plain_heads import plain_heads
-from gda.conversion.modes.low_rank import dense_config, layer_errors
-from gda.conversion.options import CheckpointOptions
+from gda.conversion.modes.low_rank import dense_specs, layer_errors
+from gda.conversion.options import BundleOptions, CheckpointOptions
 from gda.conversion.push import PushReport
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.source import TRAINING_FILE, Source
-from gda.conversion.tensors.recipes import checkpoint_specs
+from gda.conversion.split.report import SplitReport
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opened
 from gda.conversion.writing.card import CARD_FILE, model_card
@@ -37,9 +29,6 @@ from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
 from gda.conversion.writing.stream import MANIFEST_FILE, shards_of, write_checkpoint
 from gda.conversion.writing.tokenizer_files import keep_tokenizer
-
-if TYPE_CHECKING:  # only splits load it
-    from gda.conversion.split.splitter import SplitReport
 
 WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
 OF_TRAINING = {TRAINING_FILE: "`gda train`"}
@@ -74,7 +63,7 @@ class ConvertReport:
     num_dense_parameters: int
     projection_errors: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    split: "SplitReport | None" = None
+    split: SplitReport | None = None
     sha256: dict[str, str] = field(default_factory=dict)
     verification: VerifyReport | None = None
     pushed: PushReport | None = None
@@ -115,18 +104,9 @@ class ConvertReport:
 
 
 def write_model(
-    conversion: Conversion,
-    source: Source,
-    out: Path,
-    options: CheckpointOptions,
-    *,
-    bundle_code: bool = False,
-    console: Console | None = None,
+    conversion: Conversion, source: Source, out: Path, options: CheckpointOptions, *, console: Console | None = None
 ) -> ConvertReport:
-    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified.
-
-    `bundle_code` saves the code of a GDA model beside its weights.
-    """
+    """Write a planned conversion to the folder `out`, which appears only when it is complete and verified."""
     with tempfile.TemporaryDirectory(prefix="gda-") as scratch:
         assets = Path(scratch) / "assets"
         assets.mkdir()
@@ -137,7 +117,7 @@ def write_model(
         if options.dry_run:
             message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=OF_TRAINING)
             return replace(report, notes=[*report.notes, *filter(None, [message])])
-        return _write(report, conversion, source, assets, options, bundle_code=bundle_code, console=console)
+        return _write(report, conversion, source, assets, options, console)
 
 
 def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check: bool) -> list[str]:
@@ -145,14 +125,10 @@ def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check
 
     Returns notes.
     """
-    try:
+    with errors_naming(folder):
         _save_config(conversion, folder, bundle_code=False)
         source.copy_assets(folder)
         return keep_tokenizer(source, folder, check=check)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(folder)  # the error of a failed write doesn't name the file
-        raise
 
 
 def _save_config(conversion: Conversion, folder: Path, *, bundle_code: bool) -> None:
@@ -185,11 +161,9 @@ def _write(
     source: Source,
     assets: Path,
     options: CheckpointOptions,
-    *,
-    bundle_code: bool,
     console: Console | None,
 ) -> ConvertReport:
-    out = report.out
+    out, bundle_code = report.out, isinstance(options, BundleOptions) and options.bundle_code
     with _staged(out, options) as folder:
         finished = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if options.resume else 0
         require_space(out.parent, report.nbytes + conversion.work_bytes, reusable=finished)
@@ -245,7 +219,7 @@ def _planned_report(
 ) -> ConvertReport:
     dense = conversion.num_parameters
     if getattr(conversion.config, "qk_rank", None) is not None:
-        dense = sum(spec.numel for spec in checkpoint_specs(dense_config(conversion.config)).values())
+        dense = sum(spec.numel for spec in dense_specs(conversion.config).values())
     return ConvertReport(
         out=out,
         config=conversion.config,

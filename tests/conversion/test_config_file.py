@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from gda import GDAConfig
-from gda.conversion.sources import readers
-from gda.conversion.sources.config_file import read_config_file
+from gda.conversion.sources.config_file import read_config, read_config_file, read_gda_config
 from gda.eval.models import find_model
 
 from ..support.llamas import change_config, save_llama
@@ -17,8 +16,8 @@ from ..support.tiny import tiny_config
 
 READERS: dict[str, Callable[[Path], object]] = {
     "read_config_file": read_config_file,
-    "convert": readers.read_config,
-    "train": readers.read_gda_config,
+    "convert": read_config,
+    "train": read_gda_config,
 }
 
 

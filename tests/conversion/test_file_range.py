@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gda
-from gda.conversion.tensors.file_range import CHUNK, FileRange, stamp_of
+from gda.common.files import stamp_of
+from gda.conversion.tensors.file_range import CHUNK, FileRange
 from gda.conversion.tensors.safetensors_io import LARGE, SafetensorsReader
 
 from ..support.commands import Command

@@ -33,7 +33,7 @@ import gda
 from gda.common.options import flag
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import MASKED
-from gda.conversion.writing.history import history_of
+from gda.conversion.writing.provenance import history_of
 from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.plan import eval_batch_size
 from gda.training.report import TrainReport

@@ -20,10 +20,10 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 
 from gda.common.dataset_folders import COMPRESSED, LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
 from gda.common.errors import errors_as, first_line
+from gda.common.files import stamp_of
 from gda.common.places import check_data
 from gda.common.text import pieces_from, rows_from
 from gda.conversion.sources.hub import LOG_IN
-from gda.conversion.tensors.file_range import stamp_of
 from gda.training.data.rows import TOOLS, Fields, Piece, Position, Rows, Source, source_of_rows
 
 CHECKED = {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)}

@@ -9,17 +9,16 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from gda.common.assets import copy_assets
 from gda.common.errors import errors_as
-from gda.common.files import write_text
+from gda.common.files import stamps, write_text
 from gda.common.trainable import TRAINABLE_FILE
+from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.folder import FolderSource
-from gda.conversion.sources.readers import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.writing.card import CARD_FILE, model_card
 from gda.conversion.writing.tokenizer_files import keep_reading
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
 from gda.training.report import TrainReport
 from gda.training.runs.checkpoints import dtypes_before_training
-from gda.training.runs.run_folder import stamps
 from gda.training.settings import TrainSettings
 
 

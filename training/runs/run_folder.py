@@ -18,7 +18,6 @@ from gda.common.files import (
 )
 from gda.common.options import flag
 from gda.conversion.sources.source import TRAINING_FILE
-from gda.conversion.tensors.file_range import stamp_of
 from gda.conversion.writing.stream import MANIFEST_FILE
 from gda.conversion.writing.write_model import WORK_FOLDER
 from gda.training.report import TrainReport
@@ -90,11 +89,6 @@ def _as_flag(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value)) or None
     return f"no {flag(name)}" if value in (None, False) else f"{flag(name)} {value!s:.100}"
-
-
-def stamps(files: list[Path]) -> list[list[Any]]:
-    """Name, size and modification time of each file."""
-    return [[file.name, *stamp_of(file)] for file in files]
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ def serve(options: ServeOptions, context: typer.Context) -> None:
     import transformers
     from transformers.cli.transformers import app as transformers_app
 
+    from gda.conversion.sources.config_file import read_gda_config
     from gda.conversion.sources.open import resolve_folder
-    from gda.conversion.sources.readers import read_gda_config
     from gda.conversion.sources.tokenizers import require_packages
     from gda.modeling_gda.modeling_gda import GDAForCausalLM
 

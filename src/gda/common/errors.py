@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 MAX_LENGTH = 500  # characters of a message, which may quote a value of any length
 
@@ -22,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def errors_as(message: str, caught: type[Exception] = Exception) -> Iterator[None]:
+def errors_as(message: str, caught: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
     """Raise ValueError with `message` and the first line of an error that is raised inside.
 
     By default, of any: what libraries raise for a malformed file has no class in common.
@@ -31,3 +32,14 @@ def errors_as(message: str, caught: type[Exception] = Exception) -> Iterator[Non
         yield
     except caught as error:
         raise ValueError(f"{message}: {first_line(error)}") from None
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Name the file or folder in an OSError that names none, as that of a failed read or write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
+from gda.common.errors import errors_naming
+
 T = TypeVar("T")
 
 
@@ -22,6 +24,17 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp_of(file: int | Path) -> tuple[int, int]:
+    """Size and modification time of a file, given by path or descriptor."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def stamps(files: list[Path]) -> list[list[Any]]:
+    """Name, size and modification time of each file, which a resumed run requires unchanged."""
+    return [[file.name, *stamp_of(file)] for file in files]
 
 
 def in_background(function: Callable[[], T]) -> "Future[T]":
@@ -47,16 +60,14 @@ def written_beside(path: Path, *, alone: bool = False) -> Iterator[BinaryIO]:
     """
     beside = path.with_name(f".{path.name}.tmp")
     opener = partial(_open_alone, out=path) if alone else _open_no_link
-    with open(beside, "wb", opener=opener) as file:
+    with errors_naming(path), open(beside, "wb", opener=opener) as file:
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(beside, path)
             sync(path.parent)
-        except BaseException as error:
-            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-                error.filename = str(path)  # the error of a failed write doesn't name the file
+        except BaseException:
             beside.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # which would replace this error, since closing writes again
                 file.close()
