@@ -68,7 +68,7 @@ def _masked_recipe(
     kept = torch.nonzero(origins[str(axes_of(name)[axis])] != NEW).flatten()
 
     def make(*tensors: Tensor) -> Tensor:
-        old = recipe.make(*tensors).to(spec.dtype)
+        old = recipe.of(*tensors)
         return draw().to(spec.dtype).index_copy_(axis, kept, old)
 
     what = "columns" if axis == 1 else "rows"

@@ -80,7 +80,7 @@ def _replicated_recipe(
         return recipe
 
     def make(*tensors: Tensor) -> Tensor:
-        made = recipe.make(*tensors).to(recipe.spec.dtype)
+        made = recipe.of(*tensors)
         if not shares:
             for axis, rows in repeats.items():
                 made = made.index_select(axis, rows)

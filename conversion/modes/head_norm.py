@@ -57,7 +57,7 @@ def with_scaled_values(recipe: Recipe, name: str, config: GDAConfig, source: dic
 
     def make(tensor: torch.Tensor, *measured: torch.Tensor) -> torch.Tensor:
         scales = powers_of_two(*measured, num_groups=num_groups)
-        made = recipe.make(tensor).to(recipe.spec.dtype)  # first, since float16 could not hold the product
+        made = recipe.of(tensor)  # first, since float16 could not hold the product
         if parameter == "o_proj.weight":
             return made.unflatten(1, (num_groups, -1)).div(scales[:, None]).flatten(1)
         heads = made.unflatten(0, (num_groups, -1))

@@ -31,8 +31,12 @@ class Recipe:
     scaled_by: tuple[str, ...] = ()
 
     def __call__(self, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """Make the tensor; `read` reads a source tensor by its name. ValueError for values beyond float16's range."""
-        made = self.make(*(read(name) for name in (*self.sources, *self.scaled_by)))
+        """Make the tensor; `read` reads a source tensor by its name. Errors are those of `of`."""
+        return self.of(*(read(name) for name in (*self.sources, *self.scaled_by)))
+
+    def of(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Make the tensor of its source tensors. ValueError for values beyond float16's range."""
+        made = self.make(*tensors)
         narrows = self.spec.dtype == torch.float16 and made.dtype != torch.float16
         if narrows and made.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError(f"{self.sources[0]} has values that float16 cannot hold; use bfloat16")

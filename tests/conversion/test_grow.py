@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gda
@@ -534,6 +534,18 @@ def test_settings_of_an_unknown_growth(tmp_path: Path) -> None:
     path.write_text(json.dumps(made))
     with pytest.raises(ValueError, match=r"conversion\.json holds an unknown growth"):
         gda.verify(source, tmp_path / "grown", method="tensors")
+
+
+@pytest.mark.parametrize("how", [{"mlp": 2}, {"mlp": 2, "masked": True}, {"signal": 2, "head_norm": True}], ids=str)
+def test_values_beyond_float16_are_refused(how: dict[str, Any], tmp_path: Path) -> None:
+    """Also where a growth or a head norm computes with the tensor that is cast."""
+    llama = save_llama(tmp_path / "llama")
+    tensors = load_file(llama / "model.safetensors")
+    name = f"model.layers.1.{'self_attn.v_proj' if 'head_norm' in how else 'mlp.up_proj'}.weight"
+    tensors[name][0, 0] = 1e6
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} has values that float16 cannot hold; use bfloat16"):
+        gda.grow(llama, tmp_path / "out", dtype="float16", verify=False, **how)
 
 
 def test_conversion_json_card_and_inspect(tmp_path: Path) -> None:
