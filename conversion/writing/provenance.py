@@ -12,6 +12,7 @@ from gda.common.versions import versions
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim
 from gda.conversion.options import CheckpointOptions
+from gda.conversion.sources.adapter import AdapterSource
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE, Source
 from gda.conversion.tensors.recipes import DTYPES
@@ -129,9 +130,14 @@ def history_of(folder: Path) -> list[str]:
     return []
 
 
+def _steps_of(source: Source) -> list[str]:
+    if isinstance(source, AdapterSource):
+        return [*_steps_of(source.base), f"The adapter {source.name} was merged into {source.base.name}."]
+    return history_of(source.folder) if isinstance(source, FolderSource) else []
+
+
 def _with_conversion(source: Source, made: dict[str, Any]) -> list[str]:
     """The steps of a source, and the conversion that conversion.json describes."""
-    before = history_of(source.folder) if isinstance(source, FolderSource) else []
     settings, split, verification = made["settings"], made["split"], made["verification"]
     growth = {
         name: value for name, value in (settings["growth"] or {}).items() if value is not None and value is not False
@@ -143,4 +149,4 @@ def _with_conversion(source: Source, made: dict[str, Any]) -> list[str]:
         result = f"; held-out perplexity {split['perplexity']:.3f}, that of the source {split['perplexity_source']:.3f}"
     elif verification is not None and verification["relative"] is not None:
         result = f"; largest difference of a logit {verification['relative']:.1e}, relative to the largest logit"
-    return [*before, f"`{settings['mode']}`{options} of {source.name}{commit}{result}."]
+    return [*_steps_of(source), f"`{settings['mode']}`{options} of {source.name}{commit}{result}."]

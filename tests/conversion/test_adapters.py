@@ -74,6 +74,17 @@ def test_adapter_of_gda_model_is_exported(tmp_path: Path) -> None:
         assert relative_error(logits(tmp_path / folder, ids), expected) < 1e-5
 
 
+def test_history_goes_on_from_the_base(tmp_path: Path) -> None:
+    """conversion.json of the merged model has the steps of its base, the merge and the conversion."""
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
+    gda.convert(save_adapter(tmp_path / "gda", tmp_path / "adapter"), tmp_path / "merged", verify=False)
+    assert json.loads((tmp_path / "merged" / "conversion.json").read_text())["history"] == [
+        "`expand` of llama.",
+        "The adapter adapter was merged into gda.",
+        "`map` of adapter.",
+    ]
+
+
 def test_bfloat16_base_stays_bfloat16(tmp_path: Path) -> None:
     """The merged weights have the dtypes of the base."""
     base = save_llama(tmp_path / "llama", dtype=torch.bfloat16)
