@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,24 +76,23 @@ def evaluate(
     return results
 
 
-class Unfinished(RuntimeError):
-    """Something failed after the model was evaluated: `report` has the results so far, `__cause__` the error."""
-
-    def __init__(self, report: EvalReport):
-        super().__init__("the evaluation failed after results of the model were known")
-        self.report = report
-
-
 @takes(EvaluateOptions)
-def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None = None) -> EvalReport | None:
+def evaluate_with_baseline(
+    options: EvaluateOptions,
+    *,
+    console: Console | None = None,
+    keep: Callable[[EvalReport], None] = lambda report: None,
+) -> EvalReport | None:
     """Evaluate a model, and its baseline with the same options.
+
+    Args:
+        keep: Called with the results so far if the baseline or the diagnostics fail, or are interrupted.
 
     Returns:
         The report, or None in all but the first of several processes.
 
     Raises:
         FileNotFoundError, ValueError: for bad input, in one line that names the remedy.
-        Unfinished: if the baseline or the diagnostics fail after the model was evaluated.
     """
     first_process = is_main_process()
     console = console if console is not None and first_process else Console(quiet=True)
@@ -115,11 +114,11 @@ def evaluate_with_baseline(options: EvaluateOptions, *, console: Console | None 
                 second = loaded[1] if len(loaded) > 1 else None
                 diagnostics = diagnose(loaded[0], texts, settings, baseline=second, console=console)
     except BaseException as error:  # Ctrl-C too: the model may have taken hours
-        if not results or not first_process:
-            raise
-        what = "the diagnostics" if len(results) == len(candidates) else candidates[len(results)].name
-        results[0].notes.append(f"{what} failed: {first_line(error)}")
-        raise Unfinished(_report(results, candidates, text, options)) from error
+        if results and first_process:
+            what = "the diagnostics" if len(results) == len(candidates) else candidates[len(results)].name
+            results[0].notes.append(f"{what} failed: {first_line(error)}")
+            keep(_report(results, candidates, text, options))
+        raise
     return _report(results, candidates, text, options, diagnostics)
 
 

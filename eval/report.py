@@ -128,7 +128,7 @@ def _without(unwanted: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def to_json(report: EvalReport) -> str:
     """The report as JSON: lm-eval's own format with one more key, "gda"."""
-    return json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, default=_serializable)
+    return json.dumps(finite(report.to_dict()), indent=2, ensure_ascii=False, allow_nan=False, default=_serializable)
 
 
 def _serializable(value: Any) -> Any:

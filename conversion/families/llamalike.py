@@ -14,8 +14,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from gda.common.errors import first_line
 from gda.common.files import read_json, write_json
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
@@ -172,7 +174,10 @@ def _inexpressible(config: GDAConfig, model_type: str, heads: tuple[int, int]) -
         return "hidden_act='poly_norm'"
     if model_type == "llama" and config.hidden_size % heads[0]:  # LlamaConfig refuses it, even if head_dim is given
         return f"{heads[0]} query heads, which do not divide hidden_size={config.hidden_size}"
-    back = source_fields(target_config(config, model_type, heads))
+    try:
+        back = source_fields(target_config(config, model_type, heads))
+    except StrictDataclassError as error:  # transformers checks the ranges of a type's fields
+        return f"these fields ({first_line(error)})"
     differing = [name for name in DIFFERING_FIELDS if back[name] != getattr(config, name)]
     if "sliding_window" in differing and not slides(config):
         differing.remove("sliding_window")  # no layer uses the window

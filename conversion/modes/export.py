@@ -8,7 +8,6 @@ import math
 from functools import partial
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from gda.common.errors import errors_as
@@ -44,7 +43,7 @@ def plan(source: Source, options: ExportOptions) -> Conversion:
     """
     assert isinstance(source.config, GDAConfig)
     config = with_fields(source.config, dtype=DTYPES[options.dtype] or source.config.dtype)
-    with errors_as(source.name, (ValueError, StrictDataclassError)):  # transformers checks the fields of the target
+    with errors_as(source.name, ValueError):
         if options.format in (*LLAMALIKES, "gguf"):
             return _as_plain(source, config, options)
         return _as_differential(source, config, options)

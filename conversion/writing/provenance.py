@@ -132,8 +132,13 @@ def history_of(folder: Path) -> list[str]:
 
 def _steps_of(source: Source) -> list[str]:
     if isinstance(source, AdapterSource):
-        return [*_steps_of(source.base), f"The adapter {source.name} was merged into {source.base.name}."]
+        base = f"{source.base.name}{_at_commit(source.base)}"
+        return [*_steps_of(source.base), f"The adapter {source.name} was merged into {base}."]
     return history_of(source.folder) if isinstance(source, FolderSource) else []
+
+
+def _at_commit(source: Source) -> str:
+    return f" at commit {source.revision}" if source.revision else ""
 
 
 def _with_conversion(source: Source, made: dict[str, Any]) -> list[str]:
@@ -143,10 +148,9 @@ def _with_conversion(source: Source, made: dict[str, Any]) -> list[str]:
         name: value for name, value in (settings["growth"] or {}).items() if value is not None and value is not False
     }
     options = f" ({', '.join(f'{name} {value}' for name, value in growth.items())})" if growth else ""
-    commit = f" at commit {source.revision}" if source.revision else ""
     result = ""
     if split is not None and split["perplexity"] is not None:
         result = f"; held-out perplexity {split['perplexity']:.3f}, that of the source {split['perplexity_source']:.3f}"
     elif verification is not None and verification["relative"] is not None:
         result = f"; largest difference of a logit {verification['relative']:.1e}, relative to the largest logit"
-    return [*_steps_of(source), f"`{settings['mode']}`{options} of {source.name}{commit}{result}."]
+    return [*_steps_of(source), f"`{settings['mode']}`{options} of {source.name}{_at_commit(source)}{result}."]

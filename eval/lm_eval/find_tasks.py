@@ -3,14 +3,15 @@
 Only the folders of lm-eval whose files mention a wanted name are given to lm-eval's TaskManager to parse.
 """
 
+import contextlib
 import fnmatch
-import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import patch_environment
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -22,8 +23,8 @@ from gda.eval.tasks import TASKS_FOLDER
 
 CODE_VARIABLE = "HF_ALLOW_CODE_EVAL"  # in which Hugging Face's metric code_eval wants to read "1"
 RUNS_CODE = (
-    "{}: runs code that the model writes, with the rights of this process; pass --confirm-run-unsafe-code to allow it, "
-    "best in a container"
+    "{} would run code that the model writes, with the rights of this process; pass --confirm-run-unsafe-code to "
+    "allow it, best in a container"
 )
 
 
@@ -54,9 +55,7 @@ def load_tasks(
             runs code without being allowed to.
         FileNotFoundError: for data that is missing or cannot be downloaded, naming the task.
     """
-    if run_code:
-        os.environ[CODE_VARIABLE] = "1"
-    with data_from(dataset_root) as folders_read:
+    with data_from(dataset_root) as folders_read, code_allowed(run_code):
         manager, found = find_tasks(names, metadata=metadata, include_path=include_path)
         loaded = [_load(manager, name, folders_read) for name in found]
     tasks = {name: task for each in loaded for name, task in each["tasks"].items()}
@@ -67,6 +66,11 @@ def load_tasks(
     all_of_them = {**groups, **tasks}
     in_order = dict.fromkeys([*found, *all_of_them])
     return [all_of_them[name] for name in in_order if name in all_of_them and name not in members]
+
+
+def code_allowed(allowed: bool) -> contextlib.AbstractContextManager[None]:
+    """Let Hugging Face's metric code_eval run within this context, if that is allowed."""
+    return patch_environment(**{CODE_VARIABLE: "1"}) if allowed else contextlib.nullcontext()
 
 
 def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:

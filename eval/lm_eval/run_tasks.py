@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
 from gda.common.progress import log_level
-from gda.eval.lm_eval.find_tasks import task_under_way
+from gda.eval.lm_eval.find_tasks import code_allowed, task_under_way
 from gda.eval.lm_eval.harness import GDALM
 from gda.eval.options import TaskOptions
 
@@ -37,20 +37,21 @@ def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **
     if options.seed is not None:
         lm_eval_options |= dict.fromkeys(SEEDS, options.seed)
     try:
-        results = simple_evaluate(
-            model=lm,
-            tasks=list(tasks),
-            task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
-            num_fewshot=options.num_fewshot,
-            limit=limit,
-            batch_size=lm.batch_size,
-            device=str(lm.device),
-            apply_chat_template=options.apply_chat_template,
-            system_instruction=options.system_instruction,
-            gen_kwargs=options.gen_kwargs,
-            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
-            **lm_eval_options,
-        )
+        with code_allowed(options.confirm_run_unsafe_code):
+            results = simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
+                num_fewshot=options.num_fewshot,
+                limit=limit,
+                batch_size=lm.batch_size,
+                device=str(lm.device),
+                apply_chat_template=options.apply_chat_template,
+                system_instruction=options.system_instruction,
+                gen_kwargs=options.gen_kwargs,
+                confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+                **lm_eval_options,
+            )
     except (AssertionError, ValueError) as error:
         if (too_few := _too_few_examples(error)) is not None:
             raise ValueError(too_few) from None

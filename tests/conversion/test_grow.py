@@ -572,7 +572,7 @@ def test_card_names_every_part_of_a_growth(tmp_path: Path) -> None:
     llama = save_llama(tmp_path / "llama", tie_word_embeddings=True)
     gda.grow(llama, tmp_path / "wide", hidden=2, mlp=3, untie=True, verify=False)
     card = (tmp_path / "wide" / "README.md").read_text()
-    for part in ("2 times the hidden size", "3 times the neurons of the MLP", "an output head with weights of its own"):
+    for part in ("2 times the hidden size", "3 times the neurons of the MLP", "The output head has weights of its own"):
         assert part in card
     gda.grow(llama, tmp_path / "masked", masked=True, layers=[1], new_layers="copy", mlp=1.5, verify=False)
     card = (tmp_path / "masked" / "README.md").read_text()

@@ -121,7 +121,7 @@ def test_code_runs_only_if_it_is_allowed(folder: Path, tmp_path: Path, command: 
     refused = command(*run, "--include-path", tmp_path)
     assert refused.code == 2
     message = refused.error.splitlines()[-1]
-    assert message.startswith("gda: toy_code: runs code that the model writes")
+    assert message.startswith("gda: toy_code would run code that the model writes")
     assert "pass --confirm-run-unsafe-code" in message
     allowed = command(*run, "--include-path", tmp_path, "--confirm-run-unsafe-code", "--json")
     assert json.loads(allowed.out)["results"]["toy_code"]["exact_match,none"] == 0

@@ -24,6 +24,7 @@ from ..support.evaluation import write_models
 from ..support.llamas import byte_tokenizer, files_of
 
 pytest.importorskip("lm_eval")
+from gda.eval import evaluate as evaluate_module
 from gda.eval.card import update_card
 from gda.eval.compare import compare
 from gda.eval.evaluate import evaluate_with_baseline
@@ -150,6 +151,24 @@ def test_a_failing_baseline_keeps_the_models_results(folder: Path, tmp_path: Pat
     assert written["perplexity"] == alone["perplexity"]
     assert written["baseline"] is None
     assert any(note.startswith("damaged failed: --perplexity is nan") for note in written["notes"])
+
+
+def test_ctrl_c_during_the_diagnostics_keeps_both_results(
+    folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 130; the card is left as it was."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_module, "diagnose", interrupted)
+    (tmp_path / "text.txt").write_text("A text to read. " * 10)
+    run = ("eval", folder / "other", "--baseline", folder / "llama", "--perplexity", tmp_path / "text.txt")
+    outcome = command(*run, "--diagnostics", "--json")
+    assert outcome.code == 130
+    found = json.loads(outcome.out)["gda"]
+    assert found["perplexity_ratio"] > 0
+    assert "the diagnostics failed: KeyboardInterrupt" in found["notes"]
 
 
 def test_report_files(folder: Path, tmp_path: Path, command: Command) -> None:

@@ -246,7 +246,6 @@ def test_resumed_run_equals_an_uninterrupted_one(
     model: Path,
     tmp_path: Path,
     interrupted_at: Callable[[int], None],
-    read: list[str],
 ) -> None:
     """Bit for bit."""
     names = write(kind, tmp_path)

@@ -57,20 +57,22 @@ def evaluate(options: EvalOutputOptions, as_json: JSON = False) -> None:
     gda_fewshot_by_arrangement.
     """
     _check_outputs(options)
-    from gda.eval.evaluate import Unfinished, evaluate_with_baseline
+    from gda.eval.card import update_card
+    from gda.eval.evaluate import evaluate_with_baseline
 
-    try:
-        report = evaluate_with_baseline.run(options, console=progress_console)
-    except Unfinished as stop:
-        _publish(stop.report, options, as_json)
-        raise (stop.__cause__ or stop) from None
-    if report is not None:  # it is None in all but the first of several processes
+    def publish(report: "EvalReport") -> None:
         _publish(report, options, as_json)
+
+    report = evaluate_with_baseline.run(options, console=progress_console, keep=publish)
+    if report is None:  # not the first of several processes
+        return
+    publish(report)
+    if options.update_card:
+        _say_written(update_card(Path(options.model), report))
 
 
 def _publish(report: "EvalReport", options: EvalOutputOptions, as_json: bool) -> None:
-    """Print the report, and write the files that the options name."""
-    from gda.eval.card import update_card
+    """Print the report, and write it to the --output folder."""
     from gda.eval.report import to_json, write_report
 
     if as_json:
@@ -79,7 +81,6 @@ def _publish(report: "EvalReport", options: EvalOutputOptions, as_json: bool) ->
         _print_report(report)
     for name, note in report.notes():
         progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
-    written = []
     if options.output is not None:
         written = write_report(
             report,
@@ -88,10 +89,12 @@ def _publish(report: "EvalReport", options: EvalOutputOptions, as_json: bool) ->
             with_samples=options.log_samples,
             overwrite=options.overwrite,
         )
-    if options.update_card:
-        written.append(update_card(Path(options.model), report))
-    for path in written:
-        progress_console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        for path in written:
+            _say_written(path)
+
+
+def _say_written(path: Path) -> None:
+    progress_console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_outputs(options: EvalOutputOptions) -> None:

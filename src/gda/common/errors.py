@@ -23,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def errors_as(message: str, caught: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+def errors_as(message: str, caught: type[Exception] = Exception) -> Iterator[None]:
     """Raise ValueError with `message` and the first line of an error that is raised inside.
 
     By default, of any: what libraries raise for a malformed file has no class in common.
