@@ -73,7 +73,9 @@ class BundleOptions(Options):
 class RevisionOptions(Options):
     """Option of every command that reads a model which may be on the Hub."""
 
-    revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=HUB)
+    revision: str | None = option(
+        None, "Branch, tag or commit of the model, if it is a Hub id. Default: its main branch.", panel=HUB
+    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class NewHeadOptions(WriteOptions):
 
     noise_heads: int | None = option(
         None,
-        "Number of noise heads to add or, with --mode split, of existing heads to turn into noise heads. "
+        "Number of noise heads that a Llama, Mistral or Qwen gets; --mode split turns existing heads into them. "
         "Default: one per KV head; no other number was clearly better (docs/evidence.md).",
         panel=NEW_HEADS,
         metavar="N",

@@ -178,7 +178,9 @@ class AttentionOptions(Options):
     device: str | None = option(
         None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL, check=check_device
     )
-    revision: str | None = option(None, "Branch, tag or commit of a Hub id. Default: its main branch.", panel=MODEL)
+    revision: str | None = option(
+        None, "Branch, tag or commit of MODEL, if it is a Hub id. Default: its main branch.", panel=MODEL
+    )
     layers: str | Sequence[int] | None = option(
         None,
         "Layers whose maps are kept, separated by commas. Fewer layers allow finer maps. Default: all.",

@@ -32,7 +32,10 @@ from gda.conversion.tensors.lambdas import layer_lambdas
 from gda.conversion.tensors.recipes import DTYPES, all_copied, is_lossless
 
 QWEN2_NOTE = "vLLM, mlx-lm and CTranslate2 cannot run it, because they ignore head_dim of a Qwen2; transformers can"
-MOTIF_NOTE = "Motif's own code is not written; to run it, add configuration_motif.py and modeling_motif.py"
+MOTIF_NOTE = (
+    "Motif's own code is not written, and the result is not verified, since transformers cannot run it; add "
+    "configuration_motif.py and modeling_motif.py to run it"
+)
 
 
 def plan(source: Source, options: ExportOptions) -> Conversion:

@@ -143,15 +143,19 @@ def _staged(out: Path, options: CheckpointOptions) -> Iterator[Path]:
     """Yield a folder to fill by `write_checkpoint`, and rename it to `out` when the block ends.
 
     If the block fails, the folder is removed. Work is kept if it is interrupted, or if continuing it fails, unless its
-    result failed a check. Errors are those of `StagedFolder`.
+    result failed a check. The work of a split, which may have taken hours, is kept after a full disk, too. Errors are
+    those of `StagedFolder`.
     """
     staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, resumable=True, foreign=OF_TRAINING)
     try:
         yield staged.folder
         staged.finish(without=MANIFEST_FILE)
     except BaseException as error:
-        is_kept = isinstance(error, KeyboardInterrupt) or (options.resume and not isinstance(error, CheckFailed))
-        staged.keep() if is_kept else staged.discard()
+        splits = isinstance(error, OSError) and (staged.folder / WORK_FOLDER).is_dir()
+        continues = (options.resume or splits) and not isinstance(error, CheckFailed)
+        staged.keep() if continues or isinstance(error, KeyboardInterrupt) else staged.discard()
+        if splits:
+            raise OSError(f"{error}; the work so far is kept: pass --resume to go on") from None
         raise
 
 

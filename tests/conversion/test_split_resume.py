@@ -280,31 +280,32 @@ def test_damaged_fingerprint_file(content: str, llama: Path, tmp_path: Path, com
 def test_full_disk_names_the_file(limit: int, llama: Path, tmp_path: Path) -> None:
     """The kernel refuses larger files; writing to unallocated mapped memory would kill the process.
 
-    The tokenizer is written first, to a temporary folder, and does not fit the smallest limit.
+    The tokenizer is written first, to a temporary folder, and does not fit the smallest limit. Later, the work is kept.
     """
-    place = "assets" if limit == 1_000 else ".gda.partial"
+    named = ["assets"] if limit == 1_000 else [".gda.partial", "pass --resume"]
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
             trained(llama, tmp_path / "place" / "gda")
         except OSError as error:
-            os._exit(error.errno or 1 if place in str(error) else 99)
+            os._exit(errno.EFBIG if all(each in str(error) for each in ("File too large", *named)) else 99)
 
     assert in_child(limited) == errno.EFBIG
-    assert not (tmp_path / "place").exists() or os.listdir(tmp_path / "place") == []
+    assert os.listdir(tmp_path / "place") == ([] if limit == 1_000 else [".gda.partial"])
 
 
 def test_disk_full_while_training(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+    llama: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
-    """Exit code 2, one line, and no files."""
+    """Exit code 2, one line that names --resume, and work from which the same model follows."""
     from gda.conversion.split import work
 
     def full(*_: Any) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
 
-    monkeypatch.setattr(work, "write_safetensors", after(LAYERS, work.write_safetensors, full))
+    plain = work.write_safetensors
+    monkeypatch.setattr(work, "write_safetensors", after(LAYERS, plain, full))
     outcome = command(
         *("convert", llama, tmp_path / "place" / "gda", "--mode", "split", "--effort", "default"),
         *("--calibration", llama.parent / "text.txt", "--calibration-tokens", TOKENS),
@@ -312,7 +313,11 @@ def test_disk_full_while_training(
     assert outcome.code == 2
     assert len(outcome.error.splitlines()) == 1
     assert "No space left" in outcome.error
-    assert os.listdir(tmp_path / "place") == []
+    assert "pass --resume" in outcome.error
+    assert os.listdir(tmp_path / "place") == [".gda.partial"]
+    monkeypatch.setattr(work, "write_safetensors", plain)
+    trained(llama, tmp_path / "place" / "gda", resume=True)
+    assert files_of(tmp_path / "place" / "gda") == expected
 
 
 def test_failure_leaves_no_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
