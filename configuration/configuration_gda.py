@@ -30,6 +30,9 @@ SIZES += ("num_noise_heads", "num_key_value_heads", "head_dim", "max_position_em
 MASKED = ("masked_signal_heads", "masked_neurons", "masked_layers")
 # What may be faded in; None in every other model, and so is `fade`.
 FADED = (*MASKED, "blended_layers", "faded_head_norm", "lambda_target")
+# Fields that depend on the number of layers, and where a config keeps them while that number is smaller.
+PER_LAYER = ("layer_types", "lambda_init", "masked_layers", "blended_layers", "fade")
+WHOLE = "_whole"
 # Fields that no other model family has. An unknown argument that resembles one of them is a typo; any other belongs to
 # whoever passed it, and is kept in config.json.
 OWN_FIELDS: tuple[str, ...] = ("num_noise_heads", "kv_layout", "lambda_type", "lambda_init", "lambda_init_offset")
@@ -180,17 +183,34 @@ class GDAConfig(PretrainedConfig):
             expected = FIELDS[name].__name__ if isinstance(FIELDS[name], type) else FIELDS[name]
             got = f"{type(value).__name__} (value: {value!r:.200})"
             raise ValueError(f"GDAConfig.{name}: expected {expected}, got {got}")
+        before = vars(self).get(name)
+        if name == "rope_parameters" and before and value is not None:  # other scaling, the same base
+            value = {"rope_theta": before["rope_theta"], **value} if "rope_theta" in before else value
         super().__setattr__(name, value)
-        if name == "num_hidden_layers":  # as in `from_pretrained(…, num_hidden_layers=1)`: a model's first layers
-            for per_layer in ("layer_types", "lambda_init"):
-                if isinstance(values := vars(self).get(per_layer), list):
-                    super().__setattr__(per_layer, values[:value])
-            if new_layers := vars(self).get("masked_layers"):
-                kept = [layer for layer in new_layers if layer < value] or None
-                super().__setattr__("masked_layers", kept)
-                super().__setattr__("blended_layers", kept and self.blended_layers)
-            if self.fade is not None and all(getattr(self, part) is None for part in FADED):
-                super().__setattr__("fade", None)
+        if name == "num_hidden_layers" and before is not None:
+            self._cut_layers(before)
+        elif name in PER_LAYER:
+            vars(self).pop(WHOLE, None)
+
+    def _cut_layers(self, before: int) -> None:
+        """Cut lists with a value per layer, as for `from_pretrained(…, num_hidden_layers=1)`: a model's first layers.
+
+        They are whole again when the number is: `generate(assistant_early_exit=…)` changes it for a while.
+        """
+        fields, layers = vars(self), self.num_hidden_layers
+        whole = fields.pop(WHOLE, None) or {"num_hidden_layers": before} | {name: fields[name] for name in PER_LAYER}
+        fields |= whole | {"num_hidden_layers": layers}
+        if layers >= whole["num_hidden_layers"]:
+            return
+        fields[WHOLE] = whole
+        for name in ("layer_types", "lambda_init"):
+            if isinstance(fields[name], list):
+                fields[name] = fields[name][:layers]
+        if fields["masked_layers"] is not None:
+            fields["masked_layers"] = [layer for layer in fields["masked_layers"] if layer < layers] or None
+            fields["blended_layers"] = fields["masked_layers"] and fields["blended_layers"]
+        if all(fields[part] is None for part in FADED):
+            fields["fade"] = None
 
     @property
     def rope_theta(self) -> float:
@@ -299,9 +319,17 @@ class GDAConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; those of fading in only while something is faded in."""
-        _register_with_peft()  # PEFT asks for the fields right before it looks up the model type
-        done = ("fade", *FADED) if self.fade in (None, 1) else ()
-        return {name: value for name, value in super().to_dict().items() if name not in done}
+        self._register_with_peft()  # PEFT asks for the fields right before it looks up the model type
+        left_out = {WHOLE, "fade", *FADED} if self.fade in (None, 1) else {WHOLE}
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
+
+    def _register_with_peft(self) -> None:
+        """Give PEFT, if it is imported, the layers that LoRA and the like adapt by default: those of a Llama."""
+        factored = {f"{name}_proj": [f"{name}_base", f"{name}_down"] for name in self.factored_projections}
+        constants = sys.modules.get("peft.utils.constants")
+        for name, by_model_type in vars(constants).items() if constants else ():
+            if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(layers := by_model_type.get("llama"), list):
+                by_model_type["gda"] = [each for layer in layers for each in factored.get(layer, [layer])]
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The content of config.json: RoPE and dtype also in the form of transformers 4, for other readers."""
@@ -323,13 +351,17 @@ class GDAConfig(PretrainedConfig):
         if push_to_hub and bundle_code:
             raise ValueError("save_pretrained(push_to_hub=True) leaves out the model's code; use config.push_to_hub()")
         if type(self) is GDAConfig:  # a class made from it has code of its own, which is not known here
-            vars(self).pop("auto_map", None)
+            before = vars(self).pop("auto_map", None)
             if bundle_code:
-                self.auto_map = self._save_code(save_directory)
+                code = self._save_code(save_directory)
+                self.auto_map = code if "AutoModel" in code else (before or {}) | code
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def _save_code(self, folder: str | os.PathLike) -> dict[str, str]:
-        """Copy the files of model and config into `folder`, and return the `auto_map` that goes with them."""
+        """Copy the files of model and config into `folder`, and return their entries of `auto_map`.
+
+        Where only a config was loaded from a model's folder, the code of its model is not known.
+        """
         from transformers import MODEL_MAPPING  # imports transformers' modelling code, which takes seconds
 
         os.makedirs(folder, exist_ok=True)
@@ -435,7 +467,8 @@ class GDAConfig(PretrainedConfig):
         rule = "partial_rotary_factor must be 1.0, or with rope_type `proportional` above 0 and at most 1"
         _require(partial == 1.0 or (may_be_partial and 0 < partial <= 1), "rope_parameters", rule, partial)
         try:
-            getattr(self, "validate_rope", lambda: None)()  # transformers 4 has none
+            for step in ("standardize_rope_params", "validate_rope"):  # transformers 4 has neither
+                getattr(self, step, lambda: None)()
             frequencies = self._rope_frequencies(str(rope_type))
         except Exception as error:  # whatever transformers' functions raise for values that they do not expect
             raise ValueError(f"GDAConfig.rope_parameters: {_in_one_line(error)} (got {rope!r:.200})") from None
@@ -458,14 +491,6 @@ class GDAConfig(PretrainedConfig):
 
 # The type of each field, by its name.
 FIELDS = {name: hint for name, hint in GDAConfig.__annotations__.items() if get_origin(hint) is not ClassVar}
-
-
-def _register_with_peft() -> None:
-    """Give PEFT, if it is imported, the layers that LoRA and the like adapt by default: those of a Llama."""
-    constants = sys.modules.get("peft.utils.constants")
-    for name, by_model_type in vars(constants).items() if constants else ():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in by_model_type:
-            by_model_type.setdefault("gda", by_model_type["llama"])
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:

@@ -67,7 +67,7 @@ class GDAGrowingMLP(LlamaMLP):
         gate, up = self.gate_proj(x), self.up_proj(x)
         first_new = self.config.intermediate_size - (self.config.masked_neurons or 0)
         mask = self.fade(self._neurons(up) >= first_new)
-        gate = self.act_fn(gate, mask) if isinstance(self.act_fn, PolyNorm) else self.act_fn(gate)
+        gate = self.act_fn(gate, mask) if self.config.hidden_act == "poly_norm" else self.act_fn(gate)
         return self.down_proj(gate * up * mask.to(up.dtype))
 
     def _neurons(self, up: torch.Tensor) -> torch.Tensor:
@@ -84,10 +84,11 @@ class GDADecoderLayer(Qwen3DecoderLayer):
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
+        # First, since pipeline parallelism takes the dtype of a stage's first parameter, and λ is float32.
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = ATTENTION_CLASSES[config.kv_layout](config, layer_idx)  # type: ignore[assignment]
         grows = config.masked_neurons is not None or config.is_new_layer(layer_idx)
         self.mlp = GDAGrowingMLP(config, layer_idx) if grows else LlamaMLP(config)  # type: ignore[assignment]
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention_type = config.layer_type(layer_idx)  # transformers before 5.4 reads it
         self.fade = Fade(config) if config.is_blended_layer(layer_idx) else None
@@ -120,7 +121,9 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
 
     def __init__(self, config: GDAConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        if type(config) not in MODEL_MAPPING:  # the code was loaded from a model's folder, without our package
+        if (
+            type(config) is GDAConfig and GDAConfig not in MODEL_MAPPING
+        ):  # the code was loaded from a model's folder, without our package
             AutoModel.register(type(config), GDAModel)
         self.model_tags = ["grouped-differential-attention", "gda"]  # for the model card
 
@@ -161,7 +164,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PolyNorm):
+        if type(module).__name__ == "PolyNorm":  # perhaps that of another model's folder, which registered it first
             init.constant_(module.weight, 1 / 3)
             init.zeros_(module.bias)
         elif isinstance(module, LambdaProjection):

@@ -83,9 +83,15 @@ class Plan:
 
 
 def make_plan(
-    source: Path, settings: TrainSettings, processes: Processes, scratch: Path, console: Console | None
+    source: Path,
+    settings: TrainSettings,
+    processes: Processes,
+    scratch: Path,
+    console: Console | None,
+    *,
+    resumes: bool = False,
 ) -> Plan:
-    """Load the model and the teacher, and tokenize the data.
+    """Load the model and the teacher, and tokenize the data, which must be the same for a run that `resumes`.
 
     Bad input is refused before the data is tokenized into `scratch`, which can take hours.
 
@@ -121,6 +127,7 @@ def make_plan(
         seed=settings.seed,
         vocab_size=config.vocab_size,
         scratch=scratch,
+        resumes=resumes,
         console=console,
     )
     sequences = open_data(settings.data, streaming=settings.streaming)

@@ -114,7 +114,9 @@ def _dry_run(
     """The report of what a run would do. The data is tokenized in a temporary folder."""
     settings = options.settings
     with contextlib.ExitStack() as stack:
-        made = processes.on_main(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="gda-train-")))
+        beside = next(folder for folder in out.absolute().parents if folder.is_dir())  # other machines may see it
+        temporary = partial(tempfile.TemporaryDirectory, prefix=".gda-train-", dir=beside)
+        made = processes.on_main(lambda: stack.enter_context(temporary()))
         scratch = Path(made)
         processes.together(lambda: _require_shared(scratch, processes))
         plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console))
@@ -209,8 +211,11 @@ def _train(
 ) -> TrainReport:
     """Train the model and save it in the folder of the run, beside its checkpoints."""
     settings, scratch = options.settings, state.path / DATA_FOLDER
-    plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console))
+    resumes = state.checkpoint is not None
+    plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console, resumes=resumes))
     processes.on_main(lambda: plan.require_space(out))
+    for note in plan.notes if shows_progress(console) and processes.is_main else ():  # the report has them at the end
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     if options.show_batch:
         processes.on_main(lambda: _show_batch(plan, source, console))
     if state.checkpoint is not None:

@@ -512,3 +512,24 @@ def test_model_without_defaults_reloads(tmp_path: Path) -> None:
     assert {name: getattr(loaded.config, name) for name in NO_DEFAULT} == NO_DEFAULT
     with torch.no_grad():
         assert torch.equal(loaded(token_ids(2, 9)).logits, model(token_ids(2, 9)).logits)
+
+
+@pytest.mark.parametrize("factor", ["linear", "dynamic"])
+def test_other_scaling_of_rope_keeps_its_base(factor: str, tmp_path: Path) -> None:
+    """As an argument of `from_pretrained`, and set on a config."""
+    tiny_config().save_pretrained(tmp_path)  # with a base of 100
+    given = {"rope_type": factor, "factor": 2.0}
+    config = AutoConfig.from_pretrained(tmp_path, rope_parameters=given)
+    assert config.rope_parameters == given | {"rope_theta": 100.0}
+    config.rope_parameters = {"rope_type": "default"}
+    assert config.rope_parameters["rope_theta"] == 100.0
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 7.0}
+    assert config.rope_theta == 7.0
+
+
+def test_yarn_of_unknown_original_length() -> None:
+    """It is the length of the model, as in transformers' own configs (which releases before 5 do not write down)."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    found = GDAModel(tiny_config(rope_parameters=rope)).rotary_emb.inv_freq
+    expected = GDAModel(tiny_config(rope_parameters=rope | {"original_max_position_embeddings": 128}))
+    assert torch.equal(found, expected.rotary_emb.inv_freq)

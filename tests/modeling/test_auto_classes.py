@@ -358,3 +358,33 @@ def test_first_layers_of_a_model(fields: dict[str, Any], tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "cut")
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
     assert torch.equal(cut(ids).logits, first(ids).logits)
+
+
+@pytest.mark.parametrize("fields", FIRST_LAYERS.values(), ids=FIRST_LAYERS)
+def test_drafts_of_the_first_layers(fields: dict[str, Any]) -> None:
+    """Self-speculative generation cuts the config for a while: the text is the model's own, and the config is whole."""
+    model, ids = tiny_model(num_hidden_layers=3, **fields), token_ids(1, 9)
+    before = model.config.to_dict()
+    expected = model.generate(ids, do_sample=False, max_new_tokens=12)
+    drafted = model.generate(ids, do_sample=False, max_new_tokens=12, assistant_early_exit=1)
+    assert torch.equal(drafted, expected)
+    assert model.config.to_dict() == before
+    model.config.num_hidden_layers = 1
+    assert len(model.config.layer_types) == 1
+
+
+def test_classes_derived_from_ours(tmp_path: Path) -> None:
+    """A config and a model class of somebody else, as transformers' own allow it."""
+
+    class TheirConfig(gda.GDAConfig):
+        model_type = "theirs"
+
+    class TheirModel(gda.GDAForCausalLM):
+        config_class = TheirConfig
+
+    fields = {name: value for name, value in tiny_config().to_dict().items() if name != "model_type"}
+    model = make_asymmetric(TheirModel(TheirConfig(**fields)))
+    ids = token_ids(2, 9)
+    assert torch.equal(model(ids).logits, tiny_model()(ids).logits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(TheirModel.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)

@@ -138,6 +138,27 @@ def test_bundled_code_runs_without_the_package(layout: str, tmp_path: Path, pyth
         assert torch.equal(reloaded(ids).logits, model(ids).logits)
 
 
+CONFIG_ALONE = """
+    import sys
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+    config.max_position_embeddings = 64
+    config.save_pretrained(sys.argv[1])
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+    assert model.config.max_position_embeddings == 64
+"""
+
+
+@pytest.mark.slow
+def test_config_saved_again_without_the_package(tmp_path: Path, python_without_gda: Path) -> None:
+    """Where no model was loaded before: the entries of the models stay."""
+    saved(tmp_path / "model", "shared")
+    done = run(python_without_gda, CONFIG_ALONE, tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"] == configuration_gda.AUTO_MAP
+
+
 @pytest.mark.slow
 def test_converted_llama_runs_without_the_package(tmp_path: Path, python_without_gda: Path) -> None:
     """With trust_remote_code only."""

@@ -11,12 +11,14 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer
+from transformers.activations import ACT2FN
 
 import gda
 from gda import GDAConfig, GDAForCausalLM, GDAForSequenceClassification
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import FADED, MASKED
 from gda.conversion.demo import find_demo_model
+from gda.modeling_gda import modeling_gda
 from gda.training import FadeCallback
 
 from ..support import naive
@@ -533,6 +535,25 @@ def test_best_model_has_its_own_fade(tmp_path: Path) -> None:
     assert model.config.fade == best / 8
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}")
     assert torch.equal(logits(saved), logits(model.eval()))
+
+
+def test_mask_of_another_poly_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class that ACT2FN knows may come from the folder of another model: that of the first that was loaded."""
+    fields: dict[str, Any] = {"hidden_act": "poly_norm", "masked_neurons": 11, "fade": 0.4}
+    expected = tiny_model(**fields)
+    kind = modeling_gda.PolyNorm
+
+    class Twin(torch.nn.Module):
+        forward, _mean = kind.forward, staticmethod(kind._mean)
+
+        def __init__(self) -> None:
+            super().__init__()
+            vars(self).update(vars(kind()))
+
+    monkeypatch.setitem(ACT2FN, "poly_norm", Twin)
+    model = tiny_model(**fields)
+    assert type(model.model.layers[0].mlp.act_fn) is Twin
+    assert torch.equal(model(token_ids(2, 9)).logits, expected(token_ids(2, 9)).logits)
 
 
 def test_callback_with_peft(tmp_path: Path) -> None:

@@ -39,6 +39,13 @@ def test_same_layers_as_in_a_llama(config: str) -> None:
     assert adapted_layers(peft.get_peft_model(tiny_model(), CONFIGS[config]())) == adapted_layers(llama)
 
 
+def test_factored_queries_are_adapted() -> None:
+    """With qk_rank there is no q_proj: LoRA adapts the base of the queries and the first factor of the updates."""
+    adapted = peft.get_peft_model(tiny_model(qk_rank=3), CONFIGS["LoRA"]())
+    assert adapted_layers(adapted) == {"q_base", "q_down", "v_proj"}
+    assert adapted_layers(peft.get_peft_model(tiny_model(), CONFIGS["LoRA"]())) == {"q_proj", "v_proj"}
+
+
 IMPORTED_LATE = """
 import sys
 from tests.support.tiny import tiny_model

@@ -37,6 +37,7 @@ from gda.conversion.writing.provenance import history_of
 from gda.training.callbacks.checkpoints import CheckpointCallback
 from gda.training.plan import eval_batch_size
 from gda.training.report import TrainReport
+from gda.training.runs import run_folder
 from gda.training.runs.checkpoints import mark_complete
 from gda.training.runs.processes import Processes
 from gda.training.settings import TrainOptions
@@ -124,6 +125,37 @@ def test_data_of_a_killed_process_is_used_again(models: Path, tmp_path: Path, mo
         patch.setattr(Trainer, "train", lambda *a, **k: inodes.append(data.stat().st_ino) or train_it(*a, **k))
         short(models, "gda", tmp_path / "out", resume=True)
     assert inodes == [inode]
+
+
+def test_data_of_a_failed_run_is_used_again(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If tokenizing took long. Nothing else is left of a run without a checkpoint."""
+    monkeypatch.setattr(run_folder, "WORTH_KEEPING", 0)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("too little memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", fail)
+        with pytest.raises(ValueError, match="lower --batch-size"):
+            short(models, "gda", tmp_path / "out")
+    assert [path.name for path in (tmp_path / ".out.partial").iterdir()] == ["data"]
+    (data,) = (tmp_path / ".out.partial" / "data").glob("*.arrow")
+    inode = data.stat().st_ino
+    inodes = []
+    train_it = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda *a, **k: inodes.append(data.stat().st_ino) or train_it(*a, **k))
+    short(models, "gda", tmp_path / "out")
+    assert inodes == [inode]
+
+
+def test_weights_wider_than_the_config_says(models: Path, tmp_path: Path) -> None:
+    """They are read and written in their own dtype: config.json only names one for a new model."""
+    folder = shutil.copytree(models / "gda", tmp_path / "gda")
+    change_config(folder, dtype="bfloat16", torch_dtype="bfloat16")
+    short(tmp_path, "gda", tmp_path / "out", data=models / "text.txt", learning_rate=1e-30)
+    before, after = tensors_of(folder), tensors_of(tmp_path / "out")
+    assert {tensor.dtype for tensor in before.values()} == {torch.float32}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_mixed_precision_that_is_not_supported(
@@ -401,7 +433,7 @@ def test_bad_models_and_places(models: Path, tmp_path: Path, command: Command) -
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     refused(run(broken), "missing keys: model.norm.weight", tmp_path)
     save_file(tensors | {"model.norm.weight": last * math.nan}, broken / "model.safetensors", metadata={"format": "pt"})
-    refused(run(broken), "the loss was nan at step 1: nothing was kept", tmp_path, code=1)
+    refused(run(broken), "the loss was nan at step 1: there is no checkpoint", tmp_path, code=1)
     change_config(broken, vocab_size="many")
     refused(run(broken), "is not a valid configuration", tmp_path)
 
@@ -927,7 +959,7 @@ def test_full_disk(after: int, models: Path, tmp_path: Path, interrupt: Callable
             short(models, "gda", tmp_path / "out", resume=True, **options)
         except OSError as error:
             output = str(error)
-            kept = "nothing was kept" if not after else "checkpoint-2 holds step 2, the last good one; make room"
+            kept = "there is no checkpoint" if not after else "checkpoint-2 holds step 2, the last good one; make room"
             os._exit(errno.EFBIG if kept in output and len(output.splitlines()) == 1 else 99)
 
     assert in_child(limited) == errno.EFBIG

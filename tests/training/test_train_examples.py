@@ -343,6 +343,17 @@ def test_every_kind_of_data_gives_the_same_examples(
         assert "data/train-00000-of-00002.parquet, data/train-00001-of-00002.parquet" in notes[0]
 
 
+def test_tools_of_a_json_array(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """They differ between rows, and have the same tokens as in JSON Lines."""
+    template = "{{ tools | tojson if tools else '' }}" + PREFIX
+    tools = [[{"type": "function", "function": {"name": name, "parameters": {name: 1}}}] for name in ("see", "hear")]
+    rows = [{"messages": CHAT[1:3], "tools": each} for each in tools] + [{"messages": [*CHAT[1:3], *CHAT[1:3]]}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    array, lines = (documents(opened(tmp_path / f"a.{ending}", template=template)) for ending in ("json", "jsonl"))
+    assert array == lines
+
+
 def test_messages_in_tables(opened: Callable[..., Sequences], tmp_path: Path) -> None:
     """Nulls that a table adds to messages do not reach the template; any field can hold the messages."""
     template = PREFIX.replace("</s>", "{% if 'name' in m %}{{ m.name }}{% endif %}</s>", 1)

@@ -103,6 +103,7 @@ def open_sequences(
     seed: int,
     vocab_size: int,
     scratch: Path,
+    resumes: bool = False,
     option: str = "--data",
     console: Console | None = None,
 ) -> Sequences:
@@ -110,7 +111,8 @@ def open_sequences(
 
     The sequences do not depend on the number of processes: one process tokenizes and writes a file into `scratch`,
     which all share, and the others wait for it. A later run with the same data, tokenizer and context reads this file
-    again. Neither the data nor the sequences have to fit into memory.
+    again; one that `resumes` from a checkpoint must have the same. Neither the data nor the sequences have to fit into
+    memory.
 
     With `streaming`, nothing is written, and only the beginning is read here; see `SequenceStream`.
 
@@ -125,7 +127,20 @@ def open_sequences(
         notes = (*packer.notes, *_notes_of(sources))
         return Sequences(SequenceStream(packer, sources, seed), None, None, notes)
     path, index = (scratch / f"{option.strip('-')}{ending}" for ending in (".arrow", ".json"))
-    _tokenize_in_one_process(index, lambda known: _write(path, packer, find(), known, console))
+
+    def write(known: dict[str, Any]) -> dict[str, Any]:
+        sources = find()
+        identity = _identity(packer, sources)
+        if known.get("identity") == identity and path.is_file():
+            return known
+        if known and resumes:
+            raise ValueError(
+                f"{option}, the tokenizer or its chat template differ from those of the run that is resumed; pass "
+                "--overwrite to start over"
+            )
+        return {"identity": identity, **_write(path, packer, sources, console)}
+
+    _tokenize_in_one_process(index, write)
     return _read(path, index, packer, option)
 
 
@@ -147,13 +162,14 @@ def _tokenize_in_one_process(index: Path, write: Callable[[dict[str, Any]], dict
     if processes.is_main:
         index.parent.mkdir(parents=True, exist_ok=True)
         known = read_json(index) if index.is_file() else {}
+        known.pop("error", None)
         remove(index)
     processes.gather(None)  # from here on, an index file is a new one
     if processes.is_main:
         try:
             write_json(index, write(known))
         except BaseException as error:
-            write_json(index, {"error": first_line(error)})
+            write_json(index, known | {"error": first_line(error)})
             raise
     while not index.is_file():
         time.sleep(0.05)
@@ -161,17 +177,12 @@ def _tokenize_in_one_process(index: Path, write: Callable[[dict[str, Any]], dict
         raise ValueError(message)
 
 
-def _write(
-    path: Path, packer: SequencePacker, sources: list[Source], known: dict[str, Any], console: Console | None
-) -> dict[str, Any]:
-    """Write all sequences to an Arrow file, unless `known` describes the same ones; return the content of the index.
+def _write(path: Path, packer: SequencePacker, sources: list[Source], console: Console | None) -> dict[str, Any]:
+    """Write all sequences to an Arrow file; return what the index says of them.
 
     They are written in blocks. `Dataset.from_generator` takes them one by one, which takes as long as tokenizing.
     """
-    identity = _identity(packer, sources)
-    if known.get("identity") == identity and path.is_file():
-        return known
-    progress = Progress()
+    progress, begun = Progress(), time.monotonic()
     kind = pa.list_(pa.int32(), packer.context)
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn())
     bar = progress_bars(console, *columns)
@@ -183,7 +194,8 @@ def _write(
             values = [pa.FixedSizeListArray.from_arrays(pa.array(block[each].reshape(-1)), type=kind) for each in names]
             writer.write_batch(pa.record_batch(values, names=list(names)))
             bar.update(task, completed=progress.tally.tokens)
-    return {"identity": identity, "tally": asdict(progress.tally), "notes": _notes_of(sources)}
+    seconds = time.monotonic() - begun
+    return {"tally": asdict(progress.tally), "notes": _notes_of(sources), "seconds": seconds}
 
 
 def _identity(packer: SequencePacker, sources: list[Source]) -> str:

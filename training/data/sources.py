@@ -5,6 +5,7 @@ its errors name the line. Everything else is read by the `datasets` library.
 """
 
 import glob
+import json
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
@@ -22,7 +24,7 @@ from gda.common.dataset_folders import COMPRESSED, LINES, READERS, data_files, e
 from gda.common.errors import errors_as, first_line
 from gda.common.files import stamp_of
 from gda.common.places import check_data
-from gda.common.text import pieces_from, rows_from
+from gda.common.text import pieces_from, rows_from, text_pieces
 from gda.conversion.sources.hub import LOG_IN
 from gda.training.data.rows import TOOLS, Fields, Piece, Position, Rows, Source, source_of_rows
 
@@ -119,6 +121,9 @@ def _file_source(path: Path, text_field: str) -> Source:
     ending, identity = ending_of(path), _stamp(path)
     if ending in LINES and path.suffix.lower() == ending:
         return source_of_rows(str(path), identity, lambda _, start: _lines(path, start), text_field)
+    if path.suffix.lower() == ".json":
+        read = _array if next(text_pieces(path)).lstrip().startswith("[") else _lines
+        return source_of_rows(str(path), identity, lambda _, start: read(path, start), text_field)
     if ending in READERS:
         return source_of_rows(str(path), identity, partial(_read, path, ending), text_field)
     if path.suffix.lower() in COMPRESSED:
@@ -145,6 +150,16 @@ def _lines(path: Path, start: Any) -> Rows:
         yield f"line {number}", row, partial(_line_position, tell, number)
 
 
+def _array(path: Path, start: Any) -> Rows:
+    """The rows of a JSON array. `datasets` would turn fields that differ between rows, such as tools, into text."""
+    with errors_as(f"{path} cannot be read"):
+        rows = json.loads("".join(text_pieces(path)))
+    for number, row in enumerate(rows[start or 0 :], (start or 0) + 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} is not a JSON object, so it has no field `text`")
+        yield f"row {number}", row, partial(int, number)
+
+
 def _line_position(tell: Callable[[], int], number: int) -> list[int]:
     return [tell(), number]
 
@@ -158,6 +173,10 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
     builder, options = READERS[ending]
     if builder == "parquet":
         options = options | CHECKED
+    if builder == "csv":  # otherwise a column of digits would become numbers
+        with errors_as(f"{path} cannot be read"):
+            header = pandas.read_csv(path, nrows=0, sep=options.get("sep", ","))
+        options = options | {"features": datasets.Features(dict.fromkeys(header, datasets.Value("string")))}
     load: Callable[..., Any] = partial(
         datasets.load_dataset, builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
     )

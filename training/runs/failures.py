@@ -21,7 +21,7 @@ def explained(error: BaseException, last: Path | None, folder: Path, settings: T
 
     `last` is the last complete checkpoint.
     """
-    kept = "nothing was kept" if last is None else f"{last} holds step {step_of(last)}, the last good one"
+    kept = "there is no checkpoint" if last is None else f"{last} holds step {step_of(last)}, the last good one"
     if isinstance(error, NotFiniteError):
         remedy = f"lower --learning-rate {settings.learning_rate:g}, or examine the model with `gda inspect`"
         return CheckFailed(f"{error}: {kept}; {remedy}")

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from gda.common.assets import copy_assets
+from gda.common.assets import TOKENIZER_PATTERNS, copy_assets
 from gda.common.errors import errors_as
 from gda.common.files import stamps, write_text
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.tokenizers import read_tokenizer
+from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.writing.card import CARD_FILE, model_card
 from gda.conversion.writing.tokenizer_files import keep_reading
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
@@ -26,8 +27,8 @@ def model_stamps(model: Path) -> list[list[Any]]:
     """Name, size and modification time of each file of a model, a folder or GGUF file, that a run depends on."""
     if model.is_file():
         return stamps([model])
-    patterns = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", TRAINABLE_FILE)
-    return stamps(sorted(path for pattern in patterns for path in model.glob(pattern) if path.is_file()))
+    patterns = ("*.safetensors", "*.safetensors.index.json", "config.json", TRAINABLE_FILE, *TOKENIZER_PATTERNS)
+    return stamps(sorted({path for pattern in patterns for path in model.glob(pattern) if path.is_file()}))
 
 
 def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
@@ -40,15 +41,17 @@ def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
     """
     with errors_as(f"{folder} cannot be loaded"):
         loaded: Any = GDAForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):
             raise ValueError(f"{folder}: weights and config.json do not match, {kind.replace('_', ' ')}: {names[0]}")
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    stored = SafetensorsReader(folder).specs  # config.json may name a narrower dtype than some weights have
+    dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
+    dtypes |= {name: stored[name].dtype for name in dtypes if name in stored and ".lambda_" not in name}
     before = {name: getattr(torch, dtype) for name, dtype in dtypes_before_training(folder).items() if name in dtypes}
-    return model.float(), dtypes | before
+    return model, dtypes | before
 
 
 def add_companions(config: PreTrainedConfig, source: Path, folder: Path) -> None:

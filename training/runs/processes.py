@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from gda.common.errors import CheckFailed
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 PREFIX_KEY = "gda/prefix"
+# How long a process waits for the others, which may write or upload a large model. Lost ones are found by `runs.watch`.
+PATIENCE = timedelta(hours=12)
 
 # Kinds of errors that are passed on to the other processes; any other kind becomes a ValueError there.
 KINDS = (FileNotFoundError, FileExistsError, PermissionError, ConnectionError, BlockingIOError, OSError, CheckFailed)
@@ -46,7 +49,7 @@ class Processes:
     def __init__(self) -> None:
         if _may_be_restarted() and not torch.distributed.is_initialized():
             _connect_after_restart()
-        state = PartialState(cpu=on_cpu())
+        state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
         self.count: int = state.num_processes
         self.index: int = state.process_index
         self.is_main: bool = state.is_main_process
@@ -133,7 +136,7 @@ def _connect_after_restart() -> None:
     if index == 0:
         store.set(PREFIX_KEY, secrets.token_hex())
     prefixed = PrefixStore(store.get(PREFIX_KEY).decode(), store)
-    torch.distributed.init_process_group(store=prefixed, rank=index, world_size=count)
+    torch.distributed.init_process_group(store=prefixed, rank=index, world_size=count, timeout=PATIENCE)
     if prefixed.add("know", 1) == count:
         store.delete_key(PREFIX_KEY)
 

@@ -29,6 +29,7 @@ DATA_FOLDER = "data"
 # The settings by which a step is split over time and, with the number of processes, over processes.
 SPLIT_OF_A_STEP = ("batch_size", "accumulation")
 START_ANEW = "start over with --overwrite"
+WORTH_KEEPING = 60  # seconds of tokenizing whose result a failed run leaves for the next one
 OF_CONVERSIONS = dict.fromkeys((MANIFEST_FILE, WORK_FOLDER), "a conversion")
 
 
@@ -169,9 +170,12 @@ class RunFolder:
         remove_incomplete(self.path)
         last = last_checkpoint(self.path)
         if last is None and "report" not in read_or_empty(self.path / TRAINING_FILE):
-            self._staged.discard()
-        else:
-            self._staged.keep()
+            times = [read_or_empty(index).get("seconds", 0) for index in (self.path / DATA_FOLDER).glob("*.json")]
+            if max(times, default=0) < WORTH_KEEPING:
+                self._staged.discard()
+                return None
+            self._clear(but=DATA_FOLDER)
+        self._staged.keep()
         return last
 
 

@@ -20,9 +20,7 @@ VOCABULARY_PATTERNS = (
     "*.tiktoken",
 )
 OTHER_PATTERNS = ("generation_config.json", *LICENCE_PATTERNS)  # of files that don't belong to a tokenizer
-# These are copied byte for byte.
-ASSET_PATTERNS = (
-    *OTHER_PATTERNS,
+TOKENIZER_PATTERNS = (
     *VOCABULARY_PATTERNS,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
@@ -32,6 +30,7 @@ ASSET_PATTERNS = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+ASSET_PATTERNS = (*OTHER_PATTERNS, *TOKENIZER_PATTERNS)  # of files that are copied byte for byte
 
 
 def copy_assets(source: Path, folder: Path, *, tokenizer: bool = True) -> None:
