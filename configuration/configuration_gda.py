@@ -354,7 +354,8 @@ class GDAConfig(PretrainedConfig):
             before = vars(self).pop("auto_map", None)
             if bundle_code:
                 code = self._save_code(save_directory)
-                self.auto_map = code if "AutoModel" in code else (before or {}) | code
+                kept = {} if "AutoModel" in code else self._models_of(before or {}, save_directory)
+                self.auto_map = kept | code
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def _save_code(self, folder: str | os.PathLike) -> dict[str, str]:
@@ -370,6 +371,12 @@ class GDAConfig(PretrainedConfig):
             custom_object_save(MODEL_MAPPING[type(self)], folder)
         custom_object_save(GDAConfig, folder)  # the last, for it takes the place of the bridge beside the model
         return dict(AUTO_MAP) if has_model else {"AutoConfig": AUTO_MAP["AutoConfig"]}
+
+    @staticmethod
+    def _models_of(auto_map: dict[str, Any], folder: str | os.PathLike) -> dict[str, Any]:
+        """The entries of models whose code is on the Hub or in the folder."""
+        has_code = os.path.isfile(os.path.join(folder, "modeling_gda.py"))
+        return {name: place for name, place in auto_map.items() if name in AUTO_MAP and (has_code or "--" in place)}
 
     def validate_architecture(self) -> None:
         """Check every rule, at construction and again when a model is built; ValueError names field, rule and value."""

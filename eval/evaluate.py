@@ -116,7 +116,8 @@ def evaluate_with_baseline(
     except BaseException as error:  # Ctrl-C too: the model may have taken hours
         if results and first_process:
             what = "the diagnostics" if len(results) == len(candidates) else candidates[len(results)].name
-            results[0].notes.append(f"{what} failed: {first_line(error)}")
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+            results[0].notes.append(f"{what} failed: {reason}")
             keep(_report(results, candidates, text, options))
         raise
     return _report(results, candidates, text, options, diagnostics)

@@ -1,3 +1,4 @@
-from gda.configuration.configuration_gda import GDAConfig  # saving a model replaces this file by the one it imports
+# Saving a model replaces this file by the one that it imports.
+from gda.configuration.configuration_gda import WHOLE, GDAConfig
 
-__all__ = ["GDAConfig"]
+__all__ = ["WHOLE", "GDAConfig"]

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
 from .attention_gda import ATTENTION_CLASSES, Fade, GDAAttention, HeadwiseUp, LambdaProjection, SharedBase
-from .configuration_gda import GDAConfig
+from .configuration_gda import WHOLE, GDAConfig
 
 try:
     from transformers import initialization as init  # leaves alone what a checkpoint has filled
@@ -121,9 +121,8 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
 
     def __init__(self, config: GDAConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        if (
-            type(config) is GDAConfig and GDAConfig not in MODEL_MAPPING
-        ):  # the code was loaded from a model's folder, without our package
+        # The code was loaded from a model's folder, without our package, and the config perhaps from another's.
+        if type(config).__name__ == GDAConfig.__name__ and type(config) not in MODEL_MAPPING:
             AutoModel.register(type(config), GDAModel)
         self.model_tags = ["grouped-differential-attention", "gda"]  # for the model card
 
@@ -155,6 +154,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         for module in self.modules():  # a classifier's body has a config of its own
             if (config := getattr(module, "config", None)) is not None:
                 vars(config).update(fade=float(value), lambda_target=target)
+                vars(config).pop(WHOLE, None)  # of a model that was cut
         for module in list(self.modules()):
             if isinstance(module, Fade):
                 module.value.fill_(value)

@@ -114,8 +114,11 @@ def _dry_run(
     """The report of what a run would do. The data is tokenized in a temporary folder."""
     settings = options.settings
     with contextlib.ExitStack() as stack:
-        beside = next(folder for folder in out.absolute().parents if folder.is_dir())  # other machines may see it
-        temporary = partial(tempfile.TemporaryDirectory, prefix=".gda-train-", dir=beside)
+        # Beside OUT, all machines see it.
+        beside = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+        temporary = partial(
+            tempfile.TemporaryDirectory, prefix=".gda-train-", dir=beside if processes.count > 1 else None
+        )
         made = processes.on_main(lambda: stack.enter_context(temporary()))
         scratch = Path(made)
         processes.together(lambda: _require_shared(scratch, processes))

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gda.common.errors import CheckFailed, errors_naming
+from gda.common.errors import DISK_IS_FULL, CheckFailed, errors_naming
 from gda.common.files import StagedFolder, check_places, in_background, obstacle, remove, require_space, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
@@ -151,11 +151,11 @@ def _staged(out: Path, options: CheckpointOptions) -> Iterator[Path]:
         yield staged.folder
         staged.finish(without=MANIFEST_FILE)
     except BaseException as error:
-        splits = isinstance(error, OSError) and (staged.folder / WORK_FOLDER).is_dir()
-        continues = (options.resume or splits) and not isinstance(error, CheckFailed)
+        is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL and (staged.folder / WORK_FOLDER).is_dir()
+        continues = (options.resume or is_full) and not isinstance(error, CheckFailed)
         staged.keep() if continues or isinstance(error, KeyboardInterrupt) else staged.discard()
-        if splits:
-            raise OSError(f"{error}; the work so far is kept: pass --resume to go on") from None
+        if is_full and isinstance(error, OSError):
+            error.strerror = f"{error.strerror}; the work so far is kept: make room, and pass --resume to go on"
         raise
 
 

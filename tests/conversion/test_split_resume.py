@@ -282,7 +282,7 @@ def test_full_disk_names_the_file(limit: int, llama: Path, tmp_path: Path) -> No
 
     The tokenizer is written first, to a temporary folder, and does not fit the smallest limit. Later, the work is kept.
     """
-    named = ["assets"] if limit == 1_000 else [".gda.partial", "pass --resume"]
+    named = ["assets"] if limit == 1_000 else [".gda.partial", "pass --resume to go on"]
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

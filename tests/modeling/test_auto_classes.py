@@ -366,11 +366,28 @@ def test_drafts_of_the_first_layers(fields: dict[str, Any]) -> None:
     model, ids = tiny_model(num_hidden_layers=3, **fields), token_ids(1, 9)
     before = model.config.to_dict()
     expected = model.generate(ids, do_sample=False, max_new_tokens=12)
+    calls = [0, 0, 0]
+
+    def count(layer: int) -> None:
+        calls[layer] += 1
+
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: count(index))
     drafted = model.generate(ids, do_sample=False, max_new_tokens=12, assistant_early_exit=1)
     assert torch.equal(drafted, expected)
+    assert calls[0] > calls[1] == calls[2] > 0
     assert model.config.to_dict() == before
     model.config.num_hidden_layers = 1
     assert len(model.config.layer_types) == 1
+
+
+def test_fade_of_a_cut_model(tmp_path: Path) -> None:
+    """`set_fade` counts, not the fade of the whole model."""
+    tiny_model(num_hidden_layers=4, fade=0.2, masked_layers=[1, 3]).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=3)
+    model.set_fade(0.7)
+    model.generate(token_ids(1, 5), do_sample=False, max_new_tokens=4, assistant_early_exit=1)
+    assert (model.config.fade, model.config.masked_layers, model.config.num_hidden_layers) == (0.7, [1], 3)
 
 
 def test_classes_derived_from_ours(tmp_path: Path) -> None:

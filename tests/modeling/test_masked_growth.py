@@ -549,11 +549,16 @@ def test_mask_of_another_poly_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self) -> None:
             super().__init__()
             vars(self).update(vars(kind()))
+            torch.nn.init.zeros_(self.weight)
 
+    Twin.__name__ = "PolyNorm"
     monkeypatch.setitem(ACT2FN, "poly_norm", Twin)
     model = tiny_model(**fields)
     assert type(model.model.layers[0].mlp.act_fn) is Twin
     assert torch.equal(model(token_ids(2, 9)).logits, expected(token_ids(2, 9)).logits)
+    assert GDAForCausalLM(tiny_config(**fields)).model.layers[0].mlp.act_fn.weight.tolist() == pytest.approx(
+        [1 / 3] * 3
+    )
 
 
 def test_callback_with_peft(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -200,12 +201,32 @@ def test_sequences_are_packed_once(
     for options in ({"context": 8}, {"tokenizer": other, "vocab_size": VOCAB_SIZE + 1}):
         opened(path, **options)
     write_jsonl(path, TEXTS[:20])
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"--data, the tokenizer or its chat template differ .*--overwrite"):
-            opened(path, resumes=True)
     assert len(ids_of(opened(path))) < len(ids_of(first))
     assert len(cut) == 3
-    assert ids_of(opened(path, resumes=True)) == ids_of(opened(path))
+
+
+def test_resumed_run_has_the_same_sequences(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """They decide, not the place or the time of a file. Other ones are refused again and again."""
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = ids_of(opened(path))
+    for change in (lambda: os.utime(path, (1, 1)), lambda: (tmp_path / "scratch" / "data.arrow").unlink()):
+        change()
+        assert ids_of(opened(path, resumes=True)) == first
+    write_jsonl(path, TEXTS[:20])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"--data, the tokenizer or its chat template has changed .*--overwrite"):
+            opened(path, resumes=True)
+    write_jsonl(path, TEXTS)
+    assert ids_of(opened(path, resumes=True)) == first
+
+
+def test_forms_of_json(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Arrays of objects or of strings, lines, and objects over several lines."""
+    rows = [{"text": text} for text in TEXTS]
+    forms = [json.dumps(rows), json.dumps(TEXTS), "\n".join(map(json.dumps, rows))]
+    for form in [*forms, "\n".join(json.dumps(row, indent=1) for row in rows)]:
+        (tmp_path / "a.json").write_text(form)
+        assert ids_of(opened(tmp_path / "a.json")) == joined(tokenizer, TEXTS)
 
 
 def test_tokenizer_without_eos(opened: Callable[..., Sequences], tmp_path: Path) -> None:

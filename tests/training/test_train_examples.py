@@ -350,8 +350,10 @@ def test_tools_of_a_json_array(opened: Callable[..., Sequences], tmp_path: Path)
     rows = [{"messages": CHAT[1:3], "tools": each} for each in tools] + [{"messages": [*CHAT[1:3], *CHAT[1:3]]}]
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    array, lines = (documents(opened(tmp_path / f"a.{ending}", template=template)) for ending in ("json", "jsonl"))
-    assert array == lines
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    names = ("a.jsonl", "a.json", "b.json.gz")
+    lines, array, compressed = (documents(opened(tmp_path / name, template=template)) for name in names)
+    assert lines == array == compressed
 
 
 def test_messages_in_tables(opened: Callable[..., Sequences], tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def open_sequences(
 
     The sequences do not depend on the number of processes: one process tokenizes and writes a file into `scratch`,
     which all share, and the others wait for it. A later run with the same data, tokenizer and context reads this file
-    again; one that `resumes` from a checkpoint must have the same. Neither the data nor the sequences have to fit into
-    memory.
+    again; one that `resumes` from a checkpoint must have the same sequences. Neither the data, except a JSON array, nor
+    the sequences have to fit into memory.
 
     With `streaming`, nothing is written, and only the beginning is read here; see `SequenceStream`.
 
@@ -133,12 +133,15 @@ def open_sequences(
         identity = _identity(packer, sources)
         if known.get("identity") == identity and path.is_file():
             return known
-        if known and resumes:
+        known.pop("identity", None)  # from here on, the file may be another
+        written = _write(path, packer, sources, console)
+        if resumes and known.get("sha256", written["sha256"]) != written["sha256"]:
+            remove(path)
             raise ValueError(
-                f"{option}, the tokenizer or its chat template differ from those of the run that is resumed; pass "
-                "--overwrite to start over"
+                f"{option}, the tokenizer or its chat template has changed since the run began; change it back, or "
+                "start over with --overwrite"
             )
-        return {"identity": identity, **_write(path, packer, sources, console)}
+        return {"identity": identity, **written}
 
     _tokenize_in_one_process(index, write)
     return _read(path, index, packer, option)
@@ -182,7 +185,7 @@ def _write(path: Path, packer: SequencePacker, sources: list[Source], console: C
 
     They are written in blocks. `Dataset.from_generator` takes them one by one, which takes as long as tokenizing.
     """
-    progress, begun = Progress(), time.monotonic()
+    progress, begun, digest = Progress(), time.monotonic(), hashlib.sha256()
     kind = pa.list_(pa.int32(), packer.context)
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,}"), TimeElapsedColumn())
     bar = progress_bars(console, *columns)
@@ -191,11 +194,13 @@ def _write(path: Path, packer: SequencePacker, sources: list[Source], console: C
     with bar, written_beside(path) as file, pa.ipc.new_stream(file, schema) as writer:
         task = bar.add_task("tokens", total=None)
         for block in packer.blocks(sources, progress):
+            for each in names:
+                digest.update(block[each].tobytes())
             values = [pa.FixedSizeListArray.from_arrays(pa.array(block[each].reshape(-1)), type=kind) for each in names]
             writer.write_batch(pa.record_batch(values, names=list(names)))
             bar.update(task, completed=progress.tally.tokens)
-    seconds = time.monotonic() - begun
-    return {"tally": asdict(progress.tally), "notes": _notes_of(sources), "seconds": seconds}
+    about = {"tally": asdict(progress.tally), "notes": _notes_of(sources), "sha256": digest.hexdigest()}
+    return about | {"seconds": time.monotonic() - begun}
 
 
 def _identity(packer: SequencePacker, sources: list[Source]) -> str:

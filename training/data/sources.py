@@ -1,7 +1,7 @@
 """Where documents come from: text files, rows of data files, folders, and datasets on the Hub.
 
 Text and JSON Lines go through `gda.common.text`, as in all commands: it reads a document of any size in pieces, and
-its errors name the line. Everything else is read by the `datasets` library.
+its errors name the line. JSON arrays are read whole. Everything else is read by the `datasets` library.
 """
 
 import glob
@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import pandas
+from datasets.packaged_modules.json.json import JsonConfig
 from huggingface_hub.errors import HTTPError
 from pyarrow.dataset import ParquetFragmentScanOptions
 
@@ -121,8 +122,7 @@ def _file_source(path: Path, text_field: str) -> Source:
     ending, identity = ending_of(path), _stamp(path)
     if ending in LINES and path.suffix.lower() == ending:
         return source_of_rows(str(path), identity, lambda _, start: _lines(path, start), text_field)
-    if path.suffix.lower() == ".json":
-        read = _array if next(text_pieces(path)).lstrip().startswith("[") else _lines
+    if path.suffix.lower() == ".json" and (read := _json_reader(path)) is not None:
         return source_of_rows(str(path), identity, lambda _, start: read(path, start), text_field)
     if ending in READERS:
         return source_of_rows(str(path), identity, partial(_read, path, ending), text_field)
@@ -150,11 +150,24 @@ def _lines(path: Path, start: Any) -> Rows:
         yield f"line {number}", row, partial(_line_position, tell, number)
 
 
+def _json_reader(path: Path) -> Callable[[Path, Any], Rows] | None:
+    """The function that reads a file of rows in an array or in lines; None if it has another form, or long lines."""
+    beginning = next(text_pieces(path), "").lstrip()
+    if beginning.startswith("["):
+        return _array
+    try:
+        json.loads(beginning.split("\n", 1)[0])
+    except (ValueError, RecursionError):
+        return None
+    return _lines
+
+
 def _array(path: Path, start: Any) -> Rows:
     """The rows of a JSON array. `datasets` would turn fields that differ between rows, such as tools, into text."""
     with errors_as(f"{path} cannot be read"):
         rows = json.loads("".join(text_pieces(path)))
     for number, row in enumerate(rows[start or 0 :], (start or 0) + 1):
+        row = {"text": row} if isinstance(row, str) else row
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number} is not a JSON object, so it has no field `text`")
         yield f"row {number}", row, partial(int, number)
@@ -173,6 +186,8 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
     builder, options = READERS[ending]
     if builder == "parquet":
         options = options | CHECKED
+    if ending == ".json" and hasattr(JsonConfig, "on_mixed_types"):  # which turns fields that differ into text
+        options = options | {"on_mixed_types": None}
     if builder == "csv":  # otherwise a column of digits would become numbers
         with errors_as(f"{path} cannot be read"):
             header = pandas.read_csv(path, nrows=0, sep=options.get("sep", ","))

@@ -1,13 +1,12 @@
 """Errors that end a run, in one line with what was kept and the remedy."""
 
-import errno
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from gda.common.errors import CheckFailed, first_line
+from gda.common.errors import DISK_IS_FULL, CheckFailed, first_line
 from gda.training.callbacks.stopping import NotFiniteError
 from gda.training.runs.checkpoints import step_of
 from gda.training.settings import TrainSettings
@@ -22,12 +21,14 @@ def explained(error: BaseException, last: Path | None, folder: Path, settings: T
     `last` is the last complete checkpoint.
     """
     kept = "there is no checkpoint" if last is None else f"{last} holds step {step_of(last)}, the last good one"
+    if last is None and folder.exists():
+        kept += f"; {folder} keeps the tokenized data for the next run"
     if isinstance(error, NotFiniteError):
         remedy = f"lower --learning-rate {settings.learning_rate:g}, or examine the model with `gda inspect`"
         return CheckFailed(f"{error}: {kept}; {remedy}")
     if isinstance(error, torch.OutOfMemoryError):
         return ValueError(f"{first_line(error)}; lower --batch-size or --context, or pass --gradient-checkpointing")
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
     if is_full or (isinstance(error, RuntimeError | SafetensorError) and NOT_WRITTEN.search(str(error))):
         reason = error.strerror if is_full and isinstance(error, OSError) else first_line(error)
         remedy = "" if last is None else "; make room and continue with --resume"

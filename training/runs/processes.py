@@ -16,8 +16,8 @@ from gda.common.errors import CheckFailed
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 PREFIX_KEY = "gda/prefix"
-# How long a process waits for the others, which may write or upload a large model. Lost ones are found by `runs.watch`.
-PATIENCE = timedelta(hours=12)
+# How long a process waits for the others, which may write or upload a large model. `runs.watch` finds lost ones sooner.
+PATIENCE = timedelta(hours=4)
 
 # Kinds of errors that are passed on to the other processes; any other kind becomes a ValueError there.
 KINDS = (FileNotFoundError, FileExistsError, PermissionError, ConnectionError, BlockingIOError, OSError, CheckFailed)

@@ -174,7 +174,6 @@ class RunFolder:
             if max(times, default=0) < WORTH_KEEPING:
                 self._staged.discard()
                 return None
-            self._clear(but=DATA_FOLDER)
         self._staged.keep()
         return last
 

@@ -1,9 +1,11 @@
 """Errors, and how they are printed."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # or a quota, or the size that a file may have
 MAX_LENGTH = 500  # characters of a message, which may quote a value of any length
 
 
