@@ -66,7 +66,10 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # options of gda.convert
     ONE_RATE: {},
     "tanh λ": {"lambda_type": "tanh"},
     "head norm": {"head_norm": True},
+    "head norm, 60 steps": {"head_norm": True},
+    "head norm, at once": {"head_norm": True},
 }
+FADES = {"head norm, 60 steps": 60, "head norm, at once": 1}  # steps, instead of those of the settings
 NOTHING, TEXT, MIXED = "nothing", "text", "text + retrieval"
 DATA = {NOTHING: (), TEXT: ("text.jsonl",), MIXED: ("half.jsonl", "prompts.jsonl")}
 LENGTHS = (128, 256, 512)  # tokens of the retrieval prompts; the last is beyond the training
@@ -96,6 +99,7 @@ def run_one(options: dict[str, Any], settings: Settings, *, name: str, data: str
     torch.set_num_threads(1)
     if name == ONE_RATE:
         settings = replace(settings, lambda_learning_rate=settings.learning_rate)
+    settings = replace(settings, fade_steps=FADES.get(name, settings.fade_steps))
     files, losses = [Path(options["out"]) / file for file in DATA[data]], []
     begun = time.perf_counter()
     with TemporaryDirectory(dir=options["out"]) as scratch:
@@ -248,7 +252,8 @@ def run(options: dict[str, Any], settings: Settings) -> None:
     if not all((out / file).exists() for files in DATA.values() for file in files):
         prepare(options, settings)
     names, seeds = options["variants"], options["seeds"]
-    wanted = [(SOURCE, NOTHING, 0), *((name, data, seed) for seed in seeds for data in (TEXT, MIXED) for name in names)]
+    texts = options["data"]
+    wanted = [(SOURCE, NOTHING, 0), *((name, data, seed) for seed in seeds for data in texts for name in names)]
     runs = [dict(zip(("name", "data", "seed"), each, strict=True)) for each in wanted]
     do_missing(out, runs, partial(run_one, options, settings), options["jobs"])
 
@@ -367,6 +372,7 @@ def main() -> None:
     command.add_argument("--out", default="continued")
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     command.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="Default: all.")
+    command.add_argument("--data", nargs="+", choices=(TEXT, MIXED), default=[TEXT, MIXED], help="Default: both.")
     command.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, one thread each.")
     for name, value in asdict(Settings()).items():
         command.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
