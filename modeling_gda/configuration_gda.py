@@ -1,4 +1,3 @@
-# Saving a model replaces this file by the one that it imports.
-from gda.configuration.configuration_gda import WHOLE, GDAConfig
+from gda.configuration.configuration_gda import GDAConfig  # saving a model replaces this file by the one it imports
 
-__all__ = ["WHOLE", "GDAConfig"]
+__all__ = ["GDAConfig"]

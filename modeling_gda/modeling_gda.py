@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
 from .attention_gda import ATTENTION_CLASSES, Fade, GDAAttention, HeadwiseUp, LambdaProjection, SharedBase
-from .configuration_gda import WHOLE, GDAConfig
+from .configuration_gda import GDAConfig
 
 try:
     from transformers import initialization as init  # leaves alone what a checkpoint has filled
@@ -84,11 +84,10 @@ class GDADecoderLayer(Qwen3DecoderLayer):
 
     def __init__(self, config: GDAConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
-        # First, since pipeline parallelism takes the dtype of a stage's first parameter, and λ is float32.
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = ATTENTION_CLASSES[config.kv_layout](config, layer_idx)  # type: ignore[assignment]
         grows = config.masked_neurons is not None or config.is_new_layer(layer_idx)
         self.mlp = GDAGrowingMLP(config, layer_idx) if grows else LlamaMLP(config)  # type: ignore[assignment]
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention_type = config.layer_type(layer_idx)  # transformers before 5.4 reads it
         self.fade = Fade(config) if config.is_blended_layer(layer_idx) else None
@@ -153,8 +152,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
             raise ValueError(f"lambda_target must be finite in float32, not {target!r}")
         for module in self.modules():  # a classifier's body has a config of its own
             if (config := getattr(module, "config", None)) is not None:
-                vars(config).update(fade=float(value), lambda_target=target)
-                vars(config).pop(WHOLE, None)  # of a model that was cut
+                config.fade, config.lambda_target = float(value), target
         for module in list(self.modules()):
             if isinstance(module, Fade):
                 module.value.fill_(value)

@@ -117,7 +117,7 @@ def _dry_run(
         # Beside OUT, all machines see it.
         beside = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
         temporary = partial(
-            tempfile.TemporaryDirectory, prefix=".gda-train-", dir=beside if processes.count > 1 else None
+            tempfile.TemporaryDirectory, prefix="gda-train-", dir=beside if processes.count > 1 else None
         )
         made = processes.on_main(lambda: stack.enter_context(temporary()))
         scratch = Path(made)
