@@ -160,7 +160,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
                 module.fade = Fade(module.config).to(module.o_proj.weight.device)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
         if type(module).__name__ == "PolyNorm":  # perhaps that of another model's folder, which registered it first
             init.constant_(module.weight, 1 / 3)

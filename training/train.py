@@ -217,8 +217,9 @@ def _train(
     resumes = state.checkpoint is not None
     plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console, resumes=resumes))
     processes.on_main(lambda: plan.require_space(out))
-    for note in plan.notes if shows_progress(console) and processes.is_main else ():  # the report has them at the end
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    if console is not None and shows_progress(console) and processes.is_main:
+        for note in plan.notes:  # the report has them at the end
+            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     if options.show_batch:
         processes.on_main(lambda: _show_batch(plan, source, console))
     if state.checkpoint is not None:
