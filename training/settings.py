@@ -109,7 +109,8 @@ class TrainSettings(Options):
 
     lambda_learning_rate: float | None = option(
         None,
-        "Peak learning rate of the λ parameters. Default: --learning-rate; no rate was shown to be better.",
+        "Peak learning rate of the λ parameters. Default: --learning-rate; ten times that was no better "
+        "(docs/evidence.md).",
         panel=LAMBDA,
         above=0,
     )
@@ -119,7 +120,7 @@ class TrainSettings(Options):
     fade_steps: int | None = option(
         None,
         "Number of steps over which the new parts of MODEL are faded in: heads, neurons, layers, a head norm, λ. "
-        "Default: all steps.",
+        "Default: all steps. Half of them suit a head norm better (docs/evidence.md).",
         panel=STEPS,
         minimum=1,
     )
