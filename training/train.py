@@ -115,7 +115,7 @@ def _dry_run(
     settings = options.settings
     with contextlib.ExitStack() as stack:
         # Beside OUT, all machines see it.
-        beside = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+        beside = next(folder for folder in out.absolute().parents if folder.is_dir())
         temporary = partial(
             tempfile.TemporaryDirectory, prefix="gda-train-", dir=beside if processes.count > 1 else None
         )

@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.assets import copy_assets
 from gda.common.errors import first_line
 from gda.common.extras import needed_by
-from gda.common.files import read_json, sha256
+from gda.common.files import read_json
 from gda.common.places import ADAPTER_CONFIG
-from gda.conversion.sources.hub import check_downloaded
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import has_vocabulary, read_tokenizer
 from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
@@ -94,12 +93,6 @@ class AdapterSource(Source):
                 if name in self.specs:
                     parameter.copy_(parameter.to(self.specs[name].dtype))
         return model.eval()
-
-    def hashes(self) -> dict[str, str]:
-        digest = sha256(self.folder / ADAPTER_FILE)
-        if self.revision is not None:
-            check_downloaded(self.folder / ADAPTER_FILE, digest)
-        return {**self.base.hashes(), ADAPTER_FILE: digest}
 
     def read(self, name: str) -> torch.Tensor:
         return self._merged.get_parameter(name).detach().to(self.specs[name].dtype)

@@ -13,7 +13,6 @@ from gda.common.assets import copy_assets
 from gda.common.errors import errors_as
 from gda.common.places import ADAPTER_CONFIG
 from gda.conversion.sources.config_file import read_config
-from gda.conversion.sources.hub import check_downloaded
 from gda.conversion.sources.names import stored_names
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import read_tokenizer
@@ -57,14 +56,6 @@ class FolderSource(Source):
             )
         model.config.return_dict, model.config.output_hidden_states = True, False
         return model.eval()
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of each file of weights; ValueError if it is not the one that the Hub gave."""
-        digests = super().hashes()
-        if self.revision is not None:
-            for file, digest in digests.items():
-                check_downloaded(self.folder / file, digest)
-        return digests
 
     def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
         copy_assets(self.folder, folder, tokenizer=tokenizer)

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gda.common.errors import first_line
 from gda.common.files import sha256
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
+from gda.conversion.sources.hub import check_downloaded
 from gda.conversion.sources.names import EMBEDDINGS, HEAD, LAYER, other_head, why_missing
 from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.recipes import checkpoint_specs
@@ -77,8 +78,11 @@ class Source(ABC):
         return {}
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of each file of weights."""
-        return {path.name: sha256(path) for path in self.weight_files}
+        """SHA-256 of each file of weights; ValueError if it is not the one that the Hub gave."""
+        digests = {path: sha256(path) for path in self.weight_files}
+        for path, digest in digests.items():
+            check_downloaded(path, digest)
+        return {path.name: digest for path, digest in digests.items()}
 
     def _check_tensors(self, where: Path, expected: dict[str, TensorSpec]) -> None:
         """Raise ValueError unless the tensors are the `expected` ones; drop superfluous ones that are harmless."""
