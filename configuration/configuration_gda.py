@@ -86,7 +86,7 @@ class GDAConfig(PretrainedConfig):
             multiplied by `fade`.
         blended_layers: Whether these layers output fade · layer(x) + (1 − fade) · x instead.
         faded_head_norm: Whether the head norm is faded in: heads output (1 − fade) · x + fade · norm(x) · (1 − λ_init).
-        lambda_target: λ is faded in by way of this value: layers subtract with fade · λ + (1 − fade) · fade · target.
+        lambda_target: Shifts λ while it fades in: layers subtract with fade · λ + (1 − fade) · fade · lambda_target.
         hidden_act: As in Llama, or `"poly_norm"` (arXiv 2411.03884).
         attention_bias: Whether the query, key and value projections have biases.
         attention_out_bias: Whether `o_proj` has a bias. `None`: as `attention_bias`.

@@ -115,7 +115,9 @@ class TrainSettings(Options):
         above=0,
     )
     lambda_target: float | None = option(
-        None, "Fade λ in: from 0 towards this value, and then to the learned λ. Default: no fading in.", panel=LAMBDA
+        None,
+        "Fade λ in: from 0, shifted by up to a quarter of this value, to the learned λ. Default: no fading in.",
+        panel=LAMBDA,
     )
     fade_steps: int | None = option(
         None,

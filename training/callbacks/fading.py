@@ -21,8 +21,8 @@ class FadeCallback(TrainerCallback, ExportableState):
 
           λ = (1 − fade) · fade · λ_target + fade · λ_learned
 
-      so that λ starts at 0, moves towards the target, and ends as learned. DEX (arXiv 2505.16333) has a schedule of
-      this kind; the formula here is our own and may differ from that paper's.
+      so that λ starts at 0, is shifted by at most λ_target / 4 on the way, and ends as learned. DEX (arXiv 2505.16333)
+      has a schedule of this kind; the formula here is our own and may differ from that paper's.
 
     From step T on, the model is an ordinary one, and a model saved then has none of these fields. Evaluation runs with
     the fade of its step, a checkpoint's config.json records it, and the best model, if it is loaded at the end, gets
@@ -30,7 +30,7 @@ class FadeCallback(TrainerCallback, ExportableState):
 
     Args:
         num_steps: T, in optimizer steps.
-        lambda_target: Fade λ in via this value. Default: the model's own target, if it has one.
+        lambda_target: Shift λ towards this value while it fades in. Default: the model's own target, if it has one.
 
     Raises:
         ValueError: if `num_steps` is below 1 or the target is not finite; and when training begins, if nothing is to
