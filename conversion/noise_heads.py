@@ -47,5 +47,5 @@ def _requested(
         return kv_heads if noise_heads is None else noise_heads
     in_group = int(str(ratio).partition(":")[0]) + others
     if heads % in_group:
-        raise ValueError(f"--ratio {ratio} does not divide the {heads} query heads of the source; {hint}")
+        raise ValueError(f"--ratio {ratio} does not fit the {heads} query heads of the source; {hint}")
     return heads // in_group

@@ -89,8 +89,12 @@ class CheckpointOptions(ReplaceOptions, RevisionOptions):
     verify: bool = option(
         True, "Compare the result with its source before OUT appears.", panel=OUTPUT, flag="--verify/--no-verify"
     )
-    resume: bool = option(False, "Continue an interrupted run; finished weight files are kept.", panel=OUTPUT)
-    dry_run: bool = option(False, "Check everything, but write no model; a Hub id is still downloaded.", panel=OUTPUT)
+    resume: bool = option(
+        False, "Continue an interrupted run with its finished work. Start a new run if there is none.", panel=OUTPUT
+    )
+    dry_run: bool = option(
+        False, "Check options, model and tokenizer, but write no model; a Hub id is still downloaded.", panel=OUTPUT
+    )
     max_shard_size: str | int = option("5GB", "Largest weight file, such as 5GB or 400MB.", panel=OUTPUT)
 
     def __post_init__(self) -> None:
@@ -109,9 +113,9 @@ class SplitOptions(WriteOptions):
 
     calibration: tuple[str, ...] = option(
         (),
-        "Calibration text: a text file, or .jsonl with a field `text`. Can be repeated; FILE:2 counts twice as much as "
-        "FILE. `sampled` is text that the source writes itself; `sampled:2` is added to files unless `sampled:0` is "
-        "given. Default: sampled.",
+        "Calibration text: a text file, or .jsonl with a field `text`. May be repeated; FILE:2 counts twice as much as "
+        "FILE. `sampled` is text that the source writes itself. Beside files it has weight 2; `sampled:3` changes the "
+        "weight, and `sampled:0` omits it. Default: sampled.",
         panel=SPLIT,
         metavar="FILE[:WEIGHT]",
         check=lambda text: _check_calibration(text),
@@ -154,8 +158,8 @@ class NewHeadOptions(WriteOptions):
 
     noise_heads: int | None = option(
         None,
-        "Number of noise heads that a Llama, Mistral or Qwen gets; --mode split turns existing heads into them. "
-        "Default: one per KV head; no other number was clearly better (docs/evidence.md).",
+        "Number of noise heads that a Llama, Mistral or Qwen gets. `gda convert --mode split` turns existing "
+        "heads into them. Default: one per KV head; no other number was clearly better (docs/evidence.md).",
         panel=NEW_HEADS,
         metavar="N",
     )
@@ -168,7 +172,7 @@ class NewHeadOptions(WriteOptions):
     lambda_type: Literal["reparameterized", "tanh", "sigmoid"] | None = option(
         None,
         "How λ is computed. reparameterized: one λ per layer. tanh, sigmoid: one λ per token and signal head. sigmoid "
-        "is never 0, so training fades it in, except after --mode split, where it starts at ½. Default: "
+        "is never 0, so training fades it in, except after `gda convert --mode split`, where it starts at ½. Default: "
         "reparameterized, since a Llama can express it, and tanh did not train better (docs/evidence.md).",
         panel=NEW_HEADS,
     )
@@ -186,8 +190,8 @@ class NewHeadOptions(WriteOptions):
     )
     head_norm: bool | None = option(
         None,
-        "Give each head's output an RMSNorm, as the GDA paper has it, but with an epsilon of 1, so that it changes a "
-        "pretrained model little at first. Training fades it in. Default: no head norm, since it raised the loss in "
+        "Apply an RMSNorm to each signal head's output, as in the GDA paper but with an epsilon of 1, which changes a "
+        "pretrained model less. Training fades it in. Default: no head norm, since it raised the loss in "
         "short trainings (docs/evidence.md).",
         panel=NEW_HEADS,
         flag="--head-norm/--no-head-norm",
@@ -281,7 +285,9 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
             if getattr(self, name) not in (None, ()):
                 raise ValueError(f"{flag(name)} is only for --mode {mode}")
         if self.mode == "split" and self.qk_rank is not None:
-            raise ValueError("--qk-rank goes with --mode split in two steps: split first, then factorize the result")
+            raise ValueError(
+                "--qk-rank can't be combined with --mode split; split first, then convert the result with --qk-rank"
+            )
 
     def check_places(self) -> None:
         super().check_places()
@@ -308,7 +314,10 @@ class GrowOptions(NewHeadOptions):
     )
     out: str | Path = argument("Folder to create.")
     signal: int | float | None = option(
-        None, "Number of replicas of each signal head: r:1 becomes M·r:1. Default: 1.", panel=GROWTH, metavar="M"
+        None,
+        "Factor, at least 2, by which the signal heads grow: r:1 becomes M·r:1. Default: no new heads.",
+        panel=GROWTH,
+        metavar="M",
     )
     depth: int | None = option(
         None,
@@ -324,11 +333,14 @@ class GrowOptions(NewHeadOptions):
         metavar="LIST",
     )
     hidden: int | float | None = option(
-        None, "Factor by which the hidden size grows. Default: 1.", panel=GROWTH, metavar="M"
+        None,
+        "Factor, at least 2, by which the hidden size grows. Default: no growth.",
+        panel=GROWTH,
+        metavar="M",
     )
     width: int | float | None = option(
         None,
-        "Factor by which the hidden size, the MLP and all numbers of heads grow. Default: 1.",
+        "Factor, at least 2, by which the hidden size, the MLP and all numbers of heads grow. Default: no growth.",
         panel=GROWTH,
         metavar="M",
     )
@@ -346,7 +358,8 @@ class GrowOptions(NewHeadOptions):
     )
     mlp: int | float | None = option(
         None,
-        "Factor by which the neurons of the MLP grow; with --masked it may be a fraction such as 1.5. Default: 1.",
+        "Factor, at least 2, by which the neurons of the MLP grow, or with --masked a fraction such as 1.5. "
+        "Default: no growth.",
         panel=GROWTH,
         metavar="M",
     )
@@ -395,8 +408,8 @@ class ExportOptions(CheckpointOptions):
     out: str | Path = argument("Folder to create, or with --format gguf the file.")
     format: Literal["llama", "mistral", "qwen2", "qwen3", "motif", "diffllama", "gguf"] = option(
         "llama",
-        "Model type to write. Another of the first four is chosen if this one cannot hold the model. gguf: one file "
-        "OUT.gguf for llama.cpp, Ollama and LM Studio.",
+        "Model type to write. If a llama, mistral, qwen2 or qwen3 cannot express the model, another of these four is "
+        "written. gguf: one file for llama.cpp, Ollama and LM Studio; OUT must end in .gguf.",
         panel=LAYOUT,
     )
     heads: Literal["original", "all"] | None = option(
@@ -439,6 +452,9 @@ class VerifyOptions(RevisionOptions):
         "Model that OUT was converted from: a folder, a Hub id or a GGUF file.", check=check_model
     )
     out: str | Path = argument("Converted model: a folder or a Hub id.", check=check_model)
+    revision: str | None = option(
+        None, "Branch, tag or commit of SOURCE, if it is a Hub id. Default: its main branch.", panel=HUB
+    )
     method: Literal["auto", "full", "layers", "tensors"] = option(
         "auto",
         "full: run both models. layers: run both with one layer in memory at a time. tensors: convert every tensor "
@@ -448,7 +464,8 @@ class VerifyOptions(RevisionOptions):
     )
     threshold: float | None = option(
         None,
-        "Largest relative |Δlogit| that passes. Default: 1e-5, or no limit after a lossy conversion.",
+        "Largest |Δlogit| that passes, relative to the source's largest |logit|. Default: 1e-5, or no limit after a "
+        "lossy conversion.",
         panel=COMPARISON,
         metavar="X",
         minimum=0,

@@ -112,7 +112,7 @@ class VerificationFailed(CheckFailed):
             reason = f"greedy text with a cache equals the source's for only {same:.0f} % of the prompts"
             if _within(report.relative, LOSSLESS_THRESHOLD):
                 reason += (
-                    ", though the logits of prompts read at once agree; use another release of transformers than "
+                    ", though the logits without a cache agree; use a release of transformers other than "
                     f"{transformers.__version__}"
                 )
         super().__init__(f"verification failed: {reason}")

@@ -45,8 +45,8 @@ class TaskOptions(Options):
     )
     dataset_root: str | Path | None = option(
         None,
-        "Folder to read datasets from: DIR/dataset_path holds what `hf download` or `save_to_disk` leaves, or "
-        "dataset_name/SPLIT.jsonl or .parquet. Default: the Hub.",
+        "Folder of datasets. DIR/dataset_path holds what `hf download` leaves; DIR/dataset_path/dataset_name holds "
+        "what `save_to_disk` leaves, or SPLIT.jsonl or .parquet. Both names are fields of the task. Default: the Hub.",
         panel=TASKS,
         metavar="DIR",
     )
@@ -81,12 +81,16 @@ class TaskOptions(Options):
     )
     metadata: dict[str, Any] | str | None = option(
         None,
-        "Settings of generated tasks and of --diagnostics as a JSON object: length, depth, needles, samples, "
-        "data_seed and others. Default: the tasks' own settings.",
+        'Settings of tasks that generate their data and of --diagnostics, such as {"length": 4096}; '
+        "eval/tasks/README.md lists them. Default: the tasks' own settings.",
         panel=TASKS,
         metavar="JSON",
     )
-    batch_size: int | str = option(1, "Number of requests in a batch, or auto or auto:N.", panel=MODEL)
+    batch_size: int | str = option(
+        1,
+        "Number of requests in a batch. auto: as many as fit into memory; auto:N: found anew for each of N parts.",
+        panel=MODEL,
+    )
     device: str | None = option(
         None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL, check=check_device
     )
@@ -164,9 +168,9 @@ class AttentionOptions(Options):
     """
 
     model: Model = argument("Model whose attention is shown: a folder, a Hub id or a GGUF file.", check=check_model)
-    text: str | None = option(None, "Text to read.", panel=TEXT)
+    text: str | None = option(None, "Text to read. Pass this or --file.", panel=TEXT)
     file: str | Path | None = option(
-        None, "File with the text to read: a text file, or .jsonl with a field `text`.", panel=TEXT, check=check_text
+        None, "File to read: text, or .jsonl with a field `text`. Pass this or --text.", panel=TEXT, check=check_text
     )
     max_tokens: int = option(512, "Largest number of tokens to read.", panel=TEXT, minimum=1)
     baseline: Model | None = option(
@@ -183,7 +187,7 @@ class AttentionOptions(Options):
     )
     layers: str | Sequence[int] | None = option(
         None,
-        "Layers whose maps are kept, separated by commas. Fewer layers allow finer maps. Default: all.",
+        "Layers whose maps are kept, such as 11,12, counted from 0. Fewer layers allow finer maps. Default: all.",
         panel=OUTPUT,
     )
     map_megabytes: float = option(

@@ -51,8 +51,8 @@ class TrainSettings(Options):
     )
     text_field: str = option(
         "text",
-        "Field of a row that holds its text or its messages. Rows without `text` are read by their fields `messages`, "
-        "or `prompt` and `completion`.",
+        "Field that holds the text or the messages. By default, data without `text` is read by `messages`, or by "
+        "`prompt` and `completion`.",
         panel=DATA,
     )
     streaming: bool = option(
@@ -116,19 +116,20 @@ class TrainSettings(Options):
     )
     lambda_target: float | None = option(
         None,
-        "Fade λ in: from 0, shifted by up to a quarter of this value, to the learned λ. Default: no fading in.",
+        "Fade λ in: from 0, shifted by up to a quarter of this value, to the learned λ. Needs --fade-steps or "
+        "--lambda-anneal-steps. Default: no fading in.",
         panel=LAMBDA,
     )
     fade_steps: int | None = option(
         None,
         "Number of steps over which the new parts of MODEL are faded in: heads, neurons, layers, a head norm, λ. "
-        "Default: all steps. Half of them suit a head norm better (docs/evidence.md).",
+        "Default: all steps. For a head norm, half as many were better (docs/evidence.md).",
         panel=STEPS,
         minimum=1,
     )
     lambda_anneal_steps: int | None = option(
         None,
-        "Number of steps over which λ is faded in. Needs --lambda-target, which needs this or --fade-steps.",
+        "Number of steps over which λ is faded in. Needs --lambda-target; replaces --fade-steps.",
         panel=LAMBDA,
         minimum=1,
     )
@@ -183,8 +184,10 @@ class TrainSettings(Options):
     def _check_combinations(self) -> None:
         if self.streaming and self.steps is None:
             raise ValueError("--streaming needs --steps, because the length of a stream is unknown")
-        if (self.lambda_target is None) != (self.lambda_anneal_steps is None) and self.fade_steps is None:
-            raise ValueError("--lambda-target and --lambda-anneal-steps go together; one of them is missing")
+        if self.lambda_target is None and self.lambda_anneal_steps is not None:
+            raise ValueError("--lambda-anneal-steps has no effect without --lambda-target")
+        if self.lambda_target is not None and self.lambda_anneal_steps is None and self.fade_steps is None:
+            raise ValueError("--lambda-target needs --fade-steps or --lambda-anneal-steps")
         if self.lambda_target is not None and not math.isfinite(self.lambda_target):
             raise ValueError(f"--lambda-target {self.lambda_target} is not a finite number")
         if self.fade_steps is not None and self.lambda_anneal_steps is not None:
@@ -244,7 +247,9 @@ class RunOptions(BundleOptions, RevisionOptions, HubOptions):
         False, "Print the first sequence, with the parts that are learned and those that are only read.", panel=LOG
     )
     dry_run: bool = option(
-        False, "Check everything, count tokens, steps and parameters, but write nothing.", panel=OUTPUT
+        False,
+        "Check the input, and count tokens, steps and parameters, but keep nothing; Hub ids are still downloaded.",
+        panel=OUTPUT,
     )
 
 
@@ -282,7 +287,10 @@ class TrainOptions(TrainSettings, RunOptions):
         for each in fields(self):
             given, default = getattr(self, each.name) or None, each.default or None  # an empty list and tuple are equal
             if each.name not in ("model", "out", "plot") and given != default:
-                raise ValueError(f"{flag(each.name)} has no effect without OUT: the log of MODEL is drawn; omit it")
+                option = flag(each.name)
+                raise ValueError(
+                    f"{option} has no effect without OUT: --plot only draws the log of MODEL; name OUT or omit {option}"
+                )
 
     @property
     def only_plots(self) -> bool:

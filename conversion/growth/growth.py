@@ -89,5 +89,6 @@ def _factor(option: str, times: int | float | None) -> int | None:
     if times is not None and times > LARGEST_FACTOR:
         raise ValueError(f"{option} {times:g} is more than {LARGEST_FACTOR}; grow in several steps")
     if times is not None and not (times >= 2 and times == times // 1):
-        raise ValueError(f"{option} {times:g} is not a number of replicas: it must be an integer of at least 2")
+        hint = "; a fraction needs --masked" if option == "--mlp" else ""
+        raise ValueError(f"{option} {times:g} is not an integer of at least 2{hint}")
     return None if times is None else int(times)

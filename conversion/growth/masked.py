@@ -28,7 +28,8 @@ def mask_growth(model: Conversion, options: GrowOptions, new_layers: list[int]) 
     if old.fade:
         part = "the head norm" if old.faded_head_norm else "λ"
         raise ValueError(
-            f"--masked: {part} of the source is at fade {old.fade:g}, and new parts start at 0; train it to 1 first"
+            f"--masked: {part} of the source is at fade {old.fade:g}, but new parts start at 0; "
+            "train the source until its fade is 1"
         )
     origins: dict[str, Tensor] = {}
     changes: dict[str, Any] = {"fade": 0.0, "masked_layers": new_layers or None}

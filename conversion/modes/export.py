@@ -69,7 +69,7 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
     notes = [] if is_gguf else _notes_on_type(config, model_type, counts, reason)
     if rounded:
         dtype = str(rounded[0].dtype).removeprefix("torch.")
-        notes.append(f"the computed weights are rounded to {dtype}, which is not lossless; --dtype float32 is")
+        notes.append(f"the computed weights are rounded to {dtype}, which is not lossless; --dtype float32 avoids that")
     elif not is_gguf:
         notes += losses_of_cast(source, plain, options.dtype)
     target = target_config(config, model_type, counts)
@@ -93,7 +93,7 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
 def _notes_on_type(config: GDAConfig, model_type: str, counts: tuple[int, int], reason: str | None) -> list[str]:
     notes = [] if reason is None else [reason]
     if projections := zero_bias_projections(config, model_type, counts):
-        notes.append(f"{', '.join(projections)} get a bias of 0, which the type has and the model does not")
+        notes.append(f"bias of 0 added to {', '.join(projections)}, because a {model_type} has one there")
     if model_type == "qwen2" and not has_usual_heads(config, counts):
         notes.append(QWEN2_NOTE)
     return notes

@@ -24,7 +24,7 @@ def plan(source: Source, options: WriteOptions) -> Conversion:
     wide = all(recipe.spec.dtype.itemsize >= 4 for recipe in products)
     lossless = wide and is_lossless(recipes, source.specs)
     narrow = str(products[0].spec.dtype).removeprefix("torch.")
-    note = f"the folded weights are rounded to {narrow}, which is not lossless; --dtype float32 is"
+    note = f"the folded weights are rounded to {narrow}, which is not lossless; --dtype float32 avoids that"
     return Conversion(
         mode="fold",
         config=with_fields(factored, qk_rank=None, dtype=dtype or factored.dtype),

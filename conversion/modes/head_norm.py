@@ -20,7 +20,10 @@ OUTPUT_SIZE = 0.25  # RMS of a head's output that the powers of two aim at
 # Attention averages values, so its outputs are smaller than these: 0.12 to 0.39 times in the layers of SmolLM2-135M.
 AVERAGING = 0.2
 SMALLEST = OUTPUT_SIZE / 1024  # heads that output almost nothing are not scaled further
-UNSCALED_NOTE = "values in float16 are not scaled, so the head norm changes the model more at the end of the fade"
+UNSCALED_NOTE = (
+    "v_proj and o_proj in float16 are not scaled, so the head norm changes the model more at the end of the fade; "
+    "--dtype float32 scales them"
+)
 
 
 def weight_recipe(name: str, spec: TensorSpec, config: GDAConfig, dtype: torch.dtype) -> Recipe:

@@ -66,7 +66,10 @@ def low_rank(dense: Conversion, source: Source, rank: int) -> Conversion:
             "which is not lossless"
         )
     elif dense.lossless and not exact:
-        notes.append(f"base and updates of {what} are rounded to a narrow dtype, which is not lossless; use float32")
+        notes.append(
+            f"base and updates of {what} are rounded to a narrow dtype, which is not lossless; "
+            "--dtype float32 avoids that"
+        )
     kept = dict(dense.kept)
     for kind in {"query", "key"} & kept.keys():
         kept[f"{kind} rank"] = kept[kind].view(-1, config.head_dim)[:, :1].expand(-1, rank).flatten()

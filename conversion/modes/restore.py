@@ -30,7 +30,9 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
         BrokenTieError: if the exported model was trained since.
         ValueError: for a source that was not exported with its noise heads.
     """
-    refuse_new_heads(options, "is not for an exported GDA model, which has noise heads; or pass --mode expand")
+    refuse_new_heads(
+        options, "has no effect on an exported GDA model, which has noise heads; omit it, or pass --mode expand"
+    )
     export, dtype = exported(source), DTYPES[options.dtype]
     if export is None:
         raise ValueError(f"{source.name} {NOT_EXPORTED}")

@@ -123,7 +123,7 @@ class GGUFSource(Source):
             if factors is None or not (llama3 := scaling_in_tensor(config, torch.from_numpy(self._values(factors)))):
                 return scaling
             if scaling:
-                raise ValueError(f"it has both {ROPE_FREQS} and rope.scaling, and transformers one of them")
+                raise ValueError(f"it has both {ROPE_FREQS} and rope.scaling, but transformers supports only one")
             return llama3
         except (TypeError, ValueError) as error:  # TypeError: an entry is a list or a text
             raise ValueError(f"{self.path}: {error}; convert from the safetensors model") from None

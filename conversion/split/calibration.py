@@ -60,9 +60,8 @@ def shares(weights: Mapping[str, float], *, sampled: float, tokens: int, longest
     context, total = min(CONTEXT, longest), sum(weights.values()) + sampled
     texts = len(weights) + (sampled > 0)
     if tokens < texts * context:
-        each = f"{texts} texts" if texts > 1 else "one text"
         raise ValueError(
-            f"--calibration-tokens {tokens} is below {texts * context}, a sequence of {context} tokens for {each}"
+            f"--calibration-tokens {tokens} is below {texts * context}: each text needs a sequence of {context} tokens"
         )
     counts = {Path(name): max(1, round(tokens * weight / total / context)) for name, weight in weights.items()}
     return Shares(context, counts, max(1, round(tokens * sampled / total / context)) if sampled else 0)

@@ -69,7 +69,7 @@ class Splitter:
         if self.shares.sampled and size > free_memory():
             raise ValueError(
                 f"{source.name} needs {size / 1e9:.0f} GB of memory to write calibration text; "
-                "add --calibration sampled:0, with a file if there is none"
+                "pass --calibration FILE --calibration sampled:0"
             )
         self.tokenizer = tokenizer
         self.files = [read_calibration(path, tokenizer, self.shares) for path in self.shares.files]

@@ -178,10 +178,10 @@ def _space_prefix(parts: dict[str, Any]) -> tuple[bool, list[str]]:
     for scheme in ("never", "always", "first"):
         spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
         if normalizer is None and split == spaces:
-            where = "nor after special tokens" if scheme == "first" else "there"
+            after = " or after special tokens" if scheme == "first" else ""
             note = (
-                "llama.cpp puts a space before each text between special tokens, as the first Llama did; transformers' "
-                f"tokenizer puts none before a text that begins with one, {where}, so some token ids differ"
+                "llama.cpp adds a space at the start and after each special token; transformers' tokenizer adds none "
+                f"before text that begins with a space{after}, so some token ids differ"
             )
             return scheme != "never", [] if scheme == "never" else [note]
     raise ValueError(f"the tokenizer treats spaces in a way that llama.cpp doesn't know; {REMEDY}")

@@ -25,8 +25,10 @@ from gda.commands.app import INTERRUPTED, app
 from gda.common.errors import CheckFailed
 from gda.common.progress import is_main_process, log_on_stderr
 
-# How to continue an interrupted command.
-GO_ON = dict.fromkeys(("convert", "fold", "grow", "train"), "; run the same command with --resume to continue")
+# How to go on with an interrupted command.
+GO_ON = dict.fromkeys(
+    ("convert", "export", "fold", "grow", "train"), "; run the same command with --resume to continue"
+)
 GO_ON["push"] = "; run the same command again to continue"
 
 
@@ -40,8 +42,14 @@ def main() -> None:
     except (typer.TyperException, ValueError, OSError, ImportError) as error:
         _fail(error, 2)
     if code == INTERRUPTED and is_main_process():
-        typer.echo(f"gda: interrupted{GO_ON.get(sys.argv[1], '')}", err=True)
+        typer.echo(f"gda: interrupted{_how_to_go_on(*sys.argv[1:])}", err=True)
     sys.exit(code or 0)
+
+
+def _how_to_go_on(command: str, *arguments: str) -> str:
+    if command == "export" and any(each.endswith(".gguf") for each in arguments):
+        return ""  # it writes one file, and has no --resume
+    return GO_ON.get(command, "")
 
 
 def _fail(error: Exception, code: int) -> NoReturn:

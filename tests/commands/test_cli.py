@@ -237,7 +237,7 @@ def test_interruption_exits_130(
     assert outcome.code == 130
     assert "interrupted" in outcome.error
     assert "Traceback" not in outcome.error
-    assert ("--resume" in outcome.error) == (name in ("convert", "grow"))
+    assert ("--resume" in outcome.error) == (name in ("convert", "export", "grow"))
     assert not (tmp_path / "out").exists()
 
 

@@ -173,7 +173,7 @@ def test_float16_is_not_scaled(half: str, tmp_path: Path) -> None:
     assert torch.equal(
         tensors_of(tmp_path / "gda")[name].float(), mixed[name].half().float() if not half else mixed[name].float()
     )
-    assert any("values in float16 are not scaled" in note for note in report.notes)
+    assert any("v_proj and o_proj in float16 are not scaled" in note for note in report.notes)
 
 
 def test_a_bias_counts_in_the_size_of_values(tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def test_narrow_dtype_is_rounded_once_with_a_note(dtype: torch.dtype, least: flo
     tiny_model().to(dtype).save_pretrained(tmp_path / "gda")
     report = gda.export(tmp_path / "gda", tmp_path / "plain")
     name = str(dtype).removeprefix("torch.")
-    assert report.notes == [f"the computed weights are rounded to {name}, which is not lossless; --dtype float32 is"]
+    assert report.notes == [
+        f"the computed weights are rounded to {name}, which is not lossless; --dtype float32 avoids that"
+    ]
     assert report.verification is not None
     assert report.verification.threshold is None
     wide = gda.export(tmp_path / "gda", tmp_path / "wide", dtype="float32")

@@ -630,10 +630,10 @@ def test_cast_is_reported_as_lossy(tmp_path: Path) -> None:
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "nothing to grow"),
-    "signal 1": ({"signal": 1}, "--signal 1 is not a number of replicas"),
+    "signal 1": ({"signal": 1}, "--signal 1 is not an integer of at least 2"),
     "signal 1.5": ({"signal": 1.5}, "--signal 1.5 is not"),
     "width 0": ({"width": 0}, "--width 0 is not"),
-    "width 1.5": ({"width": 1.5}, "--width 1.5 is not a number of replicas"),
+    "width 1.5": ({"width": 1.5}, "--width 1.5 is not an integer of at least 2"),
     "width nan": ({"width": float("nan")}, "--width nan is not"),
     "width inf": ({"width": float("inf")}, "--width inf is more than 1000"),
     "signal beyond measure": ({"signal": 10**30}, "--signal 1e+30 is more than 1000"),

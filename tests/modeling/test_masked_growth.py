@@ -783,7 +783,7 @@ def test_llama_gets_a_new_layout_and_new_parts_at_once(options: dict[str, Any], 
 
 BAD_GROWTH: list[tuple[tuple[object, ...], str]] = [
     (("--masked",), "nothing to grow: pass --signal, --mlp or --depth"),
-    (("--mlp", 1.5), "--mlp 1.5 is not a number of replicas: it must be an integer of at least 2"),
+    (("--mlp", 1.5), "--mlp 1.5 is not an integer of at least 2; a fraction needs --masked"),
     (("--masked", "--hidden", 2), "--hidden cannot be masked, because RMSNorm is over all channels"),
     (("--masked", "--width", 2), "omit --masked or --width"),
     (("--masked", "--signal", 2, "--noise-std", 0.1), "--masked makes none"),

@@ -1066,7 +1066,7 @@ def test_missing_arguments_and_packages(models: Path, tmp_path: Path, command: C
     refused(command(*arguments, "--private"), "--push-to-hub", tmp_path)
     refused(command(*arguments, "--push-to-hub", "a b"), "not a valid repository name", tmp_path)
     refused(command(*arguments, "--revision", "main"), "--revision is for a Hub id", tmp_path)
-    refused(command(*arguments, "--lambda-target", 0.1), "go together", tmp_path)
+    refused(command(*arguments, "--lambda-target", 0.1), "needs --fade-steps or --lambda-anneal-steps", tmp_path)
     refused(command(*arguments, "--lambda-target", 0.1, "--lambda-anneal-steps", 10**6), "above the", tmp_path)
     refused(command(*arguments, "--report-to", "wandb"), "pip install wandb", tmp_path)
 

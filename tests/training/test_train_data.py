@@ -469,7 +469,7 @@ def test_compressed_text_is_refused(opened: Callable[..., Sequences], tmp_path: 
 @pytest.mark.parametrize("name", ["none.txt", "./none", "/none/none", "none.parquet", "no/such/file", "no/file.csv"])
 def test_missing_file(name: str, opened: Callable[..., Sequences]) -> None:
     """A name that looks like a path is not looked up on the Hub."""
-    refused(lambda: opened(name), FileNotFoundError, f"--data {name} is not a file")
+    refused(lambda: opened(name), FileNotFoundError, f"--data {name} does not exist; name a file")
 
 
 def test_folder_without_text(opened: Callable[..., Sequences], tmp_path: Path) -> None:

@@ -31,6 +31,6 @@ def explained(error: BaseException, last: Path | None, folder: Path, settings: T
     is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
     if is_full or (isinstance(error, RuntimeError | SafetensorError) and NOT_WRITTEN.search(str(error))):
         reason = error.strerror if is_full and isinstance(error, OSError) else first_line(error)
-        remedy = "" if last is None else "; make room and continue with --resume"
-        return OSError(f"{folder} cannot be written: {reason}: {kept}{remedy}")
+        remedy = "make room and run again" if last is None else "make room and continue with --resume"
+        return OSError(f"{folder} cannot be written: {reason}: {kept}; {remedy}")
     return None

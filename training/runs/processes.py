@@ -71,8 +71,8 @@ class Processes:
             raise ValueError("FSDP1 is not supported; set fsdp_version: 2 in the configuration for accelerate")
         if (self.uses_fsdp or self.uses_deepspeed) and PartialState().distributed_type in UNSHARDED:
             raise ValueError(
-                f"accelerate ignores {self.keeper} here: that needs GPUs and a launcher; start CPU processes "
-                "with --multi_gpu"
+                f"accelerate ignores {self.keeper} here: sharding needs GPUs and a launcher; for data parallelism on "
+                "CPUs, launch with --multi_gpu"
             )
 
     def together(self, work: Callable[[], T]) -> T:

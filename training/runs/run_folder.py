@@ -58,8 +58,8 @@ class RunIdentity:
             )
         if (keeper := begun.get("keeper", self.keeper)) != self.keeper:
             raise ValueError(
-                f"--resume: the run was started with {keeper!s:.100}, not with {self.keeper}, whose optimizer is in "
-                f"other files; launch it as then, or {START_ANEW}"
+                f"--resume: the run was started with {keeper!s:.100}, not with {self.keeper}; launch it the same way, "
+                f"or {START_ANEW}"
             )
         if begun.get("report") is not None:
             return  # training is finished, and nothing is read any more

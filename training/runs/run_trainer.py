@@ -73,7 +73,7 @@ class RunTrainer(GDATrainer):
         whole = self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.FULL_STATE_DICT
         if (checkpoint / f"{OPTIMIZER_NAME}.bin").is_file() != whole:
             form = "SHARDED_STATE_DICT" if whole else "FULL_STATE_DICT"
-            raise ValueError(f"--resume: {checkpoint} was not written in this form; set fsdp_state_dict_type: {form}")
+            raise ValueError(f"--resume: {checkpoint} was written as {form}; set fsdp_state_dict_type: {form}")
 
     def _mend_universal(self, weight_decays: list[float]) -> None:
         """Undo two mistakes of DeepSpeed 0.19 in the optimizer that it has read from a universal checkpoint.
@@ -115,5 +115,5 @@ def make_universal(checkpoint: Path) -> None:
         reason = (ran.stderr.strip() or "no message").splitlines()[-1]
         raise ValueError(
             f"--resume: DeepSpeed cannot convert {checkpoint} for another number of processes ({reason}); "
-            f"launch {written_by(checkpoint)} processes, as then"
+            f"launch {written_by(checkpoint)} processes, as before"
         )

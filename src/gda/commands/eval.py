@@ -34,7 +34,11 @@ class EvalOutputOptions(EvaluateOptions):
         "Also write each document with the model's answers to samples_TASK.jsonl in the --output folder.",
         panel=OUTPUT,
     )
-    overwrite: bool = option(False, "Replace results.*, report.html and samples in the --output folder.", panel=OUTPUT)
+    overwrite: bool = option(
+        False,
+        "Replace results.*, report.html and samples in the --output folder, and remove those not written again.",
+        panel=OUTPUT,
+    )
     update_card: bool = option(False, "Write the scores to the model card (README.md) in MODEL.", panel=OUTPUT)
 
 

@@ -41,5 +41,7 @@ def export(options: ExportOptions, as_json: JSON = False) -> None:
     kind = report.format
     if report.file_type is not None:
         kind = f"GGUF file, {report.file_type}, {report.nbytes / 1e6:,.0f} MB"
-    would = "would be written; nothing was (--dry-run): " if report.dry_run else ""
-    typer.echo(f"{report.out}: {would}a {kind}, {heads}, {size}")
+    if report.dry_run:
+        typer.echo(f"a {kind}, {heads}, {size}: would be written to {report.out}; nothing was written (--dry-run)")
+    else:
+        typer.echo(f"{report.out}: a {kind}, {heads}, {size}")

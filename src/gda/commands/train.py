@@ -30,8 +30,8 @@ def train(options: TrainOptions, as_json: JSON = False) -> None:
     """Train a GDA model on text: all parameters, the attention, new parameters only, or LoRA.
 
     Training uses the Trainer of transformers. Ctrl-C finishes the current step and writes a checkpoint; --resume
-    continues from it and ends with the same weights. Parts of the model that wait to be faded in, such as those of
-    --masked growth or a new head norm, are faded in over the steps. OUT appears only when it is complete.
+    continues from it and gives the weights of an uninterrupted run. Parts at fade 0, such as those of
+    `gda grow --masked` or a new head norm, are faded in over the steps. OUT appears only when it is complete.
     """
     if options.only_plots:
         from gda.training.plot import plot

@@ -168,7 +168,7 @@ def check_data(name: str) -> None:
         return
     looks_like_a_path = name.startswith((".", "/", "~")) or repository.count("/") > 1
     if not repository or looks_like_a_path or Path(repository).suffix in DATA_ENDINGS:
-        raise FileNotFoundError(f"{name} is not a file")
+        raise FileNotFoundError(f"{name} does not exist; name a file, a folder or a dataset OWNER/NAME")
     if not HUB_ID.fullmatch(repository):
         raise FileNotFoundError(f"{name} is not a file, nor a dataset on the Hub, which would be OWNER/NAME")
 
