@@ -160,9 +160,9 @@ def task_rows(task: Task, length: int, count: int, seed: int) -> Rows:
 
 def both_texts(text: Path | None, held_out: Path | None) -> tuple[str, str]:
     """The text to train on, and the one to measure on: by default, Python's documentation, and the last tenth of it."""
-    read = read_text(text, "--text")[1] if text else python_documentation()
+    read = read_text(text)[1] if text else python_documentation()
     if held_out:
-        return read, read_text(held_out, "--held-out")[1]
+        return read, read_text(held_out)[1]
     return read[: len(read) * 9 // 10], read[len(read) * 9 // 10 :]
 
 

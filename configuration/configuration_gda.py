@@ -28,9 +28,9 @@ ROPE_ARGUMENTS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rota
 SIZES: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES += ("num_noise_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 MASKED = ("masked_signal_heads", "masked_neurons", "masked_layers")
-# What may be faded in; None in every other model, and so is `fade`.
+# What is being faded in. These and `fade` are None in a model that fades nothing in.
 FADED = (*MASKED, "blended_layers", "faded_head_norm", "lambda_target")
-# Fields that depend on the number of layers, and where a config keeps them while that number is smaller.
+# Fields that depend on the number of layers, and the attribute that keeps them whole while that number is reduced.
 PER_LAYER = ("layer_types", "lambda_init", "masked_layers", "blended_layers", "fade")
 WHOLE = "_whole"
 # Fields that no other model family has. An unknown argument that resembles one of them is a typo; any other belongs to
@@ -154,6 +154,8 @@ class GDAConfig(PretrainedConfig):
         rope = _one_rope(**{name: kwargs.pop(name, None) for name in ROPE_ARGUMENTS})
         fields = {name: kwargs.pop(name, getattr(type(self), name)) for name in FIELDS} | {"rope_parameters": rope}
         for name, value in kwargs.items():
+            is_method = name == WHOLE or callable(getattr(type(self), name, None))
+            _require(not is_method, name, "is not a field of a config", value)
             read_only = getattr(getattr(type(self), name, None), "fset", name) is None
             _require(not read_only, name, "follows from other fields and cannot be given", value)
             if meant := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.84):

@@ -27,8 +27,8 @@ class Conversion:
         lossless: Whether the result must compute what the source computes.
         notes: What the user should know: what is lost, assumed or left out.
         settings: What the mode itself adds to the settings in conversion.json.
-        kept: Which features the source has, as booleans, by kind of feature (`tensors.axes`). Kinds that are absent
-            are the source's.
+        kept: By kind of feature (`tensors.axes`), which features of the result come from the source, as booleans. All
+            features of an absent kind do.
         new: Patterns of the names of parameters that are new as a whole.
         before: The conversion that low-rank factorization or growth started from; None for other modes.
         work: Makes the conversion final in a folder that lasts until the tensors are written, for a mode that has to

@@ -40,7 +40,9 @@ def convert(options: ConvertOptions, *, console: Console | None = None) -> Conve
     Raises:
         FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
         PermissionError, ConnectionError: if the Hub does not give the source or take the result.
-        VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
+        ImportError: naming the extra, if a package is missing that reads the source.
+        CheckFailed: if a check of the result fails, such as that of its tokenizer; `out` is then not created.
+        VerificationFailed: likewise, if the result does not compute what the source computes.
     """
     if options.push_to_hub is not None and not options.dry_run:
         require_token(options.push_to_hub)

@@ -50,7 +50,7 @@ class DemoReport:
 
 @takes(DemoOptions)
 def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
-    """Convert SmolLM2-135M-Instruct to GDA at 3:1, verify the result, and generate text with both models.
+    """Convert a Llama, by default SmolLM2-135M-Instruct, verify the result, and generate text with both models.
 
     Raises:
         FileNotFoundError: naming the remedy, if the model is not available.

@@ -63,7 +63,9 @@ def export(options: ExportOptions, *, console: Console | None = None) -> ExportR
     Raises:
         ValueError: naming the field or the layer, if the other type cannot compute what the model computes.
         FileNotFoundError, FileExistsError, OSError: for bad input.
-        VerificationFailed: if the result does not compute what the model computes; `out` is then not created.
+        ImportError: naming the extra, if a package is missing that reads the source.
+        CheckFailed: if a check of the result fails, such as that of its tokenizer; `out` is then not created.
+        VerificationFailed: likewise, if the result does not compute what the model computes.
     """
     out = Path(options.out)
     with quiet_transformers():

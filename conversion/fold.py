@@ -22,7 +22,9 @@ def fold(options: FoldOptions, *, console: Console | None = None) -> ConvertRepo
     Raises:
         ValueError: if there is nothing to fold, and for other bad input.
         FileNotFoundError, FileExistsError, OSError: for bad input.
-        VerificationFailed: if the result does not compute what the model computes; `out` is then not created.
+        ImportError: naming the extra, if a package is missing that reads the source.
+        CheckFailed: if a check of the result fails, such as that of its tokenizer; `out` is then not created.
+        VerificationFailed: likewise, if the result does not compute what the model computes.
     """
     with quiet_transformers():
         source = open_source(options.model, options.revision)

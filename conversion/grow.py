@@ -1,6 +1,6 @@
 """Grow a GDA model, or a model that is converted first, into a larger one that computes the same function."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,16 @@ class GrowReport(ConvertReport):
         growth: The options of the growth.
         before: Configuration of the model before growth; for a Llama, that of its expansion.
         num_parameters_before: Its number of parameters.
-        copied_layers: The layers of the source that are copied.
-        new_layers: The positions of their copies in the result.
+        copied_layers: The layers of the source after which new layers stand: their copies, or random ones.
+        new_layers: The positions of the new layers in the result.
         trainable: The content of trainable.json.
     """
 
     growth: dict[str, Any]
     before: GDAConfig
     num_parameters_before: int
-    copied_layers: list[int] = field(default_factory=list)
-    new_layers: list[int] = field(default_factory=list)
+    copied_layers: list[int]
+    new_layers: list[int]
     trainable: Trainable
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +82,9 @@ def grow(options: GrowOptions, *, console: Console | None = None) -> GrowReport:
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, OSError: for bad input, in one line that names the remedy.
-        VerificationFailed: if the result does not compute what the source computes; `out` is then not created.
+        ImportError: naming the extra, if a package is missing that reads the source.
+        CheckFailed: if a check of the result fails, such as that of its tokenizer; `out` is then not created.
+        VerificationFailed: likewise, if the result does not compute what the source computes.
     """
     with quiet_transformers():
         source = open_source(options.model, options.revision)

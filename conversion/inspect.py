@@ -126,5 +126,5 @@ def _source_cache(folder: Path, bytes_per_element: int) -> int | None:
         return None
     try:
         return _cache(read_json(path)["source"], bytes_per_element)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{path} does not describe the source of a conversion; remove it") from None

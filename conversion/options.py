@@ -4,9 +4,9 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from gda.common.files import check_places, refuse_existing
+from gda.common.files import refuse_existing, refuse_overlap
 from gda.common.options import Options, argument, as_names, flag, option
 from gda.common.places import (
     GDA_REMEDY,
@@ -54,7 +54,7 @@ class ReplaceOptions(Options):
         super().check_places()
         given = vars(self)
         if (out := given.get("out")) is not None:
-            check_places(given.get("source") or given.get("model") or "", out)
+            refuse_overlap(given.get("source") or given.get("model") or "", out)
             refuse_existing(Path(out), self.overwrite)
 
 
@@ -196,7 +196,7 @@ class NewHeadOptions(WriteOptions):
         panel=NEW_HEADS,
         flag="--head-norm/--no-head-norm",
     )
-    seed: int = option(0, "Seed of all random numbers.", panel=NEW_HEADS)
+    seed: int = option(0, "Seed of all random numbers.", panel=NEW_HEADS, minimum=0, maximum=2**32 - 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,7 +292,7 @@ class ConvertOptions(NewHeadOptions, SplitOptions, HubOptions):
     def check_places(self) -> None:
         super().check_places()
         for file in self.calibration_weights().keys() - {SAMPLED}:
-            check_places(file, self.out, f"the calibration text {file}")
+            refuse_overlap(file, self.out, f"the calibration text {file}")
         if self.qk_rank is None:
             refuse_gda(self.source, GDA_REMEDY)
         model_type = config_entry(self.source, "model_type", str)
@@ -525,17 +525,19 @@ class DemoOptions(ReplaceOptions):
 def parsed_size(size: str | int) -> int:
     """A size such as "5GB" in bytes; ValueError for anything else."""
     match = SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    parsed = int(float(match[1]) * 10 ** POWERS[match[2].upper()]) if match else size
+    parsed: Any = size
+    if match and math.isfinite(number := float(match[1]) * 10 ** POWERS[match[2].upper()]):
+        parsed = int(number)
     if type(parsed) is not int or parsed < 1:
         raise ValueError(f"--max-shard-size {size!r} is not a size such as 5GB or 400MB")
     return parsed
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """A text of --calibration and its weight: 1 unless it ends in :WEIGHT. A file may have a colon in its name."""
+    """A text of --calibration and its weight, which may follow a colon. A file may have a colon in its name."""
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).is_file():
-        return text, 1.0
+        return text, SAMPLED_WEIGHT if text == SAMPLED else 1.0
     try:
         value = float(weight)
     except ValueError:

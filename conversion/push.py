@@ -197,7 +197,8 @@ def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
             del files[CARD_FILE]  # unedited: it is generated again for the files that are pushed
     if CARD_FILE not in files:
         history = history_of(source.folder)
-        card = model_card(config, name=name, made=provenance, has_code=has_code, history=history)
+        data = source.card_data()
+        card = model_card(config, name=name, made=provenance, has_code=has_code, history=history, card_data=data)
         write_text(scratch / CARD_FILE, card.replace(PLACEHOLDER, repo))
         return notes
     card_bytes = files[CARD_FILE].read_bytes()

@@ -68,7 +68,7 @@ class VerifyReport:
         different_tensors: With "tensors", the names of tensors that differ.
         finite: Whether every logit is finite.
         passed: Whether logits are finite and within the threshold and, for a lossless conversion, every greedy text is
-            the same or differs only at ties; and whether no difference between the tokenizers was found.
+            the same or differs only at ties; with "tensors", whether none differs. Differing tokenizers never pass.
     """
 
     method: str

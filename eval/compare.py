@@ -19,9 +19,10 @@ class Row:
         score, stderr: The model's score and its standard error; None for an error that lm-eval does not give.
         baseline, baseline_stderr: The same of the baseline; None without one.
         difference: score − baseline.
-        difference_stderr: Standard error of the difference. If both models scored the same documents, that of the mean
-            difference per document; otherwise √(stderr² + baseline_stderr²).
-        within: Whether the difference is at most two standard errors; None if the error is unknown.
+        difference_stderr: Standard error of the difference; None if it is unknown. If both models scored the same
+            documents, that of the mean difference per document; otherwise √(stderr² + baseline_stderr²).
+        within: Whether the difference is at most two standard errors; None without a baseline, or if the scores differ
+            and the error is unknown.
     """
 
     task: str

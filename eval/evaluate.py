@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gda.common.errors import first_line
+from gda.common.errors import first_line, is_out_of_memory
 from gda.common.options import takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
 from gda.common.progress import duration, is_main_process
@@ -65,12 +65,13 @@ def evaluate(
     with quiet_lm_eval():
         tasks = _load_tasks(candidate, options)
     training = isinstance(options.model, torch.nn.Module) and options.model.training
-    lm = load_for_tasks(candidate, options)
     try:
+        lm = load_for_tasks(candidate, options)
         with quiet_lm_eval():
             results = run_tasks(lm, tasks, options, **lm_eval_options)
     finally:
-        lm.model.train(training)
+        if isinstance(options.model, torch.nn.Module):
+            options.model.train(training)
     for note in _notes(lm, results, options):
         warnings.warn(note, stacklevel=3)
     return results
@@ -97,6 +98,8 @@ def evaluate_with_baseline(
     first_process = is_main_process()
     console = console if console is not None and first_process else Console(quiet=True)
     choose_device(options.device)
+    if not options.tasks and not first_process:
+        return None  # only tasks are divided among processes
     settings = None
     if options.diagnostics:
         settings = read_prompt_settings(_metadata(options), alone=not options.tasks)
@@ -184,7 +187,9 @@ def _quiet(options: EvaluateOptions, console: Console) -> contextlib.AbstractCon
 def _memory_explained() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         remedy = "lower --batch-size or --context, or use --dtype bfloat16 or --device cpu"
         raise ValueError(f"{first_line(error)}; {remedy}") from None
 
@@ -294,7 +299,7 @@ def _measure_perplexity(
 
 
 def _read_text(path: Path) -> str:
-    _, text = read_text(path, "--perplexity")
+    _, text = read_text(path)
     if not text.strip():
         raise ValueError(f"--perplexity {path} is empty")
     return text

@@ -68,9 +68,10 @@ class CompleteOnly:
     auto_class: Any
 
     def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        model, info = self.auto_class.from_pretrained(*args, **kwargs, output_loading_info=True)
+        wanted = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that the error below names them
+        model, info = self.auto_class.from_pretrained(*args, **(kwargs | wanted))
         for kind, problem in (("missing_keys", "has no"), ("mismatched_keys", "has a different shape for")):
-            if names := sorted(map(str, info[kind])):
+            if names := sorted(key if isinstance(key, str) else key[0] for key in info[kind]):
                 others = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise ValueError(f"the checkpoint {problem} {names[0]}{others}, which its config.json requires")
         return model
@@ -121,7 +122,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def choose_device(device: str | None) -> str:
-    """`device`, which must exist (lm-eval would use another one). None: a GPU if there is one, else the CPU."""
+    """`device`, which must exist (lm-eval would use another one). None: CUDA if there is a GPU for it, else the CPU."""
     available = ["cpu"]
     if torch.cuda.is_available():
         available = ["cuda", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

@@ -92,7 +92,7 @@ class TaskOptions(Options):
         panel=MODEL,
     )
     device: str | None = option(
-        None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL, check=check_device
+        None, "Device to run on. Default: cuda if there is one, else cpu.", panel=MODEL, check=check_device
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Data type to run the model in. auto: that of the checkpoint.", panel=MODEL
@@ -180,7 +180,7 @@ class AttentionOptions(Options):
         check=check_model,
     )
     device: str | None = option(
-        None, "Device to run on. Default: a GPU if there is one, else cpu.", panel=MODEL, check=check_device
+        None, "Device to run on. Default: cuda if there is one, else cpu.", panel=MODEL, check=check_device
     )
     revision: str | None = option(
         None, "Branch, tag or commit of MODEL, if it is a Hub id. Default: its main branch.", panel=MODEL
@@ -233,13 +233,11 @@ def _task_names(tasks: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _json_object(option: str, given: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    if not isinstance(given, str):
-        return given
     try:
-        parsed = json.loads(given)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} {given} is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
+        parsed = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{option} {given:.200} is not JSON: {error}") from None
+    if parsed is not None and not isinstance(parsed, dict):
         raise ValueError(f'{option} {given} is not a JSON object such as {{"length": 4096}}')
     return parsed
 

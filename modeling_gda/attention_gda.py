@@ -318,7 +318,7 @@ class GDAAttention(nn.Module):
         return lambda_
 
     def mask_new_heads(self, output: Tensor) -> Tensor:
-        """Multiply those of the outputs (B, T, …, width) by `fade` that are of new signal heads."""
+        """Multiply the outputs of new signal heads by `fade`: (B, T, C, S/C, width) → (B, T, groups, r, width)."""
         assert self.fade is not None
         size = self.config.signal_group_size
         mask = self.fade(torch.arange(size, device=output.device) >= size - self.num_masked_heads)
@@ -414,7 +414,7 @@ def _call(
     """One call of the interface: outputs (B, T, H, d) and, from eager if asked for, maps (B, T, H, T_kv).
 
     In a decoding step the query heads of a KV head become rows of one query, so that keys and values are read once and
-    not once per head. That is done for backends that know of a row only what the mask says.
+    not once per head. Only for backends that learn a row's position from the mask alone.
     """
     groups, implementation = module.num_key_value_groups, module.config._attn_implementation
     packs = query.shape[2] == 1 and groups > 1 and implementation in ("eager", "sdpa")
@@ -436,7 +436,7 @@ def _call(
 
 
 class _HeadsOfAttention:
-    """The attention module as a backend sees it that gets a part of its heads."""
+    """The attention module with another `num_key_value_groups`, for a call with some of its heads."""
 
     def __init__(self, attention: GDAAttention, num_key_value_groups: int):
         self._attention = attention

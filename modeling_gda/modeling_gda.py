@@ -120,13 +120,13 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
 
     def __init__(self, config: GDAConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        # The code was loaded from a model's folder, without our package, and the config perhaps from another's.
+        # Bundled code runs without our package, which would register it, and its config may be another folder's class.
         if type(config).__name__ == GDAConfig.__name__ and type(config) not in MODEL_MAPPING:
             AutoModel.register(type(config), GDAModel)
         self.model_tags = ["grouped-differential-attention", "gda"]  # for the model card
 
     def post_init(self) -> None:
-        self._no_split_modules = ["GDADecoderLayer"]  # without the class of the body that was replaced
+        self._no_split_modules = ["GDADecoderLayer"]  # without Qwen3's layer, which __init__ replaced
         super().post_init()
         by_token = self.config.lambda_type != "reparameterized"
         names = ("lambda_proj",) if by_token else GDAAttention.lambda_vectors

@@ -19,8 +19,8 @@ class TrainReport:
     Attributes:
         out: The folder that was created.
         steps: Optimizer steps.
-        tokens: Tokens read in these steps. Those of a second pass over the data count again.
-        data_tokens: Tokens of the data, without those that do not fill a sequence; None for a stream.
+        tokens: Tokens read in these steps, padding included. Those of a second pass over the data count again.
+        data_tokens: Tokens of the data, without padding and those that do not fill a sequence; None for a stream.
         num_parameters: Parameters of the model.
         num_trained: Parameters that were trained; of those that are partly new, only the new entries.
         first_loss: Mean loss of the first fifth of the log entries, in nats per token: a single batch is noisy. With a

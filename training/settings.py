@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from gda.common.files import check_places, refuse_existing
+from gda.common.files import refuse_existing, refuse_overlap
 from gda.common.options import Options, argument, as_names, flag, option
 from gda.common.places import check_data, check_gda_model, check_model, check_reporter, config_entry
 from gda.conversion.options import OUTPUT, BundleOptions, HubOptions, RevisionOptions
@@ -276,9 +276,9 @@ class TrainOptions(TrainSettings, RunOptions):
             return
         super().check_places()
         assert self.out is not None
-        check_places(self.model, self.out, "the model")
+        refuse_overlap(self.model, self.out, "the model")
         for place in (*self.data, *self.eval_data):
-            check_places(place, self.out, f"the data {place}")
+            refuse_overlap(place, self.out, f"the data {place}")
         refuse_existing(Path(self.out), self.overwrite)
         if (longest := config_entry(self.model, "max_position_embeddings", int)) is not None:
             self.check_context(longest)

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,10 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
         folder = RunFolder(out, identity, source, resume=options.resume, overwrite=options.overwrite)
         return folder.state
 
+    def begin() -> None:
+        assert folder is not None
+        folder.begin()
+
     def finish() -> None:
         assert folder is not None
         history = [*history_of(source), training_step(settings, report, source.resolve().name)]
@@ -193,7 +198,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
             if state.report is not None:
                 report = TrainReport.from_dict(state.report, out, state.path)
             else:
-                report = _train(options, state, source, out, processes, console)
+                report = _train(options, state, source, out, processes, console, begin)
             processes.on_main(finish)
             return report
     except BaseException as error:
@@ -210,13 +215,23 @@ def _files(path: Path) -> list[Path]:
 
 
 def _train(
-    options: TrainOptions, state: RunState, source: Path, out: Path, processes: Processes, console: Console | None
+    options: TrainOptions,
+    state: RunState,
+    source: Path,
+    out: Path,
+    processes: Processes,
+    console: Console | None,
+    begin: Callable[[], None],
 ) -> TrainReport:
-    """Train the model and save it in the folder of the run, beside its checkpoints."""
+    """Train the model and save it in the folder of the run, beside its checkpoints.
+
+    `begin` is called once the input is found to be good: it removes an earlier run that is not resumed.
+    """
     settings, scratch = options.settings, state.path / DATA_FOLDER
     resumes = state.checkpoint is not None
     plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console, resumes=resumes))
     processes.on_main(lambda: plan.require_space(out))
+    processes.on_main(begin)
     if console is not None and shows_progress(console) and processes.is_main:
         for note in plan.notes:  # the report has them at the end
             console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.tensors.recipes import Recipe, is_lossless
 from gda.conversion.writing.provenance import read_settings
 
-# Fields of a GDA model that a Llama has no place for.
+# Fields of the GDA model that the plain model lacks, or has with other values.
 EXPORTED_FIELDS = (
     "num_attention_heads",
     "num_noise_heads",
@@ -52,7 +52,7 @@ def exported(source: Source) -> Export | None:
         # The plain model has all heads of the GDA model: larger numbers are not its own, and could fill the memory.
         if max(fields[name] for name in fields if name.startswith("num_")) > source.config.num_attention_heads:
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{folder}/{PROVENANCE_FILE} does not describe an export; remove it") from None
     return Export(fields, lambdas)
 

@@ -15,8 +15,6 @@ from gda.conversion.options import (
     NOISE_HEADS,
     CheckpointOptions,
     ConvertOptions,
-    ExportOptions,
-    FoldOptions,
     GrowOptions,
 )
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
@@ -31,27 +29,26 @@ class Mode:
     conversion.
     """
 
-    options: Callable[..., CheckpointOptions]  # of its command
     sources: Collection[str]  # model types
     needs: str  # tells the user of another type what the mode needs
-    repeatable: bool = True  # whether its tensors have the same bits on any machine
+    options: Callable[..., CheckpointOptions] | None = None  # of its command; None if bits depend on the machine
 
 
 DIFFERENTIAL = (*DIFFERENTIAL_FAMILIES, "gda")
 
 MODES = {
-    "expand": Mode(ConvertOptions, LLAMALIKES, f"--mode expand {NO_NOISE_HEADS}"),
-    "split": Mode(ConvertOptions, LLAMALIKES, f"--mode split {NO_NOISE_HEADS}", repeatable=False),
-    "map": Mode(ConvertOptions, DIFFERENTIAL, f"--mode map {NOISE_HEADS}"),
-    "restore": Mode(ConvertOptions, LLAMALIKES, "only a plain model can be restored", repeatable=False),
-    "grow": Mode(GrowOptions, (*LLAMALIKES, *DIFFERENTIAL), "it cannot grow"),
-    "fold": Mode(FoldOptions, ("gda",), "only a GDA model with qk_rank can be folded", repeatable=False),
-    "export": Mode(ExportOptions, ("gda",), "only a GDA model can be exported", repeatable=False),
+    "expand": Mode(LLAMALIKES, f"--mode expand {NO_NOISE_HEADS}", ConvertOptions),
+    "split": Mode(LLAMALIKES, f"--mode split {NO_NOISE_HEADS}"),
+    "map": Mode(DIFFERENTIAL, f"--mode map {NOISE_HEADS}", ConvertOptions),
+    "restore": Mode(LLAMALIKES, "only a plain model can be restored", ConvertOptions),
+    "grow": Mode((*LLAMALIKES, *DIFFERENTIAL), "it cannot grow", GrowOptions),
+    "fold": Mode(("gda",), "only a GDA model with qk_rank can be folded"),
+    "export": Mode(("gda",), "only a GDA model can be exported"),
 }
 
 
 def plan_default(source: Source, options: ConvertOptions) -> Conversion:
-    """Plan a conversion by the first mode that converts the source; it is lossless.
+    """Plan a conversion by the first mode that converts the source.
 
     A model that `gda export` wrote is restored, unless it was trained since.
     """
@@ -82,14 +79,14 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
     mode = MODES.get(str(settings.mode))
     if mode is None:
         raise ValueError(f"{PROVENANCE_FILE} names the unknown mode {settings.mode!r}")
-    if not mode.repeatable or settings.qk_rank is not None:
+    if mode.options is None or settings.qk_rank is not None:
         raise ValueError(
             "--method tensors compares bits, and the bits of products, factorizations and fits depend on the machine; "
             "use full or layers"
         )
     given: dict[str, Any] = {"seed": settings.seed, "dtype": settings.dtype}
     layout: Any = {}
-    if source.config.model_type in LLAMALIKES:
+    if source.config.model_type in LLAMALIKES and settings.mode != "restore":
         given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
         layout = settings.layout or {}
     try:

@@ -43,7 +43,8 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 class AdapterSource(Source):
-    """A LoRA or another adapter that PEFT can merge. The merged model is in memory, in the data types of the base.
+    """A LoRA or another adapter that PEFT can merge. The merged model is in memory, in float32, rounded to
+    the data types of the base.
 
     Raises:
         ImportError: if PEFT is missing.
@@ -105,9 +106,9 @@ class AdapterSource(Source):
         return read_tokenizer(self.folder, config=self.config) if own else self.base.tokenizer()
 
     def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
-        # Files of two tokenizers must not be mixed.
-        self.base.copy_assets(folder, tokenizer=tokenizer and not has_vocabulary(self.folder))
-        copy_assets(self.folder, folder, tokenizer=tokenizer)
+        own = has_vocabulary(self.folder)  # files of two tokenizers must not be mixed
+        self.base.copy_assets(folder, tokenizer=tokenizer and not own)
+        copy_assets(self.folder, folder, tokenizer=tokenizer and own)
 
     def card_data(self) -> dict[str, Any]:
         return self.base.card_data()

@@ -183,7 +183,8 @@ class GGUFSource(Source):
         data = np.empty_like(tensor.data, subok=False)  # the reader's mapped data could kill the process
         stored = FileRange(file, int(tensor.data_offset), data.nbytes, self._stamps[file])
         stored.read_into(data.reshape(-1).view(np.uint8).data, f"tensor {tensor.name}")
-        return dequantize(data, tensor.tensor_type)
+        with errors_as(f"{self.path}: tensor {tensor.name} cannot be read"):
+            return dequantize(data, tensor.tensor_type)
 
     def load(self) -> PreTrainedModel:
         # transformers dequantizes, names and orders the weights, so that verification is independent of `read`. Its

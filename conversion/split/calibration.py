@@ -63,8 +63,8 @@ def shares(weights: Mapping[str, float], *, sampled: float, tokens: int, longest
         raise ValueError(
             f"--calibration-tokens {tokens} is below {texts * context}: each text needs a sequence of {context} tokens"
         )
-    counts = {Path(name): max(1, round(tokens * weight / total / context)) for name, weight in weights.items()}
-    return Shares(context, counts, max(1, round(tokens * sampled / total / context)) if sampled else 0)
+    counts = {Path(name): max(1, round(weight / total * tokens / context)) for name, weight in weights.items()}
+    return Shares(context, counts, max(1, round(sampled / total * tokens / context)) if sampled else 0)
 
 
 def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, shares: Shares) -> Text:
@@ -76,7 +76,7 @@ def read_calibration(path: Path, tokenizer: PreTrainedTokenizerBase, shares: Sha
     Raises:
         FileNotFoundError, ValueError: naming the file, and the line if there is one.
     """
-    name, text = read_text(path, "--calibration")
+    name, text = read_text(path)
     sequences = _cut(text, tokenizer, shares.context)
     if len(sequences) < 2:
         count, needed = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids), 2 * shares.context

@@ -10,7 +10,7 @@ from gda.conversion.families.llamalike import head_dim
 from gda.conversion.split.distill import BATCH
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
-# What a sequence costs when it is sampled, fitted to or trained on, in its forward passes: measured on SmolLM2, on a
+# Cost of sampling, fitting to and training on a sequence, in multiples of its forward pass: measured on SmolLM2, on a
 # CPU that multiplies bfloat16 twice as fast as float32.
 SAMPLING, FITTING, TRAINING = 3.7, 1.7, 2.5
 RUNS = 4

@@ -62,7 +62,7 @@ def random_starts(tokenizer: PreTrainedTokenizerBase, count: int, embeddings: in
     plain = torch.tensor([each for each in range(min(len(tokenizer), embeddings)) if each not in special])
     tokens = plain[torch.randint(len(plain), (count, 1))]
     bos = tokenizer.bos_token_id
-    if bos is None or tokenizer("a").input_ids[0] != bos:
+    if bos is None or tokenizer("a").input_ids[:1] != [bos]:
         return tokens
     return torch.cat([torch.full_like(tokens, bos), tokens], dim=1)
 

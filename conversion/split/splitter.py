@@ -1,5 +1,7 @@
 """Splitting the heads of a source: closed form, training on the source's predictions, and measuring the loss."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -157,6 +159,7 @@ class Splitter:
             closed_form = measure(student, lambda layer: student.tensors(layer, attention(layer)), held_out)
             trained = self._train(student, attention, sequences, states) if self.steps else None
             result = closed_form if trained is None else measure(student, trained.tensors, held_out)
+        self.read.forget()
         report = self._report(splits, of_source, closed_form, result)
         return self.config, self._recipes(splits, trained, dtype), report
 
@@ -268,12 +271,14 @@ class Splitter:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a resumed run must have in common with the interrupted one."""
-        config = self.config
+        fields = self.config.to_dict() | {"_name_or_path": None}  # the same source by a relative or an absolute path
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+        for text in (*self.files, *self.outside):
+            digest.update(torch.cat([text.sequences, text.held_out]).numpy().tobytes())
         return {
             "versions": [__version__, torch.__version__],
             "source": [self.source.name, self.source.revision, stamps(self.source.weight_files)],
-            "heads": [config.num_attention_heads, config.num_noise_heads, config.num_key_value_heads],
-            "lambda_type": config.lambda_type,
+            "config and tokens": digest.hexdigest(),
             "seed": self.seed,
             **self.settings(),
         }
@@ -289,6 +294,10 @@ class _Cache:
         self._source = source
         self._kept: dict[str, torch.Tensor] = {}
         self._unused = memory_to_use()
+
+    def forget(self) -> None:
+        """Free the memory."""
+        self._kept.clear()
 
     def __call__(self, name: str) -> torch.Tensor:
         if name in self._kept:

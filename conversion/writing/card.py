@@ -22,9 +22,9 @@ TEMPLATES = {path.name.split(".")[0]: path for path in (Path(__file__).parent / 
 def model_card(
     config: PreTrainedConfig,
     *,
-    name: str,
     made: dict[str, Any] | None,
     has_code: bool,
+    name: str = "",
     history: list[str] | None = None,
     card_data: dict[str, Any] | None = None,
 ) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from gda._version import __version__
 from gda.common.errors import errors_as
 from gda.common.extras import needed_by
-from gda.common.files import created_parents, refuse_existing, require_space, sha256, written_beside
+from gda.common.files import created_parents, in_background, refuse_existing, require_space, sha256, written_beside
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import head_dim, layer_windows
 from gda.conversion.options import ExportOptions
@@ -81,7 +81,7 @@ def write_gguf(
         architecture = architecture_of(config)
         writer = GGUFWriter(None, architecture)
         tokenizer_file = None if options.tokenizer is None else Path(options.tokenizer)
-        notes = [*conversion.notes, *add_tokenizer(writer, source, config, tokenizer_file)]
+        notes = [*source.notes, *conversion.notes, *add_tokenizer(writer, source, config, tokenizer_file)]
     entries = _entries(conversion, architecture, options.dtype)
     types = [entry.type for entry in entries.values() if len(entry.recipe.spec.shape) > 1]
     file_type = max(set(types), key=types.count)
@@ -103,10 +103,10 @@ def write_gguf(
     )
     if options.dry_run:
         return report
-    refuse_existing(out, options.overwrite)
     verification = None
     with created_parents(out), written_beside(out, alone=True) as file:
         require_space(out.parent, report.nbytes)
+        hashes = in_background(source.hashes)  # which compares them with the Hub's
         beside = Path(file.name)
         factors = rope_factors(config) if config.rope_parameters.get("rope_type") == "llama3" else None
         _write(writer, beside, entries, factors, source, console)
@@ -115,6 +115,8 @@ def write_gguf(
             verification = verify_by_logits(source, written, lossless=lossless, console=console)
             if not verification.passed:
                 raise VerificationFailed(verification)
+        hashes.result()
+        refuse_existing(out, options.overwrite)  # it may have appeared meanwhile
     return replace(report, nbytes=out.stat().st_size, sha256={out.name: sha256(out)}, verification=verification)
 
 

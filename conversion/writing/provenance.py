@@ -29,6 +29,7 @@ class Settings:
         lossless: Whether the result must compute what its source computes.
         qk_rank: Rank of the factorization, if the conversion did one.
         growth: The options of the growth, if the model grew.
+        layout: The options of λ_init, the KV layout and the head norm, if given.
         split: How the split was fitted, if heads were split.
         export: The format of an export; for a plain decoder also its heads, λ of each layer, and the fields of the GDA
             model that the format cannot hold.
@@ -76,7 +77,7 @@ def write_provenance(
 ) -> dict[str, Any]:
     """Write conversion.json and return its content.
 
-    It holds no date and no path, so that the same conversion gives the same bytes on any machine.
+    It holds no date and no path. Versions and measured numbers depend on the machine; the settings don't.
     """
     made: dict[str, Any] = {
         "versions": versions("torch", "transformers", "safetensors"),

@@ -72,7 +72,8 @@ def write_checkpoint(
 
     def remember(file: str, digest: str) -> None:
         intact[file] = digest
-        write_json(folder / MANIFEST_FILE, {"fingerprint": fingerprint, "finished": intact})
+        held = {"mode": settings.get("mode"), "fingerprint": fingerprint, "finished": intact}
+        write_json(folder / MANIFEST_FILE, held)
 
     def made(name: str) -> torch.Tensor | FileRange:
         recipe, stored = recipes[name], None
@@ -99,24 +100,22 @@ def write_weights(
 
     `made(name)` returns a tensor, or where its bytes are. With several `workers`, threads call it.
     """
-    total, stop = sum(recipe.spec.nbytes for recipe in recipes.values()), threading.Event()
+    sizes, stop = {name: recipe.spec.nbytes for name, recipe in recipes.items()}, threading.Event()
+    found = sum(sizes[name] for file in intact for name in shards[file])
     with byte_progress(console) as progress:
-        task = progress.add_task("writing", total=total)
+        task = progress.add_task("writing", total=sum(sizes.values()), completed=found)
 
         def in_turn(names: list[str]) -> Iterator[tuple[str, torch.Tensor | FileRange]]:
             for name in names:
                 if stop.is_set():
                     raise CancelledError
                 yield name, made(name)
-                progress.update(task, advance=recipes[name].spec.nbytes)
+                progress.update(task, advance=sizes[name])
 
         def write(file: str) -> str:
             specs = {name: recipes[name].spec for name in shards[file]}
             return write_safetensors(folder / file, specs, in_turn(file_order(specs)))
 
-        for file in shards:
-            if file in intact:
-                progress.update(task, advance=sum(recipes[name].spec.nbytes for name in shards[file]))
         missing = [file for file in shards if file not in intact]
         _write_all(missing, write, finished, workers, stop)
     if len(shards) > 1:
@@ -164,6 +163,13 @@ def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, 
         shards,
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def mode_of_shards(folder: Path) -> str | None:
+    """The mode of the unfinished conversion whose shards are in the folder, if there are any."""
+    manifest = folder / MANIFEST_FILE
+    held = read_json(manifest) if manifest.exists() else None
+    return held.get("mode") if isinstance(held, dict) else None
 
 
 def _finished_shards(manifest: Path, fingerprint: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from gda.common.errors import DISK_IS_FULL, CheckFailed, errors_naming
-from gda.common.files import StagedFolder, check_places, in_background, obstacle, remove, require_space, write_text
+from gda.common.files import StagedFolder, in_background, obstacle, refuse_overlap, remove, require_space, write_text
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import choose_target
@@ -27,7 +27,7 @@ from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opene
 from gda.conversion.writing.card import CARD_FILE, model_card
 from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
-from gda.conversion.writing.stream import MANIFEST_FILE, shards_of, write_checkpoint
+from gda.conversion.writing.stream import MANIFEST_FILE, mode_of_shards, shards_of, write_checkpoint
 from gda.conversion.writing.tokenizer_files import keep_tokenizer
 
 WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
@@ -112,7 +112,7 @@ def write_model(
         assets.mkdir()
         notes = _write_assets(conversion, source, assets, check=options.verify)  # first, since it can refuse
         for file in source.weight_files:  # those of an adapter's base, too
-            check_places(file, out)
+            refuse_overlap(file, out)
         report = _planned_report(conversion, source, out, options, notes)
         if options.dry_run:
             message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=OF_TRAINING)
@@ -131,6 +131,15 @@ def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check
         return keep_tokenizer(source, folder, check=check)
 
 
+def _copy_files(assets: Path, folder: Path) -> None:
+    """Unlike `shutil.copytree`, which hides why the disk refuses a file, and copies modes that a disk may not have."""
+    for path in sorted(assets.rglob("*")):
+        if path.is_file():
+            target = folder / path.relative_to(assets)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
 def _save_config(conversion: Conversion, folder: Path, *, bundle_code: bool) -> None:
     if conversion.save_config is None:
         conversion.config.save_pretrained(folder, bundle_code=bundle_code)
@@ -142,9 +151,9 @@ def _save_config(conversion: Conversion, folder: Path, *, bundle_code: bool) -> 
 def _staged(out: Path, options: CheckpointOptions) -> Iterator[Path]:
     """Yield a folder to fill by `write_checkpoint`, and rename it to `out` when the block ends.
 
-    If the block fails, the folder is removed. Work is kept if it is interrupted, or if continuing it fails, unless its
-    result failed a check. The work of a split, which may have taken hours, is kept after a full disk, too. Errors are
-    those of `StagedFolder`.
+    If the block fails, the folder is removed, with three exceptions: Ctrl-C keeps it; --resume keeps it unless a check
+    failed; a full disk keeps it if it holds the work of a split, which may have taken hours. Errors are those of
+    `StagedFolder`.
     """
     staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, resumable=True, foreign=OF_TRAINING)
     try:
@@ -175,20 +184,24 @@ def _write(
         if conversion.work is None and (folder / WORK_FOLDER).exists():
             raise ValueError(f"{out} was begun with --mode split; pass the same options, or --overwrite to start over")
         if conversion.work is not None:
+            if not (folder / WORK_FOLDER).exists() and mode_of_shards(folder) not in (None, conversion.mode):
+                raise ValueError(f"{out} was begun in another --mode; pass the same one, or --overwrite to start over")
             conversion = conversion.work(folder / WORK_FOLDER, console)
         settings = Settings.of(conversion, options)
-        split = None if conversion.split is None else conversion.split.to_dict()
+        # What tells one fit from another, but not what is measured again when a run is resumed.
+        layers = [] if conversion.split is None else conversion.split.layers
+        fit = [[each.signal_heads, each.noise_heads, each.error_before, each.error_after] for each in layers]
         files = write_checkpoint(
             folder,
             conversion.recipes,
             source,
             max_shard_size=options.max_shard_size,
-            settings=asdict(settings) | {"divided": split},
+            settings=asdict(settings) | {"fit": fit},
             keep=(WORK_FOLDER,),
             workers=options.workers,
             console=console,
         )
-        shutil.copytree(assets, folder, dirs_exist_ok=True)
+        _copy_files(assets, folder)
         _save_config(conversion, folder, bundle_code=bundle_code)
         if (new_parameters := conversion.new_parameters) is not None:
             new_parameters.write(folder)
@@ -204,7 +217,7 @@ def _write(
             projection_errors=errors,
             verification=None if verification is None else verification.to_dict(),
         )
-        card = model_card(conversion.config, name=out.name, made=made, has_code=bundle_code)
+        card = model_card(conversion.config, made=made, has_code=bundle_code)
         write_text(folder / CARD_FILE, card)
         # Last, so that a run which is interrupted during verification can resume without fitting again.
         _remove_work(folder)

@@ -35,8 +35,8 @@ def attention(
 ) -> AttentionReport:
     """Read a model's attention on one text: its maps, and the numbers of `gda.eval.attention.analysis`.
 
-    One layer's maps are in memory at a time. Models run in float32, the baseline after the model. Both may also be
-    models in memory, which stay on their device.
+    One layer's maps are in memory at a time. Models are loaded in float32, the baseline after the model. Both may also
+    be models in memory, which keep their data type and, unless a device is given, their device.
 
     Args:
         tokenizer: Tokenizer of a model in memory, or one to use instead of the model's own.
@@ -47,7 +47,7 @@ def attention(
     choose_device(options.device)
     text_name, text = "text", options.text or ""
     if options.file is not None:
-        text_name, text = read_text(Path(options.file), "--file")
+        text_name, text = read_text(Path(options.file))
     opened = _open(options.model, tokenizer, options.device, options.revision)
     ids, notes = _encode(opened, text, text_name, options.max_tokens)
     labels = token_labels(opened.tokenizer, ids)

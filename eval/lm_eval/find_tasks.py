@@ -61,8 +61,8 @@ def load_tasks(
     tasks = {name: task for each in loaded for name, task in each["tasks"].items()}
     if not run_code and (unsafe := [name for name, task in tasks.items() if task.config.unsafe_code]):
         raise ValueError(RUNS_CODE.format(", ".join(unsafe)))
-    groups = {name: group for each in loaded for name, group in each.get("groups", {}).items()}
-    members = {child for each in loaded for children in each.get("group_map", {}).values() for child in children}
+    groups = {name: group for each in loaded for name, group in each["groups"].items()}
+    members = {child for each in loaded for children in each["group_map"].values() for child in children}
     all_of_them = {**groups, **tasks}
     in_order = dict.fromkeys([*found, *all_of_them])
     return [all_of_them[name] for name in in_order if name in all_of_them and name not in members]

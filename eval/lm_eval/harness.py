@@ -67,7 +67,7 @@ class GDALM(HFLM):
         self._show_prompts = int(show_prompts)
         self._progress = progress
         self.received: list[ReceivedRequest] = []
-        self._cut: Counter[str] = Counter()  # number of cut requests by task
+        self._cut: set[tuple[str, int, int]] = set()  # cut requests: task, document, number
         self._current: list[Instance] = []  # the requests that are being scored
         self._log = LoggedProgress(disable=True)  # lm-eval has bars of its own
         self._logged: TaskID | None = None
@@ -103,7 +103,7 @@ class GDALM(HFLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         instances, self._current = self._current, []  # rolling log-likelihoods have none
         for instance, (_, prompt_ids, continuation_ids) in zip(instances, requests, strict=False):
-            self._count_cut(instance.task_name, len(prompt_ids) + len(continuation_ids) - 1, self.max_length)
+            self._note_if_cut(instance, len(prompt_ids) + len(continuation_ids) - 1, self.max_length)
         for index in self._indices_to_keep(instances):
             (prompt, continuation), prompt_ids, continuation_ids = requests[index]
             cut = max(0, len(prompt_ids) + len(continuation_ids) - self.max_length - 1)
@@ -147,7 +147,7 @@ class GDALM(HFLM):
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
         for request, length in zip(requests, lengths, strict=True):
             new_tokens = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
-            self._count_cut(request.task_name, length, self.max_length - new_tokens)
+            self._note_if_cut(request, length, self.max_length - new_tokens)
         logger.info("generating %s answers to tasks", f"{len(requests):,}")
         kept = self._indices_to_keep(requests)
         self._generation_ids = {requests[index].args[0]: [] for index in kept}
@@ -185,11 +185,16 @@ class GDALM(HFLM):
         return self.batch_sizes[part]
 
     def cut_by_task(self) -> dict[str, int]:
-        """Number of cut requests by task: those of all processes in the first process."""
-        return dict(sum(filter(None, self.gather_object(self._cut) or []), Counter()))
+        """Number of cut requests by task: those of all processes in the first process.
 
-    def _count_cut(self, task: str, length: int, limit: int) -> None:
-        """Count a request that does not fit; ValueError for a generated task, whose answer might be cut."""
+        lm-eval copies requests to give each process as many, so processes may have cut the same one.
+        """
+        cut = set().union(*filter(None, self.gather_object(self._cut) or []))
+        return dict(Counter(task for task, _, _ in cut))
+
+    def _note_if_cut(self, request: Instance, length: int, limit: int) -> None:
+        """Note a request that does not fit; ValueError for a generated task, whose answer might be cut."""
+        task = request.task_name
         if length <= limit or limit <= 0:  # lm-eval itself refuses a limit of 0
             return
         if task.startswith(GENERATED_TASKS):
@@ -197,7 +202,7 @@ class GDALM(HFLM):
                 f"task {task}: a prompt of {length} tokens does not fit the model, which has room for {limit}; "
                 "ask for shorter prompts with --metadata '{\"length\": …}', or omit the task"
             )
-        self._cut[task] += 1
+        self._cut.add((task, request.doc_id, request.idx))
 
     def _check_finite(self, requests: list[Instance], values: Iterable[float]) -> None:
         """Raise ValueError for a log-likelihood that is not finite: lm-eval would choose the first answer."""

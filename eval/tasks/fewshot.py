@@ -70,9 +70,8 @@ class FewShotSettings:
     def __post_init__(self) -> None:
         things = len(THINGS[LABELS[0]])
         require_integer("shots", self.shots, 1, things - 1)
-        require_integer(
-            "orders", self.orders, 2, math.factorial(len(LABELS))
-        )  # the number of orders of one example per kind
+        most = math.factorial(len(LABELS))  # orders of one example per kind
+        require_integer("orders", self.orders, 2, most)
         require_integer("samples", self.samples, 1)
         require_integer("data_seed", self.data_seed, 0)
         if self.arrangement not in ARRANGEMENTS:

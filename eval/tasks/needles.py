@@ -96,9 +96,8 @@ def _make_prompt(settings: NeedleSettings, count: CountTokens, random: Random, d
 
     def prompt(prose: list[str]) -> NeedlePrompt:
         sentences = list(prose)
-        for place, needle in sorted(
-            zip(places, others, strict=True), reverse=True
-        ):  # from the end, so that the earlier places stay valid
+        # From the end, so that the earlier places stay valid.
+        for place, needle in sorted(zip(places, others, strict=True), reverse=True):
             sentences.insert(round(place * len(prose)), needle)
         at = round(depth * len(sentences))
         before, answer, after = " ".join(sentences[:at]), " ".join(asked), " ".join(sentences[at:])

@@ -46,7 +46,7 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _how_to_go_on(command: str, *arguments: str) -> str:
+def _how_to_go_on(command: str = "", *arguments: str) -> str:
     if command == "export" and any(each.endswith(".gguf") for each in arguments):
         return ""  # it writes one file, and has no --resume
     return GO_ON.get(command, "")

@@ -83,7 +83,7 @@ def _evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
     if args.eval_strategy == "no":
         return 0
     every = int(state.eval_steps)
-    return state.max_steps // every - state.global_step // every
+    return -(-state.max_steps // every) - state.global_step // every  # the last one is after the last step
 
 
 class ThroughputCallback(TrainerCallback):

@@ -71,7 +71,7 @@ class StopCallback(TrainerCallback):
         self._stop_requested = False
 
     def check_step(self, loss: float, gradient_norm: float, step: int, device: torch.device) -> None:
-        """Raise NotFiniteError, before the update of a step, if its loss or gradient is not finite in any process."""
+        """Raise NotFiniteError if the loss or gradient of a step is not finite in any process."""
         finite = [math.isfinite(loss), math.isfinite(gradient_norm)]
         bad_loss, bad_norm, self._stop_requested = self.processes.any(
             [not finite[0], not finite[1], self.interrupts.requested is not None], device

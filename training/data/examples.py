@@ -101,13 +101,16 @@ def encodings(
 
 
 def _learned(offsets: list[Span], answers: list[Span]) -> NDArray[np.bool_]:
-    """For each token, whether it has characters in one of the answers."""
+    """For each token, whether it is in one of the answers, or reaches into it.
+
+    Tokens of spaces have no characters where the tokenizer trims their offsets.
+    """
     places = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
     begin, end = places[::2], places[1::2]
     learned = np.zeros(len(offsets), dtype=np.bool_)
     for first, last in answers:
         learned |= (begin < last) & (end > first)
-    return learned & (begin < end)
+    return learned
 
 
 # ---------------------------------------------------------------------------------------------------------------- chats

@@ -77,18 +77,15 @@ class OpenSequence:
     used: int = 0  # number of tokens before the rest
 
     @classmethod
-    def empty(cls, context: int, padding: int) -> "OpenSequence":
-        """A sequence of padding."""
-        return cls(
-            np.stack([np.full(context, padding), np.full(context, NO_LABEL), np.arange(context)]).astype(np.int32)
-        )
+    def empty(cls, context: int) -> "OpenSequence":
+        """A sequence of padding. Its token doesn't matter: nothing is learned of it, and nothing attends to it."""
+        return cls(np.stack([np.zeros(context), np.full(context, NO_LABEL), np.arange(context)]).astype(np.int32))
 
     def add(self, example: Encoded) -> None:
         """Append an example, whose positions begin at 0."""
         end = self.used + len(example.ids)
         self.columns[0, self.used : end] = example.ids
         self.columns[1, self.used : end] = np.where(example.learned, example.ids, NO_LABEL)
-        self.columns[2, self.used :] = np.arange(self.columns.shape[1] - self.used)
         self.columns[2, end:] = np.arange(self.columns.shape[1] - end)
         self.used = end
 
@@ -194,7 +191,6 @@ class SequencePacker:
 
     def _examples(self, sources: Sequence[Source], progress: Progress) -> Iterator[NDArray[np.int32]]:
         """Blocks (n, 3, context) of sequences, each with as many examples as fit: one goes into the first with room."""
-        padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         batches = _batches(sources, progress)
         rendered = ((render(self.tokenizer, batch), empty, place) for batch, empty, place in batches)
         encoded = ((tokenize(self.tokenizer, texts), empty, place) for texts, empty, place in ahead(rendered))
@@ -203,7 +199,7 @@ class SequencePacker:
             progress.tally.split += sum(len(documents) > 1 for documents in examples)
             finished: list[OpenSequence] = []
             for example in self._kept(itertools.chain.from_iterable(examples), progress.tally):
-                finished += self._pack(example, progress, padding)
+                finished += self._pack(example, progress)
             progress.source, progress.position = place
             if finished:
                 yield np.stack([each.columns for each in finished])
@@ -211,7 +207,7 @@ class SequencePacker:
             progress.unfinished = []
             yield np.stack([each.columns for each in unfinished])
 
-    def _pack(self, example: Encoded, progress: Progress, padding: int) -> list[OpenSequence]:
+    def _pack(self, example: Encoded, progress: Progress) -> list[OpenSequence]:
         """Add an example to the first sequence with room; return a sequence that gives way to a new one."""
         finished, unfinished, tally = [], progress.unfinished, progress.tally
         packed = next((each for each in unfinished if self.context - each.used >= len(example.ids)), None)
@@ -219,7 +215,7 @@ class SequencePacker:
             if len(unfinished) == OPEN_SEQUENCES:
                 fullest = max(range(OPEN_SEQUENCES), key=lambda index: unfinished[index].used)
                 finished = [unfinished.pop(fullest)]
-            unfinished.append(packed := OpenSequence.empty(self.context, padding))
+            unfinished.append(packed := OpenSequence.empty(self.context))
         packed.add(example)
         tally.examples += 1
         tally.tokens += len(example.ids)

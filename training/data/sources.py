@@ -138,13 +138,13 @@ def _stamp(path: Path) -> list[Any]:
 def _text_document(path: Path, start: Any) -> Iterator[tuple[Piece, Position]]:
     if start == END:
         return
-    for piece, position in pieces_from(path, *([] if start is None else [start])):
+    for piece, position in pieces_from(path, start):
         yield (piece, False), partial(list, position)
     yield ("", True), lambda: END
 
 
 def _lines(path: Path, start: Any) -> Rows:
-    for number, row, tell in rows_from(path, *([] if start is None else [start])):
+    for number, row, tell in rows_from(path, start):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is not a JSON object, so it has no field `text`")
         yield f"line {number}", row, partial(_line_position, tell, number)

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from gda.common.errors import first_line
+from gda.common.errors import first_line, is_out_of_memory
 from gda.common.files import read_json, remove, sync, sync_tree, write_json
 from gda.common.progress import logger
 from gda.training.runs.processes import reported_elsewhere
@@ -123,10 +122,8 @@ def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
     try:
         with first_failure():
             yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # torch has no common error class for damaged files
-        if isinstance(error, DamagedCheckpointError) or peer_is_gone(error):
+        if isinstance(error, DamagedCheckpointError) or peer_is_gone(error) or is_out_of_memory(error):
             raise
         damage = DamagedCheckpointError(
             f"--resume: {checkpoint} is damaged ({first_line(error)}); remove it to resume from the checkpoint "

@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
-from gda.common.errors import DISK_IS_FULL, CheckFailed, first_line
+from gda.common.errors import DISK_IS_FULL, CheckFailed, first_line, is_out_of_memory
 from gda.training.callbacks.stopping import NotFiniteError
 from gda.training.runs.checkpoints import step_of
 from gda.training.settings import TrainSettings
@@ -26,7 +25,7 @@ def explained(error: BaseException, last: Path | None, folder: Path, settings: T
     if isinstance(error, NotFiniteError):
         remedy = f"lower --learning-rate {settings.learning_rate:g}, or examine the model with `gda inspect`"
         return CheckFailed(f"{error}: {kept}; {remedy}")
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return ValueError(f"{first_line(error)}; lower --batch-size or --context, or pass --gradient-checkpointing")
     is_full = isinstance(error, OSError) and error.errno in DISK_IS_FULL
     if is_full or (isinstance(error, RuntimeError | SafetensorError) and NOT_WRITTEN.search(str(error))):

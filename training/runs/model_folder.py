@@ -45,7 +45,7 @@ def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
         )
     model, loading = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, loading[kind])):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in loading[kind]):  # or with its shapes
             raise ValueError(f"{folder}: weights and config.json do not match, {kind.replace('_', ' ')}: {names[0]}")
     stored = SafetensorsReader(folder).specs  # config.json may name a narrower dtype than some weights have
     dtypes = {name: torch.float32 for name, _ in model.named_parameters()}

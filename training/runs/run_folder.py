@@ -9,9 +9,9 @@ from typing import Any
 from gda.common.files import (
     StagedFolder,
     begun_by_another,
-    check_places,
     partial_of,
     read_json,
+    refuse_overlap,
     remove,
     sync_tree,
     write_json,
@@ -89,7 +89,7 @@ class RunIdentity:
 def _as_flag(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value)) or None
-    return f"no {flag(name)}" if value in (None, False) else f"{flag(name)} {value!s:.100}"
+    return f"no {flag(name)}" if value is None or value is False else f"{flag(name)} {value!s:.100}"
 
 
 @dataclass(frozen=True)
@@ -108,47 +108,44 @@ class RunFolder:
     replaced, and so is an unfinished run that is not resumed. The folder may not contain `source`, the model.
 
     Raises:
-        FileExistsError: if `out` or an unfinished run exists, and neither `resume` nor `overwrite` is given.
+        FileExistsError: if `out` exists without `overwrite`, or an unfinished run without `resume` and `overwrite`.
         ValueError: if the run to resume is another one.
         BlockingIOError: if another process is writing the folder.
     """
 
     def __init__(self, out: Path, identity: RunIdentity, source: Path, *, resume: bool, overwrite: bool):
         self.path = partial_of(out)
-        check_places(source, self.path)
+        refuse_overlap(source, self.path)
+        self._identity = identity
         self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
         try:
-            self.state = self._begin_or_resume(identity, resume, overwrite)
+            self.state = self._found(resume, overwrite)
         except BaseException:
             self.close()
             raise
 
-    def _begin_or_resume(self, identity: RunIdentity, resume: bool, overwrite: bool) -> RunState:
+    def _found(self, resume: bool, overwrite: bool) -> RunState:
         remove_incomplete(self.path)
         last, begun = last_checkpoint(self.path), self.path / TRAINING_FILE
+        if overwrite and not resume:
+            return RunState(self.path, None, None)
         known = read_json(begun) if begun.is_file() else {}
         if not isinstance(known, dict):
             raise ValueError(f"{begun} does not describe a run; {START_ANEW}")
         report = known.get("report")
-        if last is None and report is None:
-            self._clear(but=DATA_FOLDER)  # which is used again if it holds the same data
-        elif resume:
-            identity.require_same(known, self.path)
-        elif overwrite:
-            self._clear()
-            last = report = None
-        else:
-            raise FileExistsError(_unfinished(self.path, last))
-        if report is None:
-            for code in self.path.glob("*.py"):  # of a model that a killed process has begun to save
-                remove(code)
-            write_json(begun, asdict(identity))
+        if last is not None or report is not None:
+            if not resume:
+                raise FileExistsError(_unfinished(self.path, last))
+            self._identity.require_same(known, self.path)
         return RunState(self.path, last, report)
 
-    def _clear(self, *, but: str | None = None) -> None:
+    def begin(self) -> None:
+        """Remove what is left of an earlier run that is not resumed, and describe this one in training.json."""
         for path in self.path.iterdir():
-            if path.name != but:
+            # Code is of a model that a killed process has begun to save. The same tokenized data is used again.
+            if path.suffix == ".py" or (self.state.checkpoint is None and path.name != DATA_FOLDER):
                 remove(path)
+        write_json(self.path / TRAINING_FILE, asdict(self._identity))
 
     def finish(self, origin: Mapping[str, Any], report: TrainReport) -> None:
         """Add the report and `origin` to training.json, remove checkpoints and tokenized data, and rename the folder to

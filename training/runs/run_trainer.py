@@ -17,7 +17,10 @@ from gda.training.trainer import GDATrainer
 
 
 class RunTrainer(GDATrainer):
-    """A GDATrainer that takes no step on a loss or gradient that is not finite, and stops when it is interrupted."""
+    """A GDATrainer that stops when it is interrupted, or when a loss or gradient is not finite: before the update.
+
+    DeepSpeed updates within the backward pass. The run then ends right after it, and no checkpoint is written.
+    """
 
     def __init__(self, *args: Any, stop: StopCallback, **kwargs: Any):
         super().__init__(*args, **kwargs)

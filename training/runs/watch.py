@@ -22,7 +22,7 @@ from gda.common.progress import logger
 from gda.training.runs.processes import Processes, reported_elsewhere
 
 BEAT = 2.0  # seconds between two signs of life
-MISSED = 20  # beats without a sign of life, after which a process counts as lost
+MISSED = 20  # heartbeats that a process may miss before it counts as lost
 GRACE = 5.0  # seconds in which the main thread can end by itself; it may hang in a collective
 
 # The last words of a process, and what the others say of it.
@@ -177,8 +177,8 @@ def _accept(listener: socket.socket, count: int, token: str) -> dict[int, socket
         peer, _ = listener.accept()
         peer.settimeout(GRACE)
         with contextlib.suppress(OSError, ValueError):
-            hello = peer.recv(len(_hello(token, 0))).decode()  # not more: signs of life follow
-            if hmac.compare_digest(hello[: len(token)], token):
+            hello = peer.recv(len(_hello(token, 0)))  # not more: heartbeats follow
+            if hmac.compare_digest(hello[: len(token)], token.encode()):
                 peers[int(hello[len(token) :])] = peer
     return peers
 

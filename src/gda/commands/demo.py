@@ -8,7 +8,7 @@ from gda.conversion.options import DemoOptions
 
 @command(DemoOptions, Group.CONVERT, examples=("gda demo", "gda demo --out smollm2-gda"))
 def demo(options: DemoOptions, as_json: JSON = False) -> None:
-    """Convert SmolLM2-135M-Instruct to GDA at 3:1, verify the result, and generate text with both models."""
+    """Convert a Llama, by default SmolLM2-135M-Instruct, verify the result, and generate text with both models."""
     from gda.conversion.demo import demo as function
 
     report = function.run(options, console=progress_console if as_json else Console())

@@ -26,7 +26,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def errors_as(message: str, caught: type[Exception] = Exception) -> Iterator[None]:
-    """Raise ValueError with `message` and the first line of an error that is raised inside.
+    """Raise ValueError with `message` and the beginning of the message of an error that is raised inside.
 
     By default, of any: what libraries raise for a malformed file has no class in common.
     """
@@ -34,6 +34,16 @@ def errors_as(message: str, caught: type[Exception] = Exception) -> Iterator[Non
         yield
     except caught as error:
         raise ValueError(f"{message}: {first_line(error)}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the CPU had no memory left. On the CPU, torch raises a RuntimeError like any other."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and what to say where one is missing. A leaf module: it imports nothing."""
+"""Packages that only some commands need, and what to say where one is missing. It imports nothing of gda."""
 
 import contextlib
 import shlex

@@ -150,9 +150,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8, atomically. Half a surrogate pair becomes an escape sequence."""
     with written_beside(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON can have it
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -233,12 +233,15 @@ class StagedFolder:
         except OSError:
             _remove_empty(self._created_parents)
             raise
-        message = obstacle(out, resume=resume or not resumable, overwrite=overwrite, foreign=foreign)
-        if message is not None:
+        try:
+            message = obstacle(out, resume=resume or not resumable, overwrite=overwrite, foreign=foreign)
+            if message is not None:
+                raise FileExistsError(message)
+            for each in [] if resume else list(self.folder.iterdir()):
+                remove(each)
+        except BaseException:
             self.keep()
-            raise FileExistsError(message)
-        for each in [] if resume else list(self.folder.iterdir()):
-            remove(each)
+            raise
 
     def _make_and_lock(self) -> int:
         """Lock the folder itself: the lock moves with it, and needs no file in it."""
@@ -318,8 +321,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_places(source: str | Path, out: str | Path, what: str = "the source") -> None:
-    """Raise ValueError if OUT is empty, or OUT and `source` contain one another. The message calls that `what`."""
+def refuse_overlap(source: str | Path, out: str | Path, what: str = "the source") -> None:
+    """Raise ValueError if OUT is empty, or if OUT and `source` contain one another; the message names it `what`."""
     if not str(out):
         raise ValueError("OUT is empty; name a folder to create")
     if not str(source) or not Path(source).exists():

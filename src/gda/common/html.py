@@ -1,4 +1,4 @@
-"""HTML pages in one file that need no network and share one style. It imports no other package of `gda`.
+"""HTML pages in one file that need no network and share one style.
 
 Text from models and files is escaped. The content security policy of a page allows only its own script, by its hash.
 """

@@ -165,13 +165,8 @@ def choices(hint: Any) -> tuple[Any, ...]:
 def declared(options: type[Options]) -> Iterator[tuple[Field[Any], Any]]:
     """The declared fields, each with its type hint: positional ones first, and a class's own before its bases'."""
     hints = get_type_hints(options)
-    age = {
-        name: age
-        for age, base in enumerate(reversed(options.__mro__))
-        for name in vars(base).get("__annotations__", {})
-    }
-    own = [each for each in fields(options) if "help" in each.metadata]
-    for each in sorted(own, key=lambda each: (not each.metadata["positional"], -age[each.name])):
+    age = {name: age for age, base in enumerate(reversed(options.__mro__)) for name in inspect.get_annotations(base)}
+    for each in sorted(fields(options), key=lambda each: (not each.metadata["positional"], -age[each.name])):
         yield each, hints[each.name]
 
 

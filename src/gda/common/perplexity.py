@@ -116,7 +116,8 @@ def text_perplexity(
     total.
 
     Raises:
-        ValueError: for an empty text or an impossible stride.
+        ValueError: for an empty text or one that is only a BOS token, an impossible stride, or a tokenizer without BOS
+            and EOS.
     """
     stride = context if stride is None else stride
     if not 0 < stride <= context:

@@ -38,6 +38,18 @@ class LoggedProgress(Progress):
         self._logged, self._lines = self.get_time(), 0
         self._estimated: set[TaskID] = set()
 
+    def add_task(
+        self,
+        description: str,
+        start: bool = True,
+        total: float | None = 100.0,
+        completed: int = 0,
+        visible: bool = True,
+        **fields: Any,
+    ) -> TaskID:
+        """Like `Progress.add_task`. What is completed from the start doesn't count as done by this process."""
+        return super().add_task(description, start, total, completed, visible, found=completed, **fields)
+
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """Like `Progress.advance`, and log."""
         super().advance(task_id, advance)
@@ -70,9 +82,10 @@ class LoggedProgress(Progress):
 
 def _seconds_left(task: Task) -> float | None:
     """Estimated remaining seconds; None while nothing is known about it."""
-    if not task.total or not task.completed:
+    done = task.completed - task.fields.get("found", 0)
+    if not task.total or not done:
         return None
-    return (task.elapsed or 0) / task.completed * (task.total - task.completed)
+    return (task.elapsed or 0) / done * (task.total - task.completed)
 
 
 def time_left(seconds: float) -> str:

@@ -58,5 +58,7 @@ def _energy(attention: Any, heads: Tensor) -> Tensor:
     if attention.num_masked_heads:
         heads = attention.mask_new_heads(heads)
     project = attention.o_proj
-    heads = heads.flatten(2).to(project.weight.dtype)
+    heads = heads.flatten(2)
+    if project.weight.is_floating_point():  # quantized weights know which dtype they want
+        heads = heads.to(project.weight.dtype)
     return (project(heads) - project(torch.zeros_like(heads[:1, :1]))).float().square().mean()

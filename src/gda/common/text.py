@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-# Characters that are read at once. A piece of text has up to twice as many.
+from gda.common.dataset_folders import LINES
+
+# Characters that are read at once. A piece of text has up to three times as many.
 BLOCK = 2**16
 
 
@@ -18,14 +20,13 @@ def python_documentation() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def read_text(path: Path, option: str) -> tuple[str, str]:
-    """The name and the text of a UTF-8 file. For `.jsonl`, the fields `text` of its lines, separated by blank lines.
+def read_text(path: Path) -> tuple[str, str]:
+    """The name and the text of a UTF-8 file. For JSON Lines, the fields `text` of its lines, separated by blank lines.
 
-    Errors name the file and its `option`, and the line if there is one.
+    Raises:
+        ValueError: naming the file, and the line if there is one.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{option} {path} is not a file")
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() in LINES:
         return path.name, "\n\n".join(_jsonl_texts(path))
     return path.name, "".join(text_pieces(path))
 
@@ -39,12 +40,12 @@ def text_pieces(path: Path) -> Iterator[str]:
     Raises:
         ValueError: naming the file and the byte.
     """
-    return (piece for piece, _ in pieces_from(path))
+    return (piece for piece, _ in pieces_from(path, None))
 
 
-def pieces_from(path: Path, position: tuple[int, str] = (0, "")) -> Iterator[tuple[str, tuple[int, str]]]:
-    """The same from a position on, each piece with the position after it: a place in the file, and text before it."""
-    offset, held = position
+def pieces_from(path: Path, position: tuple[int, str] | None) -> Iterator[tuple[str, tuple[int, str]]]:
+    """`text_pieces` from a position on: (place in the file, text before it). Each piece has the position after it."""
+    offset, held = position or (0, "")
     with _opened(path) as file:
         file.seek(offset)
         while block := file.read(BLOCK):
@@ -73,15 +74,15 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the number, from 1, and the value of each line of a JSON Lines file that is not blank."""
-    return ((number, row) for number, row, _ in rows_from(path))
+    return ((number, row) for number, row, _ in rows_from(path, None))
 
 
-def rows_from(path: Path, position: tuple[int, int] = (0, 0)) -> Iterator[tuple[int, Any, Callable[[], int]]]:
-    """The same after a position, which is a place in the file and the number of the line that ends there.
+def rows_from(path: Path, position: tuple[int, int] | None) -> Iterator[tuple[int, Any, Callable[[], int]]]:
+    """`jsonl_rows` after a position: (place in the file, number of the line that ends there).
 
-    The third value of each row returns the place where it ends, until the next row is read.
+    The third value of each row is a function that returns the place where the row ends, until the next row is read.
     """
-    offset, before = position
+    offset, before = position or (0, 0)
     with _opened(path) as file:
         file.seek(offset)
         for number, line in enumerate(iter(file.readline, ""), before + 1):

@@ -64,7 +64,7 @@ class Trainable:
                 if not all(SLICES.fullmatch(axis) for axis in each.kept or []):
                     raise ValueError
             return cls(parameters, dict(held["peft"]))
-        except (KeyError, TypeError, ValueError, re.error):
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, re.error):
             raise ValueError(f"{path} does not name the new parameters of a model; grow or convert it again") from None
 
     def to_dict(self) -> dict[str, Any]:

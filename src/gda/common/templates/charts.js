@@ -190,13 +190,14 @@ function lineChart(place, { title, xLabel, series, from = null, log = false, not
     const box = drawing.getBoundingClientRect();
     const x = first + ((((event.clientX - box.left) / box.width) * width - left) / (width - left - right)) * (last - first);
     const nearest = (one) => one.x.reduce((best, at, index) => (Math.abs(at - x) < Math.abs(one.x[best] - x) ? index : best), 0);
-    const told = series.filter((one) => one.x.length).map((one) => [one, nearest(one)]);
-    const at = told[0][0].x[told[0][1]];
+    const nearestPoints = series.filter((one) => one.x.length).map((one) => [one, nearest(one)]);
+    const at = nearestPoints[0][0].x[nearestPoints[0][1]];
     cursor.setAttribute("x1", px(at));
     cursor.setAttribute("x2", px(at));
     cursor.setAttribute("visibility", "visible");
-    const shown = told.length > 12 ? told.filter((_, index) => index % Math.ceil(told.length / 12) === 0) : told;
-    readout.textContent = `${xLabel} ${at}: ` + shown.map(([one, index]) => `${one.name} ${digits(one.y[index])}`).join(", ");
+    const every = Math.ceil(nearestPoints.length / 12);
+    const listed = nearestPoints.filter((_, index) => index % every === 0);
+    readout.textContent = `${xLabel} ${at}: ` + listed.map(([one, index]) => `${one.name} ${digits(one.y[index])}`).join(", ");
   });
   drawing.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); readout.textContent = ""; });
   return figure;
@@ -204,7 +205,8 @@ function lineChart(place, { title, xLabel, series, from = null, log = false, not
 
 // ------------------------------------------------------------------------------------------------------- heat maps
 
-// values: one list a row, nulls where there is none. Linear, from 0 (or the smallest, if negative) to the largest.
+// values: one list a row, nulls where there is none. Shade is linear in the
+// absolute value, up to `full` or the largest; negative values take the other ramp.
 function heatMap(place, { title, values, rows, columns, rowLabel, columnLabel, kind = "first", height = 220, full = null }) {
   const flat = values.flat().filter((value) => value !== null && Number.isFinite(value));
   const limit = full || flat.reduce((best, value) => Math.max(best, Math.abs(value)), 0) || 1;
