@@ -38,7 +38,13 @@ from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.checkpoints import damage_reported, last_checkpoint, require_readable, step_of
 from gda.training.runs.failures import explained
 from gda.training.runs.model_folder import add_companions, model_stamps, training_step, write_card
-from gda.training.runs.processes import LAUNCHER_PRECISION, Processes, reported_elsewhere, require_known_precision
+from gda.training.runs.processes import (
+    LAUNCHER_PRECISION,
+    Processes,
+    launcher_wants_bfloat16,
+    reported_elsewhere,
+    require_known_precision,
+)
 from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, RunFolder, RunIdentity, RunState, unfinished_run
 from gda.training.runs.run_trainer import RunTrainer, make_universal, written_by
 from gda.training.runs.watch import watched
@@ -166,7 +172,10 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
     teacher = [] if settings.teacher is None else model_stamps(Path(settings.teacher))
-    identity = RunIdentity(settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper)
+    of_launcher = "bf16" if settings.precision == "auto" and launcher_wants_bfloat16() else "no"
+    identity = RunIdentity(
+        settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper, of_launcher
+    )
     folder: RunFolder | None = None  # in the main process
 
     def open_folder() -> RunState:

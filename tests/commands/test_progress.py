@@ -64,9 +64,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_run_says_how_long_it_takes(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    """After two steps, since the first one warms up. 98 steps of 3 s and the last 2 of 3 evaluations of 20 s: 334 s."""
-    args = TrainingArguments(max_steps=100, eval_strategy="steps", eval_steps=50, disable_tqdm=True)
-    state, callback = TrainerState(max_steps=100, eval_steps=50), ProgressCallback()
+    """After two steps, since the first one warms up: 98 steps of 3 s, and 20 s of evaluation after 40, 80 and 100."""
+    args = TrainingArguments(max_steps=100, eval_strategy="steps", eval_steps=40, disable_tqdm=True)
+    state, callback = TrainerState(max_steps=100, eval_steps=40), ProgressCallback()
     with caplog.at_level(logging.INFO, "gda"):
         callback.on_train_begin(args, state, TrainerControl())
         clock[0] += 20
@@ -77,7 +77,7 @@ def test_run_says_how_long_it_takes(clock: list[float], caplog: pytest.LogCaptur
             callback.on_step_end(args, state, TrainerControl())
             callback.on_log(args, state, TrainerControl(), {"loss": 1.0})
     shown = [line.rsplit(", ")[-1] for line in caplog.messages[1:]]
-    assert shown == ["50 min left", "the other 98 steps and 2 evaluations take about 6 min", "6 min left", "6 min left"]
+    assert shown == ["50 min left", "the other 98 steps and 3 evaluations take about 6 min", "6 min left", "6 min left"]
 
 
 @pytest.mark.parametrize("steps", [19, 22])
@@ -167,6 +167,17 @@ def test_long_work_logs_share_and_time_left(monkeypatch: pytest.MonkeyPatch, cap
         monkeypatch.setattr(progress, "LOG_SECONDS", 1e9)
         bar.advance(known)
     assert caplog.messages == ["writing: 25 %, 0 s left", "tokens: 1,500"]
+
+
+def test_time_left_after_resuming(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What an earlier run has done took no time in this one: the third of 4 units takes 30 s."""
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    now = [0.0]
+    with caplog.at_level(logging.INFO, "gda"), LoggedProgress(disable=True, get_time=lambda: now[0]) as bar:
+        task = bar.add_task("training", total=4, completed=2)
+        now[0] = 30.0
+        bar.advance(task)
+    assert caplog.messages == ["training: 75 %, 30 s left"]
 
 
 @pytest.mark.parametrize("kind", ["scoring", "generating"])

@@ -306,6 +306,13 @@ def test_misspelled_field_is_refused(typo: str, meant: str) -> None:
         tiny_config(**{typo: 1})
 
 
+@pytest.mark.parametrize("name", ["preset", "layer_type", "_whole"])
+def test_name_of_a_method_is_refused(name: str) -> None:
+    """Kept as a field, it would hide the method."""
+    with pytest.raises(ValueError, match=f"{name} is not a field of a config"):
+        tiny_config(**{name: "full_attention"})
+
+
 def test_other_arguments_are_kept() -> None:
     """Arguments that resemble none of our fields are saved in config.json."""
     config = tiny_config(source_of_data="a tool")

@@ -182,6 +182,16 @@ def test_tokenizer_of_an_adapter_has_its_own_template(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "gda").chat_template == "of the adapter"
 
 
+def test_template_without_a_tokenizer_is_not_the_adapters(tmp_path: Path) -> None:
+    """An adapter has a tokenizer of its own or that of its base, not a mixture."""
+    base = save_llama(tmp_path / "llama")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text("of the adapter")
+    gda.convert(adapter, tmp_path / "gda")
+    expected = AutoTokenizer.from_pretrained(base).chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "gda").chat_template == expected
+
+
 def test_adapter_and_its_base_from_the_hub(tmp_path: Path, hub: Hub) -> None:
     """The base is that of the revision which the adapter names, and the adapter has its own name."""
     base = save_llama(tmp_path / "llama")

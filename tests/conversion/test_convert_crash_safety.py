@@ -164,6 +164,19 @@ def test_unfinished_split_is_not_discarded_by_another_mode(source: Path, tmp_pat
     assert (work / "begun.json").exists()
 
 
+def test_split_does_not_continue_another_conversion(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before hours of fitting, not after them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(write_module, "write_provenance", lambda *a, **k: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "gda")
+    monkeypatch.setattr("gda.conversion.split.splitter.Splitter.run", lambda *a, **k: pytest.fail("it is fitted"))
+    with pytest.raises(ValueError, match="was begun in another --mode"):
+        gda.convert(source, tmp_path / "gda", mode="split", resume=True)
+
+
 def test_ctrl_c_while_the_old_model_is_removed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OUT is complete, and the interrupt is reported as one."""
     convert(source, tmp_path / "gda")

@@ -263,6 +263,7 @@ def test_an_exported_model_is_restored(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.specs if ".lambda_" not in name)
     ids = token_ids(3, 21)
     assert relative_error(logits(tmp_path / "again", ids), logits(model, ids)) < 1e-5
+    assert gda.verify(tmp_path / "plain", tmp_path / "again", method="tensors").passed
     restored = load(tmp_path / "again").train()
     restored(ids, labels=ids).loss.backward()
     for layer, value in zip(restored.model.layers, (0.3, 0.4), strict=True):

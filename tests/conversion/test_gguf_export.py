@@ -308,7 +308,7 @@ def test_token_of_a_byte_level_tokenizer_keeps_its_characters(tmp_path: Path) ->
 def test_notes_say_where_llama_cpp_differs(tmp_path: Path) -> None:
     """Unicode normalization, and spaces where transformers 5 adds none."""
     assert "NFC" in exported(tmp_path / "1", byte_level_tokenizer("qwen2"))[0]
-    assert "nor after special tokens" in exported(tmp_path / "2", sentencepiece_tokenizer("first"))[0]
+    assert "or after special tokens" in exported(tmp_path / "2", sentencepiece_tokenizer("first"))[0]
     assert exported(tmp_path / "3", sentencepiece_tokenizer("never")) == []
 
 

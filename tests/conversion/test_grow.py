@@ -427,7 +427,14 @@ def test_peft_config(growth: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"parameters": [{"pattern": "(", "kept": null}], "peft": {}}', "not JSON"]
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"parameters": [{"pattern": "(", "kept": null}], "peft": {}}',
+        '{"parameters": [{"pattern": "a{4294967296}", "kept": null}], "peft": {}}',
+        "not JSON",
+    ],
 )
 def test_invalid_trainable_json(content: str, tmp_path: Path) -> None:
     """One line names the file. A missing file gives a similar line."""

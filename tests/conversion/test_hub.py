@@ -243,6 +243,18 @@ def test_conversion_json_of_other_weights_is_not_sent(folder: Path, hub: Hub, co
     assert b"Verification" not in held["README.md"]
 
 
+def test_licence_is_kept_after_training(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """In the card that replaces one which described other weights."""
+    (save_llama(tmp_path / "llama") / "README.md").write_text("---\nlicense: mit\n---\nA Llama.\n")
+    gda.convert(tmp_path / "llama", tmp_path / "gda", verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gda")
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    model.save_pretrained(tmp_path / "gda")
+    assert command("push", tmp_path / "gda", "me/x").code == 0
+    assert b"license: mit" in hub.files("me/x")["README.md"]
+
+
 def test_existing_card_is_kept(folder: Path, hub: Hub, command: Command) -> None:
     """A folder without a card does not replace an edited card in the repository."""
     huggingface_hub.create_repo("me/x")
@@ -493,6 +505,17 @@ def test_download_with_a_wrong_hash_is_refused(tmp_path: Path, hub: Hub, command
     assert HF_HOME.name in damaged
     Path(damaged).unlink()
     assert command("convert", "some-one/llama", tmp_path / "gda").code == 0
+
+
+def test_damaged_download_is_not_exported_as_gguf(tmp_path: Path, hub: Hub, command: Command) -> None:
+    """Verification compares with the same damaged source."""
+    pytest.importorskip("gguf")
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
+    put(hub, "some-one/gda", tmp_path / "gda")
+    hub.faults.append(Fault(r"GET .*/model\.safetensors", damage=-1))
+    out = tmp_path / "out.gguf"
+    assert "SHA-256" in refused(command, "export", "some-one/gda", out, "--format", "gguf", "--no-verify")
+    assert not out.exists()
 
 
 def test_missing_revision(tmp_path: Path, hub: Hub, command: Command) -> None:

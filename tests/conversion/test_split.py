@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import gda
 from gda.common.perplexity import perplexity
+from gda.conversion.options import ConvertOptions
 from gda.conversion.split import calibration, distill, fit
 from gda.conversion.split import report as report_module
 from gda.conversion.split import splitter as split_module
@@ -656,6 +657,13 @@ def test_texts_are_mixed_by_weight(llama: Path, tmp_path: Path) -> None:
     assert report.inside == "a.txt, b.txt"
     assert report.held_out_tokens == 2 * HELD_OUT * CONTEXT
     assert [each.text for each in report.texts][2:] == ["text sampled from the source", "the documentation of Python"]
+
+
+def test_weight_of_sampled_text() -> None:
+    """2 beside files, whether it is named or not."""
+    for given, expected in ((), 2), (("sampled",), 2), (("sampled:3",), 3), (("sampled:0",), 0):
+        options = ConvertOptions("llama", "gda", mode="split", calibration=("a.txt", *given))
+        assert options.calibration_weights() == {"sampled": expected, "a.txt": 1}
 
 
 def test_warnings_name_the_text(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:

@@ -23,7 +23,7 @@ from gda.conversion.writing import write_model as write_module
 
 from ..support.children import ENDED, in_child, killed_at
 from ..support.commands import Command
-from ..support.llamas import files_of, save_llama
+from ..support.llamas import change_config, files_of, save_llama
 from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, save_text, split
 
 __all__ = ["brief"]
@@ -237,6 +237,27 @@ def test_other_settings_are_refused(
     trained(llama, out, resume=True)
     assert counts == expected_calls("training", 2)
     assert files_of(out) == expected
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_another_config_or_tokenizer_is_refused(
+    file: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that were fitted before are not mixed with those fitted after."""
+    copied = shutil.copytree(llama, tmp_path / "llama")
+    with monkeypatch.context() as patch:
+        owner, name, _ = STAGES["dividing"]
+        patch.setattr(owner, name, after(1, getattr(owner, name), lambda: signal.raise_signal(signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            trained(copied, tmp_path / "gda", calibration=llama.parent / "text.txt")
+    if file == "config.json":
+        change_config(copied, rms_norm_eps=1e-3)
+    else:
+        tokenizer = json.loads((copied / file).read_text())
+        tokenizer["model"]["merges"].pop()
+        (copied / file).write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="another source, text or setting; pass --overwrite instead of --resume"):
+        trained(copied, tmp_path / "gda", calibration=llama.parent / "text.txt", resume=True)
 
 
 def test_work_is_not_used_with_overwrite(

@@ -12,7 +12,7 @@ import gda
 
 from ..support.commands import Command
 from ..support.evaluation import pairs, write_data, write_jsonl
-from ..support.llamas import save_llama
+from ..support.llamas import change_config, save_llama
 
 pytestmark = pytest.mark.sampled
 
@@ -388,6 +388,16 @@ def test_checkpoint_with_missing_weights_is_refused(data: Path, model: Path, tmp
     assert "has no model.norm.weight" in outcome.error.strip().splitlines()[-1]
     with pytest.raises(ValueError, match=r"has no model\.norm\.weight"):
         GDALM(str(folder), device="cpu")
+
+
+def test_checkpoint_of_another_shape_is_refused(model: Path, tmp_path: Path, command: Command) -> None:
+    """The line names the tensor, where transformers would refer to a report that is not shown."""
+    folder = shutil.copytree(model, tmp_path / "other")
+    change_config(folder, intermediate_size=json.loads((folder / "config.json").read_text())["intermediate_size"] + 8)
+    (tmp_path / "text.txt").write_text("a text of some words " * 20)
+    outcome = command("eval", folder, "--perplexity", tmp_path / "text.txt")
+    assert outcome.code == 2
+    assert "the checkpoint has a different shape for model.layers.0.mlp" in outcome.error
 
 
 def test_nan_log_likelihood_is_refused(data: Path, model: Path, command: Command, tmp_path: Path) -> None:

@@ -521,11 +521,21 @@ def test_learning_rate_that_is_too_high(models: Path, tmp_path: Path, command: C
     refused(command("train", models / "gda", tmp_path / "out", *arguments), "lower --learning-rate", tmp_path, code=1)
 
 
-def test_out_of_memory(models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: more"),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_out_of_memory(
+    error: Exception, models: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's error becomes one line with the remedy."""
 
     def raises(self: Trainer, *args: Any, **kwargs: Any) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+        raise error
 
     monkeypatch.setattr(Trainer, "training_step", raises)
     outcome = command("train", models / "gda", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
@@ -831,6 +841,9 @@ def test_only_the_same_run_is_resumed(
     assert "text.txt of the data has changed" in text("--resume")
     os.utime(tmp_path / "gda" / "model.safetensors", (1, 1))
     assert "model.safetensors of the model has changed" in text("--resume")
+    (tmp_path / "gda" / "trainable.json").unlink()
+    assert "trainable.json is missing" in text("--overwrite", "--train", "new")  # found before the run is given up
+    (tmp_path / ".out.partial" / "training.json").write_text("[]")
     assert command(*arguments, "--overwrite").code == 0
 
 

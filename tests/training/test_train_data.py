@@ -165,6 +165,13 @@ def test_file_is_read_in_pieces(
     assert ids_of(opened(tmp_path / "a.txt")) == plain
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".JSONL", ".ndjson"])
+def test_rows_are_not_read_as_text(ending: str, tmp_path: Path) -> None:
+    """Nor by the commands that need no more than a text."""
+    path = write_jsonl(tmp_path / f"rows{ending}", ["one", "two"])
+    assert _text.read_text(path) == (path.name, "one\n\ntwo")
+
+
 def test_memory_stays_bounded(
     opened: Callable[..., Sequences], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

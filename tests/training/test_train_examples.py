@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from tokenizers import processors
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -116,6 +117,16 @@ def expected_pairs(rows: list[dict[str, str]]) -> list[tuple[list[int], list[int
 
 
 # ------------------------------------------------------------------------------------------------ what is learned
+
+
+def test_tokens_of_spaces_are_learned() -> None:
+    """Also if the tokenizer trims their offsets, as a ByteLevel post-processor does by default."""
+    trimming = tokenizer_with(PREFIX)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel()
+    example = Example("here", "Write code.", "def f():\n    return   1")
+    [[found]], [[expected]] = encode(trimming, [example]), encode(tokenizer_with(PREFIX), [example])
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert found.learned.tolist() == expected.learned.tolist()
 
 
 def test_completion_is_learned_and_ends() -> None:

@@ -43,6 +43,7 @@ class RunIdentity:
     data: list[list[Any]]
     processes: int  # they share each batch
     keeper: str  # of the optimizer, see `Processes.keeper`
+    precision: str = "no"  # that the launcher asks for, where `settings` leave it to the launcher
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
@@ -63,6 +64,11 @@ class RunIdentity:
             )
         if begun.get("report") is not None:
             return  # training is finished, and nothing is read any more
+        if (precision := begun.get("precision", self.precision)) != self.precision:
+            raise ValueError(
+                f"--resume: the run was launched with --mixed_precision {precision!s:.100}, not {self.precision}; "
+                f"launch it the same way, or {START_ANEW}"
+            )
         for kind in ("model", "teacher", "data"):
             known, here = begun.get(kind), getattr(self, kind)
             if not isinstance(known, list):
