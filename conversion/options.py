@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gda.common.files import refuse_existing, refuse_overlap
-from gda.common.options import Options, argument, as_names, flag, option
+from gda.common.options import HUB, OUTPUT, Options, argument, as_names, flag, option
 from gda.common.places import (
     GDA_REMEDY,
     check_folder,
@@ -27,7 +27,6 @@ from gda.conversion.noise_heads import added, divided
 
 LAYOUT, NEW_HEADS, SPLIT, GROWTH = "Source and layout", "Noise heads", "Split", "Growth"
 COMPARISON = "Comparison"
-OUTPUT, HUB = "Output", "Hub"
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *([KMGT])B", re.IGNORECASE)
 POWERS = {"K": 3, "M": 6, "G": 9, "T": 12}
 RATIO = re.compile(r"0*[1-9][0-9]*(:1)?")

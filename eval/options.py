@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gda.common.options import Options, argument, flag, layer_list, option
+from gda.common.options import MORE, OUTPUT, Options, argument, flag, layer_list, option
 from gda.common.places import check_device, check_model, check_text, layers_of
 from gda.eval.task_texts import check_tasks
 
 # A model in memory is allowed in Python. Its class cannot be named without importing PyTorch, hence Any.
 Model = str | Path | Any
 
-TASKS, TEXT, MODEL, OUTPUT = "Tasks", "Text", "Model", "Output"
-MORE = "Perplexity and attention"
+TASKS, TEXT, MODEL = "Tasks", "Text", "Model"
 DEFAULT_CONTEXT = 512  # tokens
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "results.md", "report.html"
 SAMPLES = ("samples_", "baseline_samples_")  # beginnings of names: of the model and of its baseline

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gda.common.files import refuse_existing, refuse_overlap
-from gda.common.options import Options, argument, as_names, flag, option
+from gda.common.options import OUTPUT, Options, argument, as_names, flag, option
 from gda.common.places import check_data, check_gda_model, check_model, check_reporter, config_entry
-from gda.conversion.options import OUTPUT, BundleOptions, HubOptions, RevisionOptions
+from gda.conversion.options import BundleOptions, HubOptions, RevisionOptions
 
 EVAL_TOKENS = 32_768
 DATA, LEARNING, STEPS = "Data", "Trained parameters", "Steps and rates"

@@ -32,7 +32,7 @@ from gda.conversion.noise_heads import added
 from gda.conversion.options import PAPER_ONLY, NewHeadOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.recipes import (
-    DTYPES,
+    DTYPE_CHOICES,
     Recipe,
     checkpoint_specs,
     copied,
@@ -51,7 +51,7 @@ EXPORTED_NOTE = "an exported GDA model is not restored: its noise heads are conv
 
 def plan(source: Source, options: NewHeadOptions) -> Conversion:
     """Add noise heads to a Llama, Mistral or Qwen."""
-    dtype = DTYPES[options.dtype]
+    dtype = DTYPE_CHOICES[options.dtype]
     with errors_as(source.name, ValueError):
         config = expanded_config(source.config, options)
     recipes = expanded_recipes(config, source.specs, seed=options.seed, dtype=dtype)
@@ -111,7 +111,7 @@ def expanded_config(source: PreTrainedConfig, options: NewHeadOptions) -> GDACon
         head_norm_eps=head_norm.EPS if options.head_norm else 1e-5,
         faded_head_norm=options.head_norm or None,
         fade=0.0 if fades_lambda or options.head_norm else None,
-        dtype=DTYPES[options.dtype] or source.dtype,
+        dtype=DTYPE_CHOICES[options.dtype] or source.dtype,
         architectures=["GDAForCausalLM"],
     )
 

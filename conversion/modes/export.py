@@ -29,7 +29,7 @@ from gda.conversion.modes.fold import folded_recipes
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.tensors.lambdas import layer_lambdas
-from gda.conversion.tensors.recipes import DTYPES, all_copied, is_lossless
+from gda.conversion.tensors.recipes import DTYPE_CHOICES, all_copied, is_lossless
 
 QWEN2_NOTE = "vLLM, mlx-lm and CTranslate2 cannot run it, because they ignore head_dim of a Qwen2; transformers can"
 MOTIF_NOTE = (
@@ -45,7 +45,7 @@ def plan(source: Source, options: ExportOptions) -> Conversion:
         ValueError: naming the field or the layer, if no such type can compute what the model computes.
     """
     assert isinstance(source.config, GDAConfig)
-    config = with_fields(source.config, dtype=DTYPES[options.dtype] or source.config.dtype)
+    config = with_fields(source.config, dtype=DTYPE_CHOICES[options.dtype] or source.config.dtype)
     with errors_as(source.name, ValueError):
         if options.format in (*LLAMALIKES, "gguf"):
             return _as_plain(source, config, options)
@@ -60,7 +60,9 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
     is_gguf = options.format == "gguf"  # which names no model type, so any will do
     model_type, reason = choose_target(config, "llama" if is_gguf else options.format, counts)
     numbers = [_number(layer, value, with_noise) for layer, value in enumerate(lambdas)]
-    recipes = (all_copied if config.qk_rank is None else folded_recipes)(config, source.specs, DTYPES[options.dtype])
+    recipes = (all_copied if config.qk_rank is None else folded_recipes)(
+        config, source.specs, DTYPE_CHOICES[options.dtype]
+    )
     unmasked = unmasked_recipes(config, recipes)
     plain = plain_recipes(config, unmasked, heads, numbers)
     computed = config.qk_rank is not None or unmasked != recipes or any(numbers)
@@ -117,7 +119,7 @@ def _as_differential(source: Source, config: GDAConfig, options: ExportOptions) 
         raise ValueError(
             f"fade={config.fade:.4g} has no counterpart in a {options.format}; train the model until its fade is 1"
         )
-    dtype = DTYPES[options.dtype]
+    dtype = DTYPE_CHOICES[options.dtype]
     target: PreTrainedConfig
     if options.format == "motif":
         _require_expressible(config, "a Motif", motif.required_fields(config), motif.LAMBDA_INIT_OFFSET)

@@ -9,13 +9,13 @@ from gda.conversion.conversion import Conversion, with_fields
 from gda.conversion.modes.low_rank import PARTS, dense_specs, folded
 from gda.conversion.options import NOTHING_TO_FOLD, WriteOptions
 from gda.conversion.sources.source import Source
-from gda.conversion.tensors.recipes import DTYPES, Recipe, copied, is_lossless
+from gda.conversion.tensors.recipes import DTYPE_CHOICES, Recipe, copied, is_lossless
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
 def plan(source: Source, options: WriteOptions) -> Conversion:
     """Multiply the factored projections of a GDA model out; ValueError if they are dense already."""
-    factored, dtype = source.config, DTYPES[options.dtype]
+    factored, dtype = source.config, DTYPE_CHOICES[options.dtype]
     assert isinstance(factored, GDAConfig)
     if factored.qk_rank is None:
         raise ValueError(f"{source.name} {NOTHING_TO_FOLD}")

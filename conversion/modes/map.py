@@ -7,12 +7,12 @@ from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
 from gda.conversion.modes.checks import losses, refuse_new_heads
 from gda.conversion.options import WriteOptions
 from gda.conversion.sources.source import Source
-from gda.conversion.tensors.recipes import DTYPES, all_copied, is_lossless
+from gda.conversion.tensors.recipes import DTYPE_CHOICES, all_copied, is_lossless
 
 
 def plan(source: Source, options: WriteOptions) -> Conversion:
     """Keep every tensor of a differential model, under GDA's name and in GDA's order of rows."""
-    kind, dtype, notes = source.config.model_type, DTYPES[options.dtype], []
+    kind, dtype, notes = source.config.model_type, DTYPE_CHOICES[options.dtype], []
     refuse_new_heads(
         options,
         f"is only for a Llama, Mistral or Qwen; {source.name} is a {kind} model and already has noise heads and λ",

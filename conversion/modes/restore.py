@@ -19,7 +19,7 @@ from gda.conversion.modes.checks import BrokenTieError, exported, losses, refuse
 from gda.conversion.modes.expand import LAMBDA
 from gda.conversion.options import NOT_EXPORTED, ConvertOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
-from gda.conversion.tensors.recipes import DTYPES, Recipe, checkpoint_specs, copied, is_lossless, lambda_recipe
+from gda.conversion.tensors.recipes import DTYPE_CHOICES, Recipe, checkpoint_specs, copied, is_lossless, lambda_recipe
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 
@@ -33,7 +33,7 @@ def plan(source: Source, options: ConvertOptions) -> Conversion:
     refuse_new_heads(
         options, "has no effect on an exported GDA model, which has noise heads; omit it, or pass --mode expand"
     )
-    export, dtype = exported(source), DTYPES[options.dtype]
+    export, dtype = exported(source), DTYPE_CHOICES[options.dtype]
     if export is None:
         raise ValueError(f"{source.name} {NOT_EXPORTED}")
     with errors_as(source.name, ValueError):
@@ -102,7 +102,7 @@ def _recipe(
 ) -> Recipe:
     if ".lambda_" in name:
         return lambda_recipe(name, spec, options.seed)
-    projection, dtype = name.split(".")[-2], DTYPES[options.dtype]
+    projection, dtype = name.split(".")[-2], DTYPE_CHOICES[options.dtype]
     target = TensorSpec(spec.shape, dtype or plain[name].dtype)
     if (rows := heads.rows.get(projection)) is not None:
         first = [rows.index(row) for row in sorted(set(rows))]

@@ -15,7 +15,7 @@ from gda.conversion.sources.source import Source
 from gda.conversion.split.cost import work_bytes
 from gda.conversion.split.recipes import drafts, split_config, split_recipes
 from gda.conversion.split.splitter import Splitter
-from gda.conversion.tensors.recipes import DTYPES
+from gda.conversion.tensors.recipes import DTYPE_CHOICES
 
 # The output projections, which are solved again.
 SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
@@ -23,7 +23,7 @@ SOLVED = r"model\.layers\.\d+\.self_attn\.o_proj\.weight"
 
 def plan(source: Source, options: ConvertOptions) -> Conversion:
     """Divide the query heads of a source into signal and noise heads, and fit the result to the source."""
-    dtype = DTYPES[options.dtype]
+    dtype = DTYPE_CHOICES[options.dtype]
     lambda_type = options.lambda_type or "reparameterized"
     with errors_as(source.name, ValueError):
         heads, kv_heads = source.config.num_attention_heads, source.config.num_key_value_heads

@@ -33,8 +33,8 @@ def open_source(location: str | Path, revision: str | None = None) -> Source:
     return _opened(location, revision, None)
 
 
-def _opened(location: str | Path, revision: str | None, adapter: Path | None) -> Source:
-    """`open_source`. If it is the base of an `adapter`, it may not be one itself."""
+def _opened(location: str | Path, revision: str | None, adapted_by: Path | None) -> Source:
+    """`open_source`. The base of an adapter may not be one itself."""
     check_model(location)
     path = Path(location)
     if revision is not None and path.exists():
@@ -45,11 +45,11 @@ def _opened(location: str | Path, revision: str | None, adapter: Path | None) ->
             source.notes = (f"{file.name}, the only GGUF model in {path.name}, is read",)
         return source
     if path.is_dir():
-        return _opened_adapter(path, adapter) if is_adapter(path) else FolderSource(path)
+        return _opened_adapter(path, adapted_by) if is_adapter(path) else FolderSource(path)
     folder = resolve_folder(location, revision)
     named = {"name": str(location), "revision": folder.name}  # the Hub's cache names folders by commit
     if is_adapter(folder):
-        return _opened_adapter(folder, adapter, **named)
+        return _opened_adapter(folder, adapted_by, **named)
     if not any(folder.glob("*.safetensors*")):
         raise FileNotFoundError(
             f"{location} has no safetensors on the Hub; if it has a GGUF file, `hf download` it and name the file"
@@ -57,12 +57,11 @@ def _opened(location: str | Path, revision: str | None, adapter: Path | None) ->
     return FolderSource(folder, **named)
 
 
-def _opened_adapter(folder: Path, of: Path | None, **named: str) -> AdapterSource:
-    """The adapter in a folder; ValueError if it is the base `of` another one."""
-    if of is not None:
-        raise ValueError(
-            f"{of} is an adapter of {named.get('name', folder)}, which is an adapter itself; merge that one first"
-        )
+def _opened_adapter(folder: Path, adapted_by: Path | None, **named: str) -> AdapterSource:
+    """The adapter in a folder; ValueError if another adapter names it as its base."""
+    if adapted_by is not None:
+        base = named.get("name", folder)
+        raise ValueError(f"{adapted_by} is an adapter of {base}, which is an adapter itself; merge that one first")
     base, revision = base_of(folder)
     try:
         return AdapterSource(folder, _opened(base, revision, folder), **named)

@@ -13,7 +13,7 @@ import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto c
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 # The choices of --dtype; "keep" keeps the source's.
-DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_CHOICES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAMBDA_VECTOR_STD = 0.1
 
 

@@ -15,7 +15,7 @@ from gda.conversion.options import CheckpointOptions
 from gda.conversion.sources.adapter import AdapterSource
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE, Source
-from gda.conversion.tensors.recipes import DTYPES
+from gda.conversion.tensors.recipes import DTYPE_CHOICES
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def read_settings(folder: Path) -> Settings | None:
         return None
     try:
         settings = Settings(**read_json(path)["settings"])
-        DTYPES[settings.dtype]
+        DTYPE_CHOICES[settings.dtype]
     except (KeyError, TypeError):
         raise ValueError(f"{path} does not hold the settings of a conversion; remove it") from None
     return settings

@@ -80,7 +80,7 @@ class DiagnosticsReport:
         settings = found.pop("settings")
         by_depth = {"depths": list(self.settings.depths), "samples": _prompts_by_depth(self.settings)[0].samples}
         del settings["depth"]
-        return settings | {"seed": settings.pop("data_seed")} | by_depth | found
+        return settings | by_depth | found
 
     def to_markdown(self) -> str:
         """Both tables in Markdown."""

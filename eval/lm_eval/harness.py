@@ -65,12 +65,12 @@ class GDALM(HFLM):
         **kwargs: Any,
     ) -> None:
         self._show_prompts = int(show_prompts)
-        self._progress = progress
+        self._shows_bars = progress
         self.received: list[ReceivedRequest] = []
         self._cut: set[tuple[str, int, int]] = set()  # cut requests: task, document, number
         self._current: list[Instance] = []  # the requests that are being scored
-        self._log = LoggedProgress(disable=True)  # lm-eval has bars of its own
-        self._logged: TaskID | None = None
+        self._lines = LoggedProgress(disable=True)  # lm-eval has bars of its own
+        self._task: TaskID | None = None
         self._generation_ids: dict[str, list[int]] = {}  # token ids of the generation prompts to keep, by prompt
         super().__init__(pretrained, backend=backend, device=device or choose_device(None), **kwargs)
         if self.custom_prefix_token_id is None:
@@ -96,7 +96,7 @@ class GDALM(HFLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self._current = requests
         logger.info("scoring %s requests of tasks", f"{len(requests):,}")
-        answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._progress)
+        answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self._shows_bars)
         self._check_finite(requests, (value for value, _ in answers))
         return answers
 
@@ -110,7 +110,7 @@ class GDALM(HFLM):
             task, kept_ids = instances[index].task_name, prompt_ids[cut:]
             self.received.append(ReceivedRequest(task, prompt, continuation, kept_ids, continuation_ids, cut))
         inputs = {(*prompt_ids, *continuation_ids[:-1]) for _, prompt_ids, continuation_ids in requests}
-        with self._logging("scoring", len(inputs)):  # lm-eval runs equal inputs once
+        with self._progress_lines("scoring", len(inputs)):  # lm-eval runs equal inputs once
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -124,22 +124,22 @@ class GDALM(HFLM):
         return ids
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        with self._logging(None, 0):  # what it runs is no request
+        with self._progress_lines(None, 0):  # what it runs is no request
             return super()._detect_batch_size(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _logging(self, what: str | None, total: int) -> Iterator[None]:
+    def _progress_lines(self, what: str | None, total: int) -> Iterator[None]:
         """Log which share of `total` sequences the model has run, and the time left; nothing if `what` is None."""
-        before = self._logged
-        self._logged = None if what is None or self._progress else self._log.add_task(what, total=total)
+        before = self._task
+        self._task = None if what is None or self._shows_bars else self._lines.add_task(what, total=total)
         try:
             yield
         finally:
-            self._logged = before
+            self._task = before
 
     def _advance(self, sequences: int) -> None:
-        if self._logged is not None:
-            self._log.advance(self._logged, sequences)
+        if self._task is not None:
+            self._lines.advance(self._task, sequences)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         if self.eot_token_id is None:
@@ -151,8 +151,8 @@ class GDALM(HFLM):
         logger.info("generating %s answers to tasks", f"{len(requests):,}")
         kept = self._indices_to_keep(requests)
         self._generation_ids = {requests[index].args[0]: [] for index in kept}
-        with self._logging("generating", len(requests)):
-            texts = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._progress)
+        with self._progress_lines("generating", len(requests)):
+            texts = super().generate_until(requests, disable_tqdm=disable_tqdm or not self._shows_bars)
         for index in kept:
             prompt = requests[index].args[0]
             ids = self._generation_ids[prompt]
@@ -168,7 +168,7 @@ class GDALM(HFLM):
         return ids, mask
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._progress)
+        answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._shows_bars)
         self._check_finite(requests, answers)
         return answers
 

@@ -180,7 +180,7 @@ def test_every_setting_of_the_retrieval_task_applies() -> None:
     for metadata, depths, samples in (({"samples": 7}, list(DEPTHS), 2), ({"depth": 1, "samples": 3}, [1.0], 3)):
         settings = read_prompt_settings(given | {"data_seed": 9} | metadata)
         fields = diagnose(gda_model(), read_texts(settings, byte_tokenizer()), settings).to_dict()
-        assert fields == fields | given | {"seed": 9, "depths": depths, "samples": samples}
+        assert fields == fields | given | {"data_seed": 9, "depths": depths, "samples": samples}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 """What the commands that write a model print about it."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
+if TYPE_CHECKING:  # importing them takes a second
+    from gda.conversion.split.report import SplitReport
+    from gda.conversion.verify import VerifyReport
+    from gda.conversion.writing.write_model import ConvertReport
 
-def print_written(report: Any) -> None:
+
+def print_written(report: "ConvertReport") -> None:
     """Print notes, size, losses and verification of a `ConvertReport`."""
     for note in report.notes:
         typer.echo(f"note: {note}")
@@ -26,10 +31,10 @@ def print_written(report: Any) -> None:
     typer.echo(f"{report.out}: {size}")
 
 
-def _print_split(split: Any) -> None:
+def _print_split(split: "SplitReport") -> None:
     lambdas = [layer.lambda_ for layer in split.layers]
     shares = [layer.subtracted for layer in split.layers]
-    ratio = times_the_source(split.perplexity / split.perplexity_source, split.ratio_interval)
+    ratio = _times_the_source(split.perplexity / split.perplexity_source, split.ratio_interval)
     typer.echo(
         f"lossy: perplexity on {split.held_out_tokens:,} held-out tokens of {split.inside}: "
         f"source {split.perplexity_source:.3f}, closed form {split.perplexity_closed_form:.3f}, "
@@ -39,7 +44,7 @@ def _print_split(split: Any) -> None:
         if text.text != split.inside:
             fitted = "" if text.fitted else " (not fitted to)"
             typer.echo(
-                f"on {text.tokens:,} tokens of {text.text}{fitted}: {times_the_source(text.ratio, text.interval)}"
+                f"on {text.tokens:,} tokens of {text.text}{fitted}: {_times_the_source(text.ratio, text.interval)}"
             )
     for warning in split.warnings:
         typer.echo(f"warning: {warning}")
@@ -49,7 +54,7 @@ def _print_split(split: Any) -> None:
     )
 
 
-def times_the_source(ratio: float, interval: tuple[float, float] | None) -> str:
+def _times_the_source(ratio: float, interval: tuple[float, float] | None) -> str:
     """The ratio of two perplexities in words."""
     words = f"{ratio:.3f} times the source's"
     return words if interval is None else words + ", 95 % interval {:.3f} to {:.3f}".format(*interval)
@@ -61,7 +66,7 @@ def rank_summary(rank: int, parameters: int, dense: int) -> str:
     return f"qk_rank {rank}: {parameters:,} parameters, {change:+.2f} % compared with {dense:,} with dense projections"
 
 
-def print_verification(report: Any) -> None:
+def print_verification(report: "VerifyReport") -> None:
     """Print a `VerifyReport` on one line."""
     done = "verified" if report.passed else "compared"
     tokenizers = ", tokenizers alike" if report.tokenizers_compared and report.different_tokenizer is None else ""
@@ -69,6 +74,8 @@ def print_verification(report: Any) -> None:
         count = len(report.different_tensors)
         typer.echo(f"{done} tensor by tensor, without running the models: {count} differ{tokenizers}")
         return
+    assert report.greedy_match is not None  # only "tensors" has none of these
+    assert report.top1_agreement is not None
     greedy = f", same greedy text {100 * report.greedy_match:.0f} %"
     if report.greedy_ties:
         greedy += f" and {100 * report.greedy_ties:.0f} % up to a tie"
