@@ -376,16 +376,17 @@ def main() -> None:
     command.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, one thread each.")
     for name, value in asdict(Settings()).items():
         command.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    command = commands.add_parser("report", help="Print the tables, and write the plot.")
+    command = commands.add_parser("report", help="Print the tables.")
     command.add_argument("out", type=Path)
-    command.add_argument("--plot", type=Path, default=Path("continued.svg"))
+    command.add_argument("--plot", type=Path, help="SVG file to write. Default: none.")
     options = vars(parser.parse_args())
     if options["command"] == "run":
         run(options, Settings(**{name: options[name] for name in asdict(Settings())}))
     else:
         runs = runs_of(options["out"])
         print(report(runs, OF_TEXT), report(runs, OF_RETRIEVAL), depth_table(runs), lambda_table(runs), sep="\n\n")
-        plot(runs, options["plot"])
+        if options["plot"] is not None:
+            plot(runs, options["plot"])
 
 
 if __name__ == "__main__":

@@ -332,16 +332,17 @@ def main() -> None:
     command.add_argument("--variants", nargs="+", choices=VARIANTS, help="Default: all.")
     command.add_argument("--steps", type=int, default=Training.steps)
     command.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, one thread each.")
-    command = commands.add_parser("report", help="Print the tables, and write the plot.")
+    command = commands.add_parser("report", help="Print the tables.")
     command.add_argument("out", type=Path)
-    command.add_argument("--plot", type=Path, default=Path("ratios.svg"))
+    command.add_argument("--plot", type=Path, help="SVG file to write. Default: none.")
     options = parser.parse_args()
     if options.command == "run":
         run(options, replace(Training(), steps=options.steps))
     else:
         results = results_of(options.out)
         print(report(results, "test"), report(results, "longer"), attention_table(results), sep="\n\n")
-        plot(results, options.plot)
+        if options.plot is not None:
+            plot(results, options.plot)
 
 
 if __name__ == "__main__":

@@ -154,8 +154,8 @@ class GDAConfig(PretrainedConfig):
         rope = _one_rope(**{name: kwargs.pop(name, None) for name in ROPE_ARGUMENTS})
         fields = {name: kwargs.pop(name, getattr(type(self), name)) for name in FIELDS} | {"rope_parameters": rope}
         for name, value in kwargs.items():
-            is_method = name == WHOLE or callable(getattr(type(self), name, None))
-            _require(not is_method, name, "is not a field of a config", value)
+            is_taken = name == WHOLE or callable(getattr(type(self), name, None))
+            _require(not is_taken, name, "is not a field of a config", value)
             read_only = getattr(getattr(type(self), name, None), "fset", name) is None
             _require(not read_only, name, "follows from other fields and cannot be given", value)
             if meant := get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.84):

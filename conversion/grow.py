@@ -27,7 +27,7 @@ class GrowReport(ConvertReport):
         growth: The options of the growth.
         before: Configuration of the model before growth; for a Llama, that of its expansion.
         num_parameters_before: Its number of parameters.
-        copied_layers: The layers of the source after which new layers stand: their copies, or random ones.
+        copied_layers: The layers of the source that a new layer follows: a copy or, with random weights, none.
         new_layers: The positions of the new layers in the result.
         trainable: The content of trainable.json.
     """

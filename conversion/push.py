@@ -188,7 +188,7 @@ def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
     provenance, notes = None, []
     if PROVENANCE_FILE in files:
         provenance = read_json(files[PROVENANCE_FILE])
-        generated = [model_card(config, name=name, made=provenance, has_code=has) for has in (True, False)]
+        generated = [model_card(config, made=provenance, has_code=has) for has in (True, False)]
         if provenance.get("sha256") != source.hashes():
             notes.append(f"{PROVENANCE_FILE} describes different weights and is not pushed")
             del files[PROVENANCE_FILE]

@@ -187,7 +187,7 @@ def _quiet(options: EvaluateOptions, console: Console) -> contextlib.AbstractCon
 def _memory_explained() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         remedy = "lower --batch-size or --context, or use --dtype bfloat16 or --device cpu"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gda.common.options import MORE, OUTPUT, Options, argument, flag, layer_list, option
+from gda.common.options import OUTPUT, PERPLEXITY, Options, argument, flag, layer_list, option
 from gda.common.places import check_device, check_model, check_text, layers_of
 from gda.eval.task_texts import check_tasks
 
@@ -127,20 +127,26 @@ class EvaluateOptions(TaskOptions):
         0, "Number of requests per task to print, as text and token ids.", panel=OUTPUT, minimum=0
     )
     perplexity: str | Path | None = option(
-        None, "Text file to measure the perplexity of. Default: none.", panel=MORE, metavar="FILE", check=check_text
+        None,
+        "Text file to measure the perplexity of. Default: none.",
+        panel=PERPLEXITY,
+        metavar="FILE",
+        check=check_text,
     )
     context: int | None = option(
         None,
         f"Tokens that the model reads at a time for --perplexity. Default: {DEFAULT_CONTEXT}.",
-        panel=MORE,
+        panel=PERPLEXITY,
         minimum=1,
     )
     stride: int | None = option(
         None,
         "Tokens between the starts of consecutive contexts. Default: --context, without overlap.",
-        panel=MORE,
+        panel=PERPLEXITY,
     )
-    diagnostics: bool = option(False, "Measure how much attention goes to the answer in retrieval prompts.", panel=MORE)
+    diagnostics: bool = option(
+        False, "Measure how much attention goes to the answer in retrieval prompts.", panel=PERPLEXITY
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -137,7 +137,7 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
     def set_fade(self, value: float, lambda_target: float | None = None) -> None:
         """Set how far new heads, neurons and layers, a head norm or λ are faded in.
 
-        At 0 new parts have no effect, and with a `lambda_target`, which fades λ in by way of that value, nothing is
+        At 0 new parts have no effect, and with a `lambda_target`, which shifts λ while it fades in, nothing is
         subtracted. At 1 the model is an ordinary one, and is saved as such.
 
         Raises:

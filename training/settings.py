@@ -117,7 +117,7 @@ class TrainSettings(Options):
     lambda_target: float | None = option(
         None,
         "Fade λ in: from 0, shifted by up to a quarter of this value, to the learned λ. Needs --fade-steps or "
-        "--lambda-anneal-steps. Default: no fading in.",
+        "--lambda-anneal-steps. Default: MODEL's own.",
         panel=LAMBDA,
     )
     fade_steps: int | None = option(

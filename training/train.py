@@ -183,9 +183,9 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
         folder = RunFolder(out, identity, source, resume=options.resume, overwrite=options.overwrite)
         return folder.state
 
-    def begin() -> None:
+    def give_up_earlier() -> None:
         assert folder is not None
-        folder.begin()
+        folder.give_up_earlier()
 
     def finish() -> None:
         assert folder is not None
@@ -207,7 +207,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
             if state.report is not None:
                 report = TrainReport.from_dict(state.report, out, state.path)
             else:
-                report = _train(options, state, source, out, processes, console, begin)
+                report = _train(options, state, source, out, processes, console, give_up_earlier)
             processes.on_main(finish)
             return report
     except BaseException as error:
@@ -230,17 +230,17 @@ def _train(
     out: Path,
     processes: Processes,
     console: Console | None,
-    begin: Callable[[], None],
+    give_up_earlier: Callable[[], None],
 ) -> TrainReport:
     """Train the model and save it in the folder of the run, beside its checkpoints.
 
-    `begin` is called once the input is found to be good: it removes an earlier run that is not resumed.
+    `give_up_earlier` removes the run that this one replaces. It is called when the input is found to be good.
     """
     settings, scratch = options.settings, state.path / DATA_FOLDER
     resumes = state.checkpoint is not None
     plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console, resumes=resumes))
     processes.on_main(lambda: plan.require_space(out))
-    processes.on_main(begin)
+    processes.on_main(give_up_earlier)
     if console is not None and shows_progress(console) and processes.is_main:
         for note in plan.notes:  # the report has them at the end
             console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)

@@ -31,7 +31,8 @@ class Mode:
 
     sources: Collection[str]  # model types
     needs: str  # tells the user of another type what the mode needs
-    options: Callable[..., CheckpointOptions] | None = None  # of its command; None if bits depend on the machine
+    # The options by which `plan_again` repeats it; None where bits depend on the machine.
+    options_to_repeat: Callable[..., CheckpointOptions] | None = None
 
 
 DIFFERENTIAL = (*DIFFERENTIAL_FAMILIES, "gda")
@@ -79,7 +80,7 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
     mode = MODES.get(str(settings.mode))
     if mode is None:
         raise ValueError(f"{PROVENANCE_FILE} names the unknown mode {settings.mode!r}")
-    if mode.options is None or settings.qk_rank is not None:
+    if mode.options_to_repeat is None or settings.qk_rank is not None:
         raise ValueError(
             "--method tensors compares bits, and the bits of products, factorizations and fits depend on the machine; "
             "use full or layers"
@@ -90,7 +91,7 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
         given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
         layout = settings.layout or {}
     try:
-        options = mode.options(source.name, "", **given, **layout, **(settings.growth or {}))
+        options = mode.options_to_repeat(source.name, "", **given, **layout, **(settings.growth or {}))
         return plan(settings.mode, source, options)
     except TypeError:  # a setting that no growth has, or of another type
         found = given | {"layout": layout, "growth": settings.growth}

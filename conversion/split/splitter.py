@@ -271,14 +271,16 @@ class Splitter:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a resumed run must have in common with the interrupted one."""
-        fields = self.config.to_dict() | {"_name_or_path": None}  # the same source by a relative or an absolute path
+        fields = self.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):  # the path may be relative
+            fields.pop(name, None)
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
         for text in (*self.files, *self.outside):
             digest.update(torch.cat([text.sequences, text.held_out]).numpy().tobytes())
         return {
             "versions": [__version__, torch.__version__],
             "source": [self.source.name, self.source.revision, stamps(self.source.weight_files)],
-            "config and tokens": digest.hexdigest(),
+            "inputs": digest.hexdigest(),
             "seed": self.seed,
             **self.settings(),
         }

@@ -101,9 +101,9 @@ def write_weights(
     `made(name)` returns a tensor, or where its bytes are. With several `workers`, threads call it.
     """
     sizes, stop = {name: recipe.spec.nbytes for name, recipe in recipes.items()}, threading.Event()
-    found = sum(sizes[name] for file, names in shards.items() if file in intact for name in names)
+    done_before = sum(sizes[name] for file, names in shards.items() if file in intact for name in names)
     with byte_progress(console) as progress:
-        task = progress.add_task("writing", total=sum(sizes.values()), completed=found)
+        task = progress.add_task("writing", total=sum(sizes.values()), completed=done_before)
 
         def in_turn(names: list[str]) -> Iterator[tuple[str, torch.Tensor | FileRange]]:
             for name in names:

@@ -184,8 +184,12 @@ def _write(
         if conversion.work is None and (folder / WORK_FOLDER).exists():
             raise ValueError(f"{out} was begun with --mode split; pass the same options, or --overwrite to start over")
         if conversion.work is not None:
-            if not (folder / WORK_FOLDER).exists() and mode_of_shards(folder) not in (None, conversion.mode):
-                raise ValueError(f"{out} was begun in another --mode; pass the same one, or --overwrite to start over")
+            other = None if (folder / WORK_FOLDER).exists() else mode_of_shards(folder)
+            if other not in (None, conversion.mode):
+                raise ValueError(
+                    f"{out} holds an unfinished conversion of mode {other!r}; finish it with its own command and "
+                    "--resume, or pass --overwrite to start over"
+                )
             conversion = conversion.work(folder / WORK_FOLDER, console)
         settings = Settings.of(conversion, options)
         # What tells one fit from another, but not what is measured again when a run is resumed.

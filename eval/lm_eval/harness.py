@@ -187,7 +187,7 @@ class GDALM(HFLM):
     def cut_by_task(self) -> dict[str, int]:
         """Number of cut requests by task: those of all processes in the first process.
 
-        lm-eval copies requests to give each process as many, so processes may have cut the same one.
+        lm-eval repeats the last request of a process, so that all have equally many; it counts once.
         """
         cut = set().union(*filter(None, self.gather_object(self._cut) or []))
         return dict(Counter(task for task, _, _ in cut))

@@ -307,8 +307,8 @@ def test_misspelled_field_is_refused(typo: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["preset", "layer_type", "_whole"])
-def test_name_of_a_method_is_refused(name: str) -> None:
-    """Kept as a field, it would hide the method."""
+def test_taken_name_is_refused(name: str) -> None:
+    """As a field, it would hide a method, or what the config keeps for itself."""
     with pytest.raises(ValueError, match=f"{name} is not a field of a config"):
         tiny_config(**{name: "full_attention"})
 

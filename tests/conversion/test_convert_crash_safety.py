@@ -173,7 +173,7 @@ def test_split_does_not_continue_another_conversion(
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "gda")
     monkeypatch.setattr("gda.conversion.split.splitter.Splitter.run", lambda *a, **k: pytest.fail("it is fitted"))
-    with pytest.raises(ValueError, match="was begun in another --mode"):
+    with pytest.raises(ValueError, match="holds an unfinished conversion of mode 'expand'"):
         gda.convert(source, tmp_path / "gda", mode="split", resume=True)
 
 

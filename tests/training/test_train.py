@@ -714,7 +714,7 @@ def test_killed_at_a_step(models: Path, tmp_path: Path, interrupt: Callable[...,
 
     assert in_child(killed) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    assert short(models, "gda", tmp_path / "out", resume=True).resumed_from == 2
+    assert short(models, "gda", tmp_path / "out", resume=True).resumed_from == 3
     assert differing(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")) == set()
 
 
@@ -843,8 +843,32 @@ def test_only_the_same_run_is_resumed(
     assert "model.safetensors of the model has changed" in text("--resume")
     (tmp_path / "gda" / "trainable.json").unlink()
     assert "trainable.json is missing" in text("--overwrite", "--train", "new")  # found before the run is given up
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"other": "bad"}\n')
+    assert "line 2" in text("--overwrite", "--eval-data", tmp_path / "bad.jsonl")  # and after tokenizing --data
     (tmp_path / ".out.partial" / "training.json").write_text("[]")
-    assert command(*arguments, "--overwrite").code == 0
+    output = command(*arguments, "--overwrite", "--json")
+    assert output.code == 0
+    assert json.loads(output.out)["resumed_from"] is None
+    assert not {"earlier", "earlier.moving", "data"} & set(os.listdir(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["earlier", "earlier.moving"])
+def test_earlier_run_comes_back_after_a_kill(
+    name: str, models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kill of a run that was to replace it, before or after all of it was set aside."""
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        short(models, "gda", tmp_path / "out")
+    monkeypatch.undo()
+    partial = tmp_path / ".out.partial"
+    left = list(partial.iterdir())
+    (partial / name).mkdir()
+    for path in left if name == "earlier" else left[::2]:
+        path.rename(partial / name / path.name)
+    if name == "earlier":
+        (partial / "training.json").write_text("{}")
+    assert short(models, "gda", tmp_path / "out", resume=True).resumed_from == 3
 
 
 def test_dry_run_notes_obstacles(

@@ -101,15 +101,16 @@ def encodings(
 
 
 def _learned(offsets: list[Span], answers: list[Span]) -> NDArray[np.bool_]:
-    """For each token, whether it is in one of the answers, or reaches into it.
+    """For each token, whether any of its characters is in one of the answers.
 
-    Tokens of spaces have no characters where the tokenizer trims their offsets.
+    A tokenizer that trims offsets gives a token of spaces none: it begins and ends where the spaces end.
     """
     places = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
     begin, end = places[::2], places[1::2]
     learned = np.zeros(len(offsets), dtype=np.bool_)
     for first, last in answers:
-        learned |= (begin < last) & (end > first)
+        at_end = (begin == end) & (end == last)
+        learned |= ((begin < last) | at_end) & (end > first)
     return learned
 
 

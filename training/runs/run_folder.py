@@ -26,6 +26,7 @@ from gda.training.settings import TrainSettings
 
 LOG_FILE = "training_log.jsonl"
 DATA_FOLDER = "data"
+EARLIER, MOVING = "earlier", "earlier.moving"  # the unfinished run that --overwrite replaces
 # The settings by which a step is split over time and, with the number of processes, over processes.
 SPLIT_OF_A_STEP = ("batch_size", "accumulation")
 START_ANEW = "start over with --overwrite"
@@ -43,7 +44,7 @@ class RunIdentity:
     data: list[list[Any]]
     processes: int  # they share each batch
     keeper: str  # of the optimizer, see `Processes.keeper`
-    precision: str = "no"  # that the launcher asks for, where `settings` leave it to the launcher
+    launcher_precision: str = "no"  # what the launcher asks for, where `settings` leave it to the launcher
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
@@ -64,10 +65,10 @@ class RunIdentity:
             )
         if begun.get("report") is not None:
             return  # training is finished, and nothing is read any more
-        if (precision := begun.get("precision", self.precision)) != self.precision:
+        if (precision := begun.get("launcher_precision", self.launcher_precision)) != self.launcher_precision:
             raise ValueError(
-                f"--resume: the run was launched with --mixed_precision {precision!s:.100}, not {self.precision}; "
-                f"launch it the same way, or {START_ANEW}"
+                f"--resume: the run was launched with --mixed_precision {precision!s:.100}, not "
+                f"{self.launcher_precision}; launch it the same way, or {START_ANEW}"
             )
         for kind in ("model", "teacher", "data"):
             known, here = begun.get(kind), getattr(self, kind)
@@ -114,44 +115,73 @@ class RunFolder:
     replaced, and so is an unfinished run that is not resumed. The folder may not contain `source`, the model.
 
     Raises:
-        FileExistsError: if `out` exists without `overwrite`, or an unfinished run without `resume` and `overwrite`.
+        FileExistsError: if `out` exists and `overwrite` is not given, or if an unfinished run exists and neither
+            `resume` nor `overwrite` is given.
         ValueError: if the run to resume is another one.
         BlockingIOError: if another process is writing the folder.
     """
 
     def __init__(self, out: Path, identity: RunIdentity, source: Path, *, resume: bool, overwrite: bool):
-        self.path = partial_of(out)
+        self._out, self.path = out, partial_of(out)
         refuse_overlap(source, self.path)
-        self._identity = identity
         self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
         try:
-            self.state = self._found(resume, overwrite)
+            self._restore_earlier()  # where the process that set it aside was killed
+            self.state = self._begin_or_resume(identity, resume, overwrite)
         except BaseException:
             self.close()
             raise
 
-    def _found(self, resume: bool, overwrite: bool) -> RunState:
+    def _begin_or_resume(self, identity: RunIdentity, resume: bool, overwrite: bool) -> RunState:
         remove_incomplete(self.path)
         last, begun = last_checkpoint(self.path), self.path / TRAINING_FILE
-        if overwrite and not resume:
-            return RunState(self.path, None, None)
-        known = read_json(begun) if begun.is_file() else {}
+        starts_over = overwrite and not resume
+        known = read_json(begun) if begun.is_file() and not starts_over else read_or_empty(begun)
         if not isinstance(known, dict):
             raise ValueError(f"{begun} does not describe a run; {START_ANEW}")
         report = known.get("report")
-        if last is not None or report is not None:
-            if not resume:
-                raise FileExistsError(_unfinished(self.path, last))
-            self._identity.require_same(known, self.path)
+        is_unfinished = last is not None or report is not None
+        if starts_over and (is_unfinished or begun_by_another(self._out, OF_CONVERSIONS)):
+            self._set_aside()
+            last = report = None
+        elif not is_unfinished:
+            self._clear(DATA_FOLDER)  # which is used again if it holds the same data
+        elif resume:
+            identity.require_same(known, self.path)
+        else:
+            raise FileExistsError(_unfinished(self.path, last))
+        if report is None:
+            for code in self.path.glob("*.py"):  # of a model that a killed process has begun to save
+                remove(code)
+            write_json(begun, asdict(identity))
         return RunState(self.path, last, report)
 
-    def begin(self) -> None:
-        """Remove what is left of an earlier run that is not resumed, and describe this one in training.json."""
+    def _clear(self, kept: str) -> None:
         for path in self.path.iterdir():
-            # Code is of a model that a killed process has begun to save. The same tokenized data is used again.
-            if path.suffix == ".py" or (self.state.checkpoint is None and path.name != DATA_FOLDER):
+            if path.name != kept:
                 remove(path)
-        write_json(self.path / TRAINING_FILE, asdict(self._identity))
+
+    def _set_aside(self) -> None:
+        """Move all that is left of other work into `EARLIER`, in two steps that `_restore_earlier` can tell apart."""
+        left, moving = list(self.path.iterdir()), self.path / MOVING
+        moving.mkdir()
+        for path in left:
+            path.rename(moving / path.name)
+        moving.rename(self.path / EARLIER)
+
+    def _restore_earlier(self) -> None:
+        """Put what was set aside back into its place."""
+        if (self.path / EARLIER).is_dir():
+            self._clear(EARLIER)
+            (self.path / EARLIER).rename(self.path / MOVING)
+        if (moving := self.path / MOVING).is_dir():
+            for path in list(moving.iterdir()):
+                path.rename(self.path / path.name)
+            moving.rmdir()
+
+    def give_up_earlier(self) -> None:
+        """Remove the unfinished run that this one replaces. Until then, an error brings it back."""
+        remove(self.path / EARLIER)
 
     def finish(self, origin: Mapping[str, Any], report: TrainReport) -> None:
         """Add the report and `origin` to training.json, remove checkpoints and tokenized data, and rename the folder to
@@ -169,7 +199,14 @@ class RunFolder:
         self._staged.finish()
 
     def close(self) -> Path | None:
-        """Close the folder of an unfinished run, keep it if it can be resumed, and return its last checkpoint."""
+        """Close the folder of an unfinished run, keep it if it can be resumed, and return its last checkpoint.
+
+        If the run has not begun, an earlier one is kept in its place, and None is returned.
+        """
+        if (self.path / EARLIER).is_dir():
+            self._restore_earlier()
+            self._staged.keep()
+            return None
         remove_incomplete(self.path)
         last = last_checkpoint(self.path)
         if last is None and "report" not in read_or_empty(self.path / TRAINING_FILE):

@@ -17,9 +17,9 @@ from gda.training.trainer import GDATrainer
 
 
 class RunTrainer(GDATrainer):
-    """A GDATrainer that stops when it is interrupted, or when a loss or gradient is not finite: before the update.
+    """A GDATrainer that stops after the step in which it is interrupted, or if a loss or gradient is not finite.
 
-    DeepSpeed updates within the backward pass. The run then ends right after it, and no checkpoint is written.
+    It then ends before the update. DeepSpeed updates within the backward pass: right after it, without a checkpoint.
     """
 
     def __init__(self, *args: Any, stop: StopCallback, **kwargs: Any):

@@ -21,7 +21,7 @@ from gda.common.errors import Interrupted, first_line
 from gda.common.progress import logger
 from gda.training.runs.processes import Processes, reported_elsewhere
 
-BEAT = 2.0  # seconds between two signs of life
+BEAT = 2.0  # seconds between two heartbeats
 MISSED = 20  # heartbeats that a process may miss before it counts as lost
 GRACE = 5.0  # seconds in which the main thread can end by itself; it may hang in a collective
 

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 from gda._version import __version__
 from gda.common.errors import Interrupted
 from gda.common.numbers import finite
-from gda.common.options import HUB, MORE, OUTPUT, Options, choices, declared, flag, is_union
+from gda.common.options import HUB, OUTPUT, PERPLEXITY, Options, choices, declared, flag, is_union
 from gda.common.progress import is_main_process
 
 
@@ -37,7 +37,7 @@ app = typer.Typer(
 )
 progress_console = Console(stderr=True)
 INTERRUPTED = 130  # the exit code
-LAST_PANELS = (MORE, OUTPUT, HUB)
+LAST_PANELS = (PERPLEXITY, OUTPUT, HUB)
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the report as JSON.", metavar="", rich_help_panel=OUTPUT)]
 

@@ -37,13 +37,9 @@ def errors_as(message: str, caught: type[Exception] = Exception) -> Iterator[Non
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the CPU had no memory left. On the CPU, torch raises a RuntimeError like any other."""
-    import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
-    )
+    """Whether there was no memory left. On the CPU, torch raises a RuntimeError like any other."""
+    message = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message
 
 
 @contextmanager

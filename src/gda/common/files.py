@@ -150,9 +150,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically. Half a surrogate pair becomes an escape sequence."""
+    """Write `text` as UTF-8, atomically. Half a surrogate pair, as JSON can have it, becomes an escape sequence."""
     with written_beside(path) as file:
-        file.write(text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON can have it
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

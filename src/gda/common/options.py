@@ -26,7 +26,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_arg
 
 P = ParamSpec("P")
 R = TypeVar("R")
-OUTPUT, HUB, MORE = "Output", "Hub", "Perplexity and attention"  # panels of `--help`, which lists them last
+OUTPUT, HUB, PERPLEXITY = "Output", "Hub", "Perplexity and attention"  # panels of `--help`, which lists them last
 
 
 def argument(help: str, *, default: Any = MISSING, check: Callable[[Any], None] | None = None) -> Any:

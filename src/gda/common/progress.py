@@ -48,7 +48,7 @@ class LoggedProgress(Progress):
         **fields: Any,
     ) -> TaskID:
         """Like `Progress.add_task`. What is completed from the start doesn't count as done by this process."""
-        return super().add_task(description, start, total, completed, visible, found=completed, **fields)
+        return super().add_task(description, start, total, completed, visible, done_before=completed, **fields)
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """Like `Progress.advance`, and log."""
@@ -82,7 +82,7 @@ class LoggedProgress(Progress):
 
 def _seconds_left(task: Task) -> float | None:
     """Estimated remaining seconds; None while nothing is known about it."""
-    done = task.completed - task.fields.get("found", 0)
+    done = task.completed - task.fields.get("done_before", 0)
     if not task.total or not done:
         return None
     return (task.elapsed or 0) / done * (task.total - task.completed)
