@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -99,6 +100,27 @@ def quick_disks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief_verification() -> Iterator[dict[str, Any]]:
+    """Verification reads two prompts and continues each by four tokens, since most tests are not about it."""
+    from gda.conversion import logits  # takes seconds to import
+
+    whole = {"PROMPTS": logits.PROMPTS, "GREEDY_TOKENS": logits.GREEDY_TOKENS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logits, "PROMPTS", logits.PROMPTS[:2])
+        patch.setattr(logits, "GREEDY_TOKENS", 4)
+        yield whole
+
+
+@pytest.fixture
+def whole_verification(brief_verification: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification as users have it."""
+    from gda.conversion import logits
+
+    for name, value in brief_verification.items():
+        monkeypatch.setattr(logits, name, value)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Bad arguments are refused before torch is imported, in one line that names the remedy."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,14 +12,32 @@ import gda
 
 from ..support.llamas import save_llama
 
+# Runs each command in a fork of one process, which has imported what `gda` imports, and prints what came of it.
 IN_CHILD = """
-import sys
-sys.argv = ["gda", *{arguments!r}]
+import json, os, sys
+sys.argv = ["gda"]  # by which `import gda` knows that the command is run
 from gda.cli import main
-try:
-    main()
-finally:
-    assert "torch" not in sys.modules, "torch was imported"
+
+outcomes = {}
+for command, arguments in json.load(sys.stdin).items():
+    before, (read, write) = sorted(os.listdir()), os.pipe()
+    if (child := os.fork()) == 0:
+        os.dup2(write, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv, code = ["gda", *arguments], "none"
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            sys.stderr.flush()
+            os._exit(99 if "torch" in sys.modules or not isinstance(code, int) else code)
+    os.close(write)
+    with open(read) as pipe:
+        error = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    outcomes[command] = {"code": status, "error": error, "changed": sorted(os.listdir()) != before}
+print(json.dumps(outcomes))
 """
 # What a user types, and what the line on standard error says.
 REFUSED = {
@@ -111,19 +131,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
+    """What came of each command."""
+    commands = {command: ["" if word == "''" else word for word in command.split()] for command in REFUSED}
+    child = [sys.executable, "-c", IN_CHILD]
+    ran = subprocess.run(child, input=json.dumps(commands), cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ran.stdout)
+
+
 @pytest.mark.sampled
 @pytest.mark.parametrize("command", REFUSED)
-def test_bad_argument_is_refused(command: str, folder: Path) -> None:
+def test_bad_argument_is_refused(command: str, outcomes: dict[str, dict[str, Any]]) -> None:
     """Exit code 2 and one line, before torch is imported and before anything is written."""
-    before = sorted(folder.iterdir())
-    arguments = ["" if word == "''" else word for word in command.split()]
-    outcome = subprocess.run(
-        [sys.executable, "-c", IN_CHILD.format(arguments=arguments)], cwd=folder, capture_output=True, text=True
-    )
-    (line,) = outcome.stderr.splitlines()
+    outcome = outcomes[command]
+    (line,) = outcome["error"].splitlines()
     assert REFUSED[command] in line
-    assert outcome.returncode == 2
-    assert sorted(folder.iterdir()) == before
+    assert outcome["code"] == 2
+    assert not outcome["changed"]
 
 
 def test_folder_that_cannot_be_created(folder: Path) -> None:

@@ -258,6 +258,7 @@ def test_unexpected_exceptions_are_not_caught(models: Path, tmp_path: Path, monk
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 
+@pytest.mark.usefixtures("whole_verification")
 def test_output_of_convert(tmp_path: Path, command: Command) -> None:
     """Head map, notes, verification and size, as in the report."""
     source = save_llama(tmp_path / "llama", attention_dropout=0.25)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import gda
-from gda.conversion import logits
 
 from ..support.commands import Command, assert_refused
 from ..support.fuzzing import FUZZ, SECONDS, VALUES, converts_or_says_why
@@ -31,11 +30,9 @@ SHARD_2 = "model-00002-of-00004.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def offline_and_brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make no requests to the Hub, and shorten verification, which is not tested here."""
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make no requests to the Hub."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(logits, "GREEDY_TOKENS", 2)
-    monkeypatch.setattr(logits, "PROMPTS", logits.PROMPTS[:2])
 
 
 @pytest.fixture(scope="module")

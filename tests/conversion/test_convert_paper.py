@@ -47,8 +47,15 @@ def test_exact_at_fade_0_and_plain_at_fade_1(layout: str, lambda_: str, tmp_path
         assert relative_error(logits(at_end, ids), logits(source, ids)) > 1e-3
 
 
-@pytest.mark.sampled
-@pytest.mark.parametrize(("source", "layout", "lambda_"), itertools.product(SOURCES, LAYOUTS, LAMBDAS))
+# Which λ goes with which layout makes no difference to a kind of source, so each has every layout once.
+OTHERS = [
+    (source, layout, list(LAMBDAS)[(row + column) % len(LAMBDAS)])
+    for row, source in enumerate(name for name in SOURCES if name != "llama")
+    for column, layout in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize(("source", "layout", "lambda_"), OTHERS)
 def test_exact_from_every_kind_of_source(source: str, layout: str, lambda_: str, tmp_path: Path) -> None:
     """At fade 0 as its source; at 1 bit for bit as the same weights without a fade."""
     options = LAYOUTS[layout] | LAMBDAS[lambda_]

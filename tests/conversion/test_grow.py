@@ -65,6 +65,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "head_dim of its own": {"head_dim": 20},
 }
 each_operator = pytest.mark.parametrize("growth", OPERATORS.values(), ids=OPERATORS)
+# All operators, each in one of two combinations.
+COMBINED = {name: OPERATORS[name] for name in ("hidden, MLP, signal and depth", "all")}
+combined = pytest.mark.parametrize("growth", COMBINED.values(), ids=COMBINED)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -86,7 +89,7 @@ def grow(source: Path, out: Path, **options: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- function
 
 
-@each_operator
+@combined
 @pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
 def test_logits_do_not_change(fields: dict[str, Any], growth: dict[str, Any], tmp_path: Path) -> None:
     """MHA, GQA, MQA, fewer and more noise heads than KV heads, both layouts, non-zero λ and biases."""
@@ -95,7 +98,7 @@ def test_logits_do_not_change(fields: dict[str, Any], growth: dict[str, Any], tm
     assert error(source, tmp_path / "grown") <= TOLERANCE
 
 
-@each_operator
+@combined
 @each_layout
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_logits_do_not_change_with_any_field(

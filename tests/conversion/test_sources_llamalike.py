@@ -118,14 +118,14 @@ def test_logits_and_greedy_tokens_equal_the_source(variant: str, tmp_path: Path)
 @pytest.mark.parametrize("variant", ["mistral, window", "qwen2, layer_types", "qwen3, layer_types"])
 def test_left_padding_and_backends(variant: str, attention: str, tmp_path: Path) -> None:
     """A left-padded batch with every window and every backend."""
-    if attention == "flex_attention" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        pytest.skip("torch 2.13's flex kernel for AVX2 gives NaN for windows and padding, also in a stock Mistral")
     gda.convert(save_variant(tmp_path / "source", variant), tmp_path / "gda", verify=False)
     models = [load(tmp_path / name, attn_implementation=attention) for name in ("source", "gda")]
     ids, mask = some_ids(), torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, :7] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    expected, got = (logits(model, ids, attention_mask=mask, position_ids=positions) for model in models)
+    # Compiling flex_attention takes ten seconds, and torch 2.13's kernel for AVX2 gives NaN, also in a stock Mistral.
+    with torch.compiler.set_stance("force_eager"):
+        expected, got = (logits(model, ids, attention_mask=mask, position_ids=positions) for model in models)
     assert relative_error(got[mask.bool()], expected[mask.bool()]) <= 1e-5
 
 

@@ -22,7 +22,7 @@ from ..support.commands import Command
 from ..support.llamas import VOCAB_SIZE, change_config, save_llama, tensors_of
 from ..support.tiny import relative_error, tiny_model, token_ids
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("whole_verification")]
 
 METHODS = ("full", "layers")
 METHOD = pytest.mark.parametrize("method", METHODS)

@@ -91,7 +91,8 @@ def test_backends_and_batch_sizes_agree(attention: str, batch_size: int, folder:
     flex = attention == "flex_attention"  # it is compiled for each shape, so there is only one
     tasks = [BLIMP] if flex else [BLIMP, str(folder / "data" / "toy_sums.yaml")]
     options: dict[str, Any] = {"tasks": tasks, "dataset_root": folder / "data", "limit": 4 if flex else None}
-    found = gda.evaluate(loaded, tokenizer, batch_size=batch_size, **options)
+    with torch.compiler.set_stance("force_eager"):  # compiling flex_attention takes ten seconds
+        found = gda.evaluate(loaded, tokenizer, batch_size=batch_size, **options)
     expected = gda.evaluate(folder / "live", **options)
     for task in found["results"]:
         torch.testing.assert_close(likelihoods(found, task), likelihoods(expected, task), atol=TOLERANCE, rtol=0)

@@ -92,33 +92,17 @@ def test_killed_at_random_moments(name: str, kills: int, sources: Path, tmp_path
         shutil.rmtree(place)
 
 
-CALIBRATED = ["--mode", "split", "--effort", "fast", "--calibration", "text.txt", "--calibration-tokens", "512"]
-COMMANDS = {
-    "expand": ["convert", "llama"],
-    "split": ["convert", "llama", *CALIBRATED],
-    "grow": ["grow", "gda", "--signal", "2", "--depth", "3"],
-}
-
-
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["split", "grow"])
 def test_bytes_do_not_depend_on_threads(name: str, sources: Path, tmp_path: Path) -> None:
     """Every file, in separate processes."""
-    made = []
-    for threads in ("1", "2"):
-        command, source, *options = COMMANDS[name]
-        command_line = [
-            sys.executable,
-            "-P",
-            "-m",
-            "gda.cli",
-            command,
-            source,
-            tmp_path / threads,
-            *options,
-            "--no-verify",
-        ]
-        subprocess.run(command_line, cwd=sources, env=os.environ | {"OMP_NUM_THREADS": threads}, check=True)
-        made.append(files_of(tmp_path / threads))
+
+    def on(threads: int) -> None:
+        torch.set_num_threads(threads)
+        makers(sources)[name](tmp_path / str(threads), False)
+
+    for threads in (1, 2):
+        assert in_child(lambda threads=threads: on(threads)) == ENDED
+    made = [files_of(tmp_path / str(threads)) for threads in (1, 2)]
     differing = [file for file in made[0] if made[0][file] != made[1].get(file)]
     assert made[0].keys() == made[1].keys()
     assert not differing

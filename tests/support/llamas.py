@@ -1,6 +1,8 @@
 """Tiny Llama checkpoints with a tokenizer, and with weights in which no two rows are equal."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,21 @@ def llama_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: An
     return model.to(dtype)
 
 
-def save_llama(
+_HOME = tempfile.TemporaryDirectory(prefix="gda-tests-llamas-")
+_SAVED: dict[str, Path] = {}  # by options
+
+
+def save_llama(folder: Path, **options: Any) -> Path:
+    """Save a tiny Llama to `folder`; `options` are those of `_save_llama`. Each is made once, and then copied."""
+    key = repr(sorted(options.items()))
+    if key not in _SAVED:
+        _SAVED[key] = _save_llama(Path(_HOME.name) / str(len(_SAVED)), **options)
+    # Like files that are written, they have times of their own, by which a changed source is known.
+    shutil.copytree(_SAVED[key], folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    return folder
+
+
+def _save_llama(
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
