@@ -113,7 +113,8 @@ def main() -> None:
             )
     (args.out / "results.json").write_text(json.dumps(losses, indent=2))
     for name, values in losses.items():
-        print(f"{name}: mean {statistics.mean(values):.4f}, standard deviation {statistics.stdev(values):.4f}")
+        deviation = f", standard deviation {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        print(f"{name}: mean {statistics.mean(values):.4f}{deviation}")
     differences = [there - here for here, there in zip(*losses.values(), strict=True)]
     print(f"annealed - plain, seed by seed: {', '.join(f'{each:+.4f}' for each in differences)}")
     print(f"{(time.process_time() - begun) / 60:.1f} minutes of CPU")

@@ -19,9 +19,9 @@ Runs this checkout on one GPU, with the python3, torch and transformers that are
   --python PROGRAM  the Python that has torch (default: python3)
 
 Each part is a process of its own and saves its file after every row, so a crash or a kill loses little; what it
-prints is also in gpu_PART.log. Wheels in a
-folder .whl at the top of the checkout are unpacked into a temporary folder and used. A table of everything ends the
-output; `report.py DIR --write docs/performance.md` puts it into the documentation.
+prints is also in gpu_PART.log. Wheels in a folder .whl at the top of the checkout are unpacked into a temporary folder
+and used. A table of everything ends the output; `report.py DIR --write docs/performance.md` puts it into the
+documentation.
 HELP
 }
 
@@ -69,8 +69,8 @@ part() { # name, seconds at most
   fi
   local begun=$SECONDS
   echo "== $1: at most $seconds s"
-  # The part ends by itself, 12 s early for its imports; one that hangs is ended, so that the next has its time.
-  timeout -k 5 "$seconds" "$python" "$root/benchmarks/gpu/$1.py" --out "$out" --budget $((seconds - 12)) $smoke 2>&1 |
+  # The part ends by itself, 5 s early; one that hangs is ended, so that the next has its time.
+  timeout -k 5 "$seconds" "$python" "$root/benchmarks/gpu/$1.py" --out "$out" --budget $((seconds - 5)) $smoke 2>&1 |
     tee "$out/gpu_$1.log" || { echo "== $1: ended with exit code $?"; failed=1; }
   echo "== $1: $((SECONDS - begun)) s; $(left) s are left"
 }

@@ -48,7 +48,6 @@ from gda.conversion.split.splitter import EFFORTS, TOKENS
 from gda.conversion.tensors.layerwise import LayerwiseModel
 from gda.conversion.tensors.recipes import checkpoint_specs
 
-BATCH = 4
 NAIVE_LAMBDA = 0.1
 CONSOLE = Console(width=150)
 
@@ -289,7 +288,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def sizes(arguments: argparse.Namespace) -> None:
-    table = Table("", *(f"{effort}: minutes, GB of disk" for effort in EFFORTS), title=f"on {device().type}")
+    table = Table("", *(f"{effort}: minutes, GB of disk" for effort in EFFORTS), title=f"on {device()}")
     for name, shape in SHAPES.items():
         heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
         config = LlamaConfig(**shape, **heads, max_position_embeddings=CONTEXT)

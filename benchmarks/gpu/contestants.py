@@ -6,14 +6,44 @@ from typing import Any
 import torch
 from kit import Row
 from measuring import device
-from torch import nn
-from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.integrations import sdpa_attention
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gda import GDAConfig, GDAForCausalLM
 
 LLAMA, DIFFLLAMA = "Llama", "DiffLlama"
 SHARED, TANH, PAIRED = "GDA 4:1 shared", "GDA 4:1 shared, tanh λ", "GDA 4:1 paired, head norm"
 NAMES = (LLAMA, SHARED, TANH, PAIRED, DIFFLLAMA)
+
+
+def packed_sdpa(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """sdpa that reads keys and values once in a decode step with a mask, as GDA and transformers from 5.24 on do.
+
+    Earlier releases copy them for each query head, which would make the Llama several times slower.
+    """
+    if query.shape[2] != 1 or mask is None:
+        return sdpa_attention.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    batch, heads, _, width = query.shape
+    packed = query.reshape(batch, key.shape[1], -1, width)
+    out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=kwargs.get("scaling"))
+    return out.reshape(batch, heads, 1, width).transpose(1, 2).contiguous(), None
+
+
+# The implementation of the Llama's decode steps with a static cache.
+DECODING = "sdpa" if hasattr(sdpa_attention, "pack_gqa") else "sdpa_packed"
+AttentionInterface.register("sdpa_packed", packed_sdpa)
+AttentionMaskInterface.register("sdpa_packed", sdpa_mask)
 
 
 @dataclass(frozen=True)
@@ -91,6 +121,8 @@ def forward_flops(name: str, module: nn.Module, shape: Shape, tokens: int, with_
         for part, each in module.named_modules()
         if isinstance(each, nn.Linear) and (with_head or "lm_head" not in part)
     )
+    if name == TANH:
+        linear += shape.layers * shape.hidden * heads_of(name, shape)[0]  # W_λ
     if name == LLAMA:
         widths = shape.heads * 2
     elif name == DIFFLLAMA:
@@ -101,7 +133,10 @@ def forward_flops(name: str, module: nn.Module, shape: Shape, tokens: int, with_
     return 2 * tokens * (linear + attention)
 
 
-def decode_bytes(module: nn.Module, shape: Shape, context: int, batch: int) -> float:
-    """Bytes of weights, keys and values, each read once. Embeddings count once, as the tied head."""
+def decode_bytes(module: nn.Module, shape: Shape, context: int, batch: int, passes: int) -> float:
+    """Bytes of weights, read once, and of keys and values. Embeddings count once, as the tied head.
+
+    `passes` over keys and values: one with a static cache; three with a dynamic one, which is copied and then read.
+    """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    return weights + 4 * shape.layers * shape.kv_heads * shape.head_dim * context * batch
+    return weights + passes * 4 * shape.layers * shape.kv_heads * shape.head_dim * context * batch

@@ -10,7 +10,11 @@ standard deviations.
 TF32 is off: float32 means float32.
 """
 
+import contextlib
 import functools
+import itertools
+import logging as std_logging
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,8 +25,8 @@ import naive
 import torch
 import transformers
 from checked_models import CONFIGS, DTYPES, SHAPE, load, make_model, state_of
-from kit import Part, Row, capture, free_memory, parser_of
-from measuring import device, synchronize
+from kit import Part, Row, capture, one_line, parser_of
+from measuring import device
 from packaging.version import Version
 from split_layer import split_layer
 from torch import Tensor
@@ -37,6 +41,7 @@ from gda.modeling_gda.attention_gda import CACHE_ARGUMENT
 LIMITS = {("logits", "float32"): 1e-4, ("logits", "bfloat16"): 3e-2}
 LIMITS |= {("gradients", "float32"): 1e-3, ("gradients", "bfloat16"): 1e-1}
 TIE = 0.1
+Ways = list[tuple[str, str, Callable[[], list[list[int]]]]]  # check, backend, texts
 FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 
 
@@ -144,7 +149,7 @@ class Subject:
 
     # ------------------------------------------------------------------------------------------------------- text
 
-    @torch.no_grad()
+    @functools.cached_property
     def uncached(self) -> list[tuple[list[int], Tensor]]:
         """Greedy text of each prompt without a cache, and the logits of each token: the reference for all others."""
         self.model.set_attn_implementation("sdpa")
@@ -152,7 +157,8 @@ class Subject:
         for prompt in self.prompts:
             ids, logits = prompt.to(device()), []
             for _ in range(self.sizes.new_tokens):
-                logits.append(self.model(ids, use_cache=False).logits[:, -1])
+                with torch.no_grad():
+                    logits.append(self.model(ids, use_cache=False).logits[:, -1])
                 ids = torch.cat((ids, logits[-1].argmax(-1, keepdim=True)), dim=1)
             texts.append((ids[0, prompt.shape[1] :].tolist(), torch.cat(logits).float().cpu()))
         return texts
@@ -193,17 +199,19 @@ class Subject:
     def continuous(self, backend: str) -> list[list[int]]:
         """Continuous batching over a paged cache."""
         self.model.set_attn_implementation(backend)
+        errors: list[str] = []  # of its thread, which are only logged
         try:
-            out = self.model.generate_batch(
-                [prompt[0].tolist() for prompt in self.prompts],
-                generation_config=GenerationConfig(
-                    max_new_tokens=self.sizes.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-                ),
-                continuous_batching_config=_paged_cache(),
-            )
+            with errors_logged(errors):
+                out = self.model.generate_batch(
+                    [prompt[0].tolist() for prompt in self.prompts],
+                    generation_config=GenerationConfig(
+                        max_new_tokens=self.sizes.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+                    ),
+                    continuous_batching_config=_paged_cache(),
+                )
         finally:
             self.model.set_attn_implementation("sdpa")
-        failed = [each.error for each in out.values() if each.error]
+        failed = [each.error for each in out.values() if each.error] or errors
         if failed or len(out) != len(self.prompts):
             raise RuntimeError(f"generate_batch answered {len(out)} of {len(self.prompts)} requests: {failed[:1]}")
         by_prompt = {tuple(each.prompt_ids): list(each.generated_tokens) for each in out.values()}
@@ -275,17 +283,33 @@ def _paged_cache() -> Any:
     return ContinuousBatchingConfig(**settings)
 
 
-def compare(way: Callable[[], list[list[int]]], expected: list[tuple[list[int], Tensor]], dtype: str) -> Row:
+@contextlib.contextmanager
+def errors_logged(errors: list[str]) -> Iterator[None]:
+    """Collect the errors that transformers logs."""
+    handler = std_logging.Handler(std_logging.ERROR)
+    handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [std_logging.getLogger(name) for name in ("transformers", "ContinuousBatchingLogger")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def compare(way: Callable[[], list[list[int]]], subject: Subject) -> Row:
     """Share of equal tokens, and the difference of the reference's logits where a text first differs."""
     equal = tokens = 0
     gap = 0.0
-    for text, (reference, logits) in zip(way(), expected, strict=True):
+    for text, (reference, logits) in zip(way(), subject.uncached, strict=True):
         same = [a == b for a, b in zip(text, reference, strict=True)]
         equal, tokens = equal + sum(same), tokens + len(same)
         if not all(same):
             at = same.index(False)
-            gap = max(gap, ((logits[at, reference[at]] - logits[at, text[at]]) / logits[at].std()).item())
-    ok = equal == tokens if dtype == "float32" else gap <= TIE
+            here = ((logits[at, reference[at]] - logits[at, text[at]]) / logits[at].std()).item()
+            gap = math.inf if math.isnan(here) else max(gap, here)
+    ok = equal == tokens if subject.dtype == "float32" else gap <= TIE
     return {"equal_tokens": equal / tokens, "tokens": tokens, "gap": gap, "ok": ok}
 
 
@@ -312,8 +336,8 @@ def attempt(part: Part, row: Row, subject: Subject, check: Callable[[], Row], ne
         part.attempt(row, check, needs=needs)
 
 
-def checks(part: Part, labels: Row, subject: Subject) -> None:
-    """The quick checks of one model in one dtype, without a compiler."""
+def exact_checks(part: Part, labels: Row, subject: Subject) -> None:
+    """Logits and gradients of one model in one dtype, without a compiler."""
     dtype = subject.dtype
     for backend in ("eager", "sdpa", *FLASH):
         if backend in FLASH and dtype == "float32":
@@ -327,52 +351,65 @@ def checks(part: Part, labels: Row, subject: Subject) -> None:
             {**labels, "check": check, "backend": backend},
             partial(subject.gradients, backend, checkpointing),
         )
-    expected = subject.uncached()
-    ways: list[tuple[str, str, Callable[[], list[list[int]]]]] = [
+
+
+def text_checks(part: Part, labels: Row, subject: Subject) -> None:
+    """Greedy text with each cache."""
+    ways: Ways = [
         ("text, dynamic cache", "eager", lambda: subject.generated("eager")),
         ("text, dynamic cache", "sdpa", subject.generated),
         ("text, static cache", "sdpa", lambda: subject.generated(cache_implementation="static", disable_compile=True)),
         ("text, left-padded batch", "sdpa", subject.left_padded),
         ("text, left-padded batch, static cache", "sdpa",
          lambda: subject.left_padded(cache_implementation="static", disable_compile=True)),
-        ("text, CUDA graph of a decode step", "sdpa", subject.graphed),
-        ("text, continuous batching", "paged|eager", lambda: subject.continuous("paged|eager")),
-        ("text, continuous batching", "paged|sdpa", lambda: subject.continuous("paged|sdpa")),
     ]  # fmt: skip
-    for name in FLASH:
-        if dtype != "float32":
-            ways.append(("text, left-padded batch", name, partial(subject.left_padded, name)))
-            ways.append(("text, continuous batching", name, partial(subject.continuous, name)))
+    if subject.dtype != "float32":
+        ways += [("text, left-padded batch", name, partial(subject.left_padded, name)) for name in FLASH]
+    compare_all(part, labels, subject, ways)
+
+
+def risky_checks(part: Part, labels: Row, subject: Subject) -> None:
+    """Text in ways that may break the device or hang."""
+    paged = ("paged|eager", "paged|sdpa", *(FLASH if subject.dtype != "float32" else ()))
+    ways: Ways = [("text, CUDA graph of a decode step", "sdpa", subject.graphed)]
+    ways += [("text, continuous batching", name, partial(subject.continuous, name)) for name in paged]
+    compare_all(part, labels, subject, ways)
+
+
+def compare_all(part: Part, labels: Row, subject: Subject, ways: Ways) -> None:
     for check, backend, way in ways:
-        row = {**labels, "check": check, "backend": backend}
-        attempt(part, row, subject, partial(compare, way, expected, dtype))
+        attempt(part, {**labels, "check": check, "backend": backend}, subject, partial(compare, way, subject))
 
 
 def compiled_checks(part: Part, labels: Row, subject: Subject) -> None:
     """Checks with a compiler, which take tens of seconds each."""
-    expected = subject.uncached()
     part.attempt(
         {**labels, "check": "text, static cache, torch.compile reduce-overhead", "backend": "sdpa"},
-        partial(compare, subject.compiled, expected, subject.dtype),
-        needs=25,
+        partial(compare, subject.compiled, subject),
+        needs=45,
     )
     torch.compiler.reset()
     for padded in (False, True):
         row = {**labels, "check": "logits, left-padded" if padded else "logits", "backend": "flex_attention"}
-        attempt(part, row, subject, partial(subject.logits, "flex_attention", padded), needs=10)
+        attempt(part, row, subject, partial(subject.logits, "flex_attention", padded), needs=25)
     torch.compiler.reset()
 
 
-def subjects(folders: dict[str, str], wanted: list[tuple[str, str]], sizes: Sizes) -> Iterator[tuple[Row, Subject]]:
-    for config, dtype in wanted:
-        yield {"config": config, "dtype": dtype}, Subject(folders[config], dtype, sizes)
-        free_memory()
-        synchronize()
+def loaded(part: Part, folders: dict[str, str], sizes: Sizes) -> dict[tuple[str, str], Subject]:
+    """The tiny models by config and dtype, and a row for each that cannot be loaded."""
+    found = {}
+    for dtype, config in itertools.product(DTYPES, CONFIGS):
+        try:
+            found[config, dtype] = Subject(folders[config], dtype, sizes)
+        except Exception as error:
+            labels = {"config": config, "dtype": dtype, "check": "load", "backend": ""}
+            part.add({**labels, "error": one_line(error)})
+    return found
 
 
 def split_errors(sizes: Sizes) -> Row:
     """The worst error of a layer that is split on this device, relative to the CPU, in float32 on both."""
-    size = (sizes.shape, sizes.rows, sizes.length)
+    size = (sizes.shape, 16, sizes.length)  # more tokens than features, so that the closed form has one solution
     expected, got = split_layer(*size, "cpu"), split_layer(*size, device())
     errors = {name: relative_error(got[name], expected[name].double()) for name in expected}
     worst = max(errors, key=lambda name: errors[name])
@@ -390,15 +427,18 @@ def main() -> None:
         folders = {config: f"{scratch}/{number}" for number, config in enumerate(CONFIGS)}
         for config, fields in CONFIGS.items():
             make_model(sizes.shape | fields, folders[config])
-        every = [(config, dtype) for dtype in DTYPES for config in CONFIGS]
-        for labels, subject in subjects(folders, every, sizes):
-            checks(part, labels, subject)
-        labels = {"config": "a Llama's layer", "dtype": "float32", "check": "split", "backend": "sdpa"}
-        part.attempt(labels, partial(split_errors, sizes))
+        subjects = loaded(part, folders, sizes)
+        split = {"config": "a Llama's layer", "dtype": "float32", "check": "split", "backend": "sdpa"}
+        part.attempt(split, partial(split_errors, sizes))
+        # What may break the device, or take long, comes after what is worth most.
+        for checks in (exact_checks, text_checks, risky_checks):
+            for (config, dtype), subject in subjects.items():
+                checks(part, {"config": config, "dtype": dtype}, subject)
         shared, paired = list(CONFIGS)[:2]
         slow = [(shared, "bfloat16"), (paired, "bfloat16"), (shared, "float32"), (paired, "float32")]
-        for labels, subject in subjects(folders, slow[:1] if options.smoke else slow, sizes):
-            compiled_checks(part, labels, subject)
+        for config, dtype in slow[:1] if options.smoke else slow:
+            if (config, dtype) in subjects:
+                compiled_checks(part, {"config": config, "dtype": dtype}, subjects[config, dtype])
     if wrong := sum(row.get("ok") is False or "error" in row for row in part.rows):
         sys.exit(f"{wrong} of {len(part.rows)} checks failed")
 

@@ -10,11 +10,13 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from measuring import peak_allocated, synchronize
@@ -45,7 +47,10 @@ class Part:
     """The rows of one part, its file and its budget."""
 
     def __init__(self, name: str, options: argparse.Namespace):
-        self.started = time.monotonic()
+        if not options.smoke and not torch.cuda.is_available():
+            sys.exit("torch sees no GPU; --smoke runs on a CPU")
+        # The imports, which take up to a minute, are part of the budget.
+        self.started = time.monotonic() - (time.time() - psutil.Process().create_time())
         self.budget = float(options.budget)
         self.path: Path = options.out / f"gpu_{name}.json"
         self.content: Row = {"environment": environment(), "smoke": options.smoke, "seconds": 0.0, "rows": []}
@@ -124,7 +129,7 @@ def free_memory() -> None:
 
 
 def milliseconds(run: Callable[[], Any]) -> Callable[[], float]:
-    """Start timing a run; the returned function waits for the device and returns the time."""
+    """Start timing a run; the returned function gives the time once the device is synchronized."""
     if not torch.cuda.is_available():
         begun = time.perf_counter()
         run()
@@ -140,11 +145,14 @@ def milliseconds(run: Callable[[], Any]) -> Callable[[], float]:
 class Contest:
     """The contestants of one case take turns: A B C, B C A, … Failing ones drop out with their error.
 
-    `runs` maps names to the timed functions; `prepare` is called before each run and is not timed.
+    `runs` maps names to the timed functions; `prepare` is called before each run and is not timed. `has_peaks`: whether
+    a run allocates its memory; the replay of a graph has it from before.
     """
 
-    def __init__(self, runs: Mapping[str, Callable[[], Any]], prepare: Callable[[], Any] = lambda: None):
-        self.runs, self.prepare = dict(runs), prepare
+    def __init__(
+        self, runs: Mapping[str, Callable[[], Any]], prepare: Callable[[], Any] = lambda: None, has_peaks: bool = True
+    ):
+        self.runs, self.prepare, self.has_peaks = dict(runs), prepare, has_peaks
         self.errors: dict[str, str] = {}
         self.peak: dict[str, int] = {}
         self.times: dict[str, list[float]] = {}
@@ -165,22 +173,33 @@ class Contest:
                 round_seconds += time.perf_counter() - begun
             except Exception as error:  # out of memory, or a kernel that is not there
                 self.errors[name] = one_line(error)
-            if name in self.errors:
-                del self.runs[name]
-                free_memory()  # only here, where the error no longer holds what its frames held
-        names = list(self.runs)
-        self.times = {name: [] for name in names}
+            self._drop_failed()
+        self.times = {name: [] for name in self.runs}
         for repetition in range(max(5, min(most, round(seconds / max(round_seconds, 1e-4))))):
-            first = repetition % max(len(names), 1)
-            taken = {}
-            for name in names[first:] + names[:first]:
-                self.prepare()
-                taken[name] = milliseconds(self.runs[name])
-            synchronize()
-            for name, read in taken.items():
-                self.times[name].append(read())
+            self._round(repetition)
+            self._drop_failed()
 
-    def rows(self, labels: Row, peer: str, floors: Mapping[str, float]) -> Iterable[Row]:
+    def _round(self, number: int) -> None:
+        names, taken = list(self.runs), {}
+        first = number % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            try:
+                self.prepare()
+                synchronize()  # otherwise work of the one before would hide what it takes to launch this one
+                taken[name] = milliseconds(self.runs[name])
+            except Exception as error:
+                self.errors[name] = one_line(error)
+        synchronize()
+        for name, read in taken.items():
+            self.times[name].append(read())
+
+    def _drop_failed(self) -> None:
+        for name in self.errors.keys() & self.runs.keys():
+            del self.runs[name]
+            self.times.pop(name, None)
+            free_memory()  # only here, where the error no longer holds what its frames held
+
+    def rows(self, labels: Row, peer: str, limits: Mapping[str, float]) -> Iterable[Row]:
         """A row for each contestant: median, spread, speed relative to the peer (above 1 is faster), peak memory."""
         for name, times in self.times.items():
             ordered = sorted(times)
@@ -191,8 +210,8 @@ class Contest:
                 "low": ordered[len(times) // 10],
                 "high": ordered[-1 - len(times) // 10],
                 "rounds": len(times),
-                "peak_mb": self.peak[name] / 1e6,
-                "limit": floors.get(name),
+                "peak_mb": self.peak[name] / 1e6 if self.has_peaks else None,
+                "limit": limits.get(name),
             }
             if peer in self.times:
                 row["speed"] = statistics.median(a / b for a, b in zip(self.times[peer], times, strict=True))
@@ -201,17 +220,17 @@ class Contest:
             yield {**labels, "name": name, "error": error}
 
 
-def capture(step: Callable[[], Any], warm_ups: int = 3, pool: Any = None) -> Callable[[], Any]:
+def capture(step: Callable[[], Any], warm_ups: int = 3, pool: Any = None, stream: Any = None) -> Callable[[], Any]:
     """Run `step` `warm_ups` times, then capture it in a CUDA graph and return its replay. On a CPU: the step itself.
 
-    `step` must read its inputs from, and write its results to, persistent tensors. Graphs of one `pool` share memory,
-    so their steps must never run at the same time.
+    `step` must read its inputs from, and write its results to, persistent tensors. Graphs of one `pool` and `stream`
+    share memory, so their steps must never run at the same time.
     """
     if not torch.cuda.is_available():
         for _ in range(warm_ups):
             step()
         return step
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream() if stream is None else stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warm_ups):

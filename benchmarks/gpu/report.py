@@ -84,13 +84,14 @@ def speed(content: Row) -> Lines:
     """A line for each case; a column for each contestant: speed relative to Llama (what counting allows)."""
     lines: Lines = []
     for kind, title in (("layer", "One attention layer"), ("model", "Whole models")):
-        rows = [row for row in content["rows"] if row["kind"] == kind and row["case"] != "build"]
+        rows = [row for row in content["rows"] if row["kind"] == kind and (row["case"] != "build" or "error" in row)]
         names = unique(row["name"] for row in rows if row["name"] not in ("(case)", "Llama"))
         body = []
         for case in unique(row["case"] for row in rows):
             by_name = {row["name"]: row for row in rows if row["case"] == case}
             peer = by_name.get("Llama", by_name.get("(case)", {}))
-            llama = f"{peer['ms']:,.2f} ms, {peer['peak_mb']:,.0f} MB" if "ms" in peer else excuse(peer)
+            memory = f", {peer['peak_mb']:,.0f} MB" if peer.get("peak_mb") else ""
+            llama = f"{peer['ms']:,.2f} ms{memory}" if "ms" in peer else excuse(peer)
             body.append((case, llama, *(_speed_cell(by_name.get(name, {}), peer) for name in names)))
         if body:
             lines += [f"**{title}**", "", *table(("case", "Llama", *names), body), ""]
@@ -103,7 +104,8 @@ def _speed_cell(row: Row, peer: Row) -> str:
     if "speed" not in row:
         return f"{row['ms']:,.2f} ms"
     limit = f" ({row['limit']:.2f})" if row.get("limit") else ""
-    memory = f", memory {row['peak_mb'] / peer['peak_mb']:.2f}" if peer.get("peak_mb") else ""
+    peaks = row.get("peak_mb"), peer.get("peak_mb")
+    memory = f", memory {peaks[0] / peaks[1]:.2f}" if all(peaks) else ""
     return f"{row['speed']:.2f}{limit}{memory}"
 
 
@@ -152,8 +154,10 @@ deviations apart. A line has the worst of all configs: shared, shared with fewer
 tanh λ, paired with head norm.""",
     "speed": """bfloat16, sdpa unless said otherwise. Speed is Llama's time over the own, so above 1 is faster; in
 brackets what counting allows (FLOPs for prefill and training, bytes for decoding); memory is the peak of one run
-relative to Llama's. Shared GDA keeps the Llama's 32 query heads and adds 8 noise heads; paired has 16 + 4 heads with
-values twice as wide, so its o_proj and KV cache have the Llama's size.""",
+relative to Llama's. CUDA graphs are replayed over a static cache, where the Llama packs its query heads as GDA does,
+also in releases of transformers that don't; DiffLlama has its own attention. Shared GDA keeps the Llama's 32 query
+heads and adds 8 noise heads; paired has 16 + 4 heads with values twice as wide, so its o_proj and KV cache have the
+Llama's size.""",
     "sweep": """Key retrieval among distractors, tiny models from scratch, equal data, MLP widths set so that FLOPs
 agree. Differences to the Transformer are paired by seed, with 95 % t-intervals.""",
 }

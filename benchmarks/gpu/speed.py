@@ -10,12 +10,25 @@ itself with every token. `CUDA graph` steps use a StaticCache and are captured o
 forward and backward; that of a model also includes fused AdamW. Everything is in bfloat16.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from contestants import LAYER, LLAMA, MODEL, NAMES, PAIRED, SHARED, TANH, Shape, build, decode_bytes, forward_flops
+from contestants import (
+    DECODING,
+    LAYER,
+    LLAMA,
+    MODEL,
+    NAMES,
+    PAIRED,
+    SHARED,
+    TANH,
+    Shape,
+    build,
+    decode_bytes,
+    forward_flops,
+)
 from filled_cache import FilledCache
 from kit import Contest, Part, Row, capture, free_memory, one_line, parser_of
 from measuring import device
@@ -54,10 +67,10 @@ Runs = Mapping[str, Callable[[], Any]]
 class Subjects:
     """The contestants of one kind, layers or models, and their cases."""
 
-    def __init__(self, part: Part, kind: str, shape: Shape, seconds: float):
+    def __init__(self, part: Part, kind: str, shape: Shape, seconds: float, names: Sequence[str] = NAMES):
         self.part, self.kind, self.shape, self.seconds = part, kind, shape, seconds
         self.models: dict[str, Any] = {}
-        for name in NAMES:
+        for name in names:
             part.attempt({"kind": kind, "case": "build", "name": name}, partial(self._build, name))
 
     def _build(self, name: str) -> Row:
@@ -69,12 +82,14 @@ class Subjects:
         model = self.models[name]
         return model.model.layers[0].self_attn if self.kind == "layer" else model
 
-    def contest(self, case: str, runs: Runs, limits: Mapping[str, float], prepare: Any = lambda: None) -> None:
+    def contest(
+        self, case: str, runs: Runs, limits: Mapping[str, float], prepare: Any = lambda: None, has_peaks: bool = True
+    ) -> None:
         """Measure one case and add its rows."""
         labels = {"kind": self.kind, "case": case}
 
         def measured() -> None:
-            contest = Contest(runs, prepare)
+            contest = Contest(runs, prepare, has_peaks)
             contest.measure(self.seconds)
             for row in contest.rows(labels, LLAMA, limits):
                 self.part.add(row)
@@ -89,9 +104,9 @@ class Subjects:
         }  # fmt: skip
         return {name: count[LLAMA] / each for name, each in count.items()} if LLAMA in count else {}
 
-    def by_bytes(self, context: int, batch: int) -> dict[str, float]:
-        """Speed relative to the Llama if only bytes counted."""
-        count = {name: decode_bytes(self.module(name), self.shape, context, batch) for name in self.models}
+    def by_bytes(self, context: int, batch: int, passes: int) -> dict[str, float]:
+        """Speed relative to the Llama if only bytes counted; `passes` as in `decode_bytes`."""
+        count = {name: decode_bytes(self.module(name), self.shape, context, batch, passes) for name in self.models}
         return {name: count[LLAMA] / each for name, each in count.items()} if LLAMA in count else {}
 
     def filled(self, kind: str, context: int, batch: int) -> FilledCache:
@@ -118,7 +133,7 @@ def random_hidden(shape: Shape, batch: int, tokens: int) -> torch.Tensor:
     return torch.randn(batch, tokens, shape.hidden, device=device(), dtype=torch.bfloat16)
 
 
-def layer_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]]:
+def layer_cases(subjects: Subjects, sizes: Sizes) -> Iterator[partial[None]]:
     shape = subjects.shape
 
     def prefill(tokens: int) -> None:
@@ -133,7 +148,7 @@ def layer_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
             calls = {name: layer_call(subjects, name, hidden, context, filled.cache) for name in subjects.models}
         runs = {name: torch.inference_mode()(call) for name, call in calls.items()}
         case = f"decode at {context:,}, batch {batch}, eager"
-        subjects.contest(case, runs, subjects.by_bytes(context, batch), filled.rewind)
+        subjects.contest(case, runs, subjects.by_bytes(context, batch, passes=3), filled.rewind)
 
     def train(tokens: int) -> None:
         hidden = random_hidden(shape, 1, tokens).requires_grad_()
@@ -152,15 +167,15 @@ def layer_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
         runs = {name: step(name) for name in subjects.models}
         subjects.contest(f"forward and backward of {tokens:,}", runs, subjects.by_flops(tokens))
 
-    yield from (lambda tokens=tokens: prefill(tokens) for tokens in sizes.prefills)
-    yield from (lambda each=each: decode(*each) for each in sizes.decodes)
-    yield from (lambda tokens=tokens: train(tokens) for tokens in sizes.trained)
+    yield from (partial(prefill, tokens) for tokens in sizes.prefills)
+    yield from (partial(decode, *each) for each in sizes.decodes)
+    yield from (partial(train, tokens) for tokens in sizes.trained)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]]:
+def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[partial[None]]:
     vocabulary = subjects.shape.vocabulary
 
     def random_ids(batch: int, tokens: int) -> torch.Tensor:
@@ -192,14 +207,16 @@ def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
             )
 
         case = f"decode at {context:,}, batch {batch}, eager"
-        subjects.contest(case, {name: run(name) for name in subjects.models}, subjects.by_bytes(context, batch),
-                         filled.rewind)  # fmt: skip
+        subjects.contest(case, {name: run(name) for name in subjects.models},
+                         subjects.by_bytes(context, batch, passes=3), filled.rewind)  # fmt: skip
 
     def decode_graphed(context: int, batch: int) -> None:
         ids, position = random_ids(batch, 1), torch.full((batch, 1), context, device=device())
         case = f"decode at {context:,}, batch {batch}, CUDA graph"
         runs: dict[str, Callable[[], Any]] = {}
-        pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        on_gpu = torch.cuda.is_available()
+        pool, stream = (torch.cuda.graph_pool_handle(), torch.cuda.Stream()) if on_gpu else (None, None)
+        subjects.models[LLAMA].set_attn_implementation(DECODING)
         with torch.no_grad():
             filled = subjects.filled("static", context, batch)
             for name, model in subjects.models.items():
@@ -212,12 +229,14 @@ def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
 
                 free_memory()
                 try:
-                    runs[name] = torch.no_grad()(capture(step, pool=pool))
+                    runs[name] = torch.no_grad()(capture(step, pool=pool, stream=stream))
                 except Exception as error:  # the others can still be captured
                     subjects.part.add(
                         {"kind": subjects.kind, "case": case, "name": name, "error": f"capture: {one_line(error)}"}
                     )
-        subjects.contest(case, runs, subjects.by_bytes(context, batch))
+        limits = subjects.by_bytes(context, batch, passes=1)
+        subjects.contest(case, runs, limits, has_peaks=not on_gpu)  # a replay allocates nothing
+        subjects.models[LLAMA].set_attn_implementation("sdpa")
 
     def train(tokens: int) -> None:
         ids = random_ids(1, tokens)
@@ -240,10 +259,10 @@ def model_cases(subjects: Subjects, sizes: Sizes) -> Iterator[Callable[[], None]
         for model in subjects.models.values():
             model.eval().zero_grad(set_to_none=True)
 
-    yield from (lambda tokens=tokens: prefill(tokens) for tokens in sizes.prefills)
-    yield from (lambda each=each: decode(*each) for each in sizes.model_decodes)
-    yield from (lambda each=each: decode_graphed(*each) for each in sizes.graphed)
-    yield from (lambda tokens=tokens: train(tokens) for tokens in sizes.trained)
+    yield from (partial(prefill, tokens) for tokens in sizes.prefills)
+    yield from (partial(decode, *each) for each in sizes.model_decodes)
+    yield from (partial(decode_graphed, *each) for each in sizes.graphed)
+    yield from (partial(train, tokens) for tokens in sizes.trained)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flex
@@ -255,7 +274,7 @@ def flex_case(subjects: Subjects, tokens: int) -> None:
 
     hidden, runs = random_hidden(subjects.shape, 1, tokens), {}
     positions = torch.arange(tokens, device=device()).unsqueeze(0)
-    for name in (LLAMA, SHARED, PAIRED):
+    for name in subjects.models:
         model, layer = subjects.models[name], subjects.module(name)
         model.set_attn_implementation("flex_attention")
         rotation = model.model.rotary_emb(hidden, position_ids=positions)
@@ -265,7 +284,19 @@ def flex_case(subjects: Subjects, tokens: int) -> None:
             return layer(hidden, position_embeddings=rotation, attention_mask=mask)[0]
 
         runs[name] = torch.inference_mode()(run)
-    subjects.contest(f"prefill of {tokens:,}, flex_attention", runs, subjects.by_flops(tokens))
+    # Each gets a kernel for its own number of heads; otherwise all after the first would get one for any number.
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        subjects.contest(f"prefill of {tokens:,}, flex_attention", runs, subjects.by_flops(tokens))
+
+
+def guarded(part: Part, kind: str, case: partial[None]) -> None:
+    """Run a case, and add a row if it fails before its contest: for a cache that does not fit, for example."""
+    try:
+        case()
+    except Exception as error:
+        sizes = ", ".join(str(each) for each in case.args if isinstance(each, int))
+        part.add({"kind": kind, "case": f"{case.func.__name__} {sizes}", "name": "(case)", "error": one_line(error)})
+    free_memory()
 
 
 def main() -> None:
@@ -278,16 +309,13 @@ def main() -> None:
     )
     for kind, shape, seconds, cases in kinds:
         subjects = Subjects(part, kind, shape, seconds)
-        for number, case in enumerate(cases(subjects, sizes)):
-            try:
-                case()
-            except Exception as error:  # what fails before a contest: a cache that does not fit
-                part.add({"kind": kind, "case": f"number {number}", "name": "(case)", "error": one_line(error)})
-            free_memory()
-        del subjects
+        for case in cases(subjects, sizes):
+            guarded(part, kind, case)
+        del subjects, case
         free_memory()
-    if part.left() > (20 if options.smoke else 45):
-        flex_case(Subjects(part, "layer", sizes.layer, sizes.layer_seconds), sizes.flex)
+    if part.left() > (20 if options.smoke else 75):
+        subjects = Subjects(part, "layer", sizes.layer, sizes.layer_seconds, (LLAMA, SHARED, PAIRED))
+        guarded(part, "layer", partial(flex_case, subjects, sizes.flex))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ VARIANTS: dict[str, Heads] = {
 LADDER = (Difficulty(4, 8, 4), Difficulty(8, 16, 8), Difficulty(16, 32, 16), Difficulty(32, 64, 16))
 WANTED = (0.5, 0.9)
 STEPS, BLOCKS = (1000, 4000), 10
+WARM_UPS = 3  # steps before a capture
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Training:
             foreach=on_gpu,
         )  # fmt: skip
         self.stream = torch.cuda.Stream() if on_gpu else None
-        self.made = min(3, size.steps)
+        self.made = min(WARM_UPS, size.steps)
         self.replay = capture(self.step, self.made)
 
     def schedule(self, step: int) -> float:
@@ -192,6 +193,7 @@ def block(part: Part, names: list[tuple[str, Difficulty, int]], size: Size) -> l
             found[index]["error"] = one_line(error)
             synchronize()
     synchronize()
+    begun = time.monotonic()
     for step in range(min((training.made for training in running.values()), default=0), size.steps):
         for training in running.values():
             training.train_step()
@@ -200,6 +202,7 @@ def block(part: Part, names: list[tuple[str, Difficulty, int]], size: Size) -> l
             if part.left() <= 0:
                 raise OutOfTime
     synchronize()
+    part.content["training_seconds"] = time.monotonic() - begun  # of the last block
     for index, training in running.items():
         tests = rows(names[index][1], size.tests, torch.Generator(device()).manual_seed(1))
         found[index] |= training.result(tests)
@@ -209,13 +212,12 @@ def block(part: Part, names: list[tuple[str, Difficulty, int]], size: Size) -> l
 def pace(part: Part, size: Size) -> int:
     """Number of steps, a multiple of 100, such that BLOCKS blocks and the ladder fit into the remaining time."""
     names = [(name, LADDER[2], -3) for name in VARIANTS]
-    seconds = []
-    for steps in (10, 50, 250):  # the first loads kernels
+    for steps in (10, 250):  # the first loads kernels
         begun = time.monotonic()
         block(part, names, dataclasses.replace(size, steps=steps))
-        seconds.append(time.monotonic() - begun)
-    step_seconds = max((seconds[2] - seconds[1]) / 200, 1e-4)
-    build_seconds = max(seconds[1] - 50 * step_seconds, 0.0)
+        whole = time.monotonic() - begun
+    step_seconds = max(part.content["training_seconds"] / (250 - WARM_UPS), 1e-4)
+    build_seconds = whole - part.content["training_seconds"]
     fitting = (part.left() / (BLOCKS + 1) - build_seconds) / step_seconds
     part.content["pace"] = {"build_seconds": build_seconds, "milliseconds_per_step_of_a_block": 1000 * step_seconds}
     print(f"[{part.budget - part.left():6.1f}s] {part.content['pace']}, {fitting:.0f} steps fit", flush=True)
@@ -229,9 +231,10 @@ def choose(part: Part, size: Size) -> Difficulty:
     found = block(part, [(TRANSFORMER, difficulty, seed) for difficulty in ladder for seed in seeds], size)
     for row in found:
         part.add({"stage": "ladder", **row})
+    if failed := [row["error"] for row in found if "error" in row]:
+        raise RuntimeError(failed[0])
     accuracy = {
-        each: statistics.fmean(row.get("accuracy", 0.0) for row in found if row["difficulty"] == str(each))
-        for each in ladder
+        each: statistics.fmean(row["accuracy"] for row in found if row["difficulty"] == str(each)) for each in ladder
     }
     inside = [each for each in ladder if WANTED[0] <= accuracy[each] <= WANTED[1]]
     chosen = inside[0] if inside else min(ladder, key=lambda each: abs(accuracy[each] - statistics.fmean(WANTED)))

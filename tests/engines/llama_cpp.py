@@ -45,11 +45,13 @@ def install_llama_cpp() -> Path:
             wanted = [f"node-llama-cpp@{VERSION}", f"@node-llama-cpp/{binary}@{VERSION}"]
             options = ["--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-                command = ["npm", "install", "--prefix", work, *options, *wanted]
+                packages = Path(work, "packages")
+                packages.mkdir()
+                command = ["npm", "install", "--prefix", str(packages), *options, *wanted]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise RuntimeError(f"npm cannot install {wanted[0]}: {done.stderr.strip().splitlines()[-1:]}")
-                shutil.copytree(work, folder, symlinks=True)
+                packages.rename(folder)  # a kill leaves nothing that looks installed
     return folder
 
 

@@ -129,7 +129,6 @@ def check_logits() -> None:
             same(got, logits_of(name), f"{name}, {attention}")
 
 
-@torch.no_grad()
 class CacheOfThreeArguments(DynamicCache):
     """A user's cache, whose `update` has the arguments that layers of transformers 5.4 to 5.23 pass."""
 
@@ -137,6 +136,7 @@ class CacheOfThreeArguments(DynamicCache):
         return super().update(key_states, value_states, layer_idx)
 
 
+@torch.no_grad()
 def check_cache() -> None:
     """A text in two pieces gives the logits of the whole, for every name of the cache argument."""
     known = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
