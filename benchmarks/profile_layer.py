@@ -20,6 +20,7 @@ from layers import build_layer
 from measuring import Machine, add_options, device, environment, parse
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
 
 Profile = dict[str, Any]
 
@@ -59,6 +60,7 @@ def operations(case: Case, runs: int) -> dict[str, float]:
     return {
         each.key: (each.self_device_time_total if torch.cuda.is_available() else each.self_cpu_time_total) / 1e6 / runs
         for each in profiled.key_averages()
+        if each.device_type == DeviceType.CPU  # a kernel's time is that of the operation that starts it
     }
 
 

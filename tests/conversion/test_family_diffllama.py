@@ -1,5 +1,6 @@
 """transformers' DiffLlama: converted with equal logits, and exported bit for bit."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,9 @@ def test_every_method_of_verify(method: str, tmp_path: Path) -> None:
     assert not gda.verify(source, tmp_path / "gda", method=method).passed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "dtype"), zip(VARIANTS, itertools.cycle([torch.float32, torch.bfloat16]), strict=False)
+)
 def test_round_trip_is_bit_for_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Weights and config equal the source's, and transformers loads them."""
     source = save_diffllama(tmp_path / "diffllama", dtype=dtype, **VARIANTS[variant])

@@ -1,5 +1,6 @@
 """Motif-2 and Motif-2.6B: converted, compared with their equations, and exported bit for bit."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -189,8 +190,9 @@ def test_verify_compares_tensors(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "dtype"), zip(VARIANTS, itertools.cycle([torch.float32, torch.bfloat16]), strict=False)
+)
 def test_round_trip_is_bit_for_bit(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The weight file is identical, and the config has the fields that Motif's code reads."""
     folder = converted(tmp_path, **VARIANTS[variant], dtype=dtype)

@@ -201,7 +201,7 @@ def test_unknown_effort(effort: str, llama: Path, refused: Callable[..., None]) 
 def test_conflicting_options(llama: Path, refused: Callable[..., None]) -> None:
     """An unknown λ type, and --qk-rank, which needs a second step."""
     refused("--lambda-type", "foo", named=("--lambda-type foo", "reparameterized, tanh, sigmoid"))
-    refused("--qk-rank", 4, named=("--qk-rank", "--mode split", "two steps"))
+    refused("--qk-rank", 4, named=("--qk-rank", "--mode split", "split first"))
 
 
 @pytest.mark.parametrize("option", [("--calibration", __file__), ("--calibration-tokens", 4096), ("--effort", "fast")])

@@ -190,8 +190,7 @@ def test_fade_1_equals_the_ordinary_model(layout: str, lambda_type: str, fields:
 
 @each_layout
 @each_lambda_type
-@pytest.mark.parametrize("fields", [{}, EXTRAS], ids=["plain", "extras"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("fields", "attention"), [({}, "sdpa"), (EXTRAS, "eager")], ids=["plain", "extras"])
 def test_fade_in_between_matches_the_equations(
     layout: str, lambda_type: str, fields: dict[str, Any], attention: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 from pathlib import Path
@@ -120,9 +121,14 @@ def gradients_by_hand(model: Any) -> list[dict[str, float]]:
     return [{"gradient_norm": math.sqrt(a), "lambda_gradient_norm": math.sqrt(b)} for a, b in sums]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lambda_type", ["reparameterized", "sigmoid", "tanh"])
-@pytest.mark.parametrize(("accumulation", "checkpointing"), [(1, False), (4, False), (1, True), (2, True)])
+PASSES = [(1, False), (4, False), (1, True), (2, True)]  # accumulation, gradient checkpointing
+KINDS = itertools.product(LAYOUTS, ["reparameterized", "sigmoid", "tanh"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "lambda_type", "accumulation", "checkpointing"),
+    [(*kind, *passes) for kind, passes in zip(KINDS, itertools.cycle(PASSES), strict=False)],
+)
 def test_measurements_match_the_modules(
     layout: str, lambda_type: str, accumulation: int, checkpointing: bool, tmp_path: Path
 ) -> None:

@@ -83,7 +83,8 @@ def training_step(settings: TrainSettings, report: TrainReport, source: str) -> 
     if before is None or after is None:
         before, after, what = report.first_loss, report.last_loss, "training loss"
     teacher = "" if settings.teacher is None else f", with the teacher {Path(settings.teacher).name}"
+    losses = "" if before is None or after is None else f"; {what} {before:.4f} before, {after:.4f} after"
     return (
         f"Trained from {source} (`--train {settings.train}`) for {report.steps:,} steps on {report.tokens:,} tokens of "
-        f"{data}{teacher}; {what} {before:.4f} before, {after:.4f} after."
+        f"{data}{teacher}{losses}."
     )
