@@ -100,6 +100,11 @@ class Part:
         if failed:
             free_memory()  # only here, where no error holds what its frames held any more
 
+    def finish(self) -> None:
+        """End the process with exit code 1 if a case failed."""
+        if failed := sum("error" in row or row.get("ok") is False for row in self.rows):
+            sys.exit(f"{failed} of {len(self.rows)} cases failed")
+
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

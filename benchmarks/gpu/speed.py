@@ -316,6 +316,7 @@ def main() -> None:
     if part.left() > (20 if options.smoke else 75):
         subjects = Subjects(part, "layer", sizes.layer, sizes.layer_seconds, (LLAMA, SHARED, PAIRED))
         guarded(part, "layer", partial(flex_case, subjects, sizes.flex))
+    part.finish()
 
 
 if __name__ == "__main__":

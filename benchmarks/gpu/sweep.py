@@ -87,6 +87,8 @@ def mlp_of(size: Size, name: str, length: int) -> int:
 def build(name: str, size: Size, length: int, seed: int) -> Any:
     """An untrained model on the device."""
     heads = VARIANTS[name]
+    config: Any
+    model_class: Any
     fields: Row = {
         "vocab_size": VOCABULARY,
         "hidden_size": size.hidden,
@@ -103,10 +105,10 @@ def build(name: str, size: Size, length: int, seed: int) -> Any:
         "rms_norm_eps": 1e-6,
     }
     torch.manual_seed(seed)
-    config: Any = LlamaConfig(**fields)
-    model_class: Any = LlamaForCausalLM
     if heads.noise:
         config, model_class = GDAConfig(**fields, **heads.fields, num_noise_heads=heads.noise), GDAForCausalLM
+    else:
+        config, model_class = LlamaConfig(**fields), LlamaForCausalLM
     return model_class._from_config(config, attn_implementation="sdpa").to(device())
 
 
@@ -306,6 +308,7 @@ def main() -> None:
         part.content["summary"] = summary(part.rows, size, difficulty.length)
         part.write()
         print(f"[{part.budget - part.left():6.1f}s] seed {seed} took {time.monotonic() - begun:.1f} s", flush=True)
+    part.finish()
 
 
 if __name__ == "__main__":
