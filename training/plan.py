@@ -20,6 +20,7 @@ from gda.training.distillation import Distillation
 from gda.training.parameters import choose_what_learns, count_learning, is_lambda
 from gda.training.runs.model_folder import load
 from gda.training.runs.processes import Processes, launcher_wants_bfloat16, on_cpu
+from gda.training.runs.run_folder import DATA_FOLDER, NEW_DATA
 from gda.training.settings import EVAL_TOKENS, TrainSettings
 
 CONTEXT = 512
@@ -78,7 +79,8 @@ class Plan:
         learning = sum(each.numel() for each in self.learner.parameters() if each.requires_grad)
         needed = 4 * (self.num_parameters + 2 * learning) * (self.settings.keep + 1)
         place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
-        reusable = sum(file.stat().st_size for file in partial_of(out).rglob("*") if file.is_file())
+        left = [file for file in partial_of(out).rglob("*") if file.is_file()]
+        reusable = sum(file.stat().st_size for file in left if file.parent.name not in (DATA_FOLDER, NEW_DATA))
         require_space(place, needed, reusable=reusable, what="a run with checkpoints")
 
 

@@ -45,7 +45,7 @@ from gda.training.runs.processes import (
     reported_elsewhere,
     require_known_precision,
 )
-from gda.training.runs.run_folder import DATA_FOLDER, LOG_FILE, RunFolder, RunIdentity, RunState, unfinished_run
+from gda.training.runs.run_folder import LOG_FILE, RunFolder, RunIdentity, RunState, unfinished_run
 from gda.training.runs.run_trainer import RunTrainer, make_universal, written_by
 from gda.training.runs.watch import watched
 from gda.training.settings import TrainOptions
@@ -183,9 +183,9 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
         folder = RunFolder(out, identity, source, resume=options.resume, overwrite=options.overwrite)
         return folder.state
 
-    def give_up_earlier() -> None:
+    def begin() -> None:
         assert folder is not None
-        folder.give_up_earlier()
+        folder.begin()
 
     def finish() -> None:
         assert folder is not None
@@ -207,7 +207,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
             if state.report is not None:
                 report = TrainReport.from_dict(state.report, out, state.path)
             else:
-                report = _train(options, state, source, out, processes, console, give_up_earlier)
+                report = _train(options, state, source, out, processes, console, begin)
             processes.on_main(finish)
             return report
     except BaseException as error:
@@ -230,17 +230,16 @@ def _train(
     out: Path,
     processes: Processes,
     console: Console | None,
-    give_up_earlier: Callable[[], None],
+    begin: Callable[[], None],
 ) -> TrainReport:
     """Train the model and save it in the folder of the run, beside its checkpoints.
 
-    `give_up_earlier` removes the run that this one replaces. It is called when the input is found to be good.
+    `begin` removes what the run replaces. It is called when all that may be wrong before the first step is known.
     """
-    settings, scratch = options.settings, state.path / DATA_FOLDER
+    settings = options.settings
     resumes = state.checkpoint is not None
-    plan = processes.together(lambda: make_plan(source, settings, processes, scratch, console, resumes=resumes))
+    plan = processes.together(lambda: make_plan(source, settings, processes, state.data, console, resumes=resumes))
     processes.on_main(lambda: plan.require_space(out))
-    processes.on_main(give_up_earlier)
     if console is not None and shows_progress(console) and processes.is_main:
         for note in plan.notes:  # the report has them at the end
             console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -251,6 +250,7 @@ def _train(
     interrupts = InterruptHandler(console if processes.is_main else None)
     stop = StopCallback(interrupts, processes)
     trainer = _make_trainer(plan, state, source, processes, stop, shows_progress=shows_progress(console))
+    processes.on_main(begin)
     if (last := state.checkpoint) is not None and processes.uses_deepspeed and written_by(last) != processes.count:
         processes.on_main(lambda: make_universal(last))
         trainer.expect_universal()

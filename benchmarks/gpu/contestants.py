@@ -28,7 +28,7 @@ NAMES = (LLAMA, SHARED, TANH, PAIRED, DIFFLLAMA)
 def packed_sdpa(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """sdpa that reads keys and values once in a decode step with a mask, as GDA and transformers from 5.24 on do.
+    """sdpa that reads keys and values once in a decode step with a mask, as GDA and later releases of transformers do.
 
     Earlier releases copy them for each query head, which would make the Llama several times slower.
     """

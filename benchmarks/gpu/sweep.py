@@ -229,12 +229,13 @@ def pace(part: Part, size: Size) -> int:
 def choose(part: Part, size: Size) -> Difficulty:
     """Train the Transformer on each difficulty, and choose one as described above."""
     seeds = (-1, -2)
-    ladder = LADDER[:2] if part.content["smoke"] else LADDER
+    ladder = list(LADDER[:2] if part.content["smoke"] else LADDER)
     found = block(part, [(TRANSFORMER, difficulty, seed) for difficulty in ladder for seed in seeds], size)
     for row in found:
         part.add({"stage": "ladder", **row})
-    if failed := [row["error"] for row in found if "error" in row]:
-        raise RuntimeError(failed[0])
+    failed = {row["difficulty"]: row["error"] for row in found if "error" in row}
+    if not (ladder := [each for each in ladder if str(each) not in failed]):
+        raise RuntimeError(next(iter(failed.values())))
     accuracy = {
         each: statistics.fmean(row["accuracy"] for row in found if row["difficulty"] == str(each)) for each in ladder
     }
@@ -285,6 +286,9 @@ def main() -> None:
             size = dataclasses.replace(size, steps=pace(part, size))
         part.content["size"] = dataclasses.asdict(size)
         difficulty = choose(part, size)
+    except OutOfTime:
+        part.add({"stage": "ladder", "skipped": "out of time"})
+        return
     except Exception as error:
         part.add({"stage": "ladder", "error": one_line(error)})
         sys.exit(1)

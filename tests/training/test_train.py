@@ -42,7 +42,7 @@ from gda.training.runs.checkpoints import mark_complete
 from gda.training.runs.processes import Processes
 from gda.training.settings import TrainOptions
 
-from ..support.children import in_child, killed_at
+from ..support.children import FAILED, in_child, killed_at
 from ..support.commands import Command, Outcome
 from ..support.hub_server import Hub
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
@@ -136,7 +136,7 @@ def test_data_of_a_failed_run_is_used_again(models: Path, tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", fail)
-        with pytest.raises(OSError, match=r"there is no checkpoint; .*\.out\.partial keeps the tokenized data"):
+        with pytest.raises(OSError, match=r"there is no checkpoint; .*\.out\.partial is kept"):
             short(models, "gda", tmp_path / "out")
     (data,) = (tmp_path / ".out.partial" / "data").glob("*.arrow")
     inode = data.stat().st_ino
@@ -849,26 +849,31 @@ def test_only_the_same_run_is_resumed(
     output = command(*arguments, "--overwrite", "--json")
     assert output.code == 0
     assert json.loads(output.out)["resumed_from"] is None
-    assert not {"earlier", "earlier.moving", "data"} & set(os.listdir(tmp_path / "out"))
+    assert not {"data", "data.new", "removed"} & set(os.listdir(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", ["earlier", "earlier.moving"])
-def test_earlier_run_comes_back_after_a_kill(
-    name: str, models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", ["killed", "interrupted"])
+def test_replaced_run_is_kept_until_the_other_begins(
+    end: str, models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kill of a run that was to replace it, before or after all of it was set aside."""
+    """The other has tokenized its data; afterwards the first one is resumed."""
     interrupt(3)
     with pytest.raises(KeyboardInterrupt):
         short(models, "gda", tmp_path / "out")
     monkeypatch.undo()
-    partial = tmp_path / ".out.partial"
-    left = list(partial.iterdir())
-    (partial / name).mkdir()
-    for path in left if name == "earlier" else left[::2]:
-        path.rename(partial / name / path.name)
-    if name == "earlier":
-        (partial / "training.json").write_text("{}")
-    assert short(models, "gda", tmp_path / "out", resume=True).resumed_from == 3
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        signal.raise_signal(signal.SIGKILL if end == "killed" else signal.SIGINT)
+
+    def replaced() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("gda.training.train._make_trainer", stopped)
+            short(models, "gda", tmp_path / "out", overwrite=True, learning_rate=1e-3, context=8)
+
+    assert in_child(replaced) == (-signal.SIGKILL if end == "killed" else FAILED)
+    report = short(models, "gda", tmp_path / "out", resume=True)
+    assert report.resumed_from == 3
+    assert not {"data", "data.new", "removed"} & set(os.listdir(tmp_path / "out"))
 
 
 def test_dry_run_notes_obstacles(

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 
 from gda.common.errors import DISK_IS_FULL, CheckFailed, first_line, is_out_of_memory
 from gda.training.callbacks.stopping import NotFiniteError
-from gda.training.runs.checkpoints import last_checkpoint, step_of
+from gda.training.runs.checkpoints import step_of
 from gda.training.settings import TrainSettings
 
 # Messages of torch and safetensors when the disk or a quota is full. They do not raise OSError.
@@ -21,8 +21,7 @@ def explained(error: BaseException, last: Path | None, folder: Path, settings: T
     """
     kept = "there is no checkpoint" if last is None else f"{last} holds step {step_of(last)}, the last good one"
     if last is None and folder.exists():
-        what = "the earlier run" if last_checkpoint(folder) else "the tokenized data for the next run"
-        kept += f"; {folder} keeps {what}"
+        kept += f"; {folder} is kept"
     if isinstance(error, NotFiniteError):
         remedy = f"lower --learning-rate {settings.learning_rate:g}, or examine the model with `gda inspect`"
         return CheckFailed(f"{error}: {kept}; {remedy}")

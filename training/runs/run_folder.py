@@ -1,6 +1,8 @@
 """The folder of a training run until it is finished, and what identifies the run."""
 
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +28,8 @@ from gda.training.settings import TrainSettings
 
 LOG_FILE = "training_log.jsonl"
 DATA_FOLDER = "data"
-EARLIER, MOVING = "earlier", "earlier.moving"  # the unfinished run that --overwrite replaces
+NEW_DATA = "data.new"  # of a run that is to replace other work, which it leaves in place until it begins
+REMOVED = "removed"
 # The settings by which a step is split over time and, with the number of processes, over processes.
 SPLIT_OF_A_STEP = ("batch_size", "accumulation")
 START_ANEW = "start over with --overwrite"
@@ -104,6 +107,7 @@ class RunState:
     """The state of a run when it is started, known to all processes."""
 
     path: Path  # the folder of the run
+    data: Path  # the folder of tokenized data in it
     checkpoint: Path | None  # to continue from
     report: dict[str, Any] | None  # of a run that was trained, but not yet renamed to OUT
 
@@ -122,66 +126,63 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, identity: RunIdentity, source: Path, *, resume: bool, overwrite: bool):
-        self._out, self.path = out, partial_of(out)
+        self._out, self.path, self._identity = out, partial_of(out), identity
         refuse_overlap(source, self.path)
         self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
+        self._replaces = False  # whether there is other work, which `begin` removes
         try:
-            self._restore_earlier()  # where the process that set it aside was killed
-            self.state = self._begin_or_resume(identity, resume, overwrite)
+            self.state = self._open(resume, overwrite)
         except BaseException:
             self.close()
             raise
 
-    def _begin_or_resume(self, identity: RunIdentity, resume: bool, overwrite: bool) -> RunState:
+    def _open(self, resume: bool, overwrite: bool) -> RunState:
         remove_incomplete(self.path)
-        last, begun = last_checkpoint(self.path), self.path / TRAINING_FILE
+        last, begun, data = last_checkpoint(self.path), self.path / TRAINING_FILE, self.path / DATA_FOLDER
         starts_over = overwrite and not resume
         known = read_json(begun) if begun.is_file() and not starts_over else read_or_empty(begun)
         if not isinstance(known, dict):
             raise ValueError(f"{begun} does not describe a run; {START_ANEW}")
         report = known.get("report")
         is_unfinished = last is not None or report is not None
-        if starts_over and (is_unfinished or begun_by_another(self._out, OF_CONVERSIONS)):
-            self._set_aside()
-            last = report = None
-        elif not is_unfinished:
-            self._clear(DATA_FOLDER)  # which is used again if it holds the same data
+        is_foreign = begun_by_another(self._out, OF_CONVERSIONS) is not None
+        self._replaces = is_foreign or (starts_over and is_unfinished)
+        if self._replaces:
+            if data.is_dir() and not (self.path / NEW_DATA).is_dir():  # it may be the same data
+                shutil.copytree(data, self.path / NEW_DATA, copy_function=os.link)
+            return RunState(self.path, self.path / NEW_DATA, None, None)
+        if not is_unfinished:
+            for path in self.path.iterdir():
+                if path != data:
+                    remove(path)
         elif resume:
-            identity.require_same(known, self.path)
+            self._identity.require_same(known, self.path)
         else:
             raise FileExistsError(_unfinished(self.path, last))
         if report is None:
-            for code in self.path.glob("*.py"):  # of a model that a killed process has begun to save
-                remove(code)
-            write_json(begun, asdict(identity))
-        return RunState(self.path, last, report)
+            self._describe()
+        return RunState(self.path, data, last, report)
 
-    def _clear(self, kept: str) -> None:
-        for path in self.path.iterdir():
-            if path.name != kept:
-                remove(path)
+    def begin(self) -> None:
+        """Remove other work that this run replaces. Until then, an error or a kill leaves it as it is."""
+        if not self._replaces:
+            return
+        removed = self.path / REMOVED
+        removed.mkdir(exist_ok=True)
+        # The description first: what a kill leaves can't be taken for a run.
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name != TRAINING_FILE):
+            if path.name not in (NEW_DATA, REMOVED):
+                path.rename(removed / path.name)
+        self._replaces = False
+        if (self.path / NEW_DATA).is_dir():  # files that are open stay so
+            (self.path / NEW_DATA).rename(self.path / DATA_FOLDER)
+        self._describe()
+        remove(removed)
 
-    def _set_aside(self) -> None:
-        """Move all that is left of other work into `EARLIER`, in two steps that `_restore_earlier` can tell apart."""
-        left, moving = list(self.path.iterdir()), self.path / MOVING
-        moving.mkdir()
-        for path in left:
-            path.rename(moving / path.name)
-        moving.rename(self.path / EARLIER)
-
-    def _restore_earlier(self) -> None:
-        """Put what was set aside back into its place."""
-        if (self.path / EARLIER).is_dir():
-            self._clear(EARLIER)
-            (self.path / EARLIER).rename(self.path / MOVING)
-        if (moving := self.path / MOVING).is_dir():
-            for path in list(moving.iterdir()):
-                path.rename(self.path / path.name)
-            moving.rmdir()
-
-    def give_up_earlier(self) -> None:
-        """Remove the unfinished run that this one replaces. Until then, an error brings it back."""
-        remove(self.path / EARLIER)
+    def _describe(self) -> None:
+        for code in self.path.glob("*.py"):  # of a model that a killed process has begun to save
+            remove(code)
+        write_json(self.path / TRAINING_FILE, asdict(self._identity))
 
     def finish(self, origin: Mapping[str, Any], report: TrainReport) -> None:
         """Add the report and `origin` to training.json, remove checkpoints and tokenized data, and rename the folder to
@@ -195,26 +196,29 @@ class RunFolder:
             write_json(self.path / TRAINING_FILE, begun | {"report": report.stored()} | origin)
         for checkpoint in checkpoints(self.path, complete=False):
             remove(checkpoint)
-        remove(self.path / DATA_FOLDER)
+        for leftover in (DATA_FOLDER, NEW_DATA, REMOVED):
+            remove(self.path / leftover)
         self._staged.finish()
 
     def close(self) -> Path | None:
         """Close the folder of an unfinished run, keep it if it can be resumed, and return its last checkpoint.
 
-        If the run has not begun, an earlier one is kept in its place, and None is returned.
+        Other work that it was to replace is kept, and None is returned.
         """
-        if (self.path / EARLIER).is_dir():
-            self._restore_earlier()
+        data = self.path / (NEW_DATA if self._replaces else DATA_FOLDER)
+        seconds = max((read_or_empty(index).get("seconds", 0) for index in data.glob("*.json")), default=0)
+        if self._replaces:
+            if seconds < WORTH_KEEPING:
+                shutil.rmtree(data, ignore_errors=True)
             self._staged.keep()
             return None
         remove_incomplete(self.path)
         last = last_checkpoint(self.path)
-        if last is None and "report" not in read_or_empty(self.path / TRAINING_FILE):
-            times = [read_or_empty(index).get("seconds", 0) for index in (self.path / DATA_FOLDER).glob("*.json")]
-            if max(times, default=0) < WORTH_KEEPING:
-                self._staged.discard()
-                return None
-        self._staged.keep()
+        is_trained = "report" in read_or_empty(self.path / TRAINING_FILE)
+        if last is None and not is_trained and seconds < WORTH_KEEPING:
+            self._staged.discard()
+        else:
+            self._staged.keep()
         return last
 
 
