@@ -40,7 +40,6 @@ settings.load_profile("gda")
 
 
 MOST_PROCESSES = 4  # each takes about 1 GB
-FAST_CASES = 3  # of a test that is marked `sampled`
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,7 +63,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Mark long tests as slow, and also sampled ones, except a few that are spread evenly; order the files."""
+    """Mark long tests as slow, and all cases but the first of sampled ones; order the files."""
     cases_of: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):
@@ -72,8 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("long") or item.get_closest_marker("engines"):
             item.add_marker("slow")
     for cases in cases_of.values():
-        fast = {index * len(cases) // FAST_CASES for index in range(FAST_CASES)}
-        for item in (item for index, item in enumerate(cases) if index not in fast):
+        for item in cases[1:]:
             item.add_marker("slow")
     yield  # -m and -k take away the tests that don't run
     if hasattr(config, "workerinput"):

@@ -672,6 +672,7 @@ def test_any_config_converts_or_is_refused(changes: dict[str, Any], llamas: Path
     converts_or_says_why(source, tmp_path)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     file=st.sampled_from([INDEX, SHARD_2, "config.json"]),

@@ -250,6 +250,7 @@ RESTORED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RESTORED)
 def test_an_exported_model_is_restored(kind: str, tmp_path: Path) -> None:
     """All tensors but λ's are those of the GDA model, and λ is the same and has a gradient."""

@@ -46,7 +46,7 @@ from ..support.splitting import (
 from ..support.tiny import relative_error
 
 __all__ = ["brief"]
-pytestmark = [pytest.mark.sampled, pytest.mark.usefixtures("brief")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brief")]
 
 # By name: a Llama, and how it is split.
 SPLITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -83,6 +83,7 @@ def test_class_that_transformers_corrects(tmp_path: Path) -> None:
         assert_reads_alike(source, tmp_path / "gda")
 
 
+@pytest.mark.slow
 def test_way_there_and_back(tmp_path: Path) -> None:
     """Each command that writes a model keeps the ids: grow, fold, train, and export to other types."""
     source = save_mistral(tmp_path / "mistral", sliding_window=None)

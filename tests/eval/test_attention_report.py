@@ -26,6 +26,8 @@ from ..support.commands import Command
 from ..support.llamas import byte_tokenizer, llama_model, save_llama
 from ..support.tiny import tiny_config, tiny_model, token_ids
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 13
 TEXT = "The cat thanked the hen, and the ant in the theatre thanked the cat."
 HOSTILE = "</script><img src=x onerror=alert(1)>"

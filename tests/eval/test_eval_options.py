@@ -25,7 +25,7 @@ from ..support.evaluation import pairs, write_models
 from ..support.llamas import byte_tokenizer
 from ..support.tiny import tiny_model
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 BLIMP = "blimp_passive_1"
 GENERATING = """

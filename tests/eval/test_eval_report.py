@@ -30,7 +30,7 @@ from gda.eval.compare import compare
 from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.report import EvalReport, _facts
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 BLIMP = "blimp_passive_1"
 

@@ -14,7 +14,7 @@ from ..support.commands import Command
 from ..support.evaluation import pairs, write_data, write_jsonl
 from ..support.llamas import change_config, save_llama
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("lm_eval")
 BLIMP = "blimp_passive_1"

@@ -264,6 +264,7 @@ def test_nan_is_not_a_right_answer() -> None:
     assert continuation({}, [(-1.0, True)]) == {"acc": 1.0, "loglikelihood": -1.0}
 
 
+@pytest.mark.slow
 def test_a_limited_run_compares_orders_over_the_same_questions() -> None:
     """15 documents: 8 orders of a question that this reader answers, and 7 of one that it cannot answer."""
 

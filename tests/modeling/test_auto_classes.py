@@ -125,6 +125,7 @@ def test_names_and_shapes_of_tensors(kv_layout: str, lambda_type: str) -> None:
     assert {name: tuple(weight.shape) for name, weight in model.state_dict().items()} == expected
 
 
+@pytest.mark.slow
 def test_importing_gda_imports_no_optional_library() -> None:
     script = (
         "import sys, gda\n"
@@ -134,6 +135,7 @@ def test_importing_gda_imports_no_optional_library() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.slow
 def test_command_registers_the_type_when_it_opens_a_model() -> None:
     """Started as the command `gda`, `import gda` imports no library."""
     script = (

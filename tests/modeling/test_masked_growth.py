@@ -463,6 +463,7 @@ def test_every_new_parameter_changes_within_two_steps(tmp_path: Path) -> None:
         assert moved[new].float().mean() > 0.9, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", ["made anew", "read from the checkpoint"])
 @pytest.mark.parametrize("restored", [False, True])
 @pytest.mark.parametrize("start", [0.0, 0.2])
@@ -605,6 +606,7 @@ def wanted_config(base: GDAConfig) -> GDAConfig:
     return config
 
 
+@pytest.mark.slow
 @each_layout
 @pytest.mark.parametrize(
     ("lambda_type", "fields"),
@@ -692,6 +694,7 @@ def test_masked_growth_in_narrow_dtypes(dtype: torch.dtype, tmp_path: Path) -> N
     assert model.model.layers[1].self_attn.q_proj.weight.dtype == dtype
 
 
+@pytest.mark.slow
 def test_llama_is_expanded_and_grown_masked(tmp_path: Path, command: Command) -> None:
     """Then trained to the end, it is an ordinary model."""
     llama = save_llama(tmp_path / "llama", tie_word_embeddings=True)
@@ -722,6 +725,7 @@ def test_llama_is_expanded_and_grown_masked(tmp_path: Path, command: Command) ->
     assert torch.equal(logits(again), logits(model.eval()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["gqa", "paired"])
 def test_new_layers_as_copies(layout: str, tmp_path: Path) -> None:
     """Every new weight is its neighbour's; exact at 0, gradients above 0, and no field is left at 1."""
@@ -810,6 +814,7 @@ def test_impossible_masked_growth_is_refused(tmp_path: Path, command: Command) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_growing_model_cannot_grow_again(tmp_path: Path, command: Command) -> None:
     """Until its fade is 1. Factorization and folding work, and export writes what the model computes now."""
     base = saved(tmp_path / "base", base_config(lambda_init=0.0))

@@ -258,6 +258,7 @@ def test_gradient_checkpointing(use_reentrant: bool, kv_layout: str) -> None:
         torch.testing.assert_close(found[1][name], gradient)
 
 
+@pytest.mark.slow
 @BOTH_LAYOUTS
 @torch.no_grad()
 def test_compiles_in_one_graph(kv_layout: str) -> None:

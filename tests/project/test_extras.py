@@ -72,6 +72,7 @@ def test_missing_packages_are_named(extra: str, folder: Path) -> None:
     assert all(requirement in line for requirement in EXTRAS[extra])
 
 
+@pytest.mark.slow
 def test_lm_eval_command_line_names_what_is_missing(tmp_path: Path) -> None:
     hide = f"sys.modules |= dict.fromkeys({HIDDEN['eval']!r})"
     code = f"import runpy, sys; {hide}; runpy.run_module('gda.eval', None, '__main__')"

@@ -4,10 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import gda
 
 from ..support.hub_server import Hub
 from ..support.llamas import save_llama
+
+pytestmark = pytest.mark.slow
 
 
 def test_size_of_a_pushed_model(tmp_path: Path, hub: Hub) -> None:

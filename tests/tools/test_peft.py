@@ -57,6 +57,7 @@ print(*sorted({name.split(".")[-1] for name, each in adapted.named_modules() if 
 """
 
 
+@pytest.mark.slow
 def test_peft_may_be_imported_after_the_model_is_made() -> None:
     ran = subprocess.run([sys.executable, "-c", IMPORTED_LATE], cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout.split() == ["q_proj", "v_proj"], ran.stderr

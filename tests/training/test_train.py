@@ -48,7 +48,7 @@ from ..support.hub_server import Hub
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
 from ..support.training import save_inputs, sentences
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 TEXT = sentences(60)
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 4, "context": 32, "learning_rate": 1e-2, "save_every": 4}

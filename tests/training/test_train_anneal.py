@@ -19,7 +19,7 @@ from ..support import naive
 from ..support.fading import Recorder, StopAt, check_bundled_code_fades, trainer_arguments
 from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 TARGET = 0.7
 LAYOUTS: dict[str, dict[str, Any]] = {

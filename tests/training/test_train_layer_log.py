@@ -24,7 +24,7 @@ from gda.training.trainer import GDATrainer
 from ..support.llamas import llama_model
 from ..support.tiny import VOCAB_SIZE, tiny_model, token_ids
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gqa": {},

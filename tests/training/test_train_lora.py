@@ -19,7 +19,7 @@ from gda.training.trainer import GDATrainer
 from ..support.llamas import save_llama, tensors_of
 from ..support.tiny import relative_error, tiny_model, token_ids
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 peft = pytest.importorskip("peft")
 

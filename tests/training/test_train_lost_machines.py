@@ -98,6 +98,7 @@ class Pair:
         return gathered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "line"),
     [

@@ -26,7 +26,7 @@ from gda.training.data.stream import SequenceStream
 from ..support.hub_server import Blob, Hub, Repo
 from ..support.llamas import VOCAB_SIZE, byte_tokenizer, save_llama, tensors_of
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 CONTEXT = 16
 TEXTS = [f"{i} times {i} is {i * i}.\n\u00c4nd the other way round?" for i in range(60)]

@@ -13,6 +13,8 @@ from gda.training.plot import MOST_COLUMNS, MOST_POINTS, averaged, plot, read_lo
 from ..support.browser import opened
 from ..support.commands import Command
 
+pytestmark = pytest.mark.slow
+
 
 def line(step: int, **more: Any) -> dict[str, Any]:
     """A logged step of three layers."""
