@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from gda.common.errors import Interrupted
 from gda.common.files import NoSpaceError, stamps
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
@@ -211,6 +212,9 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
             processes.on_main(finish)
             return report
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and folder is not None and folder.replaces:
+            folder.close()
+            raise Interrupted("stopped before the first step; what was to be replaced is kept; run again") from None
         last = folder.close() if folder is not None else last_checkpoint(state.path)
         if (explanation := explained(error, last, state.path, settings)) is None:
             raise

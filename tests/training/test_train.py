@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import gda
+from gda.common.errors import Interrupted
 from gda.common.options import flag
 from gda.common.trainable import Trainable
 from gda.configuration.configuration_gda import MASKED
@@ -42,7 +43,7 @@ from gda.training.runs.checkpoints import mark_complete
 from gda.training.runs.processes import Processes
 from gda.training.settings import TrainOptions
 
-from ..support.children import FAILED, in_child, killed_at
+from ..support.children import ENDED, in_child, killed_at
 from ..support.commands import Command, Outcome
 from ..support.hub_server import Hub
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
@@ -868,9 +869,10 @@ def test_replaced_run_is_kept_until_the_other_begins(
     def replaced() -> None:
         with monkeypatch.context() as patch:
             patch.setattr("gda.training.train._make_trainer", stopped)
-            short(models, "gda", tmp_path / "out", overwrite=True, learning_rate=1e-3, context=8)
+            with pytest.raises(Interrupted, match="stopped before the first step; what was to be replaced is kept"):
+                short(models, "gda", tmp_path / "out", overwrite=True, learning_rate=1e-3, context=8)
 
-    assert in_child(replaced) == (-signal.SIGKILL if end == "killed" else FAILED)
+    assert in_child(replaced) == (-signal.SIGKILL if end == "killed" else ENDED)
     report = short(models, "gda", tmp_path / "out", resume=True)
     assert report.resumed_from == 3
     assert not {"data", "data.new", "removed"} & set(os.listdir(tmp_path / "out"))

@@ -129,7 +129,7 @@ class RunFolder:
         self._out, self.path, self._identity = out, partial_of(out), identity
         refuse_overlap(source, self.path)
         self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
-        self._replaces = False  # whether there is other work, which `begin` removes
+        self.replaces = False  # whether there is other work, which `begin` removes
         try:
             self.state = self._open(resume, overwrite)
         except BaseException:
@@ -146,8 +146,8 @@ class RunFolder:
         report = known.get("report")
         is_unfinished = last is not None or report is not None
         is_foreign = begun_by_another(self._out, OF_CONVERSIONS) is not None
-        self._replaces = is_foreign or (starts_over and is_unfinished)
-        if self._replaces:
+        self.replaces = is_foreign or (starts_over and is_unfinished)
+        if self.replaces:
             if data.is_dir() and not (self.path / NEW_DATA).is_dir():  # it may be the same data
                 shutil.copytree(data, self.path / NEW_DATA, copy_function=os.link)
             return RunState(self.path, self.path / NEW_DATA, None, None)
@@ -165,7 +165,7 @@ class RunFolder:
 
     def begin(self) -> None:
         """Remove other work that this run replaces. Until then, an error or a kill leaves it as it is."""
-        if not self._replaces:
+        if not self.replaces:
             return
         removed = self.path / REMOVED
         removed.mkdir(exist_ok=True)
@@ -173,7 +173,7 @@ class RunFolder:
         for path in sorted(self.path.iterdir(), key=lambda path: path.name != TRAINING_FILE):
             if path.name not in (NEW_DATA, REMOVED):
                 path.rename(removed / path.name)
-        self._replaces = False
+        self.replaces = False
         if (self.path / NEW_DATA).is_dir():  # files that are open stay so
             (self.path / NEW_DATA).rename(self.path / DATA_FOLDER)
         self._describe()
@@ -205,9 +205,9 @@ class RunFolder:
 
         Other work that it was to replace is kept, and None is returned.
         """
-        data = self.path / (NEW_DATA if self._replaces else DATA_FOLDER)
+        data = self.path / (NEW_DATA if self.replaces else DATA_FOLDER)
         seconds = max((read_or_empty(index).get("seconds", 0) for index in data.glob("*.json")), default=0)
-        if self._replaces:
+        if self.replaces:
             if seconds < WORTH_KEEPING:
                 shutil.rmtree(data, ignore_errors=True)
             self._staged.keep()
