@@ -26,9 +26,9 @@ from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.hub import GO_ON, hub_errors
 from gda.conversion.sources.open import MODEL_PATTERNS
-from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE
+from gda.conversion.sources.source import CARD_FILE, PROVENANCE_FILE, TRAINING_FILE
 from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
-from gda.conversion.writing.card import CARD_FILE, PLACEHOLDER, model_card
+from gda.conversion.writing.card import PLACEHOLDER, model_card
 from gda.conversion.writing.provenance import history_of
 from gda.modeling_gda.modeling_gda import GDAModel
 

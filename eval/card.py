@@ -10,7 +10,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 from gda.common.files import write_text
 from gda.common.progress import log_level
-from gda.conversion.writing.card import CARD_FILE
+from gda.conversion.sources.source import CARD_FILE
 from gda.eval.compare import Row
 from gda.eval.report import EvalReport
 

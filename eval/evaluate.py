@@ -230,12 +230,10 @@ def _evaluate_one(
     notes: list[str] = []
     if tasks:
         from gda.eval.lm_eval.harness import load_for_tasks
-        from gda.eval.lm_eval.run_tasks import run_tasks
 
         progress = shows_progress(console)
         lm = load_for_tasks(candidate, options, show_prompts=options.show_prompts, progress=progress)
-        results = run_tasks(lm, tasks, options)
-        model, prompts, notes = lm.model, lm.received, _notes(lm, results, options)
+        model = lm.model
     else:
         model = candidate.load(options)
     measured = None
@@ -243,6 +241,11 @@ def _evaluate_one(
         measured = _measure_perplexity(model, candidate.tokenizer, text, options, console)
         if (wanted := options.context or DEFAULT_CONTEXT) > measured.context:
             notes.append(f"perplexity: the model reads {measured.context} tokens at a time, not {wanted}")
+    if tasks:  # last, because they may take hours, which a failure of the perplexity would waste
+        from gda.eval.lm_eval.run_tasks import run_tasks
+
+        results = run_tasks(lm, tasks, options)
+        prompts, notes = lm.received, [*_notes(lm, results, options), *notes]
     result = ModelResult(
         name=candidate.name,
         revision=candidate.revision,

@@ -69,6 +69,7 @@ class CompleteOnly:
 
     def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         wanted = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that the error below names them
+        wanted["use_safetensors"] = True  # otherwise transformers may read pickles
         model, info = self.auto_class.from_pretrained(*args, **(kwargs | wanted))
         for kind, problem in (("missing_keys", "has no"), ("mismatched_keys", "has a different shape for")):
             if names := sorted(key if isinstance(key, str) else key[0] for key in info[kind]):

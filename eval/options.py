@@ -94,7 +94,7 @@ class TaskOptions(Options):
         None, "Device to run on. Default: cuda if there is one, else cpu.", panel=MODEL, check=check_device
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Data type to run the model in. auto: that of the checkpoint.", panel=MODEL
+        "auto", "Data type to run the model in. auto: that of the checkpoint, and float32 for a GGUF file.", panel=MODEL
     )
 
     def __post_init__(self) -> None:

@@ -209,6 +209,7 @@ class GDAForCausalLM(GDAPreTrainedModel, Qwen3ForCausalLM):
     """
 
     def __init__(self, config: GDAConfig):
+        config.validate_architecture()  # before the body of a Qwen3, which would fail in its own way
         with torch.device("meta"), _without_layers(config):  # its body and head are replaced
             super().__init__(config)
         self.model = GDAModel(config)

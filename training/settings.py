@@ -104,7 +104,7 @@ class TrainSettings(Options):
         0.2, "Final decay of --schedule wsd as a fraction of the steps.", panel=STEPS, minimum=0, maximum=1
     )
     seed: int = option(
-        0, "Seed of the data order, dropout and LoRA's initialization.", panel=STEPS, minimum=0, maximum=2**32 - 1
+        0, "Seed of the data order and of LoRA's initialization.", panel=STEPS, minimum=0, maximum=2**32 - 1
     )
 
     lambda_learning_rate: float | None = option(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gda.training.runs.processes import reported_elsewhere
 
 # What torch.compile, FSDP2's activation checkpointing and DDP put before the names of parameters.
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "module")
 
 NEW_WITH_DEEPSPEED = "--train new does not work with DeepSpeed, which has its own gradients; use FSDP2"
 
@@ -35,9 +35,7 @@ def first_failure() -> Iterator[None]:
 
 def unwrapped_name(name: str) -> str:
     """The name of a parameter without the wrappers around its modules."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:

@@ -190,11 +190,13 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
 
     def finish() -> None:
         assert folder is not None
-        history = [*history_of(source), training_step(settings, report, source.resolve().name)]
+        local = Path(options.model).exists()
+        name = source.resolve().name if local else f"{options.model} at commit {source.name}"
+        history = [*history_of(source), training_step(settings, report, name)]
         if folder.state.report is None:
             write_card(state.path, source, out.name, history, has_code=options.bundle_code)
         origin = {
-            "model": source.name,
+            "model": name,
             "data": [file.name for file in data],
             "versions": versions("torch", "transformers", "accelerate"),
             "history": history,

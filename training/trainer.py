@@ -281,7 +281,7 @@ class GDATrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.accelerator.is_fsdp2:
+        if self.accelerator.is_fsdp2 or is_adapted(self._learner):  # the Trainer would look for PEFT's own files
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()

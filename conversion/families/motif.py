@@ -39,7 +39,13 @@ REQUIRED = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-ASSUMED = {"rms_norm_eps": 1e-6, "attn_rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "poly_norm"}
+ASSUMED = {
+    "rms_norm_eps": 1e-6,
+    "attn_rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "poly_norm",
+    "max_position_embeddings": 8192,
+}
 # Fields of Motif-3, which has the same model type and architecture, but another attention, residual stream and MLP.
 MOTIF_3_FIELDS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "num_experts", "n_routed_experts", "mhc_enabled")
 

@@ -40,7 +40,7 @@ def exported(source: Source) -> Export | None:
     Raises:
         ValueError: if conversion.json says it is, but does not describe it.
     """
-    folder: Path | None = getattr(source, "folder", None)
+    folder: Path | None = getattr(getattr(source, "base", source), "folder", None)  # of an adapter, its base's
     settings = None if folder is None else read_settings(folder)
     if settings is None or not settings.export or source.config.model_type not in LLAMALIKES:
         return None

@@ -60,9 +60,7 @@ def _as_plain(source: Source, config: GDAConfig, options: ExportOptions) -> Conv
     is_gguf = options.format == "gguf"  # which names no model type, so any will do
     model_type, reason = choose_target(config, "llama" if is_gguf else options.format, counts)
     numbers = [_number(layer, value, with_noise) for layer, value in enumerate(lambdas)]
-    recipes = (all_copied if config.qk_rank is None else folded_recipes)(
-        config, source.specs, DTYPE_CHOICES[options.dtype]
-    )
+    recipes = folded_recipes(config, source.specs, DTYPE_CHOICES[options.dtype])
     unmasked = unmasked_recipes(config, recipes)
     plain = plain_recipes(config, unmasked, heads, numbers)
     computed = config.qk_rank is not None or unmasked != recipes or any(numbers)

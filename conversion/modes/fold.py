@@ -35,7 +35,7 @@ def plan(source: Source, options: WriteOptions) -> Conversion:
 
 
 def folded_recipes(config: GDAConfig, source: dict[str, TensorSpec], dtype: torch.dtype | None) -> dict[str, Recipe]:
-    """The recipes of the dense checkpoint, given the configuration and the tensors of the factored one."""
+    """The recipes of the dense checkpoint, given the configuration and the tensors of one that may be factored."""
     recipes = {}
     for name, spec in dense_specs(config).items():
         projection = next((p for p in config.factored_projections if f".{p}_proj." in name), None)

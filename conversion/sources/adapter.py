@@ -14,7 +14,7 @@ from gda.common.errors import first_line
 from gda.common.extras import needed_by
 from gda.common.files import read_json
 from gda.common.places import ADAPTER_CONFIG
-from gda.conversion.sources.source import Source
+from gda.conversion.sources.source import Source, card_fields
 from gda.conversion.sources.tokenizers import has_vocabulary, read_tokenizer
 from gda.conversion.tensors.safetensors_io import INDEX_FILE, WEIGHTS_FILE
 
@@ -111,7 +111,11 @@ class AdapterSource(Source):
         copy_assets(self.folder, folder, tokenizer=tokenizer and own)
 
     def card_data(self) -> dict[str, Any]:
-        return self.base.card_data()
+        base, own = self.base.card_data(), card_fields(self.folder)
+        own.pop("base_model", None)  # perhaps a path
+        if "license" in own:  # it counts, with its own name and link
+            base = {name: value for name, value in base.items() if not name.startswith("license")}
+        return base | own | ({"base_model": self.base.name} if self.base.revision else {})
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -19,6 +19,7 @@ from gda.configuration.configuration_gda import MAX_LAYERS, ROPE_ARGUMENTS, GDAC
 from gda.conversion.families import motif
 from gda.conversion.families.llamalike import refuse_unread
 from gda.conversion.families.registry import CONVERTIBLE_TYPES, OTHER_RELATIVES
+from gda.conversion.sources.adapter import is_adapter
 
 MAX_SIZE = 2**30
 MAX_NESTING = 20  # levels of lists and dictionaries; deeper ones can raise RecursionError
@@ -132,14 +133,16 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     """Read and check the fields in `folder`/config.json.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file and the field, if no config class should read it.
+        FileNotFoundError: if there is no such file, or only an adapter.
+        ValueError: naming the file and the field, if no config class should read it; or if there is an adapter, too.
     """
     path = folder / "config.json"
+    if is_adapter(folder):
+        raise FileNotFoundError(f"{folder} is an adapter; merge it into its model: gda convert {folder} OUT")
     if not path.is_file():
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} is an adapter; merge it into its model: gda convert {folder} OUT")
         raise FileNotFoundError(f"{path} is missing; a model folder must have one")
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would apply it, or load its base instead
+        raise ValueError(f"{folder} holds both a model and an adapter; move {ADAPTER_CONFIG} out of it")
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path} names no model_type: it is not a dictionary of fields")

@@ -1,25 +1,20 @@
 """A folder of safetensors as a source."""
 
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.assets import copy_assets
 from gda.common.errors import errors_as
-from gda.common.places import ADAPTER_CONFIG
 from gda.conversion.sources.config_file import read_config
 from gda.conversion.sources.names import stored_names
-from gda.conversion.sources.source import Source
+from gda.conversion.sources.source import Source, card_fields
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
-
-CARD_FIELDS = ("license", "license_name", "license_link", "language", "base_model")
 
 
 class FolderSource(Source):
@@ -30,8 +25,6 @@ class FolderSource(Source):
         self.name = name or folder.resolve().name
         self.revision = revision
         self.config = read_config(folder)
-        if (folder / ADAPTER_CONFIG).is_file():  # transformers would load the adapter's base instead
-            raise ValueError(f"{folder} holds both a model and an adapter; move {ADAPTER_CONFIG} out of it")
         self._reader = SafetensorsReader(folder)
         self.weight_files = [folder / file for file in self._reader.files]
         self.specs = self._reader.specs
@@ -66,9 +59,4 @@ class FolderSource(Source):
         return read_tokenizer(self.folder, config=self.config, hub_id=self.name if self.revision else None)
 
     def card_data(self) -> dict[str, Any]:
-        with contextlib.suppress(Exception):  # a conversion doesn't need the card: a broken one must not stop it
-            data = ModelCard.load(self.folder / "README.md").data.to_dict()
-            if isinstance(languages := data.get("language"), list):  # YAML reads Norwegian's `no` as false
-                data["language"] = ["no" if language is False else language for language in languages]
-            return {key: data[key] for key in CARD_FIELDS if data.get(key)}
-        return {}
+        return card_fields(self.folder)

@@ -63,6 +63,7 @@ class GGUFSource(Source):
         self.revision = None
         self._stamps = {file: stamp_of(file) for file in self.weight_files}
         self._reader, self._files = read_parts(self.weight_files)
+        self._reader.fields.pop("general.name", None)  # "mistral" would make transformers take a Llama for a Mistral
         self.config = self._read_config()
         self._refuse_unread_contents()
         self._tensors = self._tensors_by_name()
@@ -105,7 +106,7 @@ class GGUFSource(Source):
             fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
             config = type(read)(**fields)  # without attributes that a saved config should not have
         require_known_type(config.model_type, self.path)
-        if config.model_type not in MODEL_ARCH_NAMES.values():  # a Llama whose general.name is "mistral" becomes one
+        if config.model_type not in MODEL_ARCH_NAMES.values():
             raise ValueError(
                 f"{self.path}: transformers has no table of GGUF tensors for a {config.model_type}; "
                 "convert from the safetensors model"

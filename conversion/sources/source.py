@@ -1,5 +1,6 @@
 """What a conversion reads: the interface of a source."""
 
+import contextlib
 import functools
 import re
 from abc import ABC, abstractmethod
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
@@ -23,6 +25,20 @@ TRAINING_FILE = "training.json"
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+CARD_FILE = "README.md"
+CARD_FIELDS = ("license", "license_name", "license_link", "language", "base_model")
+
+
+def card_fields(folder: Path) -> dict[str, Any]:
+    """Licence, language and base model in the metadata of a folder's card; empty without a card that can be read."""
+    with contextlib.suppress(Exception):  # a conversion doesn't need the card: a broken one must not stop it
+        data = ModelCard.load(folder / CARD_FILE).data.to_dict()
+        if isinstance(languages := data.get("language"), list):  # YAML reads Norwegian's `no` as false
+            data["language"] = ["no" if language is False else language for language in languages]
+        return {key: data[key] for key in CARD_FIELDS if data.get(key)}
+    return {}
 
 
 class Source(ABC):

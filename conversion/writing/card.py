@@ -12,7 +12,6 @@ from gda._version import __version__
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.writing.headmap import head_map
 
-CARD_FILE = "README.md"
 DISTRIBUTION = "grouped-differential-attention"
 PLACEHOLDER = "path/or/id"  # in the card of a folder, for the repository that it is pushed to
 # By name. conversion.json, which anybody may have written, names the mode_… that is used.

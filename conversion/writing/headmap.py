@@ -13,7 +13,9 @@ def head_map(config: GDAConfig) -> str:
     Each KV head, or pair of them, has a column; wide models are cut after a few columns.
 
         KV heads     0        1        2
-        query heads  s s s n  s s s n  s s s n     9 signal + 3 noise, 3:1
+        query heads  s s s n  s s s n  s s s n
+
+        9 signal + 3 noise, 3:1, 30 layers
     """
     kv_columns, query_columns = _columns(config)
     drawn = min(len(kv_columns), MAX_GROUPS_DRAWN)

@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from gda.common.assets import TOKENIZER_CONFIG, own_code, tokenizer_config
 from gda.common.errors import CheckFailed
 from gda.common.files import read_json, write_json
+from gda.conversion.sources.adapter import AdapterSource
 from gda.conversion.sources.compare_tokenizers import difference
 from gda.conversion.sources.source import Source
-from gda.conversion.sources.tokenizers import ANY_TOKENIZER, NoTokenizerError, read_tokenizer
+from gda.conversion.sources.tokenizers import ANY_TOKENIZER, NoTokenizerError, has_vocabulary, read_tokenizer
 
 RUN_AS_THEY_ARE = {"PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"}
 # What a tokenizer class chooses by itself where tokenizer_config.json is silent.
@@ -109,6 +110,8 @@ def _code_notes(source: Source, folder: Path) -> list[str]:
     """A note on the tokenizer's own code, if it has any. That of a Hub id is named with the id: it isn't downloaded."""
     if not (named := own_code(folder)):
         return []
+    if isinstance(source, AdapterSource) and not has_vocabulary(source.folder):
+        source = source.base  # whose tokenizer it has
     if source.revision is not None:
         named = [each if "--" in each else f"{source.name}--{each}" for each in named]
         config = tokenizer_config(folder) | {"auto_map": {"AutoTokenizer": [named[0], named[-1]]}}

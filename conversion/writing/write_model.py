@@ -20,11 +20,11 @@ from gda.conversion.modes.low_rank import dense_specs, layer_errors
 from gda.conversion.options import BundleOptions, CheckpointOptions
 from gda.conversion.push import PushReport
 from gda.conversion.sources.folder import FolderSource
-from gda.conversion.sources.source import TRAINING_FILE, Source
+from gda.conversion.sources.source import CARD_FILE, TRAINING_FILE, Source
 from gda.conversion.split.report import SplitReport
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opened
-from gda.conversion.writing.card import CARD_FILE, model_card
+from gda.conversion.writing.card import model_card
 from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
 from gda.conversion.writing.stream import MANIFEST_FILE, mode_of_shards, shards_of, write_checkpoint

@@ -345,6 +345,10 @@ def test_rules_are_checked_when_a_model_is_built(model_class: type) -> None:
     config.num_noise_heads = 3
     with pytest.raises(ValueError, match=r"GDAConfig\.num_noise_heads must divide"):
         model_class(config)
+    config = tiny_config(pad_token_id=5)
+    config.vocab_size = 5
+    with pytest.raises(ValueError, match=r"pad_token_id"):
+        model_class(config)
 
 
 def test_wrong_type_is_refused_on_assignment() -> None:

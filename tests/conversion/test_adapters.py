@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,6 +73,50 @@ def test_adapter_of_gda_model_is_exported(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").config.model_type == "llama"
     for folder in ("plain", "merged"):
         assert relative_error(logits(tmp_path / folder, ids), expected) < 1e-5
+
+
+def test_adapter_of_an_exported_model_restores_it(tmp_path: Path) -> None:
+    """Its noise heads are those of the GDA model before, as for the exported model itself."""
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
+    gda.export(tmp_path / "gda", tmp_path / "plain", heads="all")
+    adapter = save_adapter(tmp_path / "plain", tmp_path / "adapter", target_modules=["up_proj"])
+    report = gda.convert(adapter, tmp_path / "again")
+    before = load(tmp_path / "gda").config
+    assert report.config.num_attention_heads == before.num_attention_heads
+    assert report.config.num_noise_heads == before.num_noise_heads
+    ids = token_ids(2, 12)
+    assert relative_error(logits(tmp_path / "again", ids), logits(merged(tmp_path / "plain", adapter), ids)) < 1e-5
+
+
+@pytest.mark.parametrize("licence", [None, "other"])
+def test_card_of_an_adapter(licence: str | None, tmp_path: Path, hub: Hub) -> None:
+    """The adapter's licence counts, if it has one; a local adapter's base model is the one that it names."""
+    base = save_llama(tmp_path / "llama")
+    card = "---\nlicense: other\nlicense_link: base.txt\nbase_model: me/first\nlanguage: en\n---\n"
+    (base / "README.md").write_text(card)
+    put(hub, "me/llama", base)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    change(adapter, base_model_name_or_path="me/llama")
+    own = "" if licence is None else f"license: {licence}\nlicense_name: mine\n"
+    (adapter / "README.md").write_text(f"---\n{own}base_model: /home/me/llama\n---\n")
+    gda.convert(adapter, tmp_path / "gda", verify=False)
+    data = ModelCard.load(tmp_path / "gda" / "README.md").data
+    assert (data.base_model, data.language) == ("me/llama", "en")
+    assert data.license == "other"
+    assert (data.license_name, data.license_link) == ((None, "base.txt") if licence is None else ("mine", None))
+
+
+def test_code_of_the_base_tokenizer_stays_on_the_hub(tmp_path: Path, hub: Hub) -> None:
+    """The adapter has no tokenizer, so the code is in the repository of its base."""
+    base = save_llama(tmp_path / "llama")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_mine.Mine"]}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    put(hub, "me/llama", base)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    change(adapter, base_model_name_or_path="me/llama")
+    report = gda.convert(adapter, tmp_path / "gda", verify=False)
+    assert any("me/llama--tokenization_mine.Mine; it stays on the Hub" in note for note in report.notes)
 
 
 def test_history_goes_on_from_the_base(tmp_path: Path) -> None:
@@ -248,8 +293,10 @@ def test_inspect_says_how_to_merge(tmp_path: Path) -> None:
 
 def test_eval_says_how_to_merge(tmp_path: Path) -> None:
     adapter = save_adapter(save_llama(tmp_path / "llama"), tmp_path / "adapter")
-    with pytest.raises(FileNotFoundError, match="is an adapter; merge it into its model: gda convert"):
-        gda.evaluate(adapter, tasks="gda_copy_length_64")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="is an adapter; merge it into its model: gda convert"):
+            gda.evaluate(adapter, tasks="gda_copy_length_64")
+        (adapter / "config.json").write_bytes((tmp_path / "llama" / "config.json").read_bytes())  # as some programs do
 
 
 def test_train_says_how_to_merge(tmp_path: Path) -> None:

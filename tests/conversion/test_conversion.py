@@ -508,6 +508,17 @@ def test_model_card_has_metadata_and_verified_numbers(tmp_path: Path) -> None:
     assert f"{100 * verification.greedy_match:.2f} %" in card.text
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"head_norm": True, "kv_layout": "paired"}, {"lambda_type": "sigmoid"}], ids=str
+)
+def test_model_card_says_what_is_faded_in(options: dict[str, Any], tmp_path: Path) -> None:
+    """A λ that is faded in has no gradient before."""
+    report = gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False, **options)
+    card = (tmp_path / "gda" / "README.md").read_text()
+    assert ("have gradients from the first training steps on" in card) == (report.config.lambda_target is None)
+    assert ("raises `fade` from 0 to 1" in card) == (report.config.fade is not None)
+
+
 def test_model_card_without_verification(tmp_path: Path) -> None:
     """It contains no numbers."""
     convert(save_llama(tmp_path / "llama"), tmp_path / "gda")

@@ -323,10 +323,11 @@ def test_wrong_mode_is_refused(tmp_path: Path, command: Command) -> None:
 
 
 def test_missing_fields_get_defaults_with_a_note(tmp_path: Path, command: Command) -> None:
-    source = save_motif(tmp_path / "motif", attn_rms_norm_eps=..., rope_theta=...)
+    source = save_motif(tmp_path / "motif", attn_rms_norm_eps=..., rope_theta=..., max_position_embeddings=...)
     outcome = command("convert", source, tmp_path / "gda")
     assert "note: config.json has no attn_rms_norm_eps; 1e-05 is assumed" in outcome.out
     assert "note: config.json has no rope_theta; 10000.0 is assumed" in outcome.out
+    assert "note: config.json has no max_position_embeddings; 8192 is assumed" in outcome.out
     config = GDAConfig.from_pretrained(tmp_path / "gda")
     assert (config.head_norm_eps, config.rope_parameters["rope_theta"]) == (1e-5, 10000.0)
 

@@ -1,6 +1,7 @@
 """Push and pull over HTTP with the real clients and a local Hub, including everything that can fail."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,12 +162,13 @@ def test_convert_and_push(tmp_path: Path, hub: Hub, command: Command) -> None:
     (llama / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en, de]\nbase_model: a/b\n---\nA Llama.\n")
     (llama / "pytorch_model.bin").write_bytes(b"a pickle")
     (llama / "modeling_llama.py").write_text("raise SystemExit")
+    shutil.copytree(llama, llama / "checkpoint-9")  # as a training pushes them
     commit = put(hub, "some-one/llama", llama)
     out = tmp_path / "gda"
     outcome = command("convert", "some-one/llama", out, "--push-to-hub", "me/llama-gda", "--private")
     assert outcome.code == 0, outcome.error
     assert outcome.out.splitlines()[-1].startswith(f"{hub.url}/me/llama-gda: commit ")
-    assert not hub.asked(r"resolve/.*(\.bin|\.py)$")
+    assert not hub.asked(r"resolve/.*(\.bin|\.py|checkpoint-9/.*safetensors)$")
     held = hub.files("me/llama-gda")
     del held[".gitattributes"]
     assert held == as_pushed(out, "me/llama-gda")

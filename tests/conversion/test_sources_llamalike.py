@@ -591,7 +591,8 @@ def test_gguf_equals_the_model_it_was_written_from(
 def test_mistral_gguf_converts_as_a_llama(tmp_path: Path) -> None:
     """llama.cpp stores a Mistral as a Llama, which is the same without a window."""
     changes = {"sliding_window": None, "head_dim": 16}
-    path = gguf_of(tmp_path / "tiny.gguf", "mistral", architecture="llama", changes=changes)
+    named = {"general.name": "mistral"}  # transformers would look for tensors of a Mistral then
+    path = gguf_of(tmp_path / "tiny.gguf", "mistral", architecture="llama", changes=changes, metadata=named)
     report = gda.convert(path, tmp_path / "gda")
     assert report.config.sliding_window is None
     original = source_model("mistral", hidden_size=64, intermediate_size=96, **changes)
@@ -600,7 +601,6 @@ def test_mistral_gguf_converts_as_a_llama(tmp_path: Path) -> None:
 
 GGUF_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a window": ("mistral", {"architecture": "llama", "metadata": {"llama.attention.sliding_window": 4096}}, "window"),
-    "named mistral": ("mistral", {"architecture": "llama", "metadata": {"general.name": "mistral"}}, "mistral"),
     "heads of another width": (
         "qwen3",
         {"changes": {"head_dim": 16}, "metadata": {"qwen3.attention.key_length": 16}},

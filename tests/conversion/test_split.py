@@ -481,6 +481,15 @@ def test_conversion_json_has_the_report(divided: tuple[Path, Any]) -> None:
     assert math.isfinite(report.split.perplexity)
 
 
+def test_card_mentions_a_cast_only_if_there_was_one(tmp_path: Path) -> None:
+    """Of a split, which is lossy for another reason."""
+    for source, dtype, mentioned in ((torch.bfloat16, "bfloat16", False), (torch.float32, "bfloat16", True)):
+        llama = save_llama(tmp_path / str(source), dtype=source)
+        options = {"mode": "split", "effort": "fast", "calibration_tokens": 512, "dtype": dtype, "overwrite": True}
+        gda.convert(llama, tmp_path / "gda", verify=False, **options)
+        assert ("were cast to bfloat16" in (tmp_path / "gda" / "README.md").read_text()) == mentioned
+
+
 def test_card_reports_the_loss(divided: tuple[Path, Any]) -> None:
     """Perplexities, and a table row for each layer."""
     out, report = divided

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import gda
 
@@ -30,6 +32,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama. Tests must not change it."""
     return save_llama(tmp_path_factory.mktemp("model") / "llama")
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
@@ -398,6 +407,36 @@ def test_checkpoint_of_another_shape_is_refused(model: Path, tmp_path: Path, com
     outcome = command("eval", folder, "--perplexity", tmp_path / "text.txt")
     assert outcome.code == 2
     assert "the checkpoint has a different shape for model.layers.0.mlp" in outcome.error
+
+
+@pytest.mark.parametrize("beside", ["an adapter", "pickled weights"])
+def test_other_weights_beside_the_model_are_refused(beside: str, model: Path, tmp_path: Path, command: Command) -> None:
+    """transformers would apply the adapter, or read the pickle in the place of a file that is no model's."""
+    folder = shutil.copytree(model, tmp_path / "mixed")
+    if beside == "an adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    else:
+        state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        torch.save(state, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    (tmp_path / "text.txt").write_text("a text of some words " * 20)
+    outcome = command("eval", folder, "--perplexity", tmp_path / "text.txt")
+    assert outcome.code == 2
+    expected = "holds both a model and an adapter" if beside == "an adapter" else "no file named model.safetensors"
+    assert expected in outcome.error.strip().splitlines()[-1]
+
+
+def test_failing_perplexity_wastes_no_tasks(
+    data: Path, model: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured before the tasks run."""
+    (tmp_path / "text.txt").write_text("a text of some words " * 20)
+    arguments = ("--dataset-root", data, "--perplexity", tmp_path / "text.txt")
+    monkeypatch.setattr("gda.eval.evaluate.text_perplexity", raising(ValueError("no perplexity")))
+    monkeypatch.setattr("gda.eval.lm_eval.run_tasks.run_tasks", raising(AssertionError("the tasks ran")))
+    outcome = command("eval", model, "--tasks", BLIMP, *arguments)
+    assert outcome.code == 2
+    assert outcome.error.strip().splitlines()[-1] == "gda: no perplexity"
 
 
 def test_nan_log_likelihood_is_refused(data: Path, model: Path, command: Command, tmp_path: Path) -> None:

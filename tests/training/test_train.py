@@ -201,6 +201,25 @@ def test_card_has_the_whole_history(models: Path, tmp_path: Path) -> None:
     assert "3. `grow`" in (tmp_path / "grown" / "README.md").read_text()
 
 
+def test_checkpoint_has_the_history_too(
+    models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is trained from it keeps the licence, the base model and the steps before."""
+    shutil.copytree(models / "gda", tmp_path / "gda")
+    (tmp_path / "gda" / "README.md").write_text("---\nlicense: mit\nbase_model: me/first\n---\n")
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        gda.train(tmp_path / "gda", tmp_path / "first", data=models / "text.txt", **SHORT)
+    monkeypatch.undo()
+    checkpoint = tmp_path / ".first.partial" / "checkpoint-3"
+    gda.train(checkpoint, tmp_path / "second", data=models / "text.txt", **FAST)
+    card = ModelCard.load(tmp_path / "second" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "me/first")
+    *_, before, last = history_of(tmp_path / "second")
+    assert before == "Trained for 3 steps so far."
+    assert last.startswith("Trained from checkpoint-3 ")
+
+
 def test_pushed_model_keeps_its_history(models: Path, tmp_path: Path, hub: Hub) -> None:
     """A model that was trained, pushed and pulled knows all its steps; paths of this machine stay here."""
     gda.convert(models / "llama", tmp_path / "gda")
@@ -1127,6 +1146,7 @@ def test_from_and_to_the_hub(models: Path, tmp_path: Path, hub: Any, command: Co
     assert "me/trained: commit" in outcome.out
     train(models, "gda", tmp_path / "local")
     assert differing(tensors_of(tmp_path / "local"), tensors_of(tmp_path / "out")) == set()
+    assert history_of(tmp_path / "out")[-1].startswith("Trained from me/gda at commit ")
     model = AutoModelForCausalLM.from_pretrained("me/trained")
     assert torch.equal(model.lm_head.weight, tensors_of(tmp_path / "out")["lm_head.weight"])
 

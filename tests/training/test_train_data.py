@@ -111,7 +111,8 @@ def test_text_columns(opened: Callable[..., Sequences], tokenizer: PreTrainedTok
     for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
         path = write_parquet(tmp_path / "rows.parquet", pa.array(with_empty, pa.string()).cast(kind), "body")
         assert ids_of(opened(path, text_field="body")) == expected
-    assert ids_of(opened(write_jsonl(tmp_path / "rows.jsonl", with_empty, "body"), text_field="body")) == expected
+    for name in ("body", "tools"):  # beside messages, `tools` would be those of a chat
+        assert ids_of(opened(write_jsonl(tmp_path / "rows.jsonl", with_empty, name), text_field=name)) == expected
 
 
 def test_csv_and_json(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -55,11 +55,13 @@ def trainer(model: Any, folder: Path, callbacks: tuple[TrainerCallback, ...] = (
         "save_steps": 3,
         "seed": 5,
     }
+    evaluated = options.pop("eval_dataset", None)
     arguments = TrainingArguments(output_dir=str(folder), **plain | options)
     return GDATrainer(
         model,
         arguments,
         train_dataset=DATA,
+        eval_dataset=evaluated,
         lambda_learning_rate=0.05,
         callbacks=[FadeCallback(5, 0.3), *callbacks],
     )
@@ -174,7 +176,20 @@ def test_checkpoint_with_modules_that_are_trained_in_full(tmp_path: Path) -> Non
     model = peft.get_peft_model(model_of("gqa"), config)
     trainer(model, tmp_path, save_steps=6).train()
     ids = token_ids(2, 9)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6").eval()
+    plain, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
+    assert not any(loading.values())
+    assert relative_error(plain.eval()(ids).logits, model.eval()(ids).logits) < 1e-5
+
+
+def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    """Where the highest loss counts as the best, it is that of the first checkpoint."""
+    model = adapted("gqa", tmp_path)
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "loss"}
+    run = trainer(model, tmp_path, eval_dataset=DATA, eval_strategy="steps", eval_steps=2, save_steps=2, **best)
+    run.train()
+    assert run.state.best_global_step == 2
+    ids = token_ids(2, 9)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").eval()
     assert relative_error(plain(ids).logits, model.eval()(ids).logits) < 1e-5
 
 

@@ -5,9 +5,12 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gda.common.files import write_json
+from gda.conversion.sources.source import TRAINING_FILE
+from gda.conversion.writing.provenance import history_of
 from gda.training.data.stream import SequenceStream
 from gda.training.runs.checkpoints import mark_complete, remove_older
-from gda.training.runs.model_folder import copy_companions
+from gda.training.runs.model_folder import copy_companions, write_card
 from gda.training.runs.processes import Processes
 
 STREAM_FILE = "stream.safetensors"
@@ -19,7 +22,7 @@ class CheckpointCallback(TrainerCallback):
     The Trainer's `save_total_limit` would remove them before the new one is complete.
 
     Args:
-        source: The folder of the model, for its tokenizer and licences.
+        source: The folder of the model, for its tokenizer, licences and history.
         dtypes: By parameter, the data type that it had before training.
         keep: Number of checkpoints to keep.
         processes: The processes that write checkpoints.
@@ -49,6 +52,9 @@ class CheckpointCallback(TrainerCallback):
             if self.stream is not None:
                 self.stream.save(checkpoint / STREAM_FILE, state.global_step * _per_step(args))
             copy_companions(self.source, checkpoint)
+            history = [*history_of(self.source), f"Trained for {state.global_step:,} steps so far."]
+            write_json(checkpoint / TRAINING_FILE, {"history": history})
+            write_card(checkpoint, self.source, checkpoint.name, history, has_code=False)
             mark_complete(checkpoint, self.dtypes)
             remove_older(folder, self.keep)
 

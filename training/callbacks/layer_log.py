@@ -108,7 +108,7 @@ class LayerLog(TrainerCallback):
             return []
         layers = [
             {"layer": index, **measurements(row), **(self.gradients[index] if self.gradients else {})}
-            for index, row in enumerate(reduce(self.sums).double().tolist())
+            for index, row in enumerate(reduce(self.sums).tolist())
         ]
         self.step = self.sums = None
         return layers

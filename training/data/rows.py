@@ -100,7 +100,7 @@ def _choose_fields(row: dict[str, Any], text_field: str) -> Fields | None:
 def _document(name: str, fields: Fields, place: str, row: dict[str, Any]) -> Piece | Example | None:
     """The document in a row; None if it has no content."""
     at = f"{name}, {place}"
-    fields = tuple(field for field in fields if field != TOOLS)
+    fields = tuple(field for field in fields if field != TOOLS) or fields  # the text itself may have that name
     if missing := [field for field in fields if field not in row]:
         raise ValueError(f"{at} has no field `{missing[0]}`")
     values: list[Any] = [row[field] for field in fields]

@@ -13,9 +13,10 @@ from gda.common.files import stamps, write_text
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.folder import FolderSource
+from gda.conversion.sources.source import CARD_FILE
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
-from gda.conversion.writing.card import CARD_FILE, model_card
+from gda.conversion.writing.card import model_card
 from gda.conversion.writing.tokenizer_files import keep_reading
 from gda.modeling_gda.modeling_gda import GDAForCausalLM
 from gda.training.report import TrainReport
@@ -78,13 +79,18 @@ def write_card(folder: Path, source: Path, name: str, history: list[str], *, has
 
 def training_step(settings: TrainSettings, report: TrainReport, source: str) -> str:
     """A sentence about the training: parameters, steps, data and losses."""
-    data = ", ".join(Path(name).name if Path(name).exists() else name for name in settings.data)
+    data = ", ".join(map(_short, settings.data))
     before, after, what = report.first_eval_loss, report.last_eval_loss, "held-out loss"
     if before is None or after is None:
         before, after, what = report.first_loss, report.last_loss, "training loss"
-    teacher = "" if settings.teacher is None else f", with the teacher {Path(settings.teacher).name}"
+    teacher = "" if settings.teacher is None else f", with the teacher {_short(settings.teacher)}"
     losses = "" if before is None or after is None else f"; {what} {before:.4f} before, {after:.4f} after"
     return (
         f"Trained from {source} (`--train {settings.train}`) for {report.steps:,} steps on {report.tokens:,} tokens of "
         f"{data}{teacher}{losses}."
     )
+
+
+def _short(name: str) -> str:
+    """The last part of a path; what is on the Hub has its owner's name, too."""
+    return Path(name).name if Path(name).exists() else name
