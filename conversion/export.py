@@ -71,7 +71,8 @@ def export(options: ExportOptions, *, console: Console | None = None) -> ExportR
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         if options.format == "gguf":  # the writer rounds to the type of the file
-            planned = replace(options, dtype="keep" if options.dtype == "keep" else "float32")
+            unchanged = options.dtype in ("keep", str(source.config.dtype).removeprefix("torch."))
+            planned = replace(options, dtype="keep" if unchanged else "float32")
             conversion = plan("export", source, planned)
             written = write_gguf(conversion, source, out, options, console=console)
         else:

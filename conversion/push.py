@@ -185,20 +185,18 @@ def _add_card(source: FolderSource, files: dict[str, Path], scratch: Path, has_c
     """
     config, name = source.config, source.folder.resolve().name
     assert isinstance(config, GDAConfig)
-    provenance, notes = None, []
-    if PROVENANCE_FILE in files:
-        provenance = read_json(files[PROVENANCE_FILE])
-        generated = [model_card(config, made=provenance, has_code=has) for has in (True, False)]
-        if provenance.get("sha256") != source.hashes():
-            notes.append(f"{PROVENANCE_FILE} describes different weights and is not pushed")
-            del files[PROVENANCE_FILE]
-            provenance = None
-        if CARD_FILE in files and files[CARD_FILE].read_bytes() in [card.encode() for card in generated]:
-            del files[CARD_FILE]  # unedited: it is generated again for the files that are pushed
+    notes: list[str] = []
+    known: dict[str, Any] = {"name": name, "history": history_of(source.folder), "card_data": source.card_data()}
+    provenance = read_json(files[PROVENANCE_FILE]) if PROVENANCE_FILE in files else None
+    generated = [model_card(config, made=provenance, has_code=has, **known) for has in (True, False)]
+    if provenance is not None and provenance.get("sha256") != source.hashes():
+        notes.append(f"{PROVENANCE_FILE} describes different weights and is not pushed")
+        del files[PROVENANCE_FILE]
+        provenance = None
+    if CARD_FILE in files and files[CARD_FILE].read_bytes() in [card.encode() for card in generated]:
+        del files[CARD_FILE]  # unedited: it is generated again for the files that are pushed
     if CARD_FILE not in files:
-        history = history_of(source.folder)
-        data = source.card_data()
-        card = model_card(config, name=name, made=provenance, has_code=has_code, history=history, card_data=data)
+        card = model_card(config, made=provenance, has_code=has_code, **known)
         write_text(scratch / CARD_FILE, card.replace(PLACEHOLDER, repo))
         return notes
     card_bytes = files[CARD_FILE].read_bytes()
@@ -238,7 +236,10 @@ def _send(report: PushReport, files: dict[str, Path], private: bool | None, has_
     before = api.model_info(repo, revision=report.revision)
     held = [file.rfilename for file in before.siblings or []]
     if CARD_FILE in held and not has_card:
-        files = {name: path for name, path in files.items() if name != CARD_FILE}  # keep the edited card
+        files = {name: path for name, path in files.items() if name != CARD_FILE}  # it may have been edited
+        note = f"{CARD_FILE} of the repository is kept, as the folder has none; check that it describes this model"
+        nbytes = sum(path.stat().st_size for path in files.values())
+        report = replace(report, files=list(files), nbytes=nbytes, notes=[*report.notes, note])
     removed = sorted(filter_repo_objects(set(held) - files.keys(), allow_patterns=[*STALE, *_code_names()]))
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, str(path)) for name, path in files.items()

@@ -19,8 +19,9 @@ class Row:
         score, stderr: The model's score and its standard error; None for an error that lm-eval does not give.
         baseline, baseline_stderr: The same of the baseline; None without one.
         difference: score − baseline.
-        difference_stderr: Standard error of the difference; None if it is unknown. If both models scored the same
-            documents, that of the mean difference per document; otherwise √(stderr² + baseline_stderr²).
+        difference_stderr: Standard error of the difference; None if it is unknown. If the score is a mean over
+            documents that both models scored, that of the mean difference per document; otherwise √(stderr² +
+            baseline_stderr²).
         within: Whether the difference is at most two standard errors; None without a baseline, or if the scores differ
             and the error is unknown.
     """
@@ -86,10 +87,21 @@ def _paired_stderr(results: dict[str, Any], baseline: dict[str, Any], task: str,
     return stdev(ours[document] - theirs[document] for document in ours) / math.sqrt(len(ours))
 
 
-def _by_document(results: dict[str, Any], task: str, metric: str) -> dict[int, float]:
-    name, _, filter_ = metric.rpartition(",")
-    samples = [sample for sample in results.get("samples", {}).get(task, []) if sample["filter"] == filter_]
-    values = {sample["doc_id"]: sample.get(name) for sample in samples}
+def _by_document(results: dict[str, Any], name: str, metric: str) -> dict[tuple[str, int], float]:
+    """The values of a metric by task and document, of a task or of all tasks of a group."""
+    metric, _, filter_ = metric.rpartition(",")
+    values = {
+        (task, sample["doc_id"]): sample.get(metric)
+        for task in _tasks_of(results, name)
+        for sample in results.get("samples", {}).get(task, [])
+        if sample["filter"] == filter_
+    }
     if all(isinstance(value, int | float) for value in values.values()):
         return {document: float(value) for document, value in values.items() if value is not None}
     return {}
+
+
+def _tasks_of(results: dict[str, Any], name: str) -> list[str]:
+    """The tasks of a group and of the groups in it; a task itself."""
+    members = results.get("group_subtasks", {}).get(name)
+    return [task for member in members for task in _tasks_of(results, member)] if members else [name]

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -204,8 +206,13 @@ def _find_models(options: EvaluateOptions) -> list[Candidate]:
 
 
 def _load_tasks(candidate: Candidate, options: TaskOptions) -> list[Any]:
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
     from gda.eval.lm_eval.find_tasks import load_tasks
 
+    # As lm-eval does before it loads tasks: some, such as RULER's, draw their documents then.
+    random.seed(DEFAULT_RANDOM_SEED if options.seed is None else options.seed)
+    np.random.seed(DEFAULT_OTHER_SEED if options.seed is None else options.seed)
     metadata = {"tokenizer": candidate.tokenizer, **_metadata(options)}
     return load_tasks(
         options.tasks or (),

@@ -281,7 +281,8 @@ class GDATrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.accelerator.is_fsdp2 or is_adapted(self._learner):  # the Trainer would look for PEFT's own files
+        # With LoRA, the Trainer would look for PEFT's own files; with DeepSpeed, it reads those of DeepSpeed.
+        if self.accelerator.is_fsdp2 or (is_adapted(self._learner) and not self.is_deepspeed_enabled):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()

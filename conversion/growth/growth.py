@@ -45,7 +45,8 @@ def makes_replicas(options: "GrowOptions") -> bool:
 
 def settings(options: "GrowOptions") -> dict[str, Any]:
     """What conversion.json stores of the growth."""
-    return {name: getattr(options, name) for name in FIELDS}
+    replicas = makes_replicas(options)  # which the noise is for
+    return {name: getattr(options, name) for name in FIELDS if replicas or name != "noise_std"}
 
 
 def copied_layers(options: "GrowOptions", layers: int) -> list[int]:

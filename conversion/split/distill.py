@@ -2,8 +2,10 @@
 
 A step runs the layers forward; computes the KL divergence from the source's predictions; and goes back through the
 layers for the gradients of their attention, which is then updated. Activations are kept if they fit into memory;
-otherwise only the input of each layer is, and the layer runs again on the way back. MLPs, norms and embeddings are
-frozen. Trained weights and Adam's moments are in mapped files.
+otherwise only the input of each layer is, and the layer runs again on the way back. The attention includes its biases
+and the norms of q and k; MLPs, the other norms and embeddings are frozen. Trained weights and Adam's moments are in
+mapped files.
+
 """
 
 from collections.abc import Callable, Iterator

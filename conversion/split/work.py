@@ -70,6 +70,8 @@ class Work:
 
 def _reserve(path: Path, nbytes: int) -> None:
     """Allocate all blocks of the file: writing to a mapped file on a full disk would kill the process."""
-    with open(path, "ab") as file, errors_naming(path):
+    path.touch()
+    # Not for appending: where a file system cannot reserve blocks, glibc reads and writes each of them.
+    with open(path, "r+b") as file, errors_naming(path):
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, nbytes)

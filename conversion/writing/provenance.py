@@ -145,10 +145,9 @@ def _at_commit(source: Source) -> str:
 def _with_conversion(source: Source, made: dict[str, Any]) -> list[str]:
     """The steps of a source, and the conversion that conversion.json describes."""
     settings, split, verification = made["settings"], made["split"], made["verification"]
-    growth = {
-        name: value for name, value in (settings["growth"] or {}).items() if value is not None and value is not False
-    }
-    options = f" ({', '.join(f'{name} {value}' for name, value in growth.items())})" if growth else ""
+    given = {**(settings["layout"] or {}), "qk_rank": settings["qk_rank"], **(settings["growth"] or {})}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    options = f" ({', '.join(f'{name} {value}' for name, value in given.items())})" if given else ""
     result = ""
     if split is not None and split["perplexity"] is not None:
         result = f"; held-out perplexity {split['perplexity']:.3f}, that of the source {split['perplexity_source']:.3f}"

@@ -34,7 +34,10 @@ def keep_tokenizer(source: Source, folder: Path, *, check: bool = True) -> list[
         tokenizer = source.tokenizer()
     except NoTokenizerError as error:  # verification says why its prompts are random ids
         return notes if notes or error.detail is None else [f"tokenizers are not compared: {error}"]
-    return [*notes, *keep_reading(tokenizer, folder, check=check)]
+    try:
+        return [*notes, *keep_reading(tokenizer, folder, check=check)]
+    except CheckFailed as error:
+        raise CheckFailed(f"{error}; --no-verify writes the model all the same") from None
 
 
 def keep_reading(tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool = True) -> list[str]:
@@ -59,7 +62,7 @@ def keep_reading(tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: boo
     model_type = read_json(folder / "config.json").get("model_type")
     found = f"transformers reads the tokenizer of a {model_type} differently than the source's: {different}"
     if check:
-        raise CheckFailed(f"{found}; another --format may keep it, and --no-verify writes the model all the same")
+        raise CheckFailed(found)
     return [*notes, found]
 
 

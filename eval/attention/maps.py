@@ -15,7 +15,7 @@ import torch
 
 from gda.eval.attention.analysis import LayerAttention
 
-POOLS = (1, 2, 4, 8, 16)
+POOLS = (1, 2, 4, 8, 16, 32, 64)
 LEVELS, SIGNED_LEVELS = 255, 127
 
 

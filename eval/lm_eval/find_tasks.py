@@ -5,6 +5,7 @@ Only the folders of lm-eval whose files mention a wanted name are given to lm-ev
 
 import contextlib
 import fnmatch
+import functools
 import re
 import traceback
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,9 @@ class TaskManagerWithOurs(TaskManager):
     def __init__(self, *args: Any, include_path: str | Path | list[str | Path] | None = None, **kwargs: Any) -> None:
         given = include_path if isinstance(include_path, list) else [include_path] if include_path else []
         super().__init__(*args, include_path=[TASKS_FOLDER, *given], **kwargs)
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        return _processed_once(super().load(*args, **kwargs))
 
 
 def load_tasks(
@@ -76,7 +80,7 @@ def code_allowed(allowed: bool) -> contextlib.AbstractContextManager[None]:
 def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
     folders_read.clear()
     try:
-        return manager.load([name])
+        return _processed_once(manager.load([name]))
     except Exception as error:  # a definition may do anything with data that it does not expect
         under_way = task_under_way(error)
         task, reason = name if under_way is None else under_way.config.task, first_line(error)
@@ -88,6 +92,17 @@ def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
         if not isinstance(error, ValueError):
             last_read, reason = last_read or " from its data", f"{type(error).__name__}: {reason}"
         raise ValueError(f"task {task} cannot be loaded{last_read}: {reason}") from None
+
+
+def _processed_once(loaded: Any) -> Any:
+    """Keep the documents that `process_docs` returns: lm-eval calls it for the prompts, and again for the answers.
+
+    GPQA's shuffles the choices each time. Only the cache on the disk hides that, which datasets in memory don't have.
+    """
+    for task in loaded["tasks"].values():
+        if callable(process := task.config.process_docs):
+            task.config.process_docs = functools.cache(process)
+    return loaded
 
 
 def task_under_way(error: Exception) -> Any:

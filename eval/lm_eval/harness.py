@@ -170,6 +170,9 @@ class GDALM(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._shows_bars)
         self._check_finite(requests, answers)
+        for index in self._indices_to_keep(requests):
+            (text,), task = requests[index].args, requests[index].task_name
+            self.received.append(ReceivedRequest(task, "", text, [self.prefix_token_id], self.tok_encode(text)))
         return answers
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:

@@ -519,6 +519,17 @@ def test_model_card_says_what_is_faded_in(options: dict[str, Any], tmp_path: Pat
     assert ("raises `fade` from 0 to 1" in card) == (report.config.fade is not None)
 
 
+def test_history_names_the_options(tmp_path: Path) -> None:
+    """After training it is the only record of them."""
+    options = {"qk_rank": 4, "head_norm": True}
+    gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False, **options)
+    record = json.loads((tmp_path / "gda" / "conversion.json").read_text())
+    (step,) = record["history"]
+    assert step.startswith("`expand` (")
+    assert "head_norm True" in step
+    assert "qk_rank 4" in step
+
+
 def test_model_card_without_verification(tmp_path: Path) -> None:
     """It contains no numbers."""
     convert(save_llama(tmp_path / "llama"), tmp_path / "gda")

@@ -20,7 +20,7 @@ from gda.conversion.verify import VerificationFailed
 
 from ..support.commands import Command, assert_refused
 from ..support.gguf_files import write_gguf
-from ..support.llamas import VOCAB_SIZE, byte_tokenizer, llama_model, tensors_of
+from ..support.llamas import VOCAB_SIZE, byte_tokenizer, files_of, llama_model, tensors_of
 from ..support.tiny import tiny_model
 from ..support.tokenizer_kinds import HARD_TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 
@@ -54,6 +54,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "llama3": ({"rope_parameters": LLAMA3}, "llama"),
     "yarn": ({"rope_parameters": YARN}, "llama"),
     "linear": ({"rope_parameters": LINEAR}, "llama"),
+    "linear, by the older key": ({"rope_parameters": LINEAR | {"type": "linear"}}, "llama"),
 }
 
 
@@ -157,9 +158,14 @@ def test_narrow_types(dtype: str, tmp_path: Path) -> None:
 
 def test_bfloat16_model_stays_bfloat16(tmp_path: Path) -> None:
     tiny_model(**SHAPE).to(torch.bfloat16).save_pretrained(tmp_path / "gda")
-    report = gda.export(tmp_path / "gda", tmp_path / "tiny.gguf", format="gguf")
-    assert report.file_type == "BF16"
-    assert any("no tokenizer" in note for note in report.notes)
+    reports = {}
+    for dtype in ("keep", "bfloat16"):
+        out = tmp_path / dtype / "tiny.gguf"
+        report = reports[dtype] = gda.export(tmp_path / "gda", out, format="gguf", dtype=dtype)
+        assert report.file_type == "BF16"
+        assert any("no tokenizer" in note for note in report.notes)
+    assert reports["keep"].verification == reports["bfloat16"].verification
+    assert files_of(tmp_path / "keep") == files_of(tmp_path / "bfloat16")
 
 
 def test_float64_model_is_rounded_with_a_note(tmp_path: Path) -> None:

@@ -207,6 +207,7 @@ def test_push_without_code(folder: Path, hub: Hub, command: Command) -> None:
     outcome = command("push", folder, "me/x", "--no-bundle-code")
     assert outcome.code == 0
     assert "is not part of a model" not in outcome.out
+    assert "note: modeling_gda.py belongs to an earlier model" in outcome.out
     held = hub.files("me/x")
     assert b"trust_remote_code" not in held["README.md"]
     assert not [path for path in held if path.endswith(".py")]
@@ -263,7 +264,10 @@ def test_existing_card_is_kept(folder: Path, hub: Hub, command: Command) -> None
     theirs = b"---\nlicense: mit\n---\nMine.\n"
     huggingface_hub.upload_file(path_or_fileobj=theirs, path_in_repo="README.md", repo_id="me/x")
     (folder / "README.md").unlink()
-    assert command("push", folder, "me/x").code == 0
+    outcome = command("push", folder, "me/x")
+    assert outcome.code == 0
+    assert "note: README.md of the repository is kept" in outcome.out
+    assert f"{len(hub.files('me/x')) - 2} files," in outcome.out  # without the card and .gitattributes
     assert hub.files("me/x")["README.md"] == theirs
 
 

@@ -184,7 +184,7 @@ def test_plan_is_the_finest_that_fits() -> None:
     assert [kind.name for kind in few.kinds(2, differential=True)] == [
         *("signal 0", "signal 1", "noise", "difference 0", "difference 1")
     ]
-    assert MapPlan.that_fits(range(400), **big, limit=1).pool == 16
+    assert MapPlan.that_fits(range(400), **big, limit=1).pool == 64
 
 
 def test_kept_maps_match_the_model(report: AttentionReport, folder: Path) -> None:

@@ -3,8 +3,10 @@
 import html
 import json
 import math
+import random
 import re
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,31 @@ def test_standard_error_of_paired_differences() -> None:
     assert (row.score, row.baseline, row.difference) == (0.75, 0.5, 0.25)
     assert row.difference_stderr == pytest.approx(0.5 / math.sqrt(4))  # of 0, 1, 0, 0
     assert row.within is True
+
+
+def test_standard_error_of_a_group() -> None:
+    """The documents of all its tasks are paired, also of those in a group inside it."""
+    sizes, groups = {"a": 3, "b": 5}, {"outer": ["inner", "a"], "inner": ["b"]}
+    generator = random.Random(0)
+
+    def scored() -> dict[str, Any]:
+        values = {task: [generator.random() for _ in range(size)] for task, size in sizes.items()}
+        samples = {
+            task: [{"doc_id": document, "filter": "none", "acc": value} for document, value in enumerate(of_task)]
+            for task, of_task in values.items()
+        }
+        mean = sum(map(sum, values.values())) / 8
+        outer = {"outer": {"acc,none": mean, "acc_stderr,none": 1.0}}
+        return {"results": outer, "group_subtasks": groups, "samples": samples}
+
+    ours, theirs = scored(), scored()
+    (row,) = compare(ours, theirs)
+    differences = [
+        one["acc"] - other["acc"]
+        for task in sizes
+        for one, other in zip(ours["samples"][task], theirs["samples"][task], strict=True)
+    ]
+    assert row.difference_stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(8))
 
 
 def test_standard_error_of_unpaired_scores() -> None:

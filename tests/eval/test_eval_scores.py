@@ -213,6 +213,60 @@ def test_seed_selects_the_few_shot_examples(folder: Path) -> None:
     assert prompts[0] == prompts[1] != prompts[2]
 
 
+DRAWING_TASK = """
+task: toy_drawing
+dataset_path: toy/sums
+output_type: multiple_choice
+test_split: test
+process_docs: !function drawing.draw
+doc_to_text: "{{number}}"
+doc_to_target: 0
+doc_to_choice: ["one", "two"]
+metric_list:
+  - metric: acc
+"""
+DRAWING_CODE = "import random\n\ndef draw(docs):\n    return docs.map(lambda doc: {'number': random.random()})\n"
+
+
+def test_documents_that_a_task_draws(folder: Path, tmp_path: Path) -> None:
+    """The answer is scored for the document that was asked about, and the seed chooses the documents."""
+    (tmp_path / "toy_drawing.yaml").write_text(DRAWING_TASK)
+    (tmp_path / "drawing.py").write_text(DRAWING_CODE)
+    asked = []
+    for seed in (1, 1, 2):
+        results = evaluate(folder, tasks=str(tmp_path / "toy_drawing.yaml"), seed=seed, limit=3)
+        samples = results["samples"]["toy_drawing"]
+        asked.append([sample["arguments"][0][0] for sample in samples])
+        assert asked[-1] == [str(sample["doc"]["number"]) for sample in samples]
+    assert asked[0] == asked[1] != asked[2]
+
+
+ROLLING_TASK = """
+task: toy_rolling
+dataset_path: toy/sums
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: word_perplexity
+"""
+
+
+def test_shown_prompts_of_a_perplexity(folder: Path, tmp_path: Path) -> None:
+    """The text is scored from its first token on."""
+    from gda.eval.evaluate import evaluate_with_baseline
+
+    (tmp_path / "toy_rolling.yaml").write_text(ROLLING_TASK)
+    task, data = str(tmp_path / "toy_rolling.yaml"), folder / "data"
+    report = evaluate_with_baseline(folder / "live", tasks=task, dataset_root=data, limit=3, show_prompts=2)
+    assert report is not None
+    shown = report.model.prompts
+    assert [(each.prompt, each.continuation) for each in shown] == [("", "cat 0"), ("", "other man 1")]
+    assert shown[0].prompt_ids == [0]
+    assert shown[0].continuation_ids == byte_tokenizer()("cat 0", add_special_tokens=False).input_ids
+
+
 def test_shown_prompts_equal_the_model_input(folder: Path) -> None:
     """Text and ids of the first requests of each task; lm-eval cuts the beginning of long prompts."""
     from gda.eval.evaluate import evaluate_with_baseline

@@ -191,13 +191,15 @@ def test_card_has_the_whole_history(models: Path, tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "trained" / "README.md")
     assert (card.data.license, card.data.base_model) == ("mit", "me/first")
     losses = f"training loss {report.first_loss:.4f} before, {report.last_loss:.4f} after"
-    trained = f"Trained from gda (`--train all`) for 4 steps on 512 tokens of text.txt; {losses}."
+    trained = (
+        f"Trained from gda (`--train all`) for 4 steps on 512 tokens, any padding included, of text.txt; {losses}."
+    )
     assert re.search(r"1\. `expand` of llama; largest difference of a logit \d\.\de[+-]\d\d, relative to", card.text)
     assert f"2. {trained}\n\n## Use" in card.text
     gda.grow(tmp_path / "trained", tmp_path / "grown", depth=3)
     steps = json.loads((tmp_path / "grown" / "conversion.json").read_text())["history"]
     assert steps[1] == trained
-    assert steps[2].startswith("`grow` (depth 3, noise_std 0.01) of trained; largest difference")
+    assert steps[2].startswith("`grow` (depth 3) of trained; largest difference")
     assert "3. `grow`" in (tmp_path / "grown" / "README.md").read_text()
 
 
@@ -212,12 +214,24 @@ def test_checkpoint_has_the_history_too(
         gda.train(tmp_path / "gda", tmp_path / "first", data=models / "text.txt", **SHORT)
     monkeypatch.undo()
     checkpoint = tmp_path / ".first.partial" / "checkpoint-3"
+    (checkpoint / "README.md").write_text((checkpoint / "README.md").read_text() + "Edited.\n")
     gda.train(checkpoint, tmp_path / "second", data=models / "text.txt", **FAST)
     card = ModelCard.load(tmp_path / "second" / "README.md")
     assert (card.data.license, card.data.base_model) == ("mit", "me/first")
     *_, before, last = history_of(tmp_path / "second")
     assert before == "Trained for 3 steps so far."
     assert last.startswith("Trained from checkpoint-3 ")
+    again = gda.train(tmp_path / "gda", tmp_path / "first", data=models / "text.txt", resume=True, **SHORT)
+    assert again.resumed_from == 3  # an edited card is no damage
+
+
+@pytest.mark.parametrize("has_code", [True, False])
+def test_pushed_card_says_whether_there_is_code(has_code: bool, models: Path, tmp_path: Path, hub: Hub) -> None:
+    """Whatever the folder has."""
+    gda.train(models / "gda", tmp_path / "out", data=models / "text.txt", bundle_code=not has_code, **FAST)
+    gda.push(tmp_path / "out", "me/trained", bundle_code=has_code)
+    held = hub.files("me/trained")
+    assert ("modeling_gda.py" in held) == has_code == (b"trust_remote_code" in held["README.md"])
 
 
 def test_pushed_model_keeps_its_history(models: Path, tmp_path: Path, hub: Hub) -> None:
@@ -1155,6 +1169,7 @@ def test_checkpoint_holds_what_the_other_processes_write(models: Path, tmp_path:
     """It is marked as complete only after they have written their part."""
     checkpoint = tmp_path / "checkpoint-5"
     checkpoint.mkdir()
+    shutil.copyfile(models / "gda" / "config.json", checkpoint / "config.json")
 
     class SlowNeighbour(Processes):
         def gather(self, value: Any) -> Any:

@@ -54,8 +54,9 @@ class CheckpointCallback(TrainerCallback):
             copy_companions(self.source, checkpoint)
             history = [*history_of(self.source), f"Trained for {state.global_step:,} steps so far."]
             write_json(checkpoint / TRAINING_FILE, {"history": history})
-            write_card(checkpoint, self.source, checkpoint.name, history, has_code=False)
             mark_complete(checkpoint, self.dtypes)
+            # A card may be edited, so its size is not among those that the checkpoint must have.
+            write_card(checkpoint, self.source, checkpoint.name, history, has_code=True)
             remove_older(folder, self.keep)
 
         self.processes.gather(None)  # so that all processes have written their part

@@ -12,8 +12,7 @@ from gda.common.errors import errors_as
 from gda.common.files import stamps, write_text
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.config_file import read_gda_config
-from gda.conversion.sources.folder import FolderSource
-from gda.conversion.sources.source import CARD_FILE
+from gda.conversion.sources.source import CARD_FILE, card_fields
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.writing.card import model_card
@@ -71,8 +70,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 def write_card(folder: Path, source: Path, name: str, history: list[str], *, has_code: bool) -> None:
     """Write README.md into the folder of a trained model, with the licence and the base model of its source's card."""
-    card_data = FolderSource(source).card_data()
-    config = read_gda_config(folder)
+    config, card_data = read_gda_config(folder), card_fields(source)
     card = model_card(config, name=name, made=None, has_code=has_code, history=history, card_data=card_data)
     write_text(folder / CARD_FILE, card)
 
@@ -86,8 +84,8 @@ def training_step(settings: TrainSettings, report: TrainReport, source: str) -> 
     teacher = "" if settings.teacher is None else f", with the teacher {_short(settings.teacher)}"
     losses = "" if before is None or after is None else f"; {what} {before:.4f} before, {after:.4f} after"
     return (
-        f"Trained from {source} (`--train {settings.train}`) for {report.steps:,} steps on {report.tokens:,} tokens of "
-        f"{data}{teacher}{losses}."
+        f"Trained from {source} (`--train {settings.train}`) for {report.steps:,} steps on {report.tokens:,} tokens, "
+        f"any padding included, of {data}{teacher}{losses}."
     )
 
 

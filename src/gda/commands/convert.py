@@ -3,7 +3,7 @@
 import typer
 
 from gda.commands.app import JSON, Group, command, print_json, progress_console
-from gda.commands.written import print_written
+from gda.commands.written import print_pushed, print_written
 from gda.conversion.options import ConvertOptions
 
 
@@ -40,4 +40,4 @@ def convert(options: ConvertOptions, as_json: JSON = False) -> None:
             "one λ per layer, no head norm: `gda export` can write this model as a plain one, before and after training"
         )
     if report.pushed is not None:
-        typer.echo(f"{report.pushed.url}: commit {report.pushed.commit}")
+        print_pushed(report.pushed)

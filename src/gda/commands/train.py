@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gda.commands.app import JSON, Group, command, print_json, progress_console
+from gda.commands.written import print_pushed
 from gda.common.errors import Interrupted
 from gda.common.progress import is_main_process
 from gda.training.settings import TrainOptions
@@ -73,7 +74,7 @@ def print_report(report: "TrainReport") -> None:
         typer.echo(f"{report.tokens_per_second:,.0f} tokens per second{resumed}, {memory}")
     typer.echo(f"{report.out}: {parameters} trained")
     if report.pushed is not None:
-        typer.echo(f"{report.pushed.url}: commit {report.pushed.commit}")
+        print_pushed(report.pushed)
 
 
 def _rounded(value: float | None, digits: int) -> str:

@@ -1,10 +1,11 @@
-"""What the commands that write a model print about it."""
+"""What the commands that write or push a model print about it."""
 
 from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:  # importing them takes a second
+    from gda.conversion.push import PushReport
     from gda.conversion.split.report import SplitReport
     from gda.conversion.verify import VerifyReport
     from gda.conversion.writing.write_model import ConvertReport
@@ -29,6 +30,23 @@ def print_written(report: "ConvertReport") -> None:
     if report.verification is not None:
         print_verification(report.verification)
     typer.echo(f"{report.out}: {size}")
+
+
+def print_pushed(pushed: "PushReport") -> None:
+    """Print what a push left out, noted, removed and committed, or would commit."""
+    for name in pushed.left_out:
+        typer.echo(f"note: {name} is not part of a model and is not pushed")
+    for note in pushed.notes:
+        typer.echo(f"note: {note}")
+    for name in pushed.removed:
+        typer.echo(f"note: {name} belongs to an earlier model in the repository and is removed")
+    size = f"{len(pushed.files)} files, {pushed.nbytes / 1e6:,.1f} MB"
+    if pushed.dry_run:
+        typer.echo("\n".join(pushed.files))
+        typer.echo(f"{size}: would be pushed to {pushed.repo}; nothing was pushed (--dry-run)")
+    else:
+        result = f"commit {pushed.commit}, {size}" if pushed.changed else f"already up to date, {size}"
+        typer.echo(f"{pushed.url}: {result}")
 
 
 def _print_split(split: "SplitReport") -> None:
