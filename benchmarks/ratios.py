@@ -66,6 +66,11 @@ VARIANTS = {TRANSFORMER: Heads(8, 0, {}), TRANSFORMER_2: Heads(8, 0, {"num_key_v
     for ratio, heads in HEADS.items()
 }
 VARIANTS[NO_NORM] = Heads(*HEADS["3:1"], PAIRED | {"head_norm": False})
+RATIOS_COMPARED = [
+    (f"{kind} {ratio}", f"{kind} {other}")
+    for ratio, other in (("3:1", "1:1"), ("4:1", "3:1"))
+    for kind in ("paired", "shared", "sigmoid")
+]
 SHAPE = Shape(hidden=64, layers=2, head_dim=32, kv_heads=1, length=64)
 MLP = 256  # of the Transformer
 
@@ -271,7 +276,7 @@ def report(results: Results, part: str) -> str:
     """
     kinds, rows = dict.fromkeys(TASKS, "accuracy") | {TEXT: "loss"}, []
     compared = [(name, peer_of(name) if VARIANTS[name].noise else None) for name in results]
-    for name, peer in [*compared, ("paired 3:1", NO_NORM)]:
+    for name, peer in [*compared, ("paired 3:1", NO_NORM), *RATIOS_COMPARED]:
         if name not in results or (peer is not None and peer not in results):
             continue
         row = [name, peer or "", str(mlp_of(name)), str(len(results[name]))]

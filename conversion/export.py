@@ -71,7 +71,8 @@ def export(options: ExportOptions, *, console: Console | None = None) -> ExportR
     with quiet_transformers():
         source = open_source(options.model, options.revision)
         if options.format == "gguf":  # the writer rounds to the type of the file
-            unchanged = options.dtype in ("keep", str(source.config.dtype).removeprefix("torch."))
+            matrices = {str(spec.dtype) for spec in source.specs.values() if len(spec.shape) > 1}
+            unchanged = options.dtype == "keep" or matrices == {f"torch.{options.dtype}"}
             planned = replace(options, dtype="keep" if unchanged else "float32")
             conversion = plan("export", source, planned)
             written = write_gguf(conversion, source, out, options, console=console)

@@ -70,7 +70,7 @@ class TaskOptions(Options):
     )
     seed: int | None = option(
         None,
-        "Seed of lm-eval's random generators, which choose the few-shot examples. Default: lm-eval's seeds.",
+        "Seed of lm-eval's generators: few-shot examples, and documents that a task draws. Default: lm-eval's seeds.",
         panel=TASKS,
         minimum=0,
         maximum=2**32 - 1,

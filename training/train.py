@@ -287,7 +287,7 @@ def _make_trainer(
     if stream is not None and state.checkpoint is not None:
         with damage_reported(state.checkpoint):
             stream.resume(state.checkpoint / STREAM_FILE)
-    checkpoints = CheckpointCallback(source, dtypes, settings.keep, processes, stream)
+    checkpoints = CheckpointCallback(source, dtypes, settings, processes, stream)
     resumes, precision = state.checkpoint is not None, "bf16" if plan.computes_in_bfloat16 else "no"
     with patch_environment(**{LAUNCHER_PRECISION: precision}):  # instead of the launcher's
         trainer = RunTrainer(

@@ -35,7 +35,7 @@ class Export:
 
 
 def exported(source: Source) -> Export | None:
-    """The export, if the source is a plain model that `gda export` wrote with noise heads.
+    """The export, if the source, or the base of an adapter, is a plain model that `gda export` wrote with noise heads.
 
     Raises:
         ValueError: if conversion.json says it is, but does not describe it.

@@ -137,12 +137,12 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         ValueError: naming the file and the field, if no config class should read it; or if there is an adapter, too.
     """
     path = folder / "config.json"
-    if is_adapter(folder):
-        raise FileNotFoundError(f"{folder} is an adapter; merge it into its model: gda convert {folder} OUT")
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would apply it, or load its base instead
+        if is_adapter(folder):
+            raise FileNotFoundError(f"{folder} is an adapter; merge it into its model: gda convert {folder} OUT")
+        raise ValueError(f"{folder} holds both a model and an adapter; move {ADAPTER_CONFIG} out of it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a model folder must have one")
-    if (folder / ADAPTER_CONFIG).is_file():  # transformers would apply it, or load its base instead
-        raise ValueError(f"{folder} holds both a model and an adapter; move {ADAPTER_CONFIG} out of it")
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path} names no model_type: it is not a dictionary of fields")

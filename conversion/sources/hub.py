@@ -41,8 +41,8 @@ def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
         PermissionError, ConnectionError: if the Hub cannot be reached or denies access.
     """
     with hub_errors(repo, revision):
-        # Checkpoints of a training, and the same weights in the authors' own format: `*` matches slashes, too.
-        ignored = ["*/*.safetensors*", "original/*", "consolidated*"]
+        # Weights in subfolders (`*` matches slashes, too), and those in the authors' own format.
+        ignored = ["*/*.safetensors*", "consolidated*"]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 

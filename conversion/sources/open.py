@@ -9,7 +9,7 @@ from gda.conversion.sources.adapter import AdapterSource, base_of, is_adapter
 from gda.conversion.sources.folder import FolderSource
 from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.hub import download
-from gda.conversion.sources.source import PROVENANCE_FILE, TRAINING_FILE, Source
+from gda.conversion.sources.source import CARD_FILE, PROVENANCE_FILE, TRAINING_FILE, Source
 
 # The files of a model folder. The card is read as well.
 MODEL_PATTERNS = (
@@ -84,6 +84,6 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         raise ValueError(f"{location} is not a model folder")
     try:
-        return download(str(location), revision, [*MODEL_PATTERNS, TRAINING_FILE, "README.md"])
+        return download(str(location), revision, [*MODEL_PATTERNS, TRAINING_FILE, CARD_FILE])
     except (FileNotFoundError, ConnectionError) as error:  # perhaps a mistyped path, models/llama
         raise type(error)(f"there is no folder {location} here, and {error}") from None

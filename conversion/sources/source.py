@@ -20,6 +20,7 @@ from gda.conversion.tensors.file_range import FileRange
 from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
+CARD_FILE = "README.md"
 PROVENANCE_FILE = "conversion.json"
 TRAINING_FILE = "training.json"
 
@@ -27,7 +28,6 @@ TRAINING_FILE = "training.json"
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
-CARD_FILE = "README.md"
 CARD_FIELDS = ("license", "license_name", "license_link", "language", "base_model")
 
 

@@ -5,7 +5,6 @@ layers for the gradients of their attention, which is then updated. Activations 
 otherwise only the input of each layer is, and the layer runs again on the way back. The attention includes its biases
 and the norms of q and k; MLPs, the other norms and embeddings are frozen. Trained weights and Adam's moments are in
 mapped files.
-
 """
 
 from collections.abc import Callable, Iterator

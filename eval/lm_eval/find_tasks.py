@@ -80,7 +80,7 @@ def code_allowed(allowed: bool) -> contextlib.AbstractContextManager[None]:
 def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
     folders_read.clear()
     try:
-        return _processed_once(manager.load([name]))
+        return manager.load([name])
     except Exception as error:  # a definition may do anything with data that it does not expect
         under_way = task_under_way(error)
         task, reason = name if under_way is None else under_way.config.task, first_line(error)
@@ -100,8 +100,13 @@ def _processed_once(loaded: Any) -> Any:
     GPQA's shuffles the choices each time. Only the cache on the disk hides that, which datasets in memory don't have.
     """
     for task in loaded["tasks"].values():
-        if callable(process := task.config.process_docs):
-            task.config.process_docs = functools.cache(process)
+        if not callable(process := task.config.process_docs):
+            continue
+        task.config.process_docs = once = functools.cache(process)
+        if task.fewshot_cfg.process_docs is process:
+            task.fewshot_cfg.process_docs = once
+        if hasattr(task, "sampler") and (examples := task.fewshot_docs()) is task.eval_docs:
+            task.sampler.replace_df(list(examples))  # so that it knows, and omits, the document that is asked about
     return loaded
 
 
@@ -139,8 +144,8 @@ def _manager_of(
         folders |= {folder for folder, text in texts.items() if any(pattern(name).search(text) for name in unsearched)}
         folders |= {folder for folder in texts if _included(folder, texts) & folders}
         # If a name is defined twice, lm-eval takes the first definition in one folder, but the last of several folders.
-        paths = [*sorted(folders, reverse=True), TASKS_FOLDER, *included]
-        manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+        paths: list[str | Path] = [*sorted(folders, reverse=True), *included]
+        manager = TaskManagerWithOurs(include_path=paths, include_defaults=False, metadata=metadata)
         searched |= unsearched
         found = {match for name in searched for match in _matches(manager, name)}
         unsearched = {member for name in found for member in _members(manager.task_index[name].cfg or {})} - searched

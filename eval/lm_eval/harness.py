@@ -230,7 +230,13 @@ class GDALM(HFLM):
 def load_for_tasks(
     candidate: Candidate, options: TaskOptions, *, show_prompts: int = 0, progress: bool = True
 ) -> GDALM:
-    """Load a model for lm-eval, with the batch size, device and data type of `options`."""
+    """Load a model for lm-eval, with the batch size, device and data type of `options`.
+
+    Raises:
+        ValueError: if `options` ask for a chat template, and the tokenizer has none.
+    """
+    if options.apply_chat_template and candidate.tokenizer.chat_template is None:
+        raise ValueError("--apply-chat-template: the tokenizer has no chat template")
     arguments: dict[str, Any] = {"batch_size": options.batch_size, "tokenizer": candidate.tokenizer}
     arguments |= {"show_prompts": show_prompts, "progress": progress}
     model: Any = str(candidate.place)

@@ -32,7 +32,8 @@ class LocalSplits(datasets.DatasetDict):
 
     def __missing__(self, split: str) -> Any:
         if parts := [rows for name, rows in self.items() if split_of(Path(name)) == split]:
-            return datasets.concatenate_datasets(parts)
+            self[split] = datasets.concatenate_datasets(parts)  # one object, by which processed documents are kept
+            return self[split]
         raise FileNotFoundError(f"{self.folder / split}{SUFFIXES[0]} (or {SUFFIXES[1]}) is missing")
 
 

@@ -29,8 +29,6 @@ SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rando
 
 def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **lm_eval_options: Any) -> dict[str, Any]:
     """Run tasks on a model, both loaded, and return lm-eval's dictionary."""
-    if options.apply_chat_template and lm.tokenizer.chat_template is None:
-        raise ValueError("--apply-chat-template: the tokenizer has no chat template")
     limit = options.limit
     if limit is not None and limit >= 1:
         limit = int(limit)  # lm-eval reads 1.0 as a fraction

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -217,7 +218,8 @@ DRAWING_TASK = """
 task: toy_drawing
 dataset_path: toy/sums
 output_type: multiple_choice
-test_split: test
+training_split: train
+validation_split: train
 process_docs: !function drawing.draw
 doc_to_text: "{{number}}"
 doc_to_target: 0
@@ -229,15 +231,22 @@ DRAWING_CODE = "import random\n\ndef draw(docs):\n    return docs.map(lambda doc
 
 
 def test_documents_that_a_task_draws(folder: Path, tmp_path: Path) -> None:
-    """The answer is scored for the document that was asked about, and the seed chooses the documents."""
+    """The answer is scored for the document that was asked about, which is none of its own examples.
+
+    The seed chooses the documents. They are in one split, as GPQA's are.
+    """
     (tmp_path / "toy_drawing.yaml").write_text(DRAWING_TASK)
     (tmp_path / "drawing.py").write_text(DRAWING_CODE)
     asked = []
     for seed in (1, 1, 2):
-        results = evaluate(folder, tasks=str(tmp_path / "toy_drawing.yaml"), seed=seed, limit=3)
-        samples = results["samples"]["toy_drawing"]
-        asked.append([sample["arguments"][0][0] for sample in samples])
-        assert asked[-1] == [str(sample["doc"]["number"]) for sample in samples]
+        task = str(tmp_path / "toy_drawing.yaml")
+        samples = evaluate(folder, tasks=task, seed=seed, num_fewshot=9)["samples"]["toy_drawing"]
+        numbers = [str(sample["doc"]["number"]) for sample in samples]
+        for number, sample in zip(numbers, samples, strict=True):
+            *examples, question = re.findall(r"0\.\d+", sample["arguments"][0][0])
+            assert question == number
+            assert set(examples) == set(numbers) - {number}
+        asked.append(numbers)
     assert asked[0] == asked[1] != asked[2]
 
 

@@ -41,7 +41,7 @@ from gda.training.report import TrainReport
 from gda.training.runs import run_folder
 from gda.training.runs.checkpoints import mark_complete
 from gda.training.runs.processes import Processes
-from gda.training.settings import TrainOptions
+from gda.training.settings import TrainOptions, TrainSettings
 
 from ..support.children import ENDED, in_child, killed_at
 from ..support.commands import Command, Outcome
@@ -219,7 +219,7 @@ def test_checkpoint_has_the_history_too(
     card = ModelCard.load(tmp_path / "second" / "README.md")
     assert (card.data.license, card.data.base_model) == ("mit", "me/first")
     *_, before, last = history_of(tmp_path / "second")
-    assert before == "Trained for 3 steps so far."
+    assert before == "Trained (`--train all`) for 3 steps so far on text.txt."
     assert last.startswith("Trained from checkpoint-3 ")
     again = gda.train(tmp_path / "gda", tmp_path / "first", data=models / "text.txt", resume=True, **SHORT)
     assert again.resumed_from == 3  # an edited card is no damage
@@ -1176,7 +1176,7 @@ def test_checkpoint_holds_what_the_other_processes_write(models: Path, tmp_path:
             (checkpoint / "rng_state_1.pth").write_bytes(b"its state")
             return super().gather(value)
 
-    callback = CheckpointCallback(models / "gda", {}, 1, SlowNeighbour())
+    callback = CheckpointCallback(models / "gda", {}, TrainSettings(data=("text.txt",)), SlowNeighbour())
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     callback.on_save(arguments, TrainerState(global_step=5), TrainerControl())
     assert "rng_state_1.pth" in json.loads((checkpoint / "checkpoint.json").read_text())["files"]

@@ -10,8 +10,9 @@ from gda.conversion.sources.source import TRAINING_FILE
 from gda.conversion.writing.provenance import history_of
 from gda.training.data.stream import SequenceStream
 from gda.training.runs.checkpoints import mark_complete, remove_older
-from gda.training.runs.model_folder import copy_companions, write_card
+from gda.training.runs.model_folder import copy_companions, read_by, write_card
 from gda.training.runs.processes import Processes
+from gda.training.settings import TrainSettings
 
 STREAM_FILE = "stream.safetensors"
 
@@ -24,7 +25,7 @@ class CheckpointCallback(TrainerCallback):
     Args:
         source: The folder of the model, for its tokenizer, licences and history.
         dtypes: By parameter, the data type that it had before training.
-        keep: Number of checkpoints to keep.
+        settings: Those of the run, for the number of checkpoints to keep and the history.
         processes: The processes that write checkpoints.
         stream: Streamed training data. Its state is saved too, so that a resumed run does not read the data again. The
             main process reads the stream for all.
@@ -34,11 +35,12 @@ class CheckpointCallback(TrainerCallback):
         self,
         source: Path,
         dtypes: dict[str, str],
-        keep: int,
+        settings: TrainSettings,
         processes: Processes,
         stream: SequenceStream | None = None,
     ):
-        self.source, self.dtypes, self.keep, self.processes, self.stream = source, dtypes, keep, processes, stream
+        self.source, self.dtypes, self.settings = source, dtypes, settings
+        self.processes, self.stream = processes, stream
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.stream is not None:
@@ -52,12 +54,13 @@ class CheckpointCallback(TrainerCallback):
             if self.stream is not None:
                 self.stream.save(checkpoint / STREAM_FILE, state.global_step * _per_step(args))
             copy_companions(self.source, checkpoint)
-            history = [*history_of(self.source), f"Trained for {state.global_step:,} steps so far."]
+            trained = f"Trained (`--train {self.settings.train}`) for {state.global_step:,} steps so far on"
+            history = [*history_of(self.source), f"{trained} {read_by(self.settings)}."]
             write_json(checkpoint / TRAINING_FILE, {"history": history})
             mark_complete(checkpoint, self.dtypes)
             # A card may be edited, so its size is not among those that the checkpoint must have.
             write_card(checkpoint, self.source, checkpoint.name, history, has_code=True)
-            remove_older(folder, self.keep)
+            remove_older(folder, self.settings.keep)
 
         self.processes.gather(None)  # so that all processes have written their part
         self.processes.on_main(complete)

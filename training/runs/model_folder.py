@@ -77,16 +77,20 @@ def write_card(folder: Path, source: Path, name: str, history: list[str], *, has
 
 def training_step(settings: TrainSettings, report: TrainReport, source: str) -> str:
     """A sentence about the training: parameters, steps, data and losses."""
-    data = ", ".join(map(_short, settings.data))
     before, after, what = report.first_eval_loss, report.last_eval_loss, "held-out loss"
     if before is None or after is None:
         before, after, what = report.first_loss, report.last_loss, "training loss"
-    teacher = "" if settings.teacher is None else f", with the teacher {_short(settings.teacher)}"
     losses = "" if before is None or after is None else f"; {what} {before:.4f} before, {after:.4f} after"
     return (
         f"Trained from {source} (`--train {settings.train}`) for {report.steps:,} steps on {report.tokens:,} tokens, "
-        f"any padding included, of {data}{teacher}{losses}."
+        f"any padding included, of {read_by(settings)}{losses}."
     )
+
+
+def read_by(settings: TrainSettings) -> str:
+    """The data of a training, and its teacher."""
+    teacher = "" if settings.teacher is None else f", with the teacher {_short(settings.teacher)}"
+    return f"{', '.join(map(_short, settings.data))}{teacher}"
 
 
 def _short(name: str) -> str:
