@@ -197,12 +197,15 @@ class GDAConfig(PretrainedConfig):
     def _cut_layers(self, before: int) -> None:
         """Cut lists with a value per layer, as for `from_pretrained(…, num_hidden_layers=1)`: a model's first layers.
 
-        They are whole again when the number is: `generate(assistant_early_exit=…)` changes it for a while.
+        If the number grows, as by PEFT's `layer_replication`, layers of a single type remain of that type. Lists are
+        whole again when the number is: `generate(assistant_early_exit=…)` changes it for a while.
         """
         fields, layers = vars(self), self.num_hidden_layers
         whole = fields.pop(WHOLE, None) or {"num_hidden_layers": before} | {name: fields[name] for name in PER_LAYER}
         fields |= whole | {"num_hidden_layers": layers}
         if layers >= whole["num_hidden_layers"]:
+            if len(set(types := fields["layer_types"] or ())) == 1:
+                fields["layer_types"] = types[:1] * layers
             return
         fields[WHOLE] = whole
         for name in ("layer_types", "lambda_init"):

@@ -75,6 +75,7 @@ def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
         assert converted.verification is not None
         console.print(_verification_summary(converted.verification), highlight=False, soft_wrap=True)
         llama, gda = source.load(), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        llama.generation_config = gda.generation_config  # verification has replaced that of the source
     texts = _generate(llama, gda, tokenizer, console)
     console.print(f"\n[bold]3. Perplexity[/] on {PERPLEXITY_TOKENS} tokens of Python's own documentation\n")
     ids = tokenizer(python_documentation(), return_tensors="pt").input_ids[0, :PERPLEXITY_TOKENS]

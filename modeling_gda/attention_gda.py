@@ -252,7 +252,7 @@ class GDAAttention(nn.Module):
 
         query_states, key_states = rotate(query_states, key_states, *position_embeddings)
         query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
-        key_states, value_states = self._update_cache(key_states, value_states, kwargs)
+        key_states, value_states = self._update_cache(key_states, value_states, position_embeddings, kwargs)
         lambda_ = self.compute_lambda(hidden_states)
 
         attention_interface: Callable = eager_attention_forward
@@ -286,7 +286,7 @@ class GDAAttention(nn.Module):
             output = output * self.fade.value
         return output, difference
 
-    def _update_cache(self, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Pair:
+    def _update_cache(self, key: Tensor, value: Tensor, rotation: Pair, kwargs: dict[str, Any]) -> Pair:
         """Put keys and values (B, G, T, d) into the cache, if there is one, and return all that it holds.
 
         Raises:
@@ -303,6 +303,8 @@ class GDAAttention(nn.Module):
         if cache is None:
             return key, value
         arguments = {} if UPDATE_ARGUMENT is None else {UPDATE_ARGUMENT: kwargs}
+        if UPDATE_ARGUMENT == "cache_kwargs":  # a cache that drops keys has to rotate those that it keeps
+            arguments = {UPDATE_ARGUMENT: kwargs | dict(zip(("cos", "sin"), rotation, strict=True))}
         return cache.update(key, value, self.layer_idx, **arguments)
 
     def compute_lambda(self, hidden_states: Tensor) -> Tensor:

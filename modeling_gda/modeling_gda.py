@@ -17,6 +17,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
@@ -126,11 +127,12 @@ class GDAPreTrainedModel(Qwen3PreTrainedModel):
         self.model_tags = ["grouped-differential-attention", "gda"]  # for the model card
 
     def post_init(self) -> None:
-        self._no_split_modules = ["GDADecoderLayer"]  # without Qwen3's layer, which __init__ replaced
+        # Without Qwen3's layer, which __init__ replaced.
+        self._no_split_modules = sorted({"GDADecoderLayer", *(type(self)._no_split_modules or ())})
         super().post_init()
         by_token = self.config.lambda_type != "reparameterized"
         names = ("lambda_proj",) if by_token else GDAAttention.lambda_vectors
-        self._keep_in_fp32_modules_strict = set(names)
+        self._keep_in_fp32_modules_strict = {*names, *(self._keep_in_fp32_modules_strict or ())}
         getattr(self, "dtype_plan", {}).update(dict.fromkeys(names, torch.float32))  # releases before 5.4 read this
 
     @torch.no_grad()
@@ -215,6 +217,10 @@ class GDAForCausalLM(GDAPreTrainedModel, Qwen3ForCausalLM):
         self.model = GDAModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+# For label smoothing, the Trainer shifts the labels only of classes that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("gda", "GDAForCausalLM")
 
 
 class GDAForSequenceClassification(GenericForSequenceClassification, GDAPreTrainedModel):

@@ -29,7 +29,7 @@ from gda.conversion.families.llamalike import head_dim
 from gda.conversion.sources.config_file import require_known_type
 from gda.conversion.sources.gguf_parts import parts_of, read_parts
 from gda.conversion.sources.gguf_rope import ROPE_FREQS, scaling_in_metadata, scaling_in_tensor
-from gda.conversion.sources.gguf_splits import correct_tokenizer
+from gda.conversion.sources.gguf_splits import correct_tokenizer, rule_of
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import ANY_TOKENIZER, NoTokenizerError
 from gda.conversion.tensors.file_range import FileRange
@@ -72,6 +72,9 @@ class GGUFSource(Source):
             for name, tensor in self._tensors.items()
         }
         self._check_tensors(path, self._expected_specs(path))
+        if self._entry("tokenizer.ggml.model") == "gpt2" and rule_of(self._entry) is None:
+            rule = self._entry("tokenizer.ggml.pre")
+            self.notes = (f"the rule {rule!r} for splitting text is not known here; check the ids of the tokenizer",)
 
     @contextlib.contextmanager
     def _parsed_once(self) -> Iterator[None]:
@@ -81,7 +84,8 @@ class GGUFSource(Source):
         """
         package: Any = import_module("gguf")  # transformers looks both names up there whenever it reads a file
         original = package.GGUFReader, package.get_tensor_name_map
-        package.GGUFReader = lambda path: self._reader if Path(path) == self.path else original[0](path)
+        here = self.path.absolute()
+        package.GGUFReader = lambda path: self._reader if Path(path).absolute() == here else original[0](path)
         package.get_tensor_name_map = functools.cache(original[1])
         try:
             yield
@@ -197,7 +201,7 @@ class GGUFSource(Source):
         ):
             model = AutoModelForCausalLM.from_pretrained(
                 self.path.parent,
-                gguf_file=self.path.name,
+                gguf_file=str(self.path.absolute()),  # a bare name is first looked up in the working folder
                 config=self.config,
                 dtype=torch.float32,
                 attn_implementation="sdpa",
@@ -211,6 +215,10 @@ class GGUFSource(Source):
         except Exception as error:  # transformers has no common error for this
             raise NoTokenizerError(self.path, "the tokenizer cannot be loaded", first_line(error)) from None
         correct_tokenizer(tokenizer, self._entry)
+        if max(tokenizer.all_special_ids, default=0) >= self.config.vocab_size:
+            # Names with characters such as "▁" or "｜", which transformers reads as bytes.
+            detail = "a special token would get an id beyond the embeddings; convert from the safetensors model"
+            raise NoTokenizerError(self.path, "transformers misreads the tokenizer", detail)
         return tokenizer
 
     def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:

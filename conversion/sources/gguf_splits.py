@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerBase
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -36,21 +36,39 @@ BYTE_LEVEL_SPLITS: dict[str, tuple[dict[str, Any], bool]] = {
     "smaug-bpe": (_pattern(LLAMA3), False),
     "qwen2": (_pattern(QWEN2), False),
 }
+# Other names that llama.cpp has for them.
+ALIASES = dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), "llama-bpe")
+ALIASES |= dict.fromkeys(("deepseek-r1-qwen", "kormo", "megrez"), "qwen2")
 
 
 def correct_tokenizer(tokenizer: PreTrainedTokenizerBase, metadata: Callable[[str], Any]) -> None:
     """Make a tokenizer that transformers read from a GGUF file split words and spaces as llama.cpp does.
 
-    transformers does not support all names, nor words that are tokens as a whole (`ignore_merges`). It adds no space
-    before a text that begins with one, or that follows a special token. `metadata` gives an entry of the file, or None.
+    transformers does not support all names, nor words that are tokens as a whole (`ignore_merges`), nor the BOS that
+    Llama 3 has without being told. It adds no space before a text that begins with one, or that follows a special
+    token. `metadata` gives an entry of the file, or None.
     """
-    backend, name = tokenizer.backend_tokenizer, metadata("tokenizer.ggml.pre")
+    backend, name = tokenizer.backend_tokenizer, rule_of(metadata)
     if metadata("tokenizer.ggml.model") == "llama":
-        steps = [normalizers.Prepend("▁")] if metadata("tokenizer.ggml.add_space_prefix") is not False else []
+        adds_space = metadata("tokenizer.ggml.add_space_prefix") is not False
+        steps = [normalizers.Prepend("▁")] if adds_space else []
         backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None
-    elif name in BYTE_LEVEL_SPLITS:
+        strip = [decoders.Strip(" ", left=1)] if adds_space else []
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
+    elif name is not None:
         split, ignores_merges = BYTE_LEVEL_SPLITS[name]
         bare = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": split, "added_tokens": []}
         backend.pre_tokenizer = Tokenizer.from_str(json.dumps(bare)).pre_tokenizer
         backend.model.ignore_merges = ignores_merges
+        if name == "llama-bpe" and metadata("tokenizer.ggml.add_bos_token") is None:
+            tokenizer.add_bos_token = True  # llama.cpp's default for this rule
+
+
+def rule_of(metadata: Callable[[str], Any]) -> str | None:
+    """The rule by which a byte-level tokenizer splits text; None if it is not known here, or of another kind."""
+    name = metadata("tokenizer.ggml.pre")
+    name = ALIASES.get(name, name)
+    return name if metadata("tokenizer.ggml.model") == "gpt2" and name in BYTE_LEVEL_SPLITS else None

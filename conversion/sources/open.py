@@ -42,7 +42,7 @@ def _opened(location: str | Path, revision: str | None, adapted_by: Path | None)
     if (file := gguf_file(path)) is not None:
         source = GGUFSource(file)
         if path.is_dir():
-            source.notes = (f"{file.name}, the only GGUF model in {path.name}, is read",)
+            source.notes += (f"{file.name}, the only GGUF model in {path.name}, is read",)
         return source
     if path.is_dir():
         return _opened_adapter(path, adapted_by) if is_adapter(path) else FolderSource(path)

@@ -115,7 +115,7 @@ def group_maps(maps: LayerAttention, plan: MapPlan, groups: int) -> list[tuple[M
 
 
 def baseline_maps(maps: LayerAttention, plan: MapPlan, groups: int) -> list[tuple[MapKind, torch.Tensor]]:
-    """The baseline's map for each group: the mean over the heads that correspond to it, or else over all heads."""
+    """The baseline's map for each group: the mean over the heads at its place, or else over all heads."""
     heads = maps.difference.float()
     count = groups if len(heads) % groups == 0 else 1
     means = pooled(heads.unflatten(0, (count, -1)).mean(dim=1), plan.pool)

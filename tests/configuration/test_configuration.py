@@ -351,6 +351,18 @@ def test_rules_are_checked_when_a_model_is_built(model_class: type) -> None:
         model_class(config)
 
 
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 4}])
+def test_more_layers_of_the_same_type(fields: dict[str, Any]) -> None:
+    """As PEFT's `layer_replication` sets them; with layers of several types, it is unknown which the new ones have."""
+    config = tiny_config(**fields)
+    (kind,) = set(config.layer_types)
+    config.num_hidden_layers += 2
+    assert config.layer_types == [kind] * config.num_hidden_layers
+    config.validate_architecture()
+    config.num_hidden_layers -= 2
+    assert config.to_dict() == tiny_config(**fields).to_dict()
+
+
 def test_wrong_type_is_refused_on_assignment() -> None:
     with pytest.raises(ValueError, match=r"GDAConfig\.hidden_size: .*expected int, got str"):
         tiny_config().hidden_size = "24"

@@ -98,6 +98,34 @@ def test_gguf_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rule", "bos", "notes"),
+    [("llama-bpe", True, 0), ("pixtral", True, 0), ("qwen2", False, 0), ("gpt-2", False, 0), ("mine", False, 1)],
+)
+def test_rules_of_splitting_text(rule: str, bos: bool, notes: int, tmp_path: Path) -> None:
+    """That of Llama 3 adds BOS unless the file says otherwise; an unknown one is noted."""
+    path = write_gguf(tmp_path / "tiny.gguf", llama_model(), metadata={"tokenizer.ggml.pre": rule})
+    source = GGUFSource(path)
+    assert (source.tokenizer()("a").input_ids[0] == 0) == bos
+    assert len(source.notes) == notes
+    told = {"tokenizer.ggml.pre": rule, "tokenizer.ggml.add_bos_token": False}
+    path = write_gguf(tmp_path / "told.gguf", llama_model(), metadata=told)
+    assert GGUFSource(path).tokenizer()("a").input_ids[0] != 0
+
+
+def test_named_file_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not another one of its name in the working folder."""
+    for folder, seed in (("named", 1), ("here", 2)):
+        (tmp_path / folder).mkdir()
+        write_gguf(tmp_path / folder / "tiny.gguf", llama_model(seed=seed))
+    expected = GGUFSource(tmp_path / "named" / "tiny.gguf").load().state_dict()
+    monkeypatch.chdir(tmp_path / "here")
+    found = GGUFSource(Path("../named/tiny.gguf")).load().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    other = GGUFSource(Path("tiny.gguf")).load().state_dict()
+    assert not torch.equal(other["lm_head.weight"], expected["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
     ("extra", "named"),
     [
         ({"extra_tensors": {"blk.0.attn_q.bias": torch.ones(64)}}, "bias"),

@@ -16,6 +16,7 @@ import gda
 from gda.common.files import written_beside
 from gda.conversion.sources.gguf import GGUFSource
 from gda.conversion.sources.gguf_splits import BYTE_LEVEL_SPLITS
+from gda.conversion.sources.tokenizers import NoTokenizerError
 from gda.conversion.verify import VerificationFailed
 
 from ..support.commands import Command, assert_refused
@@ -309,6 +310,18 @@ def test_token_of_a_byte_level_tokenizer_keeps_its_characters(tmp_path: Path) ->
     tokenizer = _with_token(byte_level_tokenizer("llama-bpe"), AddedToken("<|begin▁of▁text|>", special=True))
     exported(tmp_path, tokenizer)
     assert "<|begin▁of▁text|>" in metadata_of(tmp_path / "tiny.gguf")["tokenizer.ggml.tokens"]
+
+
+def test_token_that_transformers_reads_as_bytes(tmp_path: Path) -> None:
+    """As BOS it would get a new id, which has no embedding: the tokenizer is refused, and a conversion says so."""
+    tokenizer = _with_token(byte_level_tokenizer("llama-bpe"), AddedToken("<|begin▁of▁text|>", special=True))
+    tokenizer.bos_token = "<|begin▁of▁text|>"
+    exported(tmp_path, tokenizer)
+    with pytest.raises(NoTokenizerError, match="id beyond the embeddings; convert from the safetensors model"):
+        GGUFSource(tmp_path / "tiny.gguf").tokenizer()
+    report = gda.convert(tmp_path / "tiny.gguf", tmp_path / "again")
+    assert any("misreads the tokenizer" in note for note in report.notes)
+    assert not (tmp_path / "again" / "tokenizer.json").exists()
 
 
 def test_notes_say_where_llama_cpp_differs(tmp_path: Path) -> None:

@@ -400,9 +400,13 @@ def test_classes_derived_from_ours(tmp_path: Path) -> None:
 
     class TheirModel(gda.GDAForCausalLM):
         config_class = TheirConfig
+        _no_split_modules = ["TheirBlock"]
+        _keep_in_fp32_modules_strict = {"router"}
 
     fields = {name: value for name, value in tiny_config().to_dict().items() if name != "model_type"}
     model = make_asymmetric(TheirModel(TheirConfig(**fields)))
+    assert set(model._no_split_modules) == {"TheirBlock", "GDADecoderLayer"}
+    assert {"router", "lambda_q1"} <= set(model._keep_in_fp32_modules_strict)
     ids = token_ids(2, 9)
     assert torch.equal(model(ids).logits, tiny_model()(ids).logits)
     model.save_pretrained(tmp_path)

@@ -97,6 +97,8 @@ def write_gguf(
     if tokenizer:
         vocabulary = byte_tokenizer().get_vocab()
         writer.add_tokenizer_model("gpt2")
+        if "tokenizer.ggml.pre" not in (metadata or {}):
+            writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
         writer.add_token_types([3] * len(SPECIAL_TOKENS) + [1] * (VOCAB_SIZE - len(SPECIAL_TOKENS)))
         writer.add_token_merges([" ".join(pair) for pair in MERGES])

@@ -181,6 +181,19 @@ def test_checkpoint_with_modules_that_are_trained_in_full(tmp_path: Path) -> Non
     assert relative_error(plain.eval()(ids).logits, model.eval()(ids).logits) < 1e-5
 
 
+def test_replicated_layers_run() -> None:
+    """PEFT's `layer_replication` sets more layers than the config's lists are for."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
+    model = peft.get_peft_model(model_of("gqa"), config).eval()
+    assert len(model.base_model.model.model.layers) == 3
+    plain = model_of("gqa").eval()
+    plain.model.layers.append(copy.deepcopy(plain.model.layers[1]))
+    plain.model.layers[2].self_attn.layer_idx = 2
+    plain.config.num_hidden_layers = 3
+    ids = token_ids(2, 9)
+    assert relative_error(model(ids).logits, plain(ids).logits) < 1e-5
+
+
 def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     """Where the highest loss counts as the best, it is that of the first checkpoint."""
     model = adapted("gqa", tmp_path)

@@ -378,3 +378,21 @@ def test_trainer(layout: str, lambda_type: str, tmp_path: Path) -> None:
     again = GDAForCausalLM.from_pretrained(tmp_path / "saved")
     for name, weight in again.named_parameters():
         assert torch.equal(weight, model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "with LoRA"])
+def test_label_smoothing_predicts_the_next_token(wrapped: bool, tmp_path: Path) -> None:
+    """The Trainer shifts the labels itself, of language models that it knows by name."""
+    from transformers import Trainer, TrainingArguments
+
+    model: Any = tiny_model()
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    model.eval()
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
+    found = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    log_probabilities = model(ids).logits[:, :-1].log_softmax(-1)
+    of_next = -log_probabilities.gather(-1, ids[:, 1:, None]).mean()
+    torch.testing.assert_close(found, 0.9 * of_next - 0.1 * log_probabilities.mean())

@@ -1,6 +1,5 @@
 """The command `gda eval`."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from rich.text import Text
 from gda.commands.app import JSON, Group, command, progress_console
 from gda.common.files import refuse_existing
 from gda.common.options import option
+from gda.common.places import check_writable
 from gda.eval.options import OUTPUT, EvaluateOptions, files_of_results
 
 if TYPE_CHECKING:
@@ -113,26 +113,16 @@ def _check_outputs(options: EvalOutputOptions) -> None:
             raise ValueError(f"--output {output or repr(output)} is not a folder")
         for file in files_of_results(Path(output)):
             refuse_existing(file, options.overwrite)
-        _check_writable(Path(output), "--output")
+        check_writable(Path(output), "--output")
     if options.update_card:
         if not options.tasks:
             raise ValueError("--update-card needs scores to write; name --tasks")
         if not Path(options.model).is_dir():
             raise ValueError(f"--update-card: {options.model} is not a local folder")
-        _check_writable(Path(options.model), "--update-card")
+        check_writable(Path(options.model), "--update-card")
         from gda.eval.card import read_card
 
         read_card(Path(options.model))
-
-
-def _check_writable(folder: Path, option: str) -> None:
-    """Try to write to `folder`, or to the nearest folder above it that exists."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"{option}: cannot write to {existing}: {error.strerror}") from None
 
 
 def _print_report(report: "EvalReport") -> None:

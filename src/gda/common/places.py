@@ -1,6 +1,7 @@
 """Checks of the models and files that a user names. Options run them before anything heavy is imported."""
 
 import re
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -179,4 +180,15 @@ def check_output(out: str | Path, overwrite: bool, option: str) -> Path:
     if not str(out) or path.is_dir():
         raise ValueError(f"{option} {str(out) or '(empty)'} is not a file; name one, such as report.html")
     refuse_existing(path, overwrite)
+    check_writable(path.parent, option)
     return path
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Try to write to `folder`, or to the nearest folder above it that exists; ValueError if that fails."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write to {existing}: {error.strerror}") from None
