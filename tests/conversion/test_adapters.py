@@ -98,7 +98,7 @@ def test_card_of_an_adapter(licence: str | None, tmp_path: Path, hub: Hub) -> No
     adapter = save_adapter(base, tmp_path / "adapter")
     change(adapter, base_model_name_or_path="me/llama")
     own = "" if licence is None else f"license: {licence}\nlicense_name: mine\n"
-    (adapter / "README.md").write_text(f"---\n{own}base_model: /home/me/llama\n---\n")
+    (adapter / "README.md").write_text(f"---\n{own}base_model: ../llama\n---\n")
     gda.convert(adapter, tmp_path / "gda", verify=False)
     data = ModelCard.load(tmp_path / "gda" / "README.md").data
     assert (data.base_model, data.language) == ("me/llama", "en")
