@@ -33,13 +33,8 @@ from gda.conversion.writing.provenance import history_of
 from gda.modeling_gda.modeling_gda import GDAModel
 
 REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
-UNREPORTED = (
-    ".cache",
-    ".git",
-    ".gitattributes",
-    "training_log.jsonl",
-    "training.html",
-)  # in the folder, but left out without a note
+# In the folder, but left out without a note.
+UNREPORTED = (".cache", ".git", ".gitattributes", "training_log.jsonl", "training.html")
 DIGITS = "[0-9]" * 5
 # Files of an earlier model, or of an adapter, that would be loaded with this one, besides its code. Others stay.
 STALE = (

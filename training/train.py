@@ -214,10 +214,9 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
             processes.on_main(finish)
             return report
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and folder is not None and folder.replaces:
-            folder.close()
-            raise Interrupted("stopped before the first step; what was to be replaced is kept; run again") from None
         last = folder.close() if folder is not None else last_checkpoint(state.path)
+        if isinstance(error, KeyboardInterrupt) and folder is not None and folder.replaces:
+            raise Interrupted("stopped before the first step; what was to be replaced is kept; run again") from None
         if (explanation := explained(error, last, state.path, settings)) is None:
             raise
         if isinstance(error, NotFiniteError) and not processes.is_main:

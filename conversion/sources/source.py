@@ -21,14 +21,12 @@ from gda.conversion.tensors.recipes import checkpoint_specs
 from gda.conversion.tensors.safetensors_io import TensorSpec
 
 CARD_FILE = "README.md"
+CARD_FIELDS = ("license", "license_name", "license_link", "language", "base_model")
 PROVENANCE_FILE = "conversion.json"
 TRAINING_FILE = "training.json"
 
 # Buffers that old checkpoints saved and that transformers computes.
 COMPUTED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$")
-
-
-CARD_FIELDS = ("license", "license_name", "license_link", "language", "base_model")
 
 
 def card_fields(folder: Path) -> dict[str, Any]:

@@ -150,8 +150,8 @@ def _require_rope(config: Any) -> str:
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_PARAMETERS:
         raise ValueError(f"rope_type={kind!r} has no counterpart in llama.cpp; it has {', '.join(ROPE_PARAMETERS)}")
-    defaults = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
-    defaults |= dict.fromkeys(("rope_type", "type"), kind)  # its name, and the older one
+    kinds = {"rope_type": kind, "type": kind}  # the second is an older name
+    defaults = kinds | {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
     for name, value in rope.items():
         if name not in ("rope_theta", *ROPE_PARAMETERS[kind]) and value not in (None, defaults.get(name)):
             raise ValueError(f"rope_parameters has {name}={value!r}, which llama.cpp does not read")
