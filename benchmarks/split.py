@@ -10,8 +10,8 @@
     naive      the last head of each group becomes its noise head, λ = 0.1, the output projection keeps its columns
     energy     the same with the head of least output energy
     greedy     the heads and λ that `gda convert` chooses; the output projection keeps its columns
-    + refit    the output projection is fitted to that choice; "greedy + refit" is --effort fast
-    default    greedy + refit, then trained: --effort default
+    + refit    the output projection is fitted to that choice
+    default    what `gda convert` does: greedy + refit, also on short sequences, and training
 
 `tokens` compares several lengths of calibration text. `shape` generates a small Llama with 8 query heads per KV head,
 trains it for some minutes on the documentation of Python, and splits it 7:1, 3:1 and 1:1, as a second model. `sizes`
@@ -40,8 +40,16 @@ from gda.common.perplexity import perplexity
 from gda.common.text import python_documentation
 from gda.conversion.sources.open import open_source
 from gda.conversion.sources.source import Source
-from gda.conversion.split.calibration import CONTEXT, HELD_OUT_TOKENS, Text, read_calibration, shares
+from gda.conversion.split.calibration import (
+    CONTEXT,
+    HELD_OUT_TOKENS,
+    Text,
+    read_calibration,
+    shares,
+    text_beginnings,
+)
 from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
+from gda.conversion.split.fit import token_weights
 from gda.conversion.split.heads import Moments, Split, fitted, split_layer
 from gda.conversion.split.recipes import LAMBDAS, split_config, split_recipes
 from gda.conversion.split.splitter import EFFORTS, TOKENS
@@ -65,7 +73,8 @@ def moments_of(
         moments, found = Moments(output.shape[1], output.shape[0]), {}
 
         def count(_module: torch.nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
-            moments.add(inputs[0], outputs)  # noqa: B023 - the hook lives as long as the loop's turn
+            root = token_weights(each + outputs, source.config.rms_norm_eps).sqrt()  # noqa: B023
+            moments.add(inputs[0] * root, outputs * root)  # noqa: B023 - the hook lives as long as the loop's turn
 
         hook = model.layer(index).self_attn.o_proj.register_forward_hook(count)
         for number, each in enumerate(states, 1):
@@ -187,10 +196,11 @@ def strategies(arguments: argparse.Namespace) -> None:
 
 
 def calibrated(source: Source, path: str, tokens: int) -> Text:
-    longest = source.config.max_position_embeddings
-    return read_calibration(
-        Path(path), source.tokenizer(), shares({path: 1.0}, sampled=0.0, tokens=tokens, longest=longest)
-    )
+    tokenizer, config = source.tokenizer(), source.config
+    beginnings = text_beginnings(tokenizer, config.vocab_size)
+    longest = config.max_position_embeddings
+    alone = shares({path: 1.0}, sampled=0.0, tokens=tokens, longest=longest, beginnings=beginnings)
+    return read_calibration(Path(path), tokenizer, alone)
 
 
 def add_converted(rows: Rows, effort: str, arguments: argparse.Namespace, tokens: int, **settings: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
         folder = Path(scratch) / "smollm2-135m-gda" if options.out is None else options.out
         conversion = ConvertOptions(source=location, out=folder, overwrite=options.overwrite)
         conversion.check_places()
-        console.print(f"[bold]1. Convert[/] {Path(location).name} to Grouped Differential Attention")
+        console.print(f"[bold]1. Convert[/] {escape(Path(location).name)} to Grouped Differential Attention")
         source = open_source(location)
         if source.config.model_type not in PLAIN_TYPES:
             raise ValueError(
@@ -91,7 +92,7 @@ def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
     )
     console.print(_table(report))
     if options.out is not None:
-        console.print(f"The converted model is in {folder}.", highlight=False)
+        console.print(f"The converted model is in {folder}.", highlight=False, markup=False)
     return report
 
 
@@ -141,7 +142,7 @@ def _verification_summary(verification: VerifyReport) -> str:
 
 
 def _table(report: DemoReport) -> Table:
-    table = Table("", "Llama", "GDA", title=report.source)
+    table = Table("", "Llama", "GDA", title=escape(report.source))
     table.add_row("query heads", *map(str, report.query_heads))
     table.add_row("noise heads", *map(str, report.noise_heads))
     table.add_row("parameters", *(f"{number / 1e6:.1f} M" for number in report.num_parameters))

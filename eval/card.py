@@ -12,7 +12,7 @@ from gda.common.files import write_text
 from gda.common.progress import log_level
 from gda.conversion.sources.source import CARD_FILE
 from gda.eval.compare import Row
-from gda.eval.report import EvalReport
+from gda.eval.report import EvalReport, scores_bare_text
 
 
 def update_card(folder: Path, report: EvalReport) -> Path:
@@ -95,6 +95,8 @@ def _arguments(report: EvalReport, task: str) -> dict[str, Any]:
         "system_instruction": options.system_instruction or None,
         "seed": options.seed,
     }
+    if scores_bare_text(results["configs"].get(task, {})):
+        arguments |= {"num_few_shot": 0, "apply_chat_template": None, "system_instruction": None}
     return {name: value for name, value in arguments.items() if value is not None}
 
 

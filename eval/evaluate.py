@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.errors import first_line, is_out_of_memory
-from gda.common.options import takes
+from gda.common.options import flag, takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
 from gda.common.progress import duration, is_main_process
 from gda.common.screen import progress_bars, quiet_transformers, shows_progress
@@ -24,9 +24,9 @@ from gda.common.text import read_text
 from gda.conversion.sources.compare_tokenizers import first_difference
 from gda.eval.attention.diagnostics import DiagnosticsReport, diagnose, read_prompt_settings, read_texts
 from gda.eval.compare import compare
-from gda.eval.models import Candidate, choose_device, find_model
+from gda.eval.models import Candidate, choose_device, find_model, longest_sequence
 from gda.eval.options import DEFAULT_CONTEXT, EvaluateOptions, TaskOptions
-from gda.eval.report import EvalReport, ModelResult
+from gda.eval.report import OF_PROMPTS, EvalReport, ModelResult, scores_bare_text
 
 if TYPE_CHECKING:  # only tasks need lm-eval
     from gda.eval.lm_eval.harness import GDALM, ReceivedRequest
@@ -64,6 +64,7 @@ def evaluate(
 
     choose_device(options.device)
     candidate = find_model(options.model, tokenizer)
+    _check_chat_templates([candidate], options)
     with quiet_lm_eval():
         tasks = _load_tasks(candidate, options)
     training = isinstance(options.model, torch.nn.Module) and options.model.training
@@ -107,6 +108,7 @@ def evaluate_with_baseline(
         settings = read_prompt_settings(_metadata(options), alone=not options.tasks)
     text = None if options.perplexity is None else _read_text(Path(options.perplexity))
     candidates = _find_models(options)
+    _check_chat_templates(candidates, options)
     texts = [] if settings is None else read_texts(settings, *(each.tokenizer for each in candidates))
     results: list[ModelResult] = []
     try:
@@ -205,22 +207,31 @@ def _find_models(options: EvaluateOptions) -> list[Candidate]:
     return [replace(candidate, name=name) for candidate, name in zip(candidates, names, strict=True)]
 
 
+def _check_chat_templates(candidates: list[Candidate], options: TaskOptions) -> None:
+    for candidate in candidates if options.apply_chat_template else []:
+        if candidate.tokenizer.chat_template is None:
+            raise ValueError(f"--apply-chat-template: the tokenizer of {candidate.name} has no chat template")
+
+
 def _load_tasks(candidate: Candidate, options: TaskOptions) -> list[Any]:
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     from gda.eval.lm_eval.find_tasks import load_tasks
+    from gda.eval.lm_eval.run_tasks import check_generation
 
     # As lm-eval does before it loads tasks: some, such as RULER's, draw their documents then.
     random.seed(DEFAULT_RANDOM_SEED if options.seed is None else options.seed)
     np.random.seed(DEFAULT_OTHER_SEED if options.seed is None else options.seed)
     metadata = {"tokenizer": candidate.tokenizer, **_metadata(options)}
-    return load_tasks(
+    tasks = load_tasks(
         options.tasks or (),
         dataset_root=options.dataset_root,
         metadata=metadata,
         include_path=options.include_path,
         run_code=options.confirm_run_unsafe_code,
     )
+    check_generation(tasks, options)
+    return tasks
 
 
 def _metadata(options: TaskOptions) -> dict[str, Any]:
@@ -268,14 +279,23 @@ def _evaluate_one(
 
 
 def _notes(lm: "GDALM", results: dict[str, Any], options: TaskOptions) -> list[str]:
-    """What a reader of the scores should know: prompts that were cut, and --num-fewshot where a task ignored it."""
+    """What a reader of the scores should know: prompts that were cut, and options that had no effect on a task."""
     notes = [
         f"{task}: {number} requests are longer than the {lm.max_length} tokens that the model reads; "
         "their beginning was cut"
         for task, number in lm.cut_by_task().items()
     ]
+    bare = [task for task, config in results.get("configs", {}).items() if scores_bare_text(config)]
+    of_prompts = [flag(name) for name in OF_PROMPTS if getattr(options, name)]
+    if bare and of_prompts:
+        notes.append(
+            f"{', '.join(bare)}: {', '.join(of_prompts)} had no effect; the task scores a text without a prompt"
+        )
+    if lm.dropped_system_message:
+        notes.append("the chat template leaves out the system message: --system-instruction or a task's description")
     shots = {task: number for task, number in results.get("n-shot", {}).items() if task in results["configs"]}
-    if fixed := [task for task, number in shots.items() if options.num_fewshot not in (None, number)]:
+    fixed = [task for task, number in shots.items() if options.num_fewshot not in (None, number)]
+    if fixed := [task for task in fixed if task not in bare]:
         notes.append(
             f"{', '.join(fixed)}: --num-fewshot {options.num_fewshot} was ignored; the task's definition fixes the "
             "number of examples"
@@ -296,8 +316,7 @@ def _measure_perplexity(
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        longest = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-        context = min(options.context or DEFAULT_CONTEXT, longest)
+        context = min(options.context or DEFAULT_CONTEXT, longest_sequence(model.config))
         stride = min(options.stride or context, context)
         measured = text_perplexity(model, tokenizer, text, context=context, stride=stride, advance=advance)
     if math.isnan(measured.token):

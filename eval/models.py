@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.errors import errors_as
 from gda.common.files import in_background, sha256
@@ -23,6 +24,11 @@ from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.eval.options import TaskOptions
 
 WEIGHTS = "*.safetensors"
+
+
+def longest_sequence(config: PreTrainedConfig) -> int:
+    """How many tokens a model reads at a time; without a limit, a number that no text has."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @dataclass(frozen=True)

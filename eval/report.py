@@ -20,8 +20,14 @@ from gda.eval.tables import TextTable, escaped
 if TYPE_CHECKING:  # only tasks need lm-eval
     from gda.eval.lm_eval.harness import ReceivedRequest
 
+OF_PROMPTS = ("num_fewshot", "apply_chat_template", "system_instruction")  # options that need a prompt
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets")
 WITHIN = {True: "yes", False: "NO", None: ""}
+
+
+def scores_bare_text(config: dict[str, Any]) -> bool:
+    """Whether a task, by its configuration, scores a text without a prompt."""
+    return config.get("output_type") == "loglikelihood_rolling"
 
 
 @dataclass(frozen=True)

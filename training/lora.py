@@ -61,6 +61,8 @@ def require_mergeable(model: nn.Module) -> None:
     """
     if not is_adapted(model):
         return
+    if getattr(model, "is_quantized", False):
+        raise ValueError("LoRA's updates can't be added to the quantized weights of this model; load it unquantized")
     adapters: dict[str, Any] = model.peft_config  # type: ignore[assignment]
     config = adapters.get(ADAPTER)
     is_lora = config is not None and config.peft_type == "LORA" and not config.lora_bias

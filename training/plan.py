@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainingArguments
 
 from gda.common.files import partial_of, require_space
-from gda.configuration.configuration_gda import GDAConfig
+from gda.configuration.configuration_gda import MASKED, GDAConfig
 from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.tokenizers import read_tokenizer
 from gda.training.callbacks.fading import FadeCallback
@@ -167,6 +167,12 @@ def _check_fade(settings: TrainSettings, config: GDAConfig) -> None:
     wanted, current = settings.lambda_target, config.lambda_target
     if settings.fade_steps is not None and config.fade is None and wanted is None:
         raise ValueError(f"--fade-steps {settings.fade_steps} has no effect: nothing in the model is faded in")
+    # New parts have random weights, except layers that are blended in.
+    frozen = {"attention": ("masked_neurons", "masked_layers"), "lora": MASKED}.get(settings.train, ())
+    if new := [
+        name for name in frozen if getattr(config, name) and not (name == "masked_layers" and config.blended_layers)
+    ]:
+        raise ValueError(f"--train {settings.train} would not train new parts that fade in ({new[0]}); use --train new")
     if config.fade and wanted not in (None, current):
         remedy = "omit the option" if current is None else f"pass {current:g}"
         raise ValueError(f"--lambda-target {wanted}: the model is at fade {config.fade:g}, and λ would jump; {remedy}")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from gda.common.files import refuse_existing, refuse_overlap
+from gda.common.files import partial_of, refuse_existing, refuse_overlap
 from gda.common.options import OUTPUT, Options, argument, as_names, flag, option
 from gda.common.places import check_data, check_gda_model, check_model, check_reporter, config_entry
 from gda.conversion.options import BundleOptions, HubOptions, RevisionOptions
@@ -279,6 +279,9 @@ class TrainOptions(TrainSettings, RunOptions):
         refuse_overlap(self.model, self.out, "the model")
         for place in (*self.data, *self.eval_data):
             refuse_overlap(place, self.out, f"the data {place}")
+        if self.teacher is not None:
+            for written in (Path(self.out), partial_of(Path(self.out))):
+                refuse_overlap(self.teacher, written, f"the teacher {self.teacher}")
         refuse_existing(Path(self.out), self.overwrite)
         if (longest := config_entry(self.model, "max_position_embeddings", int)) is not None:
             self.check_context(longest)

@@ -17,7 +17,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from gda.common.errors import Interrupted
-from gda.common.files import NoSpaceError, stamps
+from gda.common.files import NoSpaceError, files_below, stamps
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.versions import versions
@@ -225,7 +225,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [path] if path.is_file() else files_below(path)
 
 
 def _train(

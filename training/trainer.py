@@ -60,7 +60,8 @@ class GDATrainer(Trainer):
         throughput: Steps, seconds and tokens since the start or the last resume.
 
     Raises:
-        ValueError: if this process sees several GPUs, or an adapter can't be merged.
+        ValueError: if this process sees several GPUs, an adapter can't be merged, or DeepSpeed's configuration has an
+            optimizer or a schedule.
     """
 
     def __init__(
@@ -76,6 +77,10 @@ class GDATrainer(Trainer):
     ):
         if args.n_gpu > 1:
             raise ValueError(f"this process sees {args.n_gpu} GPUs; start one for each by `accelerate launch`")
+        if model is None:
+            raise ValueError("GDATrainer needs a model, and does not support model_init")
+        if predicted_per_sequence is not None and isinstance(kwargs.get("eval_dataset"), dict):
+            raise ValueError("predicted_per_sequence needs a single evaluation dataset")
         require_mergeable(model)
         self.lambda_learning_rate = lambda_learning_rate
         self.distillation = distillation
@@ -84,7 +89,10 @@ class GDATrainer(Trainer):
         self.throughput = ThroughputCallback()
         self._loss_sums: dict[str, Tensor] = {}  # since the last log entry
         self._use_cache = model.config.use_cache  # which the Trainer switches off
+        self._lambda_group: int | None = None  # the optimizer's group of λ, once it is created
+        self._lambda_rate: float | None = None  # of the last step
         super().__init__(model, args, **kwargs)
+        _refuse_deepspeed_optimizer(self.accelerator)
         _keep_weights_in_float32(self.accelerator)
         self.add_callback(self.throughput)
         if layer_log is not None:
@@ -108,14 +116,18 @@ class GDATrainer(Trainer):
             optimizer: Any = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, cast(PreTrainedModel, model)
             )
+            if {"params", "model", "optimizer_dict"} & optimizer[1].keys():
+                raise ValueError(f"the optimizer {optimizer[0].__name__} takes no parameter groups; choose another")
             groups = optimizer_groups(
                 model,
                 learning_rate=self.args.learning_rate,
                 lambda_learning_rate=self.lambda_learning_rate,
                 weight_decay=self.args.weight_decay,
             )
+            has_lambda = bool(groups[-1]["params"])
             if self._is_sharded:  # sharded checkpoints cannot restore an empty group
                 groups = [group for group in groups if group["params"]]
+            self._lambda_group = len(groups) - 1 if has_lambda else None
             self.optimizer = optimizer[0](groups, **optimizer[1])
         return self.optimizer
 
@@ -128,9 +140,12 @@ class GDATrainer(Trainer):
     ) -> Any:
         """The loss on the text; during training with a teacher, the loss of `Distillation`."""
         if not model.training:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            # The Trainer takes the labels out of the dictionary, for label smoothing and loss functions.
+            loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
             loss = loss * self._weight_in_mean(inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
+        if self.layer_log is not None and inputs.get("output_attentions", self._learner.config.output_attentions):
+            raise ValueError("a layer log cannot be written where the model returns its attention maps")
         log = self._measuring_log
         with contextlib.nullcontext() if log is None else log.measuring(self._learner, self.state.global_step + 1):
             if self.distillation is None:
@@ -172,8 +187,11 @@ class GDATrainer(Trainer):
     ) -> Tensor:
         """The Trainer's. After the last backward pass of a step, gradients are complete and not yet clipped."""
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._lambda_group is not None and self.optimizer is not None:
+            self._lambda_rate = float(self.optimizer.param_groups[self._lambda_group]["lr"])
         if (log := self._measuring_log) is not None and self.accelerator.sync_gradients:
-            log.read_gradients(self._learner)
+            scaler = self.accelerator.scaler  # of float16, which multiplies the loss
+            log.read_gradients(self._learner, 1.0 if scaler is None else 1 / scaler.get_scale())
         return loss
 
     # ---------------------------------------------------------------------------------------------------------- logging
@@ -209,9 +227,8 @@ class GDATrainer(Trainer):
         processes = self.accelerator.num_processes
         extra = {name: float(self._sum(total)) / processes / steps for name, total in self._loss_sums.items()}
         self._loss_sums = {}
-        if self.lambda_learning_rate is not None and "learning_rate" in logs:
-            # Both rates are on the same schedule.
-            extra["lambda_learning_rate"] = logs["learning_rate"] * self.lambda_learning_rate / self.args.learning_rate
+        if self.lambda_learning_rate is not None and self._lambda_rate is not None:
+            extra["lambda_learning_rate"] = self._lambda_rate
         if tokens and seconds:
             extra["tokens_per_second"] = tokens / seconds
         if (fade := getattr(self._learner.config, "fade", None)) is not None:
@@ -299,6 +316,17 @@ class GDATrainer(Trainer):
         if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+
+def _refuse_deepspeed_optimizer(accelerator: Accelerator) -> None:
+    """Raise ValueError if DeepSpeed's configuration has an optimizer or a schedule, which would replace the Trainer's.
+
+    Its optimizer has one group: λ, norms and biases would decay, and λ would have no rate of its own.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    for section in ("optimizer", "scheduler"):
+        if plugin is not None and section in plugin.deepspeed_config:
+            raise ValueError(f"remove `{section}` from DeepSpeed's configuration; it would replace that of GDATrainer")
 
 
 def _keep_weights_in_float32(accelerator: Accelerator) -> None:

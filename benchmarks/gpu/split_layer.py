@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from gda.conversion.split.distill import ATTENTION, Distillation, Plan
 from gda.conversion.split.fit import fit_layers, last_states
 from gda.conversion.split.recipes import split_config, split_recipes
+from gda.conversion.split.rows import EVERY, Rows
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 from gda.conversion.tensors.recipes import checkpoint_specs
@@ -33,7 +34,8 @@ def split_layer(shape: Row, rows: int, length: int, place: str) -> dict[str, Ten
     with tempfile.TemporaryDirectory() as scratch:
         work = Work(Path(scratch) / "work", {})
         teacher = LayerwiseModel(source, tensors.__getitem__, place)
-        (split,) = fit_layers(teacher, config, ids, fitted=rows, work=work)
+        in_rows = Rows(ids, torch.arange(rows) % EVERY == EVERY - 1)
+        (split,) = fit_layers(teacher, config, in_rows, fitted=rows, work=work)
         config.lambda_init = [split.lambda_]
         recipes = split_recipes(config, checkpoint_specs(source), [split], trained=None, seed=0, dtype=torch.float32)
         prefix = layer_prefix(0)
@@ -44,6 +46,7 @@ def split_layer(shape: Row, rows: int, length: int, place: str) -> dict[str, Ten
         }
         student = LayerwiseModel(config, tensors.__getitem__, place)
         distillation = Distillation(student, lambda _: start, work)
-        list(distillation.train(Plan(1, 0, mixed_precision=False), ids, last_states(teacher, rows, length, work)))
+        states = last_states(teacher, rows, length, work)
+        list(distillation.train(Plan(1, 0, mixed_precision=False), in_rows, states))
         gradients = {f"gradient of {name}": mean.clone() for name, mean in distillation.means[0].items()}
     return {"output projection": split.output.double()} | gradients

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -10,6 +10,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
 
 from gda.common.errors import first_line
 from gda.common.places import check_repository
+from gda.common.progress import logger
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 GO_ON = "; run the same command again to continue"
@@ -33,8 +35,10 @@ def require_token(repo: str) -> None:
         raise PermissionError(f"{repo}: the token is read-only; {LOG_IN} with one that can write")
 
 
-def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def download(repo: str, revision: str | None, patterns: list[str], optional: Sequence[str] = ()) -> Path:
     """Download the files of `repo` that match `patterns`, unless cached, and return their folder in the cache.
+
+    If the Hub is not reached, the cache may lack those of `patterns` that are `optional`, which is logged.
 
     Raises:
         FileNotFoundError: if there is no such repository or revision.
@@ -43,7 +47,13 @@ def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     with hub_errors(repo, revision):
         # Weights in subfolders (`*` matches slashes, too), and those in the authors' own format.
         ignored = ["*/*.safetensors*", "consolidated*"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+        try:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+        except IncompleteSnapshotError as error:
+            needed = [each for each in patterns if each not in optional]
+            folder = snapshot_download(repo, revision=revision, allow_patterns=needed, ignore_patterns=ignored)
+            logger.warning("%s", first_line(error))
+            return Path(folder)
 
 
 def check_downloaded(path: Path, digest: str) -> None:

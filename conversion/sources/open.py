@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from gda.common.assets import ASSET_PATTERNS
+from huggingface_hub import is_offline_mode
+
+from gda.common.assets import ASSET_PATTERNS, LICENCE_PATTERNS
 from gda.common.places import ADAPTER_CONFIG, check_model, gguf_file
 from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.adapter import AdapterSource, base_of, is_adapter
@@ -21,6 +23,9 @@ MODEL_PATTERNS = (
     "*.safetensors.index.json",
     *ASSET_PATTERNS,
 )
+
+# What transformers leaves out when it fills the Hub's cache.
+DESCRIPTIONS = (*LICENCE_PATTERNS, PROVENANCE_FILE, TRAINABLE_FILE, TRAINING_FILE, CARD_FILE)
 
 
 def open_source(location: str | Path, revision: str | None = None) -> Source:
@@ -51,6 +56,8 @@ def _opened(location: str | Path, revision: str | None, adapted_by: Path | None)
     if is_adapter(folder):
         return _opened_adapter(folder, adapted_by, **named)
     if not any(folder.glob("*.safetensors*")):
+        if is_offline_mode():
+            raise FileNotFoundError(f"the Hub's cache has no safetensors of {location}; unset HF_HUB_OFFLINE")
         raise FileNotFoundError(
             f"{location} has no safetensors on the Hub; if it has a GGUF file, `hf download` it and name the file"
         )
@@ -84,6 +91,6 @@ def resolve_folder(location: str | Path, revision: str | None = None) -> Path:
     if path.exists():
         raise ValueError(f"{location} is not a model folder")
     try:
-        return download(str(location), revision, [*MODEL_PATTERNS, TRAINING_FILE, CARD_FILE])
+        return download(str(location), revision, [*MODEL_PATTERNS, TRAINING_FILE, CARD_FILE], optional=DESCRIPTIONS)
     except (FileNotFoundError, ConnectionError) as error:  # perhaps a mistyped path, models/llama
         raise type(error)(f"there is no folder {location} here, and {error}") from None

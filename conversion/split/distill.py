@@ -14,10 +14,11 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from gda.configuration.configuration_gda import GDAConfig
+from gda.conversion.split.rows import Rows
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel
 
-BATCH = 2  # sequences in a step
+BATCH = 2  # rows in a step
 # Size of Adam's step relative to the root mean square of a tensor's weights.
 RELATIVE_LEARNING_RATE = 0.0025
 SMALLEST_SCALE = 0.02  # for a tensor of zeros, such as a λ projection
@@ -31,7 +32,7 @@ ATTENTION = "self_attn."  # what the names of the trained tensors begin with
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train, in which order of the sequences, and whether matrices are multiplied in bfloat16."""
+    """How long to train, in which order of the rows, and whether matrices are multiplied in bfloat16."""
 
     steps: int
     seed: int
@@ -41,14 +42,12 @@ class Plan:
         """The learning rate of a step relative to its peak: linear warm-up, then linear decay to 0."""
         return min(1.0, (step + 1) / WARM_UP) * (1 - step / self.steps)
 
-    def batch(self, step: int, count: int) -> torch.Tensor:
-        """Which of `count` sequences a step reads: each once per epoch, in random order."""
-        size = min(BATCH, count)
-        drawn = [step * size + offset for offset in range(size)]
-        return torch.stack([self._epoch(each // count, count)[each % count] for each in drawn])
-
-    def _epoch(self, epoch: int, count: int) -> torch.Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch))
+    def batch(self, step: int, rows: Rows) -> torch.Tensor:
+        """Which rows, all of one kind, a step reads: each once per epoch, in random order."""
+        epoch, number = divmod(step, len(rows.batches(BATCH)))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        batches = rows.batches(BATCH, torch.randperm(len(rows), generator=generator))
+        return batches[torch.randperm(len(batches), generator=generator)[number]]
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,18 @@ class Distillation:
         allocate = self.work.allocate
         return {name: allocate(f"{kind}-{layer}-{name}", *each.shape).copy_(each) for name, each in tensors.items()}
 
-    def train(self, plan: Plan, sequences: torch.Tensor, last_states: torch.Tensor) -> Iterator[float]:
+    def train(self, plan: Plan, rows: Rows, last_states: torch.Tensor) -> Iterator[float]:
         """Train to the last step of the plan, and yield the loss of each step, in nats per token.
 
-        `sequences` are token ids (sequences, T), and `last_states` the inputs of the source's last norm, (sequences, T,
-        hidden).
+        `last_states` are the inputs of the source's last norm, (rows, T, hidden).
         """
         every = max(1, plan.steps // CHECKPOINTS)
         head = self.model.head()
         while self.step < plan.steps:
-            batch = plan.batch(self.step, len(sequences))
+            batch = plan.batch(self.step, rows)
+            ids, wanted = (rows.sequences(batch, each[batch]) for each in (rows.ids, last_states))
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=plan.mixed_precision):
-                loss = self._train_on(sequences[batch], last_states[batch], head, plan.rate(self.step))
+                loss = self._train_on(ids, wanted, head, plan.rate(self.step))
             self.step += 1
             if self.step % every == 0 or self.step == plan.steps:
                 self._save_checkpoint()

@@ -9,76 +9,96 @@ from transformers import PreTrainedConfig
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.split.heads import Moments, Split, split_layer
 from gda.conversion.split.recipes import LAMBDAS
+from gda.conversion.split.rows import Rows
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 
-BATCH = 4  # sequences that run through a layer at a time
+BATCH = 4  # rows that run through a layer at a time
+# The first token of a sequence counts so many times. It sees only itself, but the attention sink depends on it. Above
+# the layers that form the sink, its state is so large that it hardly counts.
+FIRST_TOKEN_WEIGHT = 1000
 MAX_TOKENS = 32768  # that moments are computed from; more tokens change nothing
 
 
-def fit_layers(
-    source: LayerwiseModel, config: GDAConfig, sequences: torch.Tensor, *, fitted: int, work: Work
-) -> Iterator[Split]:
+def fit_layers(source: LayerwiseModel, config: GDAConfig, rows: Rows, *, fitted: int, work: Work) -> Iterator[Split]:
     """Split the heads of one layer after another, except the layers that `work` already holds.
 
-    Moments are computed from the first `fitted` of the `sequences`, token ids (sequences, T). After the last layer,
-    `last_states` returns its outputs.
+    Moments are computed from the first `fitted` rows. After the last layer, `last_states` returns its outputs.
 
     Raises:
         ValueError: if a layer of the source gives values that are not finite.
     """
-    buffers = _buffers(work, source.config, *sequences.shape)
+    buffers = _buffers(work, source.config, *rows.ids.shape)
     if not work.has(_name(0)):
-        for batch in range(0, len(sequences), BATCH):
-            buffers[0][batch : batch + BATCH] = source.embed(sequences[batch : batch + BATCH])
-    counted = min(fitted, max(1, MAX_TOKENS // sequences.shape[1]))
+        for batch in range(0, len(rows), BATCH):
+            buffers[0][batch : batch + BATCH] = source.embed(rows.ids[batch : batch + BATCH])
+    counted = min(fitted, max(1, MAX_TOKENS // rows.ids.shape[1]))
     for index in range(source.num_layers):
         name = _name(index)
         if not work.has(name):
             entering, leaving = buffers[index % 2], buffers[(index + 1) % 2]
-            split = _fit_layer(source, index, config, entering, leaving, counted)
+            split = _fit_layer(source, index, config, rows, entering, leaving, counted)
             facts = {key: value for key, value in asdict(split).items() if key != "output"}
             work.save(name, facts, {"output": split.output.float()})
         yield Split(**work.facts(name), output=work.tensors(name)["output"])
 
 
-def last_states(source: LayerwiseModel, sequences: int, length: int, work: Work) -> torch.Tensor:
-    """Outputs of the source's last layer, (sequences, length, hidden), once `fit_layers` is done."""
-    return _buffers(work, source.config, sequences, length)[source.num_layers % 2]
+def last_states(source: LayerwiseModel, rows: int, length: int, work: Work) -> torch.Tensor:
+    """Outputs of the source's last layer, (rows, length, hidden), once `fit_layers` is done."""
+    return _buffers(work, source.config, rows, length)[source.num_layers % 2]
 
 
 def _name(index: int) -> str:
     return f"layer-{index}"
 
 
-def _buffers(work: Work, config: PreTrainedConfig, sequences: int, length: int) -> list[torch.Tensor]:
+def _buffers(work: Work, config: PreTrainedConfig, rows: int, length: int) -> list[torch.Tensor]:
     """Inputs and outputs of a layer. They alternate, so a killed run finds the inputs of the layer it was at."""
-    return [work.allocate(f"states-{number}", sequences, length, config.hidden_size) for number in (0, 1)]
+    return [work.allocate(f"states-{number}", rows, length, config.hidden_size) for number in (0, 1)]
+
+
+def token_weights(states: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """By how much the squared error of each token counts, (sequences, T, 1).
+
+    The norm that follows divides the `states` after the attention, (sequences, T, hidden), by their root mean square.
+    """
+    weights = 1 / (states.square().mean(dim=-1, keepdim=True) + epsilon)
+    weights[:, 0] *= FIRST_TOKEN_WEIGHT
+    return weights
 
 
 @torch.no_grad()
 def _fit_layer(
-    source: LayerwiseModel, index: int, config: GDAConfig, entering: torch.Tensor, leaving: torch.Tensor, counted: int
+    source: LayerwiseModel,
+    index: int,
+    config: GDAConfig,
+    rows: Rows,
+    entering: torch.Tensor,
+    leaving: torch.Tensor,
+    counted: int,
 ) -> Split:
     """Run a layer on `entering`, write its outputs to `leaving`, and split its heads.
 
-    A hook on o_proj collects the moments of the first `counted` sequences.
+    A hook on o_proj collects the moments of the first `counted` rows.
     """
     tensors = source.tensors(index)
     output = tensors["self_attn.o_proj.weight"]
     bias = tensors.get("self_attn.o_proj.bias", torch.zeros(1, device=output.device))
     moments = Moments(output.shape[1], output.shape[0], source.device)
-    done = 0
+    batch = states = torch.empty(0)
 
     def collect(_module: torch.nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
-        if done < counted:
-            moments.add(inputs[0][: counted - done], outputs[: counted - done] - bias)
+        if not (counts := batch < counted).any():
+            return
+        root = token_weights(states + outputs, source.config.rms_norm_eps).sqrt()
+        weighted = (inputs[0] * root, (outputs - bias) * root)
+        moments.add(*(each.reshape(len(batch), -1, each.shape[-1])[counts] for each in weighted))
 
     handle = source.layer(index).self_attn.o_proj.register_forward_hook(collect)
     try:
-        for done in range(0, len(entering), BATCH):
-            states = entering[done : done + BATCH].to(source.device)
-            leaving[done : done + BATCH] = source.run(index, tensors, states)
+        for batch in rows.batches(BATCH):
+            states = rows.sequences(batch, entering[batch].to(source.device))
+            leaving[batch] = source.run(index, tensors, states).reshape(len(batch), *entering.shape[1:]).to(leaving)
     finally:
         handle.remove()
     if not torch.isfinite(moments.heads).all() or not torch.isfinite(moments.cross).all():

@@ -16,7 +16,7 @@ class SplitLayer:
     signal_heads: list[int]  # indices of the source's heads, in the order of the result
     noise_heads: list[int]
     lambda_: float  # λ of the result; a token-dependent λ is averaged over the held-out text
-    error_before: float  # |y − y'|² / |y|² of the attention's output, with the source's output projection
+    error_before: float  # weighted |y − y'|² / |y|² of the attention's output, with the source's output projection
     error_after: float  # the same with the output projection that fits best
     subtracted: float  # |W (λ o_noise)|² / |W (o − λ o_noise)|² of the result: energy of the subtracted part
 

@@ -17,15 +17,16 @@ def sampled(
     *,
     count: int,
     length: int,
+    beginnings: list[list[int]],
     seed: int,
     advance: Callable[[int], None],
 ) -> torch.Tensor:
     """Token ids (count, length) that `model` writes at temperature 1.
 
-    Every other sequence starts with a random token, after BOS if the tokenizer adds it, as in LLM-QAT (arXiv
-    2305.17888). The others start with the chat template, if there is one, so that the model writes the question, too,
-    as in Magpie (arXiv 2406.08464). A sequence goes on after EOS. `advance` is called with the number of tokens written
-    since the last call.
+    Sequences take turns in how they start: with a random token, as in LLM-QAT (arXiv 2305.17888), after each of the
+    `beginnings`, which are token ids; and with the chat template, if there is one, so that the model writes the
+    question, too, as in Magpie (arXiv 2406.08464). A sequence goes on after EOS. `advance` is called with the number of
+    tokens written since the last call.
     """
     # The source's own settings may narrow the distribution, and would end a sequence at EOS. A source with NaN writes
     # something, and fitting then names the layer.
@@ -43,28 +44,29 @@ def sampled(
     written = torch.empty(count, length, dtype=torch.long)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        starts = [random_starts(tokenizer, count, model.config.vocab_size)]
+        random = random_tokens(tokenizer, count, model.config.vocab_size)
+        starts = [
+            torch.cat([torch.tensor(beginning, dtype=torch.long).expand(count, -1), random], dim=1)
+            for beginning in beginnings
+        ]
         if opening := chat_opening(tokenizer, model.config.vocab_size)[: length - 1]:
             starts.append(torch.tensor([opening]).expand(count, -1))
         for number, start in enumerate(starts):
-            here = slice(number, count, len(starts))  # they alternate, so every part of the result has both
+            here = slice(number, count, len(starts))  # they take turns, so every part of the result has all
             batches = [
                 model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=watch).cpu()
                 for ids in start[here].to(model.device).split(BATCH)
+                if len(ids)
             ]
             written[here] = torch.cat([torch.empty(0, length, dtype=torch.long), *batches])
     return written
 
 
-def random_starts(tokenizer: PreTrainedTokenizerBase, count: int, embeddings: int) -> torch.Tensor:
-    """Random tokens (count, 1) that have embeddings and are not special, or (count, 2) after BOS."""
+def random_tokens(tokenizer: PreTrainedTokenizerBase, count: int, embeddings: int) -> torch.Tensor:
+    """Random tokens (count, 1) that have embeddings and are not special."""
     special = set(tokenizer.all_special_ids)
     plain = torch.tensor([each for each in range(min(len(tokenizer), embeddings)) if each not in special])
-    tokens = plain[torch.randint(len(plain), (count, 1))]
-    bos = tokenizer.bos_token_id
-    if bos is None or tokenizer("a").input_ids[:1] != [bos]:
-        return tokens
-    return torch.cat([torch.full_like(tokens, bos), tokens], dim=1)
+    return plain[torch.randint(len(plain), (count, 1))]
 
 
 def chat_opening(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> list[int]:

@@ -22,14 +22,22 @@ from gda.conversion.conversion import with_fields
 from gda.conversion.options import SAMPLED, ConvertOptions
 from gda.conversion.sources.source import Source
 from gda.conversion.sources.tokenizers import NoTokenizerError
-from gda.conversion.split.calibration import documentation, read_calibration, sampled_text, shares
+from gda.conversion.split.calibration import (
+    begin,
+    documentation,
+    read_calibration,
+    sampled_text,
+    shares,
+    text_beginnings,
+)
 from gda.conversion.split.cost import Amount, estimated_minutes, work_bytes
 from gda.conversion.split.distill import ATTENTION, BATCH, Distillation, Plan, graph_bytes
-from gda.conversion.split.fit import fit_layers, last_states
+from gda.conversion.split.fit import FIRST_TOKEN_WEIGHT, fit_layers, last_states
 from gda.conversion.split.heads import Split
 from gda.conversion.split.measure import Measurements, losses, measure
 from gda.conversion.split.recipes import split_recipes
 from gda.conversion.split.report import SplitLayer, SplitReport, TextLoss
+from gda.conversion.split.rows import EVERY, SHORT, Rows, whole
 from gda.conversion.split.sampling import sampled
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, free_memory, layer_prefix, memory_to_use
@@ -66,6 +74,7 @@ class Splitter:
             sampled=sampled_weight,
             tokens=TOKENS[self.effort] if tokens is None else tokens,
             longest=config.max_position_embeddings,
+            beginnings=text_beginnings(tokenizer, config.vocab_size),
         )
         size = 4 * sum(spec.numel for spec in source.specs.values())
         if self.shares.sampled and size > free_memory():
@@ -143,21 +152,21 @@ class Splitter:
         with self.progress:
             written = [sampled_text(self._sampled(), self.shares)] if self.shares.sampled else []
             self.texts = [*self.files, *written, *self.outside]
-            sequences, held_out = self._sequences(), torch.cat([text.held_out for text in self.texts])
-            both = torch.cat([sequences, held_out])
-            fits = fit_layers(self.teacher, self.config, both, fitted=len(sequences), work=self.work)
+            rows, held_out = self._rows(), torch.cat([text.held_out for text in self.texts])
+            both = Rows(torch.cat([rows.ids, held_out]), torch.cat([rows.is_cut, whole(held_out).is_cut]))
+            fits = fit_layers(self.teacher, self.config, both, fitted=len(rows), work=self.work)
             layers = self.teacher.num_layers
             splits = list(self.progress.track(fits, total=layers, description="splitting heads, layer"))
             if self.config.lambda_type == "reparameterized":
                 self.config = with_fields(self.config, lambda_init=[split.lambda_ for split in splits])
             student = LayerwiseModel(self.config, self.read, self.device)
-            states = last_states(self.teacher, len(sequences) + len(held_out), self.shares.context, self.work)
-            of_source = losses(self.teacher, held_out, states[len(sequences) :])
+            states = last_states(self.teacher, len(both), self.shares.context, self.work)
+            of_source = losses(self.teacher, held_out, states[len(rows) :])
             if not math.isfinite(mean_perplexity(of_source)):
                 raise ValueError("the last norm or the head of the source gives values that are not finite")
             attention = partial(self._attention, self._recipes(splits, None, torch.float32))
             closed_form = measure(student, lambda layer: student.tensors(layer, attention(layer)), held_out)
-            trained = self._train(student, attention, sequences, states) if self.steps else None
+            trained = self._train(student, attention, rows, states) if self.steps else None
             result = closed_form if trained is None else measure(student, trained.tensors, held_out)
         self.read.forget()
         report = self._report(splits, of_source, closed_form, result)
@@ -179,29 +188,35 @@ class Splitter:
                 self.tokenizer,
                 count=count,
                 length=context,
+                beginnings=self.shares.beginnings,
                 seed=self.seed,
                 advance=lambda tokens: self.progress.advance(task, tokens),
             )
             self.work.save("sampled", {"ids": ids.tolist()})
         return torch.tensor(self.work.facts("sampled")["ids"])
 
-    def _sequences(self) -> torch.Tensor:
-        """The sequences of all texts to fit to, in random order."""
-        sequences = torch.cat([text.sequences for text in self.texts])
-        return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(self.seed))]
+    def _rows(self) -> Rows:
+        """The sequences of all texts to fit to, in random order; some are cut."""
+        ids = torch.cat([text.sequences for text in self.texts])
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.seed))]
+        is_cut = torch.arange(len(ids)) % EVERY == EVERY - 1
+        short = ids[is_cut].view(-1, SHORT)
+        begin(short, self.shares.beginnings)
+        ids[is_cut] = short.view(-1, ids.shape[1])
+        return Rows(ids, is_cut)
 
     def _train(
         self,
         student: LayerwiseModel,
         start: Callable[[int], dict[str, torch.Tensor]],
-        sequences: torch.Tensor,
+        rows: Rows,
         states: torch.Tensor,
     ) -> Distillation:
         fits = graph_bytes(student.config, BATCH * self.shares.context) < memory_to_use(self.device)
         distillation = Distillation(student, start, self.work, keeps_graphs=fits)
         plan = Plan(self.steps, self.seed, mixed_precision=self.mixed_precision)
         task = self.progress.add_task("training, step", total=self.steps, completed=distillation.step)
-        for loss in distillation.train(plan, sequences, states):
+        for loss in distillation.train(plan, rows, states):
             self.progress.advance(task)
             if not math.isfinite(loss):
                 raise ValueError("the training loss is not finite; does the source hold NaN or infinity?")
@@ -228,9 +243,9 @@ class Splitter:
     def _report(
         self, splits: list[Split], of_source: list[SequenceLoss], closed_form: Measurements, result: Measurements
     ) -> SplitReport:
-        texts, begin = [], 0
+        texts, done = [], 0
         for text in self.texts:
-            here = slice(begin, begin := begin + len(text.held_out))
+            here = slice(done, done := done + len(text.held_out))
             fitted, tokens = len(text.sequences) > 0, text.held_out.numel()
             before, after = mean_perplexity(of_source[here]), mean_perplexity(result.losses[here])
             interval = ratio_interval(result.losses[here], of_source[here])
@@ -282,6 +297,7 @@ class Splitter:
             "source": [self.source.name, self.source.revision, stamps(self.source.weight_files)],
             "inputs": digest.hexdigest(),
             "seed": self.seed,
+            "method": [SHORT, EVERY, FIRST_TOKEN_WEIGHT],
             **self.settings(),
         }
 

@@ -11,7 +11,16 @@ from typing import Any
 from rich.console import Console
 
 from gda.common.errors import DISK_IS_FULL, CheckFailed, errors_naming
-from gda.common.files import StagedFolder, in_background, obstacle, refuse_overlap, remove, require_space, write_text
+from gda.common.files import (
+    StagedFolder,
+    in_background,
+    obstacle,
+    partial_of,
+    refuse_overlap,
+    remove,
+    require_space,
+    write_text,
+)
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import choose_target
@@ -113,6 +122,7 @@ def write_model(
         notes = _write_assets(conversion, source, assets, check=options.verify)  # first, since it can refuse
         for file in source.weight_files:  # those of an adapter's base, too
             refuse_overlap(file, out)
+            refuse_overlap(file, partial_of(out))
         report = _planned_report(conversion, source, out, options, notes)
         if options.dry_run:
             message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=OF_TRAINING)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gda.common.options import takes
@@ -22,7 +23,7 @@ from gda.eval.attention.analysis import (
 )
 from gda.eval.attention.maps import LayerMaps, MapKind, MapPlan, baseline_maps, group_maps, pack
 from gda.eval.attention.report import AttentionReport
-from gda.eval.models import choose_device
+from gda.eval.models import choose_device, longest_sequence
 from gda.eval.options import AttentionOptions
 
 
@@ -158,8 +159,8 @@ def _encode(opened: _Opened, text: str, text_name: str, max_tokens: int) -> tupl
         raise ValueError(f"{text_name} contains half of a surrogate pair, which is not a character") from None
     if not text.strip() or not ids:
         raise ValueError(f"{text_name} is empty; name a text with at least one word")
-    config = opened.model.config
-    longest = min(max_tokens, int(getattr(config, "max_position_embeddings", max_tokens)))
+    config = opened.model.config.get_text_config()
+    longest = min(max_tokens, longest_sequence(config))
     if max(ids[:longest]) >= config.vocab_size:
         raise ValueError(
             f"the tokenizer gives ids up to {max(ids)}, and {opened.name} has {config.vocab_size} embeddings"
@@ -170,12 +171,12 @@ def _encode(opened: _Opened, text: str, text_name: str, max_tokens: int) -> tupl
 
 
 def _check_same_tokens(opened: _Opened, text: str, ids: list[int]) -> None:
-    config = opened.model.config
+    config = opened.model.config.get_text_config()
     if max(ids) >= config.vocab_size or opened.tokenizer(text, verbose=False)["input_ids"][: len(ids)] != ids:
         raise ValueError(
             f"{opened.name} has different tokens for this text; model and baseline must share one tokenizer"
         )
-    if len(ids) > (longest := int(config.max_position_embeddings)):
+    if len(ids) > (longest := longest_sequence(config)):
         raise ValueError(f"{opened.name} reads {longest} tokens, and the text has {len(ids)}; lower --max-tokens")
 
 
@@ -200,7 +201,7 @@ def _read(
     """A model's numbers, and the maps, by layer, that `select_maps` keeps of each layer of the plan."""
     maps: dict[int, LayerMaps] = {}
     with progress_bars(console) as bar:
-        task = bar.add_task(f"reading {opened.name}", total=len(attention_modules(opened.model)))
+        task = bar.add_task(f"reading {escape(opened.name)}", total=len(attention_modules(opened.model)))
 
         def visit(layer: LayerAttention) -> None:
             if plan is not None and layer.layer in plan.layers:

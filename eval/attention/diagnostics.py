@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.screen import progress_bars
 from gda.conversion.sources.compare_tokenizers import first_difference
 from gda.eval.attention.analysis import LayerAttention, row_entropy, row_shares, visit_attention
+from gda.eval.models import longest_sequence
 from gda.eval.tables import TextTable
 from gda.eval.tasks.needles import NeedlePrompt, NeedleSettings, make_prompts
 from gda.eval.tasks.settings import read_settings, tokens_of
@@ -217,15 +218,15 @@ class Text:
 def _check_fits(model: PreTrainedModel, texts: Sequence[Text]) -> None:
     """Raise ValueError unless the model reads texts of that length and has all of their token ids."""
     name, config = type(model).__name__, model.config
-    longest, limit = max(len(text.ids) for text in texts), config.max_position_embeddings
+    longest, limit = max(len(text.ids) for text in texts), longest_sequence(config)
     if longest > limit:
         raise ValueError(
             f"a prompt with its answer has {longest} tokens, and {name} reads {limit}; choose a smaller length"
         )
-    highest = max(int(text.ids.max()) for text in texts)
-    if highest >= config.vocab_size:
+    highest, embeddings = max(int(text.ids.max()) for text in texts), config.get_text_config().vocab_size
+    if highest >= embeddings:
         raise ValueError(
-            f"{name} has a vocabulary of {config.vocab_size} tokens, and a prompt holds the token id {highest}; "
+            f"{name} has a vocabulary of {embeddings} tokens, and a prompt holds the token id {highest}; "
             "model and baseline must share one tokenizer"
         )
 

@@ -14,6 +14,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from rich.progress import TaskID
+from tqdm import tqdm
 
 import gda.modeling_gda  # noqa: F401 - registers the model type with the Auto classes
 from gda.common.progress import LoggedProgress, logger
@@ -50,7 +51,8 @@ class GDALM(HFLM):
     Unlike HFLM it refuses checkpoints with missing weights, log-likelihoods that are not finite, and prompts of this
     package's generated tasks that do not fit the model. For other tasks it counts the requests that were cut.
 
-    `received` holds the first `show_prompts` requests of each task.
+    `received` holds the first `show_prompts` requests of each task. `dropped_system_message`: whether a chat template
+    left one out.
     """
 
     AUTO_MODEL_CLASS: Any
@@ -71,8 +73,13 @@ class GDALM(HFLM):
         self._current: list[Instance] = []  # the requests that are being scored
         self._lines = LoggedProgress(disable=True)  # lm-eval has bars of its own
         self._task: TaskID | None = None
+        self._rolling_bar: tqdm[Any] | None = None  # lm-eval has one for each batch of rolling log-likelihoods
+        self.dropped_system_message = False
         self._generation_ids: dict[str, list[int]] = {}  # token ids of the generation prompts to keep, by prompt
         super().__init__(pretrained, backend=backend, device=device or choose_device(None), **kwargs)
+        padding = self.tokenizer.pad_token_id
+        if padding is not None and padding >= self.model.get_input_embeddings().num_embeddings:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # attention masks it anyway
         if self.custom_prefix_token_id is None:
             check_tokenizer(self.tokenizer, self.tokenizer.name_or_path)
 
@@ -110,12 +117,18 @@ class GDALM(HFLM):
             task, kept_ids = instances[index].task_name, prompt_ids[cut:]
             self.received.append(ReceivedRequest(task, prompt, continuation, kept_ids, continuation_ids, cut))
         inputs = {(*prompt_ids, *continuation_ids[:-1]) for _, prompt_ids, continuation_ids in requests}
+        if self._rolling_bar is not None:
+            answers = super()._loglikelihood_tokens(requests, *args, **(kwargs | {"disable_tqdm": True}))
+            self._rolling_bar.update(len(requests))
+            self._advance(len(requests))
+            return answers
         with self._progress_lines("scoring", len(inputs)):  # lm-eval runs equal inputs once
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = super()._model_call(inps, *args, **kwargs)
-        self._advance(len(inps))
+        if self._rolling_bar is None:
+            self._advance(len(inps))
         return logits
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -168,12 +181,26 @@ class GDALM(HFLM):
         return ids, mask
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or not self._shows_bars)
+        sequences = sum(-(-len(self.tok_encode(request.args[0])) // self.max_length) for request in requests)
+        shown = self._shows_bars and not disable_tqdm and self.rank == 0
+        bar = tqdm(total=sequences, disable=not shown, desc="Running loglikelihood_rolling requests")
+        with self._progress_lines("scoring", sequences), bar as self._rolling_bar:
+            try:
+                answers = super().loglikelihood_rolling(requests, disable_tqdm=True)
+            finally:
+                self._rolling_bar = None
         self._check_finite(requests, answers)
         for index in self._indices_to_keep(requests):
             (text,), task = requests[index].args, requests[index].task_name
             self.received.append(ReceivedRequest(task, "", text, [self.prefix_token_id], self.tok_encode(text)))
         return answers
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], *args: Any, **kwargs: Any) -> str:
+        """As HFLM, which leaves system messages out if the template refuses them; some templates do so themselves."""
+        prompt = super().apply_chat_template(chat_history, *args, **kwargs)
+        system = [message["content"].strip() for message in chat_history if message["role"] == "system"]
+        self.dropped_system_message |= any(text not in prompt for text in system)
+        return prompt
 
     def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
         """The batch size at a request, found anew for each of N parts of the requests (`--batch-size auto:N`).
@@ -203,7 +230,7 @@ class GDALM(HFLM):
         if task.startswith(GENERATED_TASKS):
             raise ValueError(
                 f"task {task}: a prompt of {length} tokens does not fit the model, which has room for {limit}; "
-                "ask for shorter prompts with --metadata '{\"length\": …}', or omit the task"
+                "omit the task, or ask for shorter prompts with --metadata if the task's length is not fixed"
             )
         self._cut.add((task, request.doc_id, request.idx))
 
@@ -230,13 +257,7 @@ class GDALM(HFLM):
 def load_for_tasks(
     candidate: Candidate, options: TaskOptions, *, show_prompts: int = 0, progress: bool = True
 ) -> GDALM:
-    """Load a model for lm-eval, with the batch size, device and data type of `options`.
-
-    Raises:
-        ValueError: if `options` ask for a chat template, and the tokenizer has none.
-    """
-    if options.apply_chat_template and candidate.tokenizer.chat_template is None:
-        raise ValueError("--apply-chat-template: the tokenizer has no chat template")
+    """Load a model for lm-eval, with the batch size, device and data type of `options`."""
     arguments: dict[str, Any] = {"batch_size": options.batch_size, "tokenizer": candidate.tokenizer}
     arguments |= {"show_prompts": show_prompts, "progress": progress}
     model: Any = str(candidate.place)

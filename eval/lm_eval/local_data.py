@@ -50,6 +50,8 @@ def data_from(root: str | Path | None) -> Iterator[list[Path]]:
     def load_dataset(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if root is not None and path not in FILE_FORMATS:
             folders_read.append(Path(root) / path / (name or ""))
+            if named := {each: kwargs[each] for each in ("data_files", "data_dir") if kwargs.get(each)}:
+                return _named_files(Path(root) / path, name, kwargs.get("split"), named)
             return load_local(Path(root), path, name, kwargs.get("split"))
         try:
             # The hub's client logs each attempt to reach it; the error after the last one says enough.
@@ -57,10 +59,11 @@ def data_from(root: str | Path | None) -> Iterator[list[Path]]:
                 return original(path, name, *args, **kwargs)
         except Exception as error:  # datasets has no common error class
             dataset = path if name is None else f"{path} ({name})"
-            raise FileNotFoundError(
-                f"its dataset {dataset} cannot be loaded: {first_line(error)}; "
-                f"to read it from DIR/{path}/{name or ''}{'/' if name else ''}SPLIT.jsonl, pass --dataset-root DIR"
-            ) from None
+            folder = f"DIR/{path}/{name}" if name else f"DIR/{path}"
+            remedy = f"; to read it from {folder}/SPLIT.jsonl, pass --dataset-root DIR"
+            if path in FILE_FORMATS:
+                remedy = f" (its definition names files: {kwargs.get('data_files') or kwargs.get('data_dir')})"
+            raise FileNotFoundError(f"its dataset {dataset} cannot be loaded: {first_line(error)}{remedy}") from None
 
     datasets.load_dataset = load_dataset  # the name by which lm-eval calls it
     try:
@@ -93,6 +96,19 @@ def load_local(root: Path, path: str, name: str | None, split: str | None = None
     splits = LocalSplits(found)
     splits.folder = folder
     return splits if split is None else splits[split]
+
+
+def _named_files(base: Path, name: str | None, split: str | None, named: dict[str, Any]) -> Any:
+    """The files of a dataset in the folder `base` that a task's definition names; without them, SPLIT.jsonl."""
+    try:
+        return datasets.load.load_dataset(str(base), name, split=split, **named)
+    except FileNotFoundError:
+        if any(len(file.parts) == 1 for file in data_files(base)):
+            return load_local(base.parent, base.name, None, split)
+        files = " and ".join(str(each) for each in named.values())
+        raise FileNotFoundError(f"{base} lacks {files}, which the task reads") from None
+    except Exception as error:  # datasets has no common error class
+        raise ValueError(f"{base} cannot be read: {first_line(error)}") from None
 
 
 def _lists_files(readme: Path, name: str | None) -> bool:

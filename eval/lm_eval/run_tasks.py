@@ -15,6 +15,7 @@ from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import Task
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from gda.eval.lm_eval.find_tasks import code_allowed, task_under_way
 from gda.eval.lm_eval.harness import GDALM
 from gda.eval.options import TaskOptions
 
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval takes the first
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
@@ -64,6 +66,30 @@ def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **
         if isinstance(tokenizer := (config.get("metadata") or {}).get("tokenizer"), PreTrainedTokenizerBase):
             config["metadata"]["tokenizer"] = tokenizer.name_or_path
     return results
+
+
+def check_generation(tasks: Sequence[Task | Group], options: TaskOptions) -> None:
+    """Raise ValueError if a task's own arguments of generation would make one of the options' have no effect.
+
+    lm-eval only warns, in a log that is silent here.
+    """
+    given = options.gen_kwargs or {}
+    given = simple_parse_args_string(given) if isinstance(given, str) else given
+    for task in (task for each in tasks for task in (each.get_all_tasks() if isinstance(each, Group) else [each])):
+        if task.OUTPUT_TYPE != "generate_until":
+            continue
+        both = {**(task.config.generation_kwargs or {}), **given}
+        if given.get("temperature") and both.get("do_sample") is False:
+            raise ValueError(
+                f"--gen-kwargs: temperature has no effect on the task {task.config.task}, whose do_sample is false; "
+                "add do_sample=true"
+            )
+        taken = next((name for name in LENGTHS if both.get(name) is not None), None)
+        if taken is not None and taken not in given and (ignored := [name for name in LENGTHS if name in given]):
+            raise ValueError(
+                f"--gen-kwargs: {ignored[0]} has no effect on the task {task.config.task}, which sets {taken}; "
+                f"use {taken}"
+            )
 
 
 def _too_few_examples(error: Exception) -> str | None:

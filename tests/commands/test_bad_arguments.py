@@ -43,7 +43,7 @@ print(json.dumps(outcomes))
 REFUSED = {
     "convert LLAMA OUT --mode spilt": "--mode spilt is not one of expand, split, map",
     "convert ./missing OUT": "./missing does not exist",
-    "convert models/missing OUT": "models/missing does not exist",
+    "convert models/missing OUT": "a Hub id, OWNER/NAME; the folder models here hides a Hub id models/missing",
     "convert missing OUT": "missing does not exist; name a folder, a GGUF file or a Hub id",
     "convert notes.gguf OUT": "notes.gguf is not a GGUF file",
     "convert models OUT": "models/config.json is missing",
@@ -102,6 +102,7 @@ REFUSED = {
     "train LLAMA OUT --data notes.gguf": "LLAMA/config.json has model_type 'llama', so this is not a GDA model",
     "train GDA models --data notes.gguf": "models already exists; choose another path or pass --overwrite",
     "train GDA GDA --data notes.gguf --overwrite": "GDA is the model, is inside it or contains it",
+    "train GDA LLAMA --data notes.gguf --teacher LLAMA --overwrite": "LLAMA is the teacher LLAMA, is inside it or",
     "train GDA OUT --data notes.gguf --context 99999": "--context 99999 is above 128, the model's max_pos",
     "eval GDA --tasks gda_task,helaswag": "unknown task 'gda_task'; did you mean gda_tasks",
     "eval GDA --tasks gda_tasks --dataset-root ./none": "--dataset-root ./none is not a folder",

@@ -45,6 +45,16 @@ def convert(source: Path, out: Path, **options: Any) -> Any:
     return gda.convert(source, out, **({"verify": False, "max_shard_size": SHARD_SIZE} | options))
 
 
+def test_source_in_what_is_overwritten(source: Path, tmp_path: Path) -> None:
+    """A checkpoint of an unfinished training is a model, and lies in the folder that --overwrite removes."""
+    checkpoint = tmp_path / ".out.partial" / "checkpoint-5"
+    convert(source, checkpoint)
+    before = files_of(checkpoint)
+    with pytest.raises(ValueError, match=r"\.out\.partial is the source, is inside it or contains it"):
+        gda.export(checkpoint, tmp_path / "out", overwrite=True)
+    assert files_of(checkpoint) == before
+
+
 def reference(source: Path, place: Path, **options: Any) -> dict[str, bytes]:
     """The files of an undisturbed conversion."""
     convert(source, place / "reference", **options)

@@ -551,6 +551,21 @@ def test_mistyped_folder(tmp_path: Path, hub: Hub, command: Command, monkeypatch
     assert "HF_HUB_OFFLINE" in error
 
 
+def test_cache_without_card_and_licence(
+    folder: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers fills it; offline, what is missing is logged, unless the model needs it."""
+    (folder / "LICENSE").write_text("free")
+    assert command("push", folder, "me/x").code == 0
+    huggingface_hub.snapshot_download("me/x", ignore_patterns=["README.md", "LICENSE", "conversion.json"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert command("inspect", "me/x").code == 0
+    assert "3 file(s) are missing" in caplog.text
+    (shard, *_) = Path(huggingface_hub.snapshot_download("me/x", allow_patterns="*.json")).glob("*.safetensors")
+    shard.unlink()
+    assert "me/x is not cached and could not be downloaded" in refused(command, "inspect", "me/x")
+
+
 def test_private_repository_without_a_token(
     folder: Path, tmp_path: Path, hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

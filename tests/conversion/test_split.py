@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
@@ -18,8 +19,10 @@ from gda.conversion.options import ConvertOptions
 from gda.conversion.split import calibration, distill, fit
 from gda.conversion.split import report as report_module
 from gda.conversion.split import splitter as split_module
+from gda.conversion.split.calibration import read_calibration, shares, text_beginnings
 from gda.conversion.split.distill import ATTENTION, BATCH, BETAS, Distillation, Plan
 from gda.conversion.split.heads import RIDGE, Moments
+from gda.conversion.split.rows import SHORT, Rows, whole
 from gda.conversion.split.sampling import sampled
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
@@ -40,6 +43,7 @@ from ..support.splitting import (
     measured_windows,
     order_of,
     save_text,
+    short_and_whole,
     split,
     windows_of,
 )
@@ -113,18 +117,31 @@ def test_untrained_rows_equal_the_source(name: str, tmp_path: Path) -> None:
 
 @each_split
 def test_output_projection_is_a_least_squares_fit(name: str, tmp_path: Path) -> None:
-    """Compared with lstsq in float64 on activations of transformers' Llama; errors are compared as well."""
+    """Compared with lstsq in float64 on activations of transformers' Llama; errors are compared as well.
+
+    A squared error is divided by the mean square of the state after the attention; first tokens count many times.
+    """
     source = save_variant(tmp_path / "llama", name)
     report = split(source, tmp_path / "gda", dtype="float32", **SPLITS[name][1])
     fitted, _ = windows_of(source, tmp_path / "text.txt")
-    seen = captured(load(source).double(), lambda layer: layer.self_attn.o_proj, fitted)
+    model, kinds = load(source).double(), short_and_whole(source, fitted)
+    seen = [captured(model, lambda layer: layer.self_attn.o_proj, each) for each in kinds]
+    states = [captured(model, lambda layer: layer.post_attention_layernorm, each) for each in kinds]
     weights = tensors_of(source)
-    for index, ((heads, output), layer) in enumerate(zip(seen, report.split.layers, strict=True)):
+    for index, layer in enumerate(report.split.layers):
+        roots = []
+        for ids, of_kind in zip(kinds, states, strict=True):
+            size = of_kind[index][0].square().mean(-1) + model.config.rms_norm_eps
+            first = torch.ones(ids.shape, dtype=torch.float64)
+            first[:, 0] = fit.FIRST_TOKEN_WEIGHT
+            roots.append((first.flatten() / size).sqrt()[:, None])
+        root = torch.cat(roots)
+        heads, output = (torch.cat([each[index][part] for each in seen]) for part in (0, 1))
         of = heads.unflatten(1, (-1, report.config.head_dim))
         signal = torch.tensor(layer.signal_heads)
         noise = torch.tensor(layer.noise_heads).repeat_interleave(len(signal) // len(layer.noise_heads))
-        features = (of[:, signal] - layer.lambda_ * of[:, noise]).flatten(1)
-        target = output - weights.get(f"{layer_prefix(index)}self_attn.o_proj.bias", torch.zeros(1)).double()
+        features = root * (of[:, signal] - layer.lambda_ * of[:, noise]).flatten(1)
+        target = root * (output - weights.get(f"{layer_prefix(index)}self_attn.o_proj.bias", torch.zeros(1)).double())
         # With a ridge: additional rows that pull every weight towards 0, too weakly to affect the error.
         ridge = math.sqrt(RIDGE * features.square().sum(0).mean()) * torch.eye(features.shape[1], dtype=torch.float64)
         asked = torch.cat([target, torch.zeros(len(ridge), target.shape[1], dtype=torch.float64)])
@@ -259,11 +276,13 @@ def test_training_reduces_kl_and_changes_only_attention(
     assert report.config.lambda_init == gda.GDAConfig.from_pretrained(tmp_path / "fast").lambda_init
 
 
-@pytest.mark.parametrize("keeps_graphs", [False, True])
+@pytest.mark.parametrize(("keeps_graphs", "cut"), [(False, True), (True, False)])
 @pytest.mark.parametrize("variant", ["gqa", "mlp_bias", "tied", "qwen3", "mistral"])
 @pytest.mark.parametrize("lambda_type", ["reparameterized", "tanh"])
-def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, keeps_graphs: bool, tmp_path: Path) -> None:
-    """One step against autograd through `GDAForCausalLM`, for every attention tensor."""
+def test_layerwise_gradients_equal_autograd(
+    lambda_type: str, variant: str, keeps_graphs: bool, cut: bool, tmp_path: Path
+) -> None:
+    """One step against autograd through `GDAForCausalLM`, for every attention tensor, also on short sequences."""
     if variant in VARIANTS:
         source = save_llama(tmp_path / "source", **VARIANTS[variant])
     else:
@@ -271,12 +290,14 @@ def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, keep
         source = save_source(tmp_path / "source", variant, **options)
     split(source, tmp_path / "gda", lambda_type=lambda_type, noise_heads=2)
     fitted, _ = windows_of(source, tmp_path / "text.txt")
+    rows = Rows(fitted[:BATCH], torch.tensor([cut] * BATCH))
+    ids = rows.ids.view(-1, SHORT) if cut else rows.ids
     teacher, student = load(source), load(tmp_path / "gda")
     tensors = student.state_dict()
     with torch.no_grad():
         wanted = []
         hook = teacher.model.norm.register_forward_hook(lambda _module, inputs, _output: wanted.append(inputs[0]))
-        expected = teacher(fitted[:BATCH], use_cache=False).logits.log_softmax(-1)
+        expected = teacher(ids, use_cache=False).logits.log_softmax(-1)
         hook.remove()
 
     def of_layer(layer: int) -> dict[str, Tensor]:
@@ -290,13 +311,13 @@ def test_layerwise_gradients_equal_autograd(lambda_type: str, variant: str, keep
         keeps_graphs=keeps_graphs,
     )
     plan = Plan(1, 0, mixed_precision=False)
-    assert sorted(plan.batch(0, BATCH).tolist()) == list(range(BATCH))
-    (loss,) = streamed.train(plan, fitted[:BATCH], wanted[0])
+    assert sorted(plan.batch(0, rows).tolist()) == list(range(BATCH))
+    (loss,) = streamed.train(plan, rows, wanted[0].view(BATCH, CONTEXT, -1))
 
-    found = student(fitted[:BATCH], use_cache=False).logits.log_softmax(-1)
-    whole = kl_div(found, expected, reduction="sum", log_target=True) / fitted[:BATCH].numel()
-    whole.backward()
-    assert loss == pytest.approx(whole.item(), rel=1e-5)
+    found = student(ids, use_cache=False).logits.log_softmax(-1)
+    total = kl_div(found, expected, reduction="sum", log_target=True) / ids.numel()
+    total.backward()
+    assert loss == pytest.approx(total.item(), rel=1e-5)
     for layer, means in enumerate(streamed.means):
         attention = dict(student.model.layers[layer].self_attn.named_parameters(prefix="self_attn"))
         assert set(means) == set(attention)
@@ -327,7 +348,7 @@ def test_updates_equal_adam(llama: Path, tmp_path: Path) -> None:
     gradients: list[Tensor] = []
     before = torch.zeros_like(ours)
     states = torch.randn(len(fitted), CONTEXT, 32, generator=torch.Generator().manual_seed(0))
-    for step, _ in enumerate(distillation.train(plan, fitted, states)):
+    for step, _ in enumerate(distillation.train(plan, whole(fitted), states)):
         mean = distillation.means[0][name]
         gradients.append((mean - BETAS[0] * before) / (1 - BETAS[0]))
         before = mean.clone()
@@ -339,14 +360,17 @@ def test_updates_equal_adam(llama: Path, tmp_path: Path) -> None:
     assert relative_error(ours, theirs.detach()) < 1e-5
 
 
-def test_every_sequence_is_read_once_per_epoch() -> None:
-    """For any number of sequences; the order depends on the seed."""
-    for windows in (1, 2, 4, 5, 7, 40):
+def test_every_row_is_read_once_per_epoch() -> None:
+    """For any number of rows, those of a step all of one kind; the order depends on the seed."""
+    for count in (1, 2, 4, 5, 7, 40):
         plan = Plan(30, 0, mixed_precision=False)
-        drawn = torch.cat([plan.batch(step, windows) for step in range(30)])
-        for epoch in drawn[: len(drawn) // windows * windows].view(-1, windows):
-            assert sorted(epoch.tolist()) == list(range(windows))
-    assert plan.batch(0, 40).tolist() != Plan(30, 1, mixed_precision=False).batch(0, 40).tolist()
+        rows = Rows(torch.zeros(count, CONTEXT), torch.arange(count) % 3 == 2)
+        steps = sum(-(-int((rows.is_cut == kind).sum()) // BATCH) for kind in (False, True))
+        for epoch in range(2):
+            drawn = [plan.batch(epoch * steps + step, rows) for step in range(steps)]
+            assert sorted(torch.cat(drawn).tolist()) == list(range(count))
+            assert all(len(set(rows.is_cut[batch].tolist())) == 1 for batch in drawn)
+    assert plan.batch(0, rows).tolist() != Plan(30, 1, mixed_precision=False).batch(0, rows).tolist()
     assert plan.rate(0) > 0
     assert max(map(plan.rate, range(30))) <= 1
     assert plan.rate(29) < 0.1
@@ -624,20 +648,52 @@ def test_source_writes_its_own_text(llama: Path, tmp_path: Path) -> None:
 
 
 def test_samples_start_with_the_chat_template(llama: Path) -> None:
-    """Every other one; the others start with a random token after the BOS that the tokenizer adds."""
+    """Every third one; the others start with a random token, alone or after the BOS that the tokenizer omits."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
     counted: list[int] = []
-    ids = sampled(load(llama), tokenizer, count=6, length=24, seed=0, advance=counted.append)
-    again = sampled(load(llama), tokenizer, count=6, length=24, seed=0, advance=counted.append)
+    beginnings = text_beginnings(tokenizer, len(tokenizer))
+    options: dict[str, Any] = {"length": 24, "beginnings": beginnings, "seed": 0, "advance": counted.append}
+    ids, again = (sampled(load(llama), tokenizer, count=6, **options) for _ in range(2))
     assert torch.equal(ids, again)
     opening = tokenizer("<user>", add_special_tokens=False).input_ids
-    assert all(each[: len(opening)] == opening for each in ids[1::2].tolist())
+    assert ids[2::3, : len(opening)].tolist() == [opening] * 2
+    assert ids[1::3, 0].tolist() == [tokenizer.bos_token_id] * 2
+    random = [*ids[::3, 0].tolist(), *ids[1::3, 1].tolist()]
+    assert not set(random) & set(tokenizer.all_special_ids)
     assert len({tuple(each) for each in ids.tolist()}) == 6
-    plain = ids[::2].tolist()
-    assert all(each[: len(opening)] != opening for each in plain)
-    if (bos := tokenizer("a").input_ids[0]) == tokenizer.bos_token_id:
-        assert all(each[0] == bos and each[1] not in tokenizer.all_special_ids for each in plain)
+    assert sampled(load(llama), tokenizer, count=1, **options).shape == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "adds_bos", "expected"),
+    [
+        ("<s>", "</s>", False, [False, True]),
+        ("<s>", "</s>", True, [True, True]),
+        (None, "<s>", False, [False, True]),
+        (None, None, False, [False, False]),
+    ],
+)
+def test_text_begins_with_bos(
+    llama: Path, tmp_path: Path, bos: str | None, eos: str | None, adds_bos: bool, expected: list[bool]
+) -> None:
+    """As programs feed it: some add BOS, or else EOS, where a tokenizer does not, so text begins in both ways."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    first = tokenizer.bos_token_id
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", first)])
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    beginnings = text_beginnings(tokenizer, len(tokenizer))
+    text = save_text(tmp_path / "text.txt")
+    wanted = shares({str(text): 1.0}, sampled=0, tokens=2 * CONTEXT, longest=CONTEXT + 3, beginnings=beginnings)
+    calibration = read_calibration(text, tokenizer, wanted)
+    options: dict[str, Any] = {"length": 24, "beginnings": beginnings, "seed": 0, "advance": lambda tokens: None}
+    for ids in (calibration.sequences, sampled(load(llama), tokenizer, count=2, **options)):
+        assert (ids[:, 0] == first).tolist() == expected
+    ids = tokenizer(text.read_text(), add_special_tokens=False, verbose=False).input_ids
+    assert calibration.sequences[:, 1:].tolist() == torch.tensor(ids)[: 2 * CONTEXT].view(2, -1)[:, 1:].tolist()
+    assert text_beginnings(tokenizer, 0) == [[]]
 
 
 def test_samples_have_embeddings(tmp_path: Path) -> None:

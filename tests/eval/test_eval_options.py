@@ -161,6 +161,29 @@ def test_bad_options_are_refused(case: str, folder: Path, command: Command) -> N
         assert word in last
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("temperature=0.7", "temperature has no effect on the task toy_words, whose do_sample is false; add do_sample"),
+        (
+            "max_new_tokens=4",
+            "max_new_tokens has no effect on the task toy_words, which sets max_gen_toks; use max_gen",
+        ),
+    ],
+)
+def test_arguments_of_generation_without_effect(
+    given: str, words: str, folder: Path, tmp_path: Path, command: Command
+) -> None:
+    """lm-eval takes the task's own, and warns only in its log. The error comes before the model is loaded."""
+    (tmp_path / "t.yaml").write_text(GENERATING.replace("max_gen_toks: 8", "max_gen_toks: 8, do_sample: false"))
+    run = ("eval", folder / "live", "--tasks", tmp_path / "t.yaml", "--dataset-root", folder / "data", "--gen-kwargs")
+    outcome = command(*run, given)
+    assert outcome.code == 2
+    assert words in outcome.error
+    assert "running" not in outcome.error
+    assert command(*run, "temperature=0.7,do_sample=true,max_gen_toks=2").code == 0
+
+
 # ------------------------------------------------------------------------------------------ batch sizes and few shots
 
 

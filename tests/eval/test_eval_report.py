@@ -26,6 +26,7 @@ from ..support.evaluation import write_models
 from ..support.llamas import byte_tokenizer, files_of
 
 pytest.importorskip("lm_eval")
+from gda.commands import eval as eval_command
 from gda.eval import evaluate as evaluate_module
 from gda.eval.card import update_card
 from gda.eval.compare import compare
@@ -160,6 +161,22 @@ def test_perplexity_ratio(folder: Path, tmp_path: Path, command: Command) -> Non
         assert f"{ratio:.4f}" in text
         assert f"{low:.4f} to {high:.4f}" in text
     assert json.loads(command(*run, "--json").out)["gda"]["perplexity_ratio"] is None
+
+
+def test_results_are_written_before_they_are_printed(
+    folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard output may be closed."""
+
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(eval_command.typer, "echo", closed)
+    model = shutil.copytree(folder / "other", tmp_path / "model")
+    run = ("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--limit", 1)
+    command(*run, "--output", tmp_path / "out", "--update-card", "--json")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][BLIMP]
+    assert BLIMP in (model / "README.md").read_text()
 
 
 def test_a_failing_baseline_keeps_the_models_results(folder: Path, tmp_path: Path, command: Command) -> None:

@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gda
@@ -274,6 +276,52 @@ def test_shown_prompts_of_a_perplexity(folder: Path, tmp_path: Path) -> None:
     assert [(each.prompt, each.continuation) for each in shown] == [("", "cat 0"), ("", "other man 1")]
     assert shown[0].prompt_ids == [0]
     assert shown[0].continuation_ids == byte_tokenizer()("cat 0", add_special_tokens=False).input_ids
+
+
+def test_options_of_prompts_do_not_concern_a_perplexity(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A note says so, and the card does not list them. All windows have one bar."""
+    from gda.eval.card import _arguments
+    from gda.eval.evaluate import evaluate_with_baseline
+
+    (tmp_path / "toy_rolling.yaml").write_text(ROLLING_TASK)
+    options: dict[str, Any] = {"num_fewshot": 2, "apply_chat_template": True, "dataset_root": folder / "data"}
+    console = Console(force_terminal=True)
+    report = evaluate_with_baseline(
+        folder / "live", tasks=str(tmp_path / "toy_rolling.yaml"), console=console, **options
+    )
+    assert report is not None
+    (note,) = report.model.notes
+    assert note.startswith("toy_rolling: --num-fewshot, --apply-chat-template had no effect")
+    assert _arguments(report, "toy_rolling") == {"num_few_shot": 0}
+    bars = re.findall(r"(Running \w+ requests): 100%.* (\d+)/(\d+) ", capsys.readouterr().err)
+    assert bars == [("Running loglikelihood_rolling requests", "10", "10")]
+
+
+@pytest.mark.parametrize("template", ["raise_exception('no system role')", "''"], ids=["refuses", "ignores"])
+def test_chat_template_that_drops_system_messages(template: str, folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    drops = f"{{% if m.role == 'system' %}}{{{{ {template} }}}}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{drops}{{% endfor %}}"
+    model = AutoModelForCausalLM.from_pretrained(folder / "live")
+    options = {"tokenizer": tokenizer, "apply_chat_template": True, "limit": 1, "dataset_root": folder / "data"}
+    with pytest.warns(UserWarning, match="the chat template leaves out the system message"):
+        gda.evaluate(model, tasks=BLIMP, system_instruction="Be brief.", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        gda.evaluate(model, tasks=BLIMP, **options)
+
+
+def test_pad_token_without_an_embedding(folder: Path) -> None:
+    """It is added to some fine-tuned models, and only fills batches."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    model = AutoModelForCausalLM.from_pretrained(folder / "live")
+    assert tokenizer.pad_token_id >= model.config.vocab_size
+    options = {"tasks": "gsm8k", "num_fewshot": 0, "dataset_root": folder / "data", "gen_kwargs": "max_gen_toks=4"}
+    found = gda.evaluate(model, tokenizer, batch_size=2, **options)
+    assert answers(found, "gsm8k") == answers(gda.evaluate(folder / "live", **options), "gsm8k")
 
 
 def test_shown_prompts_equal_the_model_input(folder: Path) -> None:

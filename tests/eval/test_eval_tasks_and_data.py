@@ -138,6 +138,27 @@ def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
         assert blimp.get_config(field) == definition[field]
 
 
+def test_files_that_a_definition_names(tmp_path: Path) -> None:
+    """Only those are read: other files of the folder are other languages, or other shards."""
+    from gda.eval.lm_eval.find_tasks import load_tasks
+
+    for language in ("gu", "hi"):
+        write_jsonl(tmp_path / f"toy/many/{language}/test.jsonl", [{"text": f"{language} {n}"} for n in range(3)])
+    definition = "task: toy_{0}\ndataset_path: toy/many\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+    definition += (
+        "doc_to_text: ''\ndoc_to_target: '{{{{text}}}}'\ndataset_kwargs: {{data_files: {{test: {0}/test.jsonl}}}}"
+    )
+    for language in ("gu", "fr"):
+        (tmp_path / f"{language}.yaml").write_text(definition.format(language))
+    (task,) = load_tasks([str(tmp_path / "gu.yaml")], dataset_root=tmp_path)
+    assert [doc["text"] for doc in task.test_docs()] == ["gu 0", "gu 1", "gu 2"]
+    with pytest.raises(FileNotFoundError, match=r"task toy_fr: .*toy/many lacks .*fr/test.jsonl"):
+        load_tasks([str(tmp_path / "fr.yaml")], dataset_root=tmp_path)
+    write_jsonl(tmp_path / "toy/many/test.jsonl", [{"text": "fr 0"}])
+    (task,) = load_tasks([str(tmp_path / "fr.yaml")], dataset_root=tmp_path)
+    assert [doc["text"] for doc in task.test_docs()] == ["fr 0"]
+
+
 def test_strings_are_not_converted(tmp_path: Path) -> None:
     """A date stays a string; blank lines are ignored, and the configuration `default` may be omitted."""
     from gda.eval.lm_eval.local_data import load_local
@@ -366,6 +387,9 @@ def test_missing_chat_template_is_refused(data: Path, model: Path, tmp_path: Pat
     outcome = command("eval", folder, "--tasks", BLIMP, "--dataset-root", data, "--apply-chat-template")
     assert outcome.code == 2
     assert "no chat template" in outcome.error
+    outcome = command("eval", model, "--baseline", folder, "--tasks", BLIMP, "--apply-chat-template")
+    assert outcome.error.endswith("gda: --apply-chat-template: the tokenizer of plain has no chat template\n")
+    assert "running" not in outcome.error
 
 
 def test_bad_baseline_is_refused_first(data: Path, model: Path, tmp_path: Path, command: Command) -> None:

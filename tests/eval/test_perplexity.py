@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3Config, MambaConfig, PreTrainedModel
 
 from gda.common.perplexity import SequenceLoss, perplexity, ratio_interval, text_perplexity
+from gda.eval.models import longest_sequence
 
 from ..support.commands import Command
 from ..support.llamas import byte_tokenizer, llama_model, save_llama
@@ -87,6 +88,19 @@ def test_perplexity_of_the_demo(model: PreTrainedModel) -> None:
 def test_empty_text_is_refused(text: str, word: str, model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=word):
         text_perplexity(model, byte_tokenizer(), text)
+
+
+def test_ids_without_an_embedding_are_refused(model: PreTrainedModel) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    with pytest.raises(ValueError, match=f"ids up to {len(tokenizer) - 1}, but the model has {len(tokenizer) - 1} emb"):
+        text_perplexity(model, tokenizer, "one <more>")
+
+
+def test_model_without_a_limit() -> None:
+    """Its configuration has no number of positions, or has it in the part for text."""
+    assert longest_sequence(MambaConfig()) > 10**9
+    assert longest_sequence(Gemma3Config(text_config={"max_position_embeddings": 77})) == 77
 
 
 @pytest.mark.parametrize("stride", [0, -1, 33])

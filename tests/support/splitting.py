@@ -13,6 +13,7 @@ import gda
 from gda.common.text import python_documentation
 from gda.conversion.split import calibration
 from gda.conversion.split import splitter as split_module
+from gda.conversion.split.rows import SHORT
 
 CONTEXT = 128  # the longest sequence of the tiny models
 STEPS = 4
@@ -44,20 +45,31 @@ def split(source: Path, out: Path, **options: Any) -> Any:
 
 def windows_of(source: Path, text: Path, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
     """Token ids (sequences, T) of a text: those that the split is fitted to, in random order, and those held out."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False).input_ids
-    windows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
+    windows = _windows(source, text.read_text(encoding="utf-8"))
     fitted = min(tokens // CONTEXT, len(windows) - HELD_OUT)
     order = torch.randperm(fitted, generator=torch.Generator().manual_seed(0))
     return windows[order], windows[fitted : fitted + HELD_OUT]
 
 
+def short_and_whole(source: Path, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequences (sequences, T) that windows in this order are read as: every fourth is cut into short ones."""
+    short = windows[3::4].reshape(-1, SHORT)
+    short[1::2, 0] = AutoTokenizer.from_pretrained(source).bos_token_id
+    return short, torch.stack([each for index, each in enumerate(windows) if index % 4 != 3])
+
+
 def measured_windows(source: Path, text: Path) -> Tensor:
     """Token ids (sequences, T) that a split is measured on: held out from its text, and Python's documentation."""
+    return torch.cat([windows_of(source, text)[1], _windows(source, python_documentation())[[0, -1]]])
+
+
+def _windows(source: Path, text: str) -> Tensor:
+    """Every other one begins with BOS, in the place of a token, since the tokenizer has it and does not add it."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    ids = tokenizer(python_documentation(), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     windows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
-    return torch.cat([windows_of(source, text)[1], windows[[0, -1]]])
+    windows[1::2, 0] = tokenizer.bos_token_id
+    return windows
 
 
 def order_of(layer: Any, noise_heads: int) -> list[int]:

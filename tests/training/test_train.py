@@ -371,6 +371,12 @@ def test_masked_growth_ends_as_an_ordinary_model(learner: str, models: Path, tmp
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"]) == (learner == "new")
 
 
+@pytest.mark.parametrize("learner", ["attention", "lora"])
+def test_new_parts_that_would_stay_random(learner: str, models: Path, tmp_path: Path, command: Command) -> None:
+    outcome = command("train", models / "masked", tmp_path / "out", "--data", models / "text.txt", "--train", learner)
+    refused(outcome, f"--train {learner} would not train new parts that fade in (masked_", tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 

@@ -104,6 +104,20 @@ def test_folder_of_files(opened: Callable[..., Sequences], tokenizer: PreTrained
     assert ids_of(opened(folder)) == joined(tokenizer, [TEXTS[30], *TEXTS[9:20], *TEXTS[:9]])
 
 
+def test_links_to_folders_are_followed(
+    opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Each folder is read once, also where a link leads back."""
+    folder, books = tmp_path / "corpus", tmp_path / "disk" / "books"
+    folder.mkdir()
+    books.mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", TEXTS[:9])
+    write_jsonl(books / "x.jsonl", TEXTS[9:20])
+    for link, target in ((folder / "books", books), (folder / "more", books), (books / "back", folder)):
+        link.symlink_to(target)
+    assert ids_of(opened(folder)) == joined(tokenizer, TEXTS[:20])
+
+
 def test_text_columns(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Any field and any of Arrow's string types; rows with empty text are skipped."""
     expected = joined(tokenizer, TEXTS)

@@ -6,12 +6,13 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from gda import training
@@ -201,6 +202,38 @@ def test_log_does_not_affect_training(precision: dict[str, Any], tmp_path: Path)
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [1, 4]
     for name, parameter in models[0].named_parameters():
         assert torch.equal(parameter, models[1].get_parameter(name)), name
+
+
+def test_gradients_of_a_scaled_loss(tmp_path: Path) -> None:
+    """Training in float16 multiplies the loss, and the gradients before they are clipped."""
+    norms = []
+    for scale in (1.0, 1024.0):
+        made = trainer(model_of(), tmp_path, LayerLog(tmp_path / "log.jsonl"))
+        made.accelerator.scaler = None if scale == 1 else SimpleNamespace(get_scale=lambda: 1024.0)
+        for parameter in made.model.parameters():
+            parameter.grad = torch.full_like(parameter, scale)
+        made.accelerator.gradient_state._set_sync_gradients(True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "training_step", lambda *args: torch.zeros(()))
+            made.state.max_steps = 1
+            made.training_step(made.model, {})
+        norms.append(made.layer_log.gradients)
+    assert norms[0] == norms[1] != []
+
+
+def test_maps_and_a_layer_log_exclude_each_other(tmp_path: Path) -> None:
+    """The subtraction is of maps then, not of outputs."""
+    model = model_of(attn_implementation="eager", output_attentions=True)
+    with pytest.raises(ValueError, match="a layer log cannot be written where the model returns its attention maps"):
+        trainer(model, tmp_path, LayerLog(None)).train()
+
+
+def test_second_training_counts_from_zero(tmp_path: Path) -> None:
+    made = trainer(model_of(), tmp_path, None, max_steps=2)
+    for _ in range(2):
+        made.train()
+        assert (made.throughput.steps, made.throughput.tokens) == (2, 2 * WINDOWS.numel())
+    assert all(entry.get("tokens_per_second", 1) > 0 for entry in made.state.log_history)
 
 
 def test_frozen_parameters_have_no_gradient_norm(tmp_path: Path) -> None:

@@ -223,6 +223,14 @@ def test_other_adapters_are_refused(name: str, config: Any, tmp_path: Path) -> N
         trainer(peft.get_peft_model(model_of("gqa"), config, adapter_name=name), tmp_path)
 
 
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    """Before the first step: a checkpoint could not hold the plain model."""
+    model = peft.get_peft_model(model_of("gqa"), peft.LoraConfig(target_modules=["q_proj"]))
+    model.base_model.model.is_quantized = True  # as transformers marks them
+    with pytest.raises(ValueError, match="quantized weights of this model; load it unquantized"):
+        trainer(model, tmp_path)
+
+
 def test_new_heads_are_trained(tmp_path: Path) -> None:
     """From the exact start of an expansion, where λ is 0, LoRA trains λ and the noise queries."""
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import gda
 from gda import GDAForCausalLM
 from gda.common.trainable import NewParameters, Trainable
 from gda.training.parameters import choose_what_learns, count_learning, decays, is_lambda, optimizer_groups
-from gda.training.trainer import GDATrainer
+from gda.training.trainer import GDATrainer, _refuse_deepspeed_optimizer
 
 from ..support.checkpoints import load
 from ..support.llamas import save_llama, tensors_of
@@ -101,6 +102,32 @@ def test_huge_decay_affects_only_decayed_parameters(layout: str, lambda_type: st
         torch.testing.assert_close(parameter, half, atol=3e-6, rtol=0, msg=name)
         assert decays(name) == name.endswith(DECAY)
         assert is_lambda(name) == name.endswith(LAMBDA)
+
+
+def test_settings_that_would_lose_the_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizers that want all parameters, an optimizer in DeepSpeed's configuration, and model_init."""
+    model = model_of("gqa")
+    made = trainer(model, tmp_path)
+    monkeypatch.setattr(made, "optimizer_cls_and_kwargs", (torch.optim.SGD, {"model": model}))
+    with pytest.raises(ValueError, match="the optimizer SGD takes no parameter groups"):
+        made.create_optimizer()
+    plugin = SimpleNamespace(deepspeed_config={"scheduler": {}})
+    with pytest.raises(ValueError, match="remove `scheduler` from DeepSpeed's configuration"):
+        _refuse_deepspeed_optimizer(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    with pytest.raises(ValueError, match="does not support model_init"):
+        GDATrainer(None, TrainingArguments(str(tmp_path)), model_init=lambda: model)
+    with pytest.raises(ValueError, match="needs a single evaluation dataset"):
+        GDATrainer(model, made.args, predicted_per_sequence=8, eval_dataset={"a": DATA})
+
+
+def test_lambda_alone_is_trained(tmp_path: Path) -> None:
+    """The rate of the other parameters may be 0."""
+    made = trainer(model_of("gqa"), tmp_path, learning_rate=0.0, lambda_learning_rate=1e-2)
+    before = copy.deepcopy(dict(made.model.named_parameters()))
+    made.train()
+    for name, parameter in made.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != is_lambda(name), name
+    assert made.state.log_history[0]["lambda_learning_rate"] == 1e-2
 
 
 @each_lambda_type

@@ -385,6 +385,8 @@ def test_label_smoothing_predicts_the_next_token(wrapped: bool, tmp_path: Path) 
     """The Trainer shifts the labels itself, of language models that it knows by name."""
     from transformers import Trainer, TrainingArguments
 
+    from gda import GDATrainer
+
     model: Any = tiny_model()
     if wrapped:
         peft = pytest.importorskip("peft")
@@ -396,3 +398,6 @@ def test_label_smoothing_predicts_the_next_token(wrapped: bool, tmp_path: Path) 
     log_probabilities = model(ids).logits[:, :-1].log_softmax(-1)
     of_next = -log_probabilities.gather(-1, ids[:, 1:, None]).mean()
     torch.testing.assert_close(found, 0.9 * of_next - 0.1 * log_probabilities.mean())
+    trainer = GDATrainer(model, arguments, predicted_per_sequence=8)
+    dataset = [{"input_ids": each, "labels": each} for each in ids]
+    assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(found.item(), rel=1e-5)

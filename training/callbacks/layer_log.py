@@ -88,8 +88,8 @@ class LayerLog(TrainerCallback):
                 stack.enter_context(subtraction_measured(attention, self.sums[attention.layer_idx]))
             yield
 
-    def read_gradients(self, model: nn.Module) -> None:
-        """Measure the norms of the model's current gradients."""
+    def read_gradients(self, model: nn.Module, scale: float = 1.0) -> None:
+        """Measure the norms of the model's current gradients, multiplied by `scale`."""
         layers: dict[int, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
             if (match := LAYER.search(name)) is not None:
@@ -100,7 +100,7 @@ class LayerLog(TrainerCallback):
         for _, named in sorted(layers.items()):
             lambdas = [gradient for name, gradient in named if is_lambda(name)]
             kinds = {"gradient_norm": [gradient for _, gradient in named], "lambda_gradient_norm": lambdas}
-            self.gradients.append({kind: _norm(gradients) for kind, gradients in kinds.items() if gradients})
+            self.gradients.append({kind: scale * _norm(gradients) for kind, gradients in kinds.items() if gradients})
 
     def collect(self, step: int, reduce: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
         """The measurements of `step` by layer; empty if it was not measured. `reduce` sums a tensor over processes."""

@@ -94,9 +94,16 @@ class ThroughputCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self.steps, self.seconds, self.tokens = 0, 0.0, 0
         self._tokens_before: int | None = None
         self._reported = (0, 0.0, 0)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """`train` can be called again, and the state then counts from 0."""
+        self._reset()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._tokens_before is None:

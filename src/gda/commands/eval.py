@@ -61,38 +61,40 @@ def evaluate(options: EvalOutputOptions, as_json: JSON = False) -> None:
     gda_fewshot_by_arrangement.
     """
     _check_outputs(options)
-    from gda.eval.card import update_card
     from gda.eval.evaluate import evaluate_with_baseline
 
-    def publish(report: "EvalReport") -> None:
-        _publish(report, options, as_json)
+    def publish(report: "EvalReport", update_card: bool = False) -> None:
+        _publish(report, options, as_json, update_card)
 
     report = evaluate_with_baseline.run(options, console=progress_console, keep=publish)
-    if report is None:  # not the first of several processes
-        return
-    publish(report)
-    if options.update_card:
-        _say_written(update_card(Path(options.model), report))
+    if report is not None:  # in the first of several processes
+        publish(report, options.update_card)
 
 
-def _publish(report: "EvalReport", options: EvalOutputOptions, as_json: bool) -> None:
-    """Print the report, and write it to the --output folder."""
+def _publish(report: "EvalReport", options: EvalOutputOptions, as_json: bool, update_card: bool) -> None:
+    """Write the report to the --output folder, and the scores to the card; then print, as the output may be closed."""
+    from gda.eval.card import update_card as write_scores
     from gda.eval.report import to_json, write_report
 
-    if as_json:
-        typer.echo(to_json(report))
-    else:
-        _print_report(report)
-    for name, note in report.notes():
-        progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
-    if options.output is not None:
-        written = write_report(
-            report,
-            Path(options.output),
-            with_html=options.html,
-            with_samples=options.log_samples,
-            overwrite=options.overwrite,
-        )
+    written: list[Path] = []
+    try:
+        if options.output is not None:
+            written += write_report(
+                report,
+                Path(options.output),
+                with_html=options.html,
+                with_samples=options.log_samples,
+                overwrite=options.overwrite,
+            )
+        if update_card:
+            written.append(write_scores(Path(options.model), report))
+    finally:
+        if as_json:
+            typer.echo(to_json(report))
+        else:
+            _print_report(report)
+        for name, note in report.notes():
+            progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
         for path in written:
             _say_written(path)
 

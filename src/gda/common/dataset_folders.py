@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gda.common.errors import errors_as
+from gda.common.files import files_below
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +50,7 @@ def data_files(folder: Path, *endings: str) -> list[Path]:
     """The files in a folder and below it whose rows are read, or that have one of `endings`; paths relative to it."""
     from datasets.data_files import FILES_TO_IGNORE
 
-    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path.relative_to(folder) for path in files_below(folder)]
     return [
         file
         for file in files

@@ -332,6 +332,20 @@ def refuse_overlap(source: str | Path, out: str | Path, what: str = "the source"
         raise ValueError(f"{out} is {what}, is inside it or contains it; choose another folder")
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and below it, in order; also behind links to folders, each of which is read once."""
+    files: list[Path] = []
+    read: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in read:
+            folders.clear()
+            continue
+        read.add(real)
+        folders.sort()
+        files += [file for file in (Path(place) / name for name in names) if file.is_file()]
+    return sorted(files)
+
+
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """Raise FileExistsError if `out` exists and may not be replaced."""
     if os.path.lexists(out) and not overwrite:

@@ -112,12 +112,12 @@ def text_perplexity(
 
     The first token is predicted from BOS, or from EOS if the tokenizer has no BOS, so every token is counted. With
     `stride` = `context`, the default, sequences don't overlap, except that the last one starts early enough to be
-    complete: this is lm-eval's rolling log-likelihood. `advance` is called with the number of tokens done and their
-    total.
+    complete: this is lm-eval's rolling log-likelihood, which, however, counts a BOS that the tokenizer adds. `advance`
+    is called with the number of tokens done and their total.
 
     Raises:
-        ValueError: for an empty text or one that is only a BOS token, an impossible stride, or a tokenizer without BOS
-            and EOS.
+        ValueError: for an empty text or one that is only a BOS token, an impossible stride, a tokenizer without BOS and
+            EOS, or one with ids that the model has no embeddings for.
     """
     stride = context if stride is None else stride
     if not 0 < stride <= context:
@@ -128,6 +128,8 @@ def text_perplexity(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise ValueError("the tokenizer has neither a BOS nor an EOS token to start with")
+    if (largest := max(first, *ids)) >= (embeddings := model.get_input_embeddings().num_embeddings):
+        raise ValueError(f"the tokenizer gives ids up to {largest}, but the model has {embeddings} embeddings")
     sequence = torch.tensor(ids if ids[0] == first else [first, *ids], device=model.device)
     losses = _losses_of_text(model, sequence, context, stride, advance)
     total = sum(each.nats for each in losses)

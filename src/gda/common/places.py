@@ -47,7 +47,10 @@ def check_model(location: str | Path) -> None:
                 raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
             raise ValueError(f"{path} is neither a model folder nor a GGUF file")
     elif not is_hub_id(location):
-        raise FileNotFoundError(f"{location} does not exist; name a folder, a GGUF file or a Hub id, OWNER/NAME")
+        remedy = "name a folder, a GGUF file or a Hub id, OWNER/NAME"
+        if HUB_ID.fullmatch(str(location)) and path.parent.is_dir():
+            remedy += f"; the folder {path.parent} here hides a Hub id {location}"
+        raise FileNotFoundError(f"{location} does not exist; {remedy}")
 
 
 def gguf_file(location: str | Path) -> Path | None:
