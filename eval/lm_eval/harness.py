@@ -77,9 +77,10 @@ class GDALM(HFLM):
         self.dropped_system_message = False
         self._generation_ids: dict[str, list[int]] = {}  # token ids of the generation prompts to keep, by prompt
         super().__init__(pretrained, backend=backend, device=device or choose_device(None), **kwargs)
-        padding = self.tokenizer.pad_token_id
-        if padding is not None and padding >= self.model.get_input_embeddings().num_embeddings:
-            self.tokenizer.pad_token = self.tokenizer.eos_token  # attention masks it anyway
+        embeddings = self.model.get_input_embeddings().num_embeddings
+        if (self.tokenizer.pad_token_id or 0) >= embeddings:  # attention masks padding, so any other token will do
+            others = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
+            self.tokenizer.pad_token_id = next((each for each in others if each is not None and each < embeddings), 0)
         if self.custom_prefix_token_id is None:
             check_tokenizer(self.tokenizer, self.tokenizer.name_or_path)
 

@@ -18,6 +18,7 @@ from gda.common.text import jsonl_rows
 
 SUFFIXES = (".jsonl", ".parquet")
 # A task with one of these as dataset_path names its files itself.
+OF_THE_HUB = ("split", "revision", "token", "trust_remote_code", "cache_dir")  # arguments that no file needs
 FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "xml")
 
 
@@ -50,8 +51,8 @@ def data_from(root: str | Path | None) -> Iterator[list[Path]]:
     def load_dataset(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if root is not None and path not in FILE_FORMATS:
             folders_read.append(Path(root) / path / (name or ""))
-            if named := {each: kwargs[each] for each in ("data_files", "data_dir") if kwargs.get(each)}:
-                return _named_files(Path(root) / path, name, kwargs.get("split"), named)
+            if kwargs.get("data_files") or kwargs.get("data_dir"):
+                return _named_files(Path(root), path, name, kwargs)
             return load_local(Path(root), path, name, kwargs.get("split"))
         try:
             # The hub's client logs each attempt to reach it; the error after the last one says enough.
@@ -98,17 +99,27 @@ def load_local(root: Path, path: str, name: str | None, split: str | None = None
     return splits if split is None else splits[split]
 
 
-def _named_files(base: Path, name: str | None, split: str | None, named: dict[str, Any]) -> Any:
-    """The files of a dataset in the folder `base` that a task's definition names; without them, SPLIT.jsonl."""
+def _named_files(root: Path, path: str, name: str | None, settings: dict[str, Any]) -> Any:
+    """The files of a dataset in its folder that a task's definition names, and reads by the `settings`.
+
+    Without them, what `load_local` finds if the task names a configuration or the folder is a saved dataset: other
+    files may be of other tasks.
+    """
+    base, split = root / path, settings.get("split")
+    files = " and ".join(str(settings[each]) for each in ("data_files", "data_dir") if settings.get(each))
+    if not base.is_dir():
+        raise FileNotFoundError(f"{base} is missing; the task reads {files} there")
+    if is_saved(base) or (name is not None and (base / name).is_dir()):
+        return load_local(root, path, name, split)
+    of_reader = {key: value for key, value in settings.items() if key not in OF_THE_HUB}
     try:
-        return datasets.load.load_dataset(str(base), name, split=split, **named)
+        splits = LocalSplits(datasets.load.load_dataset(str(base.absolute()), name, **of_reader))
     except FileNotFoundError:
-        if any(len(file.parts) == 1 for file in data_files(base)):
-            return load_local(base.parent, base.name, None, split)
-        files = " and ".join(str(each) for each in named.values())
         raise FileNotFoundError(f"{base} lacks {files}, which the task reads") from None
     except Exception as error:  # datasets has no common error class
         raise ValueError(f"{base} cannot be read: {first_line(error)}") from None
+    splits.folder = base
+    return splits if split is None else splits[split]
 
 
 def _lists_files(readme: Path, name: str | None) -> bool:

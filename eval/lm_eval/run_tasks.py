@@ -79,10 +79,16 @@ def check_generation(tasks: Sequence[Task | Group], options: TaskOptions) -> Non
         if task.OUTPUT_TYPE != "generate_until":
             continue
         both = {**(task.config.generation_kwargs or {}), **given}
-        if given.get("temperature") and both.get("do_sample") is False:
+        sampling, temperature = both.get("do_sample"), float(both.get("temperature") or 0)
+        if given.get("temperature") and sampling is False:
             raise ValueError(
-                f"--gen-kwargs: temperature has no effect on the task {task.config.task}, whose do_sample is false; "
+                f"--gen-kwargs: temperature has no effect on the task {task.config.task}, where do_sample is false; "
                 "add do_sample=true"
+            )
+        if given.get("do_sample") and not temperature:
+            raise ValueError(
+                f"--gen-kwargs: do_sample has no effect on the task {task.config.task}, where temperature is 0; "
+                "add temperature=…"
             )
         taken = next((name for name in LENGTHS if both.get(name) is not None), None)
         if taken is not None and taken not in given and (ignored := [name for name in LENGTHS if name in given]):

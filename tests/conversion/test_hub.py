@@ -561,7 +561,7 @@ def test_cache_without_card_and_licence(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert command("inspect", "me/x").code == 0
     assert "3 file(s) are missing" in caplog.text
-    (shard, *_) = Path(huggingface_hub.snapshot_download("me/x", allow_patterns="*.json")).glob("*.safetensors")
+    (shard, *_) = Path(huggingface_hub.snapshot_download("me/x", allow_patterns="config.json")).glob("*.safetensors")
     shard.unlink()
     assert "me/x is not cached and could not be downloaded" in refused(command, "inspect", "me/x")
 

@@ -164,7 +164,8 @@ def test_bad_options_are_refused(case: str, folder: Path, command: Command) -> N
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("temperature=0.7", "temperature has no effect on the task toy_words, whose do_sample is false; add do_sample"),
+        ("temperature=0.7", "temperature has no effect on the task toy_words, where do_sample is false; add do_sample"),
+        ("do_sample=true", "do_sample has no effect on the task toy_words, where temperature is 0; add temperature"),
         (
             "max_new_tokens=4",
             "max_new_tokens has no effect on the task toy_words, which sets max_gen_toks; use max_gen",

@@ -154,9 +154,12 @@ def test_files_that_a_definition_names(tmp_path: Path) -> None:
     assert [doc["text"] for doc in task.test_docs()] == ["gu 0", "gu 1", "gu 2"]
     with pytest.raises(FileNotFoundError, match=r"task toy_fr: .*toy/many lacks .*fr/test.jsonl"):
         load_tasks([str(tmp_path / "fr.yaml")], dataset_root=tmp_path)
-    write_jsonl(tmp_path / "toy/many/test.jsonl", [{"text": "fr 0"}])
-    (task,) = load_tasks([str(tmp_path / "fr.yaml")], dataset_root=tmp_path)
-    assert [doc["text"] for doc in task.test_docs()] == ["fr 0"]
+    write_jsonl(tmp_path / "toy/many/fr/test.jsonl", [{"text": "fr 0"}])
+    for changed in ("{test: fr/test.jsonl}}", "{test: fr/none.jsonl}}\ndataset_name: fr"):
+        text = (tmp_path / "fr.yaml").read_text().replace("{test: fr/test.jsonl}}", changed)
+        (tmp_path / "fr.yaml").write_text(text)
+        (task,) = load_tasks([str(tmp_path / "fr.yaml")], dataset_root=tmp_path)
+        assert [doc["text"] for doc in task.test_docs()] == ["fr 0"]
 
 
 def test_strings_are_not_converted(tmp_path: Path) -> None:

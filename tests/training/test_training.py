@@ -385,7 +385,7 @@ def test_label_smoothing_predicts_the_next_token(wrapped: bool, tmp_path: Path) 
     """The Trainer shifts the labels itself, of language models that it knows by name."""
     from transformers import Trainer, TrainingArguments
 
-    from gda import GDATrainer
+    from gda.training.trainer import GDATrainer
 
     model: Any = tiny_model()
     if wrapped:

@@ -74,7 +74,7 @@ def evaluate(options: EvalOutputOptions, as_json: JSON = False) -> None:
 def _publish(report: "EvalReport", options: EvalOutputOptions, as_json: bool, update_card: bool) -> None:
     """Write the report to the --output folder, and the scores to the card; then print, as the output may be closed."""
     from gda.eval.card import update_card as write_scores
-    from gda.eval.report import to_json, write_report
+    from gda.eval.report import write_report
 
     written: list[Path] = []
     try:
@@ -86,17 +86,25 @@ def _publish(report: "EvalReport", options: EvalOutputOptions, as_json: bool, up
                 with_samples=options.log_samples,
                 overwrite=options.overwrite,
             )
-        if update_card:
-            written.append(write_scores(Path(options.model), report))
     finally:
-        if as_json:
-            typer.echo(to_json(report))
-        else:
-            _print_report(report)
-        for name, note in report.notes():
-            progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
-        for path in written:
-            _say_written(path)
+        try:
+            if update_card:
+                written.append(write_scores(Path(options.model), report))
+        finally:
+            _print(report, as_json, written)
+
+
+def _print(report: "EvalReport", as_json: bool, written: list[Path]) -> None:
+    from gda.eval.report import to_json
+
+    if as_json:
+        typer.echo(to_json(report))
+    else:
+        _print_report(report)
+    for name, note in report.notes():
+        progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
+    for path in written:
+        _say_written(path)
 
 
 def _say_written(path: Path) -> None:
