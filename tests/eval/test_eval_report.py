@@ -171,7 +171,7 @@ def test_results_are_written_before_they_are_printed(
     def closed(*_: Any) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr(eval_command.typer, "echo", closed)
+    monkeypatch.setattr(eval_command, "_print", closed)
     model = shutil.copytree(folder / "other", tmp_path / "model")
     run = ("eval", model, "--tasks", BLIMP, "--dataset-root", folder / "data", "--limit", 1)
     command(*run, "--output", tmp_path / "out", "--update-card", "--json")
