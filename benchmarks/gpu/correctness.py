@@ -34,6 +34,7 @@ from transformers import GenerationConfig, StaticCache
 from transformers.utils import is_flash_attn_2_available, logging
 from transformers.utils.import_utils import is_flash_attn_3_available
 
+from gda.conversion.split.rows import SHORT
 from gda.modeling_gda.attention_gda import CACHE_ARGUMENT
 
 # Largest relative error ‖got − expected‖ / ‖expected‖: far above rounding, far below what a wrong head would cause.
@@ -408,7 +409,8 @@ def loaded(part: Part, folders: dict[str, str], sizes: Sizes) -> dict[tuple[str,
 
 def split_errors(sizes: Sizes) -> Row:
     """The worst error of a layer that is split on this device, relative to the CPU, in float32 on both."""
-    size = (sizes.shape, 16, sizes.length)  # more tokens than features, so that the closed form has one solution
+    # More tokens than features, so that the closed form has one solution; whole short sequences.
+    size = (sizes.shape, 16, sizes.length // SHORT * SHORT)
     expected, got = split_layer(*size, "cpu"), split_layer(*size, device())
     errors = {name: relative_error(got[name], expected[name].double()) for name in expected}
     worst = max(errors, key=lambda name: errors[name])
