@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from gda.conversion.split.distill import ATTENTION, Distillation, Plan
 from gda.conversion.split.fit import fit_layers, last_states
 from gda.conversion.split.recipes import split_config, split_recipes
-from gda.conversion.split.rows import EVERY, Rows
+from gda.conversion.split.rows import Rows, to_cut
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, layer_prefix
 from gda.conversion.tensors.recipes import checkpoint_specs
@@ -34,7 +34,7 @@ def split_layer(shape: Row, rows: int, length: int, place: str) -> dict[str, Ten
     with tempfile.TemporaryDirectory() as scratch:
         work = Work(Path(scratch) / "work", {})
         teacher = LayerwiseModel(source, tensors.__getitem__, place)
-        in_rows = Rows(ids, torch.arange(rows) % EVERY == EVERY - 1)
+        in_rows = Rows(ids, to_cut(rows))
         (split,) = fit_layers(teacher, config, in_rows, fitted=rows, work=work)
         config.lambda_init = [split.lambda_]
         recipes = split_recipes(config, checkpoint_specs(source), [split], trained=None, seed=0, dtype=torch.float32)

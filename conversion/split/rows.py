@@ -33,6 +33,11 @@ class Rows:
         return values.unflatten(1, (-1, SHORT)).flatten(0, 1) if self.is_cut[batch[0]] else values
 
 
+def to_cut(count: int) -> torch.Tensor:
+    """Which of `count` rows are cut, (count,)."""
+    return torch.arange(count) % EVERY == EVERY - 1
+
+
 def whole(ids: torch.Tensor) -> Rows:
     """Rows (rows, T) of which none is cut."""
     return Rows(ids, torch.zeros(len(ids), dtype=torch.bool))

@@ -37,7 +37,7 @@ from gda.conversion.split.heads import Split
 from gda.conversion.split.measure import Measurements, losses, measure
 from gda.conversion.split.recipes import split_recipes
 from gda.conversion.split.report import SplitLayer, SplitReport, TextLoss
-from gda.conversion.split.rows import EVERY, SHORT, Rows, whole
+from gda.conversion.split.rows import EVERY, SHORT, Rows, to_cut, whole
 from gda.conversion.split.sampling import sampled
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, free_memory, layer_prefix, memory_to_use
@@ -199,7 +199,7 @@ class Splitter:
         """The sequences of all texts to fit to, in random order; some are cut."""
         ids = torch.cat([text.sequences for text in self.texts])
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.seed))]
-        is_cut = torch.arange(len(ids)) % EVERY == EVERY - 1
+        is_cut = to_cut(len(ids))
         short = ids[is_cut].view(-1, SHORT)
         begin(short, self.shares.beginnings)
         ids[is_cut] = short.view(-1, ids.shape[1])

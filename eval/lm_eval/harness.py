@@ -117,12 +117,12 @@ class GDALM(HFLM):
             cut = max(0, len(prompt_ids) + len(continuation_ids) - self.max_length - 1)
             task, kept_ids = instances[index].task_name, prompt_ids[cut:]
             self.received.append(ReceivedRequest(task, prompt, continuation, kept_ids, continuation_ids, cut))
-        inputs = {(*prompt_ids, *continuation_ids[:-1]) for _, prompt_ids, continuation_ids in requests}
         if self._rolling_bar is not None:
             answers = super()._loglikelihood_tokens(requests, *args, **(kwargs | {"disable_tqdm": True}))
             self._rolling_bar.update(len(requests))
             self._advance(len(requests))
             return answers
+        inputs = {(*prompt_ids, *continuation_ids[:-1]) for _, prompt_ids, continuation_ids in requests}
         with self._progress_lines("scoring", len(inputs)):  # lm-eval runs equal inputs once
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 

@@ -17,8 +17,8 @@ from gda.common.progress import log_level
 from gda.common.text import jsonl_rows
 
 SUFFIXES = (".jsonl", ".parquet")
-# A task with one of these as dataset_path names its files itself.
 OF_THE_HUB = ("split", "revision", "token", "trust_remote_code", "cache_dir")  # arguments that no file needs
+# A task with one of these as dataset_path names its files itself.
 FILE_FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "xml")
 
 
