@@ -17,7 +17,6 @@ BATCH = 4  # rows that run through a layer at a time
 # The first token of a sequence counts so many times. It sees only itself, but the attention sink depends on it. Above
 # the layers that form the sink, its state is so large that it hardly counts.
 FIRST_TOKEN_WEIGHT = 1000
-MAX_TOKENS = 32768  # that moments are computed from; more tokens change nothing
 
 
 def fit_layers(source: LayerwiseModel, config: GDAConfig, rows: Rows, *, fitted: int, work: Work) -> Iterator[Split]:
@@ -32,12 +31,11 @@ def fit_layers(source: LayerwiseModel, config: GDAConfig, rows: Rows, *, fitted:
     if not work.has(_name(0)):
         for batch in range(0, len(rows), BATCH):
             buffers[0][batch : batch + BATCH] = source.embed(rows.ids[batch : batch + BATCH])
-    counted = min(fitted, max(1, MAX_TOKENS // rows.ids.shape[1]))
     for index in range(source.num_layers):
         name = _name(index)
         if not work.has(name):
             entering, leaving = buffers[index % 2], buffers[(index + 1) % 2]
-            split = _fit_layer(source, index, config, rows, entering, leaving, counted)
+            split = _fit_layer(source, index, config, rows, entering, leaving, fitted)
             facts = {key: value for key, value in asdict(split).items() if key != "output"}
             work.save(name, facts, {"output": split.output.float()})
         yield Split(**work.facts(name), output=work.tensors(name)["output"])
@@ -75,11 +73,11 @@ def _fit_layer(
     rows: Rows,
     entering: torch.Tensor,
     leaving: torch.Tensor,
-    counted: int,
+    fitted: int,
 ) -> Split:
     """Run a layer on `entering`, write its outputs to `leaving`, and split its heads.
 
-    A hook on o_proj collects the moments of the first `counted` rows.
+    A hook on o_proj collects the moments of the first `fitted` rows.
     """
     tensors = source.tensors(index)
     output = tensors["self_attn.o_proj.weight"]
@@ -88,7 +86,7 @@ def _fit_layer(
     batch = states = torch.empty(0)
 
     def collect(_module: torch.nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
-        if not (counts := batch < counted).any():
+        if not (counts := batch < fitted).any():
             return
         root = token_weights(states + outputs, source.config.rms_norm_eps).sqrt()
         weighted = (inputs[0] * root, (outputs - bias) * root)
