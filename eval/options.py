@@ -87,7 +87,7 @@ class TaskOptions(Options):
     )
     batch_size: int | str = option(
         1,
-        "Number of requests in a batch. auto: as many as fit into memory; auto:N: found anew for each of N parts.",
+        "Number of requests in a batch. auto: as many as fit into memory; auto:N: searched N times during the run.",
         panel=MODEL,
     )
     device: str | None = option(

@@ -81,9 +81,10 @@ class SplitReport:
         """What a user of the result must know."""
         worse = [each.text for each in self.texts if not each.ratio < WORSE]
         short = [each.text for each in self.texts if each.tokens < HELD_OUT_TOKENS]
-        found = [f"perplexity is {WORSE} times the source's or more on {', '.join(worse)}"] if worse else []
+        found = [f"perplexity is {WORSE} times the source's or more on {' and on '.join(worse)}"] if worse else []
         if short:
-            found.append(f"fewer than {HELD_OUT_TOKENS:,} tokens are held out of {', '.join(short)}: ratios are rough")
+            names = " and of ".join(short)
+            found.append(f"fewer than {HELD_OUT_TOKENS:,} tokens are held out of {names}: ratios are rough")
         return found
 
     def to_dict(self) -> dict[str, Any]:

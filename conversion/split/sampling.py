@@ -4,9 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-BATCH = 64  # sequences written at a time
+from gda.conversion.families.llamalike import head_dim
+from gda.conversion.tensors.layerwise import memory_to_use
+
+BATCH = 160  # sequences written at a time: more are no faster
 QUESTION = "{question}"
 
 
@@ -28,38 +32,56 @@ def sampled(
     question, too, as in Magpie (arXiv 2406.08464). A sequence goes on after EOS. `advance` is called with the number of
     tokens written since the last call.
     """
-    # The source's own settings may narrow the distribution, and would end a sequence at EOS. A source with NaN writes
-    # something, and fitting then names the layer.
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_length=length,
-        remove_invalid_values=True,
-        disable_compile=True,
-        cache_implementation="static",
-    )
-    watch = StoppingCriteriaList([_Watch(advance)])
-    written = torch.empty(count, length, dtype=torch.long)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        random = random_tokens(tokenizer, count, model.config.vocab_size)
-        starts = [
-            torch.cat([torch.tensor(beginning, dtype=torch.long).expand(count, -1), random], dim=1)
-            for beginning in beginnings
+        starts = _starts(tokenizer, count, length, beginnings, model.config.vocab_size)
+        ids = pad_sequence(starts, batch_first=True, padding_side="left")
+        padding = ids.shape[1] - torch.tensor([len(start) for start in starts])
+        # The source's own settings may narrow the distribution, and would end a sequence at EOS. A source with NaN
+        # writes something, and fitting then names the layer.
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_length=length + int(padding.max()),
+            remove_invalid_values=True,
+            disable_compile=True,
+            cache_implementation="static",
+        )
+        mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
+        batches = -(-count // _batch(model, length))
+        written = [
+            model.generate(
+                part.to(model.device),
+                attention_mask=real.to(model.device),
+                stopping_criteria=StoppingCriteriaList([_Watch(advance)]),
+            ).cpu()
+            for part, real in zip(ids.tensor_split(batches), mask.tensor_split(batches), strict=True)
         ]
-        if opening := chat_opening(tokenizer, model.config.vocab_size)[: length - 1]:
-            starts.append(torch.tensor([opening]).expand(count, -1))
-        for number, start in enumerate(starts):
-            here = slice(number, count, len(starts))  # they take turns, so every part of the result has all
-            batches = [
-                model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=watch).cpu()
-                for ids in start[here].to(model.device).split(BATCH)
-                if len(ids)
-            ]
-            written[here] = torch.cat([torch.empty(0, length, dtype=torch.long), *batches])
-    return written
+    return torch.cat(written).gather(1, padding[:, None] + torch.arange(length))
+
+
+def _starts(
+    tokenizer: PreTrainedTokenizerBase, count: int, length: int, beginnings: list[list[int]], embeddings: int
+) -> list[torch.Tensor]:
+    """The first token ids of each sequence."""
+    random = random_tokens(tokenizer, count, embeddings)
+    kinds = [
+        torch.cat([torch.tensor(beginning, dtype=torch.long).expand(count, -1), random], dim=1)
+        for beginning in beginnings
+    ]
+    if opening := chat_opening(tokenizer, embeddings)[: length - 1]:
+        kinds.append(torch.tensor([opening]).expand(count, -1))
+    return [kinds[number % len(kinds)][number] for number in range(count)]
+
+
+def _batch(model: Any, length: int) -> int:
+    """How many sequences of `length` tokens to write at a time, so that their cache fits into memory."""
+    config = model.config.get_text_config()
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads  # of keys and values
+    cache = heads * head_dim(config) * length * model.dtype.itemsize
+    return max(1, min(BATCH, int(memory_to_use(model.device.type) / cache)))
 
 
 def random_tokens(tokenizer: PreTrainedTokenizerBase, count: int, embeddings: int) -> torch.Tensor:

@@ -179,7 +179,7 @@ class Splitter:
             task = self.progress.add_task("sampling text, token", total=count * context)
             model: Any = self.source.load()
             device, dtype = self.device, torch.bfloat16 if self.mixed_precision else torch.float32
-            # Weights may take half of the memory; the cache takes the rest.
+            # Weights may take half of the memory; the cache takes a share of the rest.
             if device != "cpu" and dtype.itemsize * model.num_parameters() > free_memory(device) / 2:
                 device, dtype = "cpu", torch.bfloat16 if _multiplies_bfloat16("cpu") else torch.float32
                 logger.info("the model and its cache may not fit into the GPU, so text is sampled on the CPU")

@@ -741,8 +741,8 @@ def test_warnings_name_the_text(llama: Path, tmp_path: Path, monkeypatch: pytest
     card = (tmp_path / "gda" / "README.md").read_text()
     found = json.loads((tmp_path / "gda" / "conversion.json").read_text())["split"]["warnings"]
     assert found == [
-        "perplexity is 0.5 times the source's or more on text.txt, the documentation of Python",
-        "fewer than 512 tokens are held out of text.txt, the documentation of Python: ratios are rough",
+        "perplexity is 0.5 times the source's or more on text.txt and on the documentation of Python",
+        "fewer than 512 tokens are held out of text.txt and of the documentation of Python: ratios are rough",
     ]
     for warning in found:
         assert f"warning: {warning}" in done.out
