@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import gda
 from gda.common.perplexity import perplexity
 from gda.conversion.options import ConvertOptions
-from gda.conversion.split import calibration, distill, fit
+from gda.conversion.split import calibration, distill, fit, sampling
 from gda.conversion.split import report as report_module
 from gda.conversion.split import splitter as split_module
 from gda.conversion.split.calibration import read_calibration, shares, text_beginnings
@@ -647,7 +647,7 @@ def test_source_writes_its_own_text(llama: Path, tmp_path: Path) -> None:
     assert "text sampled from the source" in (tmp_path / "gda" / "README.md").read_text()
 
 
-def test_samples_start_with_the_chat_template(llama: Path) -> None:
+def test_samples_start_with_the_chat_template(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every third one; the others start with a random token, alone or after the BOS that the tokenizer omits."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
@@ -663,6 +663,12 @@ def test_samples_start_with_the_chat_template(llama: Path) -> None:
     assert not set(random) & set(tokenizer.all_special_ids)
     assert len({tuple(each) for each in ids.tolist()}) == 6
     assert sampled(load(llama), tokenizer, count=1, **options).shape == (1, 24)
+    counted.clear()
+    monkeypatch.setattr(sampling, "memory_to_use", lambda device: 0.0)  # so they are written one by one
+    alone = sampled(load(llama), tokenizer, count=6, **options)
+    assert set(counted) == {1}
+    assert torch.equal(alone[:, 0], ids[:, 0])
+    assert torch.equal(alone[2::3, : len(opening)], ids[2::3, : len(opening)])
 
 
 @pytest.mark.parametrize(
