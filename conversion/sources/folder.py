@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from gda.common.assets import copy_assets
 from gda.common.errors import errors_as
+from gda.common.trainable import TRAINABLE_FILE
 from gda.conversion.sources.config_file import read_config
 from gda.conversion.sources.names import stored_names
 from gda.conversion.sources.source import Source, card_fields
@@ -27,6 +28,7 @@ class FolderSource(Source):
         self.config = read_config(folder)
         self._reader = SafetensorsReader(folder)
         self.weight_files = [folder / file for file in self._reader.files]
+        self.names_new_parameters = (folder / TRAINABLE_FILE).is_file()
         self.specs = self._reader.specs
         expected = self._expected_specs(folder)
         with errors_as(str(folder), caught=ValueError):

@@ -251,6 +251,8 @@ def _planned_report(
     dense = conversion.num_parameters
     if getattr(conversion.config, "qk_rank", None) is not None:
         dense = sum(spec.numel for spec in dense_specs(conversion.config).values())
+    if source.names_new_parameters and isinstance(conversion.config, GDAConfig) and not conversion.new_parameters:
+        notes = [*notes, f"{source.name} has a trainable.json, the result has none: `gda train --train new` needs one"]
     return ConvertReport(
         out=out,
         config=conversion.config,
