@@ -19,7 +19,7 @@ from gda.training.data.sequences import Sequences, open_sequences
 from gda.training.distillation import Distillation
 from gda.training.parameters import choose_what_learns, count_learning, is_lambda
 from gda.training.runs.model_folder import load
-from gda.training.runs.processes import Processes, launcher_wants_bfloat16, on_cpu
+from gda.training.runs.processes import Processes, auto_is_bfloat16, on_cpu
 from gda.training.runs.run_folder import DATA_FOLDER, NEW_DATA
 from gda.training.settings import EVAL_TOKENS, TrainSettings
 
@@ -59,10 +59,7 @@ class Plan:
         """Whether matrix products are computed in bfloat16."""
         if self.settings.precision != "auto":
             return self.settings.precision == "bfloat16"
-        if launcher_wants_bfloat16():
-            return True
-        fast = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return fast and torch.bfloat16 in self.dtypes.values()
+        return auto_is_bfloat16(self.dtypes.values())
 
     def fade_callbacks(self) -> list[TrainerCallback]:
         """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""

@@ -26,6 +26,7 @@ from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.tokenizers import read_tokenizer
+from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.writing.provenance import history_of
 from gda.training.callbacks.checkpoints import STREAM_FILE, CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
@@ -42,7 +43,7 @@ from gda.training.runs.model_folder import add_companions, model_stamps, trainin
 from gda.training.runs.processes import (
     LAUNCHER_PRECISION,
     Processes,
-    launcher_wants_bfloat16,
+    auto_is_bfloat16,
     reported_elsewhere,
     require_known_precision,
 )
@@ -173,9 +174,10 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
     teacher = [] if settings.teacher is None else model_stamps(Path(settings.teacher))
-    of_launcher = "bf16" if settings.precision == "auto" and launcher_wants_bfloat16() else "no"
+    stored = {spec.dtype for spec in SafetensorsReader(source).specs.values()}
+    auto = "bfloat16" if settings.precision == "auto" and auto_is_bfloat16(stored) else "float32"
     identity = RunIdentity(
-        settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper, of_launcher
+        settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper, auto
     )
     folder: RunFolder | None = None  # in the main process
 

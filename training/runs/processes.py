@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import TypeVar
 
@@ -32,9 +32,15 @@ def on_cpu() -> bool:
     return not torch.accelerator.is_available() or bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def launcher_wants_bfloat16() -> bool:
-    """Whether `accelerate launch`, or its configuration, asks for bfloat16."""
-    return os.environ.get(LAUNCHER_PRECISION, "no") == "bf16"
+def auto_is_bfloat16(dtypes: Collection[torch.dtype]) -> bool:
+    """Whether `--precision auto` computes in bfloat16, for a model with weights of these data types.
+
+    It does if `accelerate launch` or its configuration asks for it, and on a GPU that supports it if a weight has it.
+    """
+    if os.environ.get(LAUNCHER_PRECISION, "no") == "bf16":
+        return True
+    fast = not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return fast and torch.bfloat16 in dtypes
 
 
 def require_known_precision() -> None:

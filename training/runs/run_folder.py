@@ -47,7 +47,7 @@ class RunIdentity:
     data: list[list[Any]]
     processes: int  # they share each batch
     keeper: str  # of the optimizer, see `Processes.keeper`
-    launcher_precision: str = "no"  # what the launcher asks for, where `settings` leave it to the launcher
+    auto_precision: str = "float32"  # what `--precision auto` computes in
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
@@ -68,10 +68,10 @@ class RunIdentity:
             )
         if begun.get("report") is not None:
             return  # training is finished, and nothing is read any more
-        if (precision := begun.get("launcher_precision", self.launcher_precision)) != self.launcher_precision:
+        if (precision := begun.get("auto_precision", self.auto_precision)) != self.auto_precision:
             raise ValueError(
-                f"--resume: the run was launched with --mixed_precision {precision!s:.100}, not "
-                f"{self.launcher_precision}; launch it the same way, or {START_ANEW}"
+                f"--resume: --precision auto chose {precision!s:.100}, and {self.auto_precision} here; launch it the "
+                f"same way on such a device, or {START_ANEW}"
             )
         for kind in ("model", "teacher", "data"):
             known, here = begun.get(kind), getattr(self, kind)
