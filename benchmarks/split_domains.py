@@ -24,6 +24,7 @@ from gda.common.text import python_documentation
 from gda.conversion.sources.open import open_source
 from gda.conversion.split.fit import FIRST_TOKEN_WEIGHT
 from gda.conversion.split.rows import EVERY, SHORT
+from gda.conversion.split.sampling import AT_ONCE
 from gda.conversion.split.splitter import EFFORTS, TOKENS
 
 COMPARED = ("efforts", "calibrations", "seeds", "out")
@@ -70,7 +71,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def require_same_arguments(kept: Path, arguments: argparse.Namespace) -> None:
     """Keep what all rows of a folder have in common, and refuse other rows."""
     common = {name: value for name, value in vars(arguments).items() if name not in COMPARED}
-    common |= {"defaults": [__version__, EFFORTS, TOKENS, SHORT, EVERY, FIRST_TOKEN_WEIGHT]}
+    common |= {"defaults": [__version__, EFFORTS, TOKENS, SHORT, EVERY, FIRST_TOKEN_WEIGHT, AT_ONCE]}
     if not kept.exists():
         kept.write_text(json.dumps(common))
     elif json.loads(kept.read_text()) != common:

@@ -26,7 +26,6 @@ from gda.conversion.sources.config_file import read_gda_config
 from gda.conversion.sources.hub import require_token
 from gda.conversion.sources.open import resolve_folder
 from gda.conversion.sources.tokenizers import read_tokenizer
-from gda.conversion.tensors.safetensors_io import SafetensorsReader
 from gda.conversion.writing.provenance import history_of
 from gda.training.callbacks.checkpoints import STREAM_FILE, CheckpointCallback
 from gda.training.callbacks.layer_log import LayerLog
@@ -39,7 +38,7 @@ from gda.training.plot import plot
 from gda.training.report import TrainReport, peak_memory
 from gda.training.runs.checkpoints import damage_reported, last_checkpoint, require_readable, step_of
 from gda.training.runs.failures import explained
-from gda.training.runs.model_folder import add_companions, model_stamps, training_step, write_card
+from gda.training.runs.model_folder import add_companions, model_stamps, stored_dtypes, training_step, write_card
 from gda.training.runs.processes import (
     LAUNCHER_PRECISION,
     Processes,
@@ -174,15 +173,16 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
     teacher = [] if settings.teacher is None else model_stamps(Path(settings.teacher))
-    stored = {spec.dtype for spec in SafetensorsReader(source).specs.values()}
-    auto = "bfloat16" if settings.precision == "auto" and auto_is_bfloat16(stored) else "float32"
-    identity = RunIdentity(
-        settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper, auto
-    )
     folder: RunFolder | None = None  # in the main process
 
     def open_folder() -> RunState:
         nonlocal folder
+        auto = None
+        if settings.precision == "auto":
+            auto = "bfloat16" if auto_is_bfloat16(stored_dtypes(source).values()) else "float32"
+        identity = RunIdentity(
+            settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper, auto
+        )
         folder = RunFolder(out, identity, source, resume=options.resume, overwrite=options.overwrite)
         return folder.state
 

@@ -55,7 +55,7 @@ class AdapterSource(Source):
         self.folder, self.base = folder, base
         self.name, self.revision = name or folder.resolve().name, revision
         self.config, self.specs = base.config, base.specs
-        self.names_new_parameters = base.names_new_parameters
+        self.trainable = base.trainable
         self.notes = (*base.notes, f"the adapter {self.name} is merged into {base.name}")
         self.weight_files = [*base.weight_files, folder / ADAPTER_FILE]
         self._model: PreTrainedModel | None = None

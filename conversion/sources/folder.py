@@ -28,7 +28,7 @@ class FolderSource(Source):
         self.config = read_config(folder)
         self._reader = SafetensorsReader(folder)
         self.weight_files = [folder / file for file in self._reader.files]
-        self.names_new_parameters = (folder / TRAINABLE_FILE).is_file()
+        self.trainable = path if (path := folder / TRAINABLE_FILE).is_file() else None
         self.specs = self._reader.specs
         expected = self._expected_specs(folder)
         with errors_as(str(folder), caught=ValueError):

@@ -48,7 +48,7 @@ class Source(ABC):
     specs: dict[str, TensorSpec]  # shape and dtype of each tensor of the model, by name
     weight_files: list[Path]
     notes: tuple[str, ...] = ()  # what the user should know about how it was read
-    names_new_parameters = False  # whether a trainable.json lies beside it
+    trainable: Path | None = None  # its trainable.json, if there is one
 
     @property
     def can_run(self) -> bool:

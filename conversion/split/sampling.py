@@ -8,9 +8,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from gda.conversion.families.llamalike import head_dim
-from gda.conversion.tensors.layerwise import memory_to_use
+from gda.conversion.tensors.layerwise import total_memory
 
-BATCH = 160  # sequences written at a time: more are no faster
+AT_ONCE = 160  # sequences written at a time: more are no faster
+SHARE_OF_MEMORY = 1 / 4  # of the device's, for their cache
 QUESTION = "{question}"
 
 
@@ -30,13 +31,14 @@ def sampled(
     Sequences take turns in how they start: with a random token, as in LLM-QAT (arXiv 2305.17888), after each of the
     `beginnings`, which are token ids; and with the chat template, if there is one, so that the model writes the
     question, too, as in Magpie (arXiv 2406.08464). A sequence goes on after EOS. `advance` is called with the number of
-    tokens written since the last call.
+    tokens written since the last call; some of them are cut off.
     """
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         starts = _starts(tokenizer, count, length, beginnings, model.config.vocab_size)
         ids = pad_sequence(starts, batch_first=True, padding_side="left")
         padding = ids.shape[1] - torch.tensor([len(start) for start in starts])
+        longest = length + int(padding.max())
         # The source's own settings may narrow the distribution, and would end a sequence at EOS. A source with NaN
         # writes something, and fitting then names the layer.
         model.generation_config = GenerationConfig(
@@ -44,19 +46,15 @@ def sampled(
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            max_length=length + int(padding.max()),
+            max_length=longest,
             remove_invalid_values=True,
             disable_compile=True,
             cache_implementation="static",
         )
         mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
-        batches = -(-count // _batch(model, length))
+        batches, watch = -(-count // _at_once(model, longest)), StoppingCriteriaList([_Watch(advance)])
         written = [
-            model.generate(
-                part.to(model.device),
-                attention_mask=real.to(model.device),
-                stopping_criteria=StoppingCriteriaList([_Watch(advance)]),
-            ).cpu()
+            model.generate(part.to(model.device), attention_mask=real.to(model.device), stopping_criteria=watch).cpu()
             for part, real in zip(ids.tensor_split(batches), mask.tensor_split(batches), strict=True)
         ]
     return torch.cat(written).gather(1, padding[:, None] + torch.arange(length))
@@ -76,12 +74,15 @@ def _starts(
     return [kinds[number % len(kinds)][number] for number in range(count)]
 
 
-def _batch(model: Any, length: int) -> int:
-    """How many sequences of `length` tokens to write at a time, so that their cache fits into memory."""
-    config = model.config.get_text_config()
+def _at_once(model: Any, length: int) -> int:
+    """How many sequences of `length` tokens to write at a time, so that their cache fits into memory.
+
+    What is drawn depends on it, so it depends on the device's whole memory, not on what is free.
+    """
+    config = model.config
     heads = 2 * config.num_hidden_layers * config.num_key_value_heads  # of keys and values
     cache = heads * head_dim(config) * length * model.dtype.itemsize
-    return max(1, min(BATCH, int(memory_to_use(model.device.type) / cache)))
+    return max(1, min(AT_ONCE, int(total_memory(model.device.type) * SHARE_OF_MEMORY / cache)))
 
 
 def random_tokens(tokenizer: PreTrainedTokenizerBase, count: int, embeddings: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ from gda.conversion.split.measure import Measurements, losses, measure
 from gda.conversion.split.recipes import split_recipes
 from gda.conversion.split.report import SplitLayer, SplitReport, TextLoss
 from gda.conversion.split.rows import EVERY, SHORT, Rows, to_cut, whole
-from gda.conversion.split.sampling import sampled
+from gda.conversion.split.sampling import AT_ONCE, sampled
 from gda.conversion.split.work import Work
 from gda.conversion.tensors.layerwise import LayerwiseModel, free_memory, layer_prefix, memory_to_use
 from gda.conversion.tensors.recipes import Recipe
@@ -51,9 +51,10 @@ EFFORTS = {"fast": 0, "default": 96}
 class Splitter:
     """Splits the heads of every layer of a source, and fits the remaining attention to the source's.
 
-    Memory holds one layer and its moments, and the activations of a training step if they fit; to write text, it holds
-    the whole source. Other activations and trained weights are files in the work folder, and a resumed run continues
-    from there. `config` is from `split_config`.
+    Memory holds one layer and its moments, in training the head as well, and as far as they fit the tensors of the
+    source and the activations of a training step; to write text, it holds the whole source. Other activations and
+    trained weights are files in the work folder, and a resumed run continues from there. `config` is from
+    `split_config`.
 
     Raises:
         FileNotFoundError, ValueError: for a text that cannot be read or is too short.
@@ -297,7 +298,7 @@ class Splitter:
             "source": [self.source.name, self.source.revision, stamps(self.source.weight_files)],
             "inputs": digest.hexdigest(),
             "seed": self.seed,
-            "method": [SHORT, EVERY, FIRST_TOKEN_WEIGHT],
+            "method": [SHORT, EVERY, FIRST_TOKEN_WEIGHT, AT_ONCE],
             **self.settings(),
         }
 

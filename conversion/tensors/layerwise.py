@@ -40,6 +40,11 @@ def free_memory(device: str = "cpu") -> int:
     return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
 
 
+def total_memory(device: str = "cpu") -> int:
+    """Bytes of the device's memory."""
+    return psutil.virtual_memory().total if device == "cpu" else torch.cuda.mem_get_info()[1]
+
+
 def memory_to_use(device: str = "cpu") -> float:
     """Bytes of the device's memory that may be used to keep what could be read or computed again."""
     return free_memory(device) * SHARE_OF_MEMORY

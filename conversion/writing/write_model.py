@@ -21,6 +21,7 @@ from gda.common.files import (
     require_space,
     write_text,
 )
+from gda.common.trainable import TRAINABLE_FILE
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import choose_target
@@ -138,7 +139,20 @@ def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check
     with errors_naming(folder):
         _save_config(conversion, folder, bundle_code=False)
         source.copy_assets(folder)
-        return keep_tokenizer(source, folder, check=check)
+        lost = _keep_trainable(conversion, source, folder)
+        return [*lost, *keep_tokenizer(source, folder, check=check)]
+
+
+def _keep_trainable(conversion: Conversion, source: Source, folder: Path) -> list[str]:
+    """Copy the source's trainable.json if it is right for the result; a note if not, and the result has none."""
+    of_gda = isinstance(conversion.config, GDAConfig)
+    if source.trainable is None or not of_gda or conversion.new_parameters is not None:
+        return []
+    shapes = {name: recipe.spec.shape for name, recipe in conversion.recipes.items()}
+    if shapes == {name: spec.shape for name, spec in source.specs.items()}:
+        shutil.copyfile(source.trainable, folder / TRAINABLE_FILE)
+        return []
+    return [f"{source.trainable} names tensors that the result doesn't have: `gda train --train new` can't train it"]
 
 
 def _copy_files(assets: Path, folder: Path) -> None:
@@ -251,8 +265,6 @@ def _planned_report(
     dense = conversion.num_parameters
     if getattr(conversion.config, "qk_rank", None) is not None:
         dense = sum(spec.numel for spec in dense_specs(conversion.config).values())
-    if source.names_new_parameters and isinstance(conversion.config, GDAConfig) and not conversion.new_parameters:
-        notes = [*notes, f"{source.name} has a trainable.json, the result has none: `gda train --train new` needs one"]
     return ConvertReport(
         out=out,
         config=conversion.config,

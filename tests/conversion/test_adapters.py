@@ -119,10 +119,12 @@ def test_code_of_the_base_tokenizer_stays_on_the_hub(tmp_path: Path, hub: Hub) -
     assert any("me/llama--tokenization_mine.Mine; it stays on the Hub" in note for note in report.notes)
 
 
-def test_history_goes_on_from_the_base(tmp_path: Path) -> None:
+def test_history_and_new_parameters_are_those_of_the_base(tmp_path: Path) -> None:
     """conversion.json of the merged model has the steps of its base, the merge and the conversion."""
     gda.convert(save_llama(tmp_path / "llama"), tmp_path / "gda", verify=False)
     gda.convert(save_adapter(tmp_path / "gda", tmp_path / "adapter"), tmp_path / "merged", verify=False)
+    new_parameters = [(tmp_path / name / "trainable.json").read_bytes() for name in ("gda", "merged")]
+    assert new_parameters[0] == new_parameters[1]
     assert json.loads((tmp_path / "merged" / "conversion.json").read_text())["history"] == [
         "`expand` of llama.",
         "The adapter adapter was merged into gda.",

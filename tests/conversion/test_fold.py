@@ -425,14 +425,14 @@ def test_output_of_the_commands(tmp_path: Path, command: Command) -> None:
 
 
 def test_a_lost_trainable_json_is_named(tmp_path: Path) -> None:
-    """The result of `fold` or `--qk-rank` has other tensors than those that the list of new parameters names."""
+    """Factored or folded, a model has other tensors than those that the list of its new parameters names."""
     save_llama(tmp_path / "llama")
-    made = gda.convert(tmp_path / "llama", tmp_path / "low", qk_rank=2, noise_heads=2, verify=False)
-    assert (tmp_path / "low" / "trainable.json").exists()
-    assert not any("trainable.json" in note for note in made.notes)
-    report = gda.fold(tmp_path / "low", tmp_path / "dense", verify=False)
-    assert not (tmp_path / "dense" / "trainable.json").exists()
-    assert "low has a trainable.json, the result has none: `gda train --train new` needs one" in report.notes
+    gda.convert(tmp_path / "llama", tmp_path / "gda", noise_heads=2, verify=False)
+    low = gda.convert(tmp_path / "gda", tmp_path / "low", qk_rank=2, verify=False)
+    assert not (tmp_path / "low" / "trainable.json").exists()
+    plain = gda.export(tmp_path / "gda", tmp_path / "plain", verify=False)
+    noted = [any("trainable.json names tensors" in note for note in each.notes) for each in (low, plain)]
+    assert noted == [True, False]
 
 
 def test_fold_overwrite_and_dry_run(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import processors
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import gda
 from gda.common.perplexity import perplexity
@@ -669,6 +669,26 @@ def test_samples_start_with_the_chat_template(llama: Path, monkeypatch: pytest.M
     assert set(counted) == {1}
     assert torch.equal(alone[:, 0], ids[:, 0])
     assert torch.equal(alone[2::3, : len(opening)], ids[2::3, : len(opening)])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_samples_are_what_the_source_writes(
+    window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the likeliest token instead of a drawn one: as without padding, without a cache, and within a window."""
+    source, tokenizer = save_source(tmp_path / "mistral", "mistral", sliding_window=window), byte_tokenizer()
+    tokenizer.chat_template = "{{ 'User: ' + messages[0].content }}"
+    monkeypatch.setattr(sampling, "GenerationConfig", lambda **given: GenerationConfig(**given | {"do_sample": False}))
+    beginnings = text_beginnings(tokenizer, len(tokenizer))
+    ids = sampled(
+        load(source), tokenizer, count=6, length=24, beginnings=beginnings, seed=0, advance=lambda tokens: None
+    )
+    with torch.no_grad():
+        wanted = load(source)(ids, use_cache=False).logits[:, :-1].argmax(-1)
+    lengths = [1, 2, len(tokenizer("User: ", add_special_tokens=False).input_ids)]
+    for number, row in enumerate(ids):
+        start = lengths[number % 3]
+        assert torch.equal(row[start:], wanted[number, start - 1 :])
 
 
 @pytest.mark.parametrize(

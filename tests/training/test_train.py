@@ -877,6 +877,9 @@ def test_only_the_same_run_is_resumed(
     output = text("--resume", "--learning-rate", 1e-3)
     assert "started with --learning-rate 0.01, not with --learning-rate 0.001" in output
     assert "started with no --eval-data, not with --eval-data" in text("--resume", "--eval-data", models / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        assert "--precision auto chose float32, and bfloat16 here" in text("--resume")
     os.utime(tmp_path / "text.txt", (1, 1))
     assert "text.txt of the data has changed" in text("--resume")
     os.utime(tmp_path / "gda" / "model.safetensors", (1, 1))

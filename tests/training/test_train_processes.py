@@ -314,8 +314,9 @@ def test_resume_needs_equal_steps_and_the_same_engine(tmp_path: Path) -> None:
         RunIdentity(other, [], [], [], 2, "FSDP2").require_same(begun, tmp_path)
     with pytest.raises(ValueError, match="was started with FSDP2, not with DeepSpeed"):
         RunIdentity(other, [], [], [], 1, "DeepSpeed's ZeRO-3").require_same(begun, tmp_path)
+    here = RunIdentity(other, [], [], [], 1, "FSDP2", "float32")
     with pytest.raises(ValueError, match="--precision auto chose bfloat16, and float32 here"):
-        RunIdentity(other, [], [], [], 1, "FSDP2").require_same(begun | {"auto_precision": "bfloat16"}, tmp_path)
+        here.require_same(begun | {"auto_precision": "bfloat16"}, tmp_path)
     begun["settings"]["warmup"] = 0.0
     with pytest.raises(ValueError, match=r"started with --warmup 0\.0, not with --warmup 0\.02"):
         RunIdentity(other, [], [], [], 1, "FSDP2").require_same(begun, tmp_path)

@@ -47,11 +47,18 @@ def load(folder: Path) -> tuple[GDAForCausalLM, dict[str, torch.dtype]]:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(key if isinstance(key, str) else key[0] for key in loading[kind]):  # or with its shapes
             raise ValueError(f"{folder}: weights and config.json do not match, {kind.replace('_', ' ')}: {names[0]}")
-    stored = SafetensorsReader(folder).specs  # config.json may name a narrower dtype than some weights have
-    dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
-    dtypes |= {name: stored[name].dtype for name in dtypes if name in stored and ".lambda_" not in name}
-    before = {name: getattr(torch, dtype) for name, dtype in dtypes_before_training(folder).items() if name in dtypes}
-    return model, dtypes | before
+    dtypes = stored_dtypes(folder)
+    return model, {name: dtypes.get(name, torch.float32) for name, _ in model.named_parameters()}
+
+
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """By parameter, its data type on the disk, or for a checkpoint before training; without λ, which is never narrow.
+
+    config.json may name a narrower one than some weights have.
+    """
+    specs = SafetensorsReader(folder).specs.items()
+    before = {name: getattr(torch, dtype) for name, dtype in dtypes_before_training(folder).items()}
+    return {name: spec.dtype for name, spec in specs if ".lambda_" not in name} | before
 
 
 def add_companions(config: PreTrainedConfig, source: Path, folder: Path) -> None:

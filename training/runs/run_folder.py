@@ -47,7 +47,7 @@ class RunIdentity:
     data: list[list[Any]]
     processes: int  # they share each batch
     keeper: str  # of the optimizer, see `Processes.keeper`
-    auto_precision: str = "float32"  # what `--precision auto` computes in
+    auto_precision: str | None = None  # what `--precision auto` computes in, if it was given
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
@@ -70,8 +70,8 @@ class RunIdentity:
             return  # training is finished, and nothing is read any more
         if (precision := begun.get("auto_precision", self.auto_precision)) != self.auto_precision:
             raise ValueError(
-                f"--resume: --precision auto chose {precision!s:.100}, and {self.auto_precision} here; launch it the "
-                f"same way on such a device, or {START_ANEW}"
+                f"--resume: --precision auto chose {precision!s:.100}, and {self.auto_precision} here; launch it where "
+                f"it chooses {precision!s:.100}, or {START_ANEW}"
             )
         for kind in ("model", "teacher", "data"):
             known, here = begun.get(kind), getattr(self, kind)
