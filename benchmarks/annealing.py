@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.2, help="Value of --lambda-target.")
     parser.add_argument("--lambda-learning-rate", type=float, default=5e-3, help="Peak learning rate of λ.")
     args = parser.parse_args()
-    annealing = {"lambda_target": args.target, "lambda_anneal_steps": args.steps // 2}
+    annealing = {"lambda_target": args.target, "fade_steps": args.steps // 2}
     arms: dict[str, dict[str, Any]] = {"plain": {}, f"annealed through {args.target:g}": annealing}
     import gda
 

@@ -150,7 +150,6 @@ class GDAConfig(PretrainedConfig):
     layer_types: list[str] | None = None
 
     def __init__(self, **kwargs: Any):
-        _rename_fade(kwargs)
         rope = _one_rope(**{name: kwargs.pop(name, None) for name in ROPE_ARGUMENTS})
         fields = {name: kwargs.pop(name, getattr(type(self), name)) for name in FIELDS} | {"rope_parameters": rope}
         for name, value in kwargs.items():
@@ -531,15 +530,6 @@ def _one_rope(
     differing = {key: value for key, value in said.items() if rope.get(key) != value}
     _require(not differing, "rope_parameters", f"contradicts rope_theta or rope_scaling, which say {differing}", rope)
     return rope
-
-
-def _rename_fade(fields: dict[str, Any]) -> None:
-    """Rename `growth_mask` (masked growth) and `lambda_anneal` (λ) of configs saved before `fade` existed."""
-    growth, anneal = fields.pop("growth_mask", None), fields.pop("lambda_anneal", None)
-    one = growth is None or anneal in (None, growth)
-    _require(one, "fade", "is one value, and cannot be both growth_mask and lambda_anneal", (growth, anneal))
-    if (value := anneal if growth is None else growth) is not None:
-        fields["fade"] = value
 
 
 def _is_activation(name: str) -> bool:

@@ -65,7 +65,7 @@ class Plan:
         """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""
         if self.config.fade is None and self.settings.lambda_target is None:
             return []
-        return [FadeCallback(_steps_of_fade(self.settings, self.steps), self.settings.lambda_target)]
+        return [FadeCallback(self.settings.fade_steps or self.steps, self.settings.lambda_target)]
 
     def require_space(self, out: Path) -> None:
         """Raise NoSpaceError unless the disk of `out` has room for the checkpoints.
@@ -137,7 +137,7 @@ def make_plan(
         notes += eval_sequences.notes
     steps = _count_steps(settings, sequences, processes.count)
     if config.fade is not None:
-        notes += [f"the fade of the model rises from {config.fade:g} to 1 over {_steps_of_fade(settings, steps)} steps"]
+        notes += [f"the fade of the model rises from {config.fade:g} to 1 over {settings.fade_steps or steps} steps"]
     return Plan(
         settings=settings,
         config=config,
@@ -173,10 +173,6 @@ def _check_fade(settings: TrainSettings, config: GDAConfig) -> None:
     if config.fade and wanted not in (None, current):
         remedy = "omit the option" if current is None else f"pass {current:g}"
         raise ValueError(f"--lambda-target {wanted}: the model is at fade {config.fade:g}, and λ would jump; {remedy}")
-
-
-def _steps_of_fade(settings: TrainSettings, steps: int) -> int:
-    return settings.fade_steps or settings.lambda_anneal_steps or steps
 
 
 def _count_steps(settings: TrainSettings, sequences: Sequences, processes: int) -> int:

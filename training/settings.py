@@ -116,8 +116,7 @@ class TrainSettings(Options):
     )
     lambda_target: float | None = option(
         None,
-        "Fade λ in: from 0, shifted by up to a quarter of this value, to the learned λ. Needs --fade-steps or "
-        "--lambda-anneal-steps. Default: MODEL's own.",
+        "Fade λ in: from 0, shifted by up to a quarter of this value, to the learned λ. Default: MODEL's own.",
         panel=LAMBDA,
     )
     fade_steps: int | None = option(
@@ -125,12 +124,6 @@ class TrainSettings(Options):
         "Number of steps over which the new parts of MODEL are faded in: heads, neurons, layers, a head norm, λ. "
         "Default: all steps. For a head norm, half as many were better (docs/evidence.md).",
         panel=STEPS,
-        minimum=1,
-    )
-    lambda_anneal_steps: int | None = option(
-        None,
-        "Number of steps over which λ is faded in. Needs --lambda-target; replaces --fade-steps.",
-        panel=LAMBDA,
         minimum=1,
     )
 
@@ -184,14 +177,8 @@ class TrainSettings(Options):
     def _check_combinations(self) -> None:
         if self.streaming and self.steps is None:
             raise ValueError("--streaming needs --steps, because the length of a stream is unknown")
-        if self.lambda_target is None and self.lambda_anneal_steps is not None:
-            raise ValueError("--lambda-anneal-steps has no effect without --lambda-target")
-        if self.lambda_target is not None and self.lambda_anneal_steps is None and self.fade_steps is None:
-            raise ValueError("--lambda-target needs --fade-steps or --lambda-anneal-steps")
         if self.lambda_target is not None and not math.isfinite(self.lambda_target):
             raise ValueError(f"--lambda-target {self.lambda_target} is not a finite number")
-        if self.fade_steps is not None and self.lambda_anneal_steps is not None:
-            raise ValueError("--fade-steps and --lambda-anneal-steps set the same number; pass one of them")
         if self.steps is not None:
             self.check_fade(self.steps)
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
@@ -204,9 +191,10 @@ class TrainSettings(Options):
 
     def check_fade(self, steps: int) -> None:
         """Raise ValueError if a run of that many steps ends before the fade does."""
-        for name in ("fade_steps", "lambda_anneal_steps"):
-            if (given := getattr(self, name) or 0) > steps:
-                raise ValueError(f"{flag(name)} {given} is above the {steps} steps of this run: the fade would not end")
+        if (self.fade_steps or 0) > steps:
+            raise ValueError(
+                f"--fade-steps {self.fade_steps} is above the {steps} steps of this run: the fade would not end"
+            )
 
     def _refuse_unused(self) -> None:
         """Refuse options that have no effect without another one."""

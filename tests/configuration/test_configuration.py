@@ -238,8 +238,6 @@ BROKEN_RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"fade": 0.5, "faded_head_norm": True}, "faded_head_norm", "with head_norm"),
     ({"fade": 0.5, "faded_head_norm": False, "head_norm": True}, "faded_head_norm", "with head_norm"),
     ({"fade": 0.5, "lambda_target": float("inf")}, "lambda_target", "finite"),
-    ({"growth_mask": 0.5, "lambda_anneal": 0.25, "masked_neurons": 1, "lambda_target": 0.2}, "fade", "is one value"),
-    ({"growth_mask": 0.5}, "fade", "nothing is faded in"),
     ({"head_dim": 7}, "head_dim", "even for rotary embeddings"),
     ({"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters", "rope_type must be one of"),
     ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters", "factor"),
@@ -317,25 +315,6 @@ def test_other_arguments_are_kept() -> None:
     """Arguments that resemble none of our fields are saved in config.json."""
     config = tiny_config(source_of_data="a tool")
     assert json.loads(config.to_json_string())["source_of_data"] == "a tool"
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ({"growth_mask": 0.5, "masked_neurons": 7}, {"fade": 0.5, "masked_neurons": 7}),
-        ({"growth_mask": 0, "masked_layers": [1], "lambda_anneal": None}, {"fade": 0, "masked_layers": [1]}),
-        ({"lambda_anneal": 0.25, "lambda_target": 0.1, "growth_mask": None}, {"fade": 0.25, "lambda_target": 0.1}),
-        (
-            {"lambda_anneal": 0.5, "lambda_target": 0.1, "growth_mask": 0.5, "masked_neurons": 7},
-            {"fade": 0.5, "lambda_target": 0.1, "masked_neurons": 7},
-        ),
-        ({"growth_mask": None, "lambda_anneal": None}, {}),
-    ],
-    ids=str,
-)
-def test_names_before_fade(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """`growth_mask` and `lambda_anneal` in older configs are read as `fade`."""
-    assert GDAConfig.from_dict(tiny_config().to_dict() | old).to_dict() == tiny_config(**new).to_dict()
 
 
 @pytest.mark.parametrize("model_class", [GDAModel, GDAForCausalLM])

@@ -500,7 +500,7 @@ def test_other_lambda_target_is_refused(models: Path, tmp_path: Path, command: C
     shutil.copytree(models / "gda", tmp_path / "on-the-way")
     change_config(tmp_path / "on-the-way", fade=0.5, lambda_target=0.2)
     arguments = ("train", tmp_path / "on-the-way", tmp_path / "out", "--data", models / "text.txt", *OPTIONS)
-    options = ("--lambda-anneal-steps", 4, "--lambda-target")
+    options = ("--fade-steps", 4, "--lambda-target")
     for more in ((), ("--dry-run",)):
         refused(command(*arguments, *options, 0.3, *more), "--lambda-target 0.3", tmp_path)
     assert command(*arguments, *options, 0.2, "--dry-run").code == 0
@@ -595,7 +595,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "growth mask": ("masked", {}),
     "only new": ("grown", {"train": "new"}),
     "lora": ("gda", {"train": "lora", "lora_rank": 2}),
-    "annealed": ("gda", {"lambda_target": 0.3, "lambda_anneal_steps": 5}),
+    "annealed": ("gda", {"lambda_target": 0.3, "fade_steps": 5}),
     "wsd, λ's own rate": ("gda", {"schedule": "wsd", "warmup": 0.4, "lambda_learning_rate": 0.1, "weight_decay": 0.1}),
     "bfloat16": ("gda", {"precision": "bfloat16"}),
     "taught": ("gda", {"teacher": "llama", "hidden_weight": 0.1}),
@@ -1140,7 +1140,7 @@ def test_help_has_every_option_in_a_panel(command: Command) -> None:
         assert each.metadata["panel"], each.name
         assert flag(each.name) in shown, each.name
         assert each.metadata["help"].split(".")[0].split("`")[0].rstrip() in shown, each.name
-        if each.default in (None, ()) and each.name not in ("data", "lambda_anneal_steps"):
+        if each.default in (None, ()) and each.name != "data":
             assert "Default: " in each.metadata["help"], each.name
 
 
@@ -1152,8 +1152,7 @@ def test_missing_arguments_and_packages(models: Path, tmp_path: Path, command: C
     refused(command(*arguments, "--private"), "--push-to-hub", tmp_path)
     refused(command(*arguments, "--push-to-hub", "a b"), "not a valid repository name", tmp_path)
     refused(command(*arguments, "--revision", "main"), "--revision is for a Hub id", tmp_path)
-    refused(command(*arguments, "--lambda-target", 0.1), "needs --fade-steps or --lambda-anneal-steps", tmp_path)
-    refused(command(*arguments, "--lambda-target", 0.1, "--lambda-anneal-steps", 10**6), "above the", tmp_path)
+    refused(command(*arguments, "--lambda-target", 0.1, "--fade-steps", 10**6), "above the", tmp_path)
     refused(command(*arguments, "--report-to", "wandb"), "pip install wandb", tmp_path)
 
 

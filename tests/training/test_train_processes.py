@@ -52,7 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "teacher": "llama",
         "hidden_weight": 0.3,
         "lambda_target": 0.3,
-        "lambda_anneal_steps": 4,
+        "fade_steps": 4,
     },
     "stream": {"model": "gda", "streaming": True},
 }
