@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from transformers.training_args import TrainingArguments
 from gda.common.files import write_text
 from gda.common.numbers import finite
 from gda.common.subtraction import SUMS, measurements, subtraction_measured
+from gda.conversion.sources.names import LAYER
 from gda.modeling_gda.attention_gda import GDAAttention
 from gda.training.parameters import is_lambda
 from gda.training.sharding import full_tensor
-
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class LayerLog(TrainerCallback):

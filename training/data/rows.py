@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from gda.common.text import require_characters
+
 # Text, and whether a document ends with it: a large document comes in several pieces.
 Piece = tuple[str, bool]
 # Returns the position after a row or document, JSON-ready. It is valid until the next one is read.
@@ -134,10 +136,7 @@ def _tools(at: str, tools: Any) -> list[Any] | None:
 
 def _check_value(at: str, field: str, value: Any) -> None:
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{at} has half a surrogate pair in `{field}`, which is not a character") from None
+        require_characters(value, at, field)
         return
     if not isinstance(value, list):
         raise ValueError(
