@@ -664,7 +664,7 @@ def test_samples_start_with_the_chat_template(llama: Path, monkeypatch: pytest.M
     assert len({tuple(each) for each in ids.tolist()}) == 6
     assert sampled(load(llama), tokenizer, count=1, **options).shape == (1, 24)
     counted.clear()
-    monkeypatch.setattr(sampling, "memory_to_use", lambda device: 0.0)  # so they are written one by one
+    monkeypatch.setattr(sampling, "total_memory", lambda device: 0)  # so they are written one by one
     alone = sampled(load(llama), tokenizer, count=6, **options)
     assert set(counted) == {1}
     assert torch.equal(alone[:, 0], ids[:, 0])
