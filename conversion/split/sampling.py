@@ -8,10 +8,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from gda.conversion.families.llamalike import head_dim
-from gda.conversion.tensors.layerwise import total_memory
+from gda.conversion.tensors.layerwise import SHARE_OF_MEMORY, total_memory
 
 AT_ONCE = 160  # sequences written at a time: more are no faster
-SHARE_OF_MEMORY = 1 / 4  # of the device's, for their cache
 QUESTION = "{question}"
 
 

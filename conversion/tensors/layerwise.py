@@ -18,7 +18,7 @@ from gda.conversion.families.llamalike import layer_windows
 from gda.conversion.tensors.recipes import meta_model
 from gda.modeling_gda.attention_gda import Fade
 
-# How much of the free memory a model may use.
+# How much of the memory a model, or a cache, may use.
 SHARE_OF_MEMORY = 1 / 4
 
 # Elements of a matrix that are cast at a time: 4 MB in float32.

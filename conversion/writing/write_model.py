@@ -139,8 +139,7 @@ def _write_assets(conversion: Conversion, source: Source, folder: Path, *, check
     with errors_naming(folder):
         _save_config(conversion, folder, bundle_code=False)
         source.copy_assets(folder)
-        lost = _keep_trainable(conversion, source, folder)
-        return [*lost, *keep_tokenizer(source, folder, check=check)]
+        return [*_keep_trainable(conversion, source, folder), *keep_tokenizer(source, folder, check=check)]
 
 
 def _keep_trainable(conversion: Conversion, source: Source, folder: Path) -> list[str]:
