@@ -62,7 +62,8 @@ def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
     location = find_demo_model() if options.source is None else options.source
     with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch, quiet_transformers():
         folder = Path(scratch) / "smollm2-135m-gda" if options.out is None else options.out
-        conversion = ConvertOptions(source=location, out=folder, overwrite=options.overwrite)
+        # The demo has no --resume, so it continues what an interrupted demo left.
+        conversion = ConvertOptions(source=location, out=folder, overwrite=options.overwrite, resume=True)
         conversion.check_places()
         console.print(f"[bold]1. Convert[/] {escape(Path(location).name)} to Grouped Differential Attention")
         source = open_source(location)
@@ -79,7 +80,7 @@ def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
         llama.generation_config = gda.generation_config  # verification has replaced that of the source
     texts = _generate(llama, gda, tokenizer, console)
     console.print(f"\n[bold]3. Perplexity[/] on {PERPLEXITY_TOKENS} tokens of Python's own documentation\n")
-    ids = tokenizer(python_documentation(), return_tensors="pt").input_ids[0, :PERPLEXITY_TOKENS]
+    ids = tokenizer(python_documentation(), return_tensors="pt", verbose=False).input_ids[0, :PERPLEXITY_TOKENS]
     report = DemoReport(
         source=Path(location).name,
         num_parameters=(llama.num_parameters(), gda.num_parameters()),
@@ -128,16 +129,17 @@ def find_demo_model() -> str | Path:
 
 @torch.inference_mode()
 def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    inputs = tokenizer(prompt, return_tensors="pt")
-    generated = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)  # type: ignore[operator]
-    return str(tokenizer.decode(generated[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+    ids = tokenizer(prompt, return_tensors="pt").input_ids  # the tokenizer may give more, which `generate` refuses
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW_TOKENS}
+    generated = model.generate(ids, **settings)  # type: ignore[operator]
+    return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def _verification_summary(verification: VerifyReport) -> str:
-    greedy = "" if verification.greedy_match is None else f", same greedy text {100 * verification.greedy_match:.0f} %"
+    assert verification.greedy_match is not None  # only "tensors", which no Llama needs, has none
     return (
         f"   verified, {verification.tokens} tokens: relative |Δlogit| {verification.relative:.1e}, "
-        f"KL {verification.kl:.1e}{greedy}"
+        f"KL {verification.kl:.1e}, same greedy text {100 * verification.greedy_match:.0f} %"
     )
 
 
