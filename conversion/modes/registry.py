@@ -6,17 +6,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from gda.common.errors import errors_as
 from gda.conversion.conversion import Conversion
 from gda.conversion.families.llamalike import LLAMALIKES
 from gda.conversion.families.registry import DIFFERENTIAL_FAMILIES
 from gda.conversion.modes.checks import BrokenTieError, exported
-from gda.conversion.options import (
-    NO_NOISE_HEADS,
-    NOISE_HEADS,
-    CheckpointOptions,
-    ConvertOptions,
-    GrowOptions,
-)
+from gda.conversion.options import NO_NOISE_HEADS, NOISE_HEADS, CheckpointOptions, ConvertOptions, GrowOptions
 from gda.conversion.sources.source import PROVENANCE_FILE, Source
 from gda.conversion.writing.provenance import Settings
 
@@ -90,9 +85,11 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
     if source.config.model_type in LLAMALIKES and settings.mode != "restore":
         given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
         layout = settings.layout or {}
+    impossible = f"{PROVENANCE_FILE} describes a conversion that {source.name} does not allow"
     try:
-        options = mode.options_to_repeat(source.name, "", **given, **layout, **(settings.growth or {}))
-        return plan(settings.mode, source, options)
+        with errors_as(impossible, ValueError):
+            options = mode.options_to_repeat(source.name, "", **given, **layout, **(settings.growth or {}))
+            return plan(settings.mode, source, options)
     except TypeError:  # a setting that no growth has, or of another type
         found = given | {"layout": layout, "growth": settings.growth}
         raise ValueError(f"{PROVENANCE_FILE} holds an unknown growth or setting: {found}") from None

@@ -141,6 +141,13 @@ def test_edited_settings_are_refused(changed: dict[str, Any], named: str, models
         gda.verify(models / "llama", tmp_path / "out", method="tensors")
 
 
+def test_source_that_the_recorded_conversion_does_not_allow(models: Path, tmp_path: Path) -> None:
+    """The error begins with the record: `verify` has no --mode."""
+    gda.convert(models / "llama", tmp_path / "out", verify=False)
+    with pytest.raises(ValueError, match=r"^conversion\.json describes a conversion that out does not allow: "):
+        gda.verify(tmp_path / "out", tmp_path / "out", method="tensors")
+
+
 def test_factors_are_the_same_with_several_workers(models: Path, tmp_path: Path) -> None:
     """Threads that write different shards factorize different weights at the same time."""
     options: dict[str, Any] = {"qk_rank": 3, "max_shard_size": "4KB", "verify": False, "bundle_code": False}
