@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -77,10 +78,14 @@ class GGUFSource(Source):
             self.notes = (f"the rule {rule!r} for splitting text is not known here; check the ids of the tokenizer",)
 
     @contextlib.contextmanager
-    def _parsed_once(self) -> Iterator[None]:
-        """Let transformers use the file's parsed header and one name map, each of which takes it seconds to make.
+    def _read_alone(self) -> Iterator[tuple[str, str]]:
+        """Yield a folder and a file that transformers reads as this file alone.
 
-        It makes a reader for the config, the tokenizer and the weights, and a name map for each module of the model.
+        From the file's own folder, it would prefer a tokenizer.json to the tokenizer in the file, ask whether to run
+        code that a tokenizer_config.json names, and apply an adapter. So it gets an empty folder.
+
+        It uses the file's parsed header and one name map, each of which takes it seconds to make: it makes a reader for
+        the config, the tokenizer and the weights, and a name map for each module of the model.
         """
         package: Any = import_module("gguf")  # transformers looks both names up there whenever it reads a file
         original = package.GGUFReader, package.get_tensor_name_map
@@ -88,7 +93,8 @@ class GGUFSource(Source):
         package.GGUFReader = lambda path: self._reader if Path(path).absolute() == here else original[0](path)
         package.get_tensor_name_map = functools.cache(original[1])
         try:
-            yield
+            with tempfile.TemporaryDirectory(prefix="gda-") as empty:
+                yield empty, str(here)
         finally:
             package.GGUFReader, package.get_tensor_name_map = original
 
@@ -105,8 +111,8 @@ class GGUFSource(Source):
 
         with errors_as(f"{self.path} is not a readable GGUF file of a model"):
             self._require_layers()
-            with quiet_transformers(), self._parsed_once():
-                read = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            with quiet_transformers(), self._read_alone() as (folder, file):
+                read = AutoConfig.from_pretrained(folder, gguf_file=file)
             fields = {name: getattr(read, name) for name in type(read).__dataclass_fields__}
             config = type(read)(**fields)  # without attributes that a saved config should not have
         require_known_type(config.model_type, self.path)
@@ -161,7 +167,7 @@ class GGUFSource(Source):
 
         processor_class = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
         self._processor = processor_class(config=self.config.to_dict())
-        with self._parsed_once():
+        with self._read_alone():
             names = get_gguf_hf_weights_map(meta_model(self.config), self._processor, self._architecture)
         tensors = {}
         for tensor in self._reader.tensors:
@@ -197,21 +203,17 @@ class GGUFSource(Source):
         with (
             errors_as(f"{self.path}: transformers cannot load it"),
             contextlib.redirect_stderr(io.StringIO()),
-            self._parsed_once(),
+            self._read_alone() as (folder, file),
         ):
             model = AutoModelForCausalLM.from_pretrained(
-                self.path.parent,
-                gguf_file=str(self.path.absolute()),  # a bare name is first looked up in the working folder
-                config=self.config,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
+                folder, gguf_file=file, config=self.config, dtype=torch.float32, attn_implementation="sdpa"
             )
         return model.eval()
 
     def _read_tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            with quiet_transformers(), self._parsed_once():
-                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            with quiet_transformers(), self._read_alone() as (folder, file):
+                tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         except Exception as error:  # transformers has no common error for this
             raise NoTokenizerError(self.path, "the tokenizer cannot be loaded", first_line(error)) from None
         correct_tokenizer(tokenizer, self._entry)
@@ -224,14 +226,11 @@ class GGUFSource(Source):
     def copy_assets(self, folder: Path, *, tokenizer: bool = True) -> None:
         if tokenizer:
             with contextlib.suppress(NoTokenizerError):
-                self._write_tokenizer(folder)
+                self.tokenizer().save_pretrained(folder)
+                config = tokenizer_config(folder)
+                if config["tokenizer_class"] == "TokenizersBackend":  # a name that transformers 4 doesn't know
+                    write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": ANY_TOKENIZER})
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
-
-    def _write_tokenizer(self, folder: Path) -> None:
-        self.tokenizer().save_pretrained(folder)
-        config = tokenizer_config(folder)
-        if config["tokenizer_class"] == "TokenizersBackend":  # a name that transformers 4 doesn't know
-            write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": ANY_TOKENIZER})
 
     def card_data(self) -> dict[str, Any]:
         found = {"license": self._entry("general.license"), "language": self._entry("general.languages")}

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gda
+from gda.conversion.sources.compare_tokenizers import difference
 from gda.conversion.sources.gguf import GGUFSource
 
 from ..support.checkpoints import logits, needs_smollm2
@@ -123,6 +125,25 @@ def test_named_file_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     other = GGUFSource(Path("tiny.gguf")).load().state_dict()
     assert not torch.equal(other["lm_head.weight"], expected["lm_head.weight"])
+
+
+def test_files_beside_it_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer of another model, its code, and an adapter. transformers prefers them to what the GGUF file holds."""
+    write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
+    alone = GGUFSource(tmp_path / "tiny.gguf")
+    expected, state = alone.tokenizer(), alone.load().state_dict()
+    vocabulary = {token: VOCAB_SIZE - 1 - index for token, index in byte_tokenizer().get_vocab().items()}
+    Tokenizer(models.BPE(vocabulary, [])).save(str(tmp_path / "tokenizer.json"))
+    named = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "mine.py").write_text("raise SystemExit")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "them/base"}))
+    source = GGUFSource(tmp_path / "tiny.gguf")
+    assert difference(expected, source.tokenizer()) is None
+    assert all(torch.equal(tensor, state[name]) for name, tensor in source.load().state_dict().items())
+    gda.convert(tmp_path / "tiny.gguf", tmp_path / "out" / "gda")
+    assert difference(expected, AutoTokenizer.from_pretrained(tmp_path / "out" / "gda")) is None
+    assert "code" not in capsys.readouterr().out  # transformers asks whether to run it
 
 
 @pytest.mark.parametrize(
