@@ -161,12 +161,15 @@ def check_fields(fields: dict[str, Any], path: Path) -> None:
         if _nests_deeply(value):  # printing it could fail
             raise ValueError(f"{path}: {_printable(name)} must not nest deeper than {MAX_NESTING} levels")
         require(name != "self", name, "is not a field")
+        require(name != "configuration_files", name, "would make transformers read another, unchecked file")
     for name, (least, most) in BOUNDS.items():
         if isinstance(number := fields.get(name), int):
             require(least <= number <= most, name, f"must be from {least} to {most}")
     if fields.get("model_type") == GDAConfig.model_type:
-        for name in fields:
-            require(not _is_class_attribute(name), name, "is an attribute of the class and cannot be set")
+        allowed = {*ALLOWED_ATTRIBUTES, *FOREIGN_PARTS, *(field.name for field in dataclasses.fields(GDAConfig))}
+        for name in fields:  # one could overwrite a method or a property
+            is_attribute = hasattr(GDAConfig, name) and name not in allowed
+            require(not is_attribute, name, "is an attribute of the class and cannot be set")
         for name in GDA_RULES.keys() & fields.keys():
             holds, rule = GDA_RULES[name]
             require(holds(fields[name]), name, rule)
@@ -186,9 +189,3 @@ def _nests_deeply(value: Any) -> bool:
         if not level:
             return False
     return True
-
-
-def _is_class_attribute(name: str) -> bool:
-    """Whether a field with this name would overwrite a method or property of GDAConfig."""
-    fields = {field.name for field in dataclasses.fields(GDAConfig)}
-    return hasattr(GDAConfig, name) and name not in fields | {*ALLOWED_ATTRIBUTES, *FOREIGN_PARTS}

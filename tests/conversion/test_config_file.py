@@ -58,6 +58,7 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"to_dict": 1}, "to_dict"),
     ({"__class__": None}, "__class__"),
     ({"self": 1}, "self"),
+    ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files"),
     *(({name: nested(500)}, name) for name in ("num_noise_heads", "rope_parameters", "somebody_elses", "id2label")),
 ]
 
