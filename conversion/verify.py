@@ -195,7 +195,8 @@ def verify_by_logits(
     if threshold is None and lossless:
         threshold = LOSSLESS_THRESHOLD
     if method == "auto":
-        method = "full" if _both_fit(source, converted) else "layers"
+        needed = 4 * sum(spec.numel for each in (source, converted) for spec in each.specs.values())
+        method = "full" if needed < memory_to_use() else "layers"
     _require_same_windows(source, converted)
     prompts, random_because = prompts_for(source)
     compare = compare_whole if method == "full" else compare_by_layers
@@ -224,11 +225,6 @@ def verify_by_logits(
         finite=finite,
         passed=finite and _within(relative, threshold) and decodes,
     )
-
-
-def _both_fit(source: Source, converted: Source) -> bool:
-    needed = 4 * sum(spec.numel for each in (source, converted) for spec in each.specs.values())
-    return needed < memory_to_use()
 
 
 def _within(relative: float | None, threshold: float | None) -> bool:

@@ -126,7 +126,7 @@ def target_config(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
         # layer_types takes precedence; both agree where windows come last.
         own["max_window_layers"] = (config.layer_types or []).count("full_attention")
         own["layer_types"] = list(config.layer_types or [])
-    return target(**shared | own, dtype=config.dtype, architectures=[f"{_name(model_type)}ForCausalLM"])
+    return target(**shared | own, dtype=config.dtype, architectures=[target.__name__.replace("Config", "ForCausalLM")])
 
 
 def save_target_config(target: PreTrainedConfig, config: GDAConfig, folder: Path) -> None:
@@ -154,16 +154,11 @@ def choose_target(config: GDAConfig, model_type: str, heads: tuple[int, int]) ->
         return model_type, None
     able = next((name for name in LLAMALIKES if _inexpressible(config, name, heads) is None), None)
     if able is not None:
-        return able, f"a {_name(model_type)} cannot have {reason}; written as a {_name(able)}"
+        return able, f"a {model_type.capitalize()} cannot have {reason}; written as a {able.capitalize()}"
     hint = f"run it with {RUNNERS}"
     if config.head_norm and config.kv_layout == "paired":
         hint += "; --format motif or diffllama may express it"
-    raise ValueError(f"no {NAMES} can hold the model; a {_name(model_type)} cannot have {reason}: {hint}")
-
-
-def _name(model_type: str) -> str:
-    """As in the name of its class, for instance Qwen2."""
-    return model_type.capitalize()
+    raise ValueError(f"no {NAMES} can hold the model; a {model_type.capitalize()} cannot have {reason}: {hint}")
 
 
 def _inexpressible(config: GDAConfig, model_type: str, heads: tuple[int, int]) -> str | None:

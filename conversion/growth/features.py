@@ -46,11 +46,6 @@ def tiled_origins(config: GDAConfig, times: int, kinds: Collection[str]) -> dict
     return {kind: torch.arange(size).repeat(times) for kind, size in sizes(config).items() if kind in kinds}
 
 
-def neuron_origins(old: int, new: int) -> dict[str, Tensor]:
-    """The neurons of an MLP, followed by `new` neurons without an origin."""
-    return {"neuron": torch.cat((torch.arange(old), torch.full((new,), NEW)))}
-
-
 def occurrences(origin: Tensor) -> Tensor:
     """For each feature, how many earlier ones have the same origin."""
     order = origin.argsort(stable=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import Conversion, with_fields
-from gda.conversion.growth.features import NEW, neuron_origins, signal_origins, still_kept
+from gda.conversion.growth.features import NEW, signal_origins, still_kept
 from gda.conversion.growth.growth import grown_neurons
 from gda.conversion.options import GrowOptions
 from gda.conversion.tensors.axes import LAYER, axes_of
@@ -42,7 +42,7 @@ def mask_growth(model: Conversion, options: GrowOptions, new_layers: list[int]) 
     if options.mlp is not None:
         neurons = grown_neurons(options.mlp, old.intermediate_size)
         added = neurons - old.intermediate_size
-        origins |= neuron_origins(old.intermediate_size, added)
+        origins["neuron"] = torch.cat((torch.arange(old.intermediate_size), torch.full((added,), NEW)))
         changes |= {"intermediate_size": neurons, "masked_neurons": added}
     config = with_fields(old, **changes)
     shapes = {name: spec.shape for name, spec in checkpoint_specs(config).items()}

@@ -86,7 +86,8 @@ class Distillation:
         for layer in range(model.num_layers):
             tensors = start(layer)
             zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-            self.scales.append({name: _scale(tensor) for name, tensor in tensors.items()})
+            sizes = {name: tensor.square().mean().sqrt().item() for name, tensor in tensors.items()}
+            self.scales.append({name: size or SMALLEST_SCALE for name, size in sizes.items()})
             self.weights.append(self._mapped("weight", layer, tensors))
             self.means.append(self._mapped("mean", layer, zeros))
             self.squares.append(self._mapped("square", layer, zeros))
@@ -185,10 +186,6 @@ def graph_bytes(config: GDAConfig, tokens: int) -> int:
     activations = tokens * (8 * config.hidden_size + 4 * attention + 4 * config.intermediate_size)
     weights = config.hidden_size * (4 * attention + 3 * config.intermediate_size)
     return config.num_hidden_layers * (4 * activations + 6 * weights)
-
-
-def _scale(tensor: torch.Tensor) -> float:
-    return tensor.square().mean().sqrt().item() or SMALLEST_SCALE
 
 
 def _divergence(

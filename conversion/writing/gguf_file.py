@@ -198,7 +198,7 @@ def _interleaved(make: Callable[..., Tensor], heads: int) -> Callable[..., Tenso
 
 
 def _add_metadata(writer: "GGUFWriter", config: Any, name: str, file_type: str, source: Source) -> None:
-    from gguf import GGML_QUANT_VERSION, LlamaFileType
+    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
 
     writer.add_type("model")
     writer.add_name(name)
@@ -219,12 +219,7 @@ def _add_metadata(writer: "GGUFWriter", config: Any, name: str, file_type: str, 
     writer.add_value_length(head_dim(config))
     writer.add_rope_dimension_count(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    _add_rope(writer, config.rope_parameters)
-
-
-def _add_rope(writer: "GGUFWriter", rope: dict[str, Any]) -> None:
-    from gguf import RopeScalingType
-
+    rope = config.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     if (kind := rope.get("rope_type")) in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(kind))

@@ -233,7 +233,11 @@ def _write(
         if (new_parameters := conversion.new_parameters) is not None:
             new_parameters.write(folder)
         errors = _projection_errors(conversion, source, folder)
-        verification = _verified(source, folder, settings, console) if options.verify else None
+        verification = None
+        if options.verify and FolderSource(folder).can_run:
+            verification = verify_opened(source, folder, settings=settings, console=console)
+            if not verification.passed:
+                raise VerificationFailed(verification)
         made = write_provenance(
             folder,
             conversion=conversion,
@@ -283,15 +287,6 @@ def _projection_errors(conversion: Conversion, source: Source, folder: Path) -> 
     if before is None or before.config.qk_rank is not None:
         return {}
     return layer_errors(conversion.config, before.recipes, source.read, SafetensorsReader(folder).read)
-
-
-def _verified(source: Source, folder: Path, settings: Settings, console: Console | None) -> VerifyReport | None:
-    if not FolderSource(folder).can_run:
-        return None
-    verification = verify_opened(source, folder, settings=settings, console=console)
-    if not verification.passed:
-        raise VerificationFailed(verification)
-    return verification
 
 
 def _remove_work(folder: Path) -> None:
