@@ -77,12 +77,8 @@ class Splitter:
             longest=config.max_position_embeddings,
             beginnings=text_beginnings(tokenizer, config.vocab_size),
         )
-        size = 4 * sum(spec.numel for spec in source.specs.values())
-        if self.shares.sampled and size > free_memory():
-            raise ValueError(
-                f"{source.name} needs {size / 1e9:.0f} GB of memory to write calibration text; "
-                "pass --calibration FILE --calibration sampled:0"
-            )
+        if self.shares.sampled and not options.resume:  # a resumed run may have the text
+            self._require_memory()
         self.tokenizer = tokenizer
         self.files = [read_calibration(path, tokenizer, self.shares) for path in self.shares.files]
         self.outside = documentation(tokenizer, self.shares)
@@ -173,9 +169,19 @@ class Splitter:
         report = self._report(splits, of_source, closed_form, result)
         return self.config, self._recipes(splits, trained, dtype), report
 
+    def _require_memory(self) -> None:
+        """Raise ValueError unless memory can hold the whole source, which writes text."""
+        size = 4 * sum(spec.numel for spec in self.source.specs.values())
+        if size > free_memory():
+            raise ValueError(
+                f"{self.source.name} needs {size / 1e9:.0f} GB of memory to write calibration text; "
+                "pass --calibration FILE --calibration sampled:0"
+            )
+
     def _sampled(self) -> torch.Tensor:
         """Token ids that the source has written, (sequences, context); a resumed run reads them from the work."""
         if not self.work.has("sampled"):
+            self._require_memory()
             count, context = self.shares.sampled + self.shares.held_out, self.shares.context
             task = self.progress.add_task("sampling text, token", total=count * context)
             model: Any = self.source.load()

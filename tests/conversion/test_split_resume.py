@@ -178,6 +178,23 @@ def test_ctrl_c_keeps_the_work(
     assert files_of(out) == expected
 
 
+def test_memory_is_needed_once(
+    llama: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To write text; a resumed run has it."""
+    out = tmp_path / "place" / "gda"
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "_fit_layer", after(0, fit._fit_layer, lambda: signal.raise_signal(signal.SIGINT)))
+        with pytest.raises(KeyboardInterrupt):
+            trained(llama, out)
+    monkeypatch.setattr(split_module, "free_memory", lambda device="cpu": 0)
+    trained(llama, out, resume=True)
+    assert files_of(out) == expected
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="GB of memory to write calibration text"):
+            trained(llama, tmp_path / "place" / "other", resume=resume)
+
+
 def test_killed_at_any_moment_between_files(llama: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """OUT is complete or absent, and never contains `work`."""
     place = tmp_path / "place"
