@@ -27,6 +27,7 @@ from gda.conversion.writing import stream
 from gda.conversion.writing import write_model as write_module
 
 from ..support.children import ENDED, FAILED, in_child, killed_at
+from ..support.commands import Command, assert_refused
 from ..support.llamas import files_of, save_llama
 
 pytestmark = pytest.mark.slow
@@ -528,38 +529,23 @@ def test_failure_leaves_no_files(
     assert os.listdir(tmp_path) == ["llama"]
 
 
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str]:
-    """Exit code and standard error of `gda` with `arguments`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["gda", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0), capsys.readouterr().err
-
-
 def test_missing_disk_space_is_reported_first(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2, one line with the free and the required space, and no files."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    code, error = cli(capsys, monkeypatch, "convert", source, tmp_path / "deep" / "gda")
-    assert code == 2
-    assert len(error.splitlines()) == 1
-    assert "free" in error
-    assert str(tmp_path / "deep") in error
+    assert_refused(command("convert", source, tmp_path / "deep" / "gda"), "free", str(tmp_path / "deep"))
     assert os.listdir(tmp_path) == ["llama"]
 
 
 def test_disk_full_while_writing(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2, one line, and no files."""
     interrupt_at_shard(monkeypatch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    code, error = cli(capsys, monkeypatch, "convert", source, tmp_path / "deep" / "gda", "--max-shard-size", SHARD_SIZE)
-    assert code == 2
-    assert len(error.splitlines()) == 1
-    assert "No space left" in error
+    outcome = command("convert", source, tmp_path / "deep" / "gda", "--max-shard-size", SHARD_SIZE)
+    assert_refused(outcome, "No space left")
     assert os.listdir(tmp_path) == ["llama"]
 
 
@@ -592,24 +578,21 @@ def test_failed_write_of_a_small_file_is_named(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_finished_shards(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 130 and a line that names --resume."""
     out = tmp_path / "gda"
     expected = reference(source, tmp_path / "place")
     interrupt_at_shard(monkeypatch, 3)
     arguments = ("convert", source, out, "--max-shard-size", SHARD_SIZE, "--no-verify")
-    code, error = cli(capsys, monkeypatch, *arguments)
-    assert code == 130
-    assert "--resume" in error
-    assert "Traceback" not in error
+    outcome = command(*arguments)
+    assert outcome.code == 130
+    assert "--resume" in outcome.error
+    assert "Traceback" not in outcome.error
     assert not out.exists()
     before = finished_shards(tmp_path / ".gda.partial")
     assert len(before) == 2
-    monkeypatch.setattr(sys, "argv", ["gda", *map(str, arguments), "--resume"])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert not exit_.value.code
+    assert command(*arguments, "--resume").code == 0
     assert files_of(out) == expected
     for name, identity in before.items():
         assert ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) == identity

@@ -15,7 +15,7 @@ import gda
 from gda import GDAConfig, GDAForCausalLM
 
 from ..support import naive
-from ..support.commands import Command
+from ..support.commands import Command, assert_refused
 from ..support.hub_server import Blob, Hub
 from ..support.llamas import byte_tokenizer, change_config, files_of, save_llama, tensors_of
 from ..support.relatives import motif_config, save_motif
@@ -292,32 +292,25 @@ def test_tensors_that_do_not_fit_the_config_are_named(
     tensors = tensors_of(source)
     change(tensors)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    outcome = command("convert", source, tmp_path / "gda")
-    assert outcome.code == 2
-    assert named in outcome.error
-    assert len(outcome.error.splitlines()) == 1
+    assert_refused(command("convert", source, tmp_path / "gda"), named)
 
 
 @pytest.mark.parametrize("option", [("--ratio", "4"), ("--noise-heads", "2"), ("--lambda-type", "tanh")])
 def test_options_for_llamas_are_refused(option: tuple[str, str], tmp_path: Path, command: Command) -> None:
     """A Motif already has noise heads and λ."""
     outcome = command("convert", save_motif(tmp_path / "motif"), tmp_path / "gda", *option)
-    assert outcome.code == 2
-    assert outcome.error.startswith(
-        f"gda: {option[0]} is only for a Llama, Mistral or Qwen; motif is a motif model and already has noise heads"
-    )
+    reason = "is only for a Llama, Mistral or Qwen; motif is a motif model and already has noise heads"
+    assert_refused(outcome, f"gda: {option[0]} {reason}")
     assert os.listdir(tmp_path) == ["motif"]
 
 
 def test_wrong_mode_is_refused(tmp_path: Path, command: Command) -> None:
     """expand is for models without noise heads, and map for models with them."""
     motif, llama = save_motif(tmp_path / "motif"), save_llama(tmp_path / "llama")
-    outcome = command("convert", motif, tmp_path / "gda", "--mode", "expand")
-    assert outcome.code == 2
-    assert "--mode expand needs a model without noise heads; use --mode map" in outcome.error
-    outcome = command("convert", llama, tmp_path / "gda", "--mode", "map")
-    assert outcome.code == 2
-    assert "--mode map needs a model with noise heads; use --mode expand" in outcome.error
+    expanded = command("convert", motif, tmp_path / "gda", "--mode", "expand")
+    assert_refused(expanded, "--mode expand needs a model without noise heads; use --mode map")
+    mapped = command("convert", llama, tmp_path / "gda", "--mode", "map")
+    assert_refused(mapped, "--mode map needs a model with noise heads; use --mode expand")
     assert command("convert", llama, tmp_path / "gda", "--mode", "relabel").code == 2
     assert command("convert", motif, tmp_path / "gda", "--mode", "map").code == 0
 
@@ -363,9 +356,7 @@ def test_output_of_the_commands(tmp_path: Path, command: Command) -> None:
     outcome = command("export", tmp_path / "gda", tmp_path / "back", "--format", "motif")
     assert "note: Motif's own code is not written" in outcome.out
     assert command("verify", tmp_path / "motif", tmp_path / "gda").code == 0
-    outcome = command("inspect", tmp_path / "motif")
-    assert outcome.code == 2
-    assert "gda convert" in outcome.error
+    assert_refused(command("inspect", tmp_path / "motif"), "gda convert")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from gda.conversion.verify import VerificationFailed
 
 from ..support import naive
 from ..support.checkpoints import load, logits, needs_smollm2
-from ..support.commands import Command
+from ..support.commands import Command, assert_refused
 from ..support.head_layouts import HEADS
 from ..support.llamas import VARIANTS, change_config, files_of, save_llama, tensors_of
 from ..support.relatives import save_diffllama, save_motif
@@ -701,9 +701,7 @@ def test_output_of_the_command(tmp_path: Path, command: Command) -> None:
     assert report["num_parameters_before"] == gda.inspect(source).num_parameters
     assert report["num_parameters"] == gda.inspect(tmp_path / "grown").num_parameters
     assert report["verification"]["relative"] <= TOLERANCE
-    refused = command("grow", source, tmp_path / "out", "--layers", "0;2")
-    assert refused.code == 2
-    assert "such as 3,7,11" in refused.error
+    assert_refused(command("grow", source, tmp_path / "out", "--layers", "0;2"), "such as 3,7,11")
 
 
 def test_other_sources_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gda
 
 from ..conftest import HF_HOME
-from ..support.commands import Command
+from ..support.commands import Command, assert_refused
 from ..support.hub_server import READER, Fault, Hub, Refusal, put
 from ..support.llamas import CHAT_TEMPLATE, files_of, save_llama, tensors_of
 from ..support.tiny import tiny_config, tiny_model, token_ids
@@ -303,8 +303,7 @@ def test_dry_run_makes_no_requests(folder: Path, hub: Hub, command: Command) -> 
 def refused(command: Command, *arguments: object) -> str:
     """The one line that a refused command prints."""
     outcome = command(*arguments)
-    assert outcome.code == 2, (outcome.out, outcome.error)
-    assert outcome.error.count("\n") == 1, outcome.error
+    assert_refused(outcome)
     return outcome.error
 
 

@@ -13,7 +13,7 @@ import gda
 from gda.common.files import sync, write_text
 from gda.training.runs.checkpoints import CHECKPOINT_FILE, mark_complete
 
-from ..support.commands import Command
+from ..support.commands import Command, assert_refused
 from ..support.llamas import save_llama
 from ..support.splitting import save_text
 
@@ -123,10 +123,7 @@ def test_failed_sync_is_reported(moment: int, sources: Path, command: Command, m
     monkeypatch.setattr(os, "fsync", fails)
     outcome = command("convert", sources / "llama", sources / "out", "--no-verify")
     assert left <= 0
-    assert outcome.code == 2
-    [line] = outcome.error.splitlines()
-    assert "Input/output error" in line
-    assert ".out.partial" in line
+    assert_refused(outcome, "Input/output error", ".out.partial")
     assert not (sources / "out").exists()
 
 

@@ -22,7 +22,7 @@ from gda.conversion.split.distill import Distillation
 from gda.conversion.writing import write_model as write_module
 
 from ..support.children import ENDED, in_child, killed_at
-from ..support.commands import Command
+from ..support.commands import Command, assert_refused
 from ..support.llamas import change_config, files_of, save_llama
 from ..support.splitting import CONTEXT, STEPS, TOKENS, brief, save_text, split
 
@@ -305,9 +305,7 @@ def test_damaged_fingerprint_file(content: str, llama: Path, tmp_path: Path, com
         *("convert", llama, tmp_path / "place" / "gda", "--mode", "split", "--effort", "fast", "--resume"),
         *("--calibration", llama.parent / "text.txt"),
     )
-    assert outcome.code == 2
-    assert len(outcome.error.splitlines()) == 1
-    assert ".gda.partial" in outcome.error
+    assert_refused(outcome, ".gda.partial")
     assert not (tmp_path / "place" / "gda").exists()
 
 
@@ -348,10 +346,7 @@ def test_disk_full_while_training(
         *("convert", llama, tmp_path / "place" / "gda", "--mode", "split", "--effort", "default"),
         *("--calibration", llama.parent / "text.txt", "--calibration-tokens", TOKENS),
     )
-    assert outcome.code == 2
-    assert len(outcome.error.splitlines()) == 1
-    assert "No space left" in outcome.error
-    assert "pass --resume" in outcome.error
+    assert_refused(outcome, "No space left", "pass --resume")
     assert os.listdir(tmp_path / "place") == [".gda.partial"]
     monkeypatch.setattr(work, "write_safetensors", plain)
     trained(llama, tmp_path / "place" / "gda", resume=True)
