@@ -73,6 +73,8 @@ class AdapterSource(Source):
             from peft import PeftModel, get_peft_model_state_dict
         try:
             adapted = PeftModel.from_pretrained(self.base.load(), str(self.folder))
+            if not hasattr(adapted, "merge_and_unload"):  # for example a prompt, which no weight can hold
+                raise ValueError(f"PEFT cannot merge {adapted.active_peft_config.peft_type.value}")
             with safe_open(self.folder / ADAPTER_FILE, framework="pt") as file:
                 expected, found = set(get_peft_model_state_dict(adapted)), set(file.keys())
             if differing := sorted(expected ^ found):  # PEFT would leave these weights as they were initialized

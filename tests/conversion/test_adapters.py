@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,10 +154,11 @@ def test_bfloat16_base_stays_bfloat16(tmp_path: Path) -> None:
         (lambda folder: copy_weights(folder), "its tensors do not fit: it has no .*lora_A.weight"),
         (lambda folder: save_llama(folder, tokenizer=False), "holds both a model and an adapter"),
         (lambda folder: convert_base(folder), "base_model_name_or_path in adapter_config.json"),
+        (lambda folder: save_prompt(folder), "into llama: PEFT cannot merge PROMPT_TUNING"),
     ],
     ids=[
         *("pickle", "no base", "an adapter of itself", "missing base", "unknown kind", "other tensors"),
-        *("weights of the base", "beside a model", "base was converted"),
+        *("weights of the base", "beside a model", "base was converted", "prompt"),
     ],
 )
 def test_broken_adapter_is_refused(break_it: Any, message: str, tmp_path: Path) -> None:
@@ -325,6 +326,13 @@ def convert_base(folder: Path) -> None:
     base = folder.with_name("converted")
     gda.convert(folder.with_name("llama"), base, verify=False)
     change(folder, base_model_name_or_path=str(base))
+
+
+def save_prompt(folder: Path) -> None:
+    """Replace the adapter by one that no weight can hold."""
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(load(Path(base)), settings).save_pretrained(folder)
 
 
 def rename_tensors(folder: Path) -> None:
