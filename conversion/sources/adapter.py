@@ -81,6 +81,8 @@ class AdapterSource(Source):
                 which = "has no" if differing[0] in expected else "has a superfluous"
                 raise ValueError(f"its tensors do not fit: it {which} {differing[0]}")
             model = adapted.merge_and_unload(safe_merge=True)
+            if model.config.num_hidden_layers != self.config.num_hidden_layers:
+                raise ValueError("it repeats layers; merge it with PEFT, save the model, and convert that")
             if self.config.tie_word_embeddings and not _is_tied(model):
                 remedy = "merge it with PEFT, set tie_word_embeddings to false, save the model, and convert that"
                 raise ValueError(f"it unties the embeddings; {remedy}")

@@ -207,6 +207,13 @@ def test_adapter_of_gda_beside_its_config(tmp_path: Path) -> None:
     assert relative_error(logits(tmp_path / "merged", token_ids(2, 12)), expected) < 1e-5
 
 
+def test_adapter_that_repeats_layers_is_refused(tmp_path: Path) -> None:
+    """The layers of the base alone would be another model."""
+    adapter = save_adapter(save_llama(tmp_path / "llama"), tmp_path / "adapter", layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(ValueError, match="cannot be merged into llama: it repeats layers; merge it with PEFT"):
+        gda.convert(adapter, tmp_path / "gda", verify=False)
+
+
 def test_adapter_that_unties_the_embeddings_is_refused(tmp_path: Path) -> None:
     """The merged model has a head of its own, for which the config of the base has no place."""
     base = save_llama(tmp_path / "llama", tie_word_embeddings=True)
