@@ -1,17 +1,19 @@
 """Names of tasks in the text of lm-eval's task files: importing lm-eval takes seconds, and its index half a minute."""
 
 import difflib
+import fnmatch
 import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 from gda.eval.tasks import TASKS_FOLDER
 
 NOT_A_DEFINITION = {".py", ".pyc", ".md", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".sh", ".ipynb"}
-DEFINED_NAME = re.compile(rb"^(?:task|group):[ \t]*[\"']?([\w.:/+-]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
+WORD = rb"[\w.:/+()-]+"
+DEFINED_NAME = re.compile(rb"^(?:task|group):[ \t]*[\"']?(" + WORD + rb")[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
 
 
 @functools.cache
@@ -26,23 +28,26 @@ def definitions() -> dict[Path, bytes]:
     return {path: _text_of(path) for path in (Path(found.origin).parent / "tasks").iterdir() if path.is_dir()}
 
 
+@functools.cache
+def words() -> dict[Path, set[str]]:
+    """For each folder of lm-eval, the words of its definitions: each name that one of them mentions is a word."""
+    return {folder: _words_of(text) for folder, text in definitions().items()}
+
+
 def _text_of(folder: Path) -> bytes:
     files = (os.path.join(place, file) for place, _, files in os.walk(folder) for file in files)
     return b"\n".join(Path(file).read_bytes() for file in files if os.path.splitext(file)[1] not in NOT_A_DEFINITION)
 
 
-def pattern(name: str) -> re.Pattern[bytes]:
-    """`name` as a whole word; `*`, `?` and `[…]` stand for parts of a word, as in fnmatch."""
-    word = "".join(map(_part, re.findall(r"\[!?[^\]]+\]|.", name)))
-    return re.compile(rf"(?<![\w.-]){word}(?![\w.-])".encode())
+def _words_of(text: bytes) -> set[str]:
+    return {word.decode() for word in re.findall(WORD, text)}
 
 
-def _part(part: str) -> str:
-    """The regular expression for a character of a pattern, or for characters in brackets."""
-    if len(part) == 1:
-        return {"*": r"[\w.:/+-]*", "?": r"[\w.:/+-]"}.get(part) or re.escape(part)
-    inner = re.escape(part[1:-1].removeprefix("!")).replace(r"\-", "-")
-    return f"[{'^' if part[1] == '!' else ''}{inner}]"
+def matches(name: str, known: Collection[str]) -> list[str]:
+    """`name` itself if it is among the `known`; those that it matches if it is a pattern, as fnmatch reads it."""
+    if name in known:
+        return [name]
+    return sorted(fnmatch.filter(known, name)) if set(name) & set("*?[") else []
 
 
 def is_file(name: str) -> bool:
@@ -52,16 +57,17 @@ def is_file(name: str) -> bool:
 
 def check_tasks(names: Iterable[str]) -> None:
     """Raise ValueError for a name that occurs in no task file of lm-eval or of this package."""
-    if not (of_lm_eval := definitions()):
+    if not definitions():
         return
-    texts = [*of_lm_eval.values(), _text_of(TASKS_FOLDER)]
+    known = _words_of(_text_of(TASKS_FOLDER)).union(*words().values())
     for name in names:
-        if not is_file(name) and not any(pattern(name).search(text) for text in texts):
-            raise unknown_task(name, texts)
+        if not is_file(name) and not matches(name, known):
+            raise unknown_task(name)
 
 
-def unknown_task(name: str, texts: Iterable[bytes], others: Iterable[str] = ()) -> ValueError:
-    """The error for a name that is unknown, with similar names that `texts` define or that are among `others`."""
+def unknown_task(name: str, others: Iterable[str] = ()) -> ValueError:
+    """The error for a name that is unknown, with similar names that are defined or among `others`."""
+    texts = [*definitions().values(), _text_of(TASKS_FOLDER)]
     known = {found.decode() for text in texts for found in DEFINED_NAME.findall(text)} | set(others)
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}?" if close else "`python -m gda.eval ls tasks` lists all tasks"

@@ -4,22 +4,23 @@ Only the folders of lm-eval whose files mention a wanted name are given to lm-ev
 """
 
 import contextlib
-import fnmatch
 import functools
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from accelerate.utils import patch_environment
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 
 from gda.common.errors import first_line
 from gda.eval.lm_eval.local_data import data_from
-from gda.eval.task_texts import definitions, is_file, pattern, unknown_task
+from gda.eval.task_texts import definitions, is_file, matches, unknown_task, words
 from gda.eval.tasks import TASKS_FOLDER
 
 CODE_VARIABLE = "HF_ALLOW_CODE_EVAL"  # in which Hugging Face's metric code_eval wants to read "1"
@@ -30,14 +31,43 @@ RUNS_CODE = (
 
 
 class TaskManagerWithOurs(TaskManager):
-    """lm-eval's TaskManager with the tasks of this package beside those of lm-eval and of `include_path`."""
+    """lm-eval's TaskManager with the tasks of this package beside those of lm-eval and of `include_path`.
 
-    def __init__(self, *args: Any, include_path: str | Path | list[str | Path] | None = None, **kwargs: Any) -> None:
+    `folders` are those of lm-eval to read, or all.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        include_path: str | Path | list[str | Path] | None = None,
+        folders: Collection[Path] | None = None,
+        **kwargs: Any,
+    ) -> None:
         given = include_path if isinstance(include_path, list) else [include_path] if include_path else []
-        super().__init__(*args, include_path=[TASKS_FOLDER, *given], **kwargs)
+        with contextlib.nullcontext() if folders is None else _reading_only(folders):
+            super().__init__(*args, include_path=[TASKS_FOLDER, *given], **kwargs)
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         return _processed_once(super().load(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def _reading_only(folders: Collection[Path]) -> Iterator[None]:
+    """Within this context, lm-eval's index takes only these folders for its own tasks.
+
+    They are no include_path, because a tag then has only the tasks of the last folder that holds some.
+    """
+    files_in = TaskIndex._iter_yaml_files
+
+    def files_of(root: Path) -> list[Path]:
+        wanted = folders if root == Path(lm_eval.tasks.__file__).parent else [root]
+        return sorted((file for folder in wanted for file in files_in(folder)), key=Path.as_posix)
+
+    TaskIndex._iter_yaml_files = staticmethod(files_of)
+    try:
+        yield
+    finally:
+        TaskIndex._iter_yaml_files = staticmethod(files_in)
 
 
 def load_tasks(
@@ -120,42 +150,40 @@ def find_tasks(
     names: Sequence[str], *, metadata: dict[str, Any] | None = None, include_path: str | Path | None = None
 ) -> tuple[TaskManager, list[str]]:
     """A task manager that knows `names`, and the names with each pattern replaced by what it matches."""
-    texts = definitions()
     wanted = [name for name in names if not is_file(name)]
     if any(is_file(name) and _defines_group(name) for name in names):
         manager = TaskManagerWithOurs(metadata=metadata, include_path=include_path)  # members may be defined anywhere
     else:
-        manager = _manager_of(wanted, texts, metadata, [] if include_path is None else [Path(include_path)])
+        manager = _manager_of(wanted, metadata, include_path)
     for name in wanted:
-        if not _matches(manager, name):
-            raise unknown_task(name, texts.values(), manager.all_tasks)
-    found = [match for name in names for match in ([name] if is_file(name) else _matches(manager, name))]
+        if not matches(name, manager.task_index):
+            raise unknown_task(name, manager.all_tasks)
+    found = [match for name in names for match in ([name] if is_file(name) else matches(name, manager.task_index))]
     return manager, list(dict.fromkeys(found))
 
 
 def _manager_of(
-    wanted: list[str], texts: dict[Path, bytes], metadata: dict[str, Any] | None, included: list[Path]
-) -> TaskManager:
+    wanted: list[str], metadata: dict[str, Any] | None, include_path: str | Path | None
+) -> TaskManagerWithOurs:
     """A task manager that knows the wanted names, the members of their groups, and all tasks of their tags."""
     folders: set[Path] = set()
     searched: set[str] = set()
     unsearched = set(wanted)
     while True:
-        folders |= {folder for folder, text in texts.items() if any(pattern(name).search(text) for name in unsearched)}
-        folders |= {folder for folder in texts if _included(folder, texts) & folders}
-        # If a name is defined twice, lm-eval takes the first definition in one folder, but the last of several folders.
-        paths: list[str | Path] = [*sorted(folders, reverse=True), *included]
-        manager = TaskManagerWithOurs(include_path=paths, include_defaults=False, metadata=metadata)
+        folders |= {folder for folder, known in words().items() if any(matches(name, known) for name in unsearched)}
+        folders |= {folder for folder in words() if _included(folder) & folders}
+        manager = TaskManagerWithOurs(folders=folders, include_path=include_path, metadata=metadata)
         searched |= unsearched
-        found = {match for name in searched for match in _matches(manager, name)}
+        found = {match for name in searched for match in matches(name, manager.task_index)}
         unsearched = {member for name in found for member in _members(manager.task_index[name].cfg or {})} - searched
         if not unsearched:
             return manager
 
 
-def _included(folder: Path, texts: dict[Path, bytes]) -> set[Path]:
+@functools.cache
+def _included(folder: Path) -> set[Path]:
     """Folders of lm-eval whose files are included by files of `folder`, with their tags."""
-    names = re.findall(rb"^include:[ \t]*(?:\.\./)+([^/\s]+)/", texts[folder], re.MULTILINE)
+    names = re.findall(rb"^include:[ \t]*(?:\.\./)+([^/\s]+)/", definitions()[folder], re.MULTILINE)
     return {folder.parent / name.decode() for name in names}
 
 
@@ -168,12 +196,6 @@ def _members(config: dict[str, Any]) -> Iterator[str]:
         else:
             yield from (member[kind] for kind in ("group", "task") if isinstance(member.get(kind), str))
             yield from _members(member)
-
-
-def _matches(manager: TaskManager, name: str) -> list[str]:
-    if name in manager.task_index:
-        return [name]
-    return sorted(fnmatch.filter(manager.all_tasks, name)) if set(name) & set("*?[") else []
 
 
 def _defines_group(file: str) -> bool:
