@@ -81,13 +81,14 @@ def visit_attention(model: PreTrainedModel, input_ids: torch.Tensor, visit: Visi
 
     Raises:
         ValueError: if there is not exactly one text with tokens, `first_row` is not one of them, or the model's
-            attention cannot be read.
+            attention cannot be read or is not finite.
     """
     ids = _one_text(input_ids, first_row).to(model.device)
     modules = attention_modules(model)
     seen: list[int] = []
 
     def counting(maps: LayerAttention) -> None:
+        _check_finite(maps, model.dtype)
         seen.append(maps.layer)
         visit(maps)
 
@@ -285,7 +286,7 @@ def attention_arrays(
         visit: Called with all rows of each layer's maps.
 
     Raises:
-        ValueError: if the maps cannot be read (see `visit_attention`) or are not finite.
+        ValueError: as of `visit_attention`.
     """
     length = input_ids.shape[-1]
     if first_row is None:
@@ -297,7 +298,6 @@ def attention_arrays(
     tokens: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def measure(maps: LayerAttention) -> None:
-        _check_finite(maps, model.dtype)
         read = maps.rows_from(first_row)
         statistics["signal"].append(MapStatistics.of_layer(read.signal))
         if read.noise is not None and read.lambda_ is not None:

@@ -125,6 +125,14 @@ def test_lambda_of_each_layer() -> None:
     assert all(value is not None and 0 < value < 1 for value in token_dependent)
 
 
+def test_attention_that_is_not_finite_is_refused() -> None:
+    broken = gda_model()
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="layer 1 has attention that is not finite"):
+        report_of(broken)
+
+
 def test_gda_baseline_with_more_layers() -> None:
     deeper = gda_model(num_hidden_layers=3)
     report = report_of(gda_model(), baseline=deeper)
