@@ -103,16 +103,18 @@ class _Opened:
 
 
 def _open(
-    place: str | Path | PreTrainedModel,
+    place: str | Path | torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     device: str | None,
     revision: str | None = None,
     role: str = "model",
 ) -> _Opened:
-    if isinstance(place, PreTrainedModel):
+    if isinstance(place, torch.nn.Module):
         if tokenizer is None:
             raise ValueError(f"a {role} in memory needs its tokenizer: attention(model, tokenizer=…)")
         model: Any = place
+        if hasattr(model, "get_base_model"):  # a wrapper of PEFT; the model inside has the adapter, too
+            model = model.get_base_model()
         if device is not None:
             model.to(device)
         return _Opened(model.name_or_path or type(model).__name__, model, tokenizer)
@@ -141,12 +143,12 @@ def _shape(model: PreTrainedModel) -> tuple[int, int, int, bool]:
 
 
 def _open_baseline(
-    place: str | Path | PreTrainedModel,
+    place: str | Path | torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     device: str | None,
     name_of_model: str,
 ) -> _Opened:
-    in_memory = isinstance(place, PreTrainedModel)
+    in_memory = isinstance(place, torch.nn.Module)
     opened = _open(place, tokenizer if in_memory else None, device, role="baseline")
     return replace(opened, name=f"{opened.name} (baseline)") if opened.name == name_of_model else opened
 
@@ -154,9 +156,10 @@ def _open_baseline(
 def _encode(opened: _Opened, text: str, text_name: str, max_tokens: int) -> tuple[list[int], list[str]]:
     """Token ids with the tokenizer's special tokens, and a note if the text was cut."""
     try:
-        ids = [int(token) for token in opened.tokenizer(text, verbose=False)["input_ids"]]
+        text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{text_name} contains half of a surrogate pair, which is not a character") from None
+    ids = [int(token) for token in opened.tokenizer(text, verbose=False)["input_ids"]]
     if not text.strip() or not ids:
         raise ValueError(f"{text_name} is empty; name a text with at least one word")
     config = opened.model.config.get_text_config()

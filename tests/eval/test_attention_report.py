@@ -284,6 +284,7 @@ def test_bad_input_is_refused_first(folder: Path, tmp_path: Path, command: Comma
         ((model, "--text", "a", "--file", tmp_path / "text.txt", *out), "--text"),
         ((model, "--text", "a"), "--out"),
         ((model, "--text", "  ", *out), "empty"),
+        ((model, "--text", "a\udcff", *out), "half of a surrogate pair"),
         ((model, "--file", tmp_path / "empty.txt", *out), "empty.txt"),
         ((model, "--file", tmp_path / "bytes.txt", *out), "bytes.txt"),
         ((model, "--file", tmp_path / "none.txt", *out), "none.txt"),
@@ -320,6 +321,18 @@ def test_models_that_cannot_be_compared_or_read(folder: Path, tmp_path: Path) ->
         gda.attention(broken, tokenizer=byte_tokenizer(), text=TEXT)
     with pytest.raises(ValueError, match="needs its tokenizer"):
         gda.attention(broken, text=TEXT)
+
+
+def test_model_that_peft_wraps() -> None:
+    """The attention with its adapter, which at first changes nothing."""
+    peft = pytest.importorskip("peft")
+    model, tokenizer = live_model(), byte_tokenizer()
+    expected = gda.attention(model, tokenizer=tokenizer, text=TEXT).to_dict()["attention"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert gda.attention(wrapped, tokenizer=tokenizer, text=TEXT).to_dict()["attention"] == expected
+    with torch.no_grad():
+        wrapped.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight.fill_(1.0)
+    assert gda.attention(wrapped, tokenizer=tokenizer, text=TEXT).to_dict()["attention"] != expected
 
 
 def test_token_labels(folder: Path) -> None:
