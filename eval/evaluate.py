@@ -65,12 +65,11 @@ def evaluate(
     choose_device(options.device)
     candidate = find_model(options.model, tokenizer)
     _check_chat_templates([candidate], options)
-    with quiet_lm_eval():
-        tasks = _load_tasks(candidate, options)
     training = isinstance(options.model, torch.nn.Module) and options.model.training
     try:
-        lm = load_for_tasks(candidate, options)
         with quiet_lm_eval():
+            tasks = _load_tasks(candidate, options)
+            lm = load_for_tasks(candidate, options)
             results = run_tasks(lm, tasks, options, **lm_eval_options)
     finally:
         if isinstance(options.model, torch.nn.Module):

@@ -190,7 +190,9 @@ def test_entry_point_of_lm_eval() -> None:
     assert entry.load() is get_model("gda")
 
 
-def test_model_in_memory_is_not_changed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_model_in_memory_is_not_changed(
+    folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """It gives the scores of its folder; weights, mode and tokenizer stay, and git is not called."""
     loaded = AutoModelForCausalLM.from_pretrained(folder / "live")
     loaded.train()
@@ -202,6 +204,7 @@ def test_model_in_memory_is_not_changed(folder: Path, capfd: pytest.CaptureFixtu
     assert found["n-samples"][BLIMP] == {"original": 10, "effective": 5}
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
     assert "fatal" not in capfd.readouterr().err
+    assert "launch via accelerate" not in caplog.text  # lm-eval's advice for its own command line
     assert loaded.training
     assert tokenizer.pad_token is None
     json.dumps(found["configs"])
