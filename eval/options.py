@@ -105,8 +105,10 @@ class TaskOptions(Options):
         for name in ("include_path", "dataset_root"):
             if (folder := getattr(self, name)) is not None and not Path(folder).is_dir():
                 raise FileNotFoundError(f"{flag(name)} {folder} is not a folder")
-        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
-            raise ValueError(f"--limit {self.limit} is neither a number of documents nor a fraction below 1")
+        if self.limit is not None and not 0 < self.limit < 1:
+            if self.limit <= 0 or not float(self.limit).is_integer():
+                raise ValueError(f"--limit {self.limit} is neither a number of documents nor a fraction below 1")
+            object.__setattr__(self, "limit", int(self.limit))  # lm-eval reads 1.0 as a fraction
         if not BATCH_SIZE.fullmatch(str(self.batch_size)):
             raise ValueError(f"--batch-size {self.batch_size} is neither a positive number nor auto")
 

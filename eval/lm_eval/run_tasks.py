@@ -31,9 +31,6 @@ SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rando
 
 def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **lm_eval_options: Any) -> dict[str, Any]:
     """Run tasks on a model, both loaded, and return lm-eval's dictionary."""
-    limit = options.limit
-    if limit is not None and limit >= 1:
-        limit = int(limit)  # lm-eval reads 1.0 as a fraction
     if options.seed is not None:
         lm_eval_options |= dict.fromkeys(SEEDS, options.seed)
     try:
@@ -43,7 +40,7 @@ def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **
                 tasks=list(tasks),
                 task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
                 num_fewshot=options.num_fewshot,
-                limit=limit,
+                limit=options.limit,
                 batch_size=lm.batch_size,
                 device=str(lm.device),
                 apply_chat_template=options.apply_chat_template,
@@ -79,7 +76,9 @@ def check_generation(tasks: Sequence[Task | Group], options: TaskOptions) -> Non
         if task.OUTPUT_TYPE != "generate_until":
             continue
         both = {**(task.config.generation_kwargs or {}), **given}
-        sampling, temperature = both.get("do_sample"), float(both.get("temperature") or 0)
+        sampling, temperature = both.get("do_sample"), both.get("temperature") or 0
+        if not isinstance(temperature, int | float):
+            raise ValueError(f"--gen-kwargs: temperature {temperature!r} is not a number")
         if given.get("temperature") and sampling is False:
             raise ValueError(
                 f"--gen-kwargs: temperature has no effect on the task {task.config.task}, where do_sample is false; "

@@ -170,6 +170,7 @@ def test_bad_options_are_refused(case: str, folder: Path, command: Command) -> N
             "max_new_tokens=4",
             "max_new_tokens has no effect on the task toy_words, which sets max_gen_toks; use max_gen",
         ),
+        ('{"temperature": [0.7]}', "--gen-kwargs: temperature [0.7] is not a number"),
     ],
 )
 def test_arguments_of_generation_without_effect(

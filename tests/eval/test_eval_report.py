@@ -240,6 +240,7 @@ def test_report_files(folder: Path, tmp_path: Path, command: Command) -> None:
     assert f"note on other: {ours['notes'][0]}" in outcome.error
     assert (ours["dtype"], ours["prompts"]) == ("float32", [])
     assert (ours["settings"]["seed"], ours["settings"]["batch_size"]) == (3, "2")
+    assert "limit 4, " in (tmp_path / "a/b/results.md").read_text()
     assert ours["settings"].keys().isdisjoint({"output", "html", "overwrite"})  # places are no settings
     by_task = {row["task"]: row for row in ours["comparison"]}
     assert by_task[BLIMP]["score"] == expected["results"][BLIMP]["acc,none"]
