@@ -111,7 +111,6 @@ def test_arrays_of_a_llama() -> None:
     assert attention_arrays(model, ids, groups=3).num_groups == 1  # 4 heads cannot form three groups
 
 
-@pytest.mark.slow
 def test_one_layer_of_maps_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of earlier layers are freed, and `visit` gets all rows."""
     alive: list[weakref.ref[torch.Tensor]] = []

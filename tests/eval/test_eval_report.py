@@ -287,7 +287,6 @@ def test_page_is_self_contained_and_escapes_names(folder: Path, tmp_path: Path, 
     assert name in outcome.out
 
 
-@pytest.mark.slow
 def test_every_column_is_visible_on_a_narrow_screen(folder: Path, tmp_path: Path, command: Command) -> None:
     """The verdict is the last column; at 1,400 px it was cut off."""
     outcome = command(
@@ -328,7 +327,6 @@ def test_diagnostics_are_in_every_form_of_the_report(folder: Path, tmp_path: Pat
     assert page.count('<div class="wide">') == page.count("<table")  # a wide one can be scrolled
 
 
-@pytest.mark.slow
 def test_two_models_with_the_same_name(folder: Path, tmp_path: Path, command: Command) -> None:
     """They are named by their paths, and "(baseline)" if a model is compared with itself."""
     outcome = command(
@@ -382,7 +380,6 @@ Words — and   more.
 """
 
 
-@pytest.mark.slow
 def test_update_card(folder: Path, tmp_path: Path, command: Command) -> None:
     """Other results, fields and text are kept; a repeated run changes nothing; a limited run is another result."""
     model = copy_of(folder / "gda", tmp_path / "m", CARD)
@@ -408,7 +405,6 @@ def test_update_card(folder: Path, tmp_path: Path, command: Command) -> None:
     assert "limit: 4" in texts[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("card", [None, "# Only a title\n", "---\n---\nText", CARD.replace("\n", "\r\n")])
 def test_any_card_can_be_updated(card: str | None, folder: Path, report: EvalReport, tmp_path: Path) -> None:
     """A missing card, one without metadata, with empty metadata, and with Windows line ends."""

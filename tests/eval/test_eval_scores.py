@@ -113,7 +113,6 @@ def test_expansion_scores_equal_the_source(folder: Path) -> None:
     assert ours["n-shot"]["gsm8k"] == 1
 
 
-@pytest.mark.slow
 def test_expanded_smollm2_scores_equal_smollm2(folder: Path, tmp_path: Path) -> None:
     """On BLiMP's own sentences if they are available."""
     from gda.conversion.demo import find_demo_model
@@ -144,7 +143,6 @@ def run(*arguments: object, cwd: Path) -> str:
     return ran.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gda", "hf"])
 def test_lm_eval_command_line_gives_the_same_scores(kind: str, folder: Path, tmp_path: Path) -> None:
     """`python -m gda.eval run`, with our model type and with lm-eval's; it also knows our tasks."""
@@ -161,7 +159,6 @@ def test_lm_eval_command_line_gives_the_same_scores(kind: str, folder: Path, tmp
         assert {name: metrics[task][name] for name in expected[task]} == pytest.approx(expected[task])
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(folder: Path, tmp_path: Path) -> None:
     """`accelerate launch` on CPUs: processes share the documents, and one writes."""
     tasks = [BLIMP, "gsm8k"]

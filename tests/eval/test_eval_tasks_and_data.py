@@ -44,7 +44,6 @@ def raising(error: Exception) -> Callable[..., None]:
 # ---------------------------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.slow
 def test_names_mean_the_same_as_in_lm_eval() -> None:
     """A task, a group, a tag over several folders and a pattern give the same entries as the full index."""
     from lm_eval.tasks import TaskManager
@@ -75,7 +74,6 @@ def test_only_needed_task_files_are_parsed() -> None:
     assert find_tasks(["gda_copy", "gda_copy"])[1] == ["gda_copy"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "meant"), [("blimp_pasive_1", "blimp_passive_1"), ("gsm8", "gsm8k"), ("gda_nedles", "gda_needles")]
 )
@@ -118,7 +116,6 @@ def test_unknown_task_without_similar_names() -> None:
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-@pytest.mark.slow
 def test_only_the_source_of_the_data_is_replaced(data: Path) -> None:
     """The task keeps lm-eval's definition, and `datasets` is restored afterwards."""
     import datasets
@@ -348,7 +345,6 @@ def test_bad_input_is_refused(case: str, model: Path, command: Command) -> None:
     assert "Traceback" not in outcome.error
 
 
-@pytest.mark.slow
 def test_folder_that_is_not_a_model(data: Path, model: Path, tmp_path: Path, command: Command) -> None:
     """No folder, config, weights or tokenizer, or damaged weights: exit code 2 and one line."""
     (tmp_path / "empty").mkdir()
@@ -367,7 +363,6 @@ def test_folder_that_is_not_a_model(data: Path, model: Path, tmp_path: Path, com
         assert "Traceback" not in outcome.error
 
 
-@pytest.mark.slow
 def test_request_that_does_not_fit(data: Path, model: Path, command: Command) -> None:
     """GSM8K generates 256 tokens, and the model reads 128."""
     outcome = command("eval", model, "--tasks", "gsm8k", "--dataset-root", data)
@@ -493,7 +488,6 @@ def test_generated_prompt_that_does_not_fit_is_refused(task: str, model: Path, c
     assert "--metadata" in last
 
 
-@pytest.mark.slow
 def test_errors_of_the_lm_eval_command_line(data: Path, model: Path, tmp_path: Path) -> None:
     """An empty data file causes no traceback."""
     import subprocess
