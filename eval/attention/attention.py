@@ -70,7 +70,10 @@ def attention(
     baseline: AttentionArrays | None = None
     maps_of_baseline: dict[int, LayerMaps] = {}
     if options.baseline is not None:
-        other = _open_baseline(options.baseline, tokenizer, options.device, name)
+        in_memory = isinstance(options.baseline, torch.nn.Module)
+        other = _open(options.baseline, tokenizer if in_memory else None, options.device, role="baseline")
+        if other.name == name:
+            other = replace(other, name=f"{name} (baseline)")
         _check_same_tokens(other, text, ids)
         same_depth = len(attention_modules(other.model)) == depth
         if not same_depth:
@@ -140,17 +143,6 @@ def _shape(model: PreTrainedModel) -> tuple[int, int, int, bool]:
     groups = len(noise) if noise is not None else int(getattr(model.config, "num_key_value_heads", None) or 1)
     groups = groups if signal % groups == 0 else 1
     return len(layers), groups, signal // groups, noise is not None
-
-
-def _open_baseline(
-    place: str | Path | torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
-    device: str | None,
-    name_of_model: str,
-) -> _Opened:
-    in_memory = isinstance(place, torch.nn.Module)
-    opened = _open(place, tokenizer if in_memory else None, device, role="baseline")
-    return replace(opened, name=f"{opened.name} (baseline)") if opened.name == name_of_model else opened
 
 
 def _encode(opened: _Opened, text: str, text_name: str, max_tokens: int) -> tuple[list[int], list[str]]:

@@ -97,8 +97,8 @@ class AttentionReport:
             "groups": self.arrays.num_groups,
             "signal_heads_per_group": self.signal_heads_per_group,
             "lambda_type": self.lambda_type,
-            "attention": arrays_to_dict(self.arrays),
-            "baseline_attention": None if self.baseline is None else arrays_to_dict(self.baseline),
+            "attention": _lists(self.arrays),
+            "baseline_attention": _lists(self.baseline),
             "most_cancelled": self.most_cancelled(),
             "maps": {
                 "layers": list(self.plan.layers),
@@ -164,15 +164,13 @@ def _write(out: str | Path, overwrite: bool, option: str, write: Callable[[Binar
     return path
 
 
-def arrays_to_dict(arrays: AttentionArrays) -> dict[str, Any]:
-    """The arrays as lists."""
-
-    def listed(value: Any) -> Any:
-        if isinstance(value, MapStatistics):
-            return {name: array.tolist() for name, array in vars(value).items()}
-        return None if value is None else value.tolist()
-
-    return {name.rstrip("_"): listed(value) for name, value in vars(arrays).items()}
+def _lists(value: Any, as_list: Callable[[np.ndarray], Any] = np.ndarray.tolist) -> Any:
+    """An array, or the fields of an object with arrays, as lists; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, AttentionArrays | MapStatistics):
+        return {name.rstrip("_"): _lists(each, as_list) for name, each in vars(value).items()}
+    return as_list(value)
 
 
 def _facts(report: AttentionReport) -> list[tuple[str, str]]:
@@ -212,7 +210,7 @@ def _data(report: AttentionReport) -> dict[str, Any]:
         "baselineKinds": _kinds(report.baseline_maps),
         "mapped": list(report.plan.layers),
         "attention": _measures(arrays),
-        "baselineAttention": None if report.baseline is None else _measures(report.baseline),
+        "baselineAttention": _measures(report.baseline),
         "received": _rounded(arrays.received.mean(axis=(0, 1))),
         "cancelled": None if arrays.cancelled is None else _rounded(arrays.cancelled.mean(axis=(0, 1))),
         "cancelledShare": None if arrays.cancelled is None else _rounded(arrays.cancelled.sum(axis=-1)),
@@ -224,12 +222,12 @@ def _kinds(maps: dict[int, LayerMaps]) -> list[dict[str, Any]]:
     return [{"name": kind.name, "signed": kind.signed} for kind in kinds]
 
 
-def _measures(arrays: AttentionArrays) -> dict[str, Any]:
-    measures: dict[str, Any] = {"lambda": None if arrays.lambda_ is None else _rounded(arrays.lambda_)}
-    for kind in ("signal", "noise", "difference"):
-        statistics = getattr(arrays, kind)
-        measures[kind] = statistics and {name: _rounded(values) for name, values in vars(statistics).items()}
-    return measures
+def _measures(arrays: AttentionArrays | None) -> dict[str, Any] | None:
+    """λ and the statistics; the arrays with a value for each token are too large to be here."""
+    names = ("lambda_", "signal", "noise", "difference")
+    if arrays is None:
+        return None
+    return {name.rstrip("_"): _lists(getattr(arrays, name), _rounded) for name in names}
 
 
 def _rounded(values: np.ndarray) -> Any:
