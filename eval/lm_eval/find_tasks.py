@@ -85,8 +85,8 @@ def load_tasks(
     lm-eval. `run_code` allows tasks that run what the model writes.
 
     Raises:
-        ValueError: for an unknown name, with similar ones, for data that does not fit its task, and for a task that
-            runs code without being allowed to.
+        ValueError: for an unknown name, with similar ones, for data that does not fit its task, for a task of two
+            groups, and for a task that runs code without being allowed to.
         FileNotFoundError: for data that is missing or cannot be downloaded, naming the task.
     """
     with data_from(dataset_root) as folders_read, code_allowed(run_code):
@@ -99,7 +99,9 @@ def load_tasks(
     members = {child for each in loaded for children in each["group_map"].values() for child in children}
     all_of_them = {**groups, **tasks}
     in_order = dict.fromkeys([*found, *all_of_them])
-    return [all_of_them[name] for name in in_order if name in all_of_them and name not in members]
+    chosen = [all_of_them[name] for name in in_order if name in all_of_them and name not in members]
+    TaskManager.load(manager, chosen)  # refuses groups that share a task, as it would after the model is loaded
+    return chosen
 
 
 def code_allowed(allowed: bool) -> contextlib.AbstractContextManager[None]:

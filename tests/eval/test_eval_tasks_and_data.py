@@ -226,6 +226,17 @@ def test_error_in_a_group_names_the_task(data: Path) -> None:
         load_tasks(["blimp"], dataset_root=data)
 
 
+def test_groups_that_share_a_task_are_refused_first(tmp_path: Path) -> None:
+    """Before a model is loaded. A task that is in a group, too, runs once."""
+    from gda.eval.lm_eval.find_tasks import load_tasks
+
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: [gda_mqar]\n")
+    assert [group.name for group in load_tasks(["gda_mqar", "one"], include_path=tmp_path)] == ["one"]
+    with pytest.raises(ValueError, match="'gda_mqar': found in both 'one' and 'two'"):
+        load_tasks(["one", "two"], include_path=tmp_path)
+
+
 def test_our_tasks_with_include_path(data: Path) -> None:
     from gda.eval.lm_eval.find_tasks import TaskManagerWithOurs
 
