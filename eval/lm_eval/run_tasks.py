@@ -5,6 +5,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
 from gda.common.progress import log_level
@@ -66,15 +67,23 @@ def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **
 
 
 def check_generation(tasks: Sequence[Task | Group], options: TaskOptions) -> None:
-    """Raise ValueError if a task's own arguments of generation would make one of the options' have no effect.
+    """Raise ValueError for an argument of generation that is unknown, or without effect because of a task's own.
 
-    lm-eval only warns, in a log that is silent here.
+    Of the latter, lm-eval only warns, in a log that is silent here. transformers refuses the former, after lm-eval has
+    run all tasks that don't generate.
     """
     given = options.gen_kwargs or {}
     given = simple_parse_args_string(given) if isinstance(given, str) else given
-    for task in (task for each in tasks for task in (each.get_all_tasks() if isinstance(each, Group) else [each])):
-        if task.OUTPUT_TYPE != "generate_until":
-            continue
+    single = [task for each in tasks for task in (each.get_all_tasks() if isinstance(each, Group) else [each])]
+    generating = [task for task in single if task.OUTPUT_TYPE == "generate_until"]
+    if given and not generating:
+        raise ValueError("--gen-kwargs has no effect, because none of the tasks generates text; omit it")
+    known = {"until", *LENGTHS, *GenerationConfig().to_dict()}
+    if unknown := [name for name in given if name not in known]:
+        close = get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"--gen-kwargs: generation has no argument {unknown[0]}{hint}")
+    for task in generating:
         both = {**(task.config.generation_kwargs or {}), **given}
         sampling, temperature = both.get("do_sample"), both.get("temperature") or 0
         if not isinstance(temperature, int | float):

@@ -171,6 +171,7 @@ def test_bad_options_are_refused(case: str, folder: Path, command: Command) -> N
             "max_new_tokens has no effect on the task toy_words, which sets max_gen_toks; use max_gen",
         ),
         ('{"temperature": [0.7]}', "--gen-kwargs: temperature [0.7] is not a number"),
+        ("temprature=0.7", "--gen-kwargs: generation has no argument temprature; did you mean temperature?"),
     ],
 )
 def test_arguments_of_generation_without_effect(
@@ -184,6 +185,10 @@ def test_arguments_of_generation_without_effect(
     assert words in outcome.error
     assert "running" not in outcome.error
     assert command(*run, "temperature=0.7,do_sample=true,max_gen_toks=2").code == 0
+    outcome = command("eval", folder / "live", "--tasks", "gda_mqar", "--gen-kwargs", "do_sample=true")
+    assert outcome.error.endswith(
+        "gda: --gen-kwargs has no effect, because none of the tasks generates text; omit it\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------ batch sizes and few shots
