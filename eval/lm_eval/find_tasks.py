@@ -31,21 +31,11 @@ RUNS_CODE = (
 
 
 class TaskManagerWithOurs(TaskManager):
-    """lm-eval's TaskManager with the tasks of this package beside those of lm-eval and of `include_path`.
+    """lm-eval's TaskManager with the tasks of this package beside those of lm-eval and of `include_path`."""
 
-    `folders` are those of lm-eval to read, or all.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        include_path: str | Path | list[str | Path] | None = None,
-        folders: Collection[Path] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, include_path: str | Path | list[str | Path] | None = None, **kwargs: Any) -> None:
         given = include_path if isinstance(include_path, list) else [include_path] if include_path else []
-        with contextlib.nullcontext() if folders is None else _reading_only(folders):
-            super().__init__(*args, include_path=[TASKS_FOLDER, *given], **kwargs)
+        super().__init__(*args, include_path=[TASKS_FOLDER, *given], **kwargs)
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         return _processed_once(super().load(*args, **kwargs))
@@ -174,7 +164,8 @@ def _manager_of(
     while True:
         folders |= {folder for folder, known in words().items() if any(matches(name, known) for name in unsearched)}
         folders |= {folder for folder in words() if _included(folder) & folders}
-        manager = TaskManagerWithOurs(folders=folders, include_path=include_path, metadata=metadata)
+        with _reading_only(folders):
+            manager = TaskManagerWithOurs(include_path=include_path, metadata=metadata)
         searched |= unsearched
         found = {match for name in searched for match in matches(name, manager.task_index)}
         unsearched = {member for name in found for member in _members(manager.task_index[name].cfg or {})} - searched
