@@ -7,16 +7,14 @@ import contextlib
 import functools
 import re
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 from accelerate.utils import patch_environment
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import TaskIndex
 
 from gda.common.errors import first_line
 from gda.eval.lm_eval.local_data import data_from
@@ -39,25 +37,6 @@ class TaskManagerWithOurs(TaskManager):
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         return _processed_once(super().load(*args, **kwargs))
-
-
-@contextlib.contextmanager
-def _reading_only(folders: Collection[Path]) -> Iterator[None]:
-    """Within this context, lm-eval's index takes only these folders for its own tasks.
-
-    They are no include_path, because a tag then has only the tasks of the last folder that holds some.
-    """
-    files_in = TaskIndex._iter_yaml_files
-
-    def files_of(root: Path) -> list[Path]:
-        wanted = folders if root == Path(lm_eval.tasks.__file__).parent else [root]
-        return sorted((file for folder in wanted for file in files_in(folder)), key=Path.as_posix)
-
-    TaskIndex._iter_yaml_files = staticmethod(files_of)
-    try:
-        yield
-    finally:
-        TaskIndex._iter_yaml_files = staticmethod(files_in)
 
 
 def load_tasks(
@@ -154,9 +133,7 @@ def find_tasks(
     return manager, list(dict.fromkeys(found))
 
 
-def _manager_of(
-    wanted: list[str], metadata: dict[str, Any] | None, include_path: str | Path | None
-) -> TaskManagerWithOurs:
+def _manager_of(wanted: list[str], metadata: dict[str, Any] | None, include_path: str | Path | None) -> TaskManager:
     """A task manager that knows the wanted names, the members of their groups, and all tasks of their tags."""
     folders: set[Path] = set()
     searched: set[str] = set()
@@ -164,13 +141,23 @@ def _manager_of(
     while True:
         folders |= {folder for folder, known in words().items() if any(matches(name, known) for name in unsearched)}
         folders |= {folder for folder in words() if _included(folder) & folders}
-        with _reading_only(folders):
-            manager = TaskManagerWithOurs(include_path=include_path, metadata=metadata)
+        # If a name is defined twice, lm-eval takes the first definition in one folder, but the last of several folders.
+        paths = [*sorted(folders, reverse=True), *([] if include_path is None else [include_path])]
+        manager = TaskManagerWithOurs(include_path=paths, include_defaults=False, metadata=metadata)
+        _complete_tags(manager)
         searched |= unsearched
         found = {match for name in searched for match in matches(name, manager.task_index)}
         unsearched = {member for name in found for member in _members(manager.task_index[name].cfg or {})} - searched
         if not unsearched:
             return manager
+
+
+def _complete_tags(manager: TaskManager) -> None:
+    """Give each tag the tasks of all folders: lm-eval's index keeps those of the last folder that has the tag."""
+    index, tags = manager.task_index, set(manager.all_tags)
+    for task in manager.all_subtasks:
+        for tag in index[task].tags & tags:
+            index[tag].tags.add(task)
 
 
 @functools.cache
