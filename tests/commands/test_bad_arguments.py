@@ -109,6 +109,7 @@ REFUSED = {
     "attention GDA --text a --out notes.gguf": "notes.gguf already exists; choose another path or pass --overwrite",
     "push ./none me/model": "none is not a folder",
     "serve ./none": "./none does not exist",
+    "serve --port 8001 GDA": "--port stands where MODEL belongs; options of `transformers serve` come after MODEL",
     "serve GDA --prot 8001": "there is no option --prot; did you mean --port?",
     "convert LLAMA OUT --mode map": "LLAMA is a 'llama' model: --mode map needs a model with noise heads; use --mode",
     "convert LLAMA OUT --mode restore": "LLAMA has no conversion.json of an export with noise heads; omit --mode",

@@ -131,7 +131,9 @@ def check_device(device: str) -> None:
 
 
 def check_served(location: str) -> None:
-    """`check_gda_model` for a name that may end with @REVISION."""
+    """`check_gda_model` for a name that may end with @REVISION, and that is no option."""
+    if location.startswith("-"):
+        raise ValueError(f"{location} stands where MODEL belongs; options of `transformers serve` come after MODEL")
     check_gda_model(at_revision(location)[0])
 
 
