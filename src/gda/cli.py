@@ -2,6 +2,7 @@
 
 import sys
 from difflib import get_close_matches
+from io import TextIOWrapper
 from typing import NoReturn
 
 import typer
@@ -34,6 +35,8 @@ GO_ON["push"] = "; run the same command again to continue"
 
 def main() -> None:
     """Run the command; exit 0 if done, 1 if a check failed, 2 for bad input, 130 if interrupted."""
+    if isinstance(sys.stdout, TextIOWrapper):  # like standard error, for a locale whose encoding has no λ
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with log_on_stderr():
             code = app(standalone_mode=False)

@@ -96,6 +96,17 @@ def test_help_imports_nothing_heavy(name: str) -> None:
     assert done.stderr == ""
 
 
+def test_help_in_an_encoding_without_greek() -> None:
+    """As in a locale of ISO 8859-1. The letters that it lacks are escaped."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gda.cli", "convert", "--help"],
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+    )
+    assert rb"How \u03bb is computed" in done.stdout
+
+
 def test_version(command: Command) -> None:
     assert command("--version") == Outcome(0, f"{gda.__version__}\n", "")
 

@@ -68,6 +68,7 @@ def _refuse_unknown(arguments: Iterable[str]) -> None:
 def options_of_transformers() -> list[str]:
     """Names such as "--port"; empty if its source is written in another way."""
     found = find_spec("transformers")
-    source = Path(found.origin).parent / "cli/serve.py" if found and found.origin else Path()
-    parameters = re.findall(r"(\w+): Annotated\[[^()]*typer\.Option\(", source.read_text()) if source.is_file() else []
+    path = Path(found.origin).parent / "cli/serve.py" if found and found.origin else Path()
+    source = path.read_text(encoding="utf-8") if path.is_file() else ""
+    parameters = re.findall(r"(\w+): Annotated\[[^()]*typer\.Option\(", source)
     return [f"--{each.replace('_', '-')}" for each in parameters]
