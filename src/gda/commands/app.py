@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 from gda._version import __version__
 from gda.common.errors import Interrupted
 from gda.common.numbers import finite
-from gda.common.options import HUB, OUTPUT, PERPLEXITY, Options, choices, declared, flag, is_union
+from gda.common.options import HUB, OUTPUT, PERPLEXITY, Options, choices, declared, flag, kinds_of
 from gda.common.progress import is_main_process
 
 
@@ -137,12 +137,13 @@ def _as_typed(hint: Any) -> Any:
         return str
     if get_origin(hint) is tuple:
         return list[_as_typed(get_args(hint)[0])] | None  # type: ignore[misc]
-    if is_union(hint):
-        kinds = [_as_typed(each) for each in get_args(hint) if each is not type(None)]
-        # Text covers paths, names and numbers, and float covers int.
-        widest: Any = next(each for each in (str, float, *kinds) if each in kinds)
-        return widest | None if type(None) in get_args(hint) else widest
-    return hint
+    kinds = kinds_of(hint)
+    if len(kinds) == 1:
+        return hint
+    typed = [_as_typed(each) for each in kinds if each is not type(None)]
+    # Text covers paths, names and numbers, and float covers int.
+    widest: Any = next(each for each in (str, float, *typed) if each in typed)
+    return widest | None if type(None) in kinds else widest
 
 
 def print_json(report: dict[str, Any]) -> None:

@@ -104,11 +104,7 @@ def _print(report: "EvalReport", as_json: bool, written: list[Path]) -> None:
     for name, note in report.notes():
         progress_console.print(f"note on {name}: {note}", highlight=False, markup=False, soft_wrap=True)
     for path in written:
-        _say_written(path)
-
-
-def _say_written(path: Path) -> None:
-    progress_console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        progress_console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_outputs(options: EvalOutputOptions) -> None:

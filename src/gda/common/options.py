@@ -80,12 +80,13 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for each in fields(self):
-            allowed, value = choices(hints[each.name]), getattr(self, each.name)
-            if value is None and type(None) in _kinds(hints[each.name]):
+            kinds, value = kinds_of(hints[each.name]), getattr(self, each.name)
+            if value is None and type(None) in kinds:
                 continue
+            allowed = choices(hints[each.name])
             if allowed and value not in allowed:
                 raise ValueError(f"{flag(each.name)} {value or repr(value)} is not one of {', '.join(allowed)}")
-            if isinstance(value, float) and _is_whole(hints[each.name]):
+            if isinstance(value, float) and int in kinds and float not in kinds:
                 raise ValueError(f"{flag(each.name)} {value} is not a whole number")
             _check_limits(each, value)
 
@@ -142,25 +143,14 @@ def layer_list(layers: str | Iterable[int] | None) -> list[int] | None:
     return numbers
 
 
-def is_union(hint: Any) -> bool:
-    """Whether a type hint is a union, written as `A | B` or as Optional."""
-    return get_origin(hint) in (Union, UnionType)
-
-
-def _is_whole(hint: Any) -> bool:
-    """Whether the only numbers that a type hint allows are whole."""
-    return int in _kinds(hint) and float not in _kinds(hint)
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if is_union(hint) else (hint,)
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, written as `A | B` or as Optional; of any other type hint, the hint itself."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
     """The values that a type hint such as `Literal["a", "b"] | None` allows; empty if it is no choice."""
-    if is_union(hint):
-        return next(filter(None, map(choices, get_args(hint))), ())
-    return get_args(hint) if get_origin(hint) is Literal else ()
+    return next((get_args(kind) for kind in kinds_of(hint) if get_origin(kind) is Literal), ())
 
 
 def declared(options: type[Options]) -> Iterator[tuple[Field[Any], Any]]:

@@ -38,17 +38,9 @@ class LoggedProgress(Progress):
         self._logged, self._lines = self.get_time(), 0
         self._estimated: set[TaskID] = set()
 
-    def add_task(
-        self,
-        description: str,
-        start: bool = True,
-        total: float | None = 100.0,
-        completed: int = 0,
-        visible: bool = True,
-        **fields: Any,
-    ) -> TaskID:
+    def add_task(self, description: str, *, completed: int = 0, **settings: Any) -> TaskID:  # type: ignore[override]
         """Like `Progress.add_task`. What is completed from the start doesn't count as done by this process."""
-        return super().add_task(description, start, total, completed, visible, done_before=completed, **fields)
+        return super().add_task(description, completed=completed, done_before=completed, **settings)
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """Like `Progress.advance`, and log."""
