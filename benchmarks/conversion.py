@@ -14,7 +14,6 @@ If cp shares blocks instead of copying them (reflinks of Btrfs or XFS), the comp
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import in_child, run
+from processes import in_child, peak_bytes, run
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
@@ -80,15 +79,12 @@ def converted(source: Path, out: Path, tiny: Path, shard_size: str, workers: int
         convert(source, out, max_shard_size=shard_size, workers=workers, verify=False)
         return time.perf_counter() - begun
 
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
     with tempfile.TemporaryDirectory() as folder:
         seconds(tiny, Path(folder) / "first")
         startup = seconds(tiny, Path(folder) / "second")
-    startup_peak = peak()
+    startup_peak = peak_bytes()
     beyond = seconds(source, out) - startup
-    return {"beyond_startup": beyond, "peak_mb": peak(), "startup_peak_mb": startup_peak}
+    return {"beyond_startup": beyond, "peak_mb": peak_bytes() / 1e6, "startup_peak_mb": startup_peak / 1e6}
 
 
 def settle(source: Path, *outs: Path) -> None:

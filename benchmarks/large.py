@@ -14,16 +14,13 @@ not grow with the number of layers.
 
 import argparse
 import json
-import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from processes import in_child
+from processes import in_child, peak_bytes
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
@@ -32,6 +29,7 @@ from conversion import llama_config, settle, write_llama
 from gda.conversion.convert import convert
 from gda.conversion.verify import verify
 
+PARTS = ("convert", "verify", "whole")  # whole: a conversion with its verification
 LAYERS = 80
 SHAPE = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
 QUICK = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -43,42 +41,25 @@ def llama_of(shape: dict[str, int], vocabulary: int, layers: int) -> LlamaConfig
     return LlamaConfig(**shape, vocab_size=vocabulary, num_hidden_layers=layers, dtype="bfloat16")
 
 
-def converted(source: Path, out: Path, tiny: Path) -> tuple[float, float]:
-    """Seconds of a conversion without verification, and peak resident gigabytes."""
-    return _measured(partial(convert, verify=False), source, out, tiny)
+def work(part: str, source: Path, out: Path) -> str:
+    """Do one part, and return the method of verification, if it is one."""
+    if part == "convert":
+        convert(source, out, verify=False)
+        return ""
+    checked = verify(source, out, method="layers") if part == "verify" else convert(source, out).verification
+    assert checked.passed
+    return checked.method
 
 
-def verified(source: Path, out: Path, tiny: Path) -> tuple[float, float]:
-    """Seconds of a verification layer by layer, and peak resident gigabytes."""
-
-    def by_layers(source: Path, out: Path) -> None:
-        if source == tiny:
-            convert(source, out, verify=False)
-        assert verify(source, out, method="layers").passed
-
-    return _measured(by_layers, source, out, tiny)
-
-
-def whole(source: Path, out: Path, tiny: Path) -> tuple[float, float, str]:
-    """Seconds of a conversion with its verification, peak resident gigabytes, and the method of verification."""
-    methods: list[str] = []
-
-    def by_default(source: Path, out: Path) -> None:
-        methods.append(convert(source, out).verification.method)
-
-    return *_measured(by_default, source, out, tiny), methods[-1]
-
-
-def _measured(work: Callable[[Path, Path], object], source: Path, out: Path, tiny: Path) -> tuple[float, float]:
+def measured(part: str, source: Path, out: Path, tiny: Path) -> tuple[float, float, str]:
+    """Seconds of one part, peak resident gigabytes, and the method of verification."""
     with tempfile.TemporaryDirectory() as folder:
-        work(tiny, Path(folder) / "gda")
+        if part == "verify":
+            work("convert", tiny, Path(folder) / "gda")
+        work(part, tiny, Path(folder) / "gda")
     begun = time.perf_counter()
-    work(source, out)
-    return time.perf_counter() - begun, _peak()
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    method = work(part, source, out)
+    return time.perf_counter() - begun, peak_bytes() / 1e9, method
 
 
 def measure(name: str, config: LlamaConfig, scratch: Path, tiny: Path) -> dict[str, Any]:
@@ -86,12 +67,9 @@ def measure(name: str, config: LlamaConfig, scratch: Path, tiny: Path) -> dict[s
     source, out = scratch / "llama", scratch / "gda"
     found: dict[str, Any] = {"model": name, "layers": config.num_hidden_layers}
     found["gigabytes"] = in_child(write_llama, source, config, "5GB") / 1e9
-    settle(source)
-    found["convert_s"], found["convert_gb"] = in_child(converted, source, out, tiny)
-    settle(source)
-    found["verify_s"], found["verify_gb"] = in_child(verified, source, out, tiny)
-    settle(source, out)
-    found["whole_s"], found["whole_gb"], found["method"] = in_child(whole, source, out, tiny)
+    for part in PARTS:
+        settle(source, *[out] * (part != "verify"))
+        found[f"{part}_s"], found[f"{part}_gb"], found["method"] = in_child(measured, part, source, out, tiny)
     for folder in (source, out):
         shutil.rmtree(folder)
     return found
@@ -128,12 +106,11 @@ def main() -> None:
 
 def show(figures: list[dict[str, Any]]) -> None:
     table = Table(title="gda convert --no-verify, gda verify --method layers, and gda convert")
-    parts = ("convert", "verify", "whole")
-    columns = ("model", "GB", *(f"{part}, {unit}" for part in parts for unit in ("s", "GB")), "whole / convert − 1")
+    columns = ("model", "GB", *(f"{part}, {unit}" for part in PARTS for unit in ("s", "GB")), "whole / convert − 1")
     for column in (*columns, "method of the whole"):
         table.add_column(column, justify="right")
     for each in figures:
-        names = ("gigabytes", *(f"{part}_{unit}" for part in parts for unit in ("s", "gb")))
+        names = ("gigabytes", *(f"{part}_{unit}" for part in PARTS for unit in ("s", "gb")))
         ratio = f"{each['whole_s'] / each['convert_s'] - 1:.2f}"
         table.add_row(each["model"], *(f"{each[name]:,.1f}" for name in names), ratio, each["method"])
     Console(width=160).print(table)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,12 @@ def in_child(function: Callable[..., T], *arguments: object) -> T:
         return pool.submit(function, *arguments).result()
 
 
+def peak_bytes(usage: resource.struct_rusage | None = None) -> int:
+    """Peak resident bytes of `usage`, by default of this process. macOS counts bytes, Linux KiB."""
+    usage = usage or resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def run(*command: str) -> tuple[float, float]:
     """Seconds and peak resident megabytes of a command; at least those of this process."""
     with tempfile.TemporaryFile() as errors:
@@ -29,4 +36,4 @@ def run(*command: str) -> tuple[float, float]:
         if status != 0:
             errors.seek(0)
             sys.exit(f"{' '.join(command)} failed: {errors.read().decode(errors='replace')}")
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, peak_bytes(usage) / 1e6

@@ -9,7 +9,6 @@ huggingface_hub. Models have random weights in bfloat16. Loading is `from_pretra
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from processes import in_child, run
+from processes import in_child, peak_bytes, run
 from rich.console import Console
 from rich.table import Table
 
@@ -56,8 +55,7 @@ def load(folder: Path) -> Figure:
     seconds = time.perf_counter() - begun
     with torch.inference_mode():
         model(torch.tensor([[1]]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "with_first_token": time.perf_counter() - begun, "peak_mb": peak}
+    return {"seconds": seconds, "with_first_token": time.perf_counter() - begun, "peak_mb": peak_bytes() / 1e6}
 
 
 def compared(found: dict[str, list[Figure]], peers: dict[str, str]) -> dict[str, Figure]:
