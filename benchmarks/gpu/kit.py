@@ -7,7 +7,6 @@ becomes a row with its error, and the part continues.
 import argparse
 import gc
 import json
-import os
 import platform
 import statistics
 import sys
@@ -20,6 +19,9 @@ import psutil
 import torch
 import transformers
 from measuring import peak_allocated, synchronize
+
+from gda.common.errors import first_line
+from gda.common.files import write_text
 
 Row = dict[str, Any]
 
@@ -38,9 +40,8 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and its first non-empty line, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    """The kind of an error and the beginning of its message, at most 200 characters."""
+    return f"{type(error).__name__}: {first_line(error)}"[:200]
 
 
 class Part:
@@ -68,9 +69,7 @@ class Part:
     def write(self) -> None:
         """Replace the file with all rows so far."""
         self.content["seconds"] = round(time.monotonic() - self.started, 1)
-        beside = self.path.with_suffix(".partial")
-        beside.write_text(json.dumps(self.content, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text(self.path, json.dumps(self.content, indent=1, default=str) + "\n")
 
     def add(self, row: Row) -> None:
         """Add a row, save the file, print one line."""
