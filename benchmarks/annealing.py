@@ -20,8 +20,8 @@ VOCABULARY, CONTEXT, BATCH = 2048, 128, 8
 def prepare(out: Path, steps: int) -> None:
     """Write the texts and the expanded model."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from measuring import trained_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     import gda
     from gda.common.text import python_documentation
@@ -31,13 +31,7 @@ def prepare(out: Path, steps: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.txt").write_text(train)
     (out / "held_out.txt").write_text(held_out)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<eos>"])
-    bpe.train_from_iterator([train], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", clean_up_tokenization_spaces=False)
+    tokenizer = trained_tokenizer([train], VOCABULARY, ["<eos>"], eos_token="<eos>")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

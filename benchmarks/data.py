@@ -20,10 +20,9 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from datasets import Dataset, disable_caching, disable_progress_bars
-from measuring import environment, interleaved, median_ratio
+from measuring import environment, interleaved, median_ratio, trained_tokenizer
 from rich.console import Console
 from rich.table import Table
-from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gda.common.files import remove
@@ -56,12 +55,9 @@ def chats() -> list[dict[str, Any]]:
     return found
 
 
-def trained_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 8,192 tokens, made on the spot."""
-    model = ByteLevelBPETokenizer()
+def tokenizer_of_texts() -> PreTrainedTokenizerFast:
     special = ["<|im_start|>", "<|im_end|>"]
-    model.train_from_iterator((row["text"] for row in texts()), 8192, special_tokens=special, show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, eos_token="<|im_end|>")
+    tokenizer = trained_tokenizer((row["text"] for row in texts()), 8192, special, eos_token="<|im_end|>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -155,7 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     disable_progress_bars()
     disable_caching()
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else trained_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else tokenizer_of_texts()
     found: list[dict[str, Any]] = []
     for case, rows in (("text", texts()), ("chats", chats()), ("marked chats", chats())):
         if case == "marked chats":

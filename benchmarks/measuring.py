@@ -23,6 +23,8 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from tokenizers.implementations import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from gda.common.errors import first_line
 
@@ -117,6 +119,13 @@ def figures(case: str, seconds: dict[str, list[float]], peers: Iterable[str]) ->
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def trained_tokenizer(texts: Iterable[str], size: int, special: list[str], **roles: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `size` tokens, first the special ones; `roles` names some of them, such as `eos_token`."""
+    model: Any = ByteLevelBPETokenizer()
+    model.train_from_iterator(texts, size, min_frequency=0, special_tokens=special, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, **roles)
 
 
 def tell(what: str) -> None:
@@ -222,10 +231,10 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(title: str, found: Sequence[Figure], options: argparse.Namespace, **more: Any) -> None:
+def report(title: str, found: Sequence[Figure], options: argparse.Namespace) -> None:
     """Print the figures: a table with a line for each case and name, or JSON."""
     if options.json:
-        print(json.dumps({**environment(options), **more, "figures": [asdict(each) for each in found]}, indent=2))
+        print(json.dumps({**environment(options), "figures": [asdict(each) for each in found]}, indent=2))
         return
     console = Console()
     if not console.is_terminal:
@@ -233,8 +242,7 @@ def report(title: str, found: Sequence[Figure], options: argparse.Namespace, **m
     console.print(table(title, found))
 
 
-def table(title: str, found: Iterable[Figure]) -> Table:
-    found = list(found)
+def table(title: str, found: Sequence[Figure]) -> Table:
     peers = list(dict.fromkeys(peer for each in found for peer in each.speed))
     kinds = list(dict.fromkeys(kind for each in found for kind in each.bytes))
     result = Table(title=title)

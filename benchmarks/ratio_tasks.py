@@ -21,8 +21,8 @@ from random import Random
 from typing import NamedTuple
 
 import torch
+from measuring import trained_tokenizer
 from safetensors.torch import load_file, save
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from gda.common.files import written_beside
@@ -168,13 +168,10 @@ def both_texts(text: Path | None, held_out: Path | None) -> tuple[str, str]:
 
 def prepare_text(text: str, held_out: str, file: Path) -> None:
     """Write the ids of both texts to a safetensors file, from a byte-level tokenizer of the first one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=TEXT_VOCABULARY, initial_alphabet=alphabet))
+    tokenizer = trained_tokenizer([text], TEXT_VOCABULARY, [])
     first = DRAWN + len(english())
     ids = {
-        name: torch.tensor(tokenizer.encode(each).ids, dtype=torch.int16) + first
+        name: torch.tensor(tokenizer(each, verbose=False).input_ids, dtype=torch.int16) + first
         for name, each in (("text", text), ("held_out", held_out))
     }
     with written_beside(file) as opened:

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import device
+from measuring import device, trained_tokenizer
 from rich.console import Console
 from rich.table import Table
 from split_domains import blimp, converted
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gda import GDAConfig, GDAForCausalLM
 from gda.common.perplexity import perplexity
@@ -234,11 +234,12 @@ def tokens(arguments: argparse.Namespace) -> None:
 def shape(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder, train, test = Path(scratch) / "llama", Path(scratch) / "train.txt", Path(scratch) / "test.txt"
-        text = python_documentation()
-        train.write_text(text[: len(text) * 9 // 10])
-        test.write_text(text[len(text) * 9 // 10 :])
-        tokenizer = trained_tokenizer(train.read_text())
-        model = trained_llama(tokenizer, train.read_text(), arguments.steps)
+        whole = python_documentation()
+        text = whole[: len(whole) * 9 // 10]
+        train.write_text(text)
+        test.write_text(whole[len(text) :])
+        tokenizer = trained_tokenizer([text], 2048, ["<s>"], bos_token="<s>")
+        model = trained_llama(tokenizer, text, arguments.steps)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         ids = test_ids(tokenizer, str(test), arguments.test_tokens)
@@ -248,18 +249,6 @@ def shape(arguments: argparse.Namespace) -> None:
             for effort in ("fast", "default"):
                 add_converted(rows, effort, arguments, arguments.tokens, ratio=ratio)
         rows.show()
-
-
-def trained_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        [text], trainers.BpeTrainer(vocab_size=2048, special_tokens=["<s>"], initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>")
 
 
 def trained_llama(tokenizer: Any, text: str, steps: int) -> LlamaForCausalLM:
