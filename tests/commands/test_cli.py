@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -105,6 +106,12 @@ def test_help_in_an_encoding_without_greek() -> None:
         env=os.environ | {"PYTHONIOENCODING": "latin-1"},
     )
     assert rb"How \u03bb is computed" in done.stdout
+
+
+def test_closed_standard_error() -> None:
+    """As some daemons leave it to a command."""
+    script = f"{shlex.quote(sys.executable)} -m gda.cli --version 2>&-"
+    assert subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, text=True).stdout == f"{gda.__version__}\n"
 
 
 def test_version(command: Command) -> None:

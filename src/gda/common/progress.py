@@ -111,8 +111,8 @@ def log_level(name: str, level: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Write the log to standard error within this context, unless it is a terminal, which shows bars."""
-    if sys.stderr.isatty():
+    """Write the log to standard error within this context, unless it is closed, or a terminal, which shows bars."""
+    if sys.stderr is None or sys.stderr.isatty():
         yield
         return
     handler = logging.StreamHandler(sys.stderr)
