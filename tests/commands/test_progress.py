@@ -15,7 +15,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import gda
 from gda.common import progress
-from gda.common.progress import LoggedProgress, time_left
+from gda.common.progress import LoggedProgress, log_on_stderr, time_left
+from gda.common.screen import progress_bars
 from gda.eval.evaluate import evaluate_with_baseline
 from gda.eval.options import EvaluateOptions
 from gda.training.callbacks.progress import ProgressCallback
@@ -167,6 +168,16 @@ def test_long_work_logs_share_and_time_left(monkeypatch: pytest.MonkeyPatch, cap
         monkeypatch.setattr(progress, "LOG_SECONDS", 1e9)
         bar.advance(known)
     assert caplog.messages == ["writing: 25 %, 0 s left", "tokens: 1,500"]
+
+
+def test_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A terminal that draws no bars, such as the shell in Emacs."""
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    with log_on_stderr(), progress_bars(Console(stderr=True)) as bars:
+        bars.advance(bars.add_task("writing", total=4))
+    assert "writing: 25 %" in capsys.readouterr().err
 
 
 def test_time_left_after_resuming(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

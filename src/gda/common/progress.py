@@ -1,6 +1,6 @@
 """Progress of long work: a bar on a terminal, otherwise lines in the log; and which process reports it.
 
-The lines go to the logger `gda` at level INFO. Commands write them to standard error if it is not a terminal. In
+The lines go to the logger `gda` at level INFO. Commands write them to standard error if it shows no bars. In
 Python, `logging.basicConfig(level=logging.INFO)` shows them.
 """
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from rich.console import Console
 from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
@@ -92,6 +93,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def shows_progress(console: Console | None) -> bool:
+    """Whether progress bars are shown: on a terminal that can draw them, but not in a log file."""
+    return console is not None and console.is_terminal and not console.is_dumb_terminal
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that reports: the first that `accelerate launch` or torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
@@ -111,8 +117,8 @@ def log_level(name: str, level: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Write the log to standard error within this context, unless it is closed, or a terminal, which shows bars."""
-    if sys.stderr is None or sys.stderr.isatty():
+    """Write the log to standard error within this context, unless it is closed, or a terminal that shows bars."""
+    if sys.stderr is None or shows_progress(Console(stderr=True)):
         yield
         return
     handler = logging.StreamHandler(sys.stderr)

@@ -7,12 +7,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from transformers.utils import logging as transformers_logging
 
-from gda.common.progress import LoggedProgress
-
-
-def shows_progress(console: Console | None) -> bool:
-    """Whether progress bars are shown: on a terminal, but not in a log file."""
-    return console is not None and console.is_terminal
+from gda.common.progress import LoggedProgress, shows_progress
 
 
 def progress_bars(console: Console | None, *columns: ProgressColumn) -> Progress:
