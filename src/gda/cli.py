@@ -70,7 +70,8 @@ def _suggestion(error: NoSuchOption) -> str:
     """The options that a user may have meant: by initials, as in --lr, by a part, as in --max-steps, or by letters."""
     wanted = error.option_name.lstrip("-").replace("_", "-")
     parameters = error.ctx.command.params if error.ctx is not None else []
-    known = [name.removeprefix("--") for each in parameters for name in each.opts if name.startswith("--")]
+    names = [name for each in parameters for name in (*each.opts, *each.secondary_opts)]
+    known = [name.removeprefix("--") for name in names if name.startswith("--")]
     near = [name for name in known if "".join(part[0] for part in name.split("-")) == wanted]
     near = near or get_close_matches(wanted, known, cutoff=0.7)
     near = near or [name for name in known if len(wanted) > 2 and (wanted in name or name in wanted)]

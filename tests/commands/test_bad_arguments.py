@@ -55,6 +55,7 @@ REFUSED = {
     "train GDA OUT --data notes.gguf --lr 1": "there is no option --lr; did you mean --lora-rank or --learning-rate?",
     "train GDA OUT --data notes.gguf --num-epochs 1": "there is no option --num-epochs; did you mean --epochs?",
     "train GDA OUT --data notes.gguf --zzz": "there is no option --zzz; `gda train --help` lists the options",
+    "convert LLAMA OUT --no-verfy": "there is no option --no-verfy; did you mean --no-verify or --verify?",
     "train GDA OUT --data missing.txt": "--data missing.txt does not exist; name a file, a folder",
     "train GDA OUT --data notes.gguf --teacher ./none": "--teacher ./none does not exist",
     "train GDA OUT --data nothere": "--data nothere is not a file, nor a dataset on the Hub, which would be OWNER/NAME",
