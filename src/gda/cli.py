@@ -23,7 +23,7 @@ from gda.commands import (  # noqa: F401 - registers the commands, in the order 
     serve,
 )
 from gda.commands.app import INTERRUPTED, app
-from gda.common.errors import CheckFailed
+from gda.common.errors import CheckFailed, first_line, is_out_of_memory
 from gda.common.progress import is_main_process, log_on_stderr
 
 # How to go on with an interrupted command.
@@ -44,6 +44,10 @@ def main() -> None:
         _fail(error, 1)
     except (typer.TyperException, ValueError, OSError, ImportError) as error:
         _fail(error, 2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(MemoryError(f"not enough memory: {first_line(error)}"), 2)
     if code == INTERRUPTED and is_main_process():
         typer.echo(f"gda: interrupted{_how_to_go_on(*sys.argv[1:])}", err=True)
     sys.exit(code or 0)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import gda
 from gda.cli import app, main
 
-from ..support.commands import Command, Outcome
+from ..support.commands import Command, Outcome, assert_refused
 from ..support.llamas import VARIANTS, files_of, save_llama
 
 COMMANDS = (
@@ -257,6 +257,18 @@ def test_interruption_exits_130(
     assert "Traceback" not in outcome.error
     assert ("--resume" in outcome.error) == (name in ("convert", "export", "grow"))
     assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_is_one_line(models: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raises on a CPU."""
+    from gda.conversion.tensors.safetensors_io import SafetensorsReader
+
+    def allocate(self: SafetensorsReader, name: str) -> torch.Tensor:
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(SafetensorsReader, "read", allocate)
+    outcome = command("verify", models / "llama", models / "gda", "--method", "layers")
+    assert_refused(outcome, "not enough memory: ", "allocate memory")
 
 
 def test_unexpected_exceptions_are_not_caught(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
