@@ -70,24 +70,29 @@ class Shape:
     vocabulary: int = 128
 
 
-def config_of(name: str, shape: Shape, backend: str) -> Any:
-    """The config of a Llama, a DiffLlama, the naive layer or a GDA such as "GDA 3:1".
-
-    One in (ratio + 1) heads is a noise head: of the Llama's heads, or added to them in "GDA expanded 4:1". "GDA paired
-    4:1" is like Motif-2: it has a pair of KV heads for each KV head of the Llama, and a head norm.
-    """
-    fields: dict[str, Any] = {
+def fields_of(shape: Shape) -> dict[str, Any]:
+    """Fields of a config that all models of a shape share."""
+    return {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.mlp,
         "num_hidden_layers": shape.layers,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
-        "max_position_embeddings": 1 << 15,
+        "max_position_embeddings": 1 << 16,
         "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
+
+
+def config_of(name: str, shape: Shape, backend: str) -> Any:
+    """The config of a Llama, a DiffLlama, the naive layer or a GDA such as "GDA 3:1".
+
+    One in (ratio + 1) heads is a noise head: of the Llama's heads, or added to them in "GDA expanded 4:1". "GDA paired
+    4:1" is like Motif-2: it has a pair of KV heads for each KV head of the Llama, and a head norm.
+    """
+    fields = fields_of(shape)
     if name in (LLAMA, DIFFLLAMA):
         config_class: Any = {LLAMA: LlamaConfig, DIFFLLAMA: DiffLlamaConfig}[name]
         config = config_class(**fields, num_attention_heads=shape.kv_heads)

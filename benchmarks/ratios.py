@@ -32,7 +32,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from equal_flops import Heads, Shape, flops, mlp_width
+from equal_flops import Heads, Shape, build, flops, mlp_width
 from paired_runs import cell, do_missing, keep_settings, runs_of, table
 from ratio_tasks import (
     DRAWN,
@@ -51,9 +51,7 @@ from ratio_tasks import (
 )
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from gda import GDAConfig, GDAForCausalLM
 from gda.eval.attention.analysis import LayerAttention, visit_attention
 
 TRANSFORMER, TRANSFORMER_2, NO_NORM = "Transformer", "Transformer 2 KV", "paired 3:1, no norm"
@@ -96,30 +94,17 @@ class Training:
     reports: int = 10  # measurements during the training
 
 
-def build(name: str, training: Training, seed: int) -> Any:
+def untrained(name: str, training: Training, seed: int) -> Any:
     """An untrained model."""
-    heads = VARIANTS[name]
-    fields: dict[str, Any] = {
-        "vocab_size": DRAWN + len(english()) + TEXT_VOCABULARY,
-        "hidden_size": SHAPE.hidden,
-        "intermediate_size": mlp_of(name),
-        "num_hidden_layers": SHAPE.layers,
-        "num_attention_heads": heads.signal + heads.noise,
-        "num_key_value_heads": SHAPE.kv_heads,
-        "head_dim": SHAPE.head_dim,
-        "max_position_embeddings": 2 * SHAPE.length,
-        "initializer_range": training.initializer_range,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},  # defaults of the two classes differ
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    fields |= heads.fields
-    torch.manual_seed(seed)
-    if not heads.noise:
-        return LlamaForCausalLM(LlamaConfig(**fields))
-    return GDAForCausalLM(GDAConfig(**fields, num_noise_heads=heads.noise))
+    return build(
+        SHAPE,
+        VARIANTS[name],
+        mlp_of(name),
+        seed,
+        vocab_size=DRAWN + len(english()) + TEXT_VOCABULARY,
+        max_position_embeddings=2 * SHAPE.length,
+        initializer_range=training.initializer_range,
+    )
 
 
 def mlp_of(name: str) -> int:
@@ -139,7 +124,7 @@ def run_one(training: Training, folder: Path, *, name: str, seed: int) -> dict[s
     }
     begun = time.perf_counter()
     for task in (*TASKS, TEXT):
-        model, history = build(name, training, seed), []
+        model, history = untrained(name, training, seed), []
         result["parameters"] = model.num_parameters()
         tests, longer = tests_of(folder, task)
         some = Rows(*(part[:TESTS_BETWEEN] for part in tests))

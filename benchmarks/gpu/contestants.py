@@ -1,10 +1,9 @@
 """The models of the speed comparison: Llama, GDA and DiffLlama of one shape, with their FLOPs and bytes."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kit import Row
+from layers import DIFFLLAMA, LLAMA, Shape, fields_of
 from measuring import device
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,7 +19,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gda import GDAConfig, GDAForCausalLM
 
-LLAMA, DIFFLLAMA = "Llama", "DiffLlama"
 SHARED, TANH, PAIRED = "GDA 4:1 shared", "GDA 4:1 shared, tanh λ", "GDA 4:1 paired, head norm"
 NAMES = (LLAMA, SHARED, TANH, PAIRED, DIFFLLAMA)
 
@@ -46,19 +44,6 @@ AttentionInterface.register("sdpa_packed", packed_sdpa)
 AttentionMaskInterface.register("sdpa_packed", sdpa_mask)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The Llama that the others are compared with."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    mlp: int
-    layers: int
-    vocabulary: int
-
-
 LAYER = Shape(heads=32, kv_heads=8, head_dim=128, hidden=4096, mlp=64, layers=1, vocabulary=64)  # Llama-3-8B
 MODEL = Shape(heads=32, kv_heads=8, head_dim=64, hidden=2048, mlp=8192, layers=16, vocabulary=128256)  # Llama-3.2-1B
 
@@ -74,18 +59,7 @@ def heads_of(name: str, shape: Shape) -> tuple[int, int]:
 
 
 def config_of(name: str, shape: Shape) -> Any:
-    fields: Row = {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.mlp,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": 1 << 16,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    fields = fields_of(shape)
     if name in (LLAMA, DIFFLLAMA):
         config_class: Any = LlamaConfig if name == LLAMA else DiffLlamaConfig
         return config_class(**fields, num_attention_heads=shape.heads)
@@ -98,12 +72,12 @@ def config_of(name: str, shape: Shape) -> Any:
     return GDAConfig(**fields)
 
 
-def build(name: str, shape: Shape, backend: str = "sdpa") -> Any:
+def build(name: str, shape: Shape) -> Any:
     """A bfloat16 model with random weights, made on the device."""
     model_class: Any = {LLAMA: LlamaForCausalLM, DIFFLLAMA: DiffLlamaForCausalLM}.get(name, GDAForCausalLM)
     torch.manual_seed(0)
     with torch.device(device()):
-        model = model_class._from_config(config_of(name, shape), attn_implementation=backend, dtype=torch.bfloat16)
+        model = model_class._from_config(config_of(name, shape), attn_implementation="sdpa", dtype=torch.bfloat16)
     return model.eval()
 
 

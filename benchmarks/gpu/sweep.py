@@ -22,18 +22,14 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from equal_flops import Heads, Shape, flops, interval, mlp_width
+from equal_flops import Heads, Shape, build, flops, interval, mlp_width
 from kit import OutOfTime, Part, Row, capture, free_memory, one_line, parser_of
 from measuring import device, synchronize
 from recall import VOCABULARY, Difficulty, question_places, rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from gda import GDAConfig, GDAForCausalLM
 
 TRANSFORMER = "Transformer"
 PAIRED: Row = {"kv_layout": "paired", "head_norm": True}
@@ -84,40 +80,14 @@ def mlp_of(size: Size, name: str, length: int) -> int:
     return mlp_width(shape, VARIANTS[name], flops(shape, VARIANTS[TRANSFORMER], size.mlp))
 
 
-def build(name: str, size: Size, length: int, seed: int) -> Any:
-    """An untrained model on the device."""
-    heads = VARIANTS[name]
-    config: Any
-    model_class: Any
-    fields: Row = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": size.hidden,
-        "intermediate_size": mlp_of(size, name, length),
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": heads.signal + heads.noise,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim,
-        "max_position_embeddings": length,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},  # defaults of the two classes differ
-        "rms_norm_eps": 1e-6,
-    }
-    torch.manual_seed(seed)
-    if heads.noise:
-        config, model_class = GDAConfig(**fields, **heads.fields, num_noise_heads=heads.noise), GDAForCausalLM
-    else:
-        config, model_class = LlamaConfig(**fields), LlamaForCausalLM
-    return model_class._from_config(config, attn_implementation="sdpa").to(device())
-
-
 class Training:
     """One model in training. `replay` runs one step; the first few have already run."""
 
     def __init__(self, name: str, size: Size, difficulty: Difficulty, seed: int, data: Tensor):
         self.size, self.difficulty, self.data = size, difficulty, data  # data: (steps, batch, length)
-        self.model = build(name, size, difficulty.length, seed)
+        shape, mlp = size.shape(difficulty.length), mlp_of(size, name, difficulty.length)
+        fields = {"vocab_size": VOCABULARY, "max_position_embeddings": difficulty.length}
+        self.model = build(shape, VARIANTS[name], mlp, seed, **fields).to(device())
         self.at = torch.zeros(1, dtype=torch.long, device=device())  # number of the step
         self.losses = torch.zeros(size.steps, device=device())
         self.places = question_places(difficulty, self.at.device)
