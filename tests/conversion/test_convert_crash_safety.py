@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import gda
 from gda.cli import main
-from gda.common.files import StagedFolder, write_text
+from gda.common.files import StagedFolder, refuse_overlap, write_text
 from gda.conversion.verify import VerificationFailed
 from gda.conversion.writing import stream
 from gda.conversion.writing import write_model as write_module
@@ -54,6 +54,13 @@ def test_source_in_what_is_overwritten(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.out\.partial is the source, is inside it or contains it"):
         gda.export(checkpoint, tmp_path / "out", overwrite=True)
     assert files_of(checkpoint) == before
+
+
+def test_source_under_another_name(source: Path, tmp_path: Path) -> None:
+    """Two names may be one file, as `model` and `MODEL` on macOS are one folder; a hard link stands for them here."""
+    os.link(source / "config.json", tmp_path / "CONFIG.json")
+    with pytest.raises(ValueError, match="is the source, is inside it or contains it"):
+        refuse_overlap(source / "config.json", tmp_path / "CONFIG.json")
 
 
 def reference(source: Path, place: Path, **options: Any) -> dict[str, bytes]:

@@ -328,8 +328,13 @@ def refuse_overlap(source: str | Path, out: str | Path, what: str = "the source"
     if not str(source) or not Path(source).exists():
         return  # perhaps a Hub id
     read, written = Path(source).resolve(), Path(out).resolve()
-    if written.is_relative_to(read) or read.is_relative_to(written):
+    if _is_within(written, read) or _is_within(read, written):
         raise ValueError(f"{out} is {what}, is inside it or contains it; choose another folder")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or below it, also where two spellings name one folder, as on macOS."""
+    return folder.exists() and any(each.exists() and each.samefile(folder) for each in (path, *path.parents))
 
 
 def files_below(folder: Path) -> list[Path]:
