@@ -281,7 +281,8 @@ class GDATrainer(Trainer):
         folder, writes = Path(str(output_dir or self.args.output_dir)), self.args.should_save
         save_plain(self._learner, folder, writes=writes)
         if writes:
-            self._learner.generation_config.save_pretrained(folder)
+            if self._learner.can_generate():
+                self._learner.generation_config.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
         if _internal_call and is_adapted(self._learner):

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from gda.conversion.options import CheckpointOptions
 from gda.conversion.tensors.recipes import Recipe, copied
 from gda.conversion.tensors.safetensors_io import SafetensorsReader, TensorSpec, file_order
 from gda.conversion.writing.stream import shards_of, write_weights
-from gda.modeling_gda.modeling_gda import GDAForCausalLM
-from gda.training.lora import ADAPTER, PEFT_PREFIX
+from gda.training.lora import ADAPTER, PEFT_PREFIX, is_adapted
 from gda.training.sharding import distributed_like, full_shape, full_tensor, reshard, unwrapped_name
 
 TRAINED_COPY = f".modules_to_save.{ADAPTER}."  # beside the `original_module`, which it replaces
@@ -73,7 +73,9 @@ def save_plain(
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
             config = copy.deepcopy(learner.config)
-            config.architectures = config.architectures or [GDAForCausalLM.__name__]
+            model = extract_model_from_parallel(learner, keep_torch_compile=False)
+            model = model.get_base_model() if is_adapted(model) else model
+            config.architectures = [type(model).__name__.removeprefix("FSDP")]  # which FSDP2 puts before the name
             config.dtype = next(iter(recipes.values())).spec.dtype
             config.save_pretrained(folder, **saving)
             write_weights(folder, recipes, shards, lambda name: recipes[name](gathered))

@@ -17,7 +17,7 @@ from gda.training.parameters import choose_what_learns, count_learning
 from gda.training.trainer import GDATrainer
 
 from ..support.llamas import save_llama, tensors_of
-from ..support.tiny import relative_error, tiny_model, token_ids
+from ..support.tiny import make_asymmetric, relative_error, tiny_config, tiny_model, token_ids
 
 pytestmark = pytest.mark.slow
 
@@ -179,6 +179,20 @@ def test_checkpoint_with_modules_that_are_trained_in_full(tmp_path: Path) -> Non
     plain, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
     assert not any(loading.values())
     assert relative_error(plain.eval()(ids).logits, model.eval()(ids).logits) < 1e-5
+
+
+def test_checkpoint_of_a_classifier(tmp_path: Path) -> None:
+    """It has the classifier's head and class, and no generation config."""
+    model = make_asymmetric(gda.GDAForSequenceClassification(tiny_config(num_labels=3, pad_token_id=0)))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    data = [{"input_ids": ids, "labels": torch.tensor(0)} for ids in token_ids(8, 8)]
+    options: dict[str, Any] = {"max_steps": 2, "save_steps": 2, "use_cpu": True, "report_to": []}
+    GDATrainer(adapted, TrainingArguments(output_dir=str(tmp_path), **options), train_dataset=data).train()
+    plain = gda.GDAForSequenceClassification.from_pretrained(tmp_path / "checkpoint-2").eval()
+    assert plain.config.architectures == ["GDAForSequenceClassification"]
+    assert not (tmp_path / "checkpoint-2" / "generation_config.json").exists()
+    ids = token_ids(2, 9)
+    assert relative_error(plain(ids).logits, adapted.eval()(ids).logits) < 1e-5
 
 
 def test_replicated_layers_run() -> None:
