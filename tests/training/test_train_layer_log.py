@@ -337,6 +337,13 @@ def test_public_names_are_enough_for_a_script(tmp_path: Path) -> None:
     assert all(hasattr(training, name) for name in training.__all__)
 
 
+def test_evaluation_before_training(tmp_path: Path) -> None:
+    """Its line is in the log, in a folder that does not exist yet."""
+    trainer(model_of(), tmp_path, LayerLog(tmp_path / "logs" / "log.jsonl")).evaluate()
+    (line,) = lines(tmp_path / "logs" / "log.jsonl")
+    assert line["perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
+
+
 def test_llama_with_the_same_script(tmp_path: Path) -> None:
     """A baseline without differential attention can be trained too; its log has no layers."""
     trainer(llama_model(vocab_size=VOCAB_SIZE), tmp_path, LayerLog(tmp_path / "log.jsonl")).train()

@@ -57,7 +57,6 @@ class LayerLog(TrainerCallback):
         """Remove the lines of steps that are repeated, and an unfinished line at the end."""
         if self.path is None or not state.is_world_process_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if state.global_step == 0:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
@@ -66,6 +65,7 @@ class LayerLog(TrainerCallback):
     def write(self, entry: dict[str, Any]) -> None:
         """Append a line. Numbers that are not finite become null."""
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(entry), ensure_ascii=False, allow_nan=False) + "\n")
 
