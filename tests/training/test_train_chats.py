@@ -25,13 +25,15 @@ QUESTION, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "con
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Callable[..., Sequences]:
-    def open_(rows: list[dict[str, Any]] | Path, template: str = PLAIN, context: int = CONTEXT) -> Sequences:
+    def open_(
+        rows: list[dict[str, Any]] | Path, template: str = PLAIN, context: int = CONTEXT, text_field: str = "text"
+    ) -> Sequences:
         path = rows if isinstance(rows, Path) else tmp_path / "a.jsonl"
         if not isinstance(rows, Path):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = template
-        options: dict[str, Any] = {"text_field": "text", "streaming": False, "seed": 0, "vocab_size": VOCAB_SIZE}
+        options: dict[str, Any] = {"text_field": text_field, "streaming": False, "seed": 0, "vocab_size": VOCAB_SIZE}
         return open_sequences([path], tokenizer, context=context, scratch=tmp_path / "scratch", **options)
 
     return open_
@@ -143,6 +145,14 @@ def test_tools_that_are_not_json(opened: Callable[..., Sequences]) -> None:
 def test_chat_after_many_rows_without_content(opened: Callable[..., Sequences]) -> None:
     sequences = opened([*[{"text": None}] * 1001, {"text": [QUESTION, ANSWER]}])
     assert learned(sequences) == [("<|user|>hi</s><|assistant|>hello</s>", "hello</s>")]
+
+
+def test_messages_that_are_text_are_refused(opened: Callable[..., Sequences]) -> None:
+    """Without --text-field, chats that are stored as JSON in a string would be learned as they are spelled."""
+    rows = [{"messages": None}, {"messages": json.dumps([QUESTION, ANSWER])}]
+    with pytest.raises(ValueError, match=r"a\.jsonl: `messages` holds text, not a list of messages"):
+        opened(rows)
+    assert opened([{"messages": "the end" * 9}], text_field="messages", context=8).tokens == 40
 
 
 def test_mixed_rows_are_refused(opened: Callable[..., Sequences]) -> None:

@@ -78,7 +78,13 @@ def source_of_rows(
         )
     to_document = partial(_document, name, fields)
     known = filter(None, (to_document(place, row) for place, row, _ in itertools.chain(first, rows)))
-    has_examples = isinstance(next(known, None), Example)  # as in the first row with content
+    content = next(known, None)  # of the first row that has any
+    has_examples = isinstance(content, Example)
+    if content is not None and not has_examples and fields[:1] == MESSAGES and text_field == "text":
+        raise ValueError(
+            f"{name}: `messages` holds text, not a list of messages; make it a list, or pass --text-field messages to "
+            "train on the text itself"
+        )
 
     def documents(start: Any) -> Iterator[tuple[Piece | Example | None, Position]]:
         for place, row, position in open_rows(fields, start):
