@@ -50,10 +50,13 @@ def choose_what_learns(
 
     Raises:
         FileNotFoundError: if trainable.json is needed and missing.
-        ValueError: if trainable.json does not fit the model, or for another value of `what`.
+        ValueError: if trainable.json does not fit the model, for another value of `what`, and for another than "new"
+            after "new" has frozen a part of a parameter.
         ImportError: if PEFT is needed and missing.
     """
     names = [name for name, _ in model.named_parameters()]
+    if what != "new" and (partly := partly_frozen(model)):
+        raise ValueError(f"--train {what}: the old part of {next(iter(partly))} is frozen; load the model again")
     if what == "lora":
         return with_lora(model, lora_rank, seed, [name for name in names if is_lambda(name) or HEAD_NORM.search(name)])
     if what == "new":

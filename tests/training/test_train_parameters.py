@@ -191,6 +191,17 @@ def test_old_entries_stay_bit_for_bit_under_huge_decay(accumulation: int, tmp_pa
             assert bool(moved.any()) == (name == "model.layers.0.mlp.up_proj.weight"), name
 
 
+def test_all_after_new(tmp_path: Path) -> None:
+    """In one script, the old entries would stay frozen."""
+    new = [NewParameters(r"model\.layers\.0\.self_attn\.q_proj\.weight", ["0:24", ":"])]
+    Trainable(new, {}).write(tmp_path)
+    model = choose_what_learns(model_of(), "new", tmp_path, 0)
+    for what in ("attention", "all", "lora"):
+        with pytest.raises(ValueError, match=r"the old part of .*q_proj.weight is frozen; load the model again"):
+            choose_what_learns(model, what, tmp_path, 2)
+    assert choose_what_learns(model, "new", tmp_path, 0) is model
+
+
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "expanded": {},
     "more noise heads": {"noise_heads": 4},
