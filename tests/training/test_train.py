@@ -40,6 +40,7 @@ from gda.training.plan import eval_batch_size
 from gda.training.report import TrainReport
 from gda.training.runs import run_folder
 from gda.training.runs.checkpoints import mark_complete
+from gda.training.runs.model_folder import model_stamps
 from gda.training.runs.processes import Processes
 from gda.training.settings import TrainOptions, TrainSettings
 
@@ -741,6 +742,12 @@ def test_changed_teacher_is_refused(models: Path, tmp_path: Path, interrupt: Cal
     os.utime(tmp_path / "teacher" / "model.safetensors", (1, 1))
     with pytest.raises(ValueError, match=r"model\.safetensors of the teacher has changed since"):
         train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher", resume=True)
+
+
+def test_teacher_in_a_folder_of_gguf_files(tmp_path: Path) -> None:
+    """A resumed run requires the file unchanged."""
+    (tmp_path / "teacher.gguf").write_bytes(b"GGUF")
+    assert [name for name, *_ in model_stamps(tmp_path)] == ["teacher.gguf"]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def model_stamps(model: Path) -> list[list[Any]]:
     """Name, size and modification time of each file of a model, a folder or GGUF file, that a run depends on."""
     if model.is_file():
         return stamps([model])
-    patterns = ("*.safetensors", "*.safetensors.index.json", "config.json", TRAINABLE_FILE, *TOKENIZER_PATTERNS)
+    patterns = ("*.safetensors*", "*.gguf", "config.json", TRAINABLE_FILE, *TOKENIZER_PATTERNS)
     return stamps(sorted({path for pattern in patterns for path in model.glob(pattern) if path.is_file()}))
 
 
