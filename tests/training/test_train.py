@@ -927,6 +927,22 @@ def test_replaced_run_is_kept_until_the_other_begins(
     assert not {"data", "data.new", "removed"} & set(os.listdir(tmp_path / "out"))
 
 
+def test_file_system_without_hard_links(
+    models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run replaces an unfinished one there as well, and tokenizes its data again."""
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        short(models, "gda", tmp_path / "out")
+    monkeypatch.undo()
+
+    def link(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", link)
+    assert short(models, "gda", tmp_path / "out", overwrite=True).resumed_from is None
+
+
 def test_dry_run_notes_obstacles(
     models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The folder of a training run until it is finished, and what identifies the run."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -149,7 +150,8 @@ class RunFolder:
         self.replaces = is_foreign or (starts_over and is_unfinished)
         if self.replaces:
             if data.is_dir() and not (self.path / NEW_DATA).is_dir():  # it may be the same data
-                shutil.copytree(data, self.path / NEW_DATA, copy_function=os.link)
+                with contextlib.suppress(OSError):  # without hard links, it is tokenized again
+                    shutil.copytree(data, self.path / NEW_DATA, copy_function=os.link)
             return RunState(self.path, self.path / NEW_DATA, None, None)
         if not is_unfinished:
             for path in self.path.iterdir():
