@@ -138,7 +138,7 @@ def _dry_run(
         epochs, steps = divmod(plan.steps, steps_per_epoch(settings, plan.sequences.count, processes.count))
     per_step = settings.batch_size * settings.accumulation * processes.count
     sequences = epochs * (plan.sequences.count or 0) + steps * per_step
-    obstacles = [unfinished_run(out)]
+    obstacles = [None if options.overwrite else unfinished_run(out, resume=options.resume)]
     try:
         plan.require_space(out)
     except NoSpaceError as error:

@@ -957,6 +957,8 @@ def test_dry_run_notes_obstacles(
     begun, full = (note for note in short(models, "gda", tmp_path / "out", dry_run=True).notes if note not in quiet)
     assert "holds step 3 of an unfinished run; continue it with --resume" in begun
     assert "make room" in full
+    for allowed in ("resume", "overwrite"):
+        assert begun not in short(models, "gda", tmp_path / "out", dry_run=True, **{allowed: True}).notes
     assert files_of(tmp_path) == before
 
 

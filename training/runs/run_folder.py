@@ -224,10 +224,10 @@ class RunFolder:
         return last
 
 
-def unfinished_run(out: Path) -> str | None:
-    """A note about an unfinished run to `out`; None if there is none."""
+def unfinished_run(out: Path, *, resume: bool) -> str | None:
+    """A note about what a run to `out` would neither continue (`resume`) nor replace; None if there is nothing."""
     folder = partial_of(out)
-    if (message := begun_by_another(out, OF_CONVERSIONS)) is not None:
+    if (message := begun_by_another(out, OF_CONVERSIONS)) is not None or resume:
         return message
     last = last_checkpoint(folder)
     is_trained = read_or_empty(folder / TRAINING_FILE).get("report") is not None
