@@ -61,6 +61,11 @@ class Plan:
             return self.settings.precision == "bfloat16"
         return auto_is_bfloat16(self.dtypes.values())
 
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+        return self.settings.save_every or max(1, self.steps // CHECKPOINTS)
+
     def fade_callbacks(self) -> list[TrainerCallback]:
         """The callback that fades new parts or λ in, if these settings ask for it or an earlier run started it."""
         if self.config.fade is None and self.settings.lambda_target is None:
@@ -74,7 +79,8 @@ class Plan:
         which all entries of a partly trained parameter have.
         """
         learning = sum(each.numel() for each in self.learner.parameters() if each.requires_grad)
-        needed = 4 * (self.num_parameters + 2 * learning) * (self.settings.keep + 1)
+        kept = min(self.settings.keep, self.steps // self.save_every)
+        needed = 4 * (self.num_parameters + 2 * learning) * (kept + 1)
         place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
         left = [file for file in partial_of(out).rglob("*") if file.is_file()]
         reusable = sum(file.stat().st_size for file in left if file.parent.name not in (DATA_FOLDER, NEW_DATA))
@@ -234,7 +240,7 @@ def training_arguments(
         eval_on_start=plan.eval_sequences is not None and not resumes,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=settings.save_every or max(1, plan.steps // CHECKPOINTS),
+        save_steps=plan.save_every,
         include_num_input_tokens_seen="all",
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu(),

@@ -962,6 +962,19 @@ def test_dry_run_notes_obstacles(
     assert files_of(tmp_path) == before
 
 
+def test_space_for_the_checkpoints_that_are_written(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run keeps no more of them than it writes, however large --keep is."""
+    options: dict[str, Any] = {"dry_run": True, "keep": 1000, "save_every": 2}
+    weights = sum(tensor.numel() for tensor in tensors_of(models / "gda").values())
+    for free, is_enough in ((4 * 3 * weights * 4, True), (4 * 3 * weights * 4 - 1, False)):  # 3 checkpoints and OUT
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        notes = short(models, "gda", tmp_path / "out", **options).notes
+        assert is_enough != any("make room" in note for note in notes), notes
+
+
 def test_report_with_nonfinite_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They are null in JSON and printed as not finite."""
     from gda.commands.train import print_report
