@@ -155,6 +155,12 @@ def test_messages_that_are_text_are_refused(opened: Callable[..., Sequences]) ->
     assert opened([{"messages": "the end" * 9}], text_field="messages", context=8).tokens == 40
 
 
+def test_half_a_surrogate_pair_is_refused(opened: Callable[..., Sequences]) -> None:
+    """JSON can have it in a message, and a tokenizer cannot read it."""
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 has half a surrogate pair in `messages`"):
+        opened([{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, {"role": "assistant", "content": "\ud83d"}]}])
+
+
 def test_mixed_rows_are_refused(opened: Callable[..., Sequences]) -> None:
     for rows, word in (
         ([{"prompt": "a", "completion": [QUESTION, ANSWER]}], "line 1: `prompt` and `completion` must both be text"),

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gda.common.errors import errors_as
+from gda.common.text import require_characters
 from gda.training.data.rows import Example, Message
 
 # Templates with this tag mark the turns of the assistant themselves.
@@ -161,4 +162,7 @@ def _rendered(
     """
     render: Any = render_jinja_template
     with errors_as(f"{chat.place}: the chat template cannot render this chat"):  # it may raise anything
-        return render(beginnings, chat.tools, **template, **options)
+        texts, spans = render(beginnings, chat.tools, **template, **options)
+    for text in texts:
+        require_characters(text, chat.place, "messages")
+    return texts, spans
