@@ -113,6 +113,7 @@ def _check_inputs(options: TrainOptions, processes: Processes) -> Path:
             raise ValueError(f"--report-to {reporter!r} is not a reporter; use tensorboard, trackio or wandb")
     source = resolve_folder(options.model, options.revision)
     read_gda_config(source)
+    history_of(source)
     return source
 
 

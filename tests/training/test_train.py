@@ -510,6 +510,10 @@ def test_other_lambda_target_is_refused(models: Path, tmp_path: Path, command: C
 def test_models_are_checked_before_tokenizing(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizing can take hours."""
     monkeypatch.setattr("gda.training.plan.open_sequences", lambda *_, **__: pytest.fail("the data was read"))
+    shutil.copytree(models / "gda", tmp_path / "gda")
+    (tmp_path / "gda" / "conversion.json").write_text("{")
+    with pytest.raises(ValueError, match=r"conversion\.json is not valid JSON"):
+        train(tmp_path, "gda", tmp_path / "out", data=models / "text.txt")
     with pytest.raises(ValueError, match="--teacher"):
         train(models, "grown", tmp_path / "out", teacher=models / "llama", hidden_weight=0.1)
 
