@@ -174,6 +174,9 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     settings = options.settings
     data = [file for name in (*settings.data, *settings.eval_data) for file in _files(Path(name))]
     teacher = [] if settings.teacher is None else model_stamps(Path(settings.teacher))
+    is_local = Path(options.model).exists()
+    name = source.resolve().name if is_local else f"{options.model} at commit {source.name}"
+    model = model_stamps(source) if is_local else [[name]]  # the Hub's cache may be another one when the run is resumed
     folder: RunFolder | None = None  # in the main process
 
     def open_folder() -> RunState:
@@ -181,9 +184,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
         auto = None
         if settings.precision == "auto":
             auto = "bfloat16" if auto_is_bfloat16(stored_dtypes(source).values()) else "float32"
-        identity = RunIdentity(
-            settings, model_stamps(source), teacher, stamps(data), processes.count, processes.keeper, auto
-        )
+        identity = RunIdentity(settings, model, teacher, stamps(data), processes.count, processes.keeper, auto)
         folder = RunFolder(out, identity, source, resume=options.resume, overwrite=options.overwrite)
         return folder.state
 
@@ -193,8 +194,6 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
 
     def finish() -> None:
         assert folder is not None
-        local = Path(options.model).exists()
-        name = source.resolve().name if local else f"{options.model} at commit {source.name}"
         history = [*history_of(source), training_step(settings, report, name)]
         if folder.state.report is None:
             write_card(state.path, source, out.name, history, has_code=options.bundle_code)

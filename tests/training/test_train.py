@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 from huggingface_hub import ModelCard
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -746,6 +747,23 @@ def test_changed_teacher_is_refused(models: Path, tmp_path: Path, interrupt: Cal
     os.utime(tmp_path / "teacher" / "model.safetensors", (1, 1))
     with pytest.raises(ValueError, match=r"model\.safetensors of the teacher has changed since"):
         train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher", resume=True)
+
+
+def test_model_on_the_hub_is_known_by_its_commit(
+    models: Path, tmp_path: Path, hub: Hub, interrupt: Callable[..., None]
+) -> None:
+    """A run can be resumed on a machine that has to download it again."""
+    options: dict[str, Any] = {"data": models / "text.txt", **SHORT}
+    gda.push(models / "gda", "me/gda")
+    for name in ("out", "other"):
+        interrupt(3)
+        with pytest.raises(KeyboardInterrupt):
+            gda.train("me/gda", tmp_path / name, **options)
+    shutil.rmtree(HF_HUB_CACHE)
+    assert gda.train("me/gda", tmp_path / "out", resume=True, **options).resumed_from == 3
+    gda.push(models / "grown", "me/gda")
+    with pytest.raises(ValueError, match=r"me/gda at commit .* of the model has changed since"):
+        gda.train("me/gda", tmp_path / "other", resume=True, **options)
 
 
 def test_teacher_in_a_folder_of_gguf_files(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class RunIdentity:
     """What a resumed run must have in common with the one that was interrupted, as training.json stores it."""
 
     settings: TrainSettings
-    model: list[list[Any]]  # `stamps` of its files; likewise for the teacher and the data, if they are local
+    model: list[list[Any]]  # `stamps` of its files, or its commit; likewise for the teacher and the data, if local
     teacher: list[list[Any]]
     data: list[list[Any]]
     processes: int  # they share each batch
