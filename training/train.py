@@ -16,8 +16,9 @@ from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from gda.common.dataset_folders import data_files
 from gda.common.errors import Interrupted
-from gda.common.files import NoSpaceError, files_below, stamps
+from gda.common.files import NoSpaceError, stamps
 from gda.common.options import takes
 from gda.common.screen import quiet_transformers, shows_progress
 from gda.common.versions import versions
@@ -32,6 +33,7 @@ from gda.training.callbacks.layer_log import LayerLog
 from gda.training.callbacks.progress import ProgressCallback
 from gda.training.callbacks.stopping import InterruptHandler, NotFiniteError, StopCallback
 from gda.training.data.sequences import collate, describe_sequence
+from gda.training.data.sources import TEXT
 from gda.training.data.stream import SequenceStream
 from gda.training.plan import Plan, context_of, make_plan, steps_per_epoch, training_arguments
 from gda.training.plot import plot
@@ -227,7 +229,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else files_below(path)
+    return [path] if path.is_file() else [path / file for file in data_files(path, TEXT)]
 
 
 def _train(

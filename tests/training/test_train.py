@@ -749,6 +749,22 @@ def test_changed_teacher_is_refused(models: Path, tmp_path: Path, interrupt: Cal
         train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher", resume=True)
 
 
+def test_other_files_in_a_folder_of_data_may_change(
+    models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not read: those of a file manager, or notes."""
+    (tmp_path / "data").mkdir()
+    shutil.copyfile(models / "text.txt", tmp_path / "data" / "text.txt")
+    (tmp_path / "data" / ".DS_Store").write_text("before")
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        short(models, "gda", tmp_path / "out", data=tmp_path / "data")
+    monkeypatch.undo()
+    for name in (".DS_Store", "notes.md"):
+        (tmp_path / "data" / name).write_text("afterwards")
+    assert short(models, "gda", tmp_path / "out", data=tmp_path / "data", resume=True).resumed_from == 3
+
+
 def test_model_on_the_hub_is_known_by_its_commit(
     models: Path, tmp_path: Path, hub: Hub, interrupt: Callable[..., None]
 ) -> None:
