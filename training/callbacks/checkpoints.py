@@ -1,5 +1,6 @@
 """Checkpoints that are complete model folders."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,19 @@ from gda.training.settings import TrainSettings
 STREAM_FILE = "stream.safetensors"
 
 
+@dataclass(eq=False)
 class CheckpointCallback(TrainerCallback):
     """Completes each checkpoint of the Trainer, marks it as complete, and only then removes older ones.
 
-    The Trainer's `save_total_limit` would remove them before the new one is complete.
-
-    Args:
-        source: The folder of the model, for its tokenizer, licences and history.
-        dtypes: By parameter, the data type that it had before training.
-        settings: Those of the run, for the number of checkpoints to keep and the history.
-        processes: The processes that write checkpoints.
-        stream: Streamed training data. Its state is saved too, so that a resumed run does not read the data again. The
-            main process reads the stream for all.
+    The Trainer's `save_total_limit` would remove them before the new one is complete. The state of a stream is saved
+    too, so that a resumed run does not read the data again.
     """
 
-    def __init__(
-        self,
-        source: Path,
-        dtypes: dict[str, str],
-        settings: TrainSettings,
-        processes: Processes,
-        stream: SequenceStream | None = None,
-    ):
-        self.source, self.dtypes, self.settings = source, dtypes, settings
-        self.processes, self.stream = processes, stream
+    source: Path  # the folder of the model, for its tokenizer, licences and history
+    dtypes: dict[str, str]  # by parameter, before training
+    settings: TrainSettings
+    processes: Processes
+    stream: SequenceStream | None = None  # which the main process reads for all
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.stream is not None:

@@ -94,26 +94,23 @@ class ThroughputCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._reset()
+        self._reset(0)
 
-    def _reset(self) -> None:
+    def _reset(self, tokens_before: int) -> None:
         self.steps, self.seconds, self.tokens = 0, 0.0, 0
-        self._tokens_before: int | None = None
-        self._reported = (0, 0.0, 0)
+        self._tokens_before, self._reported = tokens_before, (0, 0.0, 0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """`train` can be called again, and the state then counts from 0."""
-        self._reset()
+        self._reset(int(state.num_input_tokens_seen))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._tokens_before is None:
-            self._tokens_before = int(state.num_input_tokens_seen)
         self._began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.steps += 1
         self.seconds += time.perf_counter() - self._began
-        self.tokens = int(state.num_input_tokens_seen) - (self._tokens_before or 0)
+        self.tokens = int(state.num_input_tokens_seen) - self._tokens_before
 
     @property
     def tokens_per_second(self) -> float | None:

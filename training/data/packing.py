@@ -90,17 +90,14 @@ class OpenSequence:
         self.used = end
 
 
-def _no_tokens() -> NDArray[np.int32]:
-    return np.zeros(0, dtype=np.int32)
-
-
 @dataclass
 class Progress:
     """How far documents are packed: what the next sequences depend on."""
 
     source: int = 0  # the number of the source of the next document
     position: Any = None  # in this source
-    rest: NDArray[np.int32] = field(default_factory=_no_tokens)  # tokens of text that do not fill a sequence yet
+    # Tokens of text that do not fill a sequence yet.
+    rest: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     unfinished: list[OpenSequence] = field(default_factory=list)  # sequences that wait for examples
     tally: Tally = field(default_factory=Tally)  # of the documents before
 
@@ -143,7 +140,7 @@ class SequencePacker:
                 tally.tokens += ids.size
                 positions = np.broadcast_to(np.arange(self.context, dtype=np.int32), ids.shape)
                 yield {"input_ids": ids} | ({"labels": ids, "position_ids": positions} if has_examples else {})
-            tally.dropped, progress.rest = len(progress.rest), _no_tokens()
+            tally.dropped, progress.rest = len(progress.rest), progress.rest[:0]
             progress.source, progress.position = len(texts), None
         for columns in self._examples(sources, progress):
             tally.sequences += len(columns)
