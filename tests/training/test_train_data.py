@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from gda.common import text as _text
@@ -127,6 +128,17 @@ def test_text_columns(opened: Callable[..., Sequences], tokenizer: PreTrainedTok
         assert ids_of(opened(path, text_field="body")) == expected
     for name in ("body", "tools"):  # beside messages, `tools` would be those of a chat
         assert ids_of(opened(write_jsonl(tmp_path / "rows.jsonl", with_empty, name), text_field=name)) == expected
+
+
+@pytest.mark.parametrize("form", ["pandas", "columns"])
+def test_saved_dataset_with_a_format(
+    form: str, opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """save_to_disk keeps what set_format has chosen for another use."""
+    rows = Dataset.from_dict({"n": range(len(TEXTS)), "text": TEXTS})
+    rows.set_format("torch", columns=["n"]) if form == "columns" else rows.set_format(form)
+    rows.save_to_disk(tmp_path / "saved")
+    assert ids_of(opened(tmp_path / "saved")) == joined(tokenizer, TEXTS)
 
 
 def test_csv_and_json(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

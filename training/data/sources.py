@@ -77,6 +77,7 @@ def _folder_sources(folder: Path, text_field: str, option: str) -> list[Source]:
         splits = read_saved(folder)
         if (rows := splits.get("train", next(iter(splits.values())) if len(splits) == 1 else None)) is None:
             raise ValueError(f"{option} {folder} has no split train; name one of {_listed(folder, splits)}")
+        rows = rows.with_format(None)  # which is saved too, and may leave fields out
         identity = [file for each in rows.cache_files for file in _stamp(Path(each["filename"]))]
         return [_table_source(rows, str(folder), identity, text_field, _other_splits(folder, set(splits) - {"train"}))]
     files = data_files(folder, TEXT)
