@@ -151,6 +151,15 @@ def test_csv_and_json(opened: Callable[..., Sequences], tokenizer: PreTrainedTok
     assert ids_of(opened(tmp_path / "a[1]*.csv")) == ids_of(opened(tmp_path / "a?.json")) == expected
 
 
+def test_csv_with_row_numbers(
+    opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """R writes them without a name in the header."""
+    path = tmp_path / "a.csv"
+    path.write_text('"text"\n' + "".join(f'"{number}","{text}"\n' for number, text in enumerate(TEXTS, 1)))
+    assert ids_of(opened(path)) == joined(tokenizer, TEXTS)
+
+
 def test_csv_of_digits(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """They are text, with their zeros."""
     texts = ["007", "1.50", "2026-01-01", "true"] * 9
@@ -448,13 +457,18 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "no parquet": ("a.parquet", LONG.encode(), ("a.parquet cannot be read",)),
     "short": ("a.txt", b"a", ("a.txt has 2 tokens, fewer than one sequence of 16; lower --context or add text",)),
     "no CSV": ("a.csv", b"text,n\na,1\nb,2,3,4\n", ("a.csv cannot be read after row 0",)),
-    "CSV of another encoding": ("a.csv", b"text\na\xff\n", ("a.csv cannot be read after row 0",)),
+    "CSV of another encoding": ("a.csv", b"text\na\xff\n", ("a.csv cannot be read: ",)),
     "CSV without the column": ("a.csv", b"body,n\na,1\n", ("a.csv has no field `text`", "body, n", "--text-field")),
     "broken JSON": ("a.json", b'[{"text": "a"}', ("a.json cannot be read: Expecting",)),
     "JSON without the field": (
         "a.json",
         b'[{"n": 1}, {}]',
         ("a.json has no field `text`", "its fields n with --text-"),
+    ),
+    "unquoted commas": (
+        "a.csv",
+        b"text\nthe one, the other\n",
+        ("a.csv has rows with more fields than its header", "quote text"),
     ),
     "no text in rows": ("a.jsonl", b'{"text": ""}\n' * 3, ("a.jsonl has 0 tokens",)),
 }

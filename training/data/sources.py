@@ -19,6 +19,7 @@ import datasets
 import pandas
 from datasets.packaged_modules.json.json import JsonConfig
 from huggingface_hub.errors import HTTPError
+from pandas.api.types import is_integer_dtype
 from pyarrow.dataset import ParquetFragmentScanOptions
 
 from gda.common.dataset_folders import COMPRESSED, LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
@@ -191,7 +192,10 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
         options = options | {"on_mixed_types": None}
     if builder == "csv":  # otherwise a column of digits would become numbers
         with errors_as(f"{path} cannot be read"):
-            header = pandas.read_csv(path, nrows=0, sep=options.get("sep", ","))
+            header = pandas.read_csv(path, nrows=1, sep=options.get("sep", ","))
+        # pandas takes the fields before those of the header as row names, which only numbers are.
+        if len(header) and not is_integer_dtype(header.index):
+            raise ValueError(f"{path} has rows with more fields than its header; quote text that contains separators")
         options = options | {"features": datasets.Features(dict.fromkeys(header, datasets.Value("string")))}
     load: Callable[..., Any] = partial(
         datasets.load_dataset, builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
