@@ -137,9 +137,9 @@ def _distance(ours: Tensor, theirs: Tensor, predicted: Tensor) -> Tensor:
 
 
 def _has_vocabulary(teacher: Source, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ids mean the same tokens to the teacher, as far as its tokenizer can be read."""
+    """Whether the ids of a tokenizer mean the same tokens to the teacher, as far as its own can be read."""
     try:
-        return teacher.tokenizer().get_vocab() == tokenizer.get_vocab()
+        return tokenizer.get_vocab().items() <= teacher.tokenizer().get_vocab().items()
     except NoTokenizerError:
         return True
 

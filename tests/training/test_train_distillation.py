@@ -217,6 +217,17 @@ def test_teacher_is_loaded_in_float32(tmp_path: Path) -> None:
     assert parts["hidden"].item() == pytest.approx(0, abs=1e-6)
 
 
+def test_teacher_with_more_tokens(tmp_path: Path) -> None:
+    """A GGUF file names the rows of the embeddings that no token uses."""
+    llama = save_llama(tmp_path / "llama")
+    gda.convert(llama, tmp_path / "gda", verify=False)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["[PAD267]"])
+    tokenizer.save_pretrained(llama)
+    model = gda.GDAForCausalLM.from_pretrained(tmp_path / "gda")
+    Distillation.load(str(llama), model, weight=W, tokenizer=byte_tokenizer())
+
+
 def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
     """No model, another vocabulary, another depth or width with --hidden-weight, another tokenizer."""
     llama = str(save_llama(tmp_path / "llama", num_hidden_layers=3))
