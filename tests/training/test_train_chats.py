@@ -95,6 +95,24 @@ def test_chat_that_begins_with_the_assistant(opened: Callable[..., Sequences]) -
     assert learned(sequences) == [("<|assistant|>hello</s><|user|>hi</s><|assistant|>yes</s>", "hello</s>yes</s>")]
 
 
+@pytest.mark.parametrize(
+    ("message", "shown", "text"),
+    [
+        ({"content": "s"}, "m.content", "s"),
+        ({"content": [{"text": "hello"}]}, "m.content if m.content is string else m.content[0].text", "hello"),
+        ({"content": "", "tool_calls": ["call"]}, "m.tool_calls[0] if m.tool_calls else m.content", "call"),
+    ],
+    ids=["also in its end", "in parts", "a call"],
+)
+def test_start_of_a_first_answer(
+    message: dict[str, Any], shown: str, text: str, opened: Callable[..., Sequences]
+) -> None:
+    """What begins the turn is not learned, and all of the answer is."""
+    chat = [{"role": "assistant", **message}, QUESTION]
+    sequences = opened([{"messages": chat}], PLAIN.replace("m.content", shown))
+    assert learned(sequences) == [(f"<|assistant|>{text}</s><|user|>hi</s>", f"{text}</s>")]
+
+
 def test_answers_that_change_in_the_chat_are_examples_of_their_own(opened: Callable[..., Sequences]) -> None:
     """Each after the chat before it, as the model will see it; of a prompt, no answer is learned."""
     thinking = PLAIN.replace("m.content", "m.content if loop.last else m.content.split('=')[-1]")

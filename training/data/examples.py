@@ -138,9 +138,9 @@ def _chat(tokenizer: PreTrainedTokenizerBase, chat: Example, special_tokens: dic
     before = rendered([messages[:start] for start in starts], add_generation_prompt=True)[0]
     prompts = dict(zip(starts, before, strict=True))
     if turns and not turns[0]:  # templates need not render a chat without messages
-        text = upto[1]
-        content = str(messages[0].get("content") or text).strip()
-        prompts[0] = text[: max(0, text.rfind(content))]
+        [other], _ = rendered([[{"role": "assistant", "content": "\ue000"}]])  # a character for private use
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(upto[1], other, strict=False))
+        prompts[0] = "".join(character for character, _ in same)
     for index in turns:
         if not upto[index + 1].startswith(prompts[index]):
             raise ValueError(
