@@ -119,6 +119,13 @@ def test_links_to_folders_are_followed(
     assert ids_of(opened(folder)) == joined(tokenizer, TEXTS[:20])
 
 
+def test_spread_sequences_have_a_fingerprint(opened: Callable[..., Sequences], tmp_path: Path) -> None:
+    """The same every time; otherwise `datasets` warns that it is random."""
+    sequences = opened(write_jsonl(tmp_path / "rows.jsonl", TEXTS))
+    first, second = (sequences.spread(5).rows for _ in range(2))
+    assert first._fingerprint == second._fingerprint
+
+
 def test_text_columns(opened: Callable[..., Sequences], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Any field and any of Arrow's string types; rows with empty text are skipped."""
     expected = joined(tokenizer, TEXTS)

@@ -54,7 +54,7 @@ class Sequences:
         if self.count is None or self.tokens is None or not isinstance(self.rows, Dataset) or self.count <= number:
             return self
         note = f"--eval-data: {number:,} of {self.count:,} sequences are measured; --eval-tokens sets how many"
-        rows = self.rows.select(index * self.count // number for index in range(number))
+        rows = self.rows.select([index * self.count // number for index in range(number)])
         return Sequences(rows, number, self.tokens * number // self.count, (*self.notes, note))
 
     def predicted_per_sequence(self) -> float | None:
