@@ -650,15 +650,18 @@ def test_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path,
     interrupt: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
-    """Stopped after step 3, where no checkpoint was due: equal weights, log lines and report."""
+    """Stopped after step 3, where no checkpoint was due: equal weights, log lines and report, and no warnings."""
     whole = short(models, model, tmp_path / "whole", **options)
     interrupt(3)
     with pytest.raises(KeyboardInterrupt):
         short(models, model, tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".out.partial"]
     monkeypatch.undo()
+    recwarn.clear()
     report = short(models, model, tmp_path / "out", resume=True, **options)
+    assert [str(each.message) for each in recwarn if each.category is FutureWarning] == []
     assert differing(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "out")) == set()
     assert history(tmp_path / "whole") == history(tmp_path / "out")
     assert report.resumed_from == 3
