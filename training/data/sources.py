@@ -212,7 +212,7 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
 
 def _hub_source(name: str, text_field: str, streaming: bool, option: str) -> Source:
     repository, config, split = [*name.split(":", 2), "", ""][:3]
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         rows: Any = datasets.load_dataset(repository, config or None, split=split or "train", streaming=streaming)
