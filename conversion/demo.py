@@ -62,8 +62,10 @@ def demo(options: DemoOptions, *, console: Console | None = None) -> DemoReport:
     location = find_demo_model() if options.source is None else options.source
     with tempfile.TemporaryDirectory(prefix="gda-demo-") as scratch, quiet_transformers():
         folder = Path(scratch) / "smollm2-135m-gda" if options.out is None else options.out
-        # The demo has no --resume, so it continues what an interrupted demo left.
-        conversion = ConvertOptions(source=location, out=folder, overwrite=options.overwrite, resume=True)
+        # The demo has no --resume: it continues what an interrupted demo left, unless it may replace that.
+        conversion = ConvertOptions(
+            source=location, out=folder, overwrite=options.overwrite, resume=not options.overwrite
+        )
         conversion.check_places()
         console.print(f"[bold]1. Convert[/] {escape(Path(location).name)} to Grouped Differential Attention")
         source = open_source(location)
@@ -136,7 +138,7 @@ def _complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt
 
 
 def _verification_summary(verification: VerifyReport) -> str:
-    assert verification.greedy_match is not None  # only "tensors", which no Llama needs, has none
+    assert verification.greedy_match is not None  # only the method "tensors" has none, which is for other families
     return (
         f"   verified, {verification.tokens} tokens: relative |Δlogit| {verification.relative:.1e}, "
         f"KL {verification.kl:.1e}, same greedy text {100 * verification.greedy_match:.0f} %"

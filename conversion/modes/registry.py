@@ -85,6 +85,11 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
     if source.config.model_type in LLAMALIKES and settings.mode != "restore":
         given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
         layout = settings.layout or {}
+    if source.config.model_type not in mode.sources:
+        raise ValueError(
+            f"{PROVENANCE_FILE} describes a conversion by the mode {settings.mode}, and {source.name} is a "
+            f"{source.config.model_type!r} model; name the model that was converted"
+        )
     impossible = f"{PROVENANCE_FILE} describes a conversion that {source.name} does not allow"
     try:
         with errors_as(impossible, ValueError):

@@ -31,12 +31,14 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     """The folder or Hub id of the model that an adapter belongs to, and the revision of the latter.
 
     Raises:
-        ValueError: if adapter_config.json names none, or the weights are not safetensors.
+        ValueError: if adapter_config.json names none or repeats layers, or the weights are not safetensors.
     """
     fields = read_json(folder / ADAPTER_CONFIG)
     base = fields.get("base_model_name_or_path") if isinstance(fields, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path; add the model that it adapts")
+    if fields.get("layer_replication"):
+        raise ValueError(f"{folder} repeats layers; merge it with PEFT, save the model, and convert that")
     if not (folder / ADAPTER_FILE).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_FILE}; save the adapter as safetensors")
     return base, None if Path(base).exists() else fields.get("revision")
@@ -81,8 +83,6 @@ class AdapterSource(Source):
                 which = "has no" if differing[0] in expected else "has a superfluous"
                 raise ValueError(f"its tensors do not fit: it {which} {differing[0]}")
             model = adapted.merge_and_unload(safe_merge=True)
-            if model.config.num_hidden_layers != self.config.num_hidden_layers:
-                raise ValueError("it repeats layers; merge it with PEFT, save the model, and convert that")
             if self.config.tie_word_embeddings and not _is_tied(model):
                 remedy = "merge it with PEFT, set tie_word_embeddings to false, save the model, and convert that"
                 raise ValueError(f"it unties the embeddings; {remedy}")

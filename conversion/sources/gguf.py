@@ -208,6 +208,7 @@ class GGUFSource(Source):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, config=self.config, dtype=torch.float32, attn_implementation="sdpa"
             )
+        model.name_or_path = str(self.path)
         return model.eval()
 
     def _read_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -216,6 +217,7 @@ class GGUFSource(Source):
                 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
         except Exception as error:  # transformers has no common error for this
             raise NoTokenizerError(self.path, "the tokenizer cannot be loaded", first_line(error)) from None
+        tokenizer.name_or_path = str(self.path)
         correct_tokenizer(tokenizer, self._entry)
         if max(tokenizer.all_special_ids, default=0) >= self.config.vocab_size:
             # Names with characters such as "▁" or "｜", which transformers reads as bytes.

@@ -30,12 +30,13 @@ from gda.common.progress import is_main_process, log_on_stderr
 GO_ON = dict.fromkeys(
     ("convert", "export", "fold", "grow", "train"), "; run the same command with --resume to continue"
 )
-GO_ON["push"] = "; run the same command again to continue"
+GO_ON["demo"] = GO_ON["push"] = "; run the same command again to continue"
 
 
 def main() -> None:
     """Run the command; exit 0 if done, 1 if a check failed, 2 for bad input, 130 if interrupted."""
-    if isinstance(sys.stdout, TextIOWrapper):  # like standard error, for a locale whose encoding has no λ
+    # As on standard error, for a locale whose encoding has no λ.
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with log_on_stderr():
@@ -47,7 +48,7 @@ def main() -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        _fail(MemoryError(f"not enough memory: {first_line(error)}"), 2)
+        _fail(MemoryError(f"not enough memory: {first_line(error)}" if str(error) else "not enough memory"), 2)
     if code == INTERRUPTED and is_main_process():
         typer.echo(f"gda: interrupted{_how_to_go_on(*sys.argv[1:])}", err=True)
     sys.exit(code or 0)

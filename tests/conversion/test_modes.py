@@ -124,7 +124,7 @@ def test_conversion_json_is_enough_to_plan_it_again(
         ({"mode": "implode"}, "unknown mode 'implode'"),
         ({"mode": ["expand"]}, "unknown mode"),
         ({"mode": "fold"}, "use full or layers"),
-        ({"mode": "map"}, "--mode map"),
+        ({"mode": "map"}, "by the mode map, and llama is a"),
         ({"growth": {"signal": 2}}, "unknown growth"),
         ({"growth": [2]}, "unknown growth"),
     ],
@@ -142,9 +142,9 @@ def test_edited_settings_are_refused(changed: dict[str, Any], named: str, models
 
 
 def test_source_that_the_recorded_conversion_does_not_allow(models: Path, tmp_path: Path) -> None:
-    """The error begins with the record: `verify` has no --mode."""
+    """The remedy is another source: `verify` has no --mode."""
     gda.convert(models / "llama", tmp_path / "out", verify=False)
-    with pytest.raises(ValueError, match=r"^conversion\.json describes a conversion that out does not allow: "):
+    with pytest.raises(ValueError, match=r"^conversion\.json .* 'gda' model; name the model that was converted$"):
         gda.verify(tmp_path / "out", tmp_path / "out", method="tensors")
 
 
