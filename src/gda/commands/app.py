@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field
 from enum import StrEnum
@@ -148,4 +149,5 @@ def _as_typed(hint: Any) -> Any:
 
 def print_json(report: dict[str, Any]) -> None:
     """Print a report on standard output. Numbers that are not finite become null."""
-    typer.echo(json.dumps(finite(report), indent=2, ensure_ascii=False))
+    escapes = (sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8")
+    typer.echo(json.dumps(finite(report), indent=2, ensure_ascii=escapes))

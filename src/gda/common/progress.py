@@ -94,7 +94,7 @@ def duration(seconds: float) -> str:
 
 
 def shows_progress(console: Console | None) -> bool:
-    """Whether progress bars are shown: on a terminal that can draw them, but not in a log file."""
+    """Whether progress bars are shown: on a terminal that can draw them."""
     return console is not None and console.is_terminal and not console.is_dumb_terminal
 
 
@@ -118,7 +118,8 @@ def log_level(name: str, level: int) -> Iterator[None]:
 @contextlib.contextmanager
 def log_on_stderr() -> Iterator[None]:
     """Write the log to standard error within this context, unless it is closed, or a terminal that shows bars."""
-    if sys.stderr is None or shows_progress(Console(stderr=True)):
+    # FORCE_COLOR makes a terminal of every console, but not of a log file.
+    if sys.stderr is None or (sys.stderr.isatty() and shows_progress(Console(stderr=True))):
         yield
         return
     handler = logging.StreamHandler(sys.stderr)
