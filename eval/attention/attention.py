@@ -116,10 +116,14 @@ def _open(
         if tokenizer is None:
             raise ValueError(f"a {role} in memory needs its tokenizer: attention(model, tokenizer=…)")
         model: Any = place
-        if hasattr(model, "get_base_model"):  # a wrapper of PEFT; the model inside has the adapter, too
-            model = model.get_base_model()
+        if hasattr(model, "get_base_model"):  # a wrapper of PEFT
+            if not hasattr(model, "merge_and_unload"):  # for example a prompt, which only the wrapper adds
+                raise ValueError(f"the adapter of the {role} cannot be merged, so its attention cannot be shown")
+            model = model.get_base_model()  # which has the adapter, too
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"the {role} is a {type(model).__name__}, not a model of transformers")
         if device is not None:
-            model.to(device)
+            model.to(device)  # type: ignore[arg-type]
         return _Opened(model.name_or_path or type(model).__name__, model, tokenizer)
     with quiet_transformers():
         source = open_source(place, revision)

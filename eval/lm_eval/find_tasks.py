@@ -34,6 +34,11 @@ class TaskManagerWithOurs(TaskManager):
     def __init__(self, *args: Any, include_path: str | Path | list[str | Path] | None = None, **kwargs: Any) -> None:
         given = include_path if isinstance(include_path, list) else [include_path] if include_path else []
         super().__init__(*args, include_path=[TASKS_FOLDER, *given], **kwargs)
+        # lm-eval's index of several folders has, of a tag, only the tasks of the last folder with that tag.
+        tags = set(self.all_tags)
+        for task in self.all_subtasks:
+            for tag in self.task_index[task].tags & tags:
+                self.task_index[tag].tags.add(task)
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         return _processed_once(super().load(*args, **kwargs))
@@ -69,7 +74,10 @@ def load_tasks(
     all_of_them = {**groups, **tasks}
     in_order = dict.fromkeys([*found, *all_of_them])
     chosen = [all_of_them[name] for name in in_order if name in all_of_them and name not in members]
-    TaskManager.load(manager, chosen)  # refuses groups that share a task, as it would after the model is loaded
+    try:
+        TaskManager.load(manager, chosen)  # as lm-eval does after the model is loaded
+    except ValueError as error:  # groups that share a task
+        raise ValueError(f"--tasks: {first_line(error)}; evaluate these groups in runs of their own") from None
     return chosen
 
 
@@ -144,20 +152,11 @@ def _manager_of(wanted: list[str], metadata: dict[str, Any] | None, include_path
         # If a name is defined twice, lm-eval takes the first definition in one folder, but the last of several folders.
         paths = [*sorted(folders, reverse=True), *([] if include_path is None else [include_path])]
         manager = TaskManagerWithOurs(include_path=paths, include_defaults=False, metadata=metadata)
-        _complete_tags(manager)
         searched |= unsearched
         found = {match for name in searched for match in matches(name, manager.task_index)}
         unsearched = {member for name in found for member in _members(manager.task_index[name].cfg or {})} - searched
         if not unsearched:
             return manager
-
-
-def _complete_tags(manager: TaskManager) -> None:
-    """Give each tag the tasks of all folders: lm-eval's index keeps those of the last folder that has the tag."""
-    index, tags = manager.task_index, set(manager.all_tags)
-    for task in manager.all_subtasks:
-        for tag in index[task].tags & tags:
-            index[tag].tags.add(task)
 
 
 @functools.cache

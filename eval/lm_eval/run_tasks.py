@@ -1,6 +1,7 @@
 """lm-eval's evaluation of a loaded model, without the messages that lm-eval prints on the way."""
 
 import contextlib
+import inspect
 import logging
 import sys
 import traceback
@@ -18,7 +19,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from gda.common.errors import first_line
 from gda.common.progress import log_level
@@ -69,8 +70,8 @@ def run_tasks(lm: GDALM, tasks: Sequence[Task | Group], options: TaskOptions, **
 def check_generation(tasks: Sequence[Task | Group], options: TaskOptions) -> None:
     """Raise ValueError for an argument of generation that is unknown, or without effect because of a task's own.
 
-    Of the latter, lm-eval only warns, in a log that is silent here. transformers refuses the former, after lm-eval has
-    run all tasks that don't generate.
+    transformers would refuse an unknown one, but only after lm-eval has run all tasks that don't generate. Of one
+    without effect, lm-eval only warns, in a log that is silent here.
     """
     given = options.gen_kwargs or {}
     given = simple_parse_args_string(given) if isinstance(given, str) else given
@@ -78,16 +79,19 @@ def check_generation(tasks: Sequence[Task | Group], options: TaskOptions) -> Non
     generating = [task for task in single if task.OUTPUT_TYPE == "generate_until"]
     if given and not generating:
         raise ValueError("--gen-kwargs has no effect, because none of the tasks generates text; omit it")
-    known = {"until", *LENGTHS, *GenerationConfig().to_dict()}
+    own = inspect.signature(GenerationMixin.generate).parameters
+    known = {"until", "trust_remote_code", *LENGTHS, *GenerationConfig().to_dict(), *own}
     if unknown := [name for name in given if name not in known]:
         close = get_close_matches(unknown[0], known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"--gen-kwargs: generation has no argument {unknown[0]}{hint}")
+    try:
+        float(given.get("temperature") or 0)
+    except (TypeError, ValueError):
+        raise ValueError(f"--gen-kwargs: temperature {given['temperature']!r} is not a number") from None
     for task in generating:
         both = {**(task.config.generation_kwargs or {}), **given}
-        sampling, temperature = both.get("do_sample"), both.get("temperature") or 0
-        if not isinstance(temperature, int | float):
-            raise ValueError(f"--gen-kwargs: temperature {temperature!r} is not a number")
+        sampling, temperature = both.get("do_sample"), float(both.get("temperature") or 0)
         if given.get("temperature") and sampling is False:
             raise ValueError(
                 f"--gen-kwargs: temperature has no effect on the task {task.config.task}, where do_sample is false; "
