@@ -50,8 +50,8 @@ def choose_what_learns(
 
     Raises:
         FileNotFoundError: if trainable.json is needed and missing.
-        ValueError: if trainable.json does not fit the model, for another value of `what`, and for another than "new"
-            after "new" has frozen a part of a parameter.
+        ValueError: for an unknown `what`; if trainable.json does not fit the model; if an earlier call with "new" has
+            frozen a part of a parameter, and `what` is not "new".
         ImportError: if PEFT is needed and missing.
     """
     names = [name for name, _ in model.named_parameters()]

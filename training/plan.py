@@ -79,7 +79,7 @@ class Plan:
         which all entries of a partly trained parameter have.
         """
         learning = sum(each.numel() for each in self.learner.parameters() if each.requires_grad)
-        kept = min(self.settings.keep, self.steps // self.save_every)
+        kept = min(self.settings.keep, (self.steps - 1) // self.save_every)  # the last step writes OUT
         needed = 4 * (self.num_parameters + 2 * learning) * (kept + 1)
         place = next(path for path in (out.parent, *out.absolute().parents) if path.is_dir())
         left = [file for file in partial_of(out).rglob("*") if file.is_file()]

@@ -16,7 +16,7 @@ from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from gda.common.dataset_folders import data_files
+from gda.common.dataset_folders import data_files, is_saved, split_of
 from gda.common.errors import Interrupted
 from gda.common.files import NoSpaceError, stamps
 from gda.common.options import takes
@@ -229,7 +229,10 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [path / file for file in data_files(path, TEXT)]
+    if path.is_file():
+        return [path]
+    files = data_files(path, TEXT)
+    return [path / file for file in files if is_saved(path) or split_of(file) in (None, "train")]
 
 
 def _train(

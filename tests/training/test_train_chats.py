@@ -175,7 +175,7 @@ def test_messages_that_are_text_are_refused(opened: Callable[..., Sequences]) ->
 
 def test_half_a_surrogate_pair_is_refused(opened: Callable[..., Sequences]) -> None:
     """JSON can have it in a message, and a tokenizer cannot read it."""
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 has half a surrogate pair in `messages`"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 has half a surrogate pair in its chat"):
         opened([{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, {"role": "assistant", "content": "\ud83d"}]}])
 
 

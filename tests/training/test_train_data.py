@@ -474,7 +474,7 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     ),
     "unquoted commas": (
         "a.csv",
-        b"text\nthe one, the other\n",
+        b"text\n1984, a novel\nthe one, the other\n",
         ("a.csv has rows with more fields than its header", "quote text"),
     ),
     "no text in rows": ("a.jsonl", b'{"text": ""}\n' * 3, ("a.jsonl has 0 tokens",)),

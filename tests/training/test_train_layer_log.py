@@ -338,7 +338,7 @@ def test_public_names_are_enough_for_a_script(tmp_path: Path) -> None:
 
 
 def test_evaluation_before_training(tmp_path: Path) -> None:
-    """Its line is in the log, in a folder that does not exist yet."""
+    """Its line is in the log until a training begins, in a folder that does not exist yet."""
     trainer(model_of(), tmp_path, LayerLog(tmp_path / "logs" / "log.jsonl")).evaluate()
     (line,) = lines(tmp_path / "logs" / "log.jsonl")
     assert line["perplexity"] == pytest.approx(math.exp(line["eval_loss"]))

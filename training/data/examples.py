@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gda.common.errors import errors_as
-from gda.common.text import require_characters
 from gda.training.data.rows import Example, Message
 
 # Templates with this tag mark the turns of the assistant themselves.
@@ -138,9 +137,10 @@ def _chat(tokenizer: PreTrainedTokenizerBase, chat: Example, special_tokens: dic
     before = rendered([messages[:start] for start in starts], add_generation_prompt=True)[0]
     prompts = dict(zip(starts, before, strict=True))
     if turns and not turns[0]:  # templates need not render a chat without messages
-        [other], _ = rendered([[{"role": "assistant", "content": "\ue000"}]])  # a character for private use
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(upto[1], other, strict=False))
-        prompts[0] = "".join(character for character, _ in same)
+        beginning = messages[: turns[1] if len(turns) > 1 else len(messages)]
+        [closed], [opened] = rendered([beginning])[0], rendered([beginning], add_generation_prompt=True)[0]
+        tag = opened.removeprefix(closed)  # which begins a turn of the assistant
+        prompts[0] = upto[1].partition(tag)[0] + tag if tag else ""
     for index in turns:
         if not upto[index + 1].startswith(prompts[index]):
             raise ValueError(
@@ -163,6 +163,8 @@ def _rendered(
     render: Any = render_jinja_template
     with errors_as(f"{chat.place}: the chat template cannot render this chat"):  # it may raise anything
         texts, spans = render(beginnings, chat.tools, **template, **options)
-    for text in texts:
-        require_characters(text, chat.place, "messages")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{chat.place} has half a surrogate pair in its chat, which is not a character") from None
     return texts, spans

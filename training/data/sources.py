@@ -28,7 +28,7 @@ from gda.common.files import stamp_of
 from gda.common.places import check_data
 from gda.common.text import pieces_from, rows_from, text_pieces
 from gda.conversion.sources.hub import LOG_IN
-from gda.training.data.rows import TOOLS, Fields, Piece, Position, Rows, Source, source_of_rows
+from gda.training.data.rows import SEARCHED, TOOLS, Fields, Piece, Position, Rows, Source, source_of_rows
 
 CHECKED = {"fragment_scan_options": ParquetFragmentScanOptions(page_checksum_verification=True)}
 # Ending of plain text in a folder. A file that is named itself may have any ending; it is plain text unless the ending
@@ -192,10 +192,13 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
         options = options | {"on_mixed_types": None}
     if builder == "csv":  # otherwise a column of digits would become numbers
         with errors_as(f"{path} cannot be read"):
-            header = pandas.read_csv(path, nrows=1, sep=options.get("sep", ","))
+            header = pandas.read_csv(path, nrows=SEARCHED, sep=options.get("sep", ","), on_bad_lines="skip")
         # pandas takes the fields before those of the header as row names, which only numbers are.
         if len(header) and not is_integer_dtype(header.index):
-            raise ValueError(f"{path} has rows with more fields than its header; quote text that contains separators")
+            raise ValueError(
+                f"{path} has rows with more fields than its header; quote text that contains separators, or give the "
+                "first column a name"
+            )
         options = options | {"features": datasets.Features(dict.fromkeys(header, datasets.Value("string")))}
     load: Callable[..., Any] = partial(
         datasets.load_dataset, builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options

@@ -78,8 +78,14 @@ class RunIdentity:
             known, here = begun.get(kind), getattr(self, kind)
             if not isinstance(known, list):
                 raise ValueError(f"{folder / TRAINING_FILE} does not name the files of the {kind}; {START_ANEW}")
-            if changed := [file for file, before in zip(here, known, strict=False) if file != before]:
-                raise ValueError(f"--resume: {changed[0][0]} of the {kind} has changed since; {START_ANEW}")
+            for file, before in zip(here, known, strict=False):
+                if file != before and len(file) == 1 and isinstance(before, list):  # a model of the Hub
+                    raise ValueError(
+                        f"--resume: the run was started with {before[0]!s:.200}, not with {file[0]}; pass the commit "
+                        f"of the former as --revision, or {START_ANEW}"
+                    )
+                if file != before:
+                    raise ValueError(f"--resume: {file[0]} of the {kind} has changed since; {START_ANEW}")
             if len(here) != len(known):
                 raise ValueError(f"--resume: the {kind} has other files than before; {START_ANEW}")
 
