@@ -208,7 +208,7 @@ class GGUFSource(Source):
             model = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, config=self.config, dtype=torch.float32, attn_implementation="sdpa"
             )
-        model.name_or_path = str(self.path)
+        model.name_or_path = model.config.name_or_path = str(self.path)  # which reports show
         return model.eval()
 
     def _read_tokenizer(self) -> PreTrainedTokenizerBase:

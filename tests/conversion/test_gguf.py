@@ -131,7 +131,9 @@ def test_files_beside_it_are_not_read(tmp_path: Path, capsys: pytest.CaptureFixt
     """A tokenizer of another model, its code, and an adapter. transformers prefers them to what the GGUF file holds."""
     write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
     alone = GGUFSource(tmp_path / "tiny.gguf")
-    expected, state = alone.tokenizer(), alone.load().state_dict()
+    expected, model = alone.tokenizer(), alone.load()
+    assert {expected.name_or_path, model.name_or_path, model.config.name_or_path} == {str(tmp_path / "tiny.gguf")}
+    state = model.state_dict()
     vocabulary = {token: VOCAB_SIZE - 1 - index for token, index in byte_tokenizer().get_vocab().items()}
     Tokenizer(models.BPE(vocabulary, [])).save(str(tmp_path / "tokenizer.json"))
     named = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
