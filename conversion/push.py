@@ -19,7 +19,8 @@ from gda.common.errors import Interrupted
 from gda.common.files import read_json, write_json, write_text
 from gda.common.options import takes
 from gda.common.places import ADAPTER_CONFIG
-from gda.common.screen import quiet_transformers, shows_progress
+from gda.common.progress import shows_progress
+from gda.common.screen import quiet_transformers
 from gda.configuration.configuration_gda import AUTO_MAP, GDAConfig
 from gda.conversion.options import PushOptions
 from gda.conversion.sources.config_file import read_gda_config

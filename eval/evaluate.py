@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gda.common.errors import first_line, is_out_of_memory
 from gda.common.options import flag, takes
 from gda.common.perplexity import TextPerplexity, text_perplexity
-from gda.common.progress import duration, is_main_process
-from gda.common.screen import progress_bars, quiet_transformers, shows_progress
+from gda.common.progress import duration, is_main_process, shows_progress
+from gda.common.screen import progress_bars, quiet_transformers
 from gda.common.text import read_text
 from gda.conversion.sources.compare_tokenizers import first_difference
 from gda.eval.attention.diagnostics import DiagnosticsReport, diagnose, read_prompt_settings, read_texts

@@ -16,11 +16,12 @@ from transformers import PrinterCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from gda.common.dataset_folders import data_files, is_saved, split_of
+from gda.common.dataset_folders import data_files, is_saved, of_train
 from gda.common.errors import Interrupted
 from gda.common.files import NoSpaceError, stamps
 from gda.common.options import takes
-from gda.common.screen import quiet_transformers, shows_progress
+from gda.common.progress import shows_progress
+from gda.common.screen import quiet_transformers
 from gda.common.versions import versions
 from gda.conversion.push import push_result
 from gda.conversion.sources.config_file import read_gda_config
@@ -232,7 +233,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     files = data_files(path, TEXT)
-    return [path / file for file in files if is_saved(path) or split_of(file) in (None, "train")]
+    return [path / file for file in (files if is_saved(path) else of_train(files))]
 
 
 def _train(

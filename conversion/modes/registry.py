@@ -80,16 +80,17 @@ def plan_again(source: Source, settings: Settings) -> Conversion:
             "--method tensors compares bits, and the bits of products, factorizations and fits depend on the machine; "
             "use full or layers"
         )
+    kind = source.config.model_type
+    if kind not in mode.sources:  # `plan` would name other modes, which a verification has not
+        raise ValueError(
+            f"{PROVENANCE_FILE} describes a conversion by the mode {settings.mode}, and {source.name} is a {kind!r} "
+            "model; name the model that was converted"
+        )
     given: dict[str, Any] = {"seed": settings.seed, "dtype": settings.dtype}
     layout: Any = {}
-    if source.config.model_type in LLAMALIKES and settings.mode != "restore":
+    if kind in LLAMALIKES and settings.mode != "restore":
         given |= {"noise_heads": settings.num_noise_heads, "lambda_type": settings.lambda_type}
         layout = settings.layout or {}
-    if source.config.model_type not in mode.sources:
-        raise ValueError(
-            f"{PROVENANCE_FILE} describes a conversion by the mode {settings.mode}, and {source.name} is a "
-            f"{source.config.model_type!r} model; name the model that was converted"
-        )
     impossible = f"{PROVENANCE_FILE} describes a conversion that {source.name} does not allow"
     try:
         with errors_as(impossible, ValueError):

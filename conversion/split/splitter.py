@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from gda._version import __version__
 from gda.common.files import stamps
 from gda.common.perplexity import SequenceLoss, mean_perplexity, ratio_interval
-from gda.common.progress import logger
-from gda.common.screen import progress_bars, shows_progress
+from gda.common.progress import logger, shows_progress
+from gda.common.screen import progress_bars
 from gda.configuration.configuration_gda import GDAConfig
 from gda.conversion.conversion import with_fields
 from gda.conversion.options import SAMPLED, ConvertOptions

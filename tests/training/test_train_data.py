@@ -464,7 +464,7 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "no parquet": ("a.parquet", LONG.encode(), ("a.parquet cannot be read",)),
     "short": ("a.txt", b"a", ("a.txt has 2 tokens, fewer than one sequence of 16; lower --context or add text",)),
     "no CSV": ("a.csv", b"text,n\na,1\nb,2,3,4\n", ("a.csv cannot be read after row 0",)),
-    "CSV of another encoding": ("a.csv", b"text\na\xff\n", ("a.csv cannot be read: ",)),
+    "CSV of another encoding": ("a.csv", b"text\na\xff\n", ("a.csv cannot be read after row 0",)),
     "CSV without the column": ("a.csv", b"body,n\na,1\n", ("a.csv has no field `text`", "body, n", "--text-field")),
     "broken JSON": ("a.json", b'[{"text": "a"}', ("a.json cannot be read: Expecting",)),
     "JSON without the field": (

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gda.common.errors import Interrupted
-from gda.common.screen import shows_progress
+from gda.common.progress import shows_progress
 from gda.training.runs.processes import Processes
 from gda.training.sharding import local_part
 

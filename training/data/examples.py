@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gda.common.errors import errors_as
+from gda.common.text import require_characters
 from gda.training.data.rows import Example, Message
 
 # Templates with this tag mark the turns of the assistant themselves.
@@ -163,8 +164,5 @@ def _rendered(
     render: Any = render_jinja_template
     with errors_as(f"{chat.place}: the chat template cannot render this chat"):  # it may raise anything
         texts, spans = render(beginnings, chat.tools, **template, **options)
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{chat.place} has half a surrogate pair in its chat, which is not a character") from None
+    require_characters("".join(texts), chat.place, "its chat")
     return texts, spans

@@ -142,7 +142,7 @@ def _tools(at: str, tools: Any) -> list[Any] | None:
 
 def _check_value(at: str, field: str, value: Any) -> None:
     if isinstance(value, str):
-        require_characters(value, at, field)
+        require_characters(value, at, f"`{field}`")
         return
     if not isinstance(value, list):
         raise ValueError(

@@ -22,7 +22,17 @@ from huggingface_hub.errors import HTTPError
 from pandas.api.types import is_integer_dtype
 from pyarrow.dataset import ParquetFragmentScanOptions
 
-from gda.common.dataset_folders import COMPRESSED, LINES, READERS, data_files, ending_of, is_saved, read_saved, split_of
+from gda.common.dataset_folders import (
+    COMPRESSED,
+    LINES,
+    READERS,
+    data_files,
+    ending_of,
+    is_saved,
+    of_train,
+    read_saved,
+    split_of,
+)
 from gda.common.errors import errors_as, first_line
 from gda.common.files import stamp_of
 from gda.common.places import check_data
@@ -83,7 +93,7 @@ def _folder_sources(folder: Path, text_field: str, option: str) -> list[Source]:
         return [_table_source(rows, str(folder), identity, text_field, _other_splits(folder, set(splits) - {"train"}))]
     files = data_files(folder, TEXT)
     others = {split for file in files if (split := split_of(file)) not in (None, "train")}
-    read = [file for file in files if split_of(file) in (None, "train")]
+    read = of_train(files)
     if not files:
         raise FileNotFoundError(f"{option} {folder} is a folder without {', '.join((TEXT, *READERS))} files")
     if not read:
@@ -192,7 +202,9 @@ def _read(path: Path, ending: str, fields: Fields | None, start: Any) -> Rows:
         options = options | {"on_mixed_types": None}
     if builder == "csv":  # otherwise a column of digits would become numbers
         with errors_as(f"{path} cannot be read"):
-            header = pandas.read_csv(path, nrows=SEARCHED, sep=options.get("sep", ","), on_bad_lines="skip")
+            header = pandas.read_csv(
+                path, nrows=SEARCHED, sep=options.get("sep", ","), on_bad_lines="skip", encoding_errors="replace"
+            )
         # pandas takes the fields before those of the header as row names, which only numbers are.
         if len(header) and not is_integer_dtype(header.index):
             raise ValueError(

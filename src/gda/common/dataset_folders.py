@@ -1,6 +1,7 @@
 """Folders of datasets: as `save_to_disk` of the `datasets` library writes them, and as `hf download` leaves them."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,3 +78,8 @@ def split_of(file: Path) -> str | None:
             if any(word in known for word in words):
                 return str(split)
     return None
+
+
+def of_train(files: Iterable[Path]) -> list[Path]:
+    """The files that belong to the split `train`, or to none; their paths are relative to their dataset."""
+    return [file for file in files if split_of(file) in (None, "train")]

@@ -64,16 +64,16 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number} has no field `text` that holds a string")
-        require_characters(text, f"{path}, line {number}", "text")
+        require_characters(text, f"{path}, line {number}", "`text`")
         yield text
 
 
-def require_characters(text: str, where: str, field: str) -> None:
-    """Raise ValueError unless UTF-8 can encode the text of that field; `where` says which row."""
+def require_characters(text: str, where: str, what: str) -> None:
+    """Raise ValueError unless UTF-8 can encode the text; `where` says which row, and `what` which part of it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where} has half a surrogate pair in `{field}`, which is not a character") from None
+        raise ValueError(f"{where} has half a surrogate pair in {what}, which is not a character") from None
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
