@@ -755,7 +755,7 @@ def test_changed_teacher_is_refused(models: Path, tmp_path: Path, interrupt: Cal
 def test_other_files_in_a_folder_of_data_may_change(
     models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are not read: those of a file manager, or notes."""
+    """They are not read: those of a file manager, notes, or another split."""
     (tmp_path / "data").mkdir()
     shutil.copyfile(models / "text.txt", tmp_path / "data" / "text.txt")
     (tmp_path / "data" / ".DS_Store").write_text("before")
@@ -763,7 +763,7 @@ def test_other_files_in_a_folder_of_data_may_change(
     with pytest.raises(KeyboardInterrupt):
         short(models, "gda", tmp_path / "out", data=tmp_path / "data")
     monkeypatch.undo()
-    for name in (".DS_Store", "notes.md"):
+    for name in (".DS_Store", "notes.md", "test.txt"):
         (tmp_path / "data" / name).write_text("afterwards")
     assert short(models, "gda", tmp_path / "out", data=tmp_path / "data", resume=True).resumed_from == 3
 
