@@ -1,18 +1,20 @@
 """LoRA (arXiv 2106.09685) by PEFT, and the plain GDA model that it results in."""
 
+import json
 import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from gda.common.extras import needed_by
 from gda.modeling_gda.attention_gda import HeadwiseUp
-from gda.training.sharding import distributed_like, full_tensor, unwrapped_name
+from gda.training.sharding import distributed_like, full_shape, full_tensor, unwrapped_name
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,26 +86,41 @@ def merged(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
 
 
 def save_learned(model: nn.Module, folder: Path, *, writes: bool) -> None:
-    """Save all trained parameters, from which training is resumed, if this process `writes`.
+    """Save all trained parameters, and the scales of LoRA's updates, if this process `writes`.
 
-    All processes must call this together.
+    Training is resumed from this file. All processes must call this together.
     """
     learned = {name: full_tensor(each).cpu().contiguous() for name, each in _trained(model).items()}
     if writes:
-        save_file(learned, folder / LEARNED_FILE, {"format": "pt"})
+        save_file(learned, folder / LEARNED_FILE, {"format": "pt", "scales": json.dumps(_scales(model))})
 
 
 def load_learned(model: nn.Module, folder: Path) -> None:
-    """Load what `save_learned` has saved; ValueError if the file is missing or holds other parameters."""
+    """Load what `save_learned` has saved; ValueError if the file is missing, or holds other parameters or scales."""
     path = folder / LEARNED_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing; a checkpoint of --train lora has one")
-    learned, trained = load_file(path), _trained(model)
-    if differing := sorted(learned.keys() ^ trained.keys()):
-        raise ValueError(f"{path} belongs to another run: it differs in {differing[0]}")
-    with torch.no_grad():
+    trained = _trained(model)
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it cannot be iterated
+        scales = json.loads(file.metadata()["scales"])
+        differing = _differing(shapes, {name: list(full_shape(each)) for name, each in trained.items()})
+        differing += [f"the scale of {name}" for name in _differing(scales, _scales(model))]
+        if differing:
+            raise ValueError(f"{path} belongs to another run: it differs in {differing[0]}")
         for name, parameter in trained.items():
-            parameter.copy_(distributed_like(parameter, learned[name]))
+            parameter.copy_(distributed_like(parameter, file.get_tensor(name)))
+
+
+def _scales(model: nn.Module) -> dict[str, float]:
+    """What LoRA's updates are multiplied by (lora_alpha divided by the rank, unless PEFT was told otherwise)."""
+    adapted = ((unwrapped_name(name), module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+    return {name: module.scaling[ADAPTER] for name, module in adapted}  # type: ignore[index]
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The sorted names that only one of them has, or that have another value in each."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -160,11 +160,20 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
-    """Without learned.safetensors, or with that of another run."""
+    """Without learned.safetensors, or with that of another run: other parameters, another rank, or another scale."""
     trainer(adapted("gqa", tmp_path), tmp_path / "run", (StopAt(3),)).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
     with pytest.raises(ValueError, match="it differs in base_model"):
         trainer(adapted("tied", tmp_path), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+    rank = choose_what_learns(model_of("gqa"), "lora", tmp_path, RANK + 1)
+    with pytest.raises(ValueError, match=r"it differs in base_model.*lora_A"):
+        trainer(rank, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+    scaled = adapted("gqa", tmp_path)
+    for module in scaled.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] = 4.0
+    with pytest.raises(ValueError, match="it differs in the scale of base_model"):
+        trainer(scaled, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / LEARNED_FILE).unlink()
     with pytest.raises(ValueError, match=f"{LEARNED_FILE} is missing"):
         trainer(adapted("gqa", tmp_path), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
