@@ -1,6 +1,7 @@
 """Scores in a model card: the `model-index` in the metadata of README.md, which the Hub shows beside the model."""
 
 import logging
+import math
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,21 @@ def update_card(folder: Path, report: EvalReport) -> Path:
     """Write the model's scores into `folder`/README.md.
 
     Results of the same task, dataset and settings are replaced; all other results, metadata and the text stay. A
-    missing card is created.
+    missing card is created. Scores that are not finite are left out: the Hub accepts none.
 
     Raises:
         ValueError: if the metadata of the card is not valid, or there are no scores to write.
     """
     if not report.rows:
         raise ValueError("--update-card: there are no scores to write; name --tasks")
+    scored = [row for row in report.rows if math.isfinite(row.score)]
+    if not scored:
+        raise ValueError("--update-card: none of the scores is finite")
     card = read_card(folder)
     index = card.data.get("model-index") or [{"name": folder.resolve().name, "results": []}]
     new = []
     # One task at a time, because huggingface_hub merges all results of one dataset.
-    for _, rows in groupby(report.rows, lambda row: row.task):
+    for _, rows in groupby(scored, lambda row: row.task):
         (made,) = eval_results_to_model_index(index[0]["name"], [_result(report, row) for row in rows])
         new += made["results"]
     replaced = [_identity(entry) for entry in new]

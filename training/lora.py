@@ -115,7 +115,7 @@ def load_learned(model: nn.Module, folder: Path) -> None:
 def _scales(model: nn.Module) -> dict[str, float]:
     """What LoRA's updates are multiplied by (lora_alpha divided by the rank, unless PEFT was told otherwise)."""
     adapted = ((unwrapped_name(name), module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
-    return {name: module.scaling[ADAPTER] for name, module in adapted}  # type: ignore[index]
+    return {name: module.scaling[ADAPTER] for name, module in adapted}
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -483,3 +483,12 @@ def test_invalid_card_is_refused(card: str, folder: Path, report: EvalReport, tm
     with pytest.raises(ValueError, match=r"README.md: its metadata is not valid"):
         update_card(model, report)
     assert (model / "README.md").read_text() == card
+
+
+def test_a_score_that_is_not_finite_is_left_out(folder: Path, report: EvalReport, tmp_path: Path) -> None:
+    model = copy_of(folder / "gda", tmp_path / "m", None)
+    undefined = replace(report.rows[0], task="undefined", score=math.nan)
+    text = updated(model, replace(report, rows=[undefined, *report.rows]))
+    assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {BLIMP}
+    with pytest.raises(ValueError, match="none of the scores is finite"):
+        update_card(model, replace(report, rows=[undefined]))
