@@ -47,7 +47,11 @@ SAMPLED_WEIGHT = 2.0  # of that text beside files: most of what a source can do 
 class ReplaceOptions(Options):
     """Option of every command that writes a folder."""
 
-    overwrite: bool = option(False, "Replace OUT if it exists, and discard what an unfinished run left.", panel=OUTPUT)
+    overwrite: bool = option(
+        False,
+        "Replace OUT if it exists. Without --resume, also discard what an unfinished run left.",
+        panel=OUTPUT,
+    )
 
     def check_places(self) -> None:
         super().check_places()
@@ -63,7 +67,7 @@ class BundleOptions(Options):
 
     bundle_code: bool = option(
         True,
-        "Save the model's code beside the weights, to load them with trust_remote_code where gda is not installed.",
+        "Include the model's code, so that trust_remote_code can load the model where gda is not installed.",
         panel=OUTPUT,
     )
 

@@ -87,7 +87,7 @@ class TaskOptions(Options):
     )
     batch_size: int | str = option(
         1,
-        "Number of requests in a batch. auto: as many as fit into memory; auto:N: searched N times during the run.",
+        "Number of requests in a batch. auto: as many as fit into memory. auto:N: the same, searched N times in a run.",
         panel=MODEL,
     )
     device: str | None = option(

@@ -116,7 +116,8 @@ class TrainSettings(Options):
     )
     lambda_target: float | None = option(
         None,
-        "Fade λ in: from 0, shifted by up to a quarter of this value, to the learned λ. Default: MODEL's own.",
+        "Fade λ in: from 0, shifted by up to a quarter of this value, to the learned λ. "
+        "Default: the value in MODEL's config.",
         panel=LAMBDA,
     )
     fade_steps: int | None = option(

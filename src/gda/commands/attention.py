@@ -33,8 +33,8 @@ class AttentionOutputOptions(AttentionOptions):
 def attention(options: AttentionOutputOptions, as_json: JSON = False) -> None:
     """Show a model's attention on one text: signal, noise and their difference, by layer, group and token.
 
-    The page works offline. Maps that exceed --map-megabytes are averaged, and the page says so. The numbers are always
-    computed from the full maps.
+    Name at least one of --out, --png and --json. The page works offline. Maps that exceed --map-megabytes are averaged,
+    and the page says so. The numbers are always computed from the full maps.
     """
     out, png, overwrite = options.out, options.png, options.overwrite
     if out is None and png is None and not as_json:

@@ -22,7 +22,7 @@ def grow(options: GrowOptions, as_json: JSON = False) -> None:
     """Grow a model: add signal heads, layers or width.
 
     The grown model computes the same function and has more trainable parameters.
-    With --masked, new parts start from random weights, and training fades them in.
+    With --masked, training fades the new parts in, from random weights or, for new layers, from copies.
     The options can be combined. OUT contains trainable.json, which lists the new parameters.
     """
     from gda.conversion.grow import grow as function
