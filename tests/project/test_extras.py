@@ -1,5 +1,6 @@
 """If a package of an extra is missing, one line says what needs it and how to install it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -21,14 +22,23 @@ HIDDEN = {
     "serve": ("fastapi", "openai", "uvicorn"),
     "png": ("matplotlib",),
 }
+# Without the packages of all extras, it runs commands one after another and prints the exit code and errors of each.
 IN_CHILD = """
-import sys
+import contextlib, io, json, sys
 sys.modules |= dict.fromkeys({hidden!r})
-sys.argv = ["gda", *{arguments!r}]
 from gda.cli import main
-main()
+outcomes = {{}}
+for command in {commands!r}:
+    sys.argv, code, errors = ["gda", *command.split()], 0, io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as exit_:
+        code = exit_.code
+    outcomes[command] = code or 0, errors.getvalue()
+print(json.dumps(outcomes))
 """
-# What a user types, with the extra that it needs. MODEL is a GDA model.
+# What a user types, by the extra that it needs. MODEL is a GDA model.
 COMMANDS = {
     "eval": "eval MODEL --tasks gda_tasks",
     "train": "train MODEL OUT --data FILE --steps 1",
@@ -37,6 +47,12 @@ COMMANDS = {
     "serve": "serve MODEL",
     "png": "attention MODEL --text text --png OUT.png",
 }
+NEED_NONE = (
+    "eval MODEL --perplexity FILE --json",
+    "eval MODEL --diagnostics",
+    "attention MODEL --text text --json",
+    "--help",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +66,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, hidden: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
-    code = IN_CHILD.format(hidden=hidden, arguments=command.split())
-    return subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, tuple[int, str]]:
+    """How each command ended: exit code and standard error."""
+    hidden = tuple(name for names in HIDDEN.values() for name in names)
+    code = IN_CHILD.format(hidden=hidden, commands=(*COMMANDS.values(), *NEED_NONE))
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, tuple[int, str]] = json.loads(done.stdout)
+    return found
 
 
 def test_extras_match_setup_cfg() -> None:
@@ -63,11 +85,11 @@ def test_extras_match_setup_cfg() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_missing_packages_are_named(extra: str, folder: Path) -> None:
+def test_missing_packages_are_named(extra: str, outcomes: dict[str, tuple[int, str]]) -> None:
     """Exit code 2 and one line that ends with a pip command for all requirements of the extra."""
-    outcome = run(COMMANDS[extra], HIDDEN[extra], folder)
-    assert outcome.returncode == 2, outcome.stderr
-    (line,) = outcome.stderr.splitlines()
+    code, errors = outcomes[COMMANDS[extra]]
+    assert code == 2, errors
+    (line,) = errors.splitlines()
     assert re.search(r"needs a package that cannot be imported \(\w+\): pip install ", line)
     assert all(requirement in line for requirement in EXTRAS[extra])
 
@@ -84,14 +106,11 @@ def test_lm_eval_command_line_names_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    ["eval MODEL --perplexity FILE --json", "eval MODEL --diagnostics", "attention MODEL --text text --json", "--help"],
-)
-def test_other_commands_need_no_extra(command: str, folder: Path) -> None:
+@pytest.mark.parametrize("command", NEED_NONE)
+def test_other_commands_need_no_extra(command: str, outcomes: dict[str, tuple[int, str]]) -> None:
     """Perplexity and diagnostics run without lm-eval."""
-    outcome = run(command, tuple(name for names in HIDDEN.values() for name in names), folder)
-    assert outcome.returncode == 0, outcome.stderr
+    code, errors = outcomes[command]
+    assert code == 0, errors
 
 
 @pytest.mark.slow
