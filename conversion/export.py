@@ -1,6 +1,6 @@
 """Export a GDA model to a Llama, Mistral, Qwen, Motif or DiffLlama that computes the same."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +11,35 @@ from gda.common.screen import quiet_transformers
 from gda.conversion.modes.registry import plan
 from gda.conversion.options import ExportOptions
 from gda.conversion.sources.open import open_source
-from gda.conversion.verify import VerifyReport
 from gda.conversion.writing.gguf_file import write_gguf
-from gda.conversion.writing.write_model import write_model
+from gda.conversion.writing.write_model import ConvertReport, write_model
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported, or with `dry_run` would be.
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(ConvertReport):
+    """What was exported, or with `dry_run` would be: the report of a conversion to another model type.
 
     Attributes:
         out: The folder, or the GGUF file.
-        format: The model type, or "gguf".
-        num_attention_heads, num_key_value_heads, num_tensors, num_parameters: Size of the result.
+        config: Configuration of the result.
         nbytes: Size of the tensors, or of a GGUF file.
-        sha256: SHA-256 of each file of weights; empty for a dry run.
-        notes: What is rounded, was chosen, or is missing in the folder.
         verification: The report of `verify`; None if it was not asked for, or transformers cannot run the format.
-        dry_run: Whether nothing was written.
-        file_type: The type of most matrices of a GGUF file, such as "Q8_0"; None for a folder.
+        format: The model type, or "gguf".
+        num_attention_heads, num_key_value_heads: Numbers of heads of the result.
     """
 
-    out: Path
     format: str
     num_attention_heads: int
     num_key_value_heads: int
-    num_tensors: int
-    num_parameters: int
-    nbytes: int
-    sha256: dict[str, str]
-    notes: list[str] = field(default_factory=list)
-    verification: VerifyReport | None = None
-    dry_run: bool = False
-    file_type: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
+        names = (
+            *("out", "format", "num_attention_heads", "num_key_value_heads", "num_tensors", "num_parameters", "nbytes"),
+            *("sha256", "notes", "verification", "dry_run", "file_type"),
+        )
         verification = None if self.verification is None else self.verification.to_dict()
-        return {**vars(self), "out": str(self.out), "verification": verification}
+        return {name: getattr(self, name) for name in names} | {"out": str(self.out), "verification": verification}
 
 
 @takes(ExportOptions)
@@ -81,16 +72,8 @@ def export(options: ExportOptions, *, console: Console | None = None) -> ExportR
             written = write_model(conversion, source, out, options, console=console)
     config = conversion.config
     return ExportReport(
-        out=out,
+        **vars(written),
         format="gguf" if options.format == "gguf" else config.model_type,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
-        num_tensors=written.num_tensors,
-        num_parameters=written.num_parameters,
-        nbytes=written.nbytes,
-        sha256=written.sha256,
-        notes=written.notes,
-        verification=written.verification,
-        dry_run=written.dry_run,
-        file_type=written.file_type,
     )
