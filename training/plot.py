@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gda.common.errors import first_line
 from gda.common.files import write_text
 from gda.common.html import page
 from gda.common.text import text_pieces
@@ -39,7 +40,6 @@ LAYER_CHARTS = {
     "gradient_norm": "Gradient norm",
     "lambda_gradient_norm": "Gradient norm of λ",
 }
-NUMBERS = (int, float, type(None))  # in a log: not bool, which is an int to `isinstance`
 
 
 @dataclass
@@ -102,10 +102,9 @@ def read_log(path: Path) -> TrainingLog:
     for step in sorted(by_step):
         row = by_step[step]
         for name in (name for name in CURVES if row.get(name) is not None):
-            found.curves.setdefault(name, []).append((step, float(row[name])))
-        layers = sorted(row.get("layers", []), key=lambda layer: layer["layer"])
-        for name in (name for name in LAYER_CHARTS if any(layer.get(name) is not None for layer in layers)):
-            found.layers.setdefault(name, []).append((step, [layer.get(name) for layer in layers]))
+            found.curves.setdefault(name, []).append((step, row[name]))
+        for name in (name for name in LAYER_CHARTS if any(value is not None for value in row.get(name, ()))):
+            found.layers.setdefault(name, []).append((step, row[name]))
     if not found.curves and not found.layers:
         raise ValueError(f"{path} has nothing to draw, such as a loss")
     for name, curve in found.curves.items():
@@ -115,7 +114,7 @@ def read_log(path: Path) -> TrainingLog:
 
 
 def _steps(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The lines by step, and notes."""
+    """What is drawn of each step, by name: a number, or a list with a number for each layer. And notes."""
     steps: dict[int, dict[str, Any]] = {}
     # Not splitlines, which also splits at characters that a JSON string may contain, such as U+2028.
     lines = "".join(text_pieces(path)).split("\n")
@@ -124,32 +123,21 @@ def _steps(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            values: dict[str, Any] = {name: _number(row[name]) for name in CURVES if name in row}
+            if "layers" in row:
+                layers = sorted(row["layers"], key=lambda layer: layer["layer"])
+                values |= {name: [_number(layer.get(name)) for layer in layers] for name in LAYER_CHARTS}
+            steps.setdefault(int(row["step"]), {}).update(values)
+        except Exception as error:  # a line may hold anything
             if number == len(lines):
                 return steps, ["the last line of the log is incomplete and ignored"]
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if (problem := _problem(row)) is not None:
-            raise ValueError(f"{path}, line {number}: {problem}")
-        steps.setdefault(row["step"], {}).update(row)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"{path}, line {number} is not a line of a training log: {reason}") from None
     return steps, []
 
 
-def _problem(row: Any) -> str | None:
-    """What is wrong with a line of the log, which holds `row`; None if nothing is."""
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return "a line must be an object with an integer `step`"
-    for name in CURVES:
-        if type(row.get(name)) not in NUMBERS:
-            return f"`{name}` is {row[name]!r}, not a number"
-    layers = row.get("layers", [])
-    if not isinstance(layers, list) or not all(
-        isinstance(layer, dict) and isinstance(layer.get("layer"), int) for layer in layers
-    ):
-        return "`layers` must be a list of objects with an integer `layer`"
-    for name in LAYER_CHARTS:
-        if any(type(layer.get(name)) not in NUMBERS for layer in layers):
-            return f"`{name}` of a layer is not a number"
-    return None
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def thinned(curve: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:

@@ -106,13 +106,14 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     [
         ("", "nothing to draw"),
         ('{"step": 1}\n', "nothing to draw"),
-        ("not\n{}\n", "line 1 is not JSON"),
-        ("[" * 100_000 + "\n{}\n", "line 1 is not JSON"),
-        ("[1]\n", "line 1: a line must be an object"),
-        ('{"step": true, "loss": 1}\n', "line 1"),
-        ('{"step": 1, "loss": "low"}\n', "`loss` is 'low'"),
-        ('{"step": 1, "loss": 1, "layers": 3}\n', "`layers`"),
-        ('{"step": 1, "loss": 1, "layers": [{"layer": 0, "lambda": []}]}\n', "`lambda`"),
+        ("not\n{}\n", "line 1 is not a line of a training log: JSONDecodeError"),
+        ("[" * 100_000 + "\n{}\n", "line 1 is not a line of a training log: RecursionError"),
+        ("{}\n", "line 1 is not a line of a training log: KeyError: 'step'"),
+        ("[1]\n", "line 1 is not a line"),
+        ('{"step": 1, "loss": "low"}\n', "could not convert string to float: 'low'"),
+        ('{"step": 1, "loss": 1' + "0" * 400 + "}\n", "line 1 is not a line of a training log: OverflowError"),
+        ('{"step": 1, "loss": 1}\n{"step": 2, "layers": 3}\n', "line 2 is not a line"),
+        ('{"step": 1, "loss": 1, "layers": [{"layer": 0, "lambda": []}]}\n', "line 1 is not a line"),
     ],
 )
 def test_invalid_logs(content: str, named: str, tmp_path: Path) -> None:
