@@ -91,8 +91,9 @@ def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
     try:
         return manager.load([name])
     except Exception as error:  # a definition may do anything with data that it does not expect
-        under_way = task_under_way(error)
-        task, reason = name if under_way is None else under_way.config.task, first_line(error)
+        # While a task that is a class reads its data, it has no name yet, or no configuration.
+        task = getattr(getattr(task_under_way(error), "_config", None), "task", None) or name
+        reason = first_line(error)
         if CODE_VARIABLE in str(error):  # the metric of humaneval asks for it when the task is loaded
             raise ValueError(RUNS_CODE.format(task)) from None
         last_read = f" from {folders_read[-1]}" if folders_read and str(folders_read[-1]) not in str(error) else ""

@@ -226,6 +226,18 @@ def test_error_in_a_group_names_the_task(data: Path) -> None:
         load_tasks(["blimp"], dataset_root=data)
 
 
+def test_error_in_a_task_that_is_a_class_names_it(data: Path, tmp_path: Path) -> None:
+    """While it reads its data, it has a configuration without a name, or none."""
+    from gda.eval.lm_eval.find_tasks import load_tasks
+
+    text = "from lm_eval.api.task import Task\n\nclass Own(Task):\n    DATASET_PATH = 'me/own'\n\n"
+    (tmp_path / "own.py").write_text(text + "Own.__abstractmethods__ = frozenset()\n")
+    (tmp_path / "own.yaml").write_text("task: own\nclass: !function own.Own\n")
+    for name in ("squadv2", "own"):
+        with pytest.raises(FileNotFoundError, match=rf"^task {name}: .* holds no data files"):
+            load_tasks([name], dataset_root=data, include_path=tmp_path)
+
+
 def test_groups_that_share_a_task_are_refused_first(tmp_path: Path) -> None:
     """Before a model is loaded. A task that is in a group, too, runs once."""
     from gda.eval.lm_eval.find_tasks import load_tasks
