@@ -47,7 +47,7 @@ def write_checkpoint(
     workers: int = 1,
     console: Console | None = None,
 ) -> dict[str, str]:
-    """Write the weights into `folder`, continuing from the shards that an earlier process finished.
+    """Write the weights into `folder`, which `begin` has marked; continue from shards that an earlier process finished.
 
     A manifest lists the finished shards with their SHA-256. Files in the folder that are unknown and not in `keep` are
     removed. `settings` are what the bytes depend on, apart from the source.
@@ -165,19 +165,25 @@ def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, 
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def mode_of_shards(folder: Path) -> str | None:
-    """The mode of the unfinished conversion whose shards are in the folder, if there are any."""
+def begin(folder: Path, mode: str) -> None:
+    """Write a manifest, which marks the folder as a conversion of this mode; ValueError if it is one of another mode.
+
+    A split, which may have taken hours, is not given up for another mode, and does not begin where it would fail.
+    """
     manifest = folder / MANIFEST_FILE
-    held = read_json(manifest) if manifest.exists() else None
-    return held.get("mode") if isinstance(held, dict) else None
+    if not manifest.exists():
+        write_json(manifest, {"mode": mode, "finished": {}})
+    elif not isinstance(held := read_json(manifest), dict) or held.get("mode") != mode:
+        raise ValueError(
+            f"{folder} was not begun by a conversion of mode {mode!r}; continue it with the options that it was begun "
+            "with, or pass --overwrite instead of --resume to start over"
+        )
 
 
 def _finished_shards(manifest: Path, fingerprint: str) -> dict[str, str]:
-    if not manifest.exists():
-        return {}
     held = read_json(manifest)
-    finished = held.get("finished") if isinstance(held, dict) and held.get("fingerprint") == fingerprint else None
-    if not isinstance(finished, dict):
+    finished = held.get("finished")
+    if not isinstance(finished, dict) or (finished and held.get("fingerprint") != fingerprint):
         raise ValueError(
             f"{manifest.parent} was started with another source or other settings; pass --overwrite instead of "
             "--resume to start over"

@@ -37,11 +37,10 @@ from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opene
 from gda.conversion.writing.card import model_card
 from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
-from gda.conversion.writing.stream import MANIFEST_FILE, mode_of_shards, shards_of, write_checkpoint
+from gda.conversion.writing.stream import MANIFEST_FILE, begin, shards_of, write_checkpoint
 from gda.conversion.writing.tokenizer_files import keep_tokenizer
 
 WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
-OF_TRAINING = {TRAINING_FILE: "`gda train`"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def write_model(
             refuse_overlap(file, partial_of(out))
         report = _planned_report(conversion, source, out, options, notes)
         if options.dry_run:
-            message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=OF_TRAINING)
+            message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=TRAINING_FILE)
             return replace(report, notes=[*report.notes, *filter(None, [message])])
         return _write(report, conversion, source, assets, options, console)
 
@@ -178,7 +177,7 @@ def _staged(out: Path, options: CheckpointOptions) -> Iterator[Path]:
     failed; a full disk keeps it if it holds the work of a split, which may have taken hours. Errors are those of
     `StagedFolder`.
     """
-    staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, resumable=True, foreign=OF_TRAINING)
+    staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, foreign=TRAINING_FILE)
     try:
         yield staged.folder
         staged.finish(without=MANIFEST_FILE)
@@ -204,15 +203,8 @@ def _write(
         finished = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if options.resume else 0
         require_space(out.parent, report.nbytes + conversion.work_bytes, reusable=finished)
         source_hashes = in_background(source.hashes)
-        if conversion.work is None and (folder / WORK_FOLDER).exists():
-            raise ValueError(f"{out} was begun with --mode split; pass the same options, or --overwrite to start over")
+        begin(folder, conversion.mode)
         if conversion.work is not None:
-            other = None if (folder / WORK_FOLDER).exists() else mode_of_shards(folder)
-            if other not in (None, conversion.mode):
-                raise ValueError(
-                    f"{out} holds an unfinished conversion of mode {other!r}; finish it with its own command and "
-                    "--resume, or pass --overwrite to start over"
-                )
             conversion = conversion.work(folder / WORK_FOLDER, console)
         settings = Settings.of(conversion, options)
         # What tells one fit from another, but not what is measured again when a run is resumed.

@@ -160,11 +160,11 @@ def test_unfinished_work_is_kept_without_a_word_of_the_user(source: Path, tmp_pa
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_unfinished_training_is_not_discarded(resume: bool, source: Path, tmp_path: Path) -> None:
-    """The command to continue is named."""
+    """The folder is named."""
     partial = tmp_path / ".gda.partial"
     (partial / "checkpoint-1").mkdir(parents=True)
     (partial / "training.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="was begun by `gda train`, which did not finish; continue that"):
+    with pytest.raises(FileExistsError, match=r"\.gda\.partial was begun by another command; continue that"):
         convert(source, tmp_path / "gda", resume=resume)
     assert (partial / "checkpoint-1").is_dir()
     assert "continue that" in convert(source, tmp_path / "gda", dry_run=True, resume=resume).notes[-1]
@@ -174,12 +174,12 @@ def test_unfinished_training_is_not_discarded(resume: bool, source: Path, tmp_pa
 
 
 def test_unfinished_split_is_not_discarded_by_another_mode(source: Path, tmp_path: Path) -> None:
-    work = tmp_path / ".gda.partial" / "work"
-    work.mkdir(parents=True)
-    (work / "begun.json").write_text("{}")
-    with pytest.raises(ValueError, match="was begun with --mode split"):
+    partial = tmp_path / ".gda.partial"
+    (partial / "work").mkdir(parents=True)
+    (partial / "manifest.json").write_text('{"mode": "split", "finished": {}}')
+    with pytest.raises(ValueError, match=r"\.gda\.partial was not begun by a conversion of mode 'expand'"):
         convert(source, tmp_path / "gda", resume=True)
-    assert (work / "begun.json").exists()
+    assert (partial / "work").is_dir()
 
 
 def test_split_does_not_continue_another_conversion(
@@ -191,7 +191,7 @@ def test_split_does_not_continue_another_conversion(
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "gda")
     monkeypatch.setattr("gda.conversion.split.splitter.Splitter.run", lambda *a, **k: pytest.fail("it is fitted"))
-    with pytest.raises(ValueError, match="holds an unfinished conversion of mode 'expand'"):
+    with pytest.raises(ValueError, match="was not begun by a conversion of mode 'split'"):
         gda.convert(source, tmp_path / "gda", mode="split", resume=True)
 
 
@@ -459,7 +459,7 @@ def test_lock_is_held_until_out_is_renamed(source: Path, tmp_path: Path, monkeyp
     def crowded(before: Any, after: Any) -> None:
         if Path(after) == out:
             try:
-                StagedFolder(out)
+                StagedFolder(out, foreign="training.json")
             except BlockingIOError:
                 refused.append(True)
         rename(before, after)
@@ -473,7 +473,7 @@ def test_lock_is_held_until_out_is_renamed(source: Path, tmp_path: Path, monkeyp
 def test_lock_on_a_renamed_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the first process finishes between open and lock of the second, the second gets its own folder and lock."""
     out = tmp_path / "gda"
-    first = StagedFolder(out)
+    first = StagedFolder(out, foreign="training.json")
     (first.folder / "weights").write_text("whole")
     flock = fcntl.flock
 
@@ -483,11 +483,11 @@ def test_lock_on_a_renamed_folder_is_not_used(tmp_path: Path, monkeypatch: pytes
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    second = StagedFolder(out)
+    second = StagedFolder(out, foreign="training.json")
     assert files_of(out) == {"weights": b"whole"}
     assert second.folder.is_dir()
     with pytest.raises(BlockingIOError):
-        StagedFolder(out, overwrite=True)
+        StagedFolder(out, overwrite=True, foreign="training.json")
     with pytest.raises(FileExistsError):
         second.finish()
     second.discard()

@@ -969,6 +969,20 @@ def test_replaced_run_is_kept_until_the_other_begins(
     assert not {"data", "data.new", "removed"} & set(os.listdir(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_unfinished_conversion_is_not_discarded(resume: bool, models: Path, tmp_path: Path) -> None:
+    """The folder is named."""
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "manifest.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"\.out\.partial was begun by another command; continue that"):
+        short(models, "gda", tmp_path / "out", resume=resume)
+    assert any("continue that" in note for note in short(models, "gda", tmp_path / "out", dry_run=True).notes)
+    assert os.listdir(partial) == ["manifest.json"]
+    short(models, "gda", tmp_path / "out", resume=resume, overwrite=True)
+    assert "manifest.json" not in os.listdir(tmp_path / "out")
+
+
 def test_file_system_without_hard_links(
     models: Path, tmp_path: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

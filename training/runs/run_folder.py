@@ -11,7 +11,7 @@ from typing import Any
 
 from gda.common.files import (
     StagedFolder,
-    begun_by_another,
+    obstacle,
     partial_of,
     read_json,
     refuse_overlap,
@@ -22,7 +22,6 @@ from gda.common.files import (
 from gda.common.options import flag
 from gda.conversion.sources.source import TRAINING_FILE
 from gda.conversion.writing.stream import MANIFEST_FILE
-from gda.conversion.writing.write_model import WORK_FOLDER
 from gda.training.report import TrainReport
 from gda.training.runs.checkpoints import checkpoints, last_checkpoint, read_or_empty, remove_incomplete, step_of
 from gda.training.settings import TrainSettings
@@ -35,7 +34,6 @@ REMOVED = "removed"
 SPLIT_OF_A_STEP = ("batch_size", "accumulation")
 START_ANEW = "start over with --overwrite"
 WORTH_KEEPING = 60  # seconds of tokenizing whose result a failed run leaves for the next one
-OF_CONVERSIONS = dict.fromkeys((MANIFEST_FILE, WORK_FOLDER), "a conversion")
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,9 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, identity: RunIdentity, source: Path, *, resume: bool, overwrite: bool):
-        self._out, self.path, self._identity = out, partial_of(out), identity
+        self.path, self._identity = partial_of(out), identity
         refuse_overlap(source, self.path)
-        self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
+        self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=MANIFEST_FILE)
         self.replaces = False  # whether there is other work, which `begin` removes
         try:
             self.state = self._open(resume, overwrite)
@@ -152,7 +150,7 @@ class RunFolder:
             raise ValueError(f"{begun} does not describe a run; {START_ANEW}")
         report = known.get("report")
         is_unfinished = last is not None or report is not None
-        is_foreign = begun_by_another(self._out, OF_CONVERSIONS) is not None
+        is_foreign = (self.path / MANIFEST_FILE).exists()
         self.replaces = is_foreign or (starts_over and is_unfinished)
         if self.replaces:
             if data.is_dir() and not (self.path / NEW_DATA).is_dir():  # it may be the same data
@@ -233,7 +231,7 @@ class RunFolder:
 def unfinished_run(out: Path, *, resume: bool) -> str | None:
     """A note about what a run to `out` would neither continue (`resume`) nor replace; None if there is nothing."""
     folder = partial_of(out)
-    if (message := begun_by_another(out, OF_CONVERSIONS)) is not None or resume:
+    if (message := obstacle(out, resume=True, overwrite=False, foreign=MANIFEST_FILE)) is not None or resume:
         return message
     last = last_checkpoint(folder)
     is_trained = read_or_empty(folder / TRAINING_FILE).get("report") is not None

@@ -8,11 +8,10 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
 from gda.common.errors import errors_naming
@@ -173,21 +172,13 @@ def partial_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def begun_by_another(out: Path, foreign: Mapping[str, str]) -> str | None:
-    """A message if a run of another command to OUT did not finish; None otherwise."""
-    folder = partial_of(out)
-    if (other := next((command for name, command in foreign.items() if (folder / name).exists()), None)) is None:
-        return None
-    return f"{out} was begun by {other}, which did not finish; continue that, or pass --overwrite to discard it"
-
-
-def obstacle(out: Path, *, resume: bool, overwrite: bool, foreign: Mapping[str, str]) -> str | None:
+def obstacle(out: Path, *, resume: bool, overwrite: bool, foreign: str) -> str | None:
     """What keeps a run from writing OUT: unfinished work, or None. The arguments are those of `StagedFolder`."""
+    folder = partial_of(out)
     if overwrite:
         return None
-    if (message := begun_by_another(out, foreign)) is not None:
-        return message
-    folder = partial_of(out)
+    if (folder / foreign).exists():
+        return f"{folder} was begun by another command; continue that one, or pass --overwrite to discard it"
     if resume or not folder.is_dir() or not any(folder.iterdir()):
         return None
     return f"{out} was begun by a run that did not finish; pass --resume to continue it, or --overwrite to start over"
@@ -203,10 +194,10 @@ class StagedFolder:
     Args:
         out: The final place. Missing parents are created.
         overwrite: Whether `finish` may replace an existing OUT.
-        resume: Whether to keep what a killed process left in the folder. Otherwise it is removed.
-        resumable: Refuse to discard what a killed process left, unless `overwrite` is set.
-        foreign: Files or folders of another command's unfinished work, which is neither continued nor discarded unless
-            `overwrite` is set; with the name of the command.
+        resume: Whether to keep what a killed process left in the folder. Otherwise this is refused, or with `overwrite`
+            removed.
+        foreign: The file that marks another command's unfinished work, which is neither continued nor discarded unless
+            `overwrite` is set.
 
     Raises:
         FileExistsError: if `out`, or work that could be resumed, exists and may not be replaced, or if the folder is a
@@ -214,15 +205,7 @@ class StagedFolder:
         BlockingIOError: if another process is filling the folder.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        *,
-        overwrite: bool = False,
-        resume: bool = False,
-        resumable: bool = False,
-        foreign: Mapping[str, str] = MappingProxyType({}),
-    ):
+    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False, foreign: str):
         refuse_existing(out, overwrite)
         self.out = out
         self._overwrite = overwrite
@@ -234,8 +217,7 @@ class StagedFolder:
             _remove_empty(self._created_parents)
             raise
         try:
-            message = obstacle(out, resume=resume or not resumable, overwrite=overwrite, foreign=foreign)
-            if message is not None:
+            if (message := obstacle(out, resume=resume, overwrite=overwrite, foreign=foreign)) is not None:
                 raise FileExistsError(message)
             for each in [] if resume else list(self.folder.iterdir()):
                 remove(each)
