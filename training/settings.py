@@ -1,7 +1,6 @@
 """Options of `gda train`. Nothing heavy is imported here, so `--help` is fast."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -216,11 +215,6 @@ class TrainSettings(Options):
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values."""
         return asdict(self)
-
-    def first_difference(self, other: Mapping[str, Any]) -> str | None:
-        """The first setting that has another value in `other`, which was read from JSON; None if all are equal."""
-        here = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
-        return next((name for name in here if here[name] != other.get(name)), None)
 
 
 @dataclass(frozen=True)

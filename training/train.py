@@ -179,7 +179,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
     teacher = [] if settings.teacher is None else model_stamps(Path(settings.teacher))
     is_local = Path(options.model).exists()
     name = source.resolve().name if is_local else f"{options.model} at commit {source.name}"
-    model = model_stamps(source) if is_local else [[name]]  # the Hub's cache may be another one when the run is resumed
+    commit, model = (None, model_stamps(source)) if is_local else (source.name, [])
     folder: RunFolder | None = None  # in the main process
 
     def open_folder() -> RunState:
@@ -187,7 +187,7 @@ def _run(options: TrainOptions, source: Path, out: Path, processes: Processes, c
         auto = None
         if settings.precision == "auto":
             auto = "bfloat16" if auto_is_bfloat16(stored_dtypes(source).values()) else "float32"
-        identity = RunIdentity(settings, model, teacher, stamps(data), processes.count, processes.keeper, auto)
+        identity = RunIdentity(settings, commit, model, teacher, stamps(data), processes.count, processes.keeper, auto)
         folder = RunFolder(out, identity, source, resume=options.resume, overwrite=options.overwrite)
         return folder.state
 

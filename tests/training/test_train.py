@@ -748,7 +748,7 @@ def test_changed_teacher_is_refused(models: Path, tmp_path: Path, interrupt: Cal
     with pytest.raises(KeyboardInterrupt):
         train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher")
     os.utime(tmp_path / "teacher" / "model.safetensors", (1, 1))
-    with pytest.raises(ValueError, match=r"model\.safetensors of the teacher has changed since"):
+    with pytest.raises(ValueError, match=r"of the teacher .* was model\.safetensors, .* and is now model\.safetensors"):
         train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher", resume=True)
 
 
@@ -781,7 +781,7 @@ def test_model_on_the_hub_is_known_by_its_commit(
     shutil.rmtree(HF_HUB_CACHE)
     assert gda.train("me/gda", tmp_path / "out", resume=True, **options).resumed_from == 3
     gda.push(models / "grown", "me/gda")
-    with pytest.raises(ValueError, match=f"was started with me/gda at commit {commit}, .* of the former as --revision"):
+    with pytest.raises(ValueError, match=rf"\(--revision\) was {commit}, and is now .*; change it back"):
         gda.train("me/gda", tmp_path / "other", resume=True, **options)
     assert gda.train("me/gda", tmp_path / "other", resume=True, revision=commit, **options).resumed_from == 3
 
@@ -924,15 +924,15 @@ def test_only_the_same_run_is_resumed(
 
     assert "holds step 2 of an unfinished run; continue it with --resume, or start over with --overwrite" in text()
     output = text("--resume", "--learning-rate", 1e-3)
-    assert "started with --learning-rate 0.01, not with --learning-rate 0.001" in output
-    assert "started with no --eval-data, not with --eval-data" in text("--resume", "--eval-data", models / "text.txt")
+    assert "--learning-rate was 0.01, and is now 0.001; change it back, or start over with --overwrite" in output
+    assert "--eval-data was not given, and is now " in text("--resume", "--eval-data", models / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-        assert "--precision auto chose float32, and bfloat16 here" in text("--resume")
+        assert "--precision auto was float32, and is now bfloat16; change it back" in text("--resume")
     os.utime(tmp_path / "text.txt", (1, 1))
-    assert "text.txt of the data has changed" in text("--resume")
+    assert "of the data (name, size, time) was text.txt, " in text("--resume")
     os.utime(tmp_path / "gda" / "model.safetensors", (1, 1))
-    assert "model.safetensors of the model has changed" in text("--resume")
+    assert "of the model (name, size, time) was model.safetensors, " in text("--resume")
     (tmp_path / "gda" / "trainable.json").unlink()
     assert "trainable.json is missing" in text("--overwrite", "--train", "new")  # found before the run is given up
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"other": "bad"}\n')

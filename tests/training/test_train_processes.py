@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -307,19 +307,21 @@ def test_refusals_name_the_option(
 def test_resume_needs_equal_steps_and_the_same_engine(tmp_path: Path) -> None:
     """Which process reads which sequences makes no difference, but what a step reads does."""
     settings = TrainSettings(**COMMON, batch_size=4)
-    begun = {"settings": json.loads(json.dumps(settings.to_dict())), "processes": 2, "keeper": "FSDP2"}
-    other = replace(settings, batch_size=8)
-    RunIdentity(other, [], [], [], 1, "FSDP2").require_same(begun | {"report": {}}, tmp_path)
-    with pytest.raises(ValueError, match="reads 4 × 1 × 2 sequences"):
-        RunIdentity(other, [], [], [], 2, "FSDP2").require_same(begun, tmp_path)
-    with pytest.raises(ValueError, match="was started with FSDP2, not with DeepSpeed"):
-        RunIdentity(other, [], [], [], 1, "DeepSpeed's ZeRO-3").require_same(begun, tmp_path)
-    here = RunIdentity(other, [], [], [], 1, "FSDP2", "float32")
-    with pytest.raises(ValueError, match="--precision auto chose bfloat16, and float32 here"):
-        here.require_same(begun | {"auto_precision": "bfloat16"}, tmp_path)
-    begun["settings"]["warmup"] = 0.0
-    with pytest.raises(ValueError, match=r"started with --warmup 0\.0, not with --warmup 0\.02"):
-        RunIdentity(other, [], [], [], 1, "FSDP2").require_same(begun, tmp_path)
+    begun = RunIdentity(settings, None, [], [], [], 2, "FSDP2", "float32")
+    same = replace(begun, settings=replace(settings, batch_size=8), processes=1)
+    stored = json.loads(json.dumps(asdict(begun)))
+    same.require_same(stored, tmp_path)
+    differing = {
+        r"processes\) was 8, and is now 16": replace(same, processes=2),
+        "sharding was FSDP2, and is now DeepSpeed's ZeRO-3": replace(same, keeper="DeepSpeed's ZeRO-3"),
+        "--precision auto was float32, and is now bfloat16": replace(same, auto_precision="bfloat16"),
+        r"--warmup was 0\.02, and is now 0\.0; change": replace(same, settings=replace(same.settings, warmup=0.0)),
+        "file 1 of the data": replace(same, data=[["text.txt", 9, 5]]),
+    }
+    differing["file 1 of the data"].require_same(stored | {"report": {}}, tmp_path)  # nothing is read any more
+    for message, other in differing.items():
+        with pytest.raises(ValueError, match=message):
+            other.require_same(stored, tmp_path)
 
 
 def old_stays_bit_for_bit(grown: Path, trained: Path) -> None:

@@ -1,11 +1,13 @@
 """The folder of a training run until it is finished, and what identifies the run."""
 
 import contextlib
+import json
 import math
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,6 @@ LOG_FILE = "training_log.jsonl"
 DATA_FOLDER = "data"
 NEW_DATA = "data.new"  # of a run that is to replace other work, which it leaves in place until it begins
 REMOVED = "removed"
-# The settings by which a step is split over time and, with the number of processes, over processes.
-SPLIT_OF_A_STEP = ("batch_size", "accumulation")
 START_ANEW = "start over with --overwrite"
 WORTH_KEEPING = 60  # seconds of tokenizing whose result a failed run leaves for the next one
 
@@ -41,70 +41,53 @@ class RunIdentity:
     """What a resumed run must have in common with the one that was interrupted, as training.json stores it."""
 
     settings: TrainSettings
-    model: list[list[Any]]  # `stamps` of its files, or its commit; likewise for the teacher and the data, if local
+    commit: str | None  # of a model on the Hub, since its cache may be another one when the run is resumed
+    model: list[list[Any]]  # `stamps` of its files, if local; likewise for the teacher and the data
     teacher: list[list[Any]]
     data: list[list[Any]]
     processes: int  # they share each batch
     keeper: str  # of the optimizer, see `Processes.keeper`
-    auto_precision: str | None = None  # what `--precision auto` computes in, if it was given
+    auto_precision: str | None  # what `--precision auto` computes in, if it was given
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
-        settings = begun.get("settings")
-        if not isinstance(settings, dict):
-            raise ValueError(f"{folder / TRAINING_FILE} does not describe a run; {START_ANEW}")
-        self._require_same_steps(settings, begun)
-        split = {name: getattr(self.settings, name) for name in SPLIT_OF_A_STEP}
-        if (name := self.settings.first_difference(settings | split)) is not None:
-            raise ValueError(
-                f"--resume: the run was started with {_as_flag(name, settings.get(name))}, not with "
-                f"{_as_flag(name, getattr(self.settings, name))}; pass the same value, or {START_ANEW}"
-            )
-        if (keeper := begun.get("keeper", self.keeper)) != self.keeper:
-            raise ValueError(
-                f"--resume: the run was started with {keeper!s:.100}, not with {self.keeper}; launch it the same way, "
-                f"or {START_ANEW}"
-            )
-        if begun.get("report") is not None:
-            return  # training is finished, and nothing is read any more
-        if (precision := begun.get("auto_precision", self.auto_precision)) != self.auto_precision:
-            raise ValueError(
-                f"--resume: --precision auto chose {precision!s:.100}, and {self.auto_precision} here; launch it where "
-                f"it chooses {precision!s:.100}, or {START_ANEW}"
-            )
-        for kind in ("model", "teacher", "data"):
-            known, here = begun.get(kind), getattr(self, kind)
-            if not isinstance(known, list):
-                raise ValueError(f"{folder / TRAINING_FILE} does not name the files of the {kind}; {START_ANEW}")
-            for file, before in zip(here, known, strict=False):
-                if file != before and len(file) == 1 and isinstance(before, list):  # a model of the Hub
-                    raise ValueError(
-                        f"--resume: the run was started with {before[0]!s:.200}, not with {file[0]}; pass the commit "
-                        f"of the former as --revision, or {START_ANEW}"
-                    )
-                if file != before:
-                    raise ValueError(f"--resume: {file[0]} of the {kind} has changed since; {START_ANEW}")
-            if len(here) != len(known):
-                raise ValueError(f"--resume: the {kind} has other files than before; {START_ANEW}")
-
-    def _require_same_steps(self, settings: Mapping[str, Any], begun: Mapping[str, Any]) -> None:
-        """Refuse a run whose steps read other sequences. Which process reads which of them makes no difference."""
-        before: list[Any] = [*(settings.get(name) for name in SPLIT_OF_A_STEP), begun.get("processes")]
-        here = [*(getattr(self.settings, name) for name in SPLIT_OF_A_STEP), self.processes]
-        if not all(isinstance(each, int) for each in before):
-            raise ValueError(f"--resume: training.json does not say how many sequences a step reads; {START_ANEW}")
-        if math.prod(before) != math.prod(here):
-            raise ValueError(
-                f"--resume: a step of the run reads {' × '.join(map(str, before))} sequences (--batch-size × "
-                f"--accumulation × processes), not {' × '.join(map(str, here))}; choose the same product, or "
-                f"{START_ANEW}"
-            )
+        here, is_trained = json.loads(json.dumps(asdict(self))), begun.get("report") is not None
+        try:
+            before, now = (_facts(each, is_trained=is_trained) for each in (begun, here))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder / TRAINING_FILE} does not describe a run; {START_ANEW}") from None
+        for name in before | now:
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"--resume: {name:.100} was {_shown(before.get(name))}, and is now {_shown(now.get(name))}; change "
+                    f"it back, or {START_ANEW}"
+                )
 
 
-def _as_flag(name: str, value: Any) -> str:
-    if isinstance(value, list | tuple):
+def _facts(identity: Mapping[str, Any], *, is_trained: bool) -> dict[str, Any]:
+    """By name, what must be the same in a resumed run; of an identity as training.json stores it."""
+    settings = dict(identity["settings"])
+    # Which process reads which sequences of a step makes no difference.
+    step = [settings.pop("batch_size"), settings.pop("accumulation"), identity["processes"]]
+    facts = {
+        "the number of sequences per step (--batch-size × --accumulation × processes)": math.prod(map(index, step)),
+        "the launcher's sharding": identity["keeper"],
+        **{flag(name): value for name, value in settings.items()},
+    }
+    if is_trained:
+        return facts  # nothing is read any more
+    facts["the choice of --precision auto"] = identity["auto_precision"]
+    facts["the commit of the model (--revision)"] = identity["commit"]
+    for kind in ("model", "teacher", "data"):
+        for number, stamp in enumerate(identity[kind], 1):
+            facts[f"file {number} of the {kind} (name, size, time)"] = stamp
+    return facts
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
         value = ", ".join(map(str, value)) or None
-    return f"no {flag(name)}" if value is None or value is False else f"{flag(name)} {value!s:.100}"
+    return "not given" if value is None or value is False else f"{value!s:.100}"
 
 
 @dataclass(frozen=True)
