@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
 from gda.common.errors import first_line, is_out_of_memory
 from gda.common.files import read_json, remove, sync, sync_tree, write_json
@@ -21,8 +21,6 @@ from gda.training.sharding import first_failure
 # In a checkpoint, written when all of its files are on the disk. A checkpoint without it is incomplete.
 CHECKPOINT_FILE = "checkpoint.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-# Files of torch: archives, by their suffix, and a pickle, which says where distributed checkpoints have each tensor.
-ARCHIVES, DISTRIBUTED_INDEX = (".pt", ".pth", ".bin", ".distcp"), ".metadata"
 # Data types in which models are stored, by torch's names.
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -133,14 +131,14 @@ def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
 
 
 def require_readable(checkpoint: Path) -> None:
-    """Refuse a checkpoint with a file that torch cannot read, or whose trainer_state.json belongs to another step.
+    """Refuse a checkpoint with a cut file of torch, or whose trainer_state.json belongs to another step.
 
-    Of torch's files, only the end is read here, so that one process names a damaged one before all of them load it.
+    Every process reads these files. This lets one of them name a damaged one, before all of them do.
     """
     with damage_reported(checkpoint):
-        for file in sorted(checkpoint.rglob("*")):
-            if not _is_whole(file):
-                raise ValueError(f"{file.relative_to(checkpoint)} is cut or was overwritten")
+        for file in sorted(checkpoint.glob("*.pt*")):
+            if not zipfile.is_zipfile(file):
+                raise ValueError(f"{file.name} is cut or was overwritten")
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         numbers = [state.epoch, state.max_steps, state.num_input_tokens_seen, state.total_flos]
         for entry in state.log_history:
@@ -149,14 +147,3 @@ def require_readable(checkpoint: Path) -> None:
         is_whole = are_numbers and isinstance(state.stateful_callbacks, dict)
         if state.global_step != step_of(checkpoint) or not is_whole:
             raise ValueError(f"{TRAINER_STATE_NAME} is not the state of step {step_of(checkpoint)}")
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a file of torch ends as a zip archive does, or a pickle; true for all other files."""
-    if file.name == DISTRIBUTED_INDEX:
-        return file.read_bytes().endswith(b".")
-    if file.name == TRAINING_ARGS_NAME:
-        return True  # never read
-    if file.suffix == ".distcp" and not file.stat().st_size:
-        return True  # of a process that had nothing to write; checkpoint.json has the sizes
-    return file.suffix not in ARCHIVES or zipfile.is_zipfile(file)
