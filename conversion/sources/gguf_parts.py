@@ -1,10 +1,9 @@
 """Opening a GGUF file, or all files of a model that llama.cpp has split."""
 
-import math
 from pathlib import Path
 from typing import Any
 
-from gda.common.errors import first_line
+from gda.common.errors import errors_as
 from gda.common.places import GGUF_PART
 
 
@@ -50,35 +49,5 @@ def _entry(reader: Any, key: str, default: int) -> int:
 def _read(path: Path) -> Any:
     from gguf import GGUFReader
 
-    size = path.stat().st_size
-    try:
+    with errors_as(f"{path} is cut off, or is not a readable GGUF file of a model"):
         return GGUFReader(path)
-    except Exception as error:  # a damaged file can make the reader raise anything
-        needed = _size_by_header(path)
-        if needed is not None and needed > size:
-            raise ValueError(f"{path} is cut off: it has {size:,} of {needed:,} bytes; download it again") from None
-        if needed is None and (isinstance(error, IndexError) or "larger dtype" in str(error)):  # no bytes, or too few
-            raise ValueError(f"{path} is cut off within its header, at {size:,} bytes; download it again") from None
-        raise ValueError(f"{path} is not a readable GGUF file of a model: {first_line(error)}") from None
-
-
-def _size_by_header(path: Path) -> int | None:
-    """The size that a file has by its header; None if that cannot be read."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
-
-    class Header(GGUFReader):
-        """A reader that does not look at the data of tensors."""
-
-        size = 0
-
-        def _build_tensors(self, start_offs: int, fields: Any) -> None:
-            for field in fields:
-                _, _, _, shape, kind, offset = field.parts
-                block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
-                end = start_offs + int(offset[0]) + math.prod(map(int, shape)) // block * nbytes
-                self.size = max(self.size, end)
-
-    try:
-        return Header(path).size
-    except Exception:
-        return None

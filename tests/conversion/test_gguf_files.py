@@ -299,14 +299,9 @@ def test_folder_of_several_models(command: Command, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 3, 4, 24, 200, 2000, 5000, 9000, 200_000, -1], ids=str)
 def test_truncated_file(kept: int, command: Command, tmp_path: Path) -> None:
-    """Cut off anywhere, the message says so, with the sizes if the header is whole, and no files are left."""
+    """Cut off anywhere, the message says so, and no files are left."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
-    data = path.read_bytes()
-    path.write_bytes(data[:kept])
-    named = f"is cut off: it has {len(data[:kept]):,} of {len(data):,} bytes; download it again"
-    if kept in (0, 3):
-        named = "does not begin with the letters GGUF"
-    elif 0 < kept <= 5000:
-        named = f"is cut off within its header, at {kept:,} bytes; download it again"
+    path.write_bytes(path.read_bytes()[:kept])
+    named = "does not begin with the letters GGUF" if kept in (0, 3) else "is cut off, or is not a readable GGUF file"
     assert_refused(command("convert", path, tmp_path / "gda"), str(path), named)
     assert os.listdir(tmp_path) == ["tiny.gguf"]
