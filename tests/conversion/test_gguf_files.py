@@ -302,6 +302,6 @@ def test_truncated_file(kept: int, command: Command, tmp_path: Path) -> None:
     """Cut off anywhere, the message says so, and no files are left."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
     path.write_bytes(path.read_bytes()[:kept])
-    named = "does not begin with the letters GGUF" if kept in (0, 3) else "is cut off, or is not a readable GGUF file"
+    named = "does not begin with the letters GGUF" if kept in (0, 3) else "is cut off (download it again), or is not"
     assert_refused(command("convert", path, tmp_path / "gda"), str(path), named)
     assert os.listdir(tmp_path) == ["tiny.gguf"]
