@@ -49,7 +49,7 @@ class ReplaceOptions(Options):
 
     overwrite: bool = option(
         False,
-        "Replace OUT if it exists. Without --resume, also discard what an unfinished run left.",
+        "Replace OUT if it exists, and what an unfinished run left, unless --resume continues it.",
         panel=OUTPUT,
     )
 

@@ -27,18 +27,18 @@ def update_card(folder: Path, report: EvalReport) -> Path:
     """
     if not report.rows:
         raise ValueError("--update-card: there are no scores to write; name --tasks")
-    scored = [row for row in report.rows if math.isfinite(row.score)]
-    if not scored:
-        raise ValueError("--update-card: none of the scores is finite")
     card = read_card(folder)
     index = card.data.get("model-index") or [{"name": folder.resolve().name, "results": []}]
     new = []
     # One task at a time, because huggingface_hub merges all results of one dataset.
-    for _, rows in groupby(scored, lambda row: row.task):
+    for _, rows in groupby(report.rows, lambda row: row.task):
         (made,) = eval_results_to_model_index(index[0]["name"], [_result(report, row) for row in rows])
         new += made["results"]
     replaced = [_identity(entry) for entry in new]
-    index[0]["results"] = [*(entry for entry in index[0]["results"] if _identity(entry) not in replaced), *new]
+    for entry in new:
+        entry["metrics"] = [metric for metric in entry["metrics"] if math.isfinite(metric["value"])]
+    kept = [entry for entry in index[0]["results"] if _identity(entry) not in replaced]
+    index[0]["results"] = [*kept, *(entry for entry in new if entry["metrics"])]
     card.data["model-index"] = index
     path = folder / CARD_FILE
     write_text(path, str(card))

@@ -103,7 +103,7 @@ def load_learned(model: nn.Module, folder: Path) -> None:
     trained = _trained(model)
     with safe_open(path, framework="pt") as file, torch.no_grad():
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it cannot be iterated
-        scales = json.loads(file.metadata()["scales"])
+        scales = json.loads((file.metadata() or {}).get("scales", "{}"))
         differing = _differing(shapes, {name: list(full_shape(each)) for name, each in trained.items()})
         differing += [f"the scale of {name}" for name in _differing(scales, _scales(model))]
         if differing:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,9 +128,9 @@ def _steps(path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
             if "layers" in row:
                 layers = sorted(row["layers"], key=lambda layer: layer["layer"])
                 values |= {name: [_number(layer.get(name)) for layer in layers] for name in LAYER_CHARTS}
-            steps.setdefault(int(row["step"]), {}).update(values)
+            steps.setdefault(index(row["step"]), {}).update(values)
         except Exception as error:  # a line may hold anything
-            if number == len(lines):
+            if number == len(lines) and isinstance(error, json.JSONDecodeError):
                 return steps, ["the last line of the log is incomplete and ignored"]
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ValueError(f"{path}, line {number} is not a line of a training log: {reason}") from None
@@ -171,8 +172,8 @@ def averaged(
 
 def _intervals(values: Sequence[T], number: int) -> Iterator[Sequence[T]]:
     """Cut values into a number of parts whose lengths differ by at most one."""
-    for index in range(number):
-        yield values[index * len(values) // number : (index + 1) * len(values) // number]
+    for part in range(number):
+        yield values[part * len(values) // number : (part + 1) * len(values) // number]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -49,5 +49,5 @@ def _entry(reader: Any, key: str, default: int) -> int:
 def _read(path: Path) -> Any:
     from gguf import GGUFReader
 
-    with errors_as(f"{path} is cut off (download it again), or is not a readable GGUF file of a model"):
+    with errors_as(f"{path} cannot be read as a GGUF file (if it is cut off, download it again)"):
         return GGUFReader(path)

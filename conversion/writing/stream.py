@@ -173,10 +173,13 @@ def begin(folder: Path, mode: str) -> None:
     manifest = folder / MANIFEST_FILE
     if not manifest.exists():
         write_json(manifest, {"mode": mode, "finished": {}})
-    elif not isinstance(held := read_json(manifest), dict) or held.get("mode") != mode:
+        return
+    held = read_json(manifest)
+    begun = held.get("mode") if isinstance(held, dict) else None
+    if begun != mode:
         raise ValueError(
-            f"{folder} was not begun by a conversion of mode {mode!r}; continue it with the options that it was begun "
-            "with, or pass --overwrite instead of --resume to start over"
+            f"{folder} was begun with mode {begun!r:.100}, not {mode!r}; continue it with the command that began it, "
+            "or pass --overwrite instead of --resume to start over"
         )
 
 

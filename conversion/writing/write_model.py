@@ -41,6 +41,7 @@ from gda.conversion.writing.stream import MANIFEST_FILE, begin, shards_of, write
 from gda.conversion.writing.tokenizer_files import keep_tokenizer
 
 WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
+OF_TRAINING = (TRAINING_FILE, "`gda train`")  # in the folder of an unfinished run
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def write_model(
             refuse_overlap(file, partial_of(out))
         report = _planned_report(conversion, source, out, options, notes)
         if options.dry_run:
-            message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=TRAINING_FILE)
+            message = obstacle(out, resume=options.resume, overwrite=options.overwrite, foreign=OF_TRAINING)
             return replace(report, notes=[*report.notes, *filter(None, [message])])
         return _write(report, conversion, source, assets, options, console)
 
@@ -177,7 +178,7 @@ def _staged(out: Path, options: CheckpointOptions) -> Iterator[Path]:
     failed; a full disk keeps it if it holds the work of a split, which may have taken hours. Errors are those of
     `StagedFolder`.
     """
-    staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, foreign=TRAINING_FILE)
+    staged = StagedFolder(out, overwrite=options.overwrite, resume=options.resume, foreign=OF_TRAINING)
     try:
         yield staged.folder
         staged.finish(without=MANIFEST_FILE)

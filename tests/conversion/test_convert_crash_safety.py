@@ -160,11 +160,11 @@ def test_unfinished_work_is_kept_without_a_word_of_the_user(source: Path, tmp_pa
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_unfinished_training_is_not_discarded(resume: bool, source: Path, tmp_path: Path) -> None:
-    """The folder is named."""
+    """Only with --overwrite."""
     partial = tmp_path / ".gda.partial"
     (partial / "checkpoint-1").mkdir(parents=True)
     (partial / "training.json").write_text("{}")
-    with pytest.raises(FileExistsError, match=r"\.gda\.partial was begun by another command; continue that"):
+    with pytest.raises(FileExistsError, match="gda was begun by `gda train`, which did not finish; continue that"):
         convert(source, tmp_path / "gda", resume=resume)
     assert (partial / "checkpoint-1").is_dir()
     assert "continue that" in convert(source, tmp_path / "gda", dry_run=True, resume=resume).notes[-1]
@@ -177,7 +177,7 @@ def test_unfinished_split_is_not_discarded_by_another_mode(source: Path, tmp_pat
     partial = tmp_path / ".gda.partial"
     (partial / "work").mkdir(parents=True)
     (partial / "manifest.json").write_text('{"mode": "split", "finished": {}}')
-    with pytest.raises(ValueError, match=r"\.gda\.partial was not begun by a conversion of mode 'expand'"):
+    with pytest.raises(ValueError, match=r"\.gda\.partial was begun with mode 'split', not 'expand'"):
         convert(source, tmp_path / "gda", resume=True)
     assert (partial / "work").is_dir()
 
@@ -191,7 +191,7 @@ def test_split_does_not_continue_another_conversion(
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "gda")
     monkeypatch.setattr("gda.conversion.split.splitter.Splitter.run", lambda *a, **k: pytest.fail("it is fitted"))
-    with pytest.raises(ValueError, match="was not begun by a conversion of mode 'split'"):
+    with pytest.raises(ValueError, match="was begun with mode 'expand', not 'split'"):
         gda.convert(source, tmp_path / "gda", mode="split", resume=True)
 
 

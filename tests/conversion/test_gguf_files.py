@@ -244,7 +244,7 @@ def part_of_another_model(parts: list[Path]) -> None:
         (remove_part, "parts-00002-of-00003.gguf is missing"),
         (exchange_parts, "parts-00002-of-00003.gguf is part 3 of 3"),
         (rename_part, "alone.gguf is part 2 of 3"),
-        (cut_part, "parts-00003-of-00003.gguf is cut off"),
+        (cut_part, "parts-00003-of-00003.gguf cannot be read as a GGUF file (if it is cut off"),
         (part_of_another_model, "do not hold each tensor once"),
     ],
 )
@@ -302,6 +302,10 @@ def test_truncated_file(kept: int, command: Command, tmp_path: Path) -> None:
     """Cut off anywhere, the message says so, and no files are left."""
     path = write_gguf(tmp_path / "tiny.gguf", llama_model(**SHAPE))
     path.write_bytes(path.read_bytes()[:kept])
-    named = "does not begin with the letters GGUF" if kept in (0, 3) else "is cut off (download it again), or is not"
+    named = (
+        "does not begin with the letters GGUF"
+        if kept in (0, 3)
+        else "cannot be read as a GGUF file (if it is cut off, download it again)"
+    )
     assert_refused(command("convert", path, tmp_path / "gda"), str(path), named)
     assert os.listdir(tmp_path) == ["tiny.gguf"]

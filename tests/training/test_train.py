@@ -868,7 +868,7 @@ def test_incomplete_checkpoints_are_not_used(
 
 
 def test_damaged_file_is_named(models: Path, tmp_path: Path, interrupt: Callable[..., None]) -> None:
-    """Before it is loaded, if its size is right; otherwise its checkpoint counts as incomplete."""
+    """Before it is loaded, although its size is right."""
     interrupt(3)
     with pytest.raises(KeyboardInterrupt):
         short(models, "gda", tmp_path / "out")
@@ -903,15 +903,15 @@ def test_only_the_same_run_is_resumed(
 
     assert "holds step 2 of an unfinished run; continue it with --resume, or start over with --overwrite" in text()
     output = text("--resume", "--learning-rate", 1e-3)
-    assert "--learning-rate was 0.01, and is now 0.001; change it back, or start over with --overwrite" in output
+    assert "--learning-rate was 0.01, and is now 0.001; pass the same value, or start over with --overwrite" in output
     assert "--eval-data was not given, and is now " in text("--resume", "--eval-data", models / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-        assert "--precision auto was float32, and is now bfloat16; change it back" in text("--resume")
+        assert "--precision auto was float32, and is now bfloat16; launch it the same way" in text("--resume")
     os.utime(tmp_path / "text.txt", (1, 1))
-    assert "of the data (name, size, time) was text.txt, " in text("--resume")
+    assert "text.txt of the data was added, removed or changed since; undo that, or start" in text("--resume")
     os.utime(tmp_path / "gda" / "model.safetensors", (1, 1))
-    assert "of the model (name, size, time) was model.safetensors, " in text("--resume")
+    assert "model.safetensors of the model was added, removed or changed" in text("--resume")
     (tmp_path / "gda" / "trainable.json").unlink()
     assert "trainable.json is missing" in text("--overwrite", "--train", "new")  # found before the run is given up
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"other": "bad"}\n')
@@ -950,11 +950,11 @@ def test_replaced_run_is_kept_until_the_other_begins(
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_unfinished_conversion_is_not_discarded(resume: bool, models: Path, tmp_path: Path) -> None:
-    """The folder is named."""
+    """Only with --overwrite."""
     partial = tmp_path / ".out.partial"
     partial.mkdir()
     (partial / "manifest.json").write_text("{}")
-    with pytest.raises(FileExistsError, match=r"\.out\.partial was begun by another command; continue that"):
+    with pytest.raises(FileExistsError, match="out was begun by a conversion, which did not finish; continue that"):
         short(models, "gda", tmp_path / "out", resume=resume)
     assert any("continue that" in note for note in short(models, "gda", tmp_path / "out", dry_run=True).notes)
     assert os.listdir(partial) == ["manifest.json"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
@@ -160,7 +161,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
-    """Without learned.safetensors, or with that of another run: other parameters, another rank, or another scale."""
+    """Without learned.safetensors, or with that of another run: other parameters, another rank or scale, or none."""
     trainer(adapted("gqa", tmp_path), tmp_path / "run", (StopAt(3),)).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"
     with pytest.raises(ValueError, match="it differs in base_model"):
@@ -174,6 +175,9 @@ def test_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None:
             module.scaling["default"] = 4.0
     with pytest.raises(ValueError, match="it differs in the scale of base_model"):
         trainer(scaled, tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+    save_file(load_file(checkpoint / LEARNED_FILE), checkpoint / LEARNED_FILE)
+    with pytest.raises(ValueError, match="it differs in the scale of base_model"):
+        trainer(adapted("gqa", tmp_path), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / LEARNED_FILE).unlink()
     with pytest.raises(ValueError, match=f"{LEARNED_FILE} is missing"):
         trainer(adapted("gqa", tmp_path), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))

@@ -304,8 +304,8 @@ def test_refusals_name_the_option(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_needs_equal_steps_and_the_same_engine(tmp_path: Path) -> None:
-    """Which process reads which sequences makes no difference, but what a step reads does."""
+def test_what_a_resumed_run_must_have_in_common(tmp_path: Path) -> None:
+    """Which process reads which sequences makes no difference, and after training no file does."""
     settings = TrainSettings(**COMMON, batch_size=4)
     begun = RunIdentity(settings, None, [], [], [], 2, "FSDP2", "float32")
     same = replace(begun, settings=replace(settings, batch_size=8), processes=1)
@@ -315,13 +315,24 @@ def test_resume_needs_equal_steps_and_the_same_engine(tmp_path: Path) -> None:
         r"processes\) was 8, and is now 16": replace(same, processes=2),
         "sharding was FSDP2, and is now DeepSpeed's ZeRO-3": replace(same, keeper="DeepSpeed's ZeRO-3"),
         "--precision auto was float32, and is now bfloat16": replace(same, auto_precision="bfloat16"),
-        r"--warmup was 0\.02, and is now 0\.0; change": replace(same, settings=replace(same.settings, warmup=0.0)),
-        "file 1 of the data": replace(same, data=[["text.txt", 9, 5]]),
+        r"--warmup was 0\.02, and is now 0\.0; pass the same value": replace(
+            same, settings=replace(same.settings, warmup=0.0)
+        ),
+        "commit of the model was not given, and is now abc; pass the former as --rev": replace(same, commit="abc"),
+        "text.txt of the data was added, removed or changed": replace(same, data=[["text.txt", 9, 5]]),
     }
-    differing["file 1 of the data"].require_same(stored | {"report": {}}, tmp_path)  # nothing is read any more
+    differing["text.txt of the data was added, removed or changed"].require_same(
+        stored | {"report": {}}, tmp_path
+    )  # nothing is read any more
     for message, other in differing.items():
         with pytest.raises(ValueError, match=message):
             other.require_same(stored, tmp_path)
+    pairs = {"settings": [[1, 2], ["batch_size", 1], ["accumulation", 1]]}
+    huge = {"settings": stored["settings"] | {"batch_size": 10**4200, "accumulation": 10**4200}}
+    malformed = ({"settings": []}, {"data": [[]]}, {"model": 3}, pairs, huge)
+    for each in ({}, *(stored | fields for fields in malformed)):
+        with pytest.raises(ValueError, match=r"training\.json does not describe a run; start over with --overwrite"):
+            same.require_same(each, tmp_path)
 
 
 def old_stays_bit_for_bit(grown: Path, trained: Path) -> None:

@@ -111,6 +111,8 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         ("{}\n", "line 1 is not a line of a training log: KeyError: 'step'"),
         ("[1]\n", "line 1 is not a line"),
         ('{"step": 1, "loss": "low"}\n', "could not convert string to float: 'low'"),
+        ('{"step": 1, "loss": 1}\n{"step": 2, "loss": "low"}', "line 2 is not a line of a training log: ValueError"),
+        ('{"step": 1.5, "loss": 1}\n', "line 1 is not a line of a training log: TypeError"),
         ('{"step": 1, "loss": 1' + "0" * 400 + "}\n", "line 1 is not a line of a training log: OverflowError"),
         ('{"step": 1, "loss": 1}\n{"step": 2, "layers": 3}\n', "line 2 is not a line"),
         ('{"step": 1, "loss": 1, "layers": [{"layer": 0, "lambda": []}]}\n', "line 1 is not a line"),

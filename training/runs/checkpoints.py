@@ -133,12 +133,12 @@ def damage_reported(checkpoint: str | Path | None) -> Iterator[None]:
 def require_readable(checkpoint: Path) -> None:
     """Refuse a checkpoint with a cut file of torch, or whose trainer_state.json belongs to another step.
 
-    Every process reads these files. This lets one of them name a damaged one, before all of them do.
+    One process can so name a damaged file, before all of them read it.
     """
     with damage_reported(checkpoint):
-        for file in sorted(checkpoint.glob("*.pt*")):
+        for file in sorted(checkpoint.rglob("*.pt*")):
             if not zipfile.is_zipfile(file):
-                raise ValueError(f"{file.name} is cut or was overwritten")
+                raise ValueError(f"{file.relative_to(checkpoint)} is cut or was overwritten")
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         numbers = [state.epoch, state.max_steps, state.num_input_tokens_seen, state.total_flos]
         for entry in state.log_history:

@@ -32,7 +32,18 @@ LOG_FILE = "training_log.jsonl"
 DATA_FOLDER = "data"
 NEW_DATA = "data.new"  # of a run that is to replace other work, which it leaves in place until it begins
 REMOVED = "removed"
+OF_CONVERSIONS = (MANIFEST_FILE, "a conversion")  # in the folder of an unfinished one
 START_ANEW = "start over with --overwrite"
+# What a resumed run must have in common with the interrupted one, besides settings and files, and the remedies.
+STEP = "the number of sequences per step (--batch-size × --accumulation × processes)"
+SHARDING, PRECISION = "the launcher's sharding", "the choice of --precision auto"
+COMMIT = "the commit of the model"
+REMEDIES = {
+    STEP: "choose the same product",
+    SHARDING: "launch it the same way",
+    PRECISION: "launch it the same way",
+    COMMIT: "pass the former as --revision of the same model",
+}
 WORTH_KEEPING = 60  # seconds of tokenizing whose result a failed run leaves for the next one
 
 
@@ -51,43 +62,50 @@ class RunIdentity:
 
     def require_same(self, begun: Mapping[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first difference, unless training.json in `folder` has the same identity."""
-        here, is_trained = json.loads(json.dumps(asdict(self))), begun.get("report") is not None
         try:
-            before, now = (_facts(each, is_trained=is_trained) for each in (begun, here))
-        except (KeyError, TypeError, ValueError):
+            difference = _difference(begun, json.loads(json.dumps(asdict(self))))
+        except (AttributeError, LookupError, TypeError, ValueError):
             raise ValueError(f"{folder / TRAINING_FILE} does not describe a run; {START_ANEW}") from None
-        for name in before | now:
-            if before.get(name) != now.get(name):
-                raise ValueError(
-                    f"--resume: {name:.100} was {_shown(before.get(name))}, and is now {_shown(now.get(name))}; change "
-                    f"it back, or {START_ANEW}"
-                )
+        if difference is not None:
+            raise ValueError(f"--resume: {difference}, or {START_ANEW}")
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first difference of two identities, as training.json stores them, and its remedy; None if there is none."""
+    is_trained = before.get("report") is not None  # then nothing is read any more
+    old, new = (_facts(each, is_trained=is_trained) for each in (before, now))
+    for name in old | new:
+        was, is_now = old.get(name), new.get(name)
+        if was != is_now:
+            remedy = REMEDIES.get(name, "pass the same value")
+            return f"{name:.100} was {_shown(was)}, and is now {_shown(is_now)}; {remedy}"
+    for kind in () if is_trained else ("model", "teacher", "data"):
+        known, here = before[kind], now[kind]
+        if known != here:
+            differing = [each for each in (*here, *known) if each not in known or each not in here] or here
+            return f"{differing[0][0]} of the {kind} was added, removed or changed since; undo that"
+    return None
 
 
 def _facts(identity: Mapping[str, Any], *, is_trained: bool) -> dict[str, Any]:
-    """By name, what must be the same in a resumed run; of an identity as training.json stores it."""
-    settings = dict(identity["settings"])
+    """By name, what must be the same in a resumed run, besides files."""
+    settings = {**identity["settings"]}
     # Which process reads which sequences of a step makes no difference.
     step = [settings.pop("batch_size"), settings.pop("accumulation"), identity["processes"]]
     facts = {
-        "the number of sequences per step (--batch-size × --accumulation × processes)": math.prod(map(index, step)),
-        "the launcher's sharding": identity["keeper"],
+        STEP: math.prod(map(index, step)),
+        SHARDING: identity["keeper"],
         **{flag(name): value for name, value in settings.items()},
     }
-    if is_trained:
-        return facts  # nothing is read any more
-    facts["the choice of --precision auto"] = identity["auto_precision"]
-    facts["the commit of the model (--revision)"] = identity["commit"]
-    for kind in ("model", "teacher", "data"):
-        for number, stamp in enumerate(identity[kind], 1):
-            facts[f"file {number} of the {kind} (name, size, time)"] = stamp
-    return facts
+    return facts if is_trained else facts | {PRECISION: identity["auto_precision"], COMMIT: identity["commit"]}
 
 
 def _shown(value: Any) -> str:
+    """A value in a message: of a long one its end, in which paths differ."""
     if isinstance(value, list):
         value = ", ".join(map(str, value)) or None
-    return "not given" if value is None or value is False else f"{value!s:.100}"
+    text = "not given" if value is None or value is False else str(value)
+    return text if len(text) <= 200 else f"…{text[-200:]}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +134,7 @@ class RunFolder:
     def __init__(self, out: Path, identity: RunIdentity, source: Path, *, resume: bool, overwrite: bool):
         self.path, self._identity = partial_of(out), identity
         refuse_overlap(source, self.path)
-        self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=MANIFEST_FILE)
+        self._staged = StagedFolder(out, overwrite=overwrite, resume=True, foreign=OF_CONVERSIONS)
         self.replaces = False  # whether there is other work, which `begin` removes
         try:
             self.state = self._open(resume, overwrite)
@@ -214,7 +232,7 @@ class RunFolder:
 def unfinished_run(out: Path, *, resume: bool) -> str | None:
     """A note about what a run to `out` would neither continue (`resume`) nor replace; None if there is nothing."""
     folder = partial_of(out)
-    if (message := obstacle(out, resume=True, overwrite=False, foreign=MANIFEST_FILE)) is not None or resume:
+    if (message := obstacle(out, resume=True, overwrite=False, foreign=OF_CONVERSIONS)) is not None or resume:
         return message
     last = last_checkpoint(folder)
     is_trained = read_or_empty(folder / TRAINING_FILE).get("report") is not None

@@ -172,13 +172,14 @@ def partial_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
-def obstacle(out: Path, *, resume: bool, overwrite: bool, foreign: str) -> str | None:
+def obstacle(out: Path, *, resume: bool, overwrite: bool, foreign: tuple[str, str]) -> str | None:
     """What keeps a run from writing OUT: unfinished work, or None. The arguments are those of `StagedFolder`."""
     folder = partial_of(out)
     if overwrite:
         return None
-    if (folder / foreign).exists():
-        return f"{folder} was begun by another command; continue that one, or pass --overwrite to discard it"
+    file, command = foreign
+    if (folder / file).exists():
+        return f"{out} was begun by {command}, which did not finish; continue that, or pass --overwrite to discard it"
     if resume or not folder.is_dir() or not any(folder.iterdir()):
         return None
     return f"{out} was begun by a run that did not finish; pass --resume to continue it, or --overwrite to start over"
@@ -196,8 +197,8 @@ class StagedFolder:
         overwrite: Whether `finish` may replace an existing OUT.
         resume: Whether to keep what a killed process left in the folder. Otherwise this is refused, or with `overwrite`
             removed.
-        foreign: The file that marks another command's unfinished work, which is neither continued nor discarded unless
-            `overwrite` is set.
+        foreign: The file that marks another command's unfinished work, and the command. Such work is not continued,
+            and only discarded if `overwrite` is set.
 
     Raises:
         FileExistsError: if `out`, or work that could be resumed, exists and may not be replaced, or if the folder is a
@@ -205,7 +206,7 @@ class StagedFolder:
         BlockingIOError: if another process is filling the folder.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False, foreign: str):
+    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False, foreign: tuple[str, str]):
         refuse_existing(out, overwrite)
         self.out = out
         self._overwrite = overwrite
