@@ -91,7 +91,7 @@ def _load(manager: TaskManager, name: str, folders_read: list[Path]) -> Any:
     try:
         return manager.load([name])
     except Exception as error:  # a definition may do anything with data that it does not expect
-        # While a task that is a class reads its data, it has no name yet, or no configuration.
+        # While a task that is a class reads its data, it has no name yet, or no configuration, which `config` needs.
         task = getattr(getattr(task_under_way(error), "_config", None), "task", None) or name
         reason = first_line(error)
         if CODE_VARIABLE in str(error):  # the metric of humaneval asks for it when the task is loaded
