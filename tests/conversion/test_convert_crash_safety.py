@@ -459,7 +459,7 @@ def test_lock_is_held_until_out_is_renamed(source: Path, tmp_path: Path, monkeyp
     def crowded(before: Any, after: Any) -> None:
         if Path(after) == out:
             try:
-                StagedFolder(out, foreign="training.json")
+                StagedFolder(out, foreign=write_module.OF_TRAINING)
             except BlockingIOError:
                 refused.append(True)
         rename(before, after)
@@ -473,7 +473,7 @@ def test_lock_is_held_until_out_is_renamed(source: Path, tmp_path: Path, monkeyp
 def test_lock_on_a_renamed_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the first process finishes between open and lock of the second, the second gets its own folder and lock."""
     out = tmp_path / "gda"
-    first = StagedFolder(out, foreign="training.json")
+    first = StagedFolder(out, foreign=write_module.OF_TRAINING)
     (first.folder / "weights").write_text("whole")
     flock = fcntl.flock
 
@@ -483,11 +483,11 @@ def test_lock_on_a_renamed_folder_is_not_used(tmp_path: Path, monkeypatch: pytes
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    second = StagedFolder(out, foreign="training.json")
+    second = StagedFolder(out, foreign=write_module.OF_TRAINING)
     assert files_of(out) == {"weights": b"whole"}
     assert second.folder.is_dir()
     with pytest.raises(BlockingIOError):
-        StagedFolder(out, overwrite=True, foreign="training.json")
+        StagedFolder(out, overwrite=True, foreign=write_module.OF_TRAINING)
     with pytest.raises(FileExistsError):
         second.finish()
     second.discard()
