@@ -747,7 +747,7 @@ def test_changed_teacher_is_refused(models: Path, tmp_path: Path, interrupt: Cal
     with pytest.raises(KeyboardInterrupt):
         train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher")
     os.utime(tmp_path / "teacher" / "model.safetensors", (1, 1))
-    with pytest.raises(ValueError, match=r"of the teacher .* was model\.safetensors, .* and is now model\.safetensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors of the teacher was added, removed or changed"):
         train(models, "gda", tmp_path / "out", teacher=tmp_path / "teacher", resume=True)
 
 
@@ -780,7 +780,7 @@ def test_model_on_the_hub_is_known_by_its_commit(
     shutil.rmtree(HF_HUB_CACHE)
     assert gda.train("me/gda", tmp_path / "out", resume=True, **options).resumed_from == 3
     gda.push(models / "grown", "me/gda")
-    with pytest.raises(ValueError, match=rf"\(--revision\) was {commit}, and is now .*; change it back"):
+    with pytest.raises(ValueError, match=f"was {commit}, and is now .*; pass the former as --revision"):
         gda.train("me/gda", tmp_path / "other", resume=True, **options)
     assert gda.train("me/gda", tmp_path / "other", resume=True, revision=commit, **options).resumed_from == 3
 
