@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_training_logs_a_line_for_each_entry(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Step, loss, learning rate, tokens per second and remaining time; held-out loss with its time."""
     with caplog.at_level(logging.INFO, "gda"):

@@ -49,6 +49,7 @@ def test_adapter_of_llama_is_converted(tmp_path: Path) -> None:
     assert (tmp_path / "gda" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_split_does_not_round_the_merged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model writes its calibration text in bfloat16 where that is faster; what is written is in float32."""
     monkeypatch.setattr(splitter, "_multiplies_bfloat16", lambda device: True)

@@ -257,6 +257,7 @@ def test_incomplete_split_model(change: Any, named: str, command: Command, tmp_p
     assert_refused(command("convert", alone if alone.exists() else parts[0], tmp_path / "gda"), named)
 
 
+@pytest.mark.slow
 def test_blob_without_a_suffix(tmp_path: Path) -> None:
     """As Ollama stores models: known by its first bytes, for conversion, verification and evaluation."""
     llama = llama_model(**SHAPE)

@@ -118,6 +118,7 @@ def test_upload_shows_its_progress_on_a_terminal(
     assert is_terminal or converts or outcome.error == ""
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_files_of_an_earlier_model_are_removed(folder: Path, tmp_path: Path, hub: Hub, command: Command) -> None:
     """A single weight file or a chat template would be loaded with the new shards. Other files are kept."""

@@ -145,6 +145,7 @@ def test_class_that_transformers_corrects_by_hub_id(tmp_path: Path, hub: Hub) ->
         assert_reads_alike(folder, tmp_path / "gda")
 
 
+@pytest.mark.slow
 def test_corrected_pattern_goes_into_tokenizer_json(tmp_path: Path) -> None:
     """`fix_mistral_regex` works only in the folder of a Mistral of more than 100,000 tokens; the result needs none."""
     state = json.loads(byte_tokenizer().backend_tokenizer.to_str())

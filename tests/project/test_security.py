@@ -105,6 +105,7 @@ def begun(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / ".out.partial" / "checkpoint-1"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 @pytest.mark.parametrize("form", ["pickle", "zip"])
 def test_checkpoint_cannot_run_code(

@@ -252,6 +252,7 @@ def test_new_keys_of_low_rank_are_trainable(tmp_path: Path) -> None:
         assert heads.any(1).tolist() == [False, True] * (len(heads) // 2), name
 
 
+@pytest.mark.slow
 def test_train_new_after_a_split(tmp_path: Path) -> None:
     """Noise rows, λ and the output projection."""
     save_llama(tmp_path / "llama", num_attention_heads=8, num_key_value_heads=2, head_dim=4)
