@@ -47,7 +47,7 @@ def write_checkpoint(
     workers: int = 1,
     console: Console | None = None,
 ) -> dict[str, str]:
-    """Write the weights into `folder`, which `begin` has marked; continue from shards that an earlier process finished.
+    """Write the weights into `folder`, marked by `mark_mode`, continuing from shards that an earlier process finished.
 
     A manifest lists the finished shards with their SHA-256. Files in the folder that are unknown and not in `keep` are
     removed. `settings` are what the bytes depend on, apart from the source.
@@ -165,7 +165,7 @@ def _fingerprint(source: Source, settings: dict[str, object], shards: dict[str, 
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def begin(folder: Path, mode: str) -> None:
+def mark_mode(folder: Path, mode: str) -> None:
     """Write a manifest, which marks the folder as a conversion of this mode; ValueError if it is one of another mode.
 
     A split, which may have taken hours, is not given up for another mode, and does not begin where it would fail.

@@ -37,7 +37,7 @@ from gda.conversion.verify import VerificationFailed, VerifyReport, verify_opene
 from gda.conversion.writing.card import model_card
 from gda.conversion.writing.headmap import head_map
 from gda.conversion.writing.provenance import Settings, write_provenance
-from gda.conversion.writing.stream import MANIFEST_FILE, begin, shards_of, write_checkpoint
+from gda.conversion.writing.stream import MANIFEST_FILE, mark_mode, shards_of, write_checkpoint
 from gda.conversion.writing.tokenizer_files import keep_tokenizer
 
 WORK_FOLDER = "work"  # within the folder that is being filled; not in the result
@@ -204,7 +204,7 @@ def _write(
         finished = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if options.resume else 0
         require_space(out.parent, report.nbytes + conversion.work_bytes, reusable=finished)
         source_hashes = in_background(source.hashes)
-        begin(folder, conversion.mode)
+        mark_mode(folder, conversion.mode)
         if conversion.work is not None:
             conversion = conversion.work(folder / WORK_FOLDER, console)
         settings = Settings.of(conversion, options)

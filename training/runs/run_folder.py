@@ -151,7 +151,7 @@ class RunFolder:
             raise ValueError(f"{begun} does not describe a run; {START_ANEW}")
         report = known.get("report")
         is_unfinished = last is not None or report is not None
-        is_foreign = (self.path / MANIFEST_FILE).exists()
+        is_foreign = (self.path / OF_CONVERSIONS[0]).exists()
         self.replaces = is_foreign or (starts_over and is_unfinished)
         if self.replaces:
             if data.is_dir() and not (self.path / NEW_DATA).is_dir():  # it may be the same data
